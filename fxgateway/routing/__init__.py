@@ -1,0 +1,1 @@
+"""Pure: which relay may take a client, and who is admitted."""

@@ -1,0 +1,1 @@
+"""Relays enrol, authenticate, are registered; streams are opened on one of them."""

@@ -1,0 +1,1 @@
+"""Dial every gateway and keep the links up."""

@@ -1,0 +1,1 @@
+"""The control link: typed JSON messages on a WebSocket."""
