@@ -1,0 +1,224 @@
+"""Pump: one door: a listening socket, admission, and the clients that came in by it."""
+
+import errno
+import logging
+import socket
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final, Protocol
+
+from fxgateway.doors.client import Client
+from fxgateway.routing.admission import Admission, Verdict
+from fxgateway.routing.table import RouteTable
+from fxtunnel.engine.reactor import LISTENER_EVENTS, Reactor, Timer
+from fxtunnel.engine.splice import abort
+from fxtunnel.kit.settings import Address
+from fxtunnel.model import RelayId, ServiceName
+from fxtunnel.protocol.frames import Opening, encode_tags
+
+if TYPE_CHECKING:
+    from fxgateway.tunnels.registry import LiveRelay
+
+logger = logging.getLogger(__name__)
+
+ACCEPTS_PER_TURN: Final = 64
+PAUSE_S: Final = 0.25
+SWEEP_S: Final = 0.5
+CLIENT_NOTSENT_BYTES: Final = 32_768
+"""Unsent bytes the kernel holds for one client. This bounds what readers that never read fill, without limiting the path's own window."""
+_EXHAUSTED: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+
+
+class Relays(Protocol):
+    """The relays that are there now."""
+
+    @property
+    def routes(self) -> "RouteTable[LiveRelay]":
+        """Who offers what."""
+
+    def named(self, relay_id: RelayId) -> "LiveRelay | None":
+        """A relay by its name."""
+
+
+@dataclass(frozen=True, slots=True)
+class DoorConfig:
+    """What a door is. Two doors with the same `listen` are the same door, before and after a reload."""
+
+    name: str
+    listen: Address
+    service: ServiceName
+    open_timeout_s: float = 10.0
+    idle_timeout_s: float = 86_400.0
+
+
+@dataclass(slots=True)
+class DoorCounters:
+    """Counts since start."""
+
+    accepted: int = 0
+    refused: dict[str, int] = field(default_factory=dict)
+    bytes_in: int = 0
+    bytes_out: int = 0
+
+
+class Door:
+    """Takes clients in. `open` binds; `close` stops listening and leaves the clients that are in alone."""
+
+    def __init__(self, reactor: Reactor, config: DoorConfig, relays: Relays, admission: Admission) -> None:
+        self.reactor = reactor
+        self.config = config
+        self.relays = relays
+        self.admission = admission
+        self.clients: set[Client] = set()
+        self.opening: dict[Client, float] = {}
+        self.counters = DoorCounters()
+        self._listener: socket.socket | None = None
+        self._paused = False
+        self._sweep: Timer | None = None
+
+    @property
+    def service(self) -> ServiceName:
+        """What its clients get."""
+        return self.config.service
+
+    @property
+    def name(self) -> str:
+        """What logs and status call it."""
+        return self.config.name
+
+    def open(self, listener: socket.socket) -> None:
+        """Take clients from `listener`, a bound, listening, non-blocking socket. The door owns it."""
+        if listener.family != socket.AF_UNIX:
+            # Accepted sockets inherit these from the listener, which saves the calls for each of them.
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, CLIENT_NOTSENT_BYTES)
+        self._listener = listener
+        self.reactor.register(listener, self, LISTENER_EVENTS)
+        self._sweep_later()
+
+    def reconfigure(self, config: DoorConfig) -> None:
+        """New clients get what `config` says; those that are in keep what they have."""
+        self.config = config
+
+    def close(self) -> None:
+        """Stop listening."""
+        listener, self._listener = self._listener, None
+        if listener is not None:
+            if not self._paused:
+                self.reactor.unregister(listener)
+            listener.close()
+
+    def abort_all(self) -> None:
+        """End every client, with RST."""
+        for client in list(self.clients):
+            client.abort()
+        if self._sweep is not None:
+            self._sweep.cancel()
+
+    def refused(self, reason: str) -> None:
+        """Count a client that was turned away."""
+        self.counters.refused[reason] = self.counters.refused.get(reason, 0) + 1
+
+    def client_released(self, client: Client) -> None:
+        """A client has ended."""
+        self.clients.discard(client)
+        self.opening.pop(client, None)
+        self.admission.release(self.name, client.address)
+        stream = client.stream
+        if stream is not None:
+            self.counters.bytes_in += stream.bytes_out
+            self.counters.bytes_out += stream.bytes_in
+
+    def tags_of(self, client: Client) -> bytes:
+        """OPEN's tags for a client that is tried again."""
+        try:
+            peer = _peer_text(client.sock.getpeername())
+        except OSError:
+            peer = client.address
+        return encode_tags(Opening(self.service, peer, self.name))
+
+    def on_event(self, events: int) -> None:
+        """From the reactor: clients wait."""
+        for _ in range(ACCEPTS_PER_TURN):
+            listener = self._listener
+            if listener is None or self._paused:
+                return
+            try:
+                sock, peer = listener.accept()
+            except BlockingIOError:
+                return
+            except OSError as exc:
+                if exc.errno in _EXHAUSTED:
+                    self._pause(str(exc.strerror))
+                # Anything else concerns the one connection that was to be accepted (accept(2)).
+                return
+            sock.setblocking(False)
+            self._take(sock, peer)
+
+    def on_crash(self) -> None:
+        """From the reactor: a bug of ours; the door stays open."""
+
+    def _take(self, sock: socket.socket, peer: object) -> None:
+        address = peer[0] if isinstance(peer, tuple) else ""
+        verdict = self.admission.admit(self.name, address, self.reactor.now)
+        if verdict is not Verdict.ADMIT:
+            abort(sock)
+            self.refused(verdict.value)
+            if verdict is Verdict.FULL:
+                self._pause("the connection limit is reached")
+            return
+        client = Client(self, sock, address)
+        self.clients.add(client)
+        self.counters.accepted += 1
+        client.begin(_peer_text(peer))
+
+    def _pause(self, why: str) -> None:
+        if self._listener is None or self._paused:
+            return
+        self._paused = True
+        self.reactor.unregister(self._listener)
+        self.reactor.call_later(PAUSE_S, self._resume)
+        logger.warning("door %s pauses: %s", self.name, why)
+
+    def _resume(self) -> None:
+        self._paused = False
+        if self._listener is not None:
+            self.reactor.register(self._listener, self, LISTENER_EVENTS)
+
+    def _sweep_later(self) -> None:
+        self._sweep = self.reactor.call_later(SWEEP_S, self._sweep_now)
+
+    def _sweep_now(self) -> None:
+        oldest = self.reactor.now - self.config.open_timeout_s
+        for client in [c for c, since in _until(self.opening, oldest)]:
+            self.opening.pop(client, None)
+            client.open_timed_out()
+        self._sweep_later()
+
+    def end_idle(self) -> None:
+        """End clients on whose stream nothing has moved for the idle time. Call now and then."""
+        now = self.reactor.now
+        for client in list(self.clients):
+            moved = client.moved_bytes
+            if moved != client.last_bytes:
+                client.last_bytes, client.moved_at = moved, now
+            elif now - client.moved_at > self.config.idle_timeout_s:
+                self.refused("idle-timeout")
+                client.end_idle()
+
+
+def _until(opening: dict[Client, float], oldest: float) -> list[tuple[Client, float]]:
+    """The entries from before `oldest`; the dict is in order of time."""
+    found = []
+    for client, since in opening.items():
+        if since > oldest:
+            break
+        found.append((client, since))
+    return found
+
+
+def _peer_text(peer: object) -> str:
+    if not isinstance(peer, tuple):
+        return ""
+    host, port = peer[0], peer[1]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -1,0 +1,142 @@
+"""Pure: who may come in: connections in all, per door and per source address, and how fast one source may open them (docs/dos.md)."""
+
+import ipaddress
+from dataclasses import dataclass
+from enum import Enum
+from typing import Final
+
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+_REMEMBERED_SOURCES: Final = 65_536
+_IPV6_PREFIX: Final = 64
+"""A site has at least a /64 (RFC 6177), so its single addresses mean nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class AdmissionLimits:
+    """Bounds; rates per second. Sources in `exempt` are not counted one by one (the host itself, a front balancer)."""
+
+    connections: int = 16_384
+    connections_per_door: int = 16_384
+    connections_per_source: int = 256
+    open_rate_per_source_per_s: float = 100.0
+    open_burst_per_source: int = 200
+    exempt: tuple[Network, ...] = ()
+
+
+class Verdict(Enum):
+    """What becomes of a new connection."""
+
+    ADMIT = "admit"
+    FULL = "full"
+    """The whole gateway is: doors pause instead of refusing."""
+    DOOR_FULL = "door-full"
+    SOURCE_FULL = "source-full"
+    TOO_FAST = "too-fast"
+
+
+class _Source:
+    """One address: open connections and a token bucket."""
+
+    __slots__ = ("count", "tokens", "updated")
+
+    def __init__(self, tokens: float, now: float) -> None:
+        self.count = 0
+        self.tokens = tokens
+        self.updated = now
+
+
+class Admission:
+    """Counts connections. Every `admit` that answers ADMIT is paired with one `release`."""
+
+    def __init__(self, limits: AdmissionLimits) -> None:
+        self.limits = limits
+        self.connections = 0
+        self._doors: dict[str, int] = {}
+        self._sources: dict[str, _Source] = {}
+        self._exempt_cache: dict[str, bool] = {}
+
+    def apply(self, limits: AdmissionLimits) -> None:
+        """New limits for what comes in from now on."""
+        self.limits = limits
+        self._exempt_cache.clear()
+
+    def admit(self, door: str, address: str, now: float) -> Verdict:
+        """Judge and count a new connection from `address` (text of an IP, or empty for a unix socket)."""
+        limits = self.limits
+        if self.connections >= limits.connections:
+            return Verdict.FULL
+        in_door = self._doors.get(door, 0)
+        if in_door >= limits.connections_per_door:
+            return Verdict.DOOR_FULL
+        if not self._is_exempt(address):
+            verdict = self._admit_source(source_of(address), now)
+            if verdict is not Verdict.ADMIT:
+                return verdict
+        self.connections += 1
+        self._doors[door] = in_door + 1
+        return Verdict.ADMIT
+
+    def release(self, door: str, address: str) -> None:
+        """A connection that was admitted has ended."""
+        self.connections -= 1
+        self._doors[door] -= 1
+        if not self._doors[door]:
+            del self._doors[door]
+        if self._sources:
+            source = self._sources.get(source_of(address))
+            if source is not None and source.count:
+                source.count -= 1
+
+    def sweep(self, now: float) -> None:
+        """Forget sources with nothing open and a full bucket. Call every few seconds."""
+        limits = self.limits
+        refill_s = limits.open_burst_per_source / limits.open_rate_per_source_per_s
+        self._sources = {key: s for key, s in self._sources.items() if s.count or now - s.updated < refill_s}
+        if len(self._exempt_cache) > _REMEMBERED_SOURCES:
+            self._exempt_cache.clear()
+
+    def _admit_source(self, key: str, now: float) -> Verdict:
+        limits = self.limits
+        source = self._sources.get(key)
+        if source is None:
+            if len(self._sources) >= _REMEMBERED_SOURCES:
+                self.sweep(now)
+                if len(self._sources) >= _REMEMBERED_SOURCES:
+                    return Verdict.TOO_FAST
+            source = self._sources[key] = _Source(float(limits.open_burst_per_source), now)
+        if source.count >= limits.connections_per_source:
+            return Verdict.SOURCE_FULL
+        refilled = source.tokens + (now - source.updated) * limits.open_rate_per_source_per_s
+        source.tokens = min(refilled, float(limits.open_burst_per_source))
+        source.updated = now
+        if source.tokens < 1.0:
+            return Verdict.TOO_FAST
+        source.tokens -= 1.0
+        source.count += 1
+        return Verdict.ADMIT
+
+    def _is_exempt(self, address: str) -> bool:
+        known = self._exempt_cache.get(address)
+        if known is None:
+            known = self._exempt_cache[address] = _in_any(address, self.limits.exempt)
+        return known
+
+
+def source_of(address: str) -> str:
+    """What counts as one source: an IPv4 address, or an IPv6 /64."""
+    if ":" not in address:
+        return address
+    parsed = ipaddress.IPv6Address(address.partition("%")[0])
+    if parsed.ipv4_mapped is not None:
+        return str(parsed.ipv4_mapped)
+    return str(ipaddress.IPv6Network((int(parsed) >> 64 << 64, _IPV6_PREFIX)))
+
+
+def _in_any(address: str, networks: tuple[Network, ...]) -> bool:
+    if not address:
+        return True
+    parsed = ipaddress.ip_address(address.partition("%")[0])
+    if isinstance(parsed, ipaddress.IPv6Address) and parsed.ipv4_mapped is not None:
+        parsed = parsed.ipv4_mapped
+    return any(parsed.version == network.version and parsed in network for network in networks)

@@ -1,0 +1,218 @@
+"""Pump: the relays that are here now: who holds which name, their sessions, and who is fenced off."""
+
+import logging
+import secrets
+from dataclasses import dataclass
+
+from fxgateway.routing.table import Readiness, RouteTable
+from fxgateway.tunnels.ports import ControlHandle
+from fxtunnel.codes import Code
+from fxtunnel.engine.reactor import Reactor
+from fxtunnel.engine.session import Session, SessionConfig
+from fxtunnel.model import InstanceId, Offer, RelayId, SessionId
+from fxtunnel.protocol.credit import WindowBudget
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class RegistryLimits:
+    """Bounds: data links of one relay, relays in all."""
+
+    links_per_relay: int = 8
+    relays: int = 4_096
+
+
+class LiveRelay:
+    """One instance of a relay, from its first control link until its last session has ended."""
+
+    __slots__ = ("draining", "epoch", "instance", "link", "offers", "relay_id", "reported_streams", "sessions", "since")
+
+    def __init__(self, relay_id: RelayId, instance: InstanceId, epoch: int, now: float) -> None:
+        self.relay_id = relay_id
+        self.instance = instance
+        self.epoch = epoch
+        self.since = now
+        self.offers: tuple[Offer, ...] = ()
+        self.link: ControlHandle | None = None
+        self.sessions: dict[SessionId, Session] = {}
+        self.draining = False
+        self.reported_streams = 0
+
+    @property
+    def open_streams(self) -> int:
+        """Streams on all its sessions."""
+        return sum(len(session.mux.streams) for session in self.sessions.values())
+
+    @property
+    def readiness(self) -> Readiness:
+        """See `Candidate`."""
+        if self.draining or not self.sessions:
+            return Readiness.NONE
+        return Readiness.UP if any(session.is_up for session in self.sessions.values()) else Readiness.HELD
+
+    def session_for_stream(self) -> Session | None:
+        """The session a new stream should go on: one that is up, with the fewest streams."""
+        return min(self.sessions.values(), key=lambda s: (not s.is_up, len(s.mux.streams)), default=None)
+
+
+class Registry:
+    """Who is here. One entry per relay id; a new instance takes the name over and fences the old one off."""
+
+    def __init__(self, reactor: Reactor, config: SessionConfig, budget: WindowBudget, limits: RegistryLimits) -> None:
+        self.routes: RouteTable[LiveRelay] = RouteTable()
+        self.is_draining = False
+        self._reactor = reactor
+        self._config = config
+        self._budget = budget
+        self._limits = limits
+        self._relays: dict[RelayId, LiveRelay] = {}
+        self._epochs: dict[RelayId, int] = {}
+
+    def relays(self) -> tuple[LiveRelay, ...]:
+        """Everyone, for status pages."""
+        return tuple(self._relays.values())
+
+    def named(self, relay_id: RelayId) -> LiveRelay | None:
+        """The relay with this name, if it could take a stream."""
+        relay = self._relays.get(relay_id)
+        return relay if relay is not None and relay.readiness is not Readiness.NONE else None
+
+    def apply(self, limits: RegistryLimits, config: SessionConfig) -> None:
+        """New limits, for sessions that begin from now on."""
+        self._limits, self._config = limits, config
+
+    def is_full(self, relay_id: RelayId) -> bool:
+        """Whether a relay that is not here yet finds no room."""
+        return relay_id not in self._relays and len(self._relays) >= self._limits.relays
+
+    def enter(self, relay_id: RelayId, instance: InstanceId, offers: tuple[Offer, ...], link: ControlHandle) -> int:
+        """A control link is up. Returns the epoch. The same instance keeps its sessions; any other one is fenced off at once."""
+        relay = self._relays.get(relay_id)
+        if relay is not None and relay.instance != instance:
+            logger.warning("relay %s was taken over by a new instance", relay_id)
+            self._expel(relay, Code.FENCED, "another instance has this relay's name now")
+            relay = None
+        if relay is None:
+            epoch = self._epochs[relay_id] = self._epochs.get(relay_id, 0) + 1
+            relay = self._relays[relay_id] = LiveRelay(relay_id, instance, epoch, self._reactor.now)
+        elif relay.link is not None:
+            relay.link.close(Code.NORMAL, "a newer control link replaces this one")
+        relay.link = link
+        relay.draining = False
+        self._offer(relay, offers)
+        return relay.epoch
+
+    def update_services(self, relay_id: RelayId, instance: InstanceId, offers: tuple[Offer, ...]) -> None:
+        """The relay has reloaded its configuration."""
+        relay = self._instance(relay_id, instance)
+        if relay is not None:
+            self._offer(relay, offers)
+
+    def mark_draining(self, relay_id: RelayId, instance: InstanceId) -> None:
+        """No new streams for this relay."""
+        relay = self._instance(relay_id, instance)
+        if relay is not None:
+            relay.draining = True
+
+    def note_load(self, relay_id: RelayId, instance: InstanceId, streams: int) -> None:
+        """What the relay says it carries, for status pages."""
+        relay = self._instance(relay_id, instance)
+        if relay is not None:
+            relay.reported_streams = streams
+
+    def leave(self, relay_id: RelayId, link: ControlHandle) -> None:
+        """A control link has ended. Sessions stay: they live and die by their own links."""
+        relay = self._relays.get(relay_id)
+        if relay is not None and relay.link is link:
+            relay.link = None
+            self._forget_if_gone(relay)
+
+    def new_session(self, relay_id: RelayId, instance: InstanceId) -> Session | None:
+        """A session for a data link that has shown its ticket; None when the relay is not here or has enough."""
+        relay = self._instance(relay_id, instance)
+        if relay is None or len(relay.sessions) >= self._limits.links_per_relay:
+            return None
+        session = Session(self._reactor, SessionId(secrets.token_hex(16)), _Owner(self, relay), self._config, self._budget)
+        relay.sessions[session.id] = session
+        return session
+
+    def find_session(self, relay_id: RelayId, instance: InstanceId, session_id: SessionId) -> Session | None:
+        """The session a relay wants to resume, if it is that relay's and still held."""
+        relay = self._instance(relay_id, instance)
+        return relay.sessions.get(session_id) if relay is not None else None
+
+    def revoke(self, relay_id: RelayId) -> None:
+        """End everything this relay has here."""
+        relay = self._relays.get(relay_id)
+        if relay is not None:
+            logger.warning("relay %s is revoked; its tunnels are closed", relay_id)
+            self._expel(relay, Code.REVOKED, "the administrator revoked this relay")
+
+    def begin_drain(self, deadline_s: float) -> None:
+        """The gateway is going away: relays are told; nothing new is routed."""
+        self.is_draining = True
+        logger.info("draining %d relays for at most %g s", len(self._relays), deadline_s)
+
+    def close_all(self, code: Code, text: str, retry_after_s: float) -> None:
+        """Say goodbye to everyone."""
+        for relay in list(self._relays.values()):
+            if relay.link is not None:
+                relay.link.close(code, text, retry_after_s)
+            self._close_sessions(relay, code, text)
+        self._relays.clear()
+
+    def session_closed(self, relay: LiveRelay, session: Session, code: Code, text: str) -> None:
+        """A session has ended by itself."""
+        statistics = session.statistics().mux
+        logger.info(
+            "tunnel of %s closed: %s %s",
+            relay.relay_id,
+            code.label,
+            text,
+            extra={"tunnel": session.id, "bytes_in": statistics.bytes_in, "bytes_out": statistics.bytes_out, "streams": statistics.opened},
+        )
+        relay.sessions.pop(session.id, None)
+        self._forget_if_gone(relay)
+
+    def _instance(self, relay_id: RelayId, instance: InstanceId) -> LiveRelay | None:
+        relay = self._relays.get(relay_id)
+        return relay if relay is not None and relay.instance == instance else None
+
+    def _offer(self, relay: LiveRelay, offers: tuple[Offer, ...]) -> None:
+        relay.offers = offers
+        self.routes.put(relay, [offer.name for offer in offers])
+
+    def _expel(self, relay: LiveRelay, code: Code, text: str) -> None:
+        # Out of the table first: streams that may be tried again must not find this relay.
+        self.routes.remove(relay.relay_id)
+        self._relays.pop(relay.relay_id, None)
+        if relay.link is not None:
+            relay.link.close(code, text)
+        self._close_sessions(relay, code, text)
+
+    def _close_sessions(self, relay: LiveRelay, code: Code, text: str) -> None:
+        for session in list(relay.sessions.values()):
+            session.close(code, text)
+
+    def _forget_if_gone(self, relay: LiveRelay) -> None:
+        if relay.link is None and not relay.sessions and self._relays.get(relay.relay_id) is relay:
+            del self._relays[relay.relay_id]
+            self.routes.remove(relay.relay_id)
+
+
+class _Owner:
+    """Connects a session's fate to its relay."""
+
+    __slots__ = ("_registry", "_relay")
+
+    def __init__(self, registry: Registry, relay: LiveRelay) -> None:
+        self._registry = registry
+        self._relay = relay
+
+    def on_link_down(self, session: Session, reason: str) -> None:
+        """The relay dials again; nothing to do here."""
+
+    def on_closed(self, session: Session, code: Code, text: str) -> None:
+        """See `SessionOwner`."""
+        self._registry.session_closed(self._relay, session, code, text)

@@ -1,0 +1,67 @@
+"""Pump: what this relay serves: names to local addresses, from its own configuration and nothing else."""
+
+import socket
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from fxtunnel.kit.settings import Address
+from fxtunnel.model import Offer, ServiceName
+
+SocketAddress = str | tuple[str, int] | tuple[str, int, int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """Where to connect: an address family and an address for it. Never a host name."""
+
+    family: int
+    address: SocketAddress
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """A service of this relay's configuration. `endpoints` is empty as long as its host name has not been resolved."""
+
+    name: ServiceName
+    target: Address
+    endpoints: tuple[Endpoint, ...]
+    protocol: str = "tcp"
+
+
+class ServiceTable:
+    """The services, looked up for every stream (trust: a gateway can ask for a name, never for an address)."""
+
+    def __init__(self) -> None:
+        self._services: Mapping[ServiceName, Service] = {}
+
+    def replace(self, services: Iterable[Service]) -> None:
+        """Serve exactly these from now on; streams that are open stay."""
+        self._services = {service.name: service for service in services}
+
+    def get(self, name: ServiceName) -> Service | None:
+        """The service with this name, if this relay serves it."""
+        return self._services.get(name)
+
+    def services(self) -> tuple[Service, ...]:
+        """All of them."""
+        return tuple(self._services.values())
+
+    def offers(self) -> tuple[Offer, ...]:
+        """What gateways are told: names, not targets."""
+        return tuple(Offer(service.name, service.protocol) for service in self._services.values())
+
+
+def resolve(target: Address) -> tuple[Endpoint, ...]:
+    """The addresses of a target. Blocks on DNS for host names: call it in a worker thread.
+
+    Raises:
+        OSError: the name does not resolve.
+    """
+    if target.path is not None:
+        return (Endpoint(socket.AF_UNIX, str(target.path)),)
+    found: list[Endpoint] = []
+    for family, _, _, _, address in socket.getaddrinfo(target.host, target.port, type=socket.SOCK_STREAM):
+        endpoint = Endpoint(family, address)  # type: ignore[arg-type]  # typeshed allows address families without text addresses
+        if family in (socket.AF_INET, socket.AF_INET6) and endpoint not in found:
+            found.append(endpoint)
+    return tuple(found)

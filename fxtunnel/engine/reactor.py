@@ -1,0 +1,218 @@
+"""Pump: one edge-triggered epoll with callbacks, timers and calls. It hosts trio as a guest, or runs inside a trio task.
+
+In the daemons the reactor owns the thread and trio is its guest (`host_trio`): a byte that arrives costs one epoll wait, not two, and
+trio's own I/O, which is rare, pays the extra hop instead (docs/adr/0001). Tests host the reactor in a task (`run_in_task`).
+"""
+
+import heapq
+import itertools
+import logging
+import os
+import select
+import socket
+import ssl
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable
+from typing import Any, Final, Protocol, TypeVar
+
+import outcome
+import trio
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+READ: Final = select.EPOLLIN
+WRITE: Final = select.EPOLLOUT
+HANGUP: Final = select.EPOLLRDHUP | select.EPOLLHUP
+ERROR: Final = select.EPOLLERR | select.EPOLLHUP
+STREAM_EVENTS: Final = select.EPOLLIN | select.EPOLLOUT | select.EPOLLRDHUP | select.EPOLLET
+LISTENER_EVENTS: Final = select.EPOLLIN
+
+READ_BUFFER_BYTES: Final = 262_144
+MAX_EVENTS: Final = 256
+_FOREVER: Final = -1.0
+
+AnySocket = socket.socket | ssl.SSLSocket
+
+
+class Handler(Protocol):
+    """Who hears of a file descriptor's events."""
+
+    def on_event(self, events: int) -> None:
+        """Something happened. The flags are hints: a closed descriptor's number may have been given away in the same turn."""
+
+    def on_crash(self) -> None:
+        """`on_event` or `flush` raised, which is a bug; it has been logged. Let go of everything and unregister."""
+
+
+class Flushable(Protocol):
+    """Who wants to write once, at the end of the turn."""
+
+    def flush(self) -> None:
+        """Write what was gathered in this turn."""
+
+    def on_crash(self) -> None:
+        """See `Handler.on_crash`."""
+
+
+class Timer:
+    """A pending call; `cancel` it when it is no longer wanted."""
+
+    __slots__ = ("callback", "when")
+
+    def __init__(self, when: float, callback: Callable[[], None]) -> None:
+        self.when = when
+        self.callback: Callable[[], None] | None = callback
+
+    def cancel(self) -> None:
+        """Forget the call. May be repeated, also after it ran."""
+        self.callback = None
+
+
+class Reactor:
+    """The loop. Everything is called in one thread, except `call_soon_threadsafe`.
+
+    `now` is the monotonic time at which the current turn began. `read_buffer` is scratch memory that any callback may use until it returns.
+    """
+
+    def __init__(self) -> None:
+        self._epoll = select.epoll()
+        self._handlers: dict[int, Handler] = {}
+        self._dirty: list[Flushable] = []
+        self._again: list[Handler] = []
+        self._calls: deque[Callable[[], object]] = deque()
+        self._timers: list[tuple[float, int, Timer]] = []
+        self._order = itertools.count()
+        self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._epoll.register(self._wake_fd, select.EPOLLIN)
+        self.now = time.monotonic()
+        self.read_buffer = memoryview(bytearray(READ_BUFFER_BYTES))
+
+    def register(self, sock: AnySocket, handler: Handler, events: int = STREAM_EVENTS) -> None:
+        """Call `handler` on the socket's events until `unregister`."""
+        fd = sock.fileno()
+        self._handlers[fd] = handler
+        self._epoll.register(fd, events)
+
+    def unregister(self, sock: AnySocket) -> None:
+        """Forget the socket. Do it before closing it; may be repeated."""
+        fd = sock.fileno()
+        if self._handlers.pop(fd, None) is not None:
+            self._epoll.unregister(fd)
+
+    def flush_later(self, flushable: Flushable) -> None:
+        """Call `flush` at the end of this turn; the caller keeps itself from asking twice."""
+        self._dirty.append(flushable)
+
+    def again(self, handler: Handler) -> None:
+        """Call `on_event(READ)` in the next turn: there was more than one turn's share."""
+        self._again.append(handler)
+
+    def call_soon(self, call: Callable[[], object]) -> None:
+        """Run `call` in the next turn."""
+        self._calls.append(call)
+
+    def call_soon_threadsafe(self, call: Callable[[], object]) -> None:
+        """Run `call` in the next turn; from any thread."""
+        self._calls.append(call)
+        os.eventfd_write(self._wake_fd, 1)
+
+    def call_later(self, delay_s: float, callback: Callable[[], None]) -> Timer:
+        """Run `callback` once, `delay_s` seconds after the current turn began."""
+        timer = Timer(self.now + delay_s, callback)
+        heapq.heappush(self._timers, (timer.when, next(self._order), timer))
+        return timer
+
+    def host_trio(self, main: Callable[[], Awaitable[T]]) -> T:
+        """Run the loop with `main` as trio's main task in the same thread; returns or raises what `main` does."""
+        result: list[outcome.Outcome[Any]] = []
+        trio.lowlevel.start_guest_run(
+            main,
+            run_sync_soon_threadsafe=self.call_soon_threadsafe,
+            run_sync_soon_not_threadsafe=self.call_soon,
+            done_callback=result.append,
+            restrict_keyboard_interrupt_to_checkpoints=True,
+        )
+        while not result:
+            self.run_once(self._wait_s())
+        value: T = result[0].unwrap()
+        return value
+
+    async def run_in_task(self) -> None:
+        """Run the loop inside a trio task until it is cancelled."""
+        fd = self._epoll.fileno()
+        while True:
+            wait_s = self._wait_s()
+            if wait_s:
+                with trio.move_on_after(wait_s) if wait_s > 0 else trio.CancelScope():
+                    await trio.lowlevel.wait_readable(fd)
+            else:
+                await trio.lowlevel.checkpoint()
+            self.run_once(0)
+
+    def run_once(self, timeout_s: float) -> None:
+        """One turn: wait for events, call their handlers, then due timers and calls, then flush what was marked."""
+        again, self._again = self._again, []
+        events = self._epoll.poll(timeout_s, MAX_EVENTS)
+        self.now = time.monotonic()
+        handlers = self._handlers
+        for fd, flags in events:
+            handler = handlers.get(fd)
+            if handler is not None:
+                try:
+                    handler.on_event(flags)
+                except Exception:
+                    self._crashed(handler)
+            elif fd == self._wake_fd:
+                os.eventfd_read(fd)
+        for handler in again:
+            try:
+                handler.on_event(READ)
+            except Exception:
+                self._crashed(handler)
+        if self._timers and self._timers[0][0] <= self.now:
+            self._run_timers()
+        for _ in range(len(self._calls)):
+            self._calls.popleft()()
+        self._flush()
+
+    def close(self) -> None:
+        """Release the loop's own descriptors."""
+        self._epoll.close()
+        os.close(self._wake_fd)
+
+    def _flush(self) -> None:
+        dirty, self._dirty = self._dirty, []
+        for flushable in dirty:
+            try:
+                flushable.flush()
+            except Exception:
+                self._crashed(flushable)
+
+    def _run_timers(self) -> None:
+        while self._timers and self._timers[0][0] <= self.now:
+            callback = heapq.heappop(self._timers)[2].callback
+            if callback is not None:
+                try:
+                    callback()
+                except Exception:
+                    logger.exception("timer failed")
+
+    def _wait_s(self) -> float:
+        if self._dirty or self._again or self._calls:
+            return 0.0
+        while self._timers and self._timers[0][2].callback is None:
+            heapq.heappop(self._timers)
+        if not self._timers:
+            return _FOREVER
+        # epoll counts milliseconds: rounding up keeps a timer that is 0.4 ms away from spinning.
+        return max(self._timers[0][0] - time.monotonic(), 0.0) + 0.0005
+
+    def _crashed(self, culprit: Handler | Flushable) -> None:
+        # The one barrier of the data plane: a bug in one connection's callback ends that connection, nothing else.
+        logger.exception("data plane callback failed")
+        try:
+            culprit.on_crash()
+        except Exception:
+            logger.exception("data plane clean-up failed")

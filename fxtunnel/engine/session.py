@@ -1,0 +1,362 @@
+"""Pump: a session: its streams, the TLS link it runs on now, and what happens between two links.
+
+UP ──link lost──▶ HELD ──attach──▶ UP          HELD ──hold_s over──▶ CLOSED          any ──close, GOAWAY──▶ CLOSED
+"""
+
+import logging
+import socket
+import ssl
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from typing import Final, Protocol
+
+from fxtunnel.codes import Code
+from fxtunnel.engine.reactor import ERROR, HANGUP, READ, READ_BUFFER_BYTES, STREAM_EVENTS, WRITE, Reactor, Timer
+from fxtunnel.engine.splice import Splice
+from fxtunnel.errors import RemoteProtocolError
+from fxtunnel.model import SessionId
+from fxtunnel.protocol import frames
+from fxtunnel.protocol.credit import MIN_GROWTH_RTT_S, WindowBudget
+from fxtunnel.protocol.mux import Mux, MuxStatistics, Stream
+from fxtunnel.protocol.replay import ReplayRing
+
+logger = logging.getLogger(__name__)
+
+RECORD_BYTES: Final = 16_384
+WRITE_BYTES: Final = 262_144
+"""Handed to OpenSSL at once: it cuts records itself, which saves a Python call for each (about 10 % of a link's CPU)."""
+TURN_BYTES: Final = 262_144
+CROWD: Final = 3
+CROWDED_TURN_BYTES: Final = 65_536
+MIN_TURN_BYTES: Final = 4_096
+NOTSENT_LOWAT_BYTES: Final = 131_072
+"""Unsent bytes the kernel may hold for a link: interactive frames queue behind these."""
+GOODBYE_S: Final = 1.0
+
+
+class State(Enum):
+    """Where a session stands."""
+
+    HELD = "held"
+    UP = "up"
+    CLOSED = "closed"
+
+
+@dataclass(frozen=True, slots=True)
+class SessionConfig:
+    """Bounds of one session. Times in seconds, sizes in bytes."""
+
+    max_streams: int = 16_384
+    max_window_bytes: int = 16_777_216
+    ring_bytes: int = 1_048_576
+    max_ring_bytes: int = 16_777_216
+    resume: bool = True
+    hold_s: float = 30.0
+    heartbeat_s: float = 3.0
+    dead_after_s: float = 10.0
+
+
+class SessionOwner(Protocol):
+    """Who hears of a session's fate. Called from the reactor: no waiting."""
+
+    def on_link_down(self, session: "Session", reason: str) -> None:
+        """The link is lost and the session is held; a relay dials again."""
+
+    def on_closed(self, session: "Session", code: Code, text: str) -> None:
+        """The session is over; its streams have been reset."""
+
+
+@dataclass(frozen=True, slots=True)
+class SessionStatistics:
+    """A snapshot for status pages and metrics."""
+
+    id: SessionId
+    state: State
+    resumed: int
+    mux: MuxStatistics
+
+
+class Session:
+    """One resumable set of streams. Begins HELD, without a link; `attach` gives it one.
+
+    `received` may be quoted to the peer only while no link is attached: call `detach` first.
+    """
+
+    def __init__(
+        self,
+        reactor: Reactor,
+        session_id: SessionId,
+        owner: SessionOwner,
+        config: SessionConfig,
+        budget: WindowBudget,
+        on_open: Callable[["Session", Stream, frames.Opening], None] | None = None,
+    ) -> None:
+        self.id = session_id
+        self.state = State.HELD
+        self.resumed = 0
+        self._reactor = reactor
+        self._owner = owner
+        self._config = config
+        self._link: ssl.SSLSocket | None = None
+        self._links = 0
+        self._blocked = False
+        self._dirty = False
+        self._ready: deque[Splice] = deque()
+        self._last_arrival = reactor.now
+        self._timer: Timer | None = None
+        self.mux = Mux(
+            ReplayRing(min(config.ring_bytes, config.max_ring_bytes), keep=config.resume),
+            budget,
+            max_streams=config.max_streams,
+            max_window_bytes=config.max_window_bytes,
+            wake=self.wake,
+            on_open=None if on_open is None else lambda stream, opening: on_open(self, stream, opening),
+        )
+        self._hold()
+
+    @property
+    def received(self) -> int:
+        """Bytes of the peer's sequence that have arrived."""
+        return self.mux.parser.received
+
+    @property
+    def is_up(self) -> bool:
+        """Whether a link is attached."""
+        return self.state is State.UP
+
+    def statistics(self) -> SessionStatistics:
+        """Counters now."""
+        return SessionStatistics(self.id, self.state, self.resumed, self.mux.statistics())
+
+    def open_stream(self, tags: bytes, splice: Splice) -> Stream | None:
+        """Open a stream for `splice` (gateway); None when a limit is reached or the session is over."""
+        if self.state is State.CLOSED:
+            return None
+        return self.mux.open(tags, splice)
+
+    def attach(self, link: ssl.SSLSocket, peer_received: int, peer_window: int = 0) -> None:
+        """Run on `link` from now on: a non-blocking TLS socket after its hello. The session owns it.
+
+        Raises:
+            RemoteProtocolError: the peer wants bytes that are no longer kept, or were never sent. The link is not taken over.
+        """
+        if self.state is State.CLOSED:
+            raise RemoteProtocolError(Code.LINK_LOST, "the session is over")
+        self.detach("another link takes over")
+        self.mux.ring.rewind(peer_received)
+        for level, option, value in (
+            (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
+            (socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, NOTSENT_LOWAT_BYTES),
+        ):
+            link.setsockopt(level, option, value)
+        self._link = link
+        self._links += 1
+        self.resumed = self._links - 1
+        self.state = State.UP
+        self._blocked = False
+        self._last_arrival = self._reactor.now
+        self._reactor.register(link, self, STREAM_EVENTS)
+        self._reactor.again(self)  # TLS may have buffered frames behind the hello; no edge will tell
+        self._arm(self._config.heartbeat_s, self._beat)
+        self.mux.tick(self._reactor.now)
+        self.wake()
+
+    def detach(self, reason: str) -> None:
+        """Retire the current link, so that `received` stands still. The session is held."""
+        if self.state is State.UP:
+            self._drop_link()
+            self.state = State.HELD
+            self._hold()
+            logger.info("link of session %s retired: %s", self.id, reason)
+
+    def close(self, code: Code, text: str = "") -> None:
+        """End the session: GOAWAY to the peer, RST to every socket."""
+        if self.state is State.CLOSED:
+            return
+        if self._link is not None:
+            self.mux.queue(frames.encode_goaway(code, text))
+            if not self._blocked:
+                self._write(self._link)
+            self._drop_link(GOODBYE_S)
+        self._finish(code, text)
+
+    def want_turn(self, splice: Splice) -> None:
+        """A socket has bytes to read; it gets its turn. The splice keeps itself from asking twice."""
+        self._ready.append(splice)
+        self.wake()
+
+    def wake(self) -> None:
+        """There is something to send: write at the end of this turn."""
+        if not self._dirty:
+            self._dirty = True
+            self._reactor.flush_later(self)
+
+    def on_event(self, events: int) -> None:
+        """From the reactor: the link can be read or written."""
+        link = self._link
+        if link is None:
+            return
+        if events & WRITE and self._blocked:
+            self._blocked = False
+            self.wake()
+        if events & (READ | HANGUP | ERROR):
+            self._read(link)
+
+    def on_crash(self) -> None:
+        """From the reactor: a bug of ours ends this session, and no other."""
+        self.close(Code.INTERNAL_ERROR)
+
+    def flush(self) -> None:
+        """From the reactor, at the end of a turn: write what waits, and read more from sockets while the link takes it."""
+        self._dirty = False
+        link = self._link
+        if link is None or self._blocked:
+            return
+        if self.mux.overrun:
+            self.close(Code.OVERLOAD, "too many unacknowledged control frames")
+            return
+        if self._write(link) and self._ready:
+            self._fill()
+            if self._write(link) and self._ready and self.mux.data_room > MIN_TURN_BYTES:
+                self.wake()  # the rest in the next turn: others' events come between
+
+    def _fill(self) -> None:
+        """One turn: up to TURN_BYTES from the sockets that wait, round robin."""
+        ready, mux = self._ready, self.mux
+        quantum = CROWDED_TURN_BYTES if len(ready) > CROWD else TURN_BYTES - frames.HEADER_BYTES
+        filled = 0
+        while ready and filled < TURN_BYTES:
+            room = mux.data_room - frames.HEADER_BYTES
+            if room < MIN_TURN_BYTES:
+                self._grow_ring()
+                return
+            filled += ready.popleft().read_turn(quantum if quantum < room else room) or 256
+
+    def _grow_ring(self) -> None:
+        # Replay memory is full while data waits. On a long path that is the bandwidth-delay product; on a short one a slow peer.
+        ring = self.mux.ring
+        if self.mux.min_rtt_s > MIN_GROWTH_RTT_S and ring.size_bytes < self._config.max_ring_bytes:
+            ring.grow(min(ring.size_bytes * 2, self._config.max_ring_bytes))
+            self.wake()
+
+    def _write(self, link: ssl.SSLSocket) -> bool:
+        """Send what the ring holds. True: all of it; False: the link is full, or gone."""
+        mux = self.mux
+        ring = mux.ring
+        while True:
+            if ring.sent == ring.head:
+                mux.refill()
+                if ring.sent == ring.head:
+                    return True
+            try:
+                count = link.send(ring.unsent(WRITE_BYTES))
+            except (ssl.SSLWantWriteError, ssl.SSLWantReadError):
+                self._blocked = True
+                return False
+            except (OSError, ValueError) as exc:
+                self._lost(_reason(exc))
+                return False
+            ring.advance(count)
+
+    def _read(self, link: ssl.SSLSocket) -> None:
+        buffer = self._reactor.read_buffer
+        filled = 0
+        more = True
+        lost: str | None = None
+        try:
+            while filled <= READ_BUFFER_BYTES - RECORD_BYTES:
+                count = link.recv_into(buffer[filled:], RECORD_BYTES)
+                if not count:
+                    lost = "closed by the peer"
+                    break
+                filled += count
+        except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            more = False
+        except (OSError, ValueError) as exc:
+            lost = _reason(exc)
+        if filled:
+            self._last_arrival = self._reactor.now
+            try:
+                self.mux.receive(buffer[:filled], self._reactor.now)
+            except RemoteProtocolError as exc:
+                logger.warning("session %s: the peer broke the protocol: %s", self.id, exc)
+                self.close(exc.code, str(exc))
+                return
+            if self.mux.goaway is not None:
+                self._drop_link()
+                self._finish(*self.mux.goaway)
+                return
+            if self._ready or self.mux.ring.sent != self.mux.ring.head:
+                self.wake()
+        if lost is not None:
+            self._lost(lost)
+        elif more:
+            self._reactor.again(self)
+
+    def _lost(self, reason: str) -> None:
+        if self.state is not State.UP:
+            return
+        self._drop_link()
+        self.state = State.HELD
+        if not self._config.resume:
+            self._finish(Code.LINK_LOST, reason)
+            return
+        self._hold()
+        logger.info("link of session %s lost: %s; %d streams held", self.id, reason, len(self.mux.streams))
+        self._owner.on_link_down(self, reason)
+
+    def _drop_link(self, after_s: float = 0.0) -> None:
+        link, self._link = self._link, None
+        if link is None:
+            return
+        self._reactor.unregister(link)
+        if not after_s:
+            link.close()
+            return
+        try:
+            # A close with unread bytes would be a RST, which can overtake the GOAWAY.
+            socket.socket.shutdown(link, socket.SHUT_WR)
+        except OSError:
+            link.close()
+            return
+        self._reactor.call_later(after_s, link.close)
+
+    def _hold(self) -> None:
+        self._arm(self._config.hold_s, self._hold_over)
+
+    def _hold_over(self) -> None:
+        if self.state is State.HELD:
+            self._finish(Code.LINK_LOST, f"no link for {self._config.hold_s:g} s")
+
+    def _beat(self) -> None:
+        if self.state is not State.UP:
+            return
+        silent_s = self._reactor.now - self._last_arrival
+        if silent_s > self._config.dead_after_s:
+            self._lost(f"nothing arrived for {silent_s:.1f} s")
+            return
+        self.mux.tick(self._reactor.now)
+        self._arm(self._config.heartbeat_s, self._beat)
+
+    def _arm(self, delay_s: float, callback: Callable[[], None]) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self._reactor.call_later(delay_s, callback)
+
+    def _finish(self, code: Code, text: str) -> None:
+        if self.state is State.CLOSED:
+            return
+        self.state = State.CLOSED
+        if self._timer is not None:
+            self._timer.cancel()
+        self._ready.clear()
+        self.mux.reset_all(code)
+        self._owner.on_closed(self, code, text)
+
+
+def _reason(exc: Exception) -> str:
+    if isinstance(exc, ssl.SSLError):
+        return f"TLS: {exc.reason or exc}"
+    return str(exc.strerror) if isinstance(exc, OSError) and exc.strerror else str(exc)

@@ -1,0 +1,247 @@
+"""Pump: a plain socket joined to a stream, bytes both ways, with TCP's own endings: FIN for FIN, RST for RST."""
+
+import socket
+import struct
+from typing import TYPE_CHECKING, Final
+
+from fxtunnel.codes import Code
+from fxtunnel.engine.reactor import ERROR, HANGUP, READ, STREAM_EVENTS, WRITE, Reactor
+from fxtunnel.protocol.mux import Stream
+
+if TYPE_CHECKING:
+    from fxtunnel.engine.session import Session
+
+RESET_GRACE_S: Final = 0.5
+"""How long bytes that arrived before a RESET may still drain to a reader that moves, before it gets its RST."""
+_LINGER_NONE: Final = struct.pack("ii", 1, 0)
+
+
+def abort(sock: socket.socket) -> None:
+    """Close with RST, so that the other end can never take a broken transfer for a complete one."""
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_NONE)
+    finally:
+        sock.close()
+
+
+class Splice:
+    """A socket and the stream it is joined to. Owns the socket; `released` is called once, when it has been closed.
+
+    Subclasses say how the two come together (`on_accept`, `on_refuse`) and what is to be released.
+    """
+
+    __slots__ = (
+        "_aborting",
+        "_fin_wanted",
+        "_hung_up",
+        "_pending",
+        "_queued",
+        "_read_done",
+        "_readable",
+        "_write_blocked",
+        "closed",
+        "reactor",
+        "session",
+        "sock",
+        "stream",
+    )
+
+    def __init__(self, reactor: Reactor, sock: socket.socket) -> None:
+        self.reactor = reactor
+        self.sock = sock
+        self.session: Session | None = None
+        self.stream: Stream | None = None
+        self.closed = False
+        self._pending: bytearray | None = None
+        self._readable = False
+        self._queued = False
+        self._read_done = False
+        self._hung_up = False
+        self._write_blocked = False
+        self._fin_wanted = False
+        self._aborting = False
+
+    def join(self, session: "Session", stream: Stream) -> None:
+        """Carry the socket's bytes on this stream from now on."""
+        self.session = session
+        self.stream = stream
+        stream.endpoint = self
+        if self._readable:
+            self._queue_read()
+
+    def start(self) -> None:
+        """Begin to listen to the socket."""
+        self.reactor.register(self.sock, self, STREAM_EVENTS)
+
+    def released(self) -> None:
+        """The socket is closed; give back what was claimed for it."""
+
+    def read_turn(self, limit_bytes: int) -> int:
+        """Called by the session: read at most `limit_bytes` from the socket into one DATA frame. Returns how many there were."""
+        self._queued = False
+        stream, session = self.stream, self.session
+        if stream is None or session is None or stream.closed or not self._readable:
+            return 0
+        if limit_bytes > stream.send_credit:
+            limit_bytes = stream.send_credit
+        if limit_bytes <= 0:
+            return 0
+        slot = session.mux.ring.slot(limit_bytes)
+        try:
+            count = self.sock.recv_into(slot)
+        except BlockingIOError:
+            self._readable = False
+            return 0
+        except OSError:
+            self.fail(Code.PEER_RESET)
+            return 0
+        if not count:
+            self._readable = False
+            self._read_done = True
+            stream.fin()
+            self._close_if_done()
+            return 0
+        stream.sent(slot, count)
+        if count < limit_bytes and not self._hung_up:
+            # A short read has drained the socket (epoll(7), question 9); the next byte makes a new edge.
+            self._readable = False
+        elif stream.send_credit > 0:
+            self._queue_read()
+        return count
+
+    def on_event(self, events: int) -> None:
+        """From the reactor."""
+        if events & WRITE and self._write_blocked:
+            self._write_blocked = False
+            self._drain()
+            if self.closed:
+                return
+        if events & (READ | HANGUP | ERROR):
+            if events & HANGUP:
+                self._hung_up = True
+            self._readable = True
+            stream = self.stream
+            stalled = self._read_done or stream is None or stream.send_credit <= 0
+            if not stalled:
+                self._queue_read()
+            elif events & ERROR and self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+                # Nobody will read this socket soon, so the reset would not be seen on the way.
+                self.fail(Code.PEER_RESET)
+
+    def on_crash(self) -> None:
+        """From the reactor: a bug of ours; this stream ends, nothing else does."""
+        self.fail(Code.INTERNAL_ERROR)
+
+    def on_accept(self) -> None:
+        """See `Endpoint`."""
+
+    def on_refuse(self, code: Code, text: str) -> None:
+        """See `Endpoint`."""
+        self.abort()
+
+    def on_redirect(self, relay: str) -> None:
+        """See `Endpoint`."""
+        self.abort()
+
+    def on_data(self, data: memoryview) -> None:
+        """See `Endpoint`."""
+        if self.closed:
+            return
+        if not self._write_blocked and not self._pending:
+            try:
+                count = self.sock.send(data)
+            except BlockingIOError:
+                count = 0
+            except OSError:
+                self.fail(Code.PEER_RESET)
+                return
+            if count:
+                self.stream.consumed(count)  # type: ignore[union-attr]  # data comes from a stream
+                if count == len(data):
+                    return
+            self._write_blocked = True
+            data = data[count:]
+        if self._pending is None:
+            self._pending = bytearray()
+        self._pending += data
+
+    def on_fin(self) -> None:
+        """See `Endpoint`."""
+        self._fin_wanted = True
+        if not self._pending and not self._write_blocked:
+            self._shut_write()
+
+    def on_reset(self, code: Code) -> None:
+        """See `Endpoint`."""
+        if self._pending and not self.closed:
+            self._aborting = True
+            self.reactor.call_later(RESET_GRACE_S, self.abort)
+        else:
+            self.abort()
+
+    def on_credit(self) -> None:
+        """See `Endpoint`."""
+        if self._readable:
+            self._queue_read()
+
+    def fail(self, code: Code) -> None:
+        """The socket is broken, or has to go: RESET to the stream, RST to the socket."""
+        if self.stream is not None:
+            self.stream.reset(code)
+        self.abort()
+
+    def abort(self) -> None:
+        """RST to the socket. The stream has been dealt with. May be repeated."""
+        if not self.closed:
+            self._let_go()
+            abort(self.sock)
+            self.released()
+
+    def _queue_read(self) -> None:
+        if not self._queued and not self._read_done and self.session is not None:
+            self._queued = True
+            self.session.want_turn(self)
+
+    def _drain(self) -> None:
+        pending = self._pending
+        if pending:
+            try:
+                count = self.sock.send(pending)
+            except BlockingIOError:
+                self._write_blocked = True
+                return
+            except OSError:
+                self.fail(Code.PEER_RESET)
+                return
+            if count == len(pending):
+                self._pending = None
+            else:
+                del pending[:count]
+                self._write_blocked = True
+            self.stream.consumed(count)  # type: ignore[union-attr]  # pending bytes came from a stream
+            if self._write_blocked:
+                return
+        if self._aborting:
+            self.abort()
+        elif self._fin_wanted:
+            self._shut_write()
+
+    def _shut_write(self) -> None:
+        if self._read_done:
+            self._close_if_done()
+            return
+        try:
+            self.sock.shutdown(socket.SHUT_WR)
+        except OSError:
+            self.fail(Code.PEER_RESET)
+
+    def _close_if_done(self) -> None:
+        if self._read_done and self._fin_wanted and not self._pending and not self._write_blocked and not self.closed:
+            self._let_go()
+            self.sock.close()
+            self.released()
+
+    def _let_go(self) -> None:
+        self.closed = True
+        self._readable = False
+        self.reactor.unregister(self.sock)

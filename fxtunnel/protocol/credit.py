@@ -1,0 +1,112 @@
+"""Pure: receive windows. How much a stream may be sent before its reader has taken anything, and how that grows.
+
+Two kinds of memory are promised. A *first window* is promised to every stream, and shrinks in steps while many streams are open, so that
+thousands of readers that never read cannot fill the memory. *Growth* goes to streams whose reader keeps up, from a budget of its own, so
+stalled readers cannot take it from working ones.
+"""
+
+from typing import Final
+
+from fxtunnel.protocol.frames import EARLY_BYTES
+
+FIRST_WINDOW_BYTES: Final = 32_768
+CROWDED_WINDOW_BYTES: Final = 8_192
+SMALLEST_WINDOW_BYTES: Final = EARLY_BYTES
+LOCAL_WINDOW_BYTES: Final = 1_048_576
+"""How far a window grows on a short path: enough to keep both ends busy. Larger windows cost little less CPU and queue
+interactive streams behind bulk ones (docs/adr/0004)."""
+FAST_CONSUMPTION_S: Final = 1.0
+MIN_GROWTH_RTT_S: Final = 0.002
+"""Windows grow past LOCAL_WINDOW_BYTES only when the path's minimum round trip is longer than this; without the floor, queueing delay
+that the window itself causes would be taken for path length, and grow it for ever."""
+
+
+class WindowBudget:
+    """What one daemon has promised to buffer for its peers' streams."""
+
+    __slots__ = ("_first_bytes", "_growth_bytes", "grown_bytes", "promised_bytes")
+
+    def __init__(self, memory_bytes: int) -> None:
+        self._first_bytes = memory_bytes * 3 // 8
+        self._growth_bytes = memory_bytes // 4
+        self.promised_bytes = 0
+        self.grown_bytes = 0
+
+    def take_first(self) -> int:
+        """A first window for one more stream, or 0 when there is no memory left for it. Give it back with `release`."""
+        promised = self.promised_bytes
+        limit = self._first_bytes
+        if promised < limit >> 1:
+            window = FIRST_WINDOW_BYTES
+        elif promised < limit - (limit >> 2):
+            window = CROWDED_WINDOW_BYTES
+        elif promised < limit:
+            window = SMALLEST_WINDOW_BYTES
+        else:
+            return 0
+        self.promised_bytes = promised + window
+        return window
+
+    def take_growth(self, wanted_bytes: int) -> int:
+        """Up to `wanted_bytes` more for a stream whose reader keeps up."""
+        granted = min(wanted_bytes, self._growth_bytes - self.grown_bytes)
+        if granted <= 0:
+            return 0
+        self.grown_bytes += granted
+        return granted
+
+    def release(self, first_bytes: int, grown_bytes: int) -> None:
+        """A stream has ended."""
+        self.promised_bytes -= first_bytes
+        self.grown_bytes -= grown_bytes
+
+
+class ReceiveWindow:
+    """The receive side of one stream's credit.
+
+    `left_bytes` is what the peer may still send; going below zero is its fault (`flow-control`).
+    """
+
+    __slots__ = ("_budget", "_consumed", "_first", "_measured", "_since", "left_bytes", "window_bytes")
+
+    def __init__(self, budget: WindowBudget, first_bytes: int) -> None:
+        self._budget = budget
+        self._first = first_bytes
+        self._consumed = 0
+        self._measured = 0
+        self._since = 0.0
+        self.window_bytes = first_bytes
+        self.left_bytes = first_bytes
+
+    def consumed(self, amount_bytes: int) -> bool:
+        """The reader took that much. True when credit should be returned now (`grant`): a quarter of the window is free."""
+        self._consumed += amount_bytes
+        return self._consumed << 2 >= self.window_bytes
+
+    def grant(self, now: float, min_rtt_s: float, max_window_bytes: int) -> int:
+        """Credit to return, in bytes; the window grows on the way when the reader has kept up with a whole window of it."""
+        amount = self._consumed
+        self._consumed = 0
+        self._measured += amount
+        window = self.window_bytes
+        if self._measured >= window:
+            elapsed = now - self._since
+            wanted = 0
+            if elapsed < FAST_CONSUMPTION_S and window < LOCAL_WINDOW_BYTES:
+                wanted = window
+            elif min_rtt_s > MIN_GROWTH_RTT_S and elapsed > 0 and window < max_window_bytes:
+                # Twice the bandwidth-delay product of what this stream achieves now, at most doubling at a time.
+                target = int(2 * min_rtt_s * self._measured / elapsed)
+                wanted = min(window, target - window if target > window else 0, max_window_bytes - window)
+            if wanted > 0:
+                growth = self._budget.take_growth(wanted)
+                self.window_bytes = window + growth
+                amount += growth
+            self._measured = 0
+            self._since = now
+        self.left_bytes += amount
+        return amount
+
+    def close(self) -> None:
+        """Give the memory back. Call once."""
+        self._budget.release(self._first, self.window_bytes - self._first)

@@ -1,0 +1,388 @@
+"""Pure: the streams of one session. Bytes and `now` in; frames in a ring and calls to endpoints out. No sockets.
+
+    OPEN → (ACCEPT | REFUSE | REDIRECT) → DATA, CREDIT, FIN each way → closed        RESET from anywhere → closed
+
+The gateway opens, the relay accepts (PROTOCOL.md, 6). What a stream is attached to is its `Endpoint`: the engine's is a socket.
+"""
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+from fxtunnel.codes import Code
+from fxtunnel.errors import LocalProtocolError, RemoteProtocolError
+from fxtunnel.protocol import frames
+from fxtunnel.protocol.credit import ReceiveWindow, WindowBudget
+from fxtunnel.protocol.frames import EARLY_BYTES, MAX_CREDIT, MAX_STREAM_ID, Opening
+from fxtunnel.protocol.parser import FrameParser
+from fxtunnel.protocol.replay import ReplayRing
+
+ACK_EVERY_BYTES: Final = 131_072
+"""A receiver acknowledges at least this often (PROTOCOL.md, 7)."""
+RING_RESERVE_BYTES: Final = 16_384
+"""Room in the ring that DATA leaves to control frames, so that ACK and CREDIT get through when replay memory is full."""
+MAX_OVERFLOW_BYTES: Final = 4_194_304
+"""Control frames that wait for room in the ring, at most; a peer that drives it further is cut off."""
+RTT_SAMPLES: Final = 16
+
+
+class Endpoint(Protocol):
+    """What a stream is attached to. None of these may raise or block."""
+
+    def on_accept(self) -> None:
+        """The other end has reached the service."""
+
+    def on_refuse(self, code: Code, text: str) -> None:
+        """The other end will not take this stream; it is closed. `stream.early` still holds what was sent."""
+
+    def on_redirect(self, relay: str) -> None:
+        """The stream should be opened on `relay` instead; it is closed here."""
+
+    def on_data(self, data: memoryview) -> None:
+        """Bytes arrived. Valid only during the call. Call `stream.consumed` when they have left."""
+
+    def on_fin(self) -> None:
+        """Nothing more arrives."""
+
+    def on_reset(self, code: Code) -> None:
+        """The stream is gone, both ways; `code` says why."""
+
+    def on_credit(self) -> None:
+        """Sending was out of credit and may go on."""
+
+
+class Stream:
+    """One stream. Made by `Mux.open` or handed to `on_open`; every method does nothing once it is closed."""
+
+    __slots__ = (
+        "accepted",
+        "bytes_in",
+        "bytes_out",
+        "closed",
+        "early",
+        "endpoint",
+        "fin_received",
+        "fin_sent",
+        "id",
+        "mux",
+        "send_credit",
+        "window",
+    )
+
+    def __init__(self, mux: "Mux", stream_id: int, endpoint: Endpoint | None, window: ReceiveWindow, send_credit: int) -> None:
+        self.mux = mux
+        self.id = stream_id
+        self.endpoint = endpoint
+        self.window = window
+        self.send_credit = send_credit
+        self.early: bytearray | None = None
+        self.accepted = False
+        self.fin_sent = False
+        self.fin_received = False
+        self.closed = False
+        self.bytes_in = 0
+        self.bytes_out = 0
+
+    def accept(self) -> None:
+        """The service is reached: the opener may go on."""
+        if not self.closed and not self.accepted:
+            self.accepted = True
+            self.mux.queue(frames.encode_accept(self.id, self.window.window_bytes))
+
+    def refuse(self, code: Code, text: str = "") -> None:
+        """Turn the opening down; the opener may try elsewhere."""
+        if not self.closed:
+            self.mux.queue(frames.encode_refuse(self.id, code, text))
+            self.mux.forget(self)
+
+    def redirect(self, relay: str) -> None:
+        """Send the opener to another relay."""
+        if not self.closed:
+            self.mux.queue(frames.encode(frames.REDIRECT, self.id, relay.encode()))
+            self.mux.forget(self)
+
+    def sent(self, slot: memoryview, length: int) -> None:
+        """The first `length` bytes of the ring's slot become a DATA frame. At most `send_credit` bytes."""
+        self.mux.ring.commit_data(self.id, length)
+        self.send_credit -= length
+        self.bytes_out += length
+        if self.early is not None:
+            self.early += slot[:length]
+
+    def replay(self, early: bytes | bytearray) -> None:
+        """Send again what an earlier stream sent before its ACCEPT; at most EARLY_BYTES, before anything else."""
+        if early:
+            self.mux.queue(frames.encode(frames.DATA, self.id, bytes(early)))
+            self.send_credit -= len(early)
+            self.bytes_out += len(early)
+            self.early = bytearray(early)
+
+    def fin(self) -> None:
+        """Nothing more will be sent."""
+        if not self.closed and not self.fin_sent:
+            self.fin_sent = True
+            self.mux.queue(frames.encode_fin(self.id))
+            if self.fin_received:
+                self.mux.forget(self)
+
+    def reset(self, code: Code) -> None:
+        """End both directions."""
+        if not self.closed:
+            self.mux.queue(frames.encode_reset(self.id, code))
+            self.mux.forget(self)
+
+    def consumed(self, amount_bytes: int) -> None:
+        """The reader took that many of the bytes that arrived: credit goes back in time."""
+        if self.window.consumed(amount_bytes) and not self.fin_received and not self.closed:
+            mux = self.mux
+            mux.queue(frames.encode_credit(self.id, self.window.grant(mux.now, mux.min_rtt_s, mux.max_window_bytes)))
+
+
+@dataclass(frozen=True, slots=True)
+class MuxStatistics:
+    """A snapshot of one session's counters."""
+
+    streams: int
+    opened: int
+    bytes_in: int
+    bytes_out: int
+    min_rtt_s: float
+    unacked_bytes: int
+
+
+class Mux:
+    """The streams of one session and its two byte sequences.
+
+    Feed what arrives to `receive`; send what `ring.unsent` shows; call `tick` every heartbeat. `on_open` is called for each OPEN (relay);
+    it sets `stream.endpoint` before it returns, or refuses. `wake` is called whenever something was queued. Not for several threads.
+    """
+
+    def __init__(
+        self,
+        ring: ReplayRing,
+        budget: WindowBudget,
+        *,
+        max_streams: int,
+        max_window_bytes: int,
+        wake: Callable[[], None],
+        on_open: Callable[[Stream, Opening], None] | None = None,
+    ) -> None:
+        self.ring = ring
+        self.parser = FrameParser(self)
+        self.streams: dict[int, Stream] = {}
+        self.now = 0.0
+        self.max_window_bytes = max_window_bytes
+        self.min_rtt_s = 0.0
+        self.goaway: tuple[Code, str] | None = None
+        self.bytes_in = 0
+        self.opened = 0
+        self._budget = budget
+        self._max_streams = max_streams
+        self._wake = wake
+        self._on_open = on_open
+        self._last_id = 0
+        self._acked_to_peer = 0
+        self._overflow = bytearray()
+        self._rtts: deque[float] = deque(maxlen=RTT_SAMPLES)
+
+    @property
+    def data_room(self) -> int:
+        """How many payload bytes a DATA frame written now may have; 0 or less: wait for ACKs."""
+        if self._overflow:
+            return 0
+        return self.ring.free_bytes - RING_RESERVE_BYTES
+
+    def queue(self, frame: bytes) -> None:
+        """Queue a control frame behind everything queued so far. See `overrun`."""
+        self._wake()
+        if not self._overflow and self.ring.free_bytes >= len(frame):
+            self.ring.append(frame)
+        elif not self.overrun:
+            self._overflow += frame
+
+    @property
+    def overrun(self) -> bool:
+        """The peer makes us answer without ever acknowledging: close the session with `overload`."""
+        return len(self._overflow) > MAX_OVERFLOW_BYTES
+
+    def open(self, tags: bytes, endpoint: Endpoint) -> Stream | None:
+        """Open a stream (gateway). `tags` come from `encode_tags`. None when a limit is reached."""
+        if len(self.streams) >= self._max_streams or self._last_id >= MAX_STREAM_ID:
+            return None
+        first = self._budget.take_first()
+        if not first:
+            return None
+        self._last_id += 1
+        stream = Stream(self, self._last_id, endpoint, ReceiveWindow(self._budget, first), EARLY_BYTES)
+        stream.early = bytearray()
+        self.streams[stream.id] = stream
+        self.opened += 1
+        self.queue(frames.encode_open(stream.id, first, tags))
+        return stream
+
+    def forget(self, stream: Stream) -> None:
+        """The stream is closed; frames for it that are still under way are ignored."""
+        stream.closed = True
+        if self.streams.pop(stream.id, None) is not None:
+            stream.window.close()
+
+    def receive(self, data: memoryview, now: float) -> None:
+        """Take the next bytes of the peer's sequence.
+
+        Raises:
+            RemoteProtocolError: the peer broke the rules; close the session with the error's code.
+        """
+        self.now = now
+        self.bytes_in += len(data)
+        self.parser.feed(data)
+        if self.ring.keep and self.parser.received - self._acked_to_peer >= ACK_EVERY_BYTES:
+            self._queue_ack()
+
+    def tick(self, now: float) -> None:
+        """Once a heartbeat: PING, and an ACK of what has arrived."""
+        self.now = now
+        self._queue_ack()
+        self.queue(frames.encode_u64(frames.PING, int(now * 1e6)))
+
+    def refill(self) -> None:
+        """Move control frames that waited for room into the ring. Call after ACKs or `advance`."""
+        if self._overflow:
+            step = min(len(self._overflow), self.ring.free_bytes)
+            if step > 0:
+                self.ring.append(self._overflow[:step])
+                del self._overflow[:step]
+
+    def reset_all(self, code: Code) -> None:
+        """The session is over: every endpoint hears `on_reset`."""
+        for stream in list(self.streams.values()):
+            self.forget(stream)
+            if stream.endpoint is not None:
+                stream.endpoint.on_reset(code)
+
+    def statistics(self) -> MuxStatistics:
+        """Counters now."""
+        ring = self.ring
+        return MuxStatistics(len(self.streams), self.opened, self.bytes_in, ring.sent, self.min_rtt_s, ring.sent - ring.acked)
+
+    def on_data_header(self, stream_id: int, length: int) -> None:
+        """From the parser: a DATA frame begins."""
+        stream = self.streams.get(stream_id)
+        if stream is None:
+            if stream_id > self._last_id:
+                raise RemoteProtocolError(Code.PROTOCOL_ERROR, f"DATA on stream {stream_id} that was never opened")
+            return
+        if stream.fin_received:
+            raise RemoteProtocolError(Code.PROTOCOL_ERROR, f"DATA after FIN on stream {stream_id}")
+        window = stream.window
+        window.left_bytes -= length
+        if window.left_bytes < 0:
+            raise RemoteProtocolError(Code.FLOW_CONTROL, f"{-window.left_bytes} bytes over credit on stream {stream_id}")
+        stream.bytes_in += length
+
+    def on_data(self, stream_id: int, data: memoryview) -> None:
+        """From the parser: bytes of the DATA frame."""
+        stream = self.streams.get(stream_id)
+        if stream is not None and stream.endpoint is not None:
+            stream.endpoint.on_data(data)
+
+    def on_frame(self, kind: int, stream_id: int, payload: memoryview) -> None:
+        """From the parser: any other frame, whole."""
+        if stream_id:
+            if kind == frames.OPEN:
+                self._opened_by_peer(stream_id, payload)
+                return
+            stream = self.streams.get(stream_id)
+            if stream is not None:
+                self._on_stream_frame(kind, stream, payload)
+            elif stream_id > self._last_id and kind in frames.MAX_LENGTH:
+                raise RemoteProtocolError(Code.PROTOCOL_ERROR, f"frame 0x{kind:02x} on stream {stream_id} that was never opened")
+        elif kind == frames.ACK:
+            self.ring.acknowledge(frames.decode_u64(payload))
+        elif kind == frames.PING:
+            self._queue_ack()
+            self.queue(frames.encode_u64(frames.PONG, frames.decode_u64(payload)))
+        elif kind == frames.PONG:
+            self._sample_rtt(frames.decode_u64(payload))
+        elif kind == frames.GOAWAY:
+            self.goaway = (Code.from_wire(frames.decode_u16(payload)), frames.decode_text(payload))
+
+    def _on_stream_frame(self, kind: int, stream: Stream, payload: memoryview) -> None:
+        endpoint = stream.endpoint
+        if endpoint is None:
+            raise LocalProtocolError(f"stream {stream.id} has no endpoint")
+        if kind == frames.CREDIT:
+            self._credit(stream, endpoint, frames.decode_u32(payload))
+        elif kind == frames.FIN:
+            if stream.fin_received:
+                raise RemoteProtocolError(Code.PROTOCOL_ERROR, f"second FIN on stream {stream.id}")
+            stream.fin_received = True
+            if stream.fin_sent:
+                self.forget(stream)
+            endpoint.on_fin()
+        elif kind == frames.RESET:
+            self.forget(stream)
+            endpoint.on_reset(Code.from_wire(frames.decode_u16(payload)))
+        elif kind in (frames.ACCEPT, frames.REFUSE, frames.REDIRECT):
+            self._answered(kind, stream, endpoint, payload)
+
+    def _answered(self, kind: int, stream: Stream, endpoint: Endpoint, payload: memoryview) -> None:
+        if self._on_open is not None or stream.accepted:
+            raise RemoteProtocolError(Code.PROTOCOL_ERROR, f"frame 0x{kind:02x} on stream {stream.id} that was not being opened")
+        if kind == frames.ACCEPT:
+            window = frames.decode_u32(payload)
+            if not EARLY_BYTES <= window <= MAX_CREDIT:
+                raise RemoteProtocolError(Code.FLOW_CONTROL, f"ACCEPT with a window of {window}")
+            stream.accepted = True
+            stream.early = None
+            was_blocked = stream.send_credit <= 0
+            stream.send_credit += window - EARLY_BYTES
+            endpoint.on_accept()
+            if was_blocked and stream.send_credit > 0 and not stream.closed:
+                endpoint.on_credit()
+            return
+        self.forget(stream)
+        if kind == frames.REFUSE:
+            endpoint.on_refuse(Code.from_wire(frames.decode_u16(payload)), frames.decode_text(payload))
+        else:
+            endpoint.on_redirect(bytes(payload).decode("ascii", "replace"))
+
+    def _credit(self, stream: Stream, endpoint: Endpoint, amount: int) -> None:
+        before = stream.send_credit
+        if not 0 < amount <= MAX_CREDIT - before:
+            raise RemoteProtocolError(Code.FLOW_CONTROL, f"CREDIT of {amount} on top of {before}")
+        stream.send_credit = before + amount
+        if before <= 0:
+            endpoint.on_credit()
+
+    def _opened_by_peer(self, stream_id: int, payload: memoryview) -> None:
+        if self._on_open is None or stream_id <= self._last_id:
+            raise RemoteProtocolError(Code.PROTOCOL_ERROR, f"OPEN of stream {stream_id} is not in order")
+        self._last_id = stream_id
+        try:
+            window, opening = frames.decode_open(payload)
+        except frames.UnsupportedTag as unsupported:
+            self.queue(frames.encode_refuse(stream_id, Code.UNSUPPORTED, str(unsupported)))
+            return
+        if not 0 < window <= MAX_CREDIT:
+            raise RemoteProtocolError(Code.FLOW_CONTROL, f"OPEN with a window of {window}")
+        first = self._budget.take_first() if len(self.streams) < self._max_streams else 0
+        if not first:
+            self.queue(frames.encode_refuse(stream_id, Code.BUSY, "streams or memory used up"))
+            return
+        stream = Stream(self, stream_id, None, ReceiveWindow(self._budget, first), window)
+        self.streams[stream_id] = stream
+        self.opened += 1
+        self._on_open(stream, opening)
+
+    def _queue_ack(self) -> None:
+        received = self.parser.received
+        if self.ring.keep and received > self._acked_to_peer:
+            self._acked_to_peer = received
+            self.queue(frames.encode_u64(frames.ACK, received))
+
+    def _sample_rtt(self, opaque: int) -> None:
+        rtt = self.now - opaque / 1e6
+        if 0 <= rtt < 60:
+            self._rtts.append(max(rtt, 1e-6))
+            self.min_rtt_s = min(self._rtts)

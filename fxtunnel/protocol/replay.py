@@ -1,0 +1,145 @@
+"""Pure: one ring of bytes that is send queue and replay memory at once.
+
+Three counters over the session's byte sequence, `acked <= sent <= head`:
+
+    ... forgotten | acked ... sent | sent ... head | free ...
+                    kept for replay   to be sent
+
+Frames are written once, at `head`, straight from the socket, and go to TLS from there. What the peer acknowledges is free again. A
+lost link costs nothing: `sent` goes back to what the peer has. (A deque of buffers was measured first: a 256 KiB buffer
+pinned by a 5 KiB frame made the replay memory unbounded in practice.)
+"""
+
+from typing import Final
+
+from fxtunnel.codes import Code
+from fxtunnel.errors import LocalProtocolError, RemoteProtocolError
+from fxtunnel.protocol.frames import DATA, HEADER, HEADER_BYTES, MAX_DATA_BYTES
+
+SLACK_BYTES: Final = MAX_DATA_BYTES + HEADER_BYTES
+"""Room behind the ring so that a frame that crosses its end is still read and written in one piece."""
+
+
+class ReplayRing:
+    """The sending half of a session's byte sequence.
+
+    With `keep=False` bytes count as acknowledged once they are sent: no resumption.
+    Memory is `size_bytes` + 256 KiB, touched only as far as it is used.
+    """
+
+    __slots__ = ("_buffer", "_peer_ack", "_size", "_view", "acked", "head", "keep", "sent")
+
+    def __init__(self, size_bytes: int, *, keep: bool = True) -> None:
+        self._size = size_bytes
+        self._buffer = bytearray(size_bytes + SLACK_BYTES)
+        self._view = memoryview(self._buffer)
+        self._peer_ack = 0
+        self.keep = keep
+        self.acked = 0
+        self.sent = 0
+        self.head = 0
+
+    @property
+    def size_bytes(self) -> int:
+        """How much may be unacknowledged."""
+        return self._size
+
+    @property
+    def free_bytes(self) -> int:
+        """How much may be written now."""
+        return self._size - (self.head - self.acked)
+
+    @property
+    def unsent_bytes(self) -> int:
+        """How much waits to be sent."""
+        return self.head - self.sent
+
+    def append(self, frame: bytes | bytearray) -> None:
+        """Queue whole frames. The caller has checked `free_bytes`."""
+        length = len(frame)
+        if length > self._size - (self.head - self.acked):
+            raise LocalProtocolError("replay ring overrun")
+        position = self.head % self._size
+        end = position + length
+        if end <= self._size:
+            self._buffer[position:end] = frame
+        else:
+            first = self._size - position
+            self._buffer[position : self._size] = frame[:first]
+            self._buffer[: length - first] = frame[first:]
+        self.head += length
+
+    def slot(self, limit_bytes: int) -> memoryview:
+        """Where the payload of a DATA frame of up to `limit_bytes` may be read into; then call `commit_data`.
+
+        The caller keeps `limit_bytes` within `free_bytes - 8` and within 256 KiB.
+        """
+        start = self.head % self._size + HEADER_BYTES
+        return self._view[start : start + limit_bytes]
+
+    def commit_data(self, stream_id: int, length: int) -> None:
+        """Turn the first `length` bytes of the slot into a DATA frame."""
+        position = self.head % self._size
+        HEADER.pack_into(self._buffer, position, DATA << 24 | length, stream_id)
+        over = position + HEADER_BYTES + length - self._size
+        if over > 0:
+            self._buffer[:over] = self._buffer[self._size : self._size + over]
+        self.head += HEADER_BYTES + length
+
+    def unsent(self, limit_bytes: int) -> memoryview:
+        """The next bytes to send, in one piece. The same call later starts with the same bytes and is never shorter."""
+        position = self.sent % self._size
+        length = self.head - self.sent
+        if length > limit_bytes:
+            length = limit_bytes
+        if position + length > self._size:
+            length = self._size - position
+        return self._view[position : position + length]
+
+    def advance(self, length: int) -> None:
+        """`length` bytes have been given to the link."""
+        self.sent += length
+        if not self.keep:
+            self.acked = self.sent
+        elif self._peer_ack > self.acked:
+            self.acked = min(self._peer_ack, self.sent)
+
+    def acknowledge(self, received: int) -> None:
+        """The peer has `received` bytes. A write that is under way keeps its bytes until `advance`.
+
+        Raises:
+            RemoteProtocolError: the peer claims bytes that were never written.
+        """
+        if received > self.head:
+            raise RemoteProtocolError(Code.PROTOCOL_ERROR, f"ACK of {received}, written {self.head}")
+        if received > self._peer_ack:
+            self._peer_ack = received
+            if self.keep:
+                self.acked = max(self.acked, min(received, self.sent))
+
+    def rewind(self, received: int) -> None:
+        """Go on at the byte the peer has not seen, on a new link.
+
+        Raises:
+            RemoteProtocolError: that byte is not kept any more, or was never written.
+        """
+        if not self.acked <= received <= self.head or received < self._peer_ack:
+            raise RemoteProtocolError(Code.PROTOCOL_ERROR, f"resume at {received}, kept {self.acked} to {self.head}")
+        self._peer_ack = received
+        self.sent = received
+        self.acked = received
+
+    def grow(self, size_bytes: int) -> None:
+        """Make room for more unacknowledged bytes; contents and counters stay."""
+        if size_bytes <= self._size:
+            return
+        old_view, old_size = self._view, self._size
+        self._size = size_bytes
+        self._buffer = bytearray(size_bytes + SLACK_BYTES)
+        self._view = memoryview(self._buffer)
+        at = self.acked
+        while at < self.head:
+            source, target = at % old_size, at % size_bytes
+            step = min(self.head - at, old_size - source, size_bytes - target)
+            self._view[target : target + step] = old_view[source : source + step]
+            at += step
