@@ -1,0 +1,57 @@
+# `make demo` and `make test` are all a newcomer needs. Everything else is here too.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PYTEST_ARGS ?=
+WORKERS ?= 2
+
+.PHONY: help demo test check lint types bench fuzz requirements clean
+
+help:
+	@echo "make demo    a gateway, two relays and a small service; traffic; a tunnel cut on purpose   (KEEP=1 leaves it up)"
+	@echo "make test    all tests; system tests use sshd, nginx and redis-server where installed"
+	@echo "make check   ruff, mypy --strict and make test: what CI runs"
+	@echo "make bench   side by side with nginx and ssh   (BENCH_ARGS='--quick --only bulk')"
+	@echo "make fuzz    a million malformed frames   (FRAMES=1000000)"
+
+$(READY): requirements/dev.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "python 3.11 or newer is needed (PYTHON=python3.12 make ...)"; exit 2; }
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || sh .ci/venv-package
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing pinned requirements into $(VENV) ..."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/dev.txt
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+demo: $(READY)
+	@$(BIN)/python examples/demo.py
+
+test: $(READY)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(PYTEST_ARGS)
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(READY)
+	$(BIN)/mypy
+
+check: lint types test
+
+bench: $(READY)
+	$(BIN)/python -m benchmarks $(BENCH_ARGS)
+
+FRAMES ?= 1000000
+fuzz: $(READY)
+	$(BIN)/python -m tests.fuzz --frames $(FRAMES)
+
+requirements: $(READY)
+	$(BIN)/python -m pip install --quiet pip-tools
+	$(BIN)/pip-compile -q --generate-hashes --no-emit-index-url --no-emit-trusted-host --no-emit-find-links --strip-extras \
+	    --output-file requirements/run.txt pyproject.toml
+	$(BIN)/pip-compile -q --generate-hashes --no-emit-index-url --no-emit-trusted-host --no-emit-find-links --strip-extras --allow-unsafe \
+	    --extra dev --output-file requirements/dev.txt pyproject.toml
+
+clean:
+	rm -rf $(VENV) benchmarks/build .mypy_cache .ruff_cache .pytest_cache .hypothesis
