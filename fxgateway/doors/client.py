@@ -7,7 +7,6 @@ from fxgateway.routing.table import Forward, Reject
 from fxtunnel.codes import Code
 from fxtunnel.engine.splice import Splice
 from fxtunnel.model import RelayId
-from fxtunnel.protocol.frames import Opening, encode_tags
 
 if TYPE_CHECKING:
     from fxgateway.doors.door import Door
@@ -35,7 +34,7 @@ class Client(Splice):
 
     def begin(self, peer: str) -> None:
         """Choose a relay and open the stream; `peer` is the client's ip:port as OPEN carries it."""
-        if self._forward(b"", encode_tags(Opening(self.door.service, peer, self.door.name))):
+        if self._forward(b"", self.door.tags(peer)):
             self.start()
 
     @property

@@ -13,7 +13,7 @@ from fxtunnel.engine.reactor import LISTENER_EVENTS, Reactor, Timer
 from fxtunnel.engine.splice import abort
 from fxtunnel.kit.settings import Address
 from fxtunnel.model import RelayId, ServiceName
-from fxtunnel.protocol.frames import Opening, encode_tags
+from fxtunnel.protocol.frames import TAG_CLIENT, Opening, encode_tag, encode_tags
 
 if TYPE_CHECKING:
     from fxgateway.tunnels.registry import LiveRelay
@@ -66,6 +66,7 @@ class Door:
     def __init__(self, reactor: Reactor, config: DoorConfig, relays: Relays, admission: Admission) -> None:
         self.reactor = reactor
         self.config = config
+        self._tags = encode_tags(Opening(config.service, door=config.name))
         self.relays = relays
         self.admission = admission
         self.clients: set[Client] = set()
@@ -99,6 +100,7 @@ class Door:
     def reconfigure(self, config: DoorConfig) -> None:
         """New clients get what `config` says; those that are in keep what they have."""
         self.config = config
+        self._tags = encode_tags(Opening(config.service, door=config.name))
 
     def close(self) -> None:
         """Stop listening."""
@@ -135,7 +137,11 @@ class Door:
             peer = _peer_text(client.sock.getpeername())
         except OSError:
             peer = client.address
-        return encode_tags(Opening(self.service, peer, self.name))
+        return self.tags(peer)
+
+    def tags(self, peer: str) -> bytes:
+        """OPEN's tags for a client; `peer` is its ip:port, or empty."""
+        return self._tags + encode_tag(TAG_CLIENT, peer) if peer else self._tags
 
     def on_event(self, events: int) -> None:
         """From the reactor: clients wait."""

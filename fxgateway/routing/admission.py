@@ -1,7 +1,8 @@
 """Pure: who may come in: connections in all, per door and per source address, and how fast one source may open them (docs/dos.md)."""
 
 import ipaddress
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Final
 
@@ -22,6 +23,8 @@ class AdmissionLimits:
     open_rate_per_source_per_s: float = 100.0
     open_burst_per_source: int = 200
     exempt: tuple[Network, ...] = ()
+    per_door: Mapping[str, int] = field(default_factory=dict)
+    """Doors whose bound is not `connections_per_door`."""
 
 
 class Verdict(Enum):
@@ -67,7 +70,7 @@ class Admission:
         if self.connections >= limits.connections:
             return Verdict.FULL
         in_door = self._doors.get(door, 0)
-        if in_door >= limits.connections_per_door:
+        if in_door >= limits.per_door.get(door, limits.connections_per_door):
             return Verdict.DOOR_FULL
         if not self._is_exempt(address):
             verdict = self._admit_source(source_of(address), now)

@@ -85,7 +85,11 @@ class RouteTable(Generic[C]):
         """The best relay for `service` that is not in `tried`."""
         best: C | None = None
         best_rank = (Readiness.NONE, 0)
-        for relay in self._by_service.get(service, {}).values():
+        relays = self._by_service.get(service, {})
+        if len(relays) == 1 and not tried:
+            (only,) = relays.values()
+            return Forward(only) if only.readiness is not Readiness.NONE else Reject(RejectReason.NO_RELAY)
+        for relay in relays.values():
             if relay.relay_id in tried:
                 continue
             rank = (relay.readiness, relay.open_streams)

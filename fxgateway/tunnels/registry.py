@@ -49,10 +49,16 @@ class LiveRelay:
         """See `Candidate`."""
         if self.draining or not self.sessions:
             return Readiness.NONE
-        return Readiness.UP if any(session.is_up for session in self.sessions.values()) else Readiness.HELD
+        for session in self.sessions.values():
+            if session.is_up:
+                return Readiness.UP
+        return Readiness.HELD
 
     def session_for_stream(self) -> Session | None:
         """The session a new stream should go on: one that is up, with the fewest streams."""
+        if len(self.sessions) == 1:
+            (only,) = self.sessions.values()
+            return only
         return min(self.sessions.values(), key=lambda s: (not s.is_up, len(s.mux.streams)), default=None)
 
 
@@ -62,6 +68,7 @@ class Registry:
     def __init__(self, reactor: Reactor, config: SessionConfig, budget: WindowBudget, limits: RegistryLimits) -> None:
         self.routes: RouteTable[LiveRelay] = RouteTable()
         self.is_draining = False
+        self.resumed = 0
         self._reactor = reactor
         self._config = config
         self._budget = budget
@@ -165,6 +172,7 @@ class Registry:
     def session_closed(self, relay: LiveRelay, session: Session, code: Code, text: str) -> None:
         """A session has ended by itself."""
         statistics = session.statistics().mux
+        self.resumed += session.resumed
         logger.info(
             "tunnel of %s closed: %s %s",
             relay.relay_id,

@@ -11,6 +11,7 @@ from fxrelay.delivery.services import Endpoint, Service, ServiceTable
 from fxtunnel.codes import Code
 from fxtunnel.engine.reactor import ERROR, WRITE, Reactor
 from fxtunnel.engine.splice import Splice
+from fxtunnel.model import ServiceName
 from fxtunnel.protocol.frames import Opening
 from fxtunnel.protocol.mux import Stream
 
@@ -43,8 +44,8 @@ class DeliveryLimits:
 class DeliveryCounters:
     """Counts since start."""
 
-    opened: int = 0
-    refused: dict[str, int] = field(default_factory=dict)
+    opened_by_service: dict[ServiceName, int] = field(default_factory=dict)
+    refused_by_service: dict[ServiceName, dict[str, int]] = field(default_factory=dict)
     bytes_in: int = 0
     bytes_out: int = 0
 
@@ -92,7 +93,7 @@ class Delivery(Splice):
         stream = self.stream
         if stream is not None:
             stream.refuse(code, text)
-        self.desk.count_refusal(code)
+        self.desk.count_refusal(self.service, code)
         self.abort()
 
     def released(self) -> None:
@@ -128,19 +129,20 @@ class DeliveryDesk:
         """Serve a stream. What the gateway asks for counts only as a name in this relay's own table."""
         service = self.services.get(opening.service)
         if service is None:
-            self._refuse(stream, Code.NO_SERVICE, "not served here")
+            stream.refuse(Code.NO_SERVICE, "not served here")
         elif self.is_draining:
-            self._refuse(stream, Code.DRAINING, "this relay is going away")
+            self._refuse(stream, service, Code.DRAINING, "this relay is going away")
         elif len(self.deliveries) >= self.limits.streams:
-            self._refuse(stream, Code.BUSY, "too many streams")
+            self._refuse(stream, service, Code.BUSY, "too many streams")
         elif not service.endpoints:
-            self._refuse(stream, Code.CONNECT_FAILED, "the service's host name does not resolve")
+            self._refuse(stream, service, Code.CONNECT_FAILED, "the service's host name does not resolve")
         else:
             self._deliver(session, stream, service)
 
-    def count_refusal(self, code: Code) -> None:
+    def count_refusal(self, service: Service, code: Code) -> None:
         """For statistics."""
-        self.counters.refused[code.label] = self.counters.refused.get(code.label, 0) + 1
+        refused = self.counters.refused_by_service.setdefault(service.name, {})
+        refused[code.label] = refused.get(code.label, 0) + 1
 
     def delivery_released(self, delivery: Delivery) -> None:
         """A service socket is closed."""
@@ -174,16 +176,17 @@ class DeliveryDesk:
                 problem = connected
                 continue
             delivery = Delivery(self, connected, service, service.endpoints[position + 1 :])
-            self.counters.opened += 1
+            opened = self.counters.opened_by_service
+            opened[service.name] = opened.get(service.name, 0) + 1
             self.deliveries.add(delivery)
             self.connecting[delivery] = self.reactor.now
             delivery.join(session, stream)
             delivery.start()
             return
-        self._refuse(stream, Code.CONNECT_FAILED, problem)
+        self._refuse(stream, service, Code.CONNECT_FAILED, problem)
 
-    def _refuse(self, stream: Stream, code: Code, text: str) -> None:
-        self.count_refusal(code)
+    def _refuse(self, stream: Stream, service: Service, code: Code, text: str) -> None:
+        self.count_refusal(service, code)
         stream.refuse(code, text)
 
     def _sweep(self) -> None:

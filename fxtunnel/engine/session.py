@@ -77,6 +77,11 @@ class SessionStatistics:
     resumed: int
     mux: MuxStatistics
 
+    @property
+    def is_up(self) -> bool:
+        """Whether a link is attached."""
+        return self.state is State.UP
+
 
 class Session:
     """One resumable set of streams. Begins HELD, without a link; `attach` gives it one.
@@ -135,6 +140,10 @@ class Session:
         if self.state is State.CLOSED:
             return None
         return self.mux.open(tags, splice)
+
+    def forgo_resumption(self) -> None:
+        """The peer does not resume: keep nothing for a repeat, send no ACKs; a lost link is the end. Before the first `attach`."""
+        self.mux.ring.keep = False
 
     def attach(self, link: ssl.SSLSocket, peer_received: int, peer_window: int = 0) -> None:
         """Run on `link` from now on: a non-blocking TLS socket after its hello. The session owns it.
@@ -300,7 +309,7 @@ class Session:
             return
         self._drop_link()
         self.state = State.HELD
-        if not self._config.resume:
+        if not self.mux.ring.keep:
             self._finish(Code.LINK_LOST, reason)
             return
         self._hold()

@@ -87,6 +87,7 @@ TAG_SERVICE: Final = 0x01
 TAG_CLIENT: Final = 0x81
 TAG_DOOR: Final = 0x82
 _OPTIONAL_TAG: Final = 0x80
+_KNOWN_TAGS: Final = frozenset({TAG_SERVICE, TAG_CLIENT, TAG_DOOR})
 
 
 def check_header(kind: int, length: int, stream_id: int) -> None:
@@ -199,16 +200,20 @@ def encode_tags(opening: Opening) -> bytes:
     Raises:
         LocalProtocolError: the names are longer than an OPEN can carry.
     """
-    service = opening.service.encode()
-    parts = [_TLV.pack(TAG_SERVICE, len(service)), service]
-    for tag, text in ((TAG_CLIENT, opening.client), (TAG_DOOR, opening.door)):
-        if text:
-            value = text.encode()
-            parts += (_TLV.pack(tag, len(value)), value)
-    tags = b"".join(parts)
+    tags = encode_tag(TAG_SERVICE, opening.service)
+    if opening.door:
+        tags += encode_tag(TAG_DOOR, opening.door)
+    if opening.client:
+        tags += encode_tag(TAG_CLIENT, opening.client)
     if len(tags) > MAX_OPEN_BYTES - 4:
         raise LocalProtocolError(f"OPEN of {len(tags)} bytes")
     return tags
+
+
+def encode_tag(tag: int, text: str) -> bytes:
+    """One tag of an OPEN; several are simply joined."""
+    value = text.encode("ascii", "replace")
+    return _TLV.pack(tag, len(value)) + value
 
 
 def decode_open(payload: bytes | memoryview) -> tuple[int, Opening]:
@@ -222,23 +227,27 @@ def decode_open(payload: bytes | memoryview) -> tuple[int, Opening]:
     window = decode_u32(raw)
     found: dict[int, str] = {}
     position = 4
+    end = len(raw)
     unsupported: int | None = None
-    while position < len(raw):
-        if len(raw) - position < 3:
+    while position < end:
+        start = position + 3
+        if start > end:
             raise RemoteProtocolError(Code.PROTOCOL_ERROR, "OPEN ends inside a tag")
-        tag, length = _TLV.unpack_from(raw, position)
-        position += 3
-        if len(raw) - position < length:
+        tag = raw[position]
+        position = start + (raw[position + 1] << 8 | raw[position + 2])
+        if position > end:
             raise RemoteProtocolError(Code.PROTOCOL_ERROR, "OPEN ends inside a value")
         if tag in found:
             raise RemoteProtocolError(Code.PROTOCOL_ERROR, f"OPEN repeats tag 0x{tag:02x}")
-        value = raw[position : position + length]
-        position += length
-        if not value.isascii() and tag in (TAG_SERVICE, TAG_CLIENT, TAG_DOOR):
-            raise RemoteProtocolError(Code.PROTOCOL_ERROR, f"OPEN tag 0x{tag:02x} is not ASCII")
-        found[tag] = value.decode("ascii", "replace")
-        if tag < _OPTIONAL_TAG and tag != TAG_SERVICE:
-            unsupported = tag
+        if tag in _KNOWN_TAGS:
+            try:
+                found[tag] = raw[start:position].decode("ascii")
+            except UnicodeDecodeError:
+                raise RemoteProtocolError(Code.PROTOCOL_ERROR, f"OPEN tag 0x{tag:02x} is not ASCII") from None
+        else:
+            found[tag] = ""
+            if tag < _OPTIONAL_TAG:
+                unsupported = tag
     service = found.get(TAG_SERVICE, "")
     if not is_name(service):
         raise RemoteProtocolError(Code.PROTOCOL_ERROR, "OPEN names no valid service")

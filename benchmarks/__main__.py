@@ -1,0 +1,5 @@
+"""Task: `python -m benchmarks`."""
+
+from benchmarks.cli import main
+
+main()

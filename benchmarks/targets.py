@@ -1,0 +1,103 @@
+"""Pure: what the medians are compared with."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Final
+
+Medians = Mapping[str, Mapping[str, Mapping[str, float]]]  # measure, peer, metric
+
+
+class Verdict(Enum):
+    """How a target came out."""
+
+    MET = "met"
+    MISSED = "missed"
+    UNKNOWN = "not measured"
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """One number of one measure, of FX Gateway or of another peer."""
+
+    measure: str
+    name: str
+    peer: str = "fx"
+
+    def of(self, medians: Medians) -> float | None:
+        """Its median, or None where it was not measured."""
+        return medians.get(self.measure, {}).get(self.peer, {}).get(self.name)
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """`value`, divided by `against` where there is one, must reach `limit`: at most it, or at least it."""
+
+    title: str
+    value: Metric
+    limit: float
+    unit: str
+    against: Metric | None = None
+    at_least: bool = False
+
+    def wanted(self) -> str:
+        """The limit in words."""
+        return f"{'≥' if self.at_least else '≤'} {self.limit:g} {self.unit}".strip()
+
+    def reached(self, medians: Medians) -> float | None:
+        """The number that is compared, or None."""
+        value = self.value.of(medians)
+        if self.against is None or value is None:
+            return value
+        base = self.against.of(medians)
+        return value / base if base else None
+
+    def verdict(self, medians: Medians) -> Verdict:
+        """Met, missed or not measured."""
+        reached = self.reached(medians)
+        if reached is None:
+            return Verdict.UNKNOWN
+        return Verdict.MET if (reached >= self.limit if self.at_least else reached <= self.limit) else Verdict.MISSED
+
+
+def _bulk() -> list[Target]:
+    targets = []
+    for word in ("down", "up"):
+        cpu = Metric("bulk", f"{word}_cpu_s_per_gib")
+        for peer, limit, label in (("nginx", 1.4, "nginx"), ("ssh-tty", 0.8, "ssh -tt -R")):
+            against = Metric("bulk", cpu.name, peer)
+            targets.append(Target(f"1 bulk stream {word}, CPU s/GiB", cpu, limit, f"× {label}", against))
+    return targets
+
+
+def _resumption() -> list[Target]:
+    targets = []
+    for word in ("down", "up"):
+        cpu = Metric("bulk", f"{word}_cpu_s_per_gib")
+        against = Metric("bulk", cpu.name, "fx-noresume")
+        targets.append(Target(f"1 bulk stream {word}, resumption on", cpu, 1.1, "× CPU with it off", against))
+    return targets
+
+
+_BULK16: Final = Metric("bulk16", "cpu_s_per_gib")
+_CONN_CPU: Final = Metric("conn", "cpu_ms_per_conn")
+_CONN_RATE: Final = Metric("conn", "conn_per_s")
+_IDLE_P50: Final = Metric("echo", "idle_p50_us")
+_BESIDE_P99: Final = Metric("echo", "beside_p99_us")
+
+TARGETS: Final = (
+    *_bulk(),
+    Target("16 bulk streams, CPU s/GiB", _BULK16, 1.45, "× nginx", Metric("bulk16", "cpu_s_per_gib", "nginx")),
+    Target("connect + request + close ×32, CPU", _CONN_CPU, 0.15, "× nginx", Metric("conn", "cpu_ms_per_conn", "nginx")),
+    Target("connect + request + close ×32, rate", _CONN_RATE, 3.5, "× nginx", Metric("conn", "conn_per_s", "nginx"), at_least=True),
+    Target("connect + request + close ×32, rate", _CONN_RATE, 1, "× ssh -tt -R", Metric("conn", "conn_per_s", "ssh-tty"), at_least=True),
+    Target("64-byte echo p50, idle", _IDLE_P50, 1.6, "× ssh -tt -R", Metric("echo", "idle_p50_us", "ssh-tty")),
+    Target("64-byte echo p99 beside one bulk stream", _BESIDE_P99, 1, "× ssh -tt -R", Metric("echo", "beside_p99_us", "ssh-tty")),
+    Target("64-byte echo p99 beside one bulk stream", _BESIDE_P99, 1, "× ssh -N -R", Metric("echo", "beside_p99_us", "ssh")),
+    Target("user memory per idle client", Metric("idle", "user_kib_per_client"), 4, "KiB"),
+    Target("echo p50 beside the idle clients", Metric("idle", "p50_ratio"), 2.5, "× without them"),
+    Target("memory of the larger daemon, stalled clients", Metric("stalled", "worst_daemon_mib"), 256, "MiB"),
+    Target("goodput of active streams beside them", Metric("stalled", "goodput_ratio"), 0.9, "× without them", at_least=True),
+    *_resumption(),
+    Target("streams that survive two cuts", Metric("cut", "survived"), 1, "× all", Metric("cut", "streams"), at_least=True),
+)

@@ -1,0 +1,98 @@
+"""Pump: the running gateway as the admin pages see it."""
+
+import time
+
+from fxgateway.admin.view import DoorStatus, LinkStatus, RelayState, RelayStatus, Totals
+from fxgateway.doors.doors import Doors
+from fxgateway.routing.table import Readiness
+from fxgateway.tunnels.registry import LiveRelay, Registry
+from fxtunnel import __version__
+from fxtunnel.engine.session import SessionStatistics
+from fxtunnel.kit.process import memory_bytes
+from fxtunnel.model import GatewayId
+
+
+class LiveView:
+    """Implements `GatewayView` by looking at the registry and the doors when asked."""
+
+    def __init__(self, gateway_id: GatewayId, registry: Registry, doors: Doors, memory_limit_bytes: int) -> None:
+        self.listening: tuple[str, ...] = ()
+        self.memory_limit_bytes = memory_limit_bytes
+        self.relays_refused: dict[str, int] = {}
+        self._gateway_id = gateway_id
+        self._registry = registry
+        self._doors = doors
+        self._started = time.monotonic()
+
+    def relays(self) -> list[RelayStatus]:
+        """See `GatewayView`."""
+        now = time.monotonic()
+        return [_relay(relay, now) for relay in self._registry.relays()]
+
+    def doors(self) -> list[DoorStatus]:
+        """See `GatewayView`."""
+        return [
+            DoorStatus(
+                door.name,
+                str(door.config.listen),
+                door.service,
+                len(door.clients),
+                door.counters.accepted,
+                dict(door.counters.refused),
+                door.counters.bytes_in,
+                door.counters.bytes_out,
+            )
+            for door in self._doors.open_doors()
+        ]
+
+    def ready(self) -> tuple[bool, list[str]]:
+        """See `GatewayView`."""
+        if self._registry.is_draining:
+            return False, ["the gateway is draining"]
+        able = [relay for relay in self._registry.relays() if relay.readiness is not Readiness.NONE]
+        served = {offer.name for relay in able for offer in relay.offers}
+        lacking = [door for door in self._doors.open_doors() if door.service not in served]
+        reasons = [f"no relay for service {door.service} of door {door.name}" for door in lacking]
+        return not reasons, reasons
+
+    def totals(self) -> Totals:
+        """See `GatewayView`."""
+        sessions = [session.statistics() for relay in self._registry.relays() for session in relay.sessions.values()]
+        return Totals(
+            gateway_id=self._gateway_id,
+            version=__version__,
+            uptime_s=round(time.monotonic() - self._started, 1),
+            listening=self.listening,
+            streams=sum(s.mux.streams for s in sessions),
+            streams_opened=sum(door.counters.accepted for door in self._doors.open_doors()),
+            resumed=self._registry.resumed + sum(s.resumed for s in sessions),
+            memory_bytes=memory_bytes(),
+            memory_limit_bytes=self.memory_limit_bytes,
+            relays_refused=dict(self.relays_refused),
+        )
+
+
+def _relay(relay: LiveRelay, now: float) -> RelayStatus:
+    state: RelayState
+    if relay.draining:
+        state = "draining"
+    elif relay.readiness is Readiness.UP:
+        state = "up"
+    else:
+        state = "held" if relay.sessions else "connecting"
+    return RelayStatus(
+        relay.relay_id,
+        relay.instance,
+        relay.epoch,
+        state,
+        relay.link.remote_address if relay.link is not None else "",
+        round(now - relay.since, 1),
+        tuple(offer.name for offer in relay.offers),
+        tuple(_link(session.statistics()) for session in relay.sessions.values()),
+    )
+
+
+def _link(session: SessionStatistics) -> LinkStatus:
+    mux = session.mux
+    rtt_ms = round(mux.min_rtt_s * 1e3, 3) if mux.min_rtt_s else None
+    return LinkStatus(session.id, session.state.value == "up", mux.streams, rtt_ms, mux.bytes_in, mux.bytes_out, session.resumed)

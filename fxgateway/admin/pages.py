@@ -1,0 +1,54 @@
+"""Task: the admin address: /healthz, /readyz, /metrics and /relays. It only tells; nothing can be changed here."""
+
+from dataclasses import asdict
+
+from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.routing import Route
+
+from fxgateway.admin.metrics import make_registry
+from fxgateway.admin.view import DoorStatus, GatewayView, LinkStatus, RelayStatus, Totals
+
+__all__ = ["DoorStatus", "GatewayView", "LinkStatus", "RelayStatus", "Totals", "make_app"]
+
+_HEADERS = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
+
+
+def make_app(view: GatewayView) -> Starlette:
+    """The pages, for `serve_pages`. GET and HEAD only; every answer is made from one look at `view`.
+
+    /healthz: 200 while the process answers. /readyz: 200, or 503 with the reasons. /metrics: Prometheus text. /relays: JSON object with
+    `gateway` (see `Totals`), `relays` and `doors`.
+    """
+    registry = make_registry(view)
+
+    async def healthz(request: Request) -> Response:
+        return PlainTextResponse("ok\n", headers=_HEADERS)
+
+    async def readyz(request: Request) -> Response:
+        is_ready, reasons = view.ready()
+        return JSONResponse({"ready": is_ready, "reasons": reasons}, status_code=200 if is_ready else 503, headers=_HEADERS)
+
+    async def metrics(request: Request) -> Response:
+        return Response(generate_latest(registry), media_type=CONTENT_TYPE_PLAIN_0_0_4, headers=_HEADERS)
+
+    async def relays(request: Request) -> Response:
+        return JSONResponse(
+            {
+                "gateway": asdict(view.totals()),
+                "relays": [asdict(relay) for relay in sorted(view.relays(), key=lambda relay: relay.relay_id)],
+                "doors": [asdict(door) for door in view.doors()],
+            },
+            headers=_HEADERS,
+        )
+
+    return Starlette(
+        routes=[
+            Route("/healthz", healthz, methods=["GET"]),
+            Route("/readyz", readyz, methods=["GET"]),
+            Route("/metrics", metrics, methods=["GET"]),
+            Route("/relays", relays, methods=["GET"]),
+        ]
+    )

@@ -1,0 +1,80 @@
+"""Port: what the gateway shows of itself. Snapshots, read when somebody asks; nothing here is kept or counted twice."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+RelayState = Literal["up", "held", "draining", "connecting"]
+
+
+@dataclass(frozen=True, slots=True)
+class LinkStatus:
+    """One session of a relay and the data link under it. `rtt_ms` is None until a probe has come back."""
+
+    session: str
+    up: bool
+    streams: int
+    rtt_ms: float | None
+    bytes_in: int
+    bytes_out: int
+    resumed: int
+
+
+@dataclass(frozen=True, slots=True)
+class RelayStatus:
+    """One relay that is here, or whose sessions are held. `connected_s` counts from when this instance came."""
+
+    relay_id: str
+    instance: str
+    epoch: int
+    state: RelayState
+    remote_address: str
+    connected_s: float
+    services: tuple[str, ...]
+    links: tuple[LinkStatus, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class DoorStatus:
+    """One door. `connections` is now, counts are since start, bytes those of clients that have left; `refused` maps a reason to a count."""
+
+    name: str
+    listen: str
+    service: str
+    connections: int
+    accepted: int
+    refused: Mapping[str, int]
+    bytes_in: int
+    bytes_out: int
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """The whole daemon. `listening` holds every bound address; streams, sessions and memory are now, the rest since start."""
+
+    gateway_id: str
+    version: str
+    uptime_s: float
+    listening: tuple[str, ...]
+    streams: int
+    streams_opened: int
+    resumed: int
+    memory_bytes: int
+    memory_limit_bytes: int
+    relays_refused: Mapping[str, int]
+
+
+class GatewayView(Protocol):
+    """What pages and metrics read. Every call is synchronous and cheap."""
+
+    def relays(self) -> list[RelayStatus]:
+        """The relays that are here or held, in any order."""
+
+    def doors(self) -> list[DoorStatus]:
+        """The doors of the present configuration."""
+
+    def ready(self) -> tuple[bool, list[str]]:
+        """Whether clients would be served now; if not, why: one short sentence each."""
+
+    def totals(self) -> Totals:
+        """The daemon as a whole."""

@@ -1,0 +1,244 @@
+"""Task: a whole gateway: composes the parts, runs them, reloads them, drains them. The only module that names them all."""
+
+import logging
+import os
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Final
+
+import trio
+
+from fxgateway import settings as config
+from fxgateway.admin.live import LiveView
+from fxgateway.admin.pages import make_app
+from fxgateway.doors.door import DoorConfig
+from fxgateway.doors.doors import Doors
+from fxgateway.routing.admission import Admission, AdmissionLimits
+from fxgateway.settings import GatewaySettings
+from fxgateway.tunnels.control import ControlConfig
+from fxgateway.tunnels.identities import Identities
+from fxgateway.tunnels.port import PortLimits, TunnelPort
+from fxgateway.tunnels.registry import Registry, RegistryLimits
+from fxtunnel.codes import Code
+from fxtunnel.engine.reactor import Reactor
+from fxtunnel.engine.session import SessionConfig
+from fxtunnel.errors import ConfigError, FxError
+from fxtunnel.kit import logs
+from fxtunnel.kit.listeners import Inherited, bound_address, listen
+from fxtunnel.kit.notify import Notifier
+from fxtunnel.kit.pages import serve_pages
+from fxtunnel.kit.process import feed_watchdog, open_files, raise_file_limit, settle_memory, watch_signals
+from fxtunnel.kit.tls import server_context
+from fxtunnel.model import GatewayId, ServiceName
+from fxtunnel.protocol.credit import WindowBudget
+
+logger = logging.getLogger(__name__)
+
+ALPN: Final = ("fx-data/1", "http/1.1")
+SWEEP_S: Final = 5.0
+DRAIN_POLL_S: Final = 0.1
+GOODBYE_S: Final = 1.0
+RETRY_AFTER_S: Final = 1.0
+"""How long relays wait before they dial a gateway that has said goodbye; a restart takes about that."""
+FILES_OF_ITS_OWN: Final = 16
+"""Listeners, epolls and wake-up descriptors that are opened after the limits have been worked out."""
+RESERVED_FILES: Final = 32
+"""Descriptors kept for tunnels, status and reloads, so that clients can never take the last one."""
+
+
+def run(settings: GatewaySettings, config_path: Path) -> int:
+    """Run the gateway until it is told to stop; returns the exit code. Blocks."""
+    logs.configure(settings.log.level, settings.log.style, sys.stderr)
+    notifier = Notifier.from_environ(os.environ)
+    reactor = Reactor()
+    gateway = Gateway(reactor, settings, config_path, notifier, raise_file_limit())
+    code = 0
+    try:
+        reactor.host_trio(gateway.serve)
+    except* FxError as group:
+        for exc in _leaves(group):
+            sys.stderr.write(f"fxgateway: {exc}\n")
+        code = 1
+    finally:
+        reactor.close()
+    return code
+
+
+class Gateway:
+    """Everything one fxgateway process consists of."""
+
+    def __init__(self, reactor: Reactor, settings: GatewaySettings, config_path: Path, notifier: Notifier, file_limit: int) -> None:
+        self._reactor = reactor
+        self._settings = settings
+        self._config_path = config_path
+        self._notifier = notifier
+        self._file_limit = file_limit
+        self._own_files = open_files() + FILES_OF_ITS_OWN
+        self._stop = trio.Event()
+        self._reload = trio.Event()
+        self._admission = Admission(self._admission_limits(settings))
+        budget = WindowBudget(settings.limits.memory_bytes)
+        self._registry = Registry(reactor, session_config(settings), budget, registry_limits(settings))
+        self._doors = Doors(reactor, self._registry, self._admission)
+        self._identities = Identities(settings.tunnel.identities_path)
+        self._view = LiveView(GatewayId(settings.tunnel.gateway_id), self._registry, self._doors, settings.limits.memory_bytes)
+        self._port = TunnelPort(
+            server_context(settings.tunnel.certificate, settings.tunnel.key, ALPN),
+            GatewayId(settings.tunnel.gateway_id),
+            self._identities,
+            self._registry,
+            port_limits(settings),
+            ControlConfig(
+                settings.liveness.heartbeat_s,
+                settings.liveness.dead_after_s,
+                settings.resume.hold_s,
+                settings.limits.hello_timeout_s,
+            ),
+        )
+
+    async def serve(self) -> None:
+        """Listen, serve, and return when everything has ended after SIGTERM.
+
+        Raises:
+            FxError: an address cannot be listened on, or the state cannot be read.
+        """
+        inherited = Inherited.from_environ(os.environ, os.getpid())
+        await trio.to_thread.run_sync(self._identities.load)
+        tunnel_socket = listen(self._settings.tunnel.listen, inherited)
+        self._doors.apply(door_configs(self._settings), inherited)
+        inherited.close()
+        async with trio.open_nursery() as nursery:
+            await nursery.start(watch_signals, self._reload_soon, self._stop.set)
+            await nursery.start(partial(self._port.run, [trio.SocketListener(trio.socket.from_stdlib_socket(tunnel_socket))]))
+            admin = await nursery.start(serve_pages, make_app(self._view), self._settings.admin.listen)
+            nursery.start_soon(self._identities.watch, self._registry.revoke)
+            nursery.start_soon(self._sweep)
+            nursery.start_soon(self._reload_when_asked)
+            nursery.start_soon(feed_watchdog, self._notifier)
+            self._announce(str(bound_address(tunnel_socket)), str(admin))
+            settle_memory()
+            await self._stop.wait()
+            await self._drain()
+            nursery.cancel_scope.cancel()
+
+    def _announce(self, tunnel: str, admin: str) -> None:
+        doors = ", ".join(f"{door.service} on {self._doors.bound[str(door.config.listen)]}" for door in self._doors.open_doors())
+        self._view.listening = (tunnel, *self._doors.bound.values(), admin)
+        sys.stdout.write(f"fxgateway ready: tunnels on {tunnel}; doors: {doors or 'none'}; admin on {admin}\n")
+        sys.stdout.flush()
+        self._notifier.ready()
+
+    async def _drain(self) -> None:
+        drain_s = self._settings.limits.drain_s
+        self._notifier.stopping()
+        self._doors.close()
+        self._registry.begin_drain(drain_s)
+        logger.info("stopping: %d clients have %g s to finish", self._doors.clients, drain_s)
+        with trio.move_on_after(drain_s):
+            while self._doors.clients:
+                await trio.sleep(DRAIN_POLL_S)
+        if self._doors.clients:
+            logger.warning("%d clients did not finish in time and are reset", self._doors.clients)
+        self._doors.abort_all()
+        self._registry.close_all(Code.SHUTDOWN, "the gateway is stopping", RETRY_AFTER_S)
+        with trio.move_on_after(GOODBYE_S):
+            while any(relay.link is not None for relay in self._registry.relays()):
+                await trio.sleep(DRAIN_POLL_S)
+            await trio.sleep(DRAIN_POLL_S)  # goodbyes that were just queued still have to leave
+
+    async def _sweep(self) -> None:
+        while True:
+            await trio.sleep(SWEEP_S)
+            self._admission.sweep(self._reactor.now)
+            self._doors.end_idle()
+
+    def _reload_soon(self) -> None:
+        self._reload.set()
+
+    async def _reload_when_asked(self) -> None:
+        while True:
+            await self._reload.wait()
+            self._reload = trio.Event()
+            self._notifier.reloading()
+            try:
+                fresh = await trio.to_thread.run_sync(config.load, self._config_path, os.environ)
+                self._apply(fresh)
+            except ConfigError as exc:
+                for problem in exc.problems:
+                    logger.error("reload refused, the old configuration stays: %s", problem)
+            except FxError as exc:
+                logger.error("reload refused, the old configuration stays: %s", exc)
+            else:
+                logger.info("reloaded %s", self._config_path)
+            self._notifier.ready()
+
+    def _apply(self, fresh: GatewaySettings) -> None:
+        """Doors and limits of a reloaded configuration; what needs a restart is named, and stays."""
+        context = server_context(fresh.tunnel.certificate, fresh.tunnel.key, ALPN)
+        self._doors.apply(door_configs(fresh))
+        self._admission.apply(self._admission_limits(fresh))
+        self._registry.apply(registry_limits(fresh), session_config(fresh))
+        self._port.apply(context, port_limits(fresh))
+        logs.configure(fresh.log.level, fresh.log.style, sys.stderr)
+        for section in ("tunnel", "admin"):
+            if getattr(fresh, section) != getattr(self._settings, section):
+                logger.warning("changes in [%s] take effect at the next restart", section)
+        self._settings = fresh
+        self._view.listening = (self._view.listening[0], *self._doors.bound.values(), self._view.listening[-1])
+
+    def _admission_limits(self, settings: GatewaySettings) -> AdmissionLimits:
+        limits = settings.limits
+        spare = self._file_limit - self._own_files - max(RESERVED_FILES, self._file_limit // 10)
+        if spare < limits.connections:
+            logger.info("limits.connections is %d; with %d files it is %d", limits.connections, self._file_limit, spare)
+        return AdmissionLimits(
+            connections=max(1, min(limits.connections, spare)),
+            connections_per_door=limits.connections_per_door,
+            connections_per_source=limits.connections_per_source,
+            open_rate_per_source_per_s=limits.open_rate_per_source_per_s,
+            open_burst_per_source=limits.open_burst_per_source,
+            exempt=limits.exempt_sources,
+            per_door={door.label: door.max_connections for door in settings.doors if door.max_connections is not None},
+        )
+
+
+def door_configs(settings: GatewaySettings) -> list[DoorConfig]:
+    """The doors of a configuration."""
+    limits = settings.limits
+    return [DoorConfig(door.label, door.listen, ServiceName(door.service), limits.open_timeout_s, limits.idle_timeout_s) for door in settings.doors]
+
+
+def session_config(settings: GatewaySettings) -> SessionConfig:
+    """The bounds of sessions."""
+    return SessionConfig(
+        max_streams=settings.limits.streams_per_link,
+        max_ring_bytes=settings.resume.replay_bytes,
+        resume=settings.resume.enabled,
+        hold_s=settings.resume.hold_s,
+        heartbeat_s=settings.liveness.heartbeat_s,
+        dead_after_s=settings.liveness.dead_after_s,
+    )
+
+
+def registry_limits(settings: GatewaySettings) -> RegistryLimits:
+    """The bounds of relays."""
+    return RegistryLimits(settings.limits.links_per_relay, settings.limits.relays)
+
+
+def port_limits(settings: GatewaySettings) -> PortLimits:
+    """The bounds of whoever has not proved who he is."""
+    limits = settings.limits
+    return PortLimits(
+        hello_timeout_s=limits.hello_timeout_s,
+        hello_bytes=limits.hello_bytes,
+        pending=limits.pending_handshakes,
+        pending_per_source=limits.pending_handshakes_per_source,
+    )
+
+
+def _leaves(group: BaseExceptionGroup[BaseException]) -> list[BaseException]:
+    found: list[BaseException] = []
+    for exc in group.exceptions:
+        found += _leaves(exc) if isinstance(exc, BaseExceptionGroup) else [exc]
+    return found

@@ -1,0 +1,127 @@
+"""Task: what can be known before the gateway runs: its files, its certificate, its addresses. Blocking, for the commands."""
+
+import contextlib
+import datetime as dt
+import ipaddress
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding
+
+from fxgateway.settings import GatewaySettings
+from fxtunnel.errors import ConfigError, ConfigProblem
+from fxtunnel.kit.files import read_secret
+from fxtunnel.kit.listeners import ListenError, listen
+from fxtunnel.kit.tls import server_context
+from fxtunnel.kit.tls_problems import describe_dates
+
+ALPN: Final = ("fx-data/1", "http/1.1")
+_BESIDE: Final = ("gateway.json", "ca.key")
+"""What `init` leaves next to the configuration. The administrator may have moved it away; what is still there must be private."""
+
+
+def verify_files(settings: GatewaySettings, config_path: Path, now: dt.datetime) -> list[ConfigProblem]:
+    """Everything wrong with certificate, key, state directory and the secrets beside them; empty if `run` can use them."""
+    tunnel = settings.tunnel
+    problems = _collect(lambda: server_context(tunnel.certificate, tunnel.key, ALPN))
+    if tunnel.certificate.is_file():
+        problems += _certificate_problems(settings, now)
+    if not tunnel.state_dir.is_dir():
+        problems.append(
+            ConfigProblem(
+                str(config_path), "tunnel.state_dir", f"{tunnel.state_dir} is not a directory; run: mkdir -m 700 -p {tunnel.state_dir}"
+            )
+        )
+    elif not os.access(tunnel.state_dir, os.R_OK | os.W_OK | os.X_OK):
+        problems.append(ConfigProblem(str(config_path), "tunnel.state_dir", f"{tunnel.state_dir} cannot be written by uid {os.geteuid()}"))
+    for path in (tunnel.identities_path, *(config_path.parent / name for name in _BESIDE)):
+        if os.path.lexists(path):
+            problems += _collect(lambda path=path: read_secret(path))  # type: ignore[misc]
+    return problems
+
+
+def verify_listens(settings: GatewaySettings, config_path: Path, held: frozenset[str]) -> list[ConfigProblem]:
+    """Every address that cannot be bound. `held` are those that this gateway itself is listening on right now.
+
+    All are bound at once, so two entries that exclude each other are found, and given back before this returns.
+    """
+    problems = []
+    with contextlib.ExitStack() as stack:
+        for key, address in settings.listens():
+            if str(address) in held:
+                continue
+            try:
+                stack.callback(listen(address).close)
+            except ListenError as exc:
+                problems.append(ConfigProblem(str(config_path), key, str(exc)))
+            else:
+                if address.path is not None:
+                    stack.callback(address.path.unlink)
+    return problems
+
+
+def warnings(settings: GatewaySettings) -> list[str]:
+    """What works, but is probably not meant."""
+    found = []
+    if not settings.doors:
+        found.append("there is no [[door]]: no client can come in")
+    host = settings.admin.listen.host
+    if host is not None and not _is_loopback(host):
+        found.append(f"admin.listen {settings.admin.listen} can be reached from other machines, and asks nobody for a password")
+    return found
+
+
+def _certificate_problems(settings: GatewaySettings, now: dt.datetime) -> list[ConfigProblem]:
+    tunnel = settings.tunnel
+    where = str(tunnel.certificate)
+    try:
+        leaf = x509.load_pem_x509_certificates(tunnel.certificate.read_bytes())[0]
+    except OSError as exc:
+        return [ConfigProblem(where, "", f"cannot be read: {exc.strerror}")]
+    except ValueError:
+        return []  # server_context has said so
+    problems = []
+    dates = describe_dates(leaf.public_bytes(Encoding.DER), now)
+    if dates:
+        problems.append(ConfigProblem(where, "", f"is not valid now: {dates}; issue a new one, or set this machine's clock"))
+    names = _names(leaf)
+    if not any(_matches(name, tunnel.public_host) for name in names):
+        problems.append(
+            ConfigProblem(where, "", f"is for {', '.join(names) or 'nobody'}, not for {tunnel.public_host} of tunnel.public_url")
+        )
+    return problems
+
+
+def _names(leaf: x509.Certificate) -> list[str]:
+    try:
+        found = leaf.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except (x509.ExtensionNotFound, ValueError):
+        return []
+    return [*found.get_values_for_type(x509.DNSName), *(str(ip) for ip in found.get_values_for_type(x509.IPAddress))]
+
+
+def _matches(name: str, host: str) -> bool:
+    """Whether a certificate's name covers a host (RFC 9525, 6.3: a wildcard stands for one whole label)."""
+    with contextlib.suppress(ValueError):
+        return str(ipaddress.ip_address(host)) == name
+    if name.startswith("*."):
+        return host.partition(".")[2].lower() == name[2:].lower()
+    return host.lower() == name.lower()
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _collect(probe: Callable[[], object]) -> list[ConfigProblem]:
+    try:
+        probe()
+    except ConfigError as exc:
+        return list(exc.problems)
+    return []

@@ -1,0 +1,324 @@
+"""Task: the `fxgateway` command. Heavy modules are imported by the command that needs them, so that help and completion are quick."""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import click
+
+from fxtunnel import __version__
+from fxtunnel.errors import ConfigError, ConfigProblem, FxError
+from fxtunnel.model import RelayId
+
+if TYPE_CHECKING:
+    from fxgateway.settings import GatewaySettings
+    from fxgateway.tunnels.identities import Identities
+
+ASK_TIMEOUT_S: Final = 2.0
+_FAILED: Final = 1
+_MISUSED: Final = 2
+
+_EPILOG: Final = """\b
+Examples:
+  fxgateway init --dir /etc/fxgateway --public-url wss://gw.example.com:8443
+  fxgateway check --config /etc/fxgateway/gateway.toml
+  fxgateway run --config /etc/fxgateway/gateway.toml
+  scp /etc/fxgateway/gateway.json node:      # then, on the node: fxrelay run
+
+\b
+Exit codes: 0 done, 1 failure at run time, 2 wrong usage or configuration.
+Any key of gateway.toml can be set in the environment: FXGATEWAY__TUNNEL__LISTEN=...
+Shell completion: eval "$(_FXGATEWAY_COMPLETE=bash_source fxgateway)"   (or zsh_source, fish_source)
+"""
+
+
+class _Command(click.Group):
+    """Turns the errors that are meant for people into one line each, and into exit codes."""
+
+    def invoke(self, ctx: click.Context) -> object:
+        try:
+            return super().invoke(ctx)
+        except ConfigError as exc:
+            for problem in exc.problems:
+                click.echo(f"fxgateway: {problem}", err=True)
+            ctx.exit(_MISUSED)
+        except (FxError, OSError) as exc:
+            click.echo(f"fxgateway: {exc}", err=True)
+            ctx.exit(_FAILED)
+
+
+_config_option = click.option(
+    "--config",
+    "config_path",
+    type=click.Path(path_type=Path),
+    default=Path("gateway.toml"),
+    show_default=True,
+    envvar="FXGATEWAY_CONFIG",
+    show_envvar=True,
+    help="The gateway's configuration.",
+)
+_token_days_option = click.option(
+    "--token-days", type=click.IntRange(1, 365), default=7, show_default=True, help="How long relays can enrol with the file."
+)
+
+
+@click.group(cls=_Command, epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="fxgateway")
+def main() -> None:
+    """The gateway in the DMZ.
+
+    It takes clients in on its doors and passes them down tunnels that relays have dialled. It never dials out itself.
+    """
+
+
+@main.command()
+@click.option("--dir", "directory", type=click.Path(path_type=Path, file_okay=False), required=True, help="Where to write; made if absent.")
+@click.option("--public-url", required=True, metavar="wss://HOST:PORT", help="How relays reach this gateway.")
+@click.option("--force", is_flag=True, help="Replace what is there: a new authority, so every relay has to enrol again.")
+@_token_days_option
+def init(directory: Path, public_url: str, force: bool, token_days: int) -> None:
+    """Make a gateway: configuration, authority, certificate, enrolment file.
+
+    Writes gateway.toml, ca.pem, ca.key, server.pem, server.key, relays.json and gateway.json. Keys and enrolment file have mode 0600. Copy
+    gateway.json to each relay; keep ca.key off this host if you can (it is only needed to issue certificates).
+    """
+    from fxgateway import setup
+
+    there = setup.existing(directory)
+    if there and not force:
+        raise ConfigError([ConfigProblem(str(path), "", "exists; nothing was written (--force replaces it)") for path in there])
+    setup.write_gateway(directory, public_url, token_days, time.time())
+    click.echo(f"wrote {', '.join(setup.FILES)} in {directory}")
+    click.echo(f"next: look at {directory / 'gateway.toml'}, then: fxgateway run --config {directory / 'gateway.toml'}")
+    click.echo(f"      copy {directory / 'gateway.json'} to a relay; relays can enrol with it for {token_days} days")
+
+
+@main.command()
+@_config_option
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, allow_dash=True),
+    help='Where to write; "-" is standard output.  [default: gateway.json beside the configuration]',
+)
+@_token_days_option
+def invite(config_path: Path, out: Path | None, token_days: int) -> None:
+    """Make a fresh enrolment file for further relays.
+
+    Files made before stay good until they expire. The running gateway takes the new one at once.
+    """
+    from fxgateway import setup
+    from fxtunnel.kit.files import write_secret
+
+    settings = _load(config_path)
+    path = config_path.parent / "gateway.json" if out is None else out
+    to_stdout = str(path) == "-"
+    if not to_stdout:
+        setup.refuse_to_overwrite(path)
+    content = setup.invite(settings, token_days, time.time()).encode()
+    if to_stdout:
+        click.echo(content, nl=False)
+        return
+    write_secret(path, content)
+    click.echo(f"wrote {path}: copy it to a relay; relays can enrol with it for {token_days} days")
+
+
+@main.command()
+@_config_option
+def run(config_path: Path) -> None:
+    """Run the gateway in the foreground.
+
+    Prints one line when it is ready. SIGTERM drains and stops, SIGHUP reads the configuration again.
+    """
+    settings = _load(config_path)
+    _refuse(_file_problems(settings, config_path))
+    from fxgateway import app
+
+    sys.exit(app.run(settings, config_path))
+
+
+@main.command()
+@_config_option
+@click.option("--no-bind", is_flag=True, help="Do not try the addresses: for ports that a systemd .socket unit holds.")
+def check(config_path: Path, no_bind: bool) -> None:
+    """Check configuration, keys, certificate and addresses.
+
+    Every problem is printed, one a line. Addresses that this gateway is listening on already are no problem, so a configuration can be
+    checked before SIGHUP.
+    """
+    settings = _load(config_path)
+    from fxgateway.check import verify_listens, warnings
+
+    problems = _file_problems(settings, config_path)
+    if not no_bind:
+        problems += verify_listens(settings, config_path, _held(settings))
+    _refuse(problems)
+    for warning in warnings(settings):
+        click.echo(f"warning: {warning}", err=True)
+    doors = ", ".join(f"{door.listen} -> {door.service}" for door in settings.doors)
+    click.echo(f"ok: {config_path}: relays on {settings.tunnel.listen}, doors {doors or 'none'}, admin on {settings.admin.listen}")
+
+
+@main.command()
+@_config_option
+@click.option("--json", "as_json", is_flag=True, help="Machine-readable: gateway, relays, doors.")
+def relays(config_path: Path, as_json: bool) -> None:
+    """Show the relays: who is here, and since when; without a running gateway, who is enrolled."""
+    from fxtunnel.kit.pages import fetch_json
+
+    settings = _load(config_path)
+    try:
+        found = fetch_json(settings.admin.listen, "/relays", ASK_TIMEOUT_S)
+    except FxError as exc:
+        click.echo(f"fxgateway: the gateway does not answer: {exc}. These relays are enrolled:", err=True)
+        found = {"running": False, "relays": _enrolled(settings)}
+    else:
+        found = {"running": True, **found}
+    if as_json:
+        click.echo(json.dumps(found, indent=2))
+        return
+    if found["running"]:
+        _print_status(found)
+    else:
+        rows = [(relay["relay_id"], relay["state"], ", ".join(relay["kids"])) for relay in found["relays"]]
+        _print_table("Enrolled relays", ("relay", "state", "keys"), rows)
+
+
+@main.command()
+@_config_option
+@click.argument("relay_id")
+def revoke(config_path: Path, relay_id: RelayId) -> None:
+    """Turn a relay away for good. The running gateway closes its tunnels within 5 s."""
+    if not _identities(_load(config_path)).revoke(relay_id):
+        raise FxError(_unknown(relay_id))
+    click.echo(f"{relay_id} is revoked; to let it in again: fxgateway forget {relay_id}, then enrol it anew")
+
+
+@main.command()
+@_config_option
+@click.argument("relay_id")
+def forget(config_path: Path, relay_id: RelayId) -> None:
+    """Remove a relay and its key, so that a machine with a new key may enrol under that name."""
+    if not _identities(_load(config_path)).forget(relay_id):
+        raise FxError(_unknown(relay_id))
+    click.echo(f"{relay_id} is forgotten; it can enrol again with a fresh gateway.json (fxgateway invite)")
+
+
+def _load(config_path: Path) -> "GatewaySettings":
+    from fxgateway.settings import load
+
+    return load(config_path, os.environ)
+
+
+def _identities(settings: "GatewaySettings") -> "Identities":
+    from fxgateway.tunnels.identities import Identities
+
+    return Identities(settings.tunnel.identities_path)
+
+
+def _enrolled(settings: "GatewaySettings") -> list[dict[str, object]]:
+    """What relays.json knows, which is all there is to say while the gateway does not run."""
+    identities = _identities(settings)
+    identities.load()
+    return [
+        {
+            "relay_id": relay.relay_id,
+            "state": "enrolled" if relay.revoked_unix is None else "revoked",
+            "kids": relay.kids,
+            "revoked_unix": relay.revoked_unix,
+        }
+        for relay in identities.known()
+    ]
+
+
+def _unknown(relay_id: RelayId) -> str:
+    return f"no relay {relay_id} is enrolled here; `fxgateway relays` shows them"
+
+
+def _file_problems(settings: "GatewaySettings", config_path: Path) -> list[ConfigProblem]:
+    import datetime as dt
+
+    from fxgateway.check import verify_files
+
+    return verify_files(settings, config_path, dt.datetime.now(dt.UTC))
+
+
+def _refuse(problems: Sequence[ConfigProblem]) -> None:
+    if problems:
+        raise ConfigError(problems)
+
+
+def _held(settings: "GatewaySettings") -> frozenset[str]:
+    """The addresses that this very gateway is listening on now; none if it does not run."""
+    from fxtunnel.kit.pages import fetch_json
+
+    try:
+        found = fetch_json(settings.admin.listen, "/relays", ASK_TIMEOUT_S)
+    except FxError:
+        return frozenset()
+    gateway = found.get("gateway")
+    if not isinstance(gateway, dict) or gateway.get("gateway_id") != settings.tunnel.gateway_id:
+        return frozenset()
+    listening = gateway.get("listening")
+    return frozenset(str(address) for address in listening) if isinstance(listening, list) else frozenset()
+
+
+def _print_status(found: "dict[str, Any]") -> None:
+    rows = [
+        (
+            relay["relay_id"],
+            relay["state"],
+            relay["remote_address"],
+            _duration(relay["connected_s"]),
+            ", ".join(relay["services"]),
+            f"{sum(link['up'] for link in relay['links'])}/{len(relay['links'])}",
+            str(sum(link["streams"] for link in relay["links"])),
+            _round_trip(relay["links"]),
+            str(sum(link["resumed"] for link in relay["links"])),
+        )
+        for relay in found["relays"]
+    ]
+    _print_table("Relays", ("relay", "state", "from", "since", "services", "links up", "streams", "round trip", "resumed"), rows)
+    doors = [
+        (door["name"], door["listen"], door["service"], str(door["connections"]), str(door["accepted"]), _reasons(door["refused"]))
+        for door in found["doors"]
+    ]
+    _print_table("Doors", ("door", "listen", "service", "clients", "accepted", "refused"), doors)
+
+
+def _print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=Text(title), title_justify="left")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        # Text, not str: no markup. Peers chose some of these words, so nothing that a terminal would obey goes out.
+        table.add_row(*(Text("".join(c if c.isprintable() else "?" for c in cell)) for cell in row))
+    Console().print(table)
+
+
+def _round_trip(links: "list[dict[str, Any]]") -> str:
+    measured = [link["rtt_ms"] for link in links if link["rtt_ms"] is not None]
+    return f"{min(measured):.1f} ms" if measured else "-"
+
+
+def _reasons(refused: "dict[str, int]") -> str:
+    return ", ".join(f"{reason} {count}" for reason, count in sorted(refused.items())) or "0"
+
+
+def _duration(seconds: float) -> str:
+    whole = int(seconds)
+    days, hours, minutes = whole // 86_400, whole // 3_600 % 24, whole // 60 % 60
+    if days:
+        return f"{days} d {hours} h"
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {whole % 60} s"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,182 @@
+"""Task: one relay's control link, from its hello to its end."""
+
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final, assert_never
+
+import trio
+from trio_websocket import WebSocketConnection
+
+from fxgateway.tunnels.ports import Registry
+from fxgateway.tunnels.tickets import LIFETIME_S, TicketBook
+from fxtunnel import __version__
+from fxtunnel.codes import Code, Refusal
+from fxtunnel.control.channel import Channel
+from fxtunnel.control.messages import (
+    PROTOCOL_VERSION,
+    TEXT_CHARS,
+    Closing,
+    Drain,
+    Hello,
+    Load,
+    Message,
+    Ping,
+    Pong,
+    Refused,
+    Services,
+    Ticket,
+    TicketRequest,
+    Welcome,
+)
+from fxtunnel.errors import PeerRefused, RemoteProtocolError, TunnelClosed
+from fxtunnel.model import GatewayId, InstanceId, RelayId
+
+logger = logging.getLogger(__name__)
+
+CAPS: Final = ("resume",)
+RETRY_AFTER_S: Final = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class ControlConfig:
+    """What the gateway tells relays, and keeps to itself. Seconds."""
+
+    heartbeat_s: float = 3.0
+    dead_after_s: float = 10.0
+    hold_s: float = 30.0
+    hello_timeout_s: float = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who opened a control link: proved by an assertion. `is_trusted` asks whether that still holds."""
+
+    relay_id: RelayId
+    remote_address: str
+    is_trusted: Callable[[], bool]
+
+
+class ControlLink:
+    """The handle the registry holds; see `ControlHandle`."""
+
+    def __init__(self, channel: Channel, remote_address: str) -> None:
+        self._channel = channel
+        self.remote_address = remote_address
+        self.connected_at = trio.current_time()
+
+    def close(self, code: Code, text: str, retry_after_s: float = 0) -> None:
+        """Tell the relay why, then end the link, soon. Never blocks; only the first call counts."""
+        self._channel.end_soon(Closing(code=code, message=text[:TEXT_CHARS], retry_after_s=retry_after_s))
+
+
+class ControlDesk:
+    """Serves control links, any number at once."""
+
+    def __init__(self, gateway_id: GatewayId, registry: Registry, tickets: TicketBook, config: ControlConfig) -> None:
+        self._gateway_id = gateway_id
+        self._registry = registry
+        self._tickets = tickets
+        self._config = config
+
+    def check_room(self, relay_id: RelayId) -> None:
+        """Raises:
+        PeerRefused: there is no room for this relay now; it may try again.
+        """
+        if self._registry.is_draining:
+            raise PeerRefused(Refusal.DRAINING, "the gateway is going away", retry_after_s=RETRY_AFTER_S)
+        if self._registry.is_full(relay_id):
+            raise PeerRefused(Refusal.TOO_MANY, "the gateway has no room for another relay", retry_after_s=RETRY_AFTER_S)
+
+    async def serve(self, ws: WebSocketConnection, caller: Caller) -> None:
+        """Serve an upgraded link until it ends; peers' faults end up in the log. Cancelling says goodbye, within 1 s.
+
+        Closes the WebSocket; the stream beneath it is the caller's.
+        """
+        channel = Channel(ws)
+        try:
+            hello = await self._hello(channel, caller)
+        except PeerRefused as exc:
+            logger.warning("control link of %s from %s refused: %s", caller.relay_id, caller.remote_address, exc)
+            await channel.goodbye(Refused(code=exc.refusal, message=str(exc)[:TEXT_CHARS], retry_after_s=exc.retry_after_s))
+            return
+        except TunnelClosed as exc:
+            logger.warning("control link of %s from %s ended before its hello: %s", caller.relay_id, caller.remote_address, exc)
+            return
+        await self._serve_known(channel, caller, hello)
+
+    async def _hello(self, channel: Channel, caller: Caller) -> Hello:
+        try:
+            with trio.fail_after(self._config.hello_timeout_s):
+                hello = await channel.receive()
+        except trio.TooSlowError:
+            raise PeerRefused(Refusal.BAD_REQUEST, f"no hello within {self._config.hello_timeout_s:g} s") from None
+        except RemoteProtocolError as exc:
+            raise PeerRefused(Refusal.BAD_REQUEST, str(exc)) from exc
+        if not isinstance(hello, Hello):
+            raise PeerRefused(Refusal.BAD_REQUEST, "the first message is not a hello")
+        if hello.v != PROTOCOL_VERSION:
+            older = "relay" if hello.v < PROTOCOL_VERSION else "gateway"
+            raise PeerRefused(
+                Refusal.VERSION_MISMATCH,
+                f"the relay ({hello.version}) speaks protocol {hello.v}, we ({__version__}) {PROTOCOL_VERSION}: update the {older}",
+            )
+        if unknown := set(hello.need) - set(CAPS):
+            raise PeerRefused(Refusal.UNSUPPORTED, f"the relay needs {', '.join(sorted(unknown))}, which this gateway lacks")
+        # Revoked since the assertion was checked? From here on the registry would be told.
+        if not caller.is_trusted():
+            raise PeerRefused(Refusal.REVOKED, f"relay {caller.relay_id} was revoked by the gateway's administrator")
+        self.check_room(caller.relay_id)
+        return hello
+
+    async def _serve_known(self, channel: Channel, caller: Caller, hello: Hello) -> None:
+        config, relay_id = self._config, caller.relay_id
+        link = ControlLink(channel, caller.remote_address)
+        epoch = self._registry.enter(relay_id, hello.instance, hello.services, link)
+        try:
+            logger.info("relay %s is here from %s, epoch %d, version %s", relay_id, caller.remote_address, epoch, hello.version)
+            channel.send_nowait(
+                Welcome(
+                    version=__version__,
+                    gateway_id=self._gateway_id,
+                    epoch=epoch,
+                    heartbeat_s=config.heartbeat_s,
+                    dead_after_s=config.dead_after_s,
+                    hold_s=config.hold_s,
+                    caps=CAPS,
+                )
+            )
+            await channel.run(
+                lambda message: self._take(channel, relay_id, hello.instance, message),
+                heartbeat_s=config.heartbeat_s,
+                dead_after_s=config.dead_after_s,
+            )
+        except TunnelClosed as exc:
+            lasted_s = trio.current_time() - link.connected_at
+            by = "by the relay" if exc.by_peer else "by the gateway"
+            logger.info("control link of %s ended %s after %.0f s: %s %s", relay_id, by, lasted_s, exc.code.label, exc)
+        finally:
+            self._registry.leave(relay_id, link)
+            # Not ended by `run`: cancelled because the gateway stops, or a bug of ours on its way up.
+            is_stopping = trio.current_effective_deadline() == -math.inf
+            await channel.goodbye(Closing(code=Code.SHUTDOWN if is_stopping else Code.INTERNAL_ERROR, retry_after_s=1.0))
+
+    def _take(self, channel: Channel, relay_id: RelayId, instance: InstanceId, message: Message) -> None:
+        match message:
+            case TicketRequest(request=request, session=session):
+                text = self._tickets.issue(relay_id, instance, session, trio.current_time())
+                channel.send_nowait(Ticket(request=request, ticket=text, expires_s=LIFETIME_S))
+            case Services(services=services):
+                self._registry.update_services(relay_id, instance, services)
+            case Load(streams=streams):
+                self._registry.note_load(relay_id, instance, streams)
+            case Drain():
+                logger.info("relay %s is draining", relay_id)
+                self._registry.mark_draining(relay_id, instance)
+            case Closing() | Ping() | Pong():
+                pass
+            case Hello() | Welcome() | Refused() | Ticket():
+                raise RemoteProtocolError(Code.PROTOCOL_ERROR, f"a {message.type} message out of place")
+            case _:
+                assert_never(message)

@@ -1,0 +1,121 @@
+"""Task: a data link's hello: a ticket against a session (PROTOCOL.md, 4 and 7)."""
+
+import logging
+import ssl
+from typing import Final
+
+import trio
+
+from fxgateway.tunnels.ports import Registry, SessionHandle
+from fxgateway.tunnels.tickets import Ticket, TicketBook
+from fxtunnel.codes import Code, Refusal
+from fxtunnel.errors import PeerRefused, RemoteProtocolError, TunnelClosed
+from fxtunnel.kit.tls import TlsStream
+from fxtunnel.protocol.frames import HELLO
+from fxtunnel.protocol.hello import (
+    HEADER_BYTES,
+    KNOWN_CAPS,
+    Denied,
+    Hello,
+    Welcome,
+    decode_hello,
+    encode_denied,
+    encode_welcome,
+    parse_header,
+)
+
+logger = logging.getLogger(__name__)
+
+_RETRY_AFTER_S: Final = 5.0
+_TEXT_CHARS: Final = 256
+
+
+class DataDesk:
+    """Admits data links, any number at once."""
+
+    def __init__(self, registry: Registry, tickets: TicketBook) -> None:
+        self._registry = registry
+        self._tickets = tickets
+
+    async def admit(self, stream: TlsStream, remote_address: str) -> None:
+        """Read the hello, then give the connection to its session, or deny it. Set a deadline around it.
+
+        Afterwards the connection is the session's and `stream` detached. If this raises or is cancelled, the caller closes `stream`.
+
+        Raises:
+            PeerRefused: the link was denied, and the relay told so.
+            RemoteProtocolError: the peer does not speak the protocol.
+            TunnelClosed: the peer left.
+        """
+        kind, length_bytes, _ = parse_header(await _receive_exactly(stream, HEADER_BYTES))
+        if kind != HELLO:
+            raise RemoteProtocolError(Code.PROTOCOL_ERROR, "the relay speaks first, and says HELLO")
+        payload = await _receive_exactly(stream, length_bytes)
+        try:
+            self._attach(stream, _decoded(payload), remote_address)
+        except PeerRefused as exc:
+            await stream.send_all(encode_denied(Denied(exc.refusal, str(exc)[:_TEXT_CHARS], exc.retry_after_s)))
+            raise
+
+    def _attach(self, stream: TlsStream, hello: Hello, remote_address: str) -> None:
+        # No await in here: between the counter quoted in WELCOME and the new link nothing may move it, nor a second link slip in.
+        if unknown := set(hello.need) - KNOWN_CAPS:
+            raise PeerRefused(Refusal.UNSUPPORTED, f"the relay needs {', '.join(sorted(unknown))}, which this gateway lacks")
+        ticket = self._tickets.redeem(hello.ticket, trio.current_time())
+        if ticket is None or ticket.session_id != hello.session:
+            raise PeerRefused(Refusal.BAD_TICKET, "the ticket is unknown, used, too old, or for another session")
+        session = self._session(ticket)
+        session.detach("the relay dialled again")
+        welcome = encode_welcome(Welcome(session.id, session.received, caps=tuple(sorted(KNOWN_CAPS.intersection(hello.caps)))))
+        try:
+            session.attach(stream.socket, hello.received, hello.window)
+        except RemoteProtocolError as exc:
+            raise PeerRefused(Refusal.BAD_RESUME, str(exc)) from exc
+        sock, _ = stream.detach()
+        # The session writes at the end of the reactor's turn at the earliest: these are the first bytes on the link.
+        if not _sent_at_once(sock, welcome):
+            session.detach("the connection broke during its hello")
+            raise TunnelClosed(Code.LINK_LOST, "the connection broke during its hello", by_peer=True)
+        logger.info("data link of %s from %s is up", ticket.relay_id, remote_address, extra={"tunnel": session.id})
+
+    def _session(self, ticket: Ticket) -> SessionHandle:
+        if ticket.session_id is not None:
+            resumed = self._registry.find_session(ticket.relay_id, ticket.instance, ticket.session_id)
+            if resumed is None:
+                raise PeerRefused(Refusal.UNKNOWN_SESSION, "the session is over; ask for a new one")
+            return resumed
+        if self._registry.is_draining:
+            raise PeerRefused(Refusal.DRAINING, "the gateway is going away", retry_after_s=_RETRY_AFTER_S)
+        fresh = self._registry.new_session(ticket.relay_id, ticket.instance)
+        if fresh is None:
+            raise PeerRefused(Refusal.TOO_MANY, "the relay has its data links already, or no control link", retry_after_s=_RETRY_AFTER_S)
+        return fresh
+
+
+def _decoded(payload: bytes) -> Hello:
+    try:
+        return decode_hello(payload)
+    except RemoteProtocolError as exc:
+        raise PeerRefused(Refusal.BAD_REQUEST, str(exc)) from exc
+
+
+async def _receive_exactly(stream: TlsStream, size_bytes: int) -> bytes:
+    """So many bytes and not one more: what follows is the session's."""
+    data = b""
+    while len(data) < size_bytes:
+        try:
+            more = await stream.receive_some(size_bytes - len(data))
+        except trio.BrokenResourceError as exc:
+            raise TunnelClosed(Code.LINK_LOST, str(exc), by_peer=True) from exc
+        if not more:
+            raise TunnelClosed(Code.LINK_LOST, "the peer closed the connection", by_peer=True)
+        data += more
+    return data
+
+
+def _sent_at_once(sock: ssl.SSLSocket, frame: bytes) -> bool:
+    """Send a small frame on a connection that has sent nothing but its handshake: there is room for it, or the connection is broken."""
+    try:
+        return sock.send(frame) == len(frame)
+    except OSError:
+        return False

@@ -1,0 +1,203 @@
+"""Task: the TLS port that relays come in through. Whatever one connection does, the others do not notice."""
+
+import errno
+import logging
+import secrets
+import socket
+import ssl
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+import trio
+
+from fxgateway.tunnels.control import Caller, ControlConfig, ControlDesk
+from fxgateway.tunnels.datalinks import DataDesk
+from fxgateway.tunnels.enrolment import Enroller
+from fxgateway.tunnels.identities import Identities
+from fxgateway.tunnels.lobby import Guest, Lobby, PortLimits
+from fxgateway.tunnels.ports import Registry
+from fxgateway.tunnels.tickets import TicketBook
+from fxtunnel.codes import Refusal
+from fxtunnel.control.upgrade import (
+    BODY_BYTES,
+    CONTROL_PATH,
+    ENROL_PATH,
+    HEAD_BYTES,
+    Head,
+    accept_websocket,
+    answer,
+    read_body,
+    read_head,
+    refusal_fields,
+)
+from fxtunnel.errors import PeerRefused, TunnelError
+from fxtunnel.kit.tls import TlsStream, handshake_server
+from fxtunnel.kit.tokens import KeyProblem, ReplayGuard, verify_assertion
+from fxtunnel.model import GatewayId, RelayId
+
+__all__ = ["PortLimits", "TunnelPort"]
+
+logger = logging.getLogger(__name__)
+
+ALPN_DATA: Final = "fx-data/1"
+ALPN_HTTP: Final = "http/1.1"
+_PAUSE_S: Final = 0.25  # at descriptor exhaustion; long enough for some connection to end
+_EXHAUSTED: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+
+
+@dataclass(frozen=True, slots=True)
+class _Upgrade:
+    """A control link whose relay has proved who it is."""
+
+    head: Head
+    relay_id: RelayId
+    kid: str
+
+
+class TunnelPort:
+    """Accepts relays: enrolments, control links, data links."""
+
+    def __init__(
+        self,
+        context: ssl.SSLContext,
+        gateway_id: GatewayId,
+        identities: Identities,
+        registry: Registry,
+        limits: PortLimits,
+        control: ControlConfig = ControlConfig(),  # noqa: B008 - immutable
+    ) -> None:
+        self._context = context
+        self._limits = limits
+        self._gateway_id = gateway_id
+        self._identities = identities
+        self._now_unix: Callable[[], float] = time.time
+        self._replays = ReplayGuard()
+        self._lobby = Lobby()
+        tickets = TicketBook(lambda: f"fxt_{secrets.token_urlsafe(32)}")
+        self._control = ControlDesk(gateway_id, registry, tickets, control)
+        self._data = DataDesk(registry, tickets)
+        self._enroller = Enroller(identities, gateway_id, self._replays, self._now_unix)
+
+    @property
+    def pending(self) -> int:
+        """Connections whose peer has not yet proved who it is."""
+        return len(self._lobby)
+
+    def apply(self, context: ssl.SSLContext, limits: PortLimits) -> None:
+        """A new certificate and new limits, for connections from now on."""
+        self._context, self._limits = context, limits
+
+    async def run(self, listeners: list[trio.SocketListener], *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Accept until cancelled; then control links say goodbye, which takes at most a second. Closes the listeners."""
+        async with trio.open_nursery() as handlers, trio.open_nursery() as accepting:
+            for listener in listeners:
+                accepting.start_soon(self._accept, listener, handlers)
+            task_status.started()
+
+    async def _accept(self, listener: trio.SocketListener, handlers: trio.Nursery) -> None:
+        async with listener:
+            while True:
+                try:
+                    accepted, address = await listener.socket.accept()
+                except OSError as exc:
+                    # Besides exhaustion these are errors of the connection that was to be accepted (accept(2)): nothing to do but go on.
+                    if exc.errno in _EXHAUSTED:
+                        logger.warning("the tunnel port takes no connections for a moment: %s", exc.strerror)
+                    await trio.sleep(_PAUSE_S if exc.errno in _EXHAUSTED else 0)
+                    continue
+                sock = socket.socket(accepted.family, accepted.type, accepted.proto, fileno=accepted.detach())
+                handlers.start_soon(self._serve, sock, str(address[0]), f"{address[0]}:{address[1]}")
+
+    async def _serve(self, sock: socket.socket, ip: str, remote_address: str) -> None:
+        """The barrier: nothing a connection raises gets past this."""
+        try:
+            with sock:
+                await self._converse(sock, ip, remote_address)
+        except* TunnelError as group:
+            for exc in _leaves(group):
+                logger.warning("tunnel port: connection from %s refused: %s", remote_address, exc)
+        except* (trio.BrokenResourceError, trio.ClosedResourceError):
+            logger.warning("tunnel port: connection from %s was lost", remote_address)
+        except* Exception:
+            logger.exception("tunnel port: connection from %s ended by an internal error", remote_address)
+
+    async def _converse(self, sock: socket.socket, ip: str, remote_address: str) -> None:
+        guest = self._lobby.enter(ip, self._limits)
+        stream: TlsStream | None = None
+        upgrade: _Upgrade | None = None
+        try:
+            with guest.scope:
+                stream = TlsStream(await handshake_server(sock, self._context))
+                upgrade = await self._identify(stream, remote_address)
+            self._lobby.leave(guest)
+            if guest.scope.cancelled_caught:
+                self._log_unproven(guest, remote_address)
+            elif stream is not None and upgrade is not None:
+                await self._serve_control(stream, upgrade, remote_address)
+        finally:
+            self._lobby.leave(guest)
+            if stream is not None:
+                await stream.aclose()
+
+    async def _identify(self, stream: TlsStream, remote_address: str) -> _Upgrade | None:
+        """Everything that is done for a stranger. Returns what is left to do for a relay that has proved who it is."""
+        if stream.socket.selected_alpn_protocol() == ALPN_DATA:
+            await self._data.admit(stream, remote_address)
+            return None
+        try:
+            head = await read_head(stream, max_bytes=min(HEAD_BYTES, self._limits.hello_bytes))
+            if (head.method, head.target) == ("GET", CONTROL_PATH):
+                return self._authenticate(head)
+            if (head.method, head.target) == ("POST", ENROL_PATH):
+                body = await read_body(stream, head, max_bytes=min(BODY_BYTES, self._limits.hello_bytes - HEAD_BYTES))
+                await answer(stream, 200, await self._enroller.enrol(body))
+            else:
+                await answer(stream, 404, {"error": "not-found", "message": "relays only", "retry_after_s": 0})
+        except PeerRefused as exc:
+            await answer(stream, exc.refusal.status, refusal_fields(exc, self._now_unix()))
+            raise
+        return None
+
+    def _authenticate(self, head: Head) -> _Upgrade:
+        scheme, _, token = (head.header("authorization") or "").partition(" ")
+        if scheme.lower() != "bearer" or not token:
+            raise PeerRefused(Refusal.BAD_ASSERTION, "bad assertion: there is none (Authorization: Bearer …)")
+        assertion = verify_assertion(
+            token.strip(), gateway_id=self._gateway_id, find_key=self._identities.find_key, now_unix=self._now_unix()
+        )
+        if not self._replays.first_use(assertion.jti, assertion.exp_unix, self._now_unix()):
+            raise PeerRefused(Refusal.BAD_ASSERTION, "bad assertion: it was used before")
+        self._control.check_room(assertion.relay_id)
+        return _Upgrade(head, assertion.relay_id, assertion.kid)
+
+    async def _serve_control(self, stream: TlsStream, upgrade: _Upgrade, remote_address: str) -> None:
+        def is_trusted() -> bool:
+            return not isinstance(self._identities.find_key(upgrade.relay_id, upgrade.kid), KeyProblem)
+
+        refused: PeerRefused | None = None
+        async with trio.open_nursery() as nursery:
+            try:
+                with trio.fail_after(self._limits.hello_timeout_s):
+                    ws = await accept_websocket(nursery, stream, upgrade.head)
+            except PeerRefused as exc:
+                refused = exc
+            else:
+                await self._control.serve(ws, Caller(upgrade.relay_id, remote_address, is_trusted))
+            nursery.cancel_scope.cancel()
+        if refused is not None:
+            with trio.move_on_after(self._limits.hello_timeout_s):
+                await answer(stream, refused.refusal.status, refusal_fields(refused, self._now_unix()))
+            raise refused
+
+    def _log_unproven(self, guest: Guest, remote_address: str) -> None:
+        why = "made room for newer ones" if guest.is_evicted else f"did not prove who it is within {self._limits.hello_timeout_s:g} s"
+        logger.warning("tunnel port: connection from %s closed: it %s", remote_address, why)
+
+
+def _leaves(group: BaseExceptionGroup[BaseException]) -> list[BaseException]:
+    found: list[BaseException] = []
+    for exc in group.exceptions:
+        found += _leaves(exc) if isinstance(exc, BaseExceptionGroup) else [exc]
+    return found

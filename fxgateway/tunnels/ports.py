@@ -1,0 +1,75 @@
+"""Port: what the tunnel port needs of the rest of the gateway."""
+
+import ssl
+from typing import Protocol
+
+from fxtunnel.codes import Code
+from fxtunnel.model import InstanceId, Offer, RelayId, SessionId
+
+
+class ControlHandle(Protocol):
+    """A relay's control link, as the registry holds it."""
+
+    @property
+    def remote_address(self) -> str:
+        """Where it comes from, `ip:port`."""
+
+    @property
+    def connected_at(self) -> float:
+        """Since when, on the monotonic clock."""
+
+    def close(self, code: Code, text: str, retry_after_s: float = 0) -> None:
+        """Tell the relay why, then end the link, soon. Never blocks; only the first call counts."""
+
+
+class SessionHandle(Protocol):
+    """A session, as far as giving it a link goes; see fxtunnel.engine.session.Session."""
+
+    @property
+    def id(self) -> SessionId:
+        """Its name on the wire."""
+
+    @property
+    def received(self) -> int:
+        """Bytes of the relay's sequence that have arrived; stands still without a link."""
+
+    def detach(self, reason: str) -> None:
+        """Retire the current link."""
+
+    def attach(self, link: ssl.SSLSocket, peer_received: int, peer_window: int = 0) -> None:
+        """Run on `link`; raises RemoteProtocolError, and does not take it over, if the relay wants bytes it cannot have."""
+
+    def close(self, code: Code, text: str = "") -> None:
+        """End the session."""
+
+
+class Registry(Protocol):
+    """Which relays are here. Nothing in it blocks."""
+
+    @property
+    def is_draining(self) -> bool:
+        """Whether the gateway is going away."""
+
+    def is_full(self, relay_id: RelayId) -> bool:
+        """Whether a relay that is not here yet finds no room."""
+
+    def enter(self, relay_id: RelayId, instance: InstanceId, offers: tuple[Offer, ...], link: ControlHandle) -> int:
+        """A control link is up; returns the epoch. Fences other instances, replaces the same instance's older link."""
+
+    def update_services(self, relay_id: RelayId, instance: InstanceId, offers: tuple[Offer, ...]) -> None:
+        """What the relay offers from now on."""
+
+    def mark_draining(self, relay_id: RelayId, instance: InstanceId) -> None:
+        """No new streams for this relay."""
+
+    def note_load(self, relay_id: RelayId, instance: InstanceId, streams: int) -> None:
+        """How many streams the relay says it carries."""
+
+    def leave(self, relay_id: RelayId, link: ControlHandle) -> None:
+        """A control link has ended."""
+
+    def new_session(self, relay_id: RelayId, instance: InstanceId) -> SessionHandle | None:
+        """A session for a new data link; None if the instance is not here or has enough."""
+
+    def find_session(self, relay_id: RelayId, instance: InstanceId, session_id: SessionId) -> SessionHandle | None:
+        """The session a relay wants to resume, if it is that instance's and not over."""

@@ -1,0 +1,236 @@
+"""Task: a whole relay: composes the parts, runs them, reloads them, drains them. The only module that names them all."""
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Final
+
+import trio
+
+from fxrelay import settings as config
+from fxrelay.delivery.delivery import DeliveryDesk, DeliveryLimits
+from fxrelay.delivery.services import Endpoint, Service, ServiceTable, resolve
+from fxrelay.live import LiveView
+from fxrelay.pages import make_app
+from fxrelay.settings import RelaySettings, ServiceSection
+from fxrelay.uplink.dial import Proxy
+from fxrelay.uplink.gateway_file import GatewayFile, load_gateway_file
+from fxrelay.uplink.identity import Identity, load_identity
+from fxrelay.uplink.ports import LinkSession, UplinkConfig, UplinkSessionOwner
+from fxrelay.uplink.uplink import Uplink
+from fxtunnel.codes import Code
+from fxtunnel.engine.reactor import Reactor
+from fxtunnel.engine.session import Session, SessionConfig
+from fxtunnel.errors import ConfigError, FxError
+from fxtunnel.kit import logs
+from fxtunnel.kit.notify import Notifier
+from fxtunnel.kit.pages import serve_pages
+from fxtunnel.kit.process import feed_watchdog, raise_file_limit, settle_memory, watch_signals
+from fxtunnel.model import RelayId, ServiceName, SessionId
+from fxtunnel.protocol.credit import WindowBudget
+from fxtunnel.protocol.hello import CAP_RESUME
+
+logger = logging.getLogger(__name__)
+
+SWEEP_S: Final = 5.0
+RESOLVE_EVERY_S: Final = 30.0
+DRAIN_POLL_S: Final = 0.1
+READY_POLL_S: Final = 0.02
+
+
+def run(settings: RelaySettings, config_path: Path) -> int:
+    """Run the relay until it is told to stop; returns the exit code. Blocks."""
+    logs.configure(settings.log.level, settings.log.style, sys.stderr)
+    raise_file_limit()
+    reactor = Reactor()
+    relay = Relay(reactor, settings, config_path, Notifier.from_environ(os.environ))
+    try:
+        return reactor.host_trio(relay.serve)
+    except ConfigError as exc:
+        for problem in exc.problems:
+            sys.stderr.write(f"fxrelay: {problem}\n")
+        return 2
+    finally:
+        reactor.close()
+
+
+class Relay:
+    """Everything one fxrelay process consists of. Also the factory of its uplinks' sessions."""
+
+    def __init__(self, reactor: Reactor, settings: RelaySettings, config_path: Path, notifier: Notifier) -> None:
+        self._reactor = reactor
+        self._settings = settings
+        self._config_path = config_path
+        self._notifier = notifier
+        self._stop = trio.Event()
+        self._reload = trio.Event()
+        self._services = ServiceTable()
+        self._desk = DeliveryDesk(reactor, self._services, delivery_limits(settings))
+        self._budget = WindowBudget(settings.limits.memory_bytes)
+        self._uplinks: list[Uplink] = []
+        self._failed = 0
+
+    async def serve(self) -> int:
+        """Serve until SIGTERM, or until no gateway is left that could be tried again. Returns the exit code.
+
+        Raises:
+            ConfigError: a gateway.json or the state directory cannot be used.
+        """
+        files = [await trio.to_thread.run_sync(load_gateway_file, gateway.file) for gateway in self._settings.gateways]
+        identity = await load_identity(self._settings.relay.state_dir, RelayId(self._settings.relay.id))
+        self._services.replace(await resolved(self._settings.services))
+        self._uplinks = self._make_uplinks(files, identity)
+        view = LiveView(identity.relay_id, identity.instance, lambda: self._uplinks, self._desk, self._settings.limits.memory_bytes)
+        async with trio.open_nursery() as nursery:
+            await nursery.start(watch_signals, self._reload.set, self._stop.set)
+            await nursery.start(serve_pages, make_app(view), self._settings.relay.status_address)
+            nursery.start_soon(self._sweep)
+            nursery.start_soon(self._keep_resolved)
+            nursery.start_soon(self._reload_when_asked)
+            nursery.start_soon(feed_watchdog, self._notifier)
+            nursery.start_soon(self._announce)
+            for uplink in self._uplinks:
+                nursery.start_soon(self._run_uplink, uplink)
+            self._notifier.ready()
+            settle_memory()
+            await self._stop.wait()
+            if self._failed < len(self._uplinks):
+                await self._drain()
+            nursery.cancel_scope.cancel()
+        return 1 if self._failed == len(self._uplinks) else 0
+
+    def new_session(self, owner: UplinkSessionOwner, session_id: SessionId) -> LinkSession:
+        """See `SessionFactory`."""
+        return Session(self._reactor, session_id, owner, session_config(self._settings), self._budget, self._desk.on_open)
+
+    def _make_uplinks(self, files: list[GatewayFile], identity: Identity) -> list[Uplink]:
+        settings = self._settings
+        offers = self._services.offers()
+        uplinks = []
+        for gateway, file in zip(settings.gateways, files, strict=True):
+            uplink_config = UplinkConfig(
+                links=settings.relay.links,
+                proxy=Proxy.parse(gateway.proxy) if gateway.proxy is not None else None,
+                dial_timeout_s=settings.liveness.dial_timeout_s,
+                min_backoff_s=settings.liveness.min_backoff_s,
+                max_backoff_s=settings.liveness.max_backoff_s,
+                dead_after_s=settings.liveness.dead_after_s,
+                caps=(CAP_RESUME,) if settings.resume.enabled else (),
+            )
+            uplinks.append(Uplink(file, identity, offers, self, uplink_config))
+        return uplinks
+
+    async def _run_uplink(self, uplink: Uplink) -> None:
+        """One gateway that can never work does not end the others; when none is left, the relay ends."""
+        try:
+            await uplink.run()
+        except FxError as exc:
+            logger.error("%s", exc)
+            self._failed += 1
+            if self._failed == len(self._uplinks):
+                self._stop.set()
+
+    async def _announce(self) -> None:
+        """The ready line: the first tunnel is up."""
+        while True:
+            for uplink in self._uplinks:
+                statistics = uplink.statistics()
+                if any(session.is_up for session in statistics.sessions):
+                    names = ", ".join(offer.name for offer in self._services.offers())
+                    sys.stdout.write(f"fxrelay ready: {self._settings.relay.id} at {statistics.url}; services: {names or 'none'}\n")
+                    sys.stdout.flush()
+                    return
+            await trio.sleep(READY_POLL_S)
+
+    async def _drain(self) -> None:
+        drain_s = self._settings.limits.drain_s
+        self._notifier.stopping()
+        self._desk.is_draining = True
+        for uplink in self._uplinks:
+            uplink.drain(drain_s)
+        logger.info("stopping: %d streams have %g s to finish", len(self._desk.deliveries), drain_s)
+        with trio.move_on_after(drain_s):
+            while self._desk.deliveries:
+                await trio.sleep(DRAIN_POLL_S)
+        if self._desk.deliveries:
+            logger.warning("%d streams did not finish in time and are reset", len(self._desk.deliveries))
+        self._desk.abort_all()
+        await trio.sleep(DRAIN_POLL_S)  # FINs and RESETs that were just queued still have to leave
+        async with trio.open_nursery() as nursery:
+            for uplink in self._uplinks:
+                nursery.start_soon(uplink.shutdown, Code.SHUTDOWN, "the relay is stopping")
+
+    async def _sweep(self) -> None:
+        while True:
+            await trio.sleep(SWEEP_S)
+            self._desk.end_idle()
+
+    async def _keep_resolved(self) -> None:
+        while True:
+            await trio.sleep(RESOLVE_EVERY_S)
+            sections = self._settings.services
+            fresh = await resolved(sections, self._services)
+            if sections is self._settings.services:
+                self._services.replace(fresh)
+
+    async def _reload_when_asked(self) -> None:
+        while True:
+            await self._reload.wait()
+            self._reload = trio.Event()
+            self._notifier.reloading()
+            try:
+                fresh = await trio.to_thread.run_sync(config.load, self._config_path, os.environ)
+                services = await resolved(fresh.services, self._services)
+            except ConfigError as exc:
+                for problem in exc.problems:
+                    logger.error("reload refused, the old configuration stays: %s", problem)
+            else:
+                self._apply(fresh, services)
+                logger.info("reloaded %s", self._config_path)
+            self._notifier.ready()
+
+    def _apply(self, fresh: RelaySettings, services: list[Service]) -> None:
+        """Services and limits of a reloaded configuration; what needs a restart is named, and stays."""
+        self._services.replace(services)
+        self._desk.limits = delivery_limits(fresh)
+        for uplink in self._uplinks:
+            uplink.update_services(self._services.offers())
+        logs.configure(fresh.log.level, fresh.log.style, sys.stderr)
+        for section in ("relay", "gateways"):
+            if getattr(fresh, section) != getattr(self._settings, section):
+                logger.warning("changes in [%s] take effect at the next restart", section.removesuffix("s"))
+        self._settings = fresh
+
+
+async def resolved(sections: tuple[ServiceSection, ...], known: ServiceTable | None = None) -> list[Service]:
+    """The services with their targets' addresses. A name that does not resolve now keeps the addresses it had."""
+    services = []
+    for section in sections:
+        name = ServiceName(section.name)
+        endpoints: tuple[Endpoint, ...]
+        try:
+            endpoints = await trio.to_thread.run_sync(resolve, section.target)
+        except OSError as exc:
+            old = known.get(name) if known is not None else None
+            endpoints = old.endpoints if old is not None and old.target == section.target else ()
+            logger.warning("target %s of service %s does not resolve: %s", section.target, section.name, exc.strerror or exc)
+        services.append(Service(name, section.target, endpoints, section.protocol))
+    return services
+
+
+def session_config(settings: RelaySettings) -> SessionConfig:
+    """The bounds of sessions."""
+    return SessionConfig(
+        max_streams=settings.limits.streams_per_link,
+        max_ring_bytes=settings.resume.replay_bytes,
+        resume=settings.resume.enabled,
+        hold_s=settings.resume.hold_s,
+        dead_after_s=settings.liveness.dead_after_s,
+    )
+
+
+def delivery_limits(settings: RelaySettings) -> DeliveryLimits:
+    """The bounds of deliveries."""
+    limits = settings.limits
+    return DeliveryLimits(limits.streams, limits.connect_timeout_s, limits.idle_timeout_s)

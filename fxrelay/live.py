@@ -1,0 +1,96 @@
+"""Pump: the running relay as its status pages see it."""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+from fxrelay.delivery.delivery import DeliveryDesk
+from fxrelay.pages import LinkStatus, ServiceStatus, Totals, UplinkState, UplinkStatus
+from fxrelay.uplink import ports
+from fxrelay.uplink.uplink import Uplink
+from fxtunnel import __version__
+from fxtunnel.engine.session import SessionStatistics
+from fxtunnel.kit.process import memory_bytes
+from fxtunnel.model import InstanceId, RelayId
+
+_STATES: dict[ports.UplinkState, UplinkState] = {
+    ports.UplinkState.CONNECTING: "connecting",
+    ports.UplinkState.ENROLLING: "connecting",
+    ports.UplinkState.UP: "up",
+    ports.UplinkState.WAITING: "waiting",
+    ports.UplinkState.STOPPED: "failed",
+}
+
+
+class LiveView:
+    """Implements `RelayView` by looking at the uplinks and the deliveries when asked."""
+
+    def __init__(
+        self,
+        relay_id: RelayId,
+        instance: InstanceId,
+        uplinks: Callable[[], Sequence[Uplink]],
+        desk: DeliveryDesk,
+        memory_limit_bytes: int,
+    ) -> None:
+        self._relay_id = relay_id
+        self._instance = instance
+        self._uplinks = uplinks
+        self._desk = desk
+        self._memory_limit_bytes = memory_limit_bytes
+        self._started = time.monotonic()
+
+    def uplinks(self) -> list[UplinkStatus]:
+        """See `RelayView`."""
+        return [_uplink(uplink.statistics()) for uplink in self._uplinks()]
+
+    def services(self) -> list[ServiceStatus]:
+        """See `RelayView`."""
+        streams = Counter(delivery.service.name for delivery in self._desk.deliveries)
+        counters = self._desk.counters
+        return [
+            ServiceStatus(
+                service.name,
+                service.protocol,
+                str(service.target),
+                streams[service.name],
+                counters.opened_by_service.get(service.name, 0),
+                dict(counters.refused_by_service.get(service.name, {})),
+            )
+            for service in self._desk.services.services()
+        ]
+
+    def totals(self) -> Totals:
+        """See `RelayView`."""
+        sessions = [session for uplink in self._uplinks() for session in uplink.statistics().sessions]
+        return Totals(
+            relay_id=self._relay_id,
+            instance=self._instance,
+            version=__version__,
+            uptime_s=round(time.monotonic() - self._started, 1),
+            streams=len(self._desk.deliveries),
+            streams_opened=sum(self._desk.counters.opened_by_service.values()),
+            resumed=sum(session.resumed for session in sessions),
+            memory_bytes=memory_bytes(),
+            memory_limit_bytes=self._memory_limit_bytes,
+        )
+
+
+def _uplink(uplink: ports.UplinkStatistics) -> UplinkStatus:
+    return UplinkStatus(
+        uplink.gateway_id,
+        uplink.url,
+        _STATES[uplink.state],
+        uplink.epoch,
+        round(time.time() - uplink.since_unix, 1) if uplink.state is ports.UplinkState.UP else 0.0,
+        None,
+        uplink.last_error,
+        0,
+        tuple(_link(session) for session in uplink.sessions),
+    )
+
+
+def _link(session: SessionStatistics) -> LinkStatus:
+    mux = session.mux
+    rtt_ms = round(mux.min_rtt_s * 1e3, 3) if mux.min_rtt_s else None
+    return LinkStatus(session.id, session.state.value == "up", mux.streams, rtt_ms, mux.bytes_in, mux.bytes_out, session.resumed)

@@ -1,0 +1,184 @@
+"""Task: the relay's status socket: /healthz, /status and /metrics. It only tells; nothing can be changed here."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Literal, Protocol
+
+from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4, CollectorRegistry, ProcessCollector, generate_latest
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.routing import Route
+
+UplinkState = Literal["up", "connecting", "waiting", "failed"]
+
+_HEADERS = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
+
+
+@dataclass(frozen=True, slots=True)
+class LinkStatus:
+    """One session with a gateway and the data link under it. `rtt_ms` is None until a probe has come back."""
+
+    session: str
+    up: bool
+    streams: int
+    rtt_ms: float | None
+    bytes_in: int
+    bytes_out: int
+    resumed: int
+
+
+@dataclass(frozen=True, slots=True)
+class UplinkStatus:
+    """One gateway. `next_try_s` says how long until the next attempt while `state` is waiting; failed: not tried again."""
+
+    gateway_id: str
+    url: str
+    state: UplinkState
+    epoch: int
+    connected_s: float
+    next_try_s: float | None
+    last_error: str
+    attempts: int
+    links: tuple[LinkStatus, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceStatus:
+    """One service. `streams` is now; `opened` and `refused` (a reason, a fixed set of words, to a count) are since start."""
+
+    name: str
+    protocol: str
+    target: str
+    streams: int
+    opened: int
+    refused: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """The whole daemon. Streams and memory are now, the rest since start."""
+
+    relay_id: str
+    instance: str
+    version: str
+    uptime_s: float
+    streams: int
+    streams_opened: int
+    resumed: int
+    memory_bytes: int
+    memory_limit_bytes: int
+
+
+class RelayView(Protocol):
+    """What the pages read. Every call is synchronous and cheap."""
+
+    def uplinks(self) -> list[UplinkStatus]:
+        """The gateways of the present configuration."""
+
+    def services(self) -> list[ServiceStatus]:
+        """The services of the present configuration."""
+
+    def totals(self) -> Totals:
+        """The daemon as a whole."""
+
+
+def make_app(view: RelayView) -> Starlette:
+    """The pages, for `serve_pages`. GET and HEAD only; every answer is made from one look at `view`.
+
+    /healthz: 200 while the process answers. /status: JSON object with `relay` (see `Totals`), `uplinks` and `services`.
+    /metrics: Prometheus text.
+    """
+    registry = CollectorRegistry()
+    registry.register(RelayCollector(view))
+    ProcessCollector(registry=registry)
+
+    async def healthz(request: Request) -> Response:
+        return PlainTextResponse("ok\n", headers=_HEADERS)
+
+    async def status(request: Request) -> Response:
+        return JSONResponse(
+            {
+                "relay": asdict(view.totals()),
+                "uplinks": [asdict(uplink) for uplink in view.uplinks()],
+                "services": [asdict(service) for service in view.services()],
+            },
+            headers=_HEADERS,
+        )
+
+    async def metrics(request: Request) -> Response:
+        return Response(generate_latest(registry), media_type=CONTENT_TYPE_PLAIN_0_0_4, headers=_HEADERS)
+
+    return Starlette(
+        routes=[
+            Route("/healthz", healthz, methods=["GET"]),
+            Route("/status", status, methods=["GET"]),
+            Route("/metrics", metrics, methods=["GET"]),
+        ]
+    )
+
+
+class RelayCollector(Collector):
+    """The relay's metrics, read from the view when Prometheus asks. The only place that names them.
+
+    Labels are bounded: gateways and services of the configuration, reasons (a fixed set of words).
+    """
+
+    def __init__(self, view: RelayView) -> None:
+        self._view = view
+
+    def collect(self) -> Iterator[Metric]:
+        """Every metric of the relay."""
+        yield from _daemon(self._view.totals())
+        yield from _uplinks(self._view.uplinks())
+        yield from _services(self._view.services())
+
+    def describe(self) -> list[Metric]:
+        """Nothing: registering must not read a view that is still being put together."""
+        return []
+
+
+def _daemon(totals: Totals) -> Iterator[Metric]:
+    info = GaugeMetricFamily("fxrelay_info", "Always 1; the labels say what runs.", labels=["version", "relay"])
+    info.add_metric([totals.version, totals.relay_id], 1)
+    yield info
+    yield GaugeMetricFamily("fxrelay_uptime_seconds", "Seconds since start.", value=totals.uptime_s)
+    yield GaugeMetricFamily("fxrelay_streams", "Open streams.", value=totals.streams)
+    yield CounterMetricFamily("fxrelay_streams_opened", "Streams opened.", value=totals.streams_opened)
+    yield CounterMetricFamily("fxrelay_links_resumed", "Data links that were cut and continued.", value=totals.resumed)
+    yield GaugeMetricFamily("fxrelay_memory_bytes", "Memory charged to the budget.", value=totals.memory_bytes)
+    yield GaugeMetricFamily("fxrelay_memory_limit_bytes", "The budget.", value=totals.memory_limit_bytes)
+
+
+def _uplinks(uplinks: list[UplinkStatus]) -> Iterator[Metric]:
+    up = GaugeMetricFamily("fxrelay_uplink_up", "1 while the gateway's control link stands.", labels=["gateway"])
+    attempts = CounterMetricFamily("fxrelay_uplink_attempts", "Times the gateway was dialled.", labels=["gateway"])
+    links = GaugeMetricFamily("fxrelay_uplink_links", "Data links by whether they work now.", labels=["gateway", "state"])
+    rtt = GaugeMetricFamily("fxrelay_uplink_rtt_seconds", "Shortest round trip over the data links.", labels=["gateway"])
+    # Two enrolment files may lead to one gateway; a label set may appear only once in an exposition.
+    for gateway_id in dict.fromkeys(uplink.gateway_id for uplink in uplinks):
+        same = [uplink for uplink in uplinks if uplink.gateway_id == gateway_id]
+        sessions = [link for uplink in same for link in uplink.links]
+        working = sum(link.up for link in sessions)
+        up.add_metric([gateway_id], float(any(uplink.state == "up" for uplink in same)))
+        attempts.add_metric([gateway_id], sum(uplink.attempts for uplink in same))
+        links.add_metric([gateway_id, "up"], working)
+        links.add_metric([gateway_id, "held"], len(sessions) - working)
+        measured = [link.rtt_ms for link in sessions if link.rtt_ms is not None]
+        if measured:
+            rtt.add_metric([gateway_id], min(measured) / 1000)
+    yield from (up, attempts, links, rtt)
+
+
+def _services(services: list[ServiceStatus]) -> Iterator[Metric]:
+    streams = GaugeMetricFamily("fxrelay_service_streams", "Open streams.", labels=["service"])
+    opened = CounterMetricFamily("fxrelay_service_opened", "Streams the service accepted.", labels=["service"])
+    refused = CounterMetricFamily("fxrelay_service_refused", "Streams refused.", labels=["service", "reason"])
+    for service in services:
+        streams.add_metric([service.name], service.streams)
+        opened.add_metric([service.name], service.opened)
+        for reason, count in sorted(service.refused.items()):
+            refused.add_metric([service.name, reason], count)
+    yield from (streams, opened, refused)

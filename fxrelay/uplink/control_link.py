@@ -1,0 +1,193 @@
+"""Task: one control link as the relay holds it: upgrade, hello, tickets, until its end (PROTOCOL.md, 3)."""
+
+import logging
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Final
+
+import trio
+from trio_websocket import ConnectionClosed
+
+import fxtunnel
+from fxrelay.uplink.dial import ALPN_HTTP, Dialler, within
+from fxrelay.uplink.gateway_file import GatewayFile, GatewayUrl
+from fxrelay.uplink.identity import Identity
+from fxrelay.uplink.ports import GatewayClosing, UplinkConfig
+from fxtunnel.codes import Code, Refusal
+from fxtunnel.control.channel import Channel
+from fxtunnel.control.messages import (
+    PROTOCOL_VERSION,
+    Closing,
+    Drain,
+    Hello,
+    Load,
+    Message,
+    Refused,
+    Ticket,
+    TicketRequest,
+    Welcome,
+    encode,
+)
+from fxtunnel.control.upgrade import CONTROL_PATH, open_websocket
+from fxtunnel.errors import PeerRefused, RemoteProtocolError, TunnelClosed, TunnelError
+from fxtunnel.kit.tls import TlsStream
+from fxtunnel.model import Offer, SessionId
+
+logger = logging.getLogger(__name__)
+
+BEATS_PER_DEATH: Final = 3
+"""Pings that may go unanswered before a path is dead."""
+
+
+class ControlLink:
+    """An open control link. `run` carries it; the rest may be called while it runs."""
+
+    def __init__(self, channel: Channel, welcome: Welcome, max_dead_after_s: float) -> None:
+        self.welcome = welcome
+        self._channel = channel
+        # The gateway sets the pace, but not so slow that a dead path would go unnoticed.
+        self._dead_after_s = min(welcome.dead_after_s, max_dead_after_s)
+        self._heartbeat_s = min(welcome.heartbeat_s, self._dead_after_s / BEATS_PER_DEATH)
+        self._requests = 0
+        self._waiting: dict[int, _Answer] = {}
+        self._closing: Closing | None = None
+        self._is_over = False
+
+    def send_nowait(self, message: Message) -> None:
+        """Queue a message. Raises TunnelClosed when the link is ending."""
+        self._channel.send_nowait(message)
+
+    def end_soon(self, last: Closing) -> None:
+        """Let `run` send what is queued and `last`, and end within a second."""
+        self._channel.end_soon(last)
+
+    async def ticket(self, session_id: SessionId | None) -> str:
+        """A ticket for one data link: for a new session, or to resume one. Set a deadline around it. Cancelling it wastes a ticket.
+
+        Raises:
+            TunnelClosed: the link ended first.
+        """
+        if self._is_over:
+            raise TunnelClosed(Code.LINK_LOST, "the control link is gone")
+        self._requests += 1
+        number = self._requests
+        answer = self._waiting[number] = _Answer()
+        try:
+            self._channel.send_nowait(TicketRequest(request=number, session=session_id))
+            await answer.arrived.wait()
+        finally:
+            self._waiting.pop(number, None)
+        if answer.ticket is None:
+            raise TunnelClosed(Code.LINK_LOST, "the control link ended before a ticket came")
+        return answer.ticket
+
+    async def run(self, count_streams: Callable[[], int]) -> None:
+        """Carry messages until the link ends. Run it once; cancelling it is a goodbye.
+
+        Raises:
+            TunnelClosed: always, when it ends by itself; GatewayClosing when the gateway said why.
+        """
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._report_load, count_streams)
+                try:
+                    await self._channel.run(self._on_message, heartbeat_s=self._heartbeat_s, dead_after_s=self._dead_after_s)
+                except TunnelClosed as exc:
+                    ended = exc
+                nursery.cancel_scope.cancel()
+        finally:
+            self._is_over = True
+            for answer in self._waiting.values():
+                answer.arrived.set()
+            await self._channel.goodbye(Closing(code=Code.SHUTDOWN, message="the relay stops"))
+        if self._closing is not None:
+            raise GatewayClosing(self._closing.code, self._closing.message or self._closing.code.label, self._closing.retry_after_s)
+        raise ended
+
+    def _on_message(self, message: Message) -> None:
+        match message:
+            case Ticket(request=number, ticket=ticket):
+                answer = self._waiting.pop(number, None)
+                if answer is not None:
+                    answer.ticket = ticket
+                    answer.arrived.set()
+            case Closing():
+                self._closing = message
+            case Drain(deadline_s=deadline_s):
+                logger.info("gateway %s is going away within %g s", self.welcome.gateway_id, deadline_s)
+            case _:
+                raise RemoteProtocolError(Code.PROTOCOL_ERROR, f"a gateway does not send {message.type} here")
+
+    async def _report_load(self, count_streams: Callable[[], int]) -> None:
+        while True:
+            try:
+                self._channel.send_nowait(Load(streams=count_streams()))
+            except TunnelClosed:
+                return
+            await trio.sleep(self._heartbeat_s)
+
+
+class _Answer:
+    __slots__ = ("arrived", "ticket")
+
+    def __init__(self) -> None:
+        self.arrived = trio.Event()
+        self.ticket: str | None = None
+
+
+@asynccontextmanager
+async def open_control_link(
+    dialler: Dialler, url: GatewayUrl, gateway: GatewayFile, hello: Hello, bearer: Callable[[], str], config: UplinkConfig
+) -> AsyncIterator[ControlLink]:
+    """A control link that the gateway has welcomed; everything of it is closed at the end of the block.
+
+    `bearer` makes the assertion when the connection stands: it must be fresh. Takes at most two of the dialler's timeouts.
+
+    Raises:
+        PeerRefused: the gateway said no, to the upgrade or to the hello.
+        TunnelError: it could not be reached, did not answer in time, or broke the protocol.
+    """
+    stream = TlsStream(await dialler.dial(url, ALPN_HTTP))
+    failure: TunnelError | None = None
+    try:
+        async with trio.open_nursery() as readers:
+            try:
+                with within(dialler.timeout_s, f"{url.authority} did not welcome this relay"):
+                    websocket = await open_websocket(readers, stream, url.authority, CONTROL_PATH, {"Authorization": f"Bearer {bearer()}"})
+                    try:
+                        await websocket.send_message(encode(hello))
+                    except ConnectionClosed as exc:
+                        raise TunnelClosed(Code.LINK_LOST, f"{url.authority} closed the control link", by_peer=True) from exc
+                    channel = Channel(websocket)
+                    welcome = _welcomed(await channel.receive(), gateway)
+                yield ControlLink(channel, welcome, config.dead_after_s)
+            except TunnelError as exc:
+                failure = exc  # by name, not out of the nursery, which would wrap it in a group
+            readers.cancel_scope.cancel()
+    finally:
+        await trio.aclose_forcefully(stream)
+    if failure is not None:
+        raise failure
+
+
+def control_hello(identity: Identity, offers: tuple[Offer, ...], caps: tuple[str, ...]) -> Hello:
+    """The first message of a control link."""
+    return Hello(version=fxtunnel.__version__, instance=identity.instance, services=offers, caps=caps)
+
+
+def _welcomed(answer: Message, gateway: GatewayFile) -> Welcome:
+    match answer:
+        case Welcome(v=version) if version != PROTOCOL_VERSION:
+            raise PeerRefused(
+                Refusal.VERSION_MISMATCH, f"the gateway speaks version {version} of the protocol, this relay version {PROTOCOL_VERSION}"
+            )
+        case Welcome(gateway_id=gateway_id) if gateway_id != gateway.gateway_id:
+            raise PeerRefused(Refusal.BAD_ASSERTION, f"it calls itself {gateway_id}, and {gateway.path} is for {gateway.gateway_id}")
+        case Welcome():
+            return answer
+        case Refused(code=refusal, message=message, retry_after_s=retry_after_s):
+            raise PeerRefused(refusal, message or refusal.value, retry_after_s=retry_after_s)
+        case Closing(code=code, message=message, retry_after_s=retry_after_s):
+            raise GatewayClosing(code, message or code.label, retry_after_s)
+        case _:
+            raise RemoteProtocolError(Code.PROTOCOL_ERROR, f"the gateway answered hello with {answer.type}")

@@ -1,0 +1,59 @@
+"""Task: a data link's first two frames (PROTOCOL.md, 4): a ticket and a counter out, a session and a counter back."""
+
+import ssl
+
+import trio
+
+from fxrelay.uplink.dial import ALPN_DATA, Dialler, within
+from fxrelay.uplink.gateway_file import GatewayUrl
+from fxtunnel.codes import Code
+from fxtunnel.errors import PeerRefused, RemoteProtocolError, TunnelClosed
+from fxtunnel.kit.tls import TlsStream
+from fxtunnel.protocol.hello import HEADER_BYTES, Denied, Hello, Welcome, decode_reply, encode_hello, parse_header
+
+
+async def open_data_link(dialler: Dialler, url: GatewayUrl, hello: Hello) -> tuple[ssl.SSLSocket, Welcome]:
+    """A data link that the gateway has welcomed: its socket, not a byte behind the WELCOME taken from it, and the answer.
+
+    To resume, detach the session before its counter goes into `hello`. The caller owns the socket. Takes at most two of the dialler's
+    timeouts. Cancelling leaves nothing open; the ticket may be spent then.
+
+    Raises:
+        PeerRefused: the gateway answered DENIED.
+        TunnelError: it could not be reached, did not answer in time, or broke the protocol.
+    """
+    stream = TlsStream(await dialler.dial(url, ALPN_DATA))
+    try:
+        with within(dialler.timeout_s, f"{url.authority} did not answer on a data link"):
+            welcome = await _greet(stream, hello)
+    except trio.BrokenResourceError as exc:
+        await trio.aclose_forcefully(stream)
+        raise TunnelClosed(Code.LINK_LOST, f"{url.authority} closed a data link before it was open", by_peer=True) from exc
+    except BaseException:
+        await trio.aclose_forcefully(stream)
+        raise
+    return stream.detach()[0], welcome
+
+
+async def _greet(stream: TlsStream, hello: Hello) -> Welcome:
+    await stream.send_all(encode_hello(hello))
+    kind, length, _ = parse_header(await _receive_exactly(stream, HEADER_BYTES))
+    answer = decode_reply(kind, await _receive_exactly(stream, length))
+    match answer:
+        case Denied(code=refusal, message=message, retry_after_s=retry_after_s):
+            raise PeerRefused(refusal, message or refusal.value, retry_after_s=retry_after_s)
+        case Welcome(session=session) if hello.session not in (None, session):
+            raise RemoteProtocolError(Code.PROTOCOL_ERROR, "the gateway resumed another session than the one asked for")
+        case welcome:
+            return welcome
+
+
+async def _receive_exactly(stream: TlsStream, count: int) -> bytes:
+    """The next `count` bytes. What follows belongs to the session and stays in the socket."""
+    data = bytearray()
+    while len(data) < count:
+        received = await stream.receive_some(count - len(data))
+        if not received:
+            raise TunnelClosed(Code.LINK_LOST, "the gateway closed a data link before it was open", by_peer=True)
+        data += received
+    return bytes(data)

@@ -1,0 +1,292 @@
+"""Task: the way up to one gateway: its control link kept up, its data sessions kept alive, whatever the network does."""
+
+import logging
+import random
+import ssl
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Final
+
+import trio
+
+from fxrelay.uplink.control_link import ControlLink, control_hello, open_control_link
+from fxrelay.uplink.datalink import open_data_link
+from fxrelay.uplink.dial import Dialler, within
+from fxrelay.uplink.enrol import enrol
+from fxrelay.uplink.gateway_file import GatewayFile, GatewayUrl
+from fxrelay.uplink.identity import Identity
+from fxrelay.uplink.ports import LinkSession, SessionFactory, UplinkConfig, UplinkSessionOwner, UplinkState, UplinkStatistics
+from fxrelay.uplink.slot import Slot
+from fxrelay.uplink.verdicts import Doubling, final_error, retry_after_s
+from fxtunnel.codes import Code, Refusal
+from fxtunnel.control.channel import GOODBYE_S
+from fxtunnel.control.messages import Closing, Drain, Services
+from fxtunnel.errors import FxError, PeerRefused, TunnelClosed
+from fxtunnel.kit.backoff import FullJitter
+from fxtunnel.model import GatewayId, Offer, SessionId
+from fxtunnel.protocol.hello import Hello, Welcome
+
+logger = logging.getLogger(__name__)
+
+SETTLED_S: Final = 1.0
+"""A control link that lasted this long was no failure: the next one is dialled without the waits that earlier failures had earned."""
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What makes an uplink repeatable in tests: chance, and the wall clock in seconds."""
+
+    rng: random.Random = field(default_factory=random.Random)
+    now_unix: Callable[[], float] = time.time
+
+
+class Uplink:
+    """One gateway's uplink. `run` it once; everything else may be called while it runs, from the same thread.
+
+    Data sessions outlive the control link. What heals by itself is tried again for as long as `run` lives; what needs a person ends it.
+    """
+
+    def __init__(
+        self,
+        gateway: GatewayFile,
+        identity: Identity,
+        offers: tuple[Offer, ...],
+        factory: SessionFactory,
+        config: UplinkConfig,
+        surroundings: Surroundings | None = None,
+    ) -> None:
+        self.gateway_id: GatewayId = gateway.gateway_id
+        self._gateway = gateway
+        self._identity = identity
+        self._offers = offers
+        self._factory = factory
+        self._config = config
+        self._around = surroundings or Surroundings()
+        self._dialler = Dialler(gateway.ca_pem, config.proxy, timeout_s=config.dial_timeout_s, dead_after_s=config.dead_after_s)
+        self._slots = [Slot(self, config, self._around.rng) for _ in range(config.links)]
+        self._url_number = 0
+        self._link: ControlLink | None = None
+        self._link_changed = trio.Event()
+        self._must_enrol = False
+        self._has_enrolled = False
+        self._welcomes = 0
+        self._welcome_at = 0.0
+        self._epoch = 0
+        self._hold_s = 0.0
+        self._drain_until: float | None = None
+        self._is_stopping = False
+        self._scope = trio.CancelScope()
+        self._ended = trio.Event()
+        self._failure: FxError | None = None
+        self._state = UplinkState.STOPPED
+        self._since_unix = self._around.now_unix()
+        self._last_error = ""
+
+    @property
+    def hold_s(self) -> float:
+        """How long the gateway keeps a session without a link, in seconds."""
+        return self._hold_s
+
+    @property
+    def wants_sessions(self) -> bool:
+        """Whether a session that is over should be made anew."""
+        return self._drain_until is None and not self._is_stopping
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Keep the links to the gateway up until `shutdown`, or until trying further is pointless. `started()` with the first welcome.
+
+        Cancelling says goodbye to the gateway (within a second) and closes the sessions.
+
+        Raises:
+            PeerRefused, TunnelError: final; the message says what to do.
+            ConfigError: the note of the enrolment cannot be written.
+        """
+        self._enter(UplinkState.CONNECTING)
+        try:
+            with self._scope:
+                async with trio.open_nursery() as nursery:
+                    for slot in self._slots:
+                        nursery.start_soon(slot.run)
+                    nursery.start_soon(self._keep_control_link, task_status)
+        finally:
+            self._is_stopping = True
+            self._close_sessions(Code.SHUTDOWN, "the relay stops")
+            self._enter(UplinkState.STOPPED)
+            self._ended.set()
+        if self._failure is not None:
+            raise self._failure
+
+    async def shutdown(self, code: Code, text: str = "") -> None:
+        """Close the sessions and tell the gateway why, then end `run`, which returns. Takes at most about a second; idempotent."""
+        self._is_stopping = True
+        if self._link is not None:
+            self._link.end_soon(Closing(code=code, message=text))
+        self._close_sessions(code, text)
+        with trio.move_on_after(GOODBYE_S):
+            while self._link is not None:
+                await self._link_changed.wait()
+        self._scope.cancel()
+        if self._state is not UplinkState.STOPPED:
+            await self._ended.wait()
+
+    def drain(self, deadline_s: float) -> None:
+        """Ask the gateway for no more streams; the open ones have `deadline_s`. Sessions are resumed, but not made anew."""
+        self._drain_until = trio.current_time() + deadline_s
+        self._send(Drain(deadline_s=deadline_s))
+
+    def update_services(self, offers: tuple[Offer, ...]) -> None:
+        """Offer these services from now on.
+
+        Raises:
+            LocalProtocolError: too many to be told in one message; nothing has changed.
+        """
+        self._send(Services(services=offers))
+        self._offers = offers
+
+    def statistics(self) -> UplinkStatistics:
+        """A snapshot for status pages."""
+        return UplinkStatistics(
+            self.gateway_id,
+            str(self._url),
+            self._state,
+            self._since_unix,
+            self._last_error,
+            self._epoch,
+            self._drain_until is not None,
+            tuple(slot.session.statistics() for slot in self._slots if slot.session is not None),
+        )
+
+    async def open_link(self, session: LinkSession | None) -> tuple[ssl.SSLSocket, Welcome]:
+        """For slots: see `SlotHome`. `session` must be detached."""
+        session_id = None if session is None else session.id
+        ticket = await self._ticket(session_id)
+        received = 0 if session is None else session.received
+        return await open_data_link(self._dialler, self._url, Hello(ticket, session_id, received, caps=self._config.caps))
+
+    def new_session(self, owner: UplinkSessionOwner, session_id: SessionId) -> LinkSession:
+        """For slots: see `SlotHome`."""
+        return self._factory.new_session(owner, session_id)
+
+    def ends_with(self, exc: FxError) -> bool:
+        """For slots, and ourselves: see `SlotHome`."""
+        final = final_error(exc, self._identity.relay_id, self.gateway_id, was_welcome=self._welcomes > 0)
+        if final is None:
+            return False
+        if self._failure is None:
+            self._failure = final
+            self._last_error = str(final)
+        self._scope.cancel()
+        return True
+
+    @property
+    def _url(self) -> GatewayUrl:
+        return self._gateway.urls[self._url_number % len(self._gateway.urls)]
+
+    async def _keep_control_link(self, task_status: trio.TaskStatus[None]) -> None:
+        backoff = FullJitter(base_s=self._config.min_backoff_s, cap_s=self._config.max_backoff_s, rng=self._around.rng)
+        failures = Doubling()
+        while not self._is_stopping:
+            welcomes = self._welcomes
+            at_least_s = 0.0
+            try:
+                await self._use_control_link(task_status)
+            except FxError as exc:
+                if self._is_stopping or self.ends_with(exc):
+                    return
+                self._last_error = str(exc)
+                at_least_s = retry_after_s(exc)
+            except Exception:  # whatever a peer's bytes did to a library, the relay and its sessions live on
+                logger.exception("the control link to %s failed", self.gateway_id)
+                self._last_error = "internal error"
+            else:
+                continue
+            if self._welcomes == welcomes:
+                self._url_number += 1
+            elif trio.current_time() - self._welcome_at >= SETTLED_S:
+                backoff.reset()
+                failures.reset()
+            wait_s = backoff.next_s(at_least_s=at_least_s)
+            if failures.is_due():
+                logger.warning(
+                    "no control link to %s: %s; attempt %d in %.1f s", self.gateway_id, self._last_error, failures.count + 1, wait_s
+                )
+            self._enter(UplinkState.WAITING)
+            await trio.sleep(wait_s)
+
+    async def _use_control_link(self, task_status: trio.TaskStatus[None]) -> None:
+        """One control link from dial to end, after enrolment if need be. Returns only when it should be called again at once."""
+        url = self._url
+        if self._must_enrol or not await self._identity.is_enrolled(self.gateway_id):
+            self._enter(UplinkState.ENROLLING)
+            await enrol(self._dialler, url, self._gateway, self._identity, self._around.now_unix)
+            self._must_enrol, self._has_enrolled = False, True
+        self._enter(UplinkState.CONNECTING)
+        hello = control_hello(self._identity, self._offers, self._config.caps)
+        try:
+            async with open_control_link(self._dialler, url, self._gateway, hello, self._bearer, self._config) as link:
+                self._welcomed(link, url)
+                if self._welcomes == 1:
+                    task_status.started()
+                try:
+                    await link.run(self._count_streams)
+                finally:
+                    self._set_link(None)
+        except PeerRefused as exc:
+            # Only until the first welcome: a relay that is forgotten while it runs must not take its name back by itself.
+            if exc.refusal is not Refusal.UNKNOWN_RELAY or self._welcomes or self._has_enrolled or self._gateway.enrolment is None:
+                raise
+            logger.info("gateway %s no longer knows relay %s; enrolling again", self.gateway_id, self._identity.relay_id)
+            self._must_enrol = True
+
+    def _bearer(self) -> str:
+        return self._identity.assertion(self.gateway_id, self._around.now_unix())
+
+    def _welcomed(self, link: ControlLink, url: GatewayUrl) -> None:
+        self._welcomes += 1
+        self._welcome_at = trio.current_time()
+        self._epoch, self._hold_s = link.welcome.epoch, link.welcome.hold_s
+        logger.info("connected to gateway %s at %s, epoch %d", self.gateway_id, url, self._epoch)
+        self._last_error = ""
+        self._enter(UplinkState.UP)
+        self._set_link(link)
+        if self._drain_until is not None:
+            self._send(Drain(deadline_s=max(0.0, self._drain_until - trio.current_time())))
+
+    def _set_link(self, link: ControlLink | None) -> None:
+        self._link = link
+        self._link_changed.set()
+        self._link_changed = trio.Event()
+
+    async def _ticket(self, session_id: SessionId | None) -> str:
+        """A ticket, over this control link or a later one."""
+        while True:
+            link = self._link
+            if link is None:
+                await self._link_changed.wait()
+                continue
+            try:
+                with within(self._dialler.timeout_s, f"{self.gateway_id} gave no ticket"):
+                    return await link.ticket(session_id)
+            except TunnelClosed:
+                if self._link is link:
+                    await self._link_changed.wait()
+
+    def _send(self, message: Drain | Services) -> None:
+        """Send it if there is a control link; the next one begins with the same news."""
+        if self._link is not None:
+            try:
+                self._link.send_nowait(message)
+            except TunnelClosed:
+                logger.debug("a %s message waits for the next control link", message.type)
+
+    def _count_streams(self) -> int:
+        return sum(slot.session.statistics().mux.streams for slot in self._slots if slot.session is not None)
+
+    def _close_sessions(self, code: Code, text: str) -> None:
+        for slot in self._slots:
+            slot.close(code, text)
+
+    def _enter(self, state: UplinkState) -> None:
+        if state is not self._state:
+            self._state, self._since_unix = state, self._around.now_unix()

@@ -1,0 +1,139 @@
+"""Task: files that others must not read or see half-written. Blocking, and quick: for start-up, enrolment and the commands."""
+
+import contextlib
+import errno
+import os
+import secrets
+import stat
+from pathlib import Path
+from typing import Final
+
+from fxtunnel.errors import ConfigError
+
+# No secret or state file of ours comes near this; it keeps a mistyped path from filling the memory.
+MAX_FILE_BYTES: Final = 1 << 20
+
+
+def read_secret(path: Path) -> bytes:
+    """The content of a file that only we (or root) may read.
+
+    The checks are made on the open file, not on the path, so nobody can swap it in between.
+
+    Raises:
+        ConfigError: missing, a symbolic link, not a regular file, owned by somebody else, larger than 1 MiB, or accessible by
+            group or others (the message holds the `chmod` to run).
+    """
+    # O_NONBLOCK: a FIFO under that name must not hang the daemon.
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as exc:
+        raise ConfigError.one(path, "", _why_not_opened(exc)) from exc
+    try:
+        _check_private(path, os.fstat(fd))
+        with os.fdopen(fd, "rb", closefd=False) as file:
+            data = file.read(MAX_FILE_BYTES + 1)
+    finally:
+        os.close(fd)
+    if len(data) > MAX_FILE_BYTES:
+        raise ConfigError.one(path, "", "is larger than 1 MiB")
+    return data
+
+
+def write_secret(path: Path, data: bytes) -> None:
+    """Replace or create `path` with mode 0600, all or nothing.
+
+    Raises:
+        ConfigError: it cannot be written; the old content, if any, is untouched.
+    """
+    write_atomic(path, data, 0o600)
+
+
+def write_atomic(path: Path, data: bytes, mode: int) -> None:
+    """Replace or create `path`: whoever reads it, also after a power cut, finds the old bytes or the new ones.
+
+    `mode` holds whatever the umask is. A symbolic link at `path` is replaced, not followed.
+
+    Raises:
+        ConfigError: it cannot be written; the old content, if any, is untouched.
+    """
+    draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    try:
+        fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        try:
+            with os.fdopen(fd, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fchmod(fd, mode)
+                os.fsync(fd)
+            os.replace(draft, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(draft)
+            raise
+        _sync_directory(path.parent)
+    except OSError as exc:
+        raise ConfigError.one(path, "", f"cannot be written: {exc.strerror or exc}") from exc
+
+
+def make_private_dir(path: Path) -> None:
+    """Make `path`, and its parents, unless it is there; either way it ends up being a directory that only we can enter.
+
+    Symbolic links are followed: systemd's DynamicUser makes the state directory one.
+
+    Raises:
+        ConfigError: it cannot be made, belongs to somebody else, or others may enter it (the message holds the `chmod` to run).
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            path.mkdir(mode=0o700)
+        facts = path.stat()
+    except OSError as exc:
+        raise ConfigError.one(path, "", f"cannot be made: {exc.strerror or exc}") from exc
+    if not stat.S_ISDIR(facts.st_mode):
+        raise ConfigError.one(path, "", "is not a directory")
+    if facts.st_uid not in (os.geteuid(), 0):
+        raise ConfigError.one(path, "", f"belongs to uid {facts.st_uid}; run: chown {os.geteuid()} {path}")
+    if stat.S_IMODE(facts.st_mode) & 0o077:
+        raise ConfigError.one(path, "", f"is accessible by others (mode {stat.S_IMODE(facts.st_mode):04o}); run: chmod 700 {path}")
+
+
+def _check_private(path: Path, facts: os.stat_result) -> None:
+    mode = stat.S_IMODE(facts.st_mode)
+    if not stat.S_ISREG(facts.st_mode):
+        raise ConfigError.one(path, "", "is not a regular file")
+    if facts.st_uid not in (os.geteuid(), 0):
+        raise ConfigError.one(path, "", f"belongs to uid {facts.st_uid}; run: chown {os.geteuid()} {path}")
+    if mode & _forbidden_bits(path, facts):
+        raise ConfigError.one(path, "", f"is accessible by others (mode {mode:04o}); run: chmod 600 {path}")
+
+
+def _forbidden_bits(path: Path, facts: os.stat_result) -> int:
+    """The permission bits that make a secret public.
+
+    systemd's LoadCredential= lets the service's user in with an ACL, whose mask shows as group-read on a file of root's.
+    """
+    credentials = os.environ.get("CREDENTIALS_DIRECTORY")
+    if credentials and facts.st_uid == 0 and path.parent == Path(credentials):
+        return 0o037
+    return 0o077
+
+
+def _why_not_opened(exc: OSError) -> str:
+    match exc.errno:
+        case errno.ENOENT:
+            return "does not exist"
+        case errno.ELOOP:
+            return "is a symbolic link; name the file itself"
+        case _:
+            return f"cannot be read: {exc.strerror or exc}"
+
+
+def _sync_directory(path: Path) -> None:
+    """Make a rename durable. Some file systems cannot, and the rename itself has already happened: no error then."""
+    with contextlib.suppress(OSError):
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)

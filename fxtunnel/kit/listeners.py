@@ -1,0 +1,119 @@
+"""Task: listening sockets: bound here, or handed over by systemd (sd_listen_fds(3)): how an unprivileged daemon gets a low port."""
+
+import errno
+import os
+import socket
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final
+
+from fxtunnel.errors import FxError
+from fxtunnel.kit.settings import Address
+
+BACKLOG: Final = 4_096
+FIRST_INHERITED_FD: Final = 3
+
+
+class ListenError(FxError):
+    """An address cannot be listened on. `str()` says which, why, and what to do."""
+
+
+class Inherited:
+    """Sockets that were open when the process started, by address. Each is handed out once; `close` closes the rest."""
+
+    def __init__(self, sockets: Mapping[str, socket.socket]) -> None:
+        self._sockets = dict(sockets)
+
+    @classmethod
+    def from_environ(cls, environ: Mapping[str, str], pid: int) -> "Inherited":
+        """What LISTEN_PID and LISTEN_FDS announce for this process; nothing otherwise."""
+        if environ.get("LISTEN_PID") != str(pid):
+            return cls({})
+        count = int(environ.get("LISTEN_FDS", "0"))
+        found = {}
+        for fd in range(FIRST_INHERITED_FD, FIRST_INHERITED_FD + count):
+            if stat.S_ISSOCK(os.fstat(fd).st_mode):
+                os.set_inheritable(fd, False)
+                sock = socket.socket(fileno=fd)
+                sock.setblocking(False)
+                found[str(bound_address(sock))] = sock
+        return cls(found)
+
+    def take(self, address: Address) -> socket.socket | None:
+        """The socket that listens on `address`, if one was handed over."""
+        return self._sockets.pop(str(address), None)
+
+    def close(self) -> None:
+        """Close what nobody wanted."""
+        for sock in self._sockets.values():
+            sock.close()
+        self._sockets.clear()
+
+
+def bound_address(sock: socket.socket) -> Address:
+    """Where a socket listens; for port 0, the port the kernel chose."""
+    name = sock.getsockname()
+    if sock.family == socket.AF_UNIX:
+        return Address.parse(f"unix:{name}")
+    host, port = name[0], name[1]
+    return Address.parse(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
+
+
+def listen(address: Address, inherited: Inherited | None = None) -> socket.socket:
+    """A non-blocking listening socket on `address`: handed over, or bound now. The caller owns it.
+
+    Raises:
+        ListenError: in use, not permitted, or not an address of this machine.
+    """
+    given = inherited.take(address) if inherited is not None else None
+    if given is not None:
+        return given
+    try:
+        if address.path is not None:
+            return _listen_unix(Path(address.path))
+        family = socket.AF_INET6 if ":" in str(address.host) else socket.AF_INET
+        sock = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0 if address.host == "::" else 1)
+            sock.bind((address.host, address.port))
+            sock.listen(BACKLOG)
+            sock.setblocking(False)
+        except BaseException:
+            sock.close()
+            raise
+    except OSError as exc:
+        raise ListenError(_explain(address, exc)) from exc
+    return sock
+
+
+def _listen_unix(path: Path) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        if path.is_socket():
+            if sock.connect_ex(str(path)) == 0:
+                raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
+            path.unlink()  # left behind by a process that is gone
+            sock.close()
+            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        sock.bind(str(path))
+        sock.listen(BACKLOG)
+        sock.setblocking(False)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def _explain(address: Address, exc: OSError) -> str:
+    match exc.errno:
+        case errno.EADDRINUSE:
+            return f"cannot listen on {address}: it is in use; stop the other process (ss -ltnp shows it) or choose another port"
+        case errno.EACCES:
+            return f"cannot listen on {address}: not permitted; use a port above 1023, or the .socket unit in deploy/systemd for low ports"
+        case errno.EADDRNOTAVAIL:
+            return f"cannot listen on {address}: this machine has no such address"
+        case _:
+            return f"cannot listen on {address}: {exc.strerror or exc}"

@@ -1,0 +1,146 @@
+"""Task: HTTP pages about a daemon: serving a Starlette app on hypercorn's trio worker, and asking one from a command."""
+
+import contextlib
+import http.client
+import json
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from typing import Any, Final, cast
+
+import trio
+from hypercorn.config import Config
+from hypercorn.trio.tcp_server import TCPServer
+from hypercorn.trio.worker_context import WorkerContext
+from hypercorn.typing import ASGIFramework, ConnectionState
+from hypercorn.utils import wrap_app
+from starlette.applications import Starlette
+
+from fxtunnel.errors import FxError
+from fxtunnel.kit.listeners import bound_address, listen
+from fxtunnel.kit.settings import Address
+
+logger = logging.getLogger(__name__)
+
+# Scrapers and commands need a few; more would take descriptors from the tunnels.
+MAX_CONNECTIONS: Final = 64
+MAX_HEAD_BYTES: Final = 8192
+IDLE_S: Final = 5
+# 4,096 relays in JSON are about 3 MB.
+MAX_ANSWER_BYTES: Final = 64 << 20
+
+
+async def serve_pages(app: Starlette, address: Address, *, task_status: trio.TaskStatus[Address] = trio.TASK_STATUS_IGNORED) -> None:
+    """Serve `app` on `address` until cancelled; a unix socket gets mode 0600 and is removed at the end.
+
+    `started()` tells the address that is listened on, with the port the kernel chose for port 0. Whatever goes wrong in a connection
+    is logged and ends that connection only. Cancelling hangs up at once, also on a client that does not read its answer. The app is
+    not sent lifespan events.
+
+    Raises:
+        ListenError: the address is in use, not permitted, or not one of this machine.
+    """
+    config, context = _config(), WorkerContext(None)
+    asgi = wrap_app(cast(ASGIFramework, app), config.wsgi_max_body_size, "asgi")
+    connections: set[trio.SocketStream] = set()
+
+    async def serve_one(stream: trio.SocketStream) -> None:
+        try:
+            if len(connections) < MAX_CONNECTIONS:
+                connections.add(stream)
+                await TCPServer(asgi, config, context, ConnectionState({}), stream).run()  # type: ignore[arg-type]  # says SSLStream, takes both
+        except Exception:
+            logger.exception("a connection to the pages failed")
+        finally:
+            connections.discard(stream)
+            await trio.aclose_forcefully(stream)
+
+    async def hang_up_when_cancelled() -> None:
+        # hypercorn shields what it sends; only closing the socket under it ends a send that nobody receives.
+        try:
+            await trio.sleep_forever()
+        finally:
+            for stream in connections:
+                stream.socket.close()
+
+    # Not hypercorn's own serve(): there, one connection's unexpected error would end all of them, and the daemon.
+    with _listening(address) as sock:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(hang_up_when_cancelled)
+            listener = trio.SocketListener(trio.socket.from_stdlib_socket(sock))
+            task_status.started(bound_address(sock))
+            await trio.serve_listeners(serve_one, [listener], handler_nursery=nursery)
+
+
+def fetch_json(address: Address, path: str, timeout_s: float) -> dict[str, Any]:
+    """The JSON object that `path` answers with, asked for at most `timeout_s` between two pieces of the answer. Blocks.
+
+    Raises:
+        FxError: nobody answers, or not with a JSON object; `str()` says which.
+    """
+    connection = _Connection(address, timeout_s)
+    try:
+        connection.request("GET", path, headers={"Accept": "application/json", "Connection": "close"})
+        response = connection.getresponse()
+        body = response.read(MAX_ANSWER_BYTES)
+        if response.length:
+            raise http.client.IncompleteRead(body, response.length)
+    except OSError as exc:
+        raise FxError(f"{address}: {'no answer in time' if isinstance(exc, TimeoutError) else exc.strerror or exc}") from exc
+    except http.client.HTTPException as exc:
+        raise FxError(f"{address}: the answer is not HTTP, or is cut short") from exc
+    finally:
+        connection.close()
+    if response.status != 200:
+        raise FxError(f"{address}: {path} answers with status {response.status}")
+    try:
+        answer = json.loads(body)
+    except (ValueError, RecursionError) as exc:
+        raise FxError(f"{address}: {path} does not answer in JSON") from exc
+    if not isinstance(answer, dict):
+        raise FxError(f"{address}: {path} does not answer with a JSON object")
+    return answer
+
+
+class _Connection(http.client.HTTPConnection):
+    """Plain HTTP, over a unix socket too."""
+
+    def __init__(self, address: Address, timeout_s: float) -> None:
+        super().__init__(address.host or "localhost", address.port, timeout=timeout_s)
+        self._path = address.path
+
+    def connect(self) -> None:
+        if self._path is None:
+            super().connect()
+            return
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(str(self._path))
+
+
+@contextlib.contextmanager
+def _listening(address: Address) -> Iterator[socket.socket]:
+    # A unix socket has its mode from the moment it exists; a chmod afterwards would leave a gap.
+    before = os.umask(0o177)
+    try:
+        sock = listen(address)
+    finally:
+        os.umask(before)
+    with sock:
+        try:
+            yield sock
+        finally:
+            if address.path is not None:
+                address.path.unlink(missing_ok=True)
+
+
+def _config() -> Config:
+    config = Config()
+    config.accesslog = None
+    config.errorlog = logging.getLogger("hypercorn.error")
+    config.include_server_header = False
+    config.h11_max_incomplete_size = MAX_HEAD_BYTES
+    config.keep_alive_timeout = IDLE_S
+    config.read_timeout = IDLE_S
+    return config

@@ -1,0 +1,271 @@
+"""Task: a relay's key and the one-use assertions it signs, the gateway's checks of them, and enrolment tokens.
+
+The profile is PROTOCOL.md, 3: EdDSA and nothing else, shape checked before anything is decoded, no header of the token is obeyed.
+"""
+
+import base64
+import binascii
+import hashlib
+import heapq
+import json
+import re
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from typing import Final
+
+import jwt
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from jwt.types import Options
+
+from fxtunnel.codes import Refusal
+from fxtunnel.errors import ConfigError, PeerRefused
+from fxtunnel.model import GatewayId, RelayId, is_name
+
+LIFETIME_S: Final = 60
+LEEWAY_S: Final = 30.0
+# Decoding 20 MB of header costs a second of CPU; nobody has proved anything yet at that point.
+MAX_TOKEN_BYTES: Final = 8192
+
+_COMPACT: Final = re.compile(r"[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+")
+_KID: Final = re.compile(r"[A-Za-z0-9_-]{43}")
+_JTI: Final = re.compile(r"[A-Za-z0-9_-]{16,64}")
+_HEADERS: Final = frozenset({"alg", "kid", "typ"})
+# 2100-01-01: beyond it a time is a mistake or an attack.
+_MAX_UNIX: Final = 4_102_444_800
+_UNCHECKED: Final[Options] = {"verify_signature": False}
+# The library would compare with its own clock and its own idea of types; every claim is checked here instead.
+_SIGNATURE_ONLY: Final[Options] = {
+    "verify_signature": True,
+    "verify_exp": False,
+    "verify_nbf": False,
+    "verify_iat": False,
+    "verify_aud": False,
+    "verify_iss": False,
+    "verify_sub": False,
+    "verify_jti": False,
+}
+
+
+class KeyProblem(Enum):
+    """Why there is no key to check an assertion with."""
+
+    UNKNOWN = Refusal.UNKNOWN_RELAY
+    REVOKED = Refusal.REVOKED
+
+
+@dataclass(frozen=True, slots=True)
+class Assertion:
+    """What a verified assertion says. `jti` still has to pass a ReplayGuard."""
+
+    relay_id: RelayId
+    kid: str
+    jti: str
+    exp_unix: int
+
+
+def new_key() -> Ed25519PrivateKey:
+    """A fresh Ed25519 key, a relay's identity."""
+    return Ed25519PrivateKey.generate()
+
+
+def key_to_pem(key: Ed25519PrivateKey) -> bytes:
+    """The private key as unencrypted PKCS#8: for `write_secret` only."""
+    return key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+
+
+def key_from_pem(data: bytes) -> Ed25519PrivateKey:
+    """The key that `key_to_pem` wrote.
+
+    Raises:
+        ConfigError: anything else; the caller knows which file it was.
+    """
+    try:
+        key = serialization.load_pem_private_key(data, password=None)
+    except (ValueError, TypeError) as exc:
+        raise ConfigError.one("relay key", "", "is not an unencrypted private key in PEM format") from exc
+    if not isinstance(key, Ed25519PrivateKey):
+        raise ConfigError.one("relay key", "", "is not an Ed25519 key")
+    return key
+
+
+def public_to_text(public: Ed25519PublicKey) -> str:
+    """43 characters base64url of the 32 raw bytes."""
+    return _base64url(public.public_bytes_raw())
+
+
+def public_from_text(text: str) -> Ed25519PublicKey:
+    """The key that `public_to_text` described; a second spelling of the same bytes is not accepted.
+
+    Raises:
+        ValueError: anything else.
+    """
+    if not _KID.fullmatch(text):
+        raise ValueError("expected an Ed25519 public key: 43 characters base64url")
+    try:
+        raw = base64.urlsafe_b64decode(text + "=")
+        public = Ed25519PublicKey.from_public_bytes(raw)
+    except (binascii.Error, ValueError) as exc:
+        raise ValueError("expected an Ed25519 public key: 43 characters base64url") from exc
+    if public_to_text(public) != text:
+        raise ValueError("expected an Ed25519 public key in its canonical spelling")
+    return public
+
+
+def thumbprint(public: Ed25519PublicKey) -> str:
+    """The key's id: its JWK thumbprint, 43 characters (RFC 7638, 3; RFC 8037, A.3)."""
+    jwk = {"crv": "Ed25519", "kty": "OKP", "x": public_to_text(public)}
+    return _base64url(hashlib.sha256(json.dumps(jwk, separators=(",", ":"), sort_keys=True).encode()).digest())
+
+
+def sign_assertion(key: Ed25519PrivateKey, relay_id: RelayId, gateway_id: GatewayId, now_unix: float) -> str:
+    """A fresh assertion: good for one use at one gateway within 60 s."""
+    issued_unix = int(now_unix)
+    claims = {
+        "iss": relay_id,
+        "sub": relay_id,
+        "aud": gateway_id,
+        "jti": secrets.token_urlsafe(24),
+        "iat": issued_unix,
+        "nbf": issued_unix,
+        "exp": issued_unix + LIFETIME_S,
+    }
+    return jwt.encode(claims, key, algorithm="EdDSA", headers={"kid": thumbprint(key.public_key())})
+
+
+def verify_assertion(
+    token: str,
+    *,
+    gateway_id: GatewayId,
+    find_key: Callable[[RelayId, str], Ed25519PublicKey | KeyProblem],
+    now_unix: float,
+    leeway_s: float = LEEWAY_S,
+) -> Assertion:
+    """Who signed `token`, if it is a sound assertion for this gateway and this moment.
+
+    `find_key` gets the relay id and key id that the token claims, both well-formed and neither proved. That the assertion was not
+    used before is for the caller's ReplayGuard to say.
+
+    Raises:
+        PeerRefused: BAD_ASSERTION; UNKNOWN_RELAY or REVOKED as `find_key` says; CLOCK_SKEW, only after the signature held, with the
+            number of seconds that the relay's clock is off.
+    """
+    kid = _checked_kid(token)
+    claimed = _decoded(token, None).get("iss")
+    if not isinstance(claimed, str) or not is_name(claimed):
+        raise _bad("iss is not a relay id")
+    relay_id = RelayId(claimed)
+    match find_key(relay_id, kid):
+        case KeyProblem.UNKNOWN:
+            raise PeerRefused(Refusal.UNKNOWN_RELAY, f"relay {relay_id} is not enrolled here with this key; enrol it again")
+        case KeyProblem.REVOKED:
+            raise PeerRefused(Refusal.REVOKED, f"relay {relay_id} was revoked by the gateway's administrator")
+        case public:
+            claims = _decoded(token, public)
+    jti, times = claims.get("jti"), [claims.get(name) for name in ("iat", "nbf", "exp")]
+    if claims.get("iss") != relay_id or claims.get("sub") != relay_id:
+        raise _bad("iss and sub differ")
+    if claims.get("aud") != gateway_id:
+        raise _bad("aud is not this gateway")
+    if not isinstance(jti, str) or not _JTI.fullmatch(jti):
+        raise _bad("jti is missing or malformed")
+    # bool is an int in Python, and 1.5 or "1700000000" are no times of ours.
+    issued, not_before, expires = (t if type(t) is int and 0 <= t <= _MAX_UNIX else -1 for t in times)
+    if min(issued, not_before, expires) < 0:
+        raise _bad("iat, nbf and exp must be integers")
+    if not 0 < expires - issued <= LIFETIME_S or not_before > expires:
+        raise _bad(f"lives longer than {LIFETIME_S} s, or not at all")
+    _check_clock(max(issued, not_before), expires, now_unix, leeway_s)
+    return Assertion(relay_id, kid, jti, expires)
+
+
+class ReplayGuard:
+    """Remembers which assertions were used, until they are too old to be used again.
+
+    When it is full it refuses: only holders of enrolled keys get this far, and forgetting early would let a stolen one back in.
+    """
+
+    def __init__(self, *, limit: int = 65536, leeway_s: float = LEEWAY_S) -> None:
+        self._limit = limit
+        self._leeway_s = leeway_s
+        self._seen: set[str] = set()
+        self._by_expiry: list[tuple[float, str]] = []
+
+    def __len__(self) -> int:
+        return len(self._seen)
+
+    def first_use(self, jti: str, exp_unix: float, now_unix: float) -> bool:
+        """Whether `jti` is new, in which case it no longer is. False as well when there is no room to remember it."""
+        while self._by_expiry and self._by_expiry[0][0] < now_unix:
+            self._seen.discard(heapq.heappop(self._by_expiry)[1])
+        if jti in self._seen or len(self._seen) >= self._limit:
+            return False
+        self._seen.add(jti)
+        heapq.heappush(self._by_expiry, (exp_unix + self._leeway_s, jti))
+        return True
+
+
+def new_enrolment_token() -> str:
+    """A secret of 256 bits for gateway.json; `fxe_` lets people and secret scanners recognise it."""
+    return "fxe_" + secrets.token_urlsafe(32)
+
+
+def token_digest(token: str) -> str:
+    """What the gateway keeps of an enrolment token: SHA-256, hex. The token is random, so no salt is needed."""
+    return hashlib.sha256(token.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _checked_kid(token: str) -> str:
+    """The key id of a token whose outer form and header are as they must be; nothing here depends on a key."""
+    if len(token) > MAX_TOKEN_BYTES:
+        raise _bad(f"is larger than {MAX_TOKEN_BYTES} bytes")
+    if not _COMPACT.fullmatch(token):
+        raise _bad("is not a compact JWT")
+    try:
+        header = jwt.get_unverified_header(token)
+    except (jwt.InvalidTokenError, RecursionError) as exc:
+        raise _bad("the header is malformed") from exc
+    kid = header.get("kid")
+    if not header.keys() <= _HEADERS or header.get("typ", "JWT") != "JWT":
+        raise _bad("only the headers alg, kid and typ are allowed")
+    if header.get("alg") != "EdDSA":
+        raise _bad("alg is not EdDSA")
+    if not isinstance(kid, str) or not _KID.fullmatch(kid):
+        raise _bad("kid is not a key's thumbprint")
+    return kid
+
+
+def _decoded(token: str, public: Ed25519PublicKey | None) -> dict[str, object]:
+    """The claims: unproved without a key, proved with one."""
+    try:
+        if public is None:
+            claims: dict[str, object] = jwt.decode(token, options=_UNCHECKED)
+        else:
+            claims = jwt.decode(token, public, algorithms=["EdDSA"], options=_SIGNATURE_ONLY)
+    except jwt.InvalidSignatureError as exc:
+        raise _bad("the signature does not match the relay's key") from exc
+    # RecursionError: 8 KiB hold enough brackets to exhaust the JSON decoder.
+    except (jwt.InvalidTokenError, RecursionError) as exc:
+        raise _bad("the claims are malformed") from exc
+    return claims
+
+
+def _check_clock(start_unix: int, expires_unix: int, now_unix: float, leeway_s: float) -> None:
+    if start_unix > now_unix + leeway_s:
+        raise PeerRefused(
+            Refusal.CLOCK_SKEW, f"the relay's clock is {start_unix - now_unix:.0f} s ahead of the gateway's; set the clocks (NTP)"
+        )
+    if expires_unix < now_unix - leeway_s:
+        raise PeerRefused(
+            Refusal.CLOCK_SKEW, f"the relay's clock is {now_unix - start_unix:.0f} s behind the gateway's; set the clocks (NTP)"
+        )
+
+
+def _bad(why: str) -> PeerRefused:
+    return PeerRefused(Refusal.BAD_ASSERTION, f"bad assertion: {why}")
+
+
+def _base64url(raw: bytes) -> str:
+    return base64.urlsafe_b64encode(raw).rstrip(b"=").decode("ascii")

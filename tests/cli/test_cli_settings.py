@@ -1,0 +1,223 @@
+"""gateway.toml and relay.toml: defaults, bounds, every problem at once, the environment."""
+
+from ipaddress import IPv4Network
+from pathlib import Path
+
+import pytest
+from cli_samples import GATEWAY_TOML, RELAY_TOML, Write
+from pydantic import BaseModel
+
+import fxgateway.settings
+import fxrelay.settings
+from fxgateway.settings import GatewaySettings, gateway_id_of, split_public_url
+from fxrelay.settings import RelaySettings
+from fxtunnel.errors import ConfigError
+
+
+def problems_of(load: object, path: Path, environ: dict[str, str] | None = None) -> dict[str, str]:
+    with pytest.raises(ConfigError) as caught:
+        load(path, environ or {})  # type: ignore[operator]
+    assert all(p.file == str(path) for p in caught.value.problems)
+    return {p.key: p.message for p in caught.value.problems}
+
+
+def test_gateway_minimum_and_defaults(gateway_toml: Write) -> None:
+    path = gateway_toml('[tunnel]\nlisten = "0.0.0.0:8443"\npublic_url = "wss://gw.example.com:8443"\n')
+    settings = fxgateway.settings.load(path, {})
+    assert settings.doors == ()
+    assert str(settings.admin.listen) == "127.0.0.1:9101"
+    assert settings.tunnel.public_host == "gw.example.com"
+    assert settings.tunnel.key == path.parent / "server.key"
+    assert settings.tunnel.identities_path == path.parent / "relays.json"
+    assert settings.tunnel.gateway_id == gateway_id_of("wss://gw.example.com:8443")
+    assert settings.limits.memory_bytes == 256 << 20
+    assert IPv4Network("127.0.0.0/8") in settings.limits.exempt_sources
+    assert settings.liveness.dead_after_s == 10.0
+
+
+def test_relay_minimum_and_defaults(relay_toml: Write) -> None:
+    path = relay_toml(RELAY_TOML)
+    settings = fxrelay.settings.load(path, {})
+    assert settings.relay.state_dir == path.parent / "state"
+    assert settings.relay.status_address.path is not None
+    assert Path(settings.relay.status_address.path) == path.parent / "state" / "status.sock"
+    assert settings.gateways[0].file == path.parent / "gateway.json"
+    assert (settings.services[0].name, settings.services[0].protocol) == ("ssh", "tcp")
+    assert settings.resume.replay_bytes == 16 << 20
+
+
+def test_every_problem_of_a_gateway_toml_is_reported(gateway_toml: Write) -> None:
+    path = gateway_toml("""
+[tunnel]
+listen = "nonsense"
+public_url = "https://gw"
+colour = "blue"
+[[door]]
+listen = "127.0.0.1:2222"
+service = "no spaces allowed"
+[[door]]
+listen = "127.0.0.1:2222"
+service = "ssh"
+name = "d"
+[[door]]
+listen = "127.0.0.1:2223"
+service = "ssh"
+name = "d"
+[limits]
+connections = 0
+memory_bytes = "1MiB"
+idle_timeout_s = "soon"
+exempt_sources = ["10.0.0.0/33"]
+[liveness]
+heartbeat_s = 6
+dead_after_s = 11
+[nonsense]
+x = 1
+""")
+    found = problems_of(fxgateway.settings.load, path)
+    text = "\n".join(f"{key}: {message}" for key, message in found.items())
+    assert len(found) == 12, text
+    for word in (
+        "tunnel.listen", "public_url", "colour", "service", "connections", "memory_bytes", "idle_timeout_s", "exempt_sources",
+        "dead_after_s", "nonsense", "door[0] already listens on 127.0.0.1:2222", "door[1] is already named 'd'",
+    ):  # fmt: skip
+        assert word in text, text
+
+
+def test_every_problem_of_a_relay_toml_is_reported(relay_toml: Write) -> None:
+    path = relay_toml("""
+[relay]
+id = "node a"
+links = 99
+[[gateway]]
+file = "gateway.json"
+proxy = "socks5://user:hunter2@proxy:1"
+[[gateway]]
+file = "gateway.json"
+[[service]]
+name = "ssh"
+protocol = "udp"
+target = "nowhere"
+[[service]]
+name = "ssh"
+target = "127.0.0.1:23"
+[liveness]
+min_backoff_s = 5
+max_backoff_s = 1
+""")
+    found = problems_of(fxrelay.settings.load, path)
+    text = "\n".join(f"{key}: {message}" for key, message in found.items())
+    assert len(found) == 8, text
+    for word in (
+        "relay.id", "links", "proxy", "protocol", "target", "max_backoff_s",
+        "gateway[0] already has file 'gateway.json'", "service[0] already has name 'ssh'",
+    ):  # fmt: skip
+        assert word in text, text
+    assert "hunter2" not in text
+
+
+def test_a_relay_needs_a_gateway(relay_toml: Write) -> None:
+    assert "gateway" in problems_of(fxrelay.settings.load, relay_toml('[relay]\nid = "a"\n'))
+
+
+def test_the_tunnel_and_admin_addresses_clash_too(gateway_toml: Write) -> None:
+    path = gateway_toml(GATEWAY_TOML.replace("127.0.0.1:0", "127.0.0.1:7000"))
+    assert "\n".join(problems_of(fxgateway.settings.load, path).values()).count("tunnel already listens on 127.0.0.1:7000") == 2
+
+
+def test_the_environment_goes_before_the_file(gateway_toml: Write, relay_toml: Write) -> None:
+    environ = {
+        "FXGATEWAY__TUNNEL__LISTEN": "127.0.0.1:7001",
+        "FXGATEWAY__DOOR__0__LISTEN": "127.0.0.1:7002",
+        "FXGATEWAY__LIMITS__MEMORY_BYTES": "64MiB",
+        "FXGATEWAY__RESUME__ENABLED": "false",
+        "FXGATEWAY_CONFIG": "elsewhere.toml",
+        "FXRELAY__SERVICE__0__TARGET": "127.0.0.1:7003",
+    }
+    gateway = fxgateway.settings.load(gateway_toml(GATEWAY_TOML), environ)
+    assert [str(address) for _, address in gateway.listens()] == ["127.0.0.1:7001", "127.0.0.1:7002", "127.0.0.1:0"]
+    assert gateway.doors[0].service == "ssh"
+    assert gateway.limits.memory_bytes == 64 << 20
+    assert not gateway.resume.enabled
+    relay = fxrelay.settings.load(relay_toml(RELAY_TOML), environ)
+    assert str(relay.services[0].target) == "127.0.0.1:7003"
+
+
+def test_a_wrong_value_in_the_environment_is_a_problem(gateway_toml: Write) -> None:
+    environ = {"FXGATEWAY__LIMITS__CONNECTIONS": "many", "FXGATEWAY__LIMITS__TYPO": "1"}
+    assert len(problems_of(fxgateway.settings.load, gateway_toml(GATEWAY_TOML), environ)) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [('"64MiB"', 64 << 20), ('"33554432"', 32 << 20), ("33554432", 32 << 20), ('"1 GiB"', 1 << 30), ('"32768KiB"', 32 << 20)],
+)
+def test_sizes(gateway_toml: Write, text: str, expected: int) -> None:
+    settings = fxgateway.settings.load(gateway_toml(f"{GATEWAY_TOML}[limits]\nmemory_bytes = {text}\n"), {})
+    assert settings.limits.memory_bytes == expected
+
+
+@pytest.mark.parametrize("text", ['"64MB"', '"-1"', '"1.5GiB"', '"31MiB"', "1.5", '""', '"9999999999999999GiB"', "nan", "true"])
+def test_wrong_sizes(gateway_toml: Write, text: str) -> None:
+    path = gateway_toml(f"{GATEWAY_TOML}[limits]\nmemory_bytes = {text}\n")
+    assert list(problems_of(fxgateway.settings.load, path)) == ["limits.memory_bytes"]
+
+
+@pytest.mark.parametrize("value", ["inf", "nan", "-1", "16"])
+def test_times_are_finite_and_bounded(gateway_toml: Write, value: str) -> None:
+    path = gateway_toml(f"{GATEWAY_TOML}[liveness]\ndead_after_s = {value}\n")
+    assert list(problems_of(fxgateway.settings.load, path)) == ["liveness.dead_after_s"]
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("wss://gw.example.com:8443", ("gw.example.com", 8443)),
+        ("wss://gw.example.com", ("gw.example.com", 443)),
+        ("wss://[2001:db8::1]:1/", ("2001:db8::1", 1)),
+        ("wss://127.0.0.1:9", ("127.0.0.1", 9)),
+    ],
+)
+def test_public_urls(url: str, expected: tuple[str, int]) -> None:
+    assert split_public_url(url) == expected
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "", "gw:1", "ws://gw:1", "https://gw:1", "wss://", "wss://:1", "wss://gw:0", "wss://gw:99999", "wss://gw:x", "wss://gw:1/p", "wss://gw:1?q",
+        "wss://u@gw:1", "wss://g w:1", "wss://-gw:1", "wss://[::1", "wss://[fe80::1%25eth0]:1", 'wss://g"w:1', "wss://gw:1#f", "wss://g\nw:1",
+    ],
+)  # fmt: skip
+def test_wrong_public_urls(url: str) -> None:
+    with pytest.raises(ValueError, match="expected wss://"):
+        split_public_url(url)
+
+
+def test_a_proxy_password_is_not_shown(relay_toml: Write) -> None:
+    path = relay_toml(RELAY_TOML.replace('file = "gateway.json"', 'file = "gateway.json"\nproxy = "http://user:hunter2@proxy:3128"'))
+    settings = fxrelay.settings.load(path, {})
+    assert "hunter2" not in repr(settings)
+    assert settings.gateways[0].proxy is not None
+    assert "hunter2" in settings.gateways[0].proxy.get_secret_value()
+
+
+def test_settings_cannot_be_changed(gateway_toml: Write) -> None:
+    settings = fxgateway.settings.load(gateway_toml(GATEWAY_TOML), {})
+    with pytest.raises(ValueError, match="frozen"):
+        settings.limits.connections = 1  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("model", [GatewaySettings, RelaySettings])
+def test_every_key_says_what_it_is_for(model: type[BaseModel]) -> None:
+    seen = 0
+    todo: list[type[BaseModel]] = [model]
+    while todo:
+        for name, field in todo.pop().model_fields.items():
+            seen += 1
+            assert field.description, name
+            assert field.description.endswith("."), name
+            inner = getattr(field.annotation, "__args__", (field.annotation,))[0]
+            if isinstance(inner, type) and issubclass(inner, BaseModel):
+                todo.append(inner)
+    assert seen > 25

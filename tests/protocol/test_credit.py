@@ -1,0 +1,220 @@
+"""Windows: what is promised never exceeds the budget, comes back whole, and grows only for readers that keep up."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from fxtunnel.protocol.credit import (
+    CROWDED_WINDOW_BYTES,
+    FIRST_WINDOW_BYTES,
+    LOCAL_WINDOW_BYTES,
+    MIN_GROWTH_RTT_S,
+    SMALLEST_WINDOW_BYTES,
+    ReceiveWindow,
+    WindowBudget,
+)
+from fxtunnel.protocol.frames import EARLY_BYTES
+
+MIB = 1_048_576
+MAX_WINDOW = 16 * MIB
+LONG_RTT_S = 0.05
+
+
+def first_bound(memory_bytes: int) -> int:
+    return memory_bytes * 3 // 8
+
+
+def growth_bound(memory_bytes: int) -> int:
+    return memory_bytes // 4
+
+
+def keep_up(window: ReceiveWindow, start: float, *, rounds: int, window_s: float, rtt_s: float = 0.0, limit: int = MAX_WINDOW) -> float:
+    """The reader takes a whole window in `window_s`, `rounds` times; returns the time then."""
+    now = start
+    for _ in range(rounds):
+        amount = window.window_bytes
+        window.left_bytes -= amount
+        now += window_s
+        assert window.consumed(amount)
+        window.grant(now, rtt_s, limit)
+    return now
+
+
+@pytest.mark.parametrize("memory", [0, 1, 10_000, 65_536, MIB, 256 * MIB])
+def test_first_windows_shrink_in_steps_and_end_within_the_bound(memory: int) -> None:
+    budget = WindowBudget(memory)
+    bound = first_bound(memory)
+    given_out = []
+    while window := budget.take_first():
+        if window == FIRST_WINDOW_BYTES:
+            assert budget.promised_bytes <= bound // 2
+        elif window == CROWDED_WINDOW_BYTES:
+            assert budget.promised_bytes <= bound - bound // 4
+        else:
+            assert window == SMALLEST_WINDOW_BYTES
+        given_out.append(window)
+        assert budget.promised_bytes == sum(given_out) <= bound
+    assert given_out == sorted(given_out, reverse=True)
+    assert bound - budget.promised_bytes < SMALLEST_WINDOW_BYTES
+    for window in given_out:
+        budget.release(window, 0)
+    assert budget.promised_bytes == 0
+
+
+def test_the_default_budget_knows_all_three_steps() -> None:
+    budget = WindowBudget(256 * MIB)
+    assert [budget.take_first() for _ in range(10_000)].count(FIRST_WINDOW_BYTES) == first_bound(256 * MIB) // 2 // FIRST_WINDOW_BYTES
+    assert budget.take_first() == SMALLEST_WINDOW_BYTES
+
+
+def test_every_first_window_holds_the_early_bytes() -> None:
+    assert min(FIRST_WINDOW_BYTES, CROWDED_WINDOW_BYTES, SMALLEST_WINDOW_BYTES) >= EARLY_BYTES
+
+
+@given(st.integers(0, 10 * MIB), st.lists(st.integers(-5, 5 * MIB), max_size=20))
+def test_growth_stays_within_its_own_bound(memory: int, wishes: list[int]) -> None:
+    budget = WindowBudget(memory)
+    granted = [budget.take_growth(wish) for wish in wishes]
+    assert all(0 <= grant <= max(wish, 0) for grant, wish in zip(granted, wishes, strict=True))
+    assert budget.grown_bytes == sum(granted) <= growth_bound(memory)
+    assert budget.promised_bytes == 0
+    budget.release(0, sum(granted))
+    assert budget.grown_bytes == 0
+
+
+def test_credit_returns_when_a_quarter_is_free() -> None:
+    window = ReceiveWindow(WindowBudget(0), 32_768)
+    assert not window.consumed(8_191)
+    assert window.consumed(1)
+    window.left_bytes -= 8_192
+    assert window.grant(100.0, 0.0, MAX_WINDOW) == 8_192
+    assert window.left_bytes == window.window_bytes == 32_768
+
+
+def test_a_reader_that_keeps_up_gets_a_mebibyte_and_no_more_on_a_short_path() -> None:
+    budget = WindowBudget(256 * MIB)
+    window = ReceiveWindow(budget, budget.take_first())
+    keep_up(window, 100.0, rounds=30, window_s=0.01, rtt_s=MIN_GROWTH_RTT_S)
+    assert window.window_bytes == LOCAL_WINDOW_BYTES
+    assert budget.grown_bytes == LOCAL_WINDOW_BYTES - FIRST_WINDOW_BYTES
+
+
+def test_a_slow_reader_keeps_its_first_window() -> None:
+    budget = WindowBudget(256 * MIB)
+    window = ReceiveWindow(budget, budget.take_first())
+    keep_up(window, 100.0, rounds=30, window_s=1.0)
+    assert window.window_bytes == FIRST_WINDOW_BYTES
+    assert budget.grown_bytes == 0
+
+
+def test_a_long_path_gets_twice_its_bandwidth_delay_product() -> None:
+    budget = WindowBudget(1_024 * MIB)
+    window = ReceiveWindow(budget, budget.take_first())
+    now = keep_up(window, 100.0, rounds=10, window_s=LONG_RTT_S, rtt_s=LONG_RTT_S)
+    rate_per_s = 40 * MIB
+    for _ in range(20):
+        now = keep_up(window, now, rounds=1, window_s=window.window_bytes / rate_per_s, rtt_s=LONG_RTT_S)
+    assert window.window_bytes == pytest.approx(2 * LONG_RTT_S * rate_per_s, rel=0.01)
+
+
+@pytest.mark.parametrize("limit", [FIRST_WINDOW_BYTES, 100_000, LOCAL_WINDOW_BYTES, 3 * MIB, MAX_WINDOW])
+def test_no_window_grows_past_the_configured_limit(limit: int) -> None:
+    budget = WindowBudget(1_024 * MIB)
+    window = ReceiveWindow(budget, budget.take_first())
+    keep_up(window, 100.0, rounds=40, window_s=0.001, rtt_s=LONG_RTT_S, limit=limit)
+    assert window.window_bytes == limit
+
+
+def test_a_window_of_odd_size_does_not_double_past_the_short_path_limit() -> None:
+    """A budget that was nearly used up leaves odd sizes behind."""
+    budget = WindowBudget(256 * MIB)
+    window = ReceiveWindow(budget, 700_000)
+    keep_up(window, 100.0, rounds=5, window_s=0.01)
+    assert window.window_bytes == LOCAL_WINDOW_BYTES
+
+
+def test_without_growth_memory_credit_still_returns() -> None:
+    window = ReceiveWindow(WindowBudget(0), 4_096)
+    keep_up(window, 100.0, rounds=10, window_s=0.01)
+    assert window.window_bytes == window.left_bytes == 4_096
+
+
+def test_closing_gives_first_window_and_growth_back() -> None:
+    budget = WindowBudget(256 * MIB)
+    window = ReceiveWindow(budget, budget.take_first())
+    keep_up(window, 100.0, rounds=5, window_s=0.01)
+    assert budget.grown_bytes > 0
+    window.close()
+    assert (budget.promised_bytes, budget.grown_bytes) == (0, 0)
+
+
+class WindowMachine(RuleBasedStateMachine):
+    """Several windows on one budget; what the peer may send, what waits and what was taken always add up to the window."""
+
+    @initialize(memory=st.integers(0, 40 * MIB))
+    def begin(self, memory: int) -> None:
+        self.memory = memory
+        self.budget = WindowBudget(memory)
+        self.now = 1_000.0
+        self.open: list[ReceiveWindow] = []
+        self.waiting: list[int] = []
+        self.untold: list[int] = []
+
+    @rule()
+    def open_one(self) -> None:
+        if first := self.budget.take_first():
+            self.open.append(ReceiveWindow(self.budget, first))
+            self.waiting.append(0)
+            self.untold.append(0)
+
+    @precondition(lambda self: self.open)
+    @rule(data=st.data(), share=st.floats(0, 1))
+    def arrive(self, data: st.DataObject, share: float) -> None:
+        i = data.draw(st.integers(0, len(self.open) - 1))
+        amount = int(self.open[i].left_bytes * share)
+        self.open[i].left_bytes -= amount
+        self.waiting[i] += amount
+
+    @precondition(lambda self: self.open)
+    @rule(data=st.data(), share=st.floats(0, 1), after_s=st.floats(0, 3), rtt_s=st.sampled_from([0.0, 0.001, 0.05]))
+    def take(self, data: st.DataObject, share: float, after_s: float, rtt_s: float) -> None:
+        i = data.draw(st.integers(0, len(self.open) - 1))
+        amount = int(self.waiting[i] * share)
+        self.now += after_s
+        self.waiting[i] -= amount
+        self.untold[i] += amount
+        window = self.open[i]
+        if window.consumed(amount):
+            before = window.window_bytes
+            assert window.grant(self.now, rtt_s, MAX_WINDOW) == self.untold[i] + window.window_bytes - before
+            self.untold[i] = 0
+
+    @precondition(lambda self: self.open)
+    @rule(data=st.data())
+    def close_one(self, data: st.DataObject) -> None:
+        i = data.draw(st.integers(0, len(self.open) - 1))
+        self.open.pop(i).close()
+        del self.waiting[i], self.untold[i]
+
+    @invariant()
+    def sums_agree(self) -> None:
+        if not hasattr(self, "budget"):
+            return
+        budget = self.budget
+        assert 0 <= budget.promised_bytes <= first_bound(self.memory)
+        assert 0 <= budget.grown_bytes <= growth_bound(self.memory)
+        assert budget.promised_bytes + budget.grown_bytes == sum(window.window_bytes for window in self.open)
+        for window, waiting, untold in zip(self.open, self.waiting, self.untold, strict=True):
+            assert window.left_bytes + waiting + untold == window.window_bytes
+            assert untold * 4 < window.window_bytes or not untold
+
+    def teardown(self) -> None:
+        if hasattr(self, "budget"):
+            for window in self.open:
+                window.close()
+            assert (self.budget.promised_bytes, self.budget.grown_bytes) == (0, 0)
+
+
+TestWindows = WindowMachine.TestCase
+TestWindows.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)

@@ -1,0 +1,173 @@
+"""Real daemons on loopback: a gateway, relays, and what stands between them, each started and stopped by the test."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from examples.cutter import Cutter
+
+READY_S = 30.0
+STOP_S = 20.0
+
+
+def free_port() -> int:
+    """A port below the range of outgoing connections that nothing listens on."""
+    while True:
+        port = random.randrange(10_000, 32_000)
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+
+
+def wait_until(condition, timeout_s: float = 20.0, what: str = "the condition") -> None:
+    """Poll `condition` until it holds."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"{what} did not come true in {timeout_s} s"
+        time.sleep(0.02)
+
+
+class Daemon:
+    """A process that prints one line when it is ready."""
+
+    def __init__(self, arguments: list[str], log: Path, env: dict[str, str] | None = None, prefix: tuple[str, ...] = ()) -> None:
+        self.log = log
+        with log.open("ab") as stderr:
+            self.process = subprocess.Popen(
+                [*prefix, sys.executable, "-m", *arguments],
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                text=True,
+                env={**os.environ, **(env or {})},
+                start_new_session=True,
+            )
+        lines: list[str] = []
+        reader = threading.Thread(target=lambda: lines.append(self.process.stdout.readline()), daemon=True)
+        reader.start()
+        reader.join(READY_S)
+        self.ready_line = lines[0].strip() if lines else ""
+        if not self.ready_line:
+            self.kill()
+            raise AssertionError(f"{arguments[0]} did not get ready (exit {self.process.poll()}):\n{log.read_text()[-4000:]}")
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def signal(self, number: int) -> None:
+        self.process.send_signal(number)
+
+    def stop(self) -> int:
+        """SIGTERM; the exit code."""
+        if self.process.poll() is None:
+            self.signal(signal.SIGTERM)
+        try:
+            return self.process.wait(STOP_S)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise AssertionError(f"still running {STOP_S} s after SIGTERM:\n{self.log.read_text()[-4000:]}") from None
+        finally:
+            self.process.stdout.close()
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        self.process.kill()
+        self.process.wait()
+
+
+@dataclass
+class Stack:
+    """A gateway and its relays. The relays reach the gateway through `cutter`, so the tunnel can be cut."""
+
+    directory: Path
+    doors: dict[str, int]
+    gateway_extra: str = ""
+    cutter: Cutter = field(default_factory=Cutter)
+    tunnel_port: int = field(default_factory=free_port)
+    admin_port: int = field(default_factory=free_port)
+    gateway: Daemon | None = None
+    relays: dict[str, Daemon] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.cutter.start(self.tunnel_port)
+        cli(["fxgateway.cli", "init", "--dir", str(self.directory), "--public-url", f"wss://127.0.0.1:{self.cutter.port}"])
+        self.write_gateway_config()
+
+    @property
+    def gateway_config(self) -> Path:
+        return self.directory / "gateway.toml"
+
+    def write_gateway_config(self) -> None:
+        doors = "".join(f'[[door]]\nlisten = "127.0.0.1:{port}"\nservice = "{service}"\n' for service, port in self.doors.items())
+        id_line = next(line for line in self.gateway_config.read_text().splitlines() if line.startswith("gateway_id"))
+        self.gateway_config.write_text(
+            f'[tunnel]\nlisten = "127.0.0.1:{self.tunnel_port}"\npublic_url = "wss://127.0.0.1:{self.cutter.port}"\n{id_line}\n'
+            f'{doors}[admin]\nlisten = "127.0.0.1:{self.admin_port}"\n{self.gateway_extra}\n'
+        )
+
+    def start_gateway(self, env: dict[str, str] | None = None, prefix: tuple[str, ...] = ()) -> Daemon:
+        self.gateway = Daemon(["fxgateway.cli", "run", "--config", str(self.gateway_config)], self.directory / "gateway.log", env, prefix)
+        return self.gateway
+
+    def relay_config(self, name: str) -> Path:
+        return self.directory / name / "relay.toml"
+
+    def write_relay_config(self, name: str, services: dict[str, str], extra: str = "") -> Path:
+        home = self.directory / name
+        if not home.exists():
+            home.mkdir(mode=0o700)
+            shutil.copy(self.directory / "gateway.json", home / "gateway.json")
+        parts = "".join(f'[[service]]\nname = "{service}"\nprotocol = "tcp"\ntarget = "{target}"\n' for service, target in services.items())
+        config = self.relay_config(name)
+        config.write_text(f'[relay]\nid = "{name}"\nstate_dir = "state"\n[[gateway]]\nfile = "gateway.json"\n{parts}{extra}\n')
+        return config
+
+    def start_relay(self, name: str, services: dict[str, str] | None = None, extra: str = "", env: dict[str, str] | None = None) -> Daemon:
+        if services is not None:
+            self.write_relay_config(name, services, extra)
+        daemon = Daemon(["fxrelay.cli", "run", "--config", str(self.relay_config(name))], self.directory / f"{name}.log", env)
+        self.relays[name] = daemon
+        return daemon
+
+    def status(self) -> dict:
+        """What `fxgateway relays --json` says."""
+        return json.loads(cli(["fxgateway.cli", "relays", "--json", "--config", str(self.gateway_config)]).stdout)
+
+    def wait_for_relays(self, *names: str, timeout_s: float = 20.0) -> None:
+        """Until each has a link that is up."""
+
+        def are_up() -> bool:
+            relays = {relay["relay_id"]: relay for relay in self.status()["relays"]}
+            return all(name in relays and relays[name]["state"] == "up" for name in names)
+
+        wait_until(are_up, timeout_s, f"relays {names} up")
+
+    def stop(self) -> None:
+        """Everything, by its pid."""
+        for daemon in (*self.relays.values(), self.gateway):
+            if daemon is not None and daemon.process.poll() is None:
+                daemon.kill()
+            if daemon is not None and daemon.process.stdout is not None:
+                daemon.process.stdout.close()
+        self.cutter.close()
+
+
+def cli(arguments: list[str], check: bool = True, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """Run one of our commands."""
+    result = subprocess.run(
+        [sys.executable, "-m", *arguments], capture_output=True, text=True, timeout=60, env={**os.environ, **(env or {})}, check=False
+    )
+    assert not check or result.returncode == 0, f"{arguments}: exit {result.returncode}\n{result.stdout}{result.stderr}"
+    return result

@@ -1,0 +1,252 @@
+"""A tunnel port on loopback with real TLS, a registry and sessions that only remember, and a relay's side to try it with."""
+
+import logging
+import secrets
+import socket
+import ssl
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import trio
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from fxgateway.tunnels.control import ControlConfig
+from fxgateway.tunnels.identities import Identities
+from fxgateway.tunnels.port import PortLimits, TunnelPort
+from fxtunnel.codes import Code
+from fxtunnel.control.channel import Channel
+from fxtunnel.control.messages import Hello, Message, Ticket, TicketRequest, encode
+from fxtunnel.control.upgrade import CONTROL_PATH, ENROL_PATH, open_websocket, post_json
+from fxtunnel.errors import RemoteProtocolError
+from fxtunnel.kit.certificates import issue_server_certificate, new_authority
+from fxtunnel.kit.files import write_secret
+from fxtunnel.kit.tls import TlsStream, client_context, handshake_client, server_context
+from fxtunnel.kit.tokens import new_enrolment_token, new_key, public_to_text, sign_assertion
+from fxtunnel.model import GatewayId, InstanceId, Offer, RelayId, ServiceName, SessionId
+from fxtunnel.protocol import hello as wire
+
+GATEWAY = GatewayId("gw.example")
+NODE = RelayId("node-a")
+SSH = (Offer(ServiceName("ssh")),)
+LIMITS = PortLimits(hello_timeout_s=1.0, pending=256, pending_per_source=64)
+
+
+@dataclass
+class FakeSession:
+    """Remembers its links; `refuses` makes attach find the relay at fault."""
+
+    id: SessionId = field(default_factory=lambda: SessionId(secrets.token_hex(16)))
+    received: int = 0
+    links: list[tuple[ssl.SSLSocket, int, int]] = field(default_factory=list)
+    log: list[str] = field(default_factory=list)
+    refuses: bool = False
+
+    def detach(self, reason: str) -> None:
+        self.log.append("detach")
+
+    def attach(self, link: ssl.SSLSocket, peer_received: int, peer_window: int = 0) -> None:
+        if self.refuses:
+            raise RemoteProtocolError(Code.PROTOCOL_ERROR, "resume at 9, kept 0 to 3")
+        self.log.append("attach")
+        self.links.append((link, peer_received, peer_window))
+
+    def close(self, code: Code, text: str = "") -> None:
+        self.log.append(f"close {code.label}")
+
+
+@dataclass
+class FakeRegistry:
+    """One entry per relay, as the real one; `boom` raises from the named call."""
+
+    is_draining: bool = False
+    full: bool = False
+    here: dict[RelayId, tuple[InstanceId, Any]] = field(default_factory=dict)
+    sessions: dict[SessionId, FakeSession] = field(default_factory=dict)
+    calls: list[tuple[object, ...]] = field(default_factory=list)
+    boom: dict[str, BaseException] = field(default_factory=dict)
+    epoch: int = 0
+
+    def _note(self, *call: object) -> None:
+        self.calls.append(call)
+        if (exc := self.boom.get(str(call[0]))) is not None:
+            raise exc
+
+    def is_full(self, relay_id: RelayId) -> bool:
+        return self.full
+
+    def enter(self, relay_id: RelayId, instance: InstanceId, offers: tuple[Offer, ...], link: Any) -> int:
+        self._note("enter", relay_id, instance, offers)
+        if relay_id in self.here:
+            older_instance, older = self.here[relay_id]
+            older.close(Code.FENCED if older_instance != instance else Code.NORMAL, "a newer one is here")
+        self.here[relay_id] = (instance, link)
+        self.epoch += 1
+        return self.epoch
+
+    def update_services(self, relay_id: RelayId, instance: InstanceId, offers: tuple[Offer, ...]) -> None:
+        self._note("services", relay_id, instance, offers)
+
+    def mark_draining(self, relay_id: RelayId, instance: InstanceId) -> None:
+        self._note("draining", relay_id, instance)
+
+    def note_load(self, relay_id: RelayId, instance: InstanceId, streams: int) -> None:
+        self._note("load", relay_id, instance, streams)
+
+    def leave(self, relay_id: RelayId, link: Any) -> None:
+        if self.here.get(relay_id, (None, None))[1] is link:
+            del self.here[relay_id]
+        self._note("leave", relay_id)
+
+    def new_session(self, relay_id: RelayId, instance: InstanceId) -> FakeSession | None:
+        self._note("new_session", relay_id, instance)
+        if self.here.get(relay_id, (None, None))[0] != instance:
+            return None
+        session = FakeSession()
+        self.sessions[session.id] = session
+        return session
+
+    def find_session(self, relay_id: RelayId, instance: InstanceId, session_id: SessionId) -> FakeSession | None:
+        self._note("find_session", relay_id, instance)
+        return self.sessions.get(session_id)
+
+    def revoke(self, relay_id: RelayId) -> None:
+        if relay_id in self.here:
+            self.here[relay_id][1].close(Code.REVOKED, "revoked")
+
+
+@dataclass
+class Rig:
+    """The port, and how to knock at it."""
+
+    port: TunnelPort
+    identities: Identities
+    registry: FakeRegistry
+    path: Path
+    address: tuple[str, int]
+    ca_pem: str
+    token: str
+    key: Ed25519PrivateKey = field(default_factory=new_key)
+
+    async def connect(self, source: str = "127.0.0.1") -> socket.socket:
+        sock = trio.socket.socket()
+        await sock.bind((source, 0))
+        await sock.connect(self.address)
+        return socket.socket(fileno=sock.detach())
+
+    async def dial(self, alpn: str = "http/1.1", source: str = "127.0.0.1") -> TlsStream:
+        return TlsStream(await handshake_client(await self.connect(source), client_context(self.ca_pem, [alpn]), "127.0.0.1"))
+
+    def assertion(self, *, skew_s: float = 0, relay_id: RelayId = NODE, key: Ed25519PrivateKey | None = None) -> str:
+        return sign_assertion(key or self.key, relay_id, GATEWAY, time.time() + skew_s)
+
+    async def enrol(self, relay_id: RelayId = NODE, key: Ed25519PrivateKey | None = None, **changed: object) -> tuple[int, dict[str, Any]]:
+        key = key or self.key
+        body: dict[str, object] = {
+            "v": 1,
+            "token": self.token,
+            "relay_id": relay_id,
+            "assertion": self.assertion(relay_id=relay_id, key=key),
+            "public_key": public_to_text(key.public_key()),
+        }
+        stream = await self.dial()
+        try:
+            return await post_json(stream, "gw.example", ENROL_PATH, body | changed)
+        finally:
+            await stream.aclose()
+
+    @asynccontextmanager
+    async def websocket(self, assertion: str | None = None) -> AsyncIterator[Any]:
+        stream = await self.dial()
+        headers = {"Authorization": f"Bearer {assertion or self.assertion()}"}
+        try:
+            async with trio.open_nursery() as nursery:
+                yield await open_websocket(nursery, stream, "gw.example", CONTROL_PATH, headers)
+                nursery.cancel_scope.cancel()
+        finally:
+            await trio.aclose_forcefully(stream)
+
+    @asynccontextmanager
+    async def control(self, instance: str = "i1") -> AsyncIterator[tuple[Channel, Message]]:
+        """A channel after its hello, and what the gateway answered."""
+        async with self.websocket() as ws:
+            channel = Channel(ws)
+            await ws.send_message(encode(hello(instance)))
+            with trio.fail_after(5):
+                answered = await channel.receive()
+            yield channel, answered
+
+    @asynccontextmanager
+    async def tickets(self, instance: str = "i1") -> AsyncIterator[Any]:
+        """A function that gets a ticket over a control link which stays up meanwhile."""
+        async with self.websocket() as ws:
+            channel = Channel(ws)
+            await ws.send_message(encode(hello(instance)))
+            await channel.receive()
+
+            async def get(session: SessionId | None = None) -> str:
+                await ws.send_message(encode(TicketRequest(request=7, session=session)))
+                with trio.fail_after(5):
+                    while not isinstance(message := await channel.receive(), Ticket):
+                        pass
+                assert message.request == 7
+                return message.ticket
+
+            yield get
+
+    async def data_link(self, ticket: str, **fields: Any) -> tuple[TlsStream, wire.Welcome | wire.Denied]:
+        stream = await self.dial("fx-data/1")
+        await stream.send_all(wire.encode_hello(wire.Hello(ticket, **fields)))
+        return stream, await reply(stream)
+
+
+def hello(instance: str = "i1", **changed: Any) -> Hello:
+    return Hello(**({"version": "0.1.0", "instance": InstanceId(instance), "services": SSH, "caps": ("resume",)} | changed))
+
+
+async def reply(stream: TlsStream) -> wire.Welcome | wire.Denied:
+    with trio.fail_after(5):
+        kind, length, _ = wire.parse_header(await exactly(stream, wire.HEADER_BYTES))
+        return wire.decode_reply(kind, await exactly(stream, length))
+
+
+async def exactly(stream: TlsStream, size: int) -> bytes:
+    data = b""
+    while len(data) < size:
+        more = await stream.receive_some(size - len(data))
+        assert more, "closed early"
+        data += more
+    return data
+
+
+@asynccontextmanager
+async def running(path: Path, limits: PortLimits = LIMITS, config: ControlConfig | None = None) -> AsyncIterator[Rig]:
+    """A port that is up; on the way out it must still be."""
+    authority = new_authority("test")
+    cert_pem, key_pem = issue_server_certificate(authority, ["127.0.0.1"])
+    (path / "server.pem").write_text(cert_pem)
+    write_secret(path / "server.key", key_pem)
+    identities, registry, token = Identities(path / "relays.json"), FakeRegistry(), new_enrolment_token()
+    identities.add_token(token, int(time.time()) + 3600)
+    context = server_context(path / "server.pem", path / "server.key", ["fx-data/1", "http/1.1"])
+    port = TunnelPort(context, GATEWAY, identities, registry, limits, config or ControlConfig(hello_timeout_s=1.0))
+    listeners = await trio.open_tcp_listeners(0, host="127.0.0.1", backlog=1024)
+    address = listeners[0].socket.getsockname()
+    async with trio.open_nursery() as nursery:
+        await nursery.start(port.run, listeners)
+        rig = Rig(port, identities, registry, path, address, authority.cert_pem, token)
+        yield rig
+        registry.boom.clear()
+        with trio.fail_after(5):
+            await (await rig.dial()).aclose()
+        nursery.cancel_scope.cancel()
+    for session in registry.sessions.values():
+        for link, _, _ in session.links:
+            link.close()
+
+
+def warnings_of(caplog: Any) -> str:
+    return "\n".join(r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING)
