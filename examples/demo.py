@@ -66,7 +66,7 @@ class Daemon:
         if not line or not line[0]:
             self.stop()
             raise SystemExit(f"{name} did not get ready:\n{self.log.read_text()}")
-        console.print(f"  [green]●[/] {line[0].strip()}")
+        console.print(f"  [green]●[/] {line[0].strip()}", soft_wrap=True)
 
     def stop(self) -> None:
         """SIGTERM, and SIGKILL if that does not help."""
@@ -156,7 +156,7 @@ def fetch(url: str, expected: str, cutter: Cutter | None) -> None:
 def run(directory: Path, daemons: list[Daemon]) -> None:
     """The whole story."""
     started = time.monotonic()
-    payload = random.Random(1).randbytes(FILE_BYTES)
+    payload = os.urandom(FILE_BYTES)
     expected = hashlib.sha256(payload).hexdigest()
     service = Service(payload)
     threading.Thread(target=service.serve_forever, daemon=True).start()

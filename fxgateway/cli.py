@@ -171,20 +171,21 @@ def relays(config_path: Path, as_json: bool) -> None:
 
     settings = _load(config_path)
     try:
-        found = fetch_json(settings.admin.listen, "/relays", ASK_TIMEOUT_S)
+        found = {"running": True, **fetch_json(settings.admin.listen, "/relays", ASK_TIMEOUT_S)}
     except FxError as exc:
-        click.echo(f"fxgateway: the gateway does not answer: {exc}. These relays are enrolled:", err=True)
-        found = {"running": False, "relays": _enrolled(settings)}
-    else:
-        found = {"running": True, **found}
+        click.echo(f"fxgateway: the gateway does not answer: {exc}. What relays.json knows:", err=True)
+        found = {"running": False, "relays": [], "doors": []}
+    try:
+        found["enrolled"] = _enrolled(settings)
+    except ConfigError:
+        # Whoever may ask the running gateway need not be allowed to read its files.
+        if not found["running"]:
+            raise
+        found["enrolled"] = []
     if as_json:
         click.echo(json.dumps(found, indent=2))
-        return
-    if found["running"]:
-        _print_status(found)
     else:
-        rows = [(relay["relay_id"], relay["state"], ", ".join(relay["kids"])) for relay in found["relays"]]
-        _print_table("Enrolled relays", ("relay", "state", "keys"), rows)
+        _print_status(found)
 
 
 @main.command()
@@ -273,34 +274,44 @@ def _print_status(found: "dict[str, Any]") -> None:
             relay["state"],
             relay["remote_address"],
             _duration(relay["connected_s"]),
-            ", ".join(relay["services"]),
             f"{sum(link['up'] for link in relay['links'])}/{len(relay['links'])}",
-            str(sum(link["streams"] for link in relay["links"])),
-            _round_trip(relay["links"]),
             str(sum(link["resumed"] for link in relay["links"])),
+            _round_trip(relay["links"]),
+            str(sum(link["streams"] for link in relay["links"])),
+            ", ".join(relay["services"]),
         )
         for relay in found["relays"]
     ]
-    _print_table("Relays", ("relay", "state", "from", "since", "services", "links up", "streams", "round trip", "resumed"), rows)
-    doors = [
-        (door["name"], door["listen"], door["service"], str(door["connections"]), str(door["accepted"]), _reasons(door["refused"]))
-        for door in found["doors"]
+    here = {relay["relay_id"] for relay in found["relays"]}
+    rows += [
+        (relay["relay_id"], relay["state"] if relay["revoked_unix"] is not None or not found["running"] else "absent", *[""] * 7)
+        for relay in found["enrolled"]
+        if relay["relay_id"] not in here
     ]
-    _print_table("Doors", ("door", "listen", "service", "clients", "accepted", "refused"), doors)
+    _print_table(("relay", "state", "from", "since", "up", "cuts", "rtt", "streams", "services"), rows)
+    if found["running"]:
+        doors = [
+            (door["name"], door["listen"], door["service"], str(door["connections"]), str(door["accepted"]), _reasons(door["refused"]))
+            for door in found["doors"]
+        ]
+        _print_table(("door", "listen", "service", "clients", "accepted", "refused"), doors)
 
 
-def _print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+def _print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=Text(title), title_justify="left")
+    # A pipe has no width: one line a row then, for grep.
+    console = Console() if sys.stdout.isatty() else Console(width=1000)
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for column in columns:
         table.add_column(column, overflow="fold")
     for row in rows:
         # Text, not str: no markup. Peers chose some of these words, so nothing that a terminal would obey goes out.
         table.add_row(*(Text("".join(c if c.isprintable() else "?" for c in cell)) for cell in row))
-    Console().print(table)
+    console.print(table)
 
 
 def _round_trip(links: "list[dict[str, Any]]") -> str:

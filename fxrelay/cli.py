@@ -144,6 +144,7 @@ def _refuse_bad_files(settings: "RelaySettings", config_path: Path) -> None:
 
 
 def _print_status(found: "dict[str, Any]") -> None:
+    click.echo(f"relay {found['relay']['relay_id']}, up for {_duration(found['relay']['uptime_s'])}")
     uplinks = [
         (
             uplink["gateway_id"],
@@ -151,34 +152,40 @@ def _print_status(found: "dict[str, Any]") -> None:
             uplink["state"],
             _duration(uplink["connected_s"]) if uplink["state"] == "up" else _next_try(uplink["next_try_s"]),
             f"{sum(link['up'] for link in uplink['links'])}/{len(uplink['links'])}",
-            str(sum(link["streams"] for link in uplink["links"])),
-            _round_trip(uplink["links"]),
             str(sum(link["resumed"] for link in uplink["links"])),
-            uplink["last_error"],
+            _round_trip(uplink["links"]),
+            str(sum(link["streams"] for link in uplink["links"])),
         )
         for uplink in found["uplinks"]
     ]
-    columns = ("gateway", "url", "state", "since", "links up", "streams", "round trip", "resumed", "last error")
-    _print_table(f"Gateways of {found['relay']['relay_id']}", columns, uplinks)
+    _print_table(("gateway", "url", "state", "since", "up", "cuts", "rtt", "streams"), uplinks)
+    errors = [
+        (uplink["gateway_id"], uplink["last_error"]) for uplink in found["uplinks"] if uplink["last_error"] and uplink["state"] != "up"
+    ]
+    if errors:
+        _print_table(("gateway", "last error"), errors)
     services = [
         (service["name"], service["target"], str(service["streams"]), str(service["opened"]), _reasons(service["refused"]))
         for service in found["services"]
     ]
-    _print_table("Services", ("service", "target", "streams", "opened", "refused"), services)
+    _print_table(("service", "target", "streams", "opened", "refused"), services)
 
 
-def _print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+def _print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=Text(title), title_justify="left")
+    # A pipe has no width: one line a row then, for grep.
+    console = Console() if sys.stdout.isatty() else Console(width=1000)
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for column in columns:
         table.add_column(column, overflow="fold")
     for row in rows:
         # Text, not str: no markup. Gateways chose some of these words, so nothing that a terminal would obey goes out.
         table.add_row(*(Text("".join(c if c.isprintable() else "?" for c in cell)) for cell in row))
-    Console().print(table)
+    console.print(table)
 
 
 def _round_trip(links: "list[dict[str, Any]]") -> str:
@@ -187,7 +194,7 @@ def _round_trip(links: "list[dict[str, Any]]") -> str:
 
 
 def _next_try(seconds: float | None) -> str:
-    return "-" if seconds is None else f"next try in {seconds:.0f} s"
+    return "-" if seconds is None else f"next in {seconds:.0f} s"
 
 
 def _reasons(refused: "dict[str, int]") -> str:

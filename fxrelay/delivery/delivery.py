@@ -75,7 +75,7 @@ class Delivery(Splice):
         if self._connecting:
             if not events & (WRITE | ERROR):
                 return
-            error = self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            error = self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) if events & ERROR else 0
             if error:
                 self.refuse(Code.CONNECT_FAILED, os.strerror(error))
                 return
@@ -102,7 +102,7 @@ class Delivery(Splice):
 
     def _reconnect(self) -> bool:
         endpoint, self._rest = self._rest[0], self._rest[1:]
-        self.reactor.unregister(self.sock)
+        self.reactor.forget(self.sock)
         self.sock.close()
         connected = connect(endpoint)
         if isinstance(connected, str):

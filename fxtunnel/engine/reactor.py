@@ -40,7 +40,7 @@ class Handler(Protocol):
     """Who hears of a file descriptor's events."""
 
     def on_event(self, events: int) -> None:
-        """Something happened. The flags are hints: a closed descriptor's number may have been given away in the same turn."""
+        """Something happened."""
 
     def on_crash(self) -> None:
         """`on_event` or `flush` raised, which is a bug; it has been logged. Let go of everything and unregister."""
@@ -81,6 +81,7 @@ class Reactor:
         self._handlers: dict[int, Handler] = {}
         self._dirty: list[Flushable] = []
         self._again: list[Handler] = []
+        self._gone: set[int] = set()
         self._calls: deque[Callable[[], object]] = deque()
         self._timers: list[tuple[float, int, Timer]] = []
         self._order = itertools.count()
@@ -96,10 +97,17 @@ class Reactor:
         self._epoll.register(fd, events)
 
     def unregister(self, sock: AnySocket) -> None:
-        """Forget the socket. Do it before closing it; may be repeated."""
+        """Forget the socket, which stays open; may be repeated."""
         fd = sock.fileno()
         if self._handlers.pop(fd, None) is not None:
+            self._gone.add(fd)
             self._epoll.unregister(fd)
+
+    def forget(self, sock: AnySocket) -> None:
+        """Forget the socket, which is closed next: that takes it out of the epoll without a call of its own (epoll(7), question 6)."""
+        fd = sock.fileno()
+        if self._handlers.pop(fd, None) is not None:
+            self._gone.add(fd)
 
     def flush_later(self, flushable: Flushable) -> None:
         """Call `flush` at the end of this turn; the caller keeps itself from asking twice."""
@@ -156,10 +164,13 @@ class Reactor:
         again, self._again = self._again, []
         events = self._epoll.poll(timeout_s, MAX_EVENTS)
         self.now = time.monotonic()
-        handlers = self._handlers
+        handlers, gone = self._handlers, self._gone
+        gone.clear()
         for fd, flags in events:
             handler = handlers.get(fd)
             if handler is not None:
+                if fd in gone:
+                    continue  # the number was given away in this turn: this event was its former owner's
                 try:
                     handler.on_event(flags)
                 except Exception:

@@ -244,4 +244,4 @@ class Splice:
     def _let_go(self) -> None:
         self.closed = True
         self._readable = False
-        self.reactor.unregister(self.sock)
+        self.reactor.forget(self.sock)

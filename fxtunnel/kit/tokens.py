@@ -246,7 +246,7 @@ def _decoded(token: str, public: Ed25519PublicKey | None) -> dict[str, object]:
             claims = jwt.decode(token, public, algorithms=["EdDSA"], options=_SIGNATURE_ONLY)
     except jwt.InvalidSignatureError as exc:
         raise _bad("the signature does not match the relay's key") from exc
-    # RecursionError: 8 KiB hold enough brackets to exhaust the JSON decoder.
+    # RecursionError: 8 KiB hold enough brackets to exhaust the JSON decoder, and not every PyJWT catches it.
     except (jwt.InvalidTokenError, RecursionError) as exc:
         raise _bad("the claims are malformed") from exc
     return claims

@@ -36,11 +36,11 @@ class WindowBudget:
         """A first window for one more stream, or 0 when there is no memory left for it. Give it back with `release`."""
         promised = self.promised_bytes
         limit = self._first_bytes
-        if promised < limit >> 1:
+        if promised + FIRST_WINDOW_BYTES <= limit >> 1:
             window = FIRST_WINDOW_BYTES
-        elif promised < limit - (limit >> 2):
+        elif promised + CROWDED_WINDOW_BYTES <= limit - (limit >> 2):
             window = CROWDED_WINDOW_BYTES
-        elif promised < limit:
+        elif promised + SMALLEST_WINDOW_BYTES <= limit:
             window = SMALLEST_WINDOW_BYTES
         else:
             return 0
@@ -93,11 +93,11 @@ class ReceiveWindow:
             elapsed = now - self._since
             wanted = 0
             if elapsed < FAST_CONSUMPTION_S and window < LOCAL_WINDOW_BYTES:
-                wanted = window
+                wanted = min(window, LOCAL_WINDOW_BYTES - window, max_window_bytes - window)
             elif min_rtt_s > MIN_GROWTH_RTT_S and elapsed > 0 and window < max_window_bytes:
                 # Twice the bandwidth-delay product of what this stream achieves now, at most doubling at a time.
                 target = int(2 * min_rtt_s * self._measured / elapsed)
-                wanted = min(window, target - window if target > window else 0, max_window_bytes - window)
+                wanted = min(window, target - window, max_window_bytes - window)
             if wanted > 0:
                 growth = self._budget.take_growth(wanted)
                 self.window_bytes = window + growth

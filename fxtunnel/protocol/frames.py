@@ -135,7 +135,7 @@ def encode_fin(stream_id: int) -> bytes:
 
 
 def encode_reset(stream_id: int, code: Code) -> bytes:
-    """RESET: both directions end here, not in order."""
+    """RESET: both directions end, behind the DATA before it."""
     return _FRAME_U16.pack(RESET << 24 | 2, stream_id, code)
 
 
@@ -173,7 +173,7 @@ def decode_text(payload: bytes | memoryview) -> str:
 
 
 def _cut(text: str) -> bytes:
-    return text.encode()[:MAX_TEXT_BYTES].decode("utf-8", "ignore").encode()
+    return text.encode("utf-8", "replace")[:MAX_TEXT_BYTES].decode("utf-8", "ignore").encode()
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,8 @@ KNOWN_CAPS: Final = frozenset({CAP_RESUME})
 _SESSION: Final = re.compile(r"[0-9a-f]{32}")
 _MAX_COUNTER: Final = 2**63
 _MAX_LIST: Final = 32
+_MAX_MESSAGE: Final = 256
+_MAX_RETRY_S: Final = 3_600
 
 __all__ = [
     "CAP_RESUME",
@@ -76,8 +78,8 @@ def encode_welcome(welcome: Welcome) -> bytes:
 
 
 def encode_denied(denied: Denied) -> bytes:
-    """A whole DENIED frame."""
-    return _encode(DENIED, asdict(denied))
+    """A whole DENIED frame; the message is cut to what the relay reads."""
+    return _encode(DENIED, asdict(denied) | {"message": denied.message[:_MAX_MESSAGE]})
 
 
 def parse_header(header: bytes) -> tuple[int, int, int]:
@@ -138,7 +140,7 @@ def decode_reply(kind: int, payload: bytes) -> Welcome | Denied:
     if not isinstance(code, str) or not isinstance(message, str) or type(retry_after_s) not in (int, float):
         raise _bad("code")
     known = code in Refusal.__members__.values()
-    return Denied(Refusal(code) if known else Refusal.UNSUPPORTED, message[:256], min(max(float(retry_after_s), 0.0), 3600.0))
+    return Denied(Refusal(code) if known else Refusal.UNSUPPORTED, message[:_MAX_MESSAGE], float(min(max(retry_after_s, 0), _MAX_RETRY_S)))
 
 
 def _encode(kind: int, fields: dict[str, Any]) -> bytes:
@@ -160,7 +162,8 @@ def _decode(payload: bytes) -> dict[str, Any]:
 
 
 def _check_version(fields: dict[str, Any]) -> None:
-    if fields.get("v") != VERSION:
+    version = fields.get("v")
+    if type(version) is not int or version != VERSION:
         raise RemoteProtocolError(Code.PROTOCOL_ERROR, f"protocol version {VERSION} is spoken here")
 
 

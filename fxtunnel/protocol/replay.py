@@ -130,7 +130,12 @@ class ReplayRing:
         self.acked = received
 
     def grow(self, size_bytes: int) -> None:
-        """Make room for more unacknowledged bytes; contents and counters stay."""
+        """Make room for more unacknowledged bytes; contents and counters stay.
+
+        While bytes wait to be sent the size becomes a multiple of the old one, or stays, so that `unsent` does not become shorter.
+        """
+        if self.sent != self.head:
+            size_bytes -= size_bytes % self._size
         if size_bytes <= self._size:
             return
         old_view, old_size = self._view, self._size

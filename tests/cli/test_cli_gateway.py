@@ -197,7 +197,7 @@ DOOR = {"name": "d", "listen": "0.0.0.0:2222", "service": "ssh", "connections": 
 def test_relays_of_a_running_gateway(made: Path) -> None:
     pages = {"/relays": {"gateway": {"gateway_id": "x"}, "relays": [RELAY], "doors": [DOOR]}}
     with answering(pages) as port:
-        env = {"FXGATEWAY__ADMIN__LISTEN": f"127.0.0.1:{port}", "COLUMNS": "200"}
+        env = {"FXGATEWAY__ADMIN__LISTEN": f"127.0.0.1:{port}"}
         table = fx("relays", "--config", made / "gateway.toml", env=env)
         as_json = fx("relays", "--json", "--config", made / "gateway.toml", env=env)
     assert table.exit_code == 0, table.output
@@ -207,6 +207,20 @@ def test_relays_of_a_running_gateway(made: Path) -> None:
     found = json.loads(as_json.stdout)
     assert found["running"] is True
     assert found["relays"] == [RELAY]
+
+
+def test_relays_that_are_enrolled_but_not_here_are_shown(node_a: Path) -> None:
+    pages = {"/relays": {"gateway": {}, "relays": [{**RELAY, "relay_id": "node-b"}], "doors": []}}
+    with answering(pages) as port:
+        env = {"FXGATEWAY__ADMIN__LISTEN": f"127.0.0.1:{port}"}
+        lines = fx("relays", "--config", node_a / "gateway.toml", env=env).stdout.splitlines()
+        assert any(line.split()[:2] == ["node-a", "absent"] for line in lines), lines
+        assert any(line.split()[:2] == ["node-b", "up"] for line in lines), lines
+        (node_a / "relays.json").chmod(0o644)
+        readable = fx("relays", "--config", node_a / "gateway.toml", env=env)
+        assert readable.exit_code == 0
+        assert "node-a" not in readable.stdout
+    assert fx("relays", "--config", node_a / "gateway.toml", env=env).exit_code == 2
 
 
 def test_check_beside_the_running_gateway(made: Path) -> None:
@@ -272,8 +286,8 @@ def test_relays_without_a_gateway_shows_who_is_enrolled(node_a: Path) -> None:
     assert "does not answer" in table.stderr
     assert "node-a" in table.stdout
     found = json.loads(fx("relays", "--json", "--config", node_a / "gateway.toml", env=env).stdout)
-    assert found["running"] is False
-    assert [(r["relay_id"], r["state"], len(r["kids"])) for r in found["relays"]] == [("node-a", "enrolled", 1)]
+    assert (found["running"], found["relays"]) == (False, [])
+    assert [(r["relay_id"], r["state"], len(r["kids"])) for r in found["enrolled"]] == [("node-a", "enrolled", 1)]
 
 
 def test_revoke_and_forget(node_a: Path) -> None:
@@ -281,7 +295,7 @@ def test_revoke_and_forget(node_a: Path) -> None:
 
     def states() -> list[str]:
         result = fx("relays", "--json", "--config", node_a / "gateway.toml", env=env)
-        return [relay["state"] for relay in json.loads(result.stdout)["relays"]]
+        return [relay["state"] for relay in json.loads(result.stdout)["enrolled"]]
 
     assert fx("revoke", "node-a", "--config", node_a / "gateway.toml").exit_code == 0
     assert states() == ["revoked"]

@@ -148,14 +148,14 @@ def test_status_of_a_running_relay(relay: Path) -> None:
     }  # fmt: skip
     waiting = {**uplink, "gateway_id": "gw-2", "state": "waiting", "next_try_s": 12.3, "last_error": "refused\x1b[2J", "links": []}
     service = {"name": "ssh", "protocol": "tcp", "target": "127.0.0.1:22", "streams": 3, "opened": 9, "refused": {"busy": 1}}
-    content = {"relay": {"relay_id": "node-a"}, "uplinks": [uplink, waiting], "services": [service]}
+    content = {"relay": {"relay_id": "node-a", "uptime_s": 61.0}, "uplinks": [uplink, waiting], "services": [service]}
     state = relay.parent / "state"
     state.mkdir(mode=0o700)
     with answering(state / "status.sock", content):
-        table = fx("status", "--config", relay, env={"COLUMNS": "200"})
+        table = fx("status", "--config", relay)
         as_json = fx("status", "--json", "--config", relay)
     assert table.exit_code == 0, table.output
-    for words in ("node-a", "1 h 1 min", "1/1", "9.5 ms", "next try in 12 s", "refused?[2J", "busy 1"):
+    for words in ("relay node-a, up for 1 min 1 s", "1 h 1 min", "1/1", "9.5 ms", "next in 12 s", "refused?[2J", "busy 1"):
         assert words in table.stdout, table.stdout
     assert "\x1b" not in table.stdout
     assert json.loads(as_json.stdout) == content

@@ -34,13 +34,15 @@ class Tls:
     def client(self, *alpn: str) -> ssl.SSLContext:
         return client_context(self.authority.cert_pem, alpn or ALPN[:1])
 
-    async def pair(self) -> tuple[ssl.SSLSocket, ssl.SSLSocket]:
-        """(client, server) over a socket pair."""
-        return await join(self.client(), self.server())
+    async def pair(self, sockets: tuple[socket.socket, socket.socket] | None = None) -> tuple[ssl.SSLSocket, ssl.SSLSocket]:
+        """(client, server) over a socket pair, or over the connected sockets given."""
+        return await join(self.client(), self.server(), sockets)
 
 
-async def join(client: ssl.SSLContext, server: ssl.SSLContext) -> tuple[ssl.SSLSocket, ssl.SSLSocket]:
-    near, far = socket.socketpair()
+async def join(
+    client: ssl.SSLContext, server: ssl.SSLContext, sockets: tuple[socket.socket, socket.socket] | None = None
+) -> tuple[ssl.SSLSocket, ssl.SSLSocket]:
+    near, far = sockets or socket.socketpair()
     result: list[ssl.SSLSocket] = []
 
     async def answer() -> None:

@@ -64,6 +64,9 @@ def test_a_certificate_for_nobody_is_refused(authority: Authority) -> None:
 def test_an_authority_survives_its_files_and_hides_its_key(authority: Authority) -> None:
     again = load_authority(authority.cert_pem, authority.key_pem())
     assert again.cert_pem == authority.cert_pem
+    basic = x509.load_pem_x509_certificate(again.cert_pem.encode()).extensions.get_extension_for_class(x509.BasicConstraints)
+    assert basic.critical
+    assert (basic.value.ca, basic.value.path_length) == (True, 0)
     assert "key" not in repr(again)
     with pytest.raises(ConfigError, match="does not belong"):
         load_authority(authority.cert_pem, new_authority("other").key_pem())

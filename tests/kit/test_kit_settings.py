@@ -151,6 +151,11 @@ def test_any_text_is_one_value_and_never_a_second_key(file: Path, text: str) -> 
     assert load(file, FX__ADMIN__PASSWORD=text).admin.password.get_secret_value() == text
 
 
+def test_a_variable_cannot_smuggle_in_a_second_key(file: Path) -> None:
+    (text,) = complaints(file, FX__LIMIT_BYTES="5\nname = 2")
+    assert text.startswith("limit_bytes: must be a valid integer")
+
+
 def test_problems_of_variables_name_them_and_keep_their_values_to_themselves(file: Path) -> None:
     found = complaints(
         file,

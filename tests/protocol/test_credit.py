@@ -111,10 +111,10 @@ def test_a_slow_reader_keeps_its_first_window() -> None:
 def test_a_long_path_gets_twice_its_bandwidth_delay_product() -> None:
     budget = WindowBudget(1_024 * MIB)
     window = ReceiveWindow(budget, budget.take_first())
-    now = keep_up(window, 100.0, rounds=10, window_s=LONG_RTT_S, rtt_s=LONG_RTT_S)
     rate_per_s = 40 * MIB
-    for _ in range(20):
-        now = keep_up(window, now, rounds=1, window_s=window.window_bytes / rate_per_s, rtt_s=LONG_RTT_S)
+    now = 100.0
+    for _ in range(40):
+        now = keep_up(window, now, rounds=1, window_s=max(LONG_RTT_S, window.window_bytes / rate_per_s), rtt_s=LONG_RTT_S)
     assert window.window_bytes == pytest.approx(2 * LONG_RTT_S * rate_per_s, rel=0.01)
 
 

@@ -130,6 +130,7 @@ class Rig:
     ca_pem: str
     token: str
     key: Ed25519PrivateKey = field(default_factory=new_key)
+    stop: trio.CancelScope = field(default_factory=trio.CancelScope)
 
     async def connect(self, source: str = "127.0.0.1") -> socket.socket:
         sock = trio.socket.socket()
@@ -236,12 +237,18 @@ async def running(path: Path, limits: PortLimits = LIMITS, config: ControlConfig
     listeners = await trio.open_tcp_listeners(0, host="127.0.0.1", backlog=1024)
     address = listeners[0].socket.getsockname()
     async with trio.open_nursery() as nursery:
-        await nursery.start(port.run, listeners)
         rig = Rig(port, identities, registry, path, address, authority.cert_pem, token)
+
+        async def serve(task_status: trio.TaskStatus[None]) -> None:
+            with rig.stop:
+                await port.run(listeners, task_status=task_status)
+
+        await nursery.start(serve)
         yield rig
         registry.boom.clear()
-        with trio.fail_after(5):
-            await (await rig.dial()).aclose()
+        if not rig.stop.cancel_called:
+            with trio.fail_after(5):
+                await (await rig.dial()).aclose()
         nursery.cancel_scope.cancel()
     for session in registry.sessions.values():
         for link, _, _ in session.links:
