@@ -9,6 +9,8 @@ from typing import Final
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 _REMEMBERED_SOURCES: Final = 65_536
+_SWEEP_EVERY_S: Final = 1.0
+"""When the memory is full every stranger would cost a sweep of all of it."""
 _IPV6_PREFIX: Final = 64
 """A site has at least a /64 (RFC 6177), so its single addresses mean nothing."""
 
@@ -57,6 +59,8 @@ class Admission:
         self.connections = 0
         self._doors: dict[str, int] = {}
         self._sources: dict[str, _Source] = {}
+        self._swept_full = float("-inf")
+        self._exempt: dict[str, int] = {}
         self._exempt_cache: dict[str, bool] = {}
 
     def apply(self, limits: AdmissionLimits) -> None:
@@ -72,7 +76,9 @@ class Admission:
         in_door = self._doors.get(door, 0)
         if in_door >= limits.per_door.get(door, limits.connections_per_door):
             return Verdict.DOOR_FULL
-        if not self._is_exempt(address):
+        if self._is_exempt(address):
+            self._exempt[address] = self._exempt.get(address, 0) + 1
+        else:
             verdict = self._admit_source(source_of(address), now)
             if verdict is not Verdict.ADMIT:
                 return verdict
@@ -86,25 +92,29 @@ class Admission:
         self._doors[door] -= 1
         if not self._doors[door]:
             del self._doors[door]
-        if self._sources:
-            source = self._sources.get(source_of(address))
-            if source is not None and source.count:
-                source.count -= 1
+        # Which count it is in was decided when it came in; the exemptions may be others by now.
+        exempt = self._exempt.get(address)
+        if exempt is None:
+            self._sources[source_of(address)].count -= 1
+        elif exempt > 1:
+            self._exempt[address] = exempt - 1
+        else:
+            del self._exempt[address]
 
     def sweep(self, now: float) -> None:
         """Forget sources with nothing open and a full bucket. Call every few seconds."""
         limits = self.limits
         refill_s = limits.open_burst_per_source / limits.open_rate_per_source_per_s
         self._sources = {key: s for key, s in self._sources.items() if s.count or now - s.updated < refill_s}
-        if len(self._exempt_cache) > _REMEMBERED_SOURCES:
-            self._exempt_cache.clear()
 
     def _admit_source(self, key: str, now: float) -> Verdict:
         limits = self.limits
         source = self._sources.get(key)
         if source is None:
             if len(self._sources) >= _REMEMBERED_SOURCES:
-                self.sweep(now)
+                if now - self._swept_full >= _SWEEP_EVERY_S:
+                    self._swept_full = now
+                    self.sweep(now)
                 if len(self._sources) >= _REMEMBERED_SOURCES:
                     return Verdict.TOO_FAST
             source = self._sources[key] = _Source(float(limits.open_burst_per_source), now)
@@ -122,6 +132,8 @@ class Admission:
     def _is_exempt(self, address: str) -> bool:
         known = self._exempt_cache.get(address)
         if known is None:
+            if len(self._exempt_cache) >= _REMEMBERED_SOURCES:
+                self._exempt_cache.clear()
             known = self._exempt_cache[address] = _in_any(address, self.limits.exempt)
         return known
 

@@ -26,7 +26,6 @@ SERVICE_NOTSENT_BYTES: Final = 65_536
 _SERVICE_OPTIONS: Final = (
     (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
     (socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, SERVICE_NOTSENT_BYTES),
-    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
 )
 _NONBLOCKING_STREAM: Final = socket.SOCK_STREAM | socket.SOCK_NONBLOCK
 
@@ -211,6 +210,8 @@ def connect(endpoint: Endpoint) -> socket.socket | str:
         if endpoint.family != socket.AF_UNIX:
             for option in _SERVICE_OPTIONS:
                 sock.setsockopt(*option)
+            if not endpoint.is_local:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         error = sock.connect_ex(endpoint.address)
     except OSError as exc:
         error = exc.errno or errno.EIO

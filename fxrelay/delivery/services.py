@@ -1,5 +1,6 @@
 """Pump: what this relay serves: names to local addresses, from its own configuration and nothing else."""
 
+import ipaddress
 import socket
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ class Endpoint:
 
     family: int
     address: SocketAddress
+    is_local: bool = False
+    """On this host: a peer that vanishes without a word cannot happen there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,10 +61,11 @@ def resolve(target: Address) -> tuple[Endpoint, ...]:
         OSError: the name does not resolve.
     """
     if target.path is not None:
-        return (Endpoint(socket.AF_UNIX, str(target.path)),)
+        return (Endpoint(socket.AF_UNIX, str(target.path), is_local=True),)
     found: list[Endpoint] = []
     for family, _, _, _, address in socket.getaddrinfo(target.host, target.port, type=socket.SOCK_STREAM):
-        endpoint = Endpoint(family, address)  # type: ignore[arg-type]  # typeshed allows address families without text addresses
+        is_local = ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback
+        endpoint = Endpoint(family, address, is_local)  # type: ignore[arg-type]  # typeshed allows families without text addresses
         if family in (socket.AF_INET, socket.AF_INET6) and endpoint not in found:
             found.append(endpoint)
     return tuple(found)

@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 SETTLED_S: Final = 1.0
 """A control link that lasted this long was no failure: the next one is dialled without the waits that earlier failures had earned."""
+FLAP_CAP_S: Final = 1.0
+"""Longest wait after a control link that came up and broke at once. The way exists, and streams wait for tickets."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +186,9 @@ class Uplink:
         return self._gateway.urls[self._url_number % len(self._gateway.urls)]
 
     async def _keep_control_link(self, task_status: trio.TaskStatus[None]) -> None:
-        backoff = FullJitter(base_s=self._config.min_backoff_s, cap_s=self._config.max_backoff_s, rng=self._around.rng)
+        config, rng = self._config, self._around.rng
+        backoff = FullJitter(base_s=config.min_backoff_s, cap_s=config.max_backoff_s, rng=rng)
+        flaps = FullJitter(base_s=config.min_backoff_s, cap_s=min(config.max_backoff_s, FLAP_CAP_S), rng=rng)
         failures = Doubling()
         while not self._is_stopping:
             welcomes = self._welcomes
@@ -203,10 +207,13 @@ class Uplink:
                 continue
             if self._welcomes == welcomes:
                 self._url_number += 1
-            elif trio.current_time() - self._welcome_at >= SETTLED_S:
+                wait_s = backoff.next_s(at_least_s=at_least_s)
+            else:
                 backoff.reset()
-                failures.reset()
-            wait_s = backoff.next_s(at_least_s=at_least_s)
+                if trio.current_time() - self._welcome_at >= SETTLED_S:
+                    flaps.reset()
+                    failures.reset()
+                wait_s = flaps.next_s(at_least_s=at_least_s)
             if failures.is_due():
                 logger.warning(
                     "no control link to %s: %s; attempt %d in %.1f s", self.gateway_id, self._last_error, failures.count + 1, wait_s

@@ -75,6 +75,7 @@ MAX_CONTROL_BYTES: Final = max(MAX_OPEN_BYTES, MAX_OPTIONAL_BYTES)
 """The longest payload that is ever held back until it is complete."""
 
 _ON_SESSION: Final = frozenset({ACK, PING, PONG, GOAWAY})
+_BOUNDS: Final = {kind: (MIN_LENGTH[kind], MAX_LENGTH[kind], kind in _ON_SESSION) for kind in MAX_LENGTH}
 _U16: Final = struct.Struct(">H")
 _U32: Final = struct.Struct(">I")
 _U64: Final = struct.Struct(">Q")
@@ -96,17 +97,17 @@ def check_header(kind: int, length: int, stream_id: int) -> None:
     Raises:
         RemoteProtocolError: unknown type, a length out of bounds, or a stream id where none belongs.
     """
-    limit = MAX_LENGTH.get(kind)
-    if limit is None:
-        if not 0x80 <= kind <= 0xEF:
-            raise RemoteProtocolError(Code.PROTOCOL_ERROR, f"unknown frame type 0x{kind:02x}")
-        if length > MAX_OPTIONAL_BYTES:
-            raise RemoteProtocolError(Code.FRAME_SIZE, f"optional frame 0x{kind:02x} of {length} bytes")
-        return
-    if not MIN_LENGTH[kind] <= length <= limit:
-        raise RemoteProtocolError(Code.FRAME_SIZE, f"frame type 0x{kind:02x} of {length} bytes")
-    if (stream_id == 0) is not (kind in _ON_SESSION):
+    bounds = _BOUNDS.get(kind)
+    if bounds is not None:
+        if bounds[0] <= length <= bounds[1] and (stream_id == 0) is bounds[2]:
+            return
+        if not bounds[0] <= length <= bounds[1]:
+            raise RemoteProtocolError(Code.FRAME_SIZE, f"frame type 0x{kind:02x} of {length} bytes")
         raise RemoteProtocolError(Code.PROTOCOL_ERROR, f"frame type 0x{kind:02x} on stream {stream_id}")
+    if not 0x80 <= kind <= 0xEF:
+        raise RemoteProtocolError(Code.PROTOCOL_ERROR, f"unknown frame type 0x{kind:02x}")
+    if length > MAX_OPTIONAL_BYTES:
+        raise RemoteProtocolError(Code.FRAME_SIZE, f"optional frame 0x{kind:02x} of {length} bytes")
 
 
 def encode(kind: int, stream_id: int, payload: bytes = b"") -> bytes:

@@ -224,6 +224,7 @@ class Mux:
     def forget(self, stream: Stream) -> None:
         """The stream is closed; frames for it that are still under way are ignored."""
         stream.closed = True
+        stream.endpoint = None  # stream and endpoint know each other: a cycle would wait for the garbage collector
         if self.streams.pop(stream.id, None) is not None:
             stream.window.close()
 
@@ -256,9 +257,10 @@ class Mux:
     def reset_all(self, code: Code) -> None:
         """The session is over: every endpoint hears `on_reset`."""
         for stream in list(self.streams.values()):
+            endpoint = stream.endpoint
             self.forget(stream)
-            if stream.endpoint is not None:
-                stream.endpoint.on_reset(code)
+            if endpoint is not None:
+                endpoint.on_reset(code)
 
     def statistics(self) -> MuxStatistics:
         """Counters now."""

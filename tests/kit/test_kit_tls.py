@@ -293,6 +293,7 @@ async def test_what_was_sent_before_closing_arrives_though_the_peer_was_still_ta
     stream = TlsStream(client)
     assert await stream.receive_some() == b"401"
     assert await stream.receive_some() == b""
+    assert client.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == 0, "no RST came after it, which could have overtaken it"
     await stream.aclose()
 
 

@@ -192,10 +192,10 @@ def test_without_resumption_what_is_sent_is_free() -> None:
 def test_growing_never_shortens_a_blocked_write(size: int, shift: int, waiting: int, more: int) -> None:
     """OpenSSL fails a repeated write that is shorter than the first try."""
     ring = ReplayRing(size)
-    for _ in range(shift):
+    for sent in range(1, shift + 1):
         ring.append(b"x")
         ring.advance(1)
-    ring.acknowledge(shift)
+        ring.acknowledge(sent)
     ring.append(b"y" * waiting)
     before = len(ring.unsent(1_000))
     ring.grow(size + more)

@@ -3,6 +3,7 @@
 import logging
 import ssl
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ async def test_it_enrols_once_and_brings_its_links_up(gateway: FakeGateway, stat
         assert (enrolment["v"], enrolment["token"], enrolment["relay_id"]) == (1, "fxe_secret", "node-a")
         assert gateway.hellos[0].services == OFFERS
         assert [(h.session, h.received) for h in gateway.data_hellos] == [(None, 0), (None, 0)]
-        await until(lambda: all(s.calls == ["attach", "received, up"] for s in it.factory.sessions))
+        await until(lambda: [s.calls for s in it.factory.sessions] == [["attach", "received, up"]] * 2)
         assert {s.id for s in it.factory.sessions} == {session_id(1), session_id(2)}
         assert it.session.peer_received == [1000]
         snapshot = it.uplink.statistics()
@@ -46,6 +47,26 @@ async def test_a_lost_control_link_is_dialled_again_and_sessions_live_on(gateway
         assert len(gateway.data_links) == 1
         assert it.session.link is not None
         assert it.session.closed is None
+
+
+async def test_a_control_link_that_keeps_breaking_is_not_left_for_long(
+    gateway: FakeGateway, state_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fxrelay.uplink.uplink.FLAP_CAP_S", 0.02)
+    async with running(gateway, state_dir, replace(QUICK, max_backoff_s=30.0)) as it:
+        while len(gateway.hellos) < 12:  # uncapped waits would add up to 20 s
+            await it.next_control()
+            await gateway.cut_control()
+        assert not it.ended.is_set()
+
+
+async def test_waits_double_while_nobody_welcomes(gateway: FakeGateway, state_dir: Path) -> None:
+    gateway.upgrading = [PeerRefused(Refusal.DRAINING, "not yet") for _ in range(5)]
+    async with running(gateway, state_dir, replace(QUICK, min_backoff_s=0.02, max_backoff_s=0.16)) as it:
+        await it.started.wait()
+        waits = [later - sooner for sooner, later in pairwise(gateway.dialled_at[1:7])]  # the first dial enrols
+        for wait_s, expected_s in zip(waits, (0.02, 0.04, 0.08, 0.16, 0.16), strict=True):
+            assert expected_s <= wait_s < expected_s + 0.5
 
 
 async def test_a_cut_data_link_is_resumed_with_the_counter_read_after_detach(gateway: FakeGateway, state_dir: Path) -> None:

@@ -1,6 +1,7 @@
 """A gateway on loopback that does what a test tells it, and a session that only remembers what was done to it."""
 
 import json
+import random
 import socket
 import ssl
 import time
@@ -15,7 +16,7 @@ from pydantic import SecretStr
 from fxrelay.uplink.gateway_file import Enrolment, GatewayFile, GatewayUrl
 from fxrelay.uplink.identity import load_identity
 from fxrelay.uplink.ports import UplinkConfig, UplinkSessionOwner
-from fxrelay.uplink.uplink import Uplink
+from fxrelay.uplink.uplink import Surroundings, Uplink
 from fxtunnel.codes import Code, Refusal
 from fxtunnel.control.channel import Channel
 from fxtunnel.control.messages import Closing, Message, Refused, Ticket, TicketRequest, encode
@@ -45,6 +46,13 @@ GATEWAY_ID = GatewayId("gw-test")
 RELAY_ID = RelayId("node-a")
 OFFERS = (Offer(ServiceName("ssh")),)
 QUICK = UplinkConfig(min_backoff_s=0.01, max_backoff_s=0.02, dial_timeout_s=2.0)
+
+
+class LongestWaits(random.Random):
+    """Chance at its most unfavourable: every wait is as long as it may be."""
+
+    def uniform(self, a: float, b: float) -> float:
+        return b
 
 
 class FakeSession:
@@ -288,6 +296,11 @@ class Running:
     def is_carrying(self) -> bool:
         return bool(self.factory.sessions) and self.session.link is not None
 
+    async def next_control(self) -> None:
+        """Wait for a control link that was not there yet."""
+        count = len(self.gateway.controls)
+        await until(lambda: len(self.gateway.controls) > count)
+
     async def run(self) -> None:
         outer = self
 
@@ -311,7 +324,7 @@ async def running(gateway: FakeGateway, state_dir: Path, config: UplinkConfig = 
             await nursery.start(gateway.serve)
             factory = FakeFactory()
             identity = await load_identity(state_dir, RELAY_ID)
-            it = Running(Uplink(gateway.file, identity, OFFERS, factory, config), gateway, factory)
+            it = Running(Uplink(gateway.file, identity, OFFERS, factory, config, Surroundings(LongestWaits())), gateway, factory)
             nursery.start_soon(it.run)
             try:
                 yield it
