@@ -60,7 +60,7 @@ class Admission:
         self._doors: dict[str, int] = {}
         self._sources: dict[str, _Source] = {}
         self._swept_full = float("-inf")
-        self._exempt: dict[str, int] = {}
+        self._exempt_open: dict[str, int] = {}
         self._exempt_cache: dict[str, bool] = {}
 
     def apply(self, limits: AdmissionLimits) -> None:
@@ -77,7 +77,7 @@ class Admission:
         if in_door >= limits.per_door.get(door, limits.connections_per_door):
             return Verdict.DOOR_FULL
         if self._is_exempt(address):
-            self._exempt[address] = self._exempt.get(address, 0) + 1
+            self._exempt_open[address] = self._exempt_open.get(address, 0) + 1
         else:
             verdict = self._admit_source(source_of(address), now)
             if verdict is not Verdict.ADMIT:
@@ -93,13 +93,13 @@ class Admission:
         if not self._doors[door]:
             del self._doors[door]
         # Which count it is in was decided when it came in; the exemptions may be others by now.
-        exempt = self._exempt.get(address)
+        exempt = self._exempt_open.get(address)
         if exempt is None:
             self._sources[source_of(address)].count -= 1
         elif exempt > 1:
-            self._exempt[address] = exempt - 1
+            self._exempt_open[address] = exempt - 1
         else:
-            del self._exempt[address]
+            del self._exempt_open[address]
 
     def sweep(self, now: float) -> None:
         """Forget sources with nothing open and a full bucket. Call every few seconds."""

@@ -13,6 +13,7 @@ from fxtunnel.errors import PeerRefused, RemoteProtocolError, TunnelClosed
 from fxtunnel.kit.tls import TlsStream
 from fxtunnel.protocol.frames import HELLO
 from fxtunnel.protocol.hello import (
+    CAP_RESUME,
     HEADER_BYTES,
     KNOWN_CAPS,
     Denied,
@@ -66,7 +67,10 @@ class DataDesk:
             raise PeerRefused(Refusal.BAD_TICKET, "the ticket is unknown, used, too old, or for another session")
         session = self._session(ticket)
         session.detach("the relay dialled again")
-        welcome = encode_welcome(Welcome(session.id, session.received, caps=tuple(sorted(KNOWN_CAPS.intersection(hello.caps)))))
+        if CAP_RESUME not in hello.caps:
+            session.forgo_resumption()
+        caps = (CAP_RESUME,) if session.resumes else ()
+        welcome = encode_welcome(Welcome(session.id, session.received, caps=caps))
         try:
             session.attach(stream.socket, hello.received, hello.window)
         except RemoteProtocolError as exc:

@@ -19,7 +19,7 @@ from fxgateway.tunnels.identities import Identities
 from fxgateway.tunnels.lobby import Guest, Lobby, PortLimits
 from fxgateway.tunnels.ports import Registry
 from fxgateway.tunnels.tickets import TicketBook
-from fxtunnel.codes import Refusal
+from fxtunnel.codes import Code, Refusal
 from fxtunnel.control.upgrade import (
     BODY_BYTES,
     CONTROL_PATH,
@@ -32,7 +32,7 @@ from fxtunnel.control.upgrade import (
     read_head,
     refusal_fields,
 )
-from fxtunnel.errors import PeerRefused, TunnelError
+from fxtunnel.errors import PeerRefused, TunnelClosed, TunnelError
 from fxtunnel.kit.tls import TlsStream, handshake_server
 from fxtunnel.kit.tokens import KeyProblem, ReplayGuard, verify_assertion
 from fxtunnel.model import GatewayId, RelayId
@@ -129,6 +129,7 @@ class TunnelPort:
         upgrade: _Upgrade | None = None
         try:
             with guest.scope:
+                _check_connected(sock)
                 stream = TlsStream(await handshake_server(sock, self._context))
                 upgrade = await self._identify(stream, remote_address)
             self._lobby.leave(guest)
@@ -194,6 +195,17 @@ class TunnelPort:
     def _log_unproven(self, guest: Guest, remote_address: str) -> None:
         why = "made room for newer ones" if guest.is_evicted else f"did not prove who it is within {self._limits.hello_timeout_s:g} s"
         logger.warning("tunnel port: connection from %s closed: it %s", remote_address, why)
+
+
+def _check_connected(sock: socket.socket) -> None:
+    """Raises TunnelClosed for a client that has reset the connection already.
+
+    The ssl module would take the descriptor over before it notices, and leave closing it to the garbage collector.
+    """
+    try:
+        sock.getpeername()
+    except OSError as exc:
+        raise TunnelClosed(Code.LINK_LOST, "the client was gone before its handshake", by_peer=True) from exc
 
 
 def _leaves(group: BaseExceptionGroup[BaseException]) -> list[BaseException]:

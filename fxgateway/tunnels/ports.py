@@ -33,6 +33,13 @@ class SessionHandle(Protocol):
     def received(self) -> int:
         """Bytes of the relay's sequence that have arrived; stands still without a link."""
 
+    @property
+    def resumes(self) -> bool:
+        """Whether it outlives its link."""
+
+    def forgo_resumption(self) -> None:
+        """The relay does not resume. Before the first `attach`."""
+
     def detach(self, reason: str) -> None:
         """Retire the current link."""
 

@@ -141,6 +141,11 @@ class Session:
             return None
         return self.mux.open(tags, splice)
 
+    @property
+    def resumes(self) -> bool:
+        """Whether it outlives its link: both ends keep what is not acknowledged."""
+        return self.mux.ring.keep
+
     def forgo_resumption(self) -> None:
         """The peer does not resume: keep nothing for a repeat, send no ACKs; a lost link is the end. Before the first `attach`."""
         self.mux.ring.keep = False

@@ -64,17 +64,17 @@ class WindowBudget:
 class ReceiveWindow:
     """The receive side of one stream's credit.
 
-    `left_bytes` is what the peer may still send; going below zero is its fault (`flow-control`).
+    `first_bytes` is what OPEN or ACCEPT grants, `left_bytes` is what the peer may still send; going below zero is its fault (`flow-control`).
     """
 
-    __slots__ = ("_budget", "_consumed", "_first", "_measured", "_since", "left_bytes", "window_bytes")
+    __slots__ = ("_budget", "_consumed", "_measured", "_since", "first_bytes", "left_bytes", "window_bytes")
 
     def __init__(self, budget: WindowBudget, first_bytes: int) -> None:
         self._budget = budget
-        self._first = first_bytes
         self._consumed = 0
         self._measured = 0
         self._since = 0.0
+        self.first_bytes = first_bytes
         self.window_bytes = first_bytes
         self.left_bytes = first_bytes
 
@@ -109,4 +109,4 @@ class ReceiveWindow:
 
     def close(self) -> None:
         """Give the memory back. Call once."""
-        self._budget.release(self._first, self.window_bytes - self._first)
+        self._budget.release(self.first_bytes, self.window_bytes - self.first_bytes)

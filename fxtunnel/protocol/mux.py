@@ -88,7 +88,7 @@ class Stream:
         """The service is reached: the opener may go on."""
         if not self.closed and not self.accepted:
             self.accepted = True
-            self.mux.queue(frames.encode_accept(self.id, self.window.window_bytes))
+            self.mux.queue(frames.encode_accept(self.id, self.window.first_bytes))
 
     def refuse(self, code: Code, text: str = "") -> None:
         """Turn the opening down; the opener may try elsewhere."""
@@ -331,16 +331,19 @@ class Mux:
     def _answered(self, kind: int, stream: Stream, endpoint: Endpoint, payload: memoryview) -> None:
         if self._on_open is not None or stream.accepted:
             raise RemoteProtocolError(Code.PROTOCOL_ERROR, f"frame 0x{kind:02x} on stream {stream.id} that was not being opened")
+        if stream.bytes_in or stream.fin_received:
+            raise RemoteProtocolError(Code.PROTOCOL_ERROR, f"stream {stream.id} is answered when it has already been used")
         if kind == frames.ACCEPT:
             window = frames.decode_u32(payload)
-            if not EARLY_BYTES <= window <= MAX_CREDIT:
+            before = stream.send_credit
+            credit = before + window - EARLY_BYTES
+            if window < EARLY_BYTES or credit > MAX_CREDIT:
                 raise RemoteProtocolError(Code.FLOW_CONTROL, f"ACCEPT with a window of {window}")
             stream.accepted = True
             stream.early = None
-            was_blocked = stream.send_credit <= 0
-            stream.send_credit += window - EARLY_BYTES
+            stream.send_credit = credit
             endpoint.on_accept()
-            if was_blocked and stream.send_credit > 0 and not stream.closed:
+            if before <= 0 < stream.send_credit and not stream.closed:
                 endpoint.on_credit()
             return
         self.forget(stream)
@@ -358,7 +361,7 @@ class Mux:
             endpoint.on_credit()
 
     def _opened_by_peer(self, stream_id: int, payload: memoryview) -> None:
-        if self._on_open is None or stream_id <= self._last_id:
+        if self._on_open is None or stream_id != self._last_id + 1:
             raise RemoteProtocolError(Code.PROTOCOL_ERROR, f"OPEN of stream {stream_id} is not in order")
         self._last_id = stream_id
         try:

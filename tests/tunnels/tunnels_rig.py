@@ -45,6 +45,13 @@ class FakeSession:
     log: list[str] = field(default_factory=list)
     refuses: bool = False
 
+    @property
+    def resumes(self) -> bool:
+        return "forgo_resumption" not in self.log
+
+    def forgo_resumption(self) -> None:
+        self.log.append("forgo_resumption")
+
     def detach(self, reason: str) -> None:
         self.log.append("detach")
 

@@ -110,7 +110,7 @@ async def test_an_impostor_cannot_end_an_uplink_that_was_welcome(
     async with running(gateway, state_dir) as it:
         await until(lambda: it.is_carrying)
         gateway.context = make_context(tmp_path, new_authority("impostor"))
-        await gateway.cut_control()
+        gateway.cut_control()
         await until(lambda: "not from the pinned authority" in it.uplink.statistics().last_error)
         assert it.session.link is not None
         gateway.context = true_context
@@ -141,7 +141,7 @@ async def test_a_relay_the_gateway_has_forgotten_enrols_again_when_it_starts(gat
         await it.started.wait()
         assert len(gateway.enrolments) == 2
         gateway.upgrading = [PeerRefused(Refusal.UNKNOWN_RELAY, "who?")]
-        await gateway.cut_control()  # but not while it runs
+        gateway.cut_control()  # but not while it runs
         await it.ended.wait()
         assert len(gateway.enrolments) == 2
         assert isinstance(it.error, PeerRefused)
@@ -171,7 +171,7 @@ async def test_more_services_than_a_message_holds_are_not_tried_for_ever(gateway
         await it.started.wait()
         with pytest.raises(LocalProtocolError):
             it.uplink.update_services(many)
-        await gateway.cut_control()
+        gateway.cut_control()
         await until(lambda: len(gateway.hellos) == 2)
         assert gateway.hellos[1].services == OFFERS
     uplink = Uplink(gateway.file, await load_identity(state_dir, RELAY_ID), many, FakeFactory(), QUICK)

@@ -41,7 +41,7 @@ async def test_it_enrols_once_and_brings_its_links_up(gateway: FakeGateway, stat
 async def test_a_lost_control_link_is_dialled_again_and_sessions_live_on(gateway: FakeGateway, state_dir: Path) -> None:
     async with running(gateway, state_dir) as it:
         await until(lambda: it.is_carrying)
-        await gateway.cut_control()
+        gateway.cut_control()
         await until(lambda: len(gateway.controls) == 2)
         assert gateway.hellos[0].instance == gateway.hellos[1].instance
         assert len(gateway.data_links) == 1
@@ -54,9 +54,9 @@ async def test_a_control_link_that_keeps_breaking_is_not_left_for_long(
 ) -> None:
     monkeypatch.setattr("fxrelay.uplink.uplink.FLAP_CAP_S", 0.02)
     async with running(gateway, state_dir, replace(QUICK, max_backoff_s=30.0)) as it:
-        while len(gateway.hellos) < 12:  # uncapped waits would add up to 20 s
-            await it.next_control()
-            await gateway.cut_control()
+        for count in range(1, 12):  # uncapped waits would add up to 20 s
+            await gateway.wait_controls(count)
+            gateway.cut_control()
         assert not it.ended.is_set()
 
 
@@ -144,7 +144,7 @@ async def test_a_ticket_is_waited_for_until_the_control_link_is_back(gateway: Fa
     async with running(gateway, state_dir) as it:
         await until(lambda: it.is_carrying)
         gateway.upgrading = [PeerRefused(Refusal.DRAINING, "back soon", retry_after_s=0.2)]
-        await gateway.cut_control()
+        gateway.cut_control()
         it.session.cut()
         await until(lambda: it.is_carrying)
         assert len(gateway.hellos) == 2
@@ -271,7 +271,7 @@ async def test_services_and_drain_are_told_now_and_after_a_reconnect(gateway: Fa
         it.uplink.drain(60)
         await until(lambda: Drain(deadline_s=60) in gateway.heard)
         assert Services(services=changed) in gateway.heard
-        await gateway.cut_control()
+        gateway.cut_control()
         await until(lambda: len(gateway.hellos) == 2)
         assert gateway.hellos[1].services == changed
         await until(lambda: sum(isinstance(m, Drain) for m in gateway.heard) == 2)

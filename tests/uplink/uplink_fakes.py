@@ -156,8 +156,13 @@ class FakeGateway:
             task_status.started()
             await trio.serve_listeners(self._handle, [listener], handler_nursery=nursery)
 
-    async def cut_control(self) -> None:
-        await trio.aclose_forcefully(self.controls[-1][1])
+    async def wait_controls(self, count: int) -> None:
+        """Wait until so many control links have been welcomed in all."""
+        await until(lambda: len(self.controls) >= count)
+
+    def cut_control(self) -> None:
+        """Break the newest control link without a goodbye of TLS."""
+        socket.socket.shutdown(self.controls[-1][1].socket, socket.SHUT_RDWR)
 
     async def _handle(self, stream: trio.SocketStream) -> None:
         self.dialled_at.append(trio.current_time())
@@ -173,6 +178,9 @@ class FakeGateway:
                 await self._http(peer)
         except (TunnelError, trio.BrokenResourceError, trio.ClosedResourceError):
             pass
+        finally:
+            if tls not in self.data_links:
+                tls.close()
 
     async def _http(self, peer: TlsStream) -> None:
         try:
@@ -295,11 +303,6 @@ class Running:
     @property
     def is_carrying(self) -> bool:
         return bool(self.factory.sessions) and self.session.link is not None
-
-    async def next_control(self) -> None:
-        """Wait for a control link that was not there yet."""
-        count = len(self.gateway.controls)
-        await until(lambda: len(self.gateway.controls) > count)
 
     async def run(self) -> None:
         outer = self
