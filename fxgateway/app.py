@@ -23,12 +23,21 @@ from fxgateway.tunnels.registry import Registry, RegistryLimits
 from fxtunnel.codes import Code
 from fxtunnel.engine.reactor import Reactor
 from fxtunnel.engine.session import SessionConfig
-from fxtunnel.errors import ConfigError, FxError
 from fxtunnel.kit import logs
 from fxtunnel.kit.listeners import Inherited, bound_address, listen
 from fxtunnel.kit.notify import Notifier
 from fxtunnel.kit.pages import serve_pages
-from fxtunnel.kit.process import feed_watchdog, open_files, raise_file_limit, settle_memory, watch_signals
+from fxtunnel.kit.process import (
+    POLL_S,
+    Reloads,
+    feed_watchdog,
+    let_finish,
+    open_files,
+    raise_file_limit,
+    settle_memory,
+    wait_until,
+    watch_signals,
+)
 from fxtunnel.kit.tls import server_context
 from fxtunnel.model import GatewayId, ServiceName
 from fxtunnel.protocol.credit import WindowBudget
@@ -37,7 +46,6 @@ logger = logging.getLogger(__name__)
 
 ALPN: Final = ("fx-data/1", "http/1.1")
 SWEEP_S: Final = 5.0
-DRAIN_POLL_S: Final = 0.1
 GOODBYE_S: Final = 1.0
 RETRY_AFTER_S: Final = 1.0
 """How long relays wait before they dial a gateway that has said goodbye; a restart takes about that."""
@@ -48,21 +56,20 @@ RESERVED_FILES: Final = 32
 
 
 def run(settings: GatewaySettings, config_path: Path) -> int:
-    """Run the gateway until it is told to stop; returns the exit code. Blocks."""
+    """Run the gateway until it is told to stop; returns the exit code. Blocks.
+
+    Raises:
+        FxError: it cannot work here; alone, or in a group.
+    """
     logs.configure(settings.log.level, settings.log.style, sys.stderr)
     notifier = Notifier.from_environ(os.environ)
     reactor = Reactor()
     gateway = Gateway(reactor, settings, config_path, notifier, raise_file_limit())
-    code = 0
     try:
         reactor.host_trio(gateway.serve)
-    except* FxError as group:
-        for exc in _leaves(group):
-            sys.stderr.write(f"fxgateway: {exc}\n")
-        code = 1
     finally:
         reactor.close()
-    return code
+    return 0
 
 
 class Gateway:
@@ -76,7 +83,7 @@ class Gateway:
         self._file_limit = file_limit
         self._own_files = open_files() + FILES_OF_ITS_OWN
         self._stop = trio.Event()
-        self._reload = trio.Event()
+        self._reloads = Reloads()
         self._admission = Admission(self._admission_limits(settings))
         budget = WindowBudget(settings.limits.memory_bytes)
         self._registry = Registry(reactor, session_config(settings), budget, registry_limits(settings))
@@ -109,12 +116,12 @@ class Gateway:
         self._doors.apply(door_configs(self._settings), inherited)
         inherited.close()
         async with trio.open_nursery() as nursery:
-            await nursery.start(watch_signals, self._reload_soon, self._stop.set)
+            await nursery.start(watch_signals, self._reloads.ask, self._stop.set)
             await nursery.start(partial(self._port.run, [trio.SocketListener(trio.socket.from_stdlib_socket(tunnel_socket))]))
             admin = await nursery.start(serve_pages, make_app(self._view), self._settings.admin.listen)
             nursery.start_soon(self._identities.watch, self._registry.revoke)
             nursery.start_soon(self._sweep)
-            nursery.start_soon(self._reload_when_asked)
+            nursery.start_soon(self._reloads.run, self._load_again, self._notifier)
             nursery.start_soon(feed_watchdog, self._notifier)
             self._announce(str(bound_address(tunnel_socket)), str(admin))
             settle_memory()
@@ -134,18 +141,12 @@ class Gateway:
         self._notifier.stopping()
         self._doors.close()
         self._registry.begin_drain(drain_s)
-        logger.info("stopping: %d clients have %g s to finish", self._doors.clients, drain_s)
-        with trio.move_on_after(drain_s):
-            while self._doors.clients:
-                await trio.sleep(DRAIN_POLL_S)
-        if self._doors.clients:
-            logger.warning("%d clients did not finish in time and are reset", self._doors.clients)
+        await let_finish("clients", lambda: self._doors.clients, drain_s)
         self._doors.abort_all()
         self._registry.close_all(Code.SHUTDOWN, "the gateway is stopping", RETRY_AFTER_S)
         with trio.move_on_after(GOODBYE_S):
-            while any(relay.link is not None for relay in self._registry.relays()):
-                await trio.sleep(DRAIN_POLL_S)
-            await trio.sleep(DRAIN_POLL_S)  # goodbyes that were just queued still have to leave
+            await wait_until(lambda: all(relay.link is None for relay in self._registry.relays()))
+            await trio.sleep(POLL_S)  # goodbyes that were just queued still have to leave
 
     async def _sweep(self) -> None:
         while True:
@@ -153,25 +154,10 @@ class Gateway:
             self._admission.sweep(self._reactor.now)
             self._doors.end_idle()
 
-    def _reload_soon(self) -> None:
-        self._reload.set()
-
-    async def _reload_when_asked(self) -> None:
-        while True:
-            await self._reload.wait()
-            self._reload = trio.Event()
-            self._notifier.reloading()
-            try:
-                fresh = await trio.to_thread.run_sync(config.load, self._config_path, os.environ)
-                self._apply(fresh)
-            except ConfigError as exc:
-                for problem in exc.problems:
-                    logger.error("reload refused, the old configuration stays: %s", problem)
-            except FxError as exc:
-                logger.error("reload refused, the old configuration stays: %s", exc)
-            else:
-                logger.info("reloaded %s", self._config_path)
-            self._notifier.ready()
+    async def _load_again(self) -> None:
+        fresh = await trio.to_thread.run_sync(config.load, self._config_path, os.environ)
+        self._apply(fresh)
+        logger.info("reloaded %s", self._config_path)
 
     def _apply(self, fresh: GatewaySettings) -> None:
         """Doors and limits of a reloaded configuration; what needs a restart is named, and stays."""
@@ -206,7 +192,10 @@ class Gateway:
 def door_configs(settings: GatewaySettings) -> list[DoorConfig]:
     """The doors of a configuration."""
     limits = settings.limits
-    return [DoorConfig(door.label, door.listen, ServiceName(door.service), limits.open_timeout_s, limits.idle_timeout_s) for door in settings.doors]
+    return [
+        DoorConfig(door.label, door.listen, ServiceName(door.service), limits.open_timeout_s, limits.idle_timeout_s)
+        for door in settings.doors
+    ]
 
 
 def session_config(settings: GatewaySettings) -> SessionConfig:
@@ -235,10 +224,3 @@ def port_limits(settings: GatewaySettings) -> PortLimits:
         pending=limits.pending_handshakes,
         pending_per_source=limits.pending_handshakes_per_source,
     )
-
-
-def _leaves(group: BaseExceptionGroup[BaseException]) -> list[BaseException]:
-    found: list[BaseException] = []
-    for exc in group.exceptions:
-        found += _leaves(exc) if isinstance(exc, BaseExceptionGroup) else [exc]
-    return found

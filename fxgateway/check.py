@@ -12,6 +12,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from fxgateway.settings import GatewaySettings
+from fxgateway.tunnels.identities import Identities
 from fxtunnel.errors import ConfigError, ConfigProblem
 from fxtunnel.kit.files import read_secret
 from fxtunnel.kit.listeners import ListenError, listen
@@ -37,7 +38,9 @@ def verify_files(settings: GatewaySettings, config_path: Path, now: dt.datetime)
         )
     elif not os.access(tunnel.state_dir, os.R_OK | os.W_OK | os.X_OK):
         problems.append(ConfigProblem(str(config_path), "tunnel.state_dir", f"{tunnel.state_dir} cannot be written by uid {os.geteuid()}"))
-    for path in (tunnel.identities_path, *(config_path.parent / name for name in _BESIDE)):
+    if os.path.lexists(tunnel.identities_path):
+        problems += _collect(Identities(tunnel.identities_path).load)
+    for path in (config_path.parent / name for name in _BESIDE):
         if os.path.lexists(path):
             problems += _collect(lambda path=path: read_secret(path))  # type: ignore[misc]
     return problems

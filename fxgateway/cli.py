@@ -4,7 +4,6 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -12,15 +11,23 @@ import click
 
 from fxtunnel import __version__
 from fxtunnel.errors import ConfigError, ConfigProblem, FxError
+from fxtunnel.kit.console import (
+    ASK_TIMEOUT_S,
+    CONTEXT,
+    LINK_COLUMNS,
+    Program,
+    config_option,
+    duration,
+    link_cells,
+    print_table,
+    reasons,
+    refuse,
+)
 from fxtunnel.model import RelayId
 
 if TYPE_CHECKING:
     from fxgateway.settings import GatewaySettings
     from fxgateway.tunnels.identities import Identities
-
-ASK_TIMEOUT_S: Final = 2.0
-_FAILED: Final = 1
-_MISUSED: Final = 2
 
 _EPILOG: Final = """\b
 Examples:
@@ -36,37 +43,13 @@ Shell completion: eval "$(_FXGATEWAY_COMPLETE=bash_source fxgateway)"   (or zsh_
 """
 
 
-class _Command(click.Group):
-    """Turns the errors that are meant for people into one line each, and into exit codes."""
-
-    def invoke(self, ctx: click.Context) -> object:
-        try:
-            return super().invoke(ctx)
-        except ConfigError as exc:
-            for problem in exc.problems:
-                click.echo(f"fxgateway: {problem}", err=True)
-            ctx.exit(_MISUSED)
-        except (FxError, OSError) as exc:
-            click.echo(f"fxgateway: {exc}", err=True)
-            ctx.exit(_FAILED)
-
-
-_config_option = click.option(
-    "--config",
-    "config_path",
-    type=click.Path(path_type=Path),
-    default=Path("gateway.toml"),
-    show_default=True,
-    envvar="FXGATEWAY_CONFIG",
-    show_envvar=True,
-    help="The gateway's configuration.",
-)
+_config_option = config_option("gateway.toml", "FXGATEWAY_CONFIG", "The gateway's configuration.")
 _token_days_option = click.option(
     "--token-days", type=click.IntRange(1, 365), default=7, show_default=True, help="How long relays can enrol with the file."
 )
 
 
-@click.group(cls=_Command, epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group("fxgateway", cls=Program, epilog=_EPILOG, context_settings=CONTEXT)
 @click.version_option(__version__, prog_name="fxgateway")
 def main() -> None:
     """The gateway in the DMZ.
@@ -134,7 +117,7 @@ def run(config_path: Path) -> None:
     Prints one line when it is ready. SIGTERM drains and stops, SIGHUP reads the configuration again.
     """
     settings = _load(config_path)
-    _refuse(_file_problems(settings, config_path))
+    refuse(_file_problems(settings, config_path))
     from fxgateway import app
 
     sys.exit(app.run(settings, config_path))
@@ -155,7 +138,7 @@ def check(config_path: Path, no_bind: bool) -> None:
     problems = _file_problems(settings, config_path)
     if not no_bind:
         problems += verify_listens(settings, config_path, _held(settings))
-    _refuse(problems)
+    refuse(problems)
     for warning in warnings(settings):
         click.echo(f"warning: {warning}", err=True)
     doors = ", ".join(f"{door.listen} -> {door.service}" for door in settings.doors)
@@ -247,11 +230,6 @@ def _file_problems(settings: "GatewaySettings", config_path: Path) -> list[Confi
     return verify_files(settings, config_path, dt.datetime.now(dt.UTC))
 
 
-def _refuse(problems: Sequence[ConfigProblem]) -> None:
-    if problems:
-        raise ConfigError(problems)
-
-
 def _held(settings: "GatewaySettings") -> frozenset[str]:
     """The addresses that this very gateway is listening on now; none if it does not run."""
     from fxtunnel.kit.pages import fetch_json
@@ -273,11 +251,8 @@ def _print_status(found: "dict[str, Any]") -> None:
             relay["relay_id"],
             relay["state"],
             relay["remote_address"],
-            _duration(relay["connected_s"]),
-            f"{sum(link['up'] for link in relay['links'])}/{len(relay['links'])}",
-            str(sum(link["resumed"] for link in relay["links"])),
-            _round_trip(relay["links"]),
-            str(sum(link["streams"] for link in relay["links"])),
+            duration(relay["connected_s"]),
+            *link_cells(relay["links"]),
             ", ".join(relay["services"]),
         )
         for relay in found["relays"]
@@ -288,47 +263,13 @@ def _print_status(found: "dict[str, Any]") -> None:
         for relay in found["enrolled"]
         if relay["relay_id"] not in here
     ]
-    _print_table(("relay", "state", "from", "since", "up", "cuts", "rtt", "streams", "services"), rows)
+    print_table(("relay", "state", "from", "since", *LINK_COLUMNS, "services"), rows)
     if found["running"]:
         doors = [
-            (door["name"], door["listen"], door["service"], str(door["connections"]), str(door["accepted"]), _reasons(door["refused"]))
+            (door["name"], door["listen"], door["service"], str(door["connections"]), str(door["accepted"]), reasons(door["refused"]))
             for door in found["doors"]
         ]
-        _print_table(("door", "listen", "service", "clients", "accepted", "refused"), doors)
-
-
-def _print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    # A pipe has no width: one line a row then, for grep.
-    console = Console() if sys.stdout.isatty() else Console(width=1000)
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    for row in rows:
-        # Text, not str: no markup. Peers chose some of these words, so nothing that a terminal would obey goes out.
-        table.add_row(*(Text("".join(c if c.isprintable() else "?" for c in cell)) for cell in row))
-    console.print(table)
-
-
-def _round_trip(links: "list[dict[str, Any]]") -> str:
-    measured = [link["rtt_ms"] for link in links if link["rtt_ms"] is not None]
-    return f"{min(measured):.1f} ms" if measured else "-"
-
-
-def _reasons(refused: "dict[str, int]") -> str:
-    return ", ".join(f"{reason} {count}" for reason, count in sorted(refused.items())) or "0"
-
-
-def _duration(seconds: float) -> str:
-    whole = int(seconds)
-    days, hours, minutes = whole // 86_400, whole // 3_600 % 24, whole // 60 % 60
-    if days:
-        return f"{days} d {hours} h"
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {whole % 60} s"
+        print_table(("door", "listen", "service", "clients", "accepted", "refused"), doors)
 
 
 if __name__ == "__main__":

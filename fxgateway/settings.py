@@ -5,50 +5,19 @@ import re
 from collections.abc import Mapping
 from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
-from typing import Annotated, Final, Literal, Self
+from typing import Final
 from urllib.parse import SplitResult, urlsplit
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ModelWrapValidatorHandler,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
-from pydantic_core import InitErrorDetails, PydanticCustomError
+from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic_core import InitErrorDetails
 
+from fxtunnel.kit.sections import LogSettings, ResumeSettings, Seconds, Section, Size, WholeFile, clash, tables
 from fxtunnel.kit.settings import Address, AddressField, ConfigPath, NameField, load_settings
 
 ENVIRON_PREFIX: Final = "FXGATEWAY"
 DEFAULT_PORT: Final = 443
 
-_SIZE: Final = re.compile(r"(\d{1,18})\s*(B|KiB|MiB|GiB)?")
-_UNITS: Final = {None: 1, "B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 _HOST: Final = re.compile(r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)(?:\.(?!-)[A-Za-z0-9_-]{1,63}(?<!-))*")
-
-
-def _parse_size(value: object) -> object:
-    """Bytes from a number or from text such as "64MiB"; whatever is neither is pydantic's to refuse."""
-    if not isinstance(value, str):
-        return value
-    found = _SIZE.fullmatch(value.strip())
-    if found is None:
-        raise ValueError('expected a number of bytes, or a size such as "64MiB" (B, KiB, MiB, GiB)')
-    return int(found[1]) * _UNITS[found[2]]
-
-
-Size = Annotated[int, BeforeValidator(_parse_size)]
-Seconds = Annotated[float, Field(allow_inf_nan=False)]
-
-
-class Section(BaseModel):
-    """What all parts have in common: nothing unknown is accepted, nothing changes after loading."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class TunnelSettings(Section):
@@ -147,14 +116,6 @@ class LimitSettings(Section):
     relays: int = Field(4096, ge=1, le=100_000, description="Relays connected at once.")
 
 
-class ResumeSettings(Section):
-    """Carrying streams over a cut of the tunnel."""
-
-    enabled: bool = Field(True, description="Whether cut data links are continued; if not, their streams end in RST.")
-    hold_s: Seconds = Field(30.0, ge=0, le=3_600, description="Seconds a relay has to come back before its streams are reset.")
-    replay_bytes: Size = Field(16 << 20, ge=1 << 20, le=1 << 30, description="Unacknowledged bytes kept per data link for a repeat.")
-
-
 class LivenessSettings(Section):
     """Finding paths that are connected but dead."""
 
@@ -172,14 +133,7 @@ class LivenessSettings(Section):
         return value
 
 
-class LogSettings(Section):
-    """What is logged, on standard error."""
-
-    level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severity that is logged.")
-    style: Literal["auto", "json", "text"] = Field("auto", description="One JSON object a line, or text; auto: text on a terminal.")
-
-
-class GatewaySettings(Section):
+class GatewaySettings(WholeFile):
     """A whole gateway.toml. `doors` is written [[door]], once per door."""
 
     tunnel: TunnelSettings = Field(description="Where relays come in.")
@@ -190,18 +144,25 @@ class GatewaySettings(Section):
     liveness: LivenessSettings = Field(default_factory=LivenessSettings, description="Finding dead paths.")
     log: LogSettings = Field(default_factory=LogSettings, description="What is logged.")
 
-    @model_validator(mode="wrap")
     @classmethod
-    def _check_clashes(cls, value: object, handler: ModelWrapValidatorHandler[Self]) -> Self:
-        """Reports double use together with whatever else is wrong: pydantic alone would wait until the rest is right."""
-        clashes = _clashes(value) if isinstance(value, dict) else []
-        if not clashes:
-            return handler(value)
-        try:
-            handler(value)
-        except ValidationError as exc:
-            clashes = [*_details(exc), *clashes]
-        raise ValidationError.from_exception_data(cls.__name__, clashes)
+    def find_clashes(cls, raw: Mapping[str, object]) -> list[InitErrorDetails]:
+        """Addresses and door names that are used twice."""
+        entries: list[tuple[tuple[str | int, ...], object]] = [(("tunnel",), raw.get("tunnel"))]
+        entries += [(("door", index), door) for index, door in tables(raw, "door")]
+        entries.append((("admin",), raw.get("admin")))
+        found: list[InitErrorDetails] = []
+        addresses: dict[str, str] = {}
+        names: dict[str, str] = {}
+        for loc, entry in entries:
+            if not isinstance(entry, dict):
+                continue
+            listen, name = entry.get("listen"), entry.get("name")
+            where = str(loc[0]) if len(loc) == 1 else f"{loc[0]}[{loc[1]}]"
+            if isinstance(listen, str) and not listen.endswith(":0") and addresses.setdefault(listen, where) != where:
+                found.append(clash(f"{addresses[listen]} already listens on {listen}", (*loc, "listen"), listen))
+            if isinstance(name, str) and name and names.setdefault(name, where) != where:
+                found.append(clash(f"{names[name]} is already named {name!r}", (*loc, "name"), name))
+        return found
 
     def listens(self) -> list[tuple[str, Address]]:
         """Every address the gateway listens on, with the key that names it."""
@@ -249,34 +210,3 @@ def _is_host(parts: SplitResult) -> bool:
         return len(host) <= 253 and _HOST.fullmatch(host) is not None
     # urlsplit has already checked that what stands in brackets is an IPv6 address; a zone means something on one machine only.
     return ":" in host and "%" not in host
-
-
-def _clashes(raw: dict[object, object]) -> list[InitErrorDetails]:
-    """Addresses and door names that are used twice in a configuration that has not been checked yet."""
-    doors = raw.get("door")
-    entries: list[tuple[tuple[str | int, ...], object]] = [(("tunnel",), raw.get("tunnel"))]
-    entries += [(("door", index), door) for index, door in enumerate(doors if isinstance(doors, list) else [])]
-    entries.append((("admin",), raw.get("admin")))
-    found: list[InitErrorDetails] = []
-    addresses: dict[str, str] = {}
-    names: dict[str, str] = {}
-    for loc, entry in entries:
-        if not isinstance(entry, dict):
-            continue
-        listen, name = entry.get("listen"), entry.get("name")
-        where = str(loc[0]) if len(loc) == 1 else f"{loc[0]}[{loc[1]}]"
-        if isinstance(listen, str) and not listen.endswith(":0") and addresses.setdefault(listen, where) != where:
-            message = f"{addresses[listen]} already listens on {listen}"
-            found.append(InitErrorDetails(type=PydanticCustomError("clash", message), loc=(*loc, "listen"), input=listen))
-        if isinstance(name, str) and name and names.setdefault(name, where) != where:
-            message = f"{names[name]} is already named {name!r}"
-            found.append(InitErrorDetails(type=PydanticCustomError("clash", message), loc=(*loc, "name"), input=name))
-    return found
-
-
-def _details(exc: ValidationError) -> list[InitErrorDetails]:
-    """The errors of `exc`, to be raised again among others. The texts are final: pydantic formats no custom error without context."""
-    return [
-        InitErrorDetails(type=PydanticCustomError(error["type"], error["msg"]), loc=error["loc"], input=error["input"])
-        for error in exc.errors(include_url=False)
-    ]

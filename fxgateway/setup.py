@@ -12,19 +12,12 @@ from typing import Final
 
 from pydantic import BaseModel
 
-from fxgateway.settings import (
-    GatewaySettings,
-    LimitSettings,
-    LivenessSettings,
-    LogSettings,
-    ResumeSettings,
-    gateway_id_of,
-    split_public_url,
-)
+from fxgateway.settings import GatewaySettings, LimitSettings, LivenessSettings, gateway_id_of, split_public_url
 from fxgateway.tunnels.identities import Identities
 from fxtunnel.errors import ConfigError
 from fxtunnel.kit.certificates import issue_server_certificate, new_authority
 from fxtunnel.kit.files import write_atomic, write_secret
+from fxtunnel.kit.sections import LogSettings, ResumeSettings
 from fxtunnel.kit.tokens import new_enrolment_token
 
 # In the order they are put in place: whoever finds a gateway.toml finds the rest as well.

@@ -22,11 +22,11 @@ from fxrelay.uplink.uplink import Uplink
 from fxtunnel.codes import Code
 from fxtunnel.engine.reactor import Reactor
 from fxtunnel.engine.session import Session, SessionConfig
-from fxtunnel.errors import ConfigError, FxError
+from fxtunnel.errors import FxError
 from fxtunnel.kit import logs
 from fxtunnel.kit.notify import Notifier
 from fxtunnel.kit.pages import serve_pages
-from fxtunnel.kit.process import feed_watchdog, raise_file_limit, settle_memory, watch_signals
+from fxtunnel.kit.process import POLL_S, Reloads, feed_watchdog, let_finish, raise_file_limit, settle_memory, watch_signals
 from fxtunnel.model import RelayId, ServiceName, SessionId
 from fxtunnel.protocol.credit import WindowBudget
 from fxtunnel.protocol.hello import CAP_RESUME
@@ -35,22 +35,21 @@ logger = logging.getLogger(__name__)
 
 SWEEP_S: Final = 5.0
 RESOLVE_EVERY_S: Final = 30.0
-DRAIN_POLL_S: Final = 0.1
 READY_POLL_S: Final = 0.02
 
 
 def run(settings: RelaySettings, config_path: Path) -> int:
-    """Run the relay until it is told to stop; returns the exit code. Blocks."""
+    """Run the relay until it is told to stop; returns the exit code. Blocks.
+
+    Raises:
+        FxError: it cannot work here; alone, or in a group.
+    """
     logs.configure(settings.log.level, settings.log.style, sys.stderr)
     raise_file_limit()
     reactor = Reactor()
     relay = Relay(reactor, settings, config_path, Notifier.from_environ(os.environ))
     try:
         return reactor.host_trio(relay.serve)
-    except ConfigError as exc:
-        for problem in exc.problems:
-            sys.stderr.write(f"fxrelay: {problem}\n")
-        return 2
     finally:
         reactor.close()
 
@@ -64,7 +63,7 @@ class Relay:
         self._config_path = config_path
         self._notifier = notifier
         self._stop = trio.Event()
-        self._reload = trio.Event()
+        self._reloads = Reloads()
         self._services = ServiceTable()
         self._desk = DeliveryDesk(reactor, self._services, delivery_limits(settings))
         self._budget = WindowBudget(settings.limits.memory_bytes)
@@ -83,11 +82,11 @@ class Relay:
         self._uplinks = self._make_uplinks(files, identity)
         view = LiveView(identity.relay_id, identity.instance, lambda: self._uplinks, self._desk, self._settings.limits.memory_bytes)
         async with trio.open_nursery() as nursery:
-            await nursery.start(watch_signals, self._reload.set, self._stop.set)
+            await nursery.start(watch_signals, self._reloads.ask, self._stop.set)
             await nursery.start(serve_pages, make_app(view), self._settings.relay.status_address)
             nursery.start_soon(self._sweep)
             nursery.start_soon(self._keep_resolved)
-            nursery.start_soon(self._reload_when_asked)
+            nursery.start_soon(self._reloads.run, self._load_again, self._notifier)
             nursery.start_soon(feed_watchdog, self._notifier)
             nursery.start_soon(self._announce)
             for uplink in self._uplinks:
@@ -149,14 +148,9 @@ class Relay:
         self._desk.is_draining = True
         for uplink in self._uplinks:
             uplink.drain(drain_s)
-        logger.info("stopping: %d streams have %g s to finish", len(self._desk.deliveries), drain_s)
-        with trio.move_on_after(drain_s):
-            while self._desk.deliveries:
-                await trio.sleep(DRAIN_POLL_S)
-        if self._desk.deliveries:
-            logger.warning("%d streams did not finish in time and are reset", len(self._desk.deliveries))
+        await let_finish("streams", lambda: len(self._desk.deliveries), drain_s)
         self._desk.abort_all()
-        await trio.sleep(DRAIN_POLL_S)  # FINs and RESETs that were just queued still have to leave
+        await trio.sleep(POLL_S)  # FINs and RESETs that were just queued still have to leave
         async with trio.open_nursery() as nursery:
             for uplink in self._uplinks:
                 nursery.start_soon(uplink.shutdown, Code.SHUTDOWN, "the relay is stopping")
@@ -174,21 +168,11 @@ class Relay:
             if sections is self._settings.services:
                 self._services.replace(fresh)
 
-    async def _reload_when_asked(self) -> None:
-        while True:
-            await self._reload.wait()
-            self._reload = trio.Event()
-            self._notifier.reloading()
-            try:
-                fresh = await trio.to_thread.run_sync(config.load, self._config_path, os.environ)
-                services = await resolved(fresh.services, self._services)
-            except ConfigError as exc:
-                for problem in exc.problems:
-                    logger.error("reload refused, the old configuration stays: %s", problem)
-            else:
-                self._apply(fresh, services)
-                logger.info("reloaded %s", self._config_path)
-            self._notifier.ready()
+    async def _load_again(self) -> None:
+        fresh = await trio.to_thread.run_sync(config.load, self._config_path, os.environ)
+        services = await resolved(fresh.services, self._services)
+        self._apply(fresh, services)
+        logger.info("reloaded %s", self._config_path)
 
     def _apply(self, fresh: RelaySettings, services: list[Service]) -> None:
         """Services and limits of a reloaded configuration; what needs a restart is named, and stays."""

@@ -4,21 +4,28 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import click
 
 from fxtunnel import __version__
-from fxtunnel.errors import ConfigError, FxError
+from fxtunnel.errors import FxError
+from fxtunnel.kit.console import (
+    ASK_TIMEOUT_S,
+    CONTEXT,
+    LINK_COLUMNS,
+    Program,
+    config_option,
+    duration,
+    link_cells,
+    print_table,
+    reasons,
+    refuse,
+)
 
 if TYPE_CHECKING:
     from fxrelay.settings import RelaySettings
-
-ASK_TIMEOUT_S: Final = 2.0
-_FAILED: Final = 1
-_MISUSED: Final = 2
 
 _EPILOG: Final = """\b
 Examples:
@@ -43,34 +50,10 @@ Shell completion: eval "$(_FXRELAY_COMPLETE=bash_source fxrelay)"   (or zsh_sour
 """
 
 
-class _Command(click.Group):
-    """Turns the errors that are meant for people into one line each, and into exit codes."""
-
-    def invoke(self, ctx: click.Context) -> object:
-        try:
-            return super().invoke(ctx)
-        except ConfigError as exc:
-            for problem in exc.problems:
-                click.echo(f"fxrelay: {problem}", err=True)
-            ctx.exit(_MISUSED)
-        except (FxError, OSError) as exc:
-            click.echo(f"fxrelay: {exc}", err=True)
-            ctx.exit(_FAILED)
+_config_option = config_option("relay.toml", "FXRELAY_CONFIG", "The relay's configuration.")
 
 
-_config_option = click.option(
-    "--config",
-    "config_path",
-    type=click.Path(path_type=Path),
-    default=Path("relay.toml"),
-    show_default=True,
-    envvar="FXRELAY_CONFIG",
-    show_envvar=True,
-    help="The relay's configuration.",
-)
-
-
-@click.group(cls=_Command, epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group("fxrelay", cls=Program, epilog=_EPILOG, context_settings=CONTEXT)
 @click.version_option(__version__, prog_name="fxrelay")
 def main() -> None:
     """The relay behind the firewall.
@@ -138,75 +121,36 @@ def _load(config_path: Path) -> "RelaySettings":
 def _refuse_bad_files(settings: "RelaySettings", config_path: Path) -> None:
     from fxrelay.check import verify_files
 
-    problems = verify_files(settings, config_path)
-    if problems:
-        raise ConfigError(problems)
+    refuse(verify_files(settings, config_path))
 
 
 def _print_status(found: "dict[str, Any]") -> None:
-    click.echo(f"relay {found['relay']['relay_id']}, up for {_duration(found['relay']['uptime_s'])}")
+    click.echo(f"relay {found['relay']['relay_id']}, up for {duration(found['relay']['uptime_s'])}")
     uplinks = [
         (
             uplink["gateway_id"],
             uplink["url"],
             uplink["state"],
-            _duration(uplink["connected_s"]) if uplink["state"] == "up" else _next_try(uplink["next_try_s"]),
-            f"{sum(link['up'] for link in uplink['links'])}/{len(uplink['links'])}",
-            str(sum(link["resumed"] for link in uplink["links"])),
-            _round_trip(uplink["links"]),
-            str(sum(link["streams"] for link in uplink["links"])),
+            duration(uplink["connected_s"]) if uplink["state"] == "up" else _next_try(uplink["next_try_s"]),
+            *link_cells(uplink["links"]),
         )
         for uplink in found["uplinks"]
     ]
-    _print_table(("gateway", "url", "state", "since", "up", "cuts", "rtt", "streams"), uplinks)
+    print_table(("gateway", "url", "state", "since", *LINK_COLUMNS), uplinks)
     errors = [
         (uplink["gateway_id"], uplink["last_error"]) for uplink in found["uplinks"] if uplink["last_error"] and uplink["state"] != "up"
     ]
     if errors:
-        _print_table(("gateway", "last error"), errors)
+        print_table(("gateway", "last error"), errors)
     services = [
-        (service["name"], service["target"], str(service["streams"]), str(service["opened"]), _reasons(service["refused"]))
+        (service["name"], service["target"], str(service["streams"]), str(service["opened"]), reasons(service["refused"]))
         for service in found["services"]
     ]
-    _print_table(("service", "target", "streams", "opened", "refused"), services)
-
-
-def _print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    # A pipe has no width: one line a row then, for grep.
-    console = Console() if sys.stdout.isatty() else Console(width=1000)
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    for row in rows:
-        # Text, not str: no markup. Gateways chose some of these words, so nothing that a terminal would obey goes out.
-        table.add_row(*(Text("".join(c if c.isprintable() else "?" for c in cell)) for cell in row))
-    console.print(table)
-
-
-def _round_trip(links: "list[dict[str, Any]]") -> str:
-    measured = [link["rtt_ms"] for link in links if link["rtt_ms"] is not None]
-    return f"{min(measured):.1f} ms" if measured else "-"
+    print_table(("service", "target", "streams", "opened", "refused"), services)
 
 
 def _next_try(seconds: float | None) -> str:
     return "-" if seconds is None else f"next in {seconds:.0f} s"
-
-
-def _reasons(refused: "dict[str, int]") -> str:
-    return ", ".join(f"{reason} {count}" for reason, count in sorted(refused.items())) or "0"
-
-
-def _duration(seconds: float) -> str:
-    whole = int(seconds)
-    days, hours, minutes = whole // 86_400, whole // 3_600 % 24, whole // 60 % 60
-    if days:
-        return f"{days} d {hours} h"
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {whole % 60} s"
 
 
 if __name__ == "__main__":

@@ -5,11 +5,11 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 from fxrelay.delivery.delivery import DeliveryDesk
-from fxrelay.pages import LinkStatus, ServiceStatus, Totals, UplinkState, UplinkStatus
+from fxrelay.pages import ServiceStatus, Totals, UplinkState, UplinkStatus
 from fxrelay.uplink import ports
 from fxrelay.uplink.uplink import Uplink
 from fxtunnel import __version__
-from fxtunnel.engine.session import SessionStatistics
+from fxtunnel.engine.status import link_status
 from fxtunnel.kit.process import memory_bytes
 from fxtunnel.model import InstanceId, RelayId
 
@@ -86,11 +86,5 @@ def _uplink(uplink: ports.UplinkStatistics) -> UplinkStatus:
         None,
         uplink.last_error,
         0,
-        tuple(_link(session) for session in uplink.sessions),
+        tuple(link_status(session) for session in uplink.sessions),
     )
-
-
-def _link(session: SessionStatistics) -> LinkStatus:
-    mux = session.mux
-    rtt_ms = round(mux.min_rtt_s * 1e3, 3) if mux.min_rtt_s else None
-    return LinkStatus(session.id, session.state.value == "up", mux.streams, rtt_ms, mux.bytes_in, mux.bytes_out, session.resumed)

@@ -12,22 +12,11 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
+from fxtunnel.engine.status import LinkStatus
+
 UplinkState = Literal["up", "connecting", "waiting", "failed"]
 
 _HEADERS = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
-
-
-@dataclass(frozen=True, slots=True)
-class LinkStatus:
-    """One session with a gateway and the data link under it. `rtt_ms` is None until a probe has come back."""
-
-    session: str
-    up: bool
-    streams: int
-    rtt_ms: float | None
-    bytes_in: int
-    bytes_out: int
-    resumed: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,54 +1,18 @@
 """Port: everything an administrator can write in relay.toml, with its default, its bounds and what it is for."""
 
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Final, Literal, Self
+from typing import Final, Literal
 from urllib.parse import urlsplit
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ModelWrapValidatorHandler,
-    SecretStr,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
-from pydantic_core import InitErrorDetails, PydanticCustomError
+from pydantic import Field, SecretStr, ValidationInfo, field_validator
+from pydantic_core import InitErrorDetails
 
-from fxtunnel.kit.settings import Address, AddressField, ConfigPath, NameField, load_settings
+from fxtunnel.kit.sections import LogSettings, ResumeSettings, Seconds, Section, Size, WholeFile, clash, tables
+from fxtunnel.kit.settings import MAX_SOCKET_PATH_BYTES, Address, AddressField, ConfigPath, NameField, load_settings
 
 ENVIRON_PREFIX: Final = "FXRELAY"
-MAX_SOCKET_PATH_BYTES: Final = 107
-"""sun_path holds 108 bytes with the closing zero (unix(7))."""
-
-_SIZE: Final = re.compile(r"(\d{1,18})\s*(B|KiB|MiB|GiB)?")
-_UNITS: Final = {None: 1, "B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
-
-
-def _parse_size(value: object) -> object:
-    """Bytes from a number or from text such as "64MiB"; whatever is neither is pydantic's to refuse."""
-    if not isinstance(value, str):
-        return value
-    found = _SIZE.fullmatch(value.strip())
-    if found is None:
-        raise ValueError('expected a number of bytes, or a size such as "64MiB" (B, KiB, MiB, GiB)')
-    return int(found[1]) * _UNITS[found[2]]
-
-
-Size = Annotated[int, BeforeValidator(_parse_size)]
-Seconds = Annotated[float, Field(allow_inf_nan=False)]
-
-
-class Section(BaseModel):
-    """What all parts have in common: nothing unknown is accepted, nothing changes after loading."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 def _status_path(state_dir: Path, status: str) -> Path:
@@ -126,16 +90,6 @@ class LimitSettings(Section):
     )
 
 
-class ResumeSettings(Section):
-    """Carrying streams over a cut of the tunnel."""
-
-    enabled: bool = Field(True, description="Whether cut data links are continued; if not, their streams end in RST.")
-    hold_s: Seconds = Field(
-        30.0, ge=0, le=3_600, description="Seconds to come back before streams are reset; the gateway may hold them shorter."
-    )
-    replay_bytes: Size = Field(16 << 20, ge=1 << 20, le=1 << 30, description="Unacknowledged bytes kept per data link for a repeat.")
-
-
 class LivenessSettings(Section):
     """Dialling gateways, and finding paths that are connected but dead."""
 
@@ -155,14 +109,7 @@ class LivenessSettings(Section):
         return value
 
 
-class LogSettings(Section):
-    """What is logged, on standard error."""
-
-    level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severity that is logged.")
-    style: Literal["auto", "json", "text"] = Field("auto", description="One JSON object a line, or text; auto: text on a terminal.")
-
-
-class RelaySettings(Section):
+class RelaySettings(WholeFile):
     """A whole relay.toml. `gateways` and `services` are written [[gateway]] and [[service]], once for each."""
 
     relay: RelaySection = Field(description="Who this relay is.")
@@ -173,18 +120,17 @@ class RelaySettings(Section):
     liveness: LivenessSettings = Field(default_factory=LivenessSettings, description="Dialling, and finding dead paths.")
     log: LogSettings = Field(default_factory=LogSettings, description="What is logged.")
 
-    @model_validator(mode="wrap")
     @classmethod
-    def _check_clashes(cls, value: object, handler: ModelWrapValidatorHandler[Self]) -> Self:
-        """Reports double use together with whatever else is wrong: pydantic alone would wait until the rest is right."""
-        clashes = _clashes(value) if isinstance(value, dict) else []
-        if not clashes:
-            return handler(value)
-        try:
-            handler(value)
-        except ValidationError as exc:
-            clashes = [*_details(exc), *clashes]
-        raise ValidationError.from_exception_data(cls.__name__, clashes)
+    def find_clashes(cls, raw: Mapping[str, object]) -> list[InitErrorDetails]:
+        """Service names and enrolment files that are used twice."""
+        found: list[InitErrorDetails] = []
+        for section, key in (("gateway", "file"), ("service", "name")):
+            seen: dict[str, int] = {}
+            for index, entry in tables(raw, section):
+                value = entry.get(key)
+                if isinstance(value, str) and seen.setdefault(value, index) != index:
+                    found.append(clash(f"{section}[{seen[value]}] already has {key} {value!r}", (section, index, key), value))
+        return found
 
 
 def load(path: Path, environ: Mapping[str, str]) -> RelaySettings:
@@ -194,25 +140,3 @@ def load(path: Path, environ: Mapping[str, str]) -> RelaySettings:
         ConfigError: the file is missing or wrong; holds every problem.
     """
     return load_settings(RelaySettings, path, prefix=ENVIRON_PREFIX, environ=environ)
-
-
-def _clashes(raw: dict[object, object]) -> list[InitErrorDetails]:
-    """Service names and enrolment files that are used twice in a configuration that has not been checked yet."""
-    found: list[InitErrorDetails] = []
-    for section, key in (("gateway", "file"), ("service", "name")):
-        seen: dict[str, int] = {}
-        entries = raw.get(section)
-        for index, entry in enumerate(entries if isinstance(entries, list) else []):
-            value = entry.get(key) if isinstance(entry, dict) else None
-            if isinstance(value, str) and seen.setdefault(value, index) != index:
-                message = f"{section}[{seen[value]}] already has {key} {value!r}"
-                found.append(InitErrorDetails(type=PydanticCustomError("clash", message), loc=(section, index, key), input=value))
-    return found
-
-
-def _details(exc: ValidationError) -> list[InitErrorDetails]:
-    """The errors of `exc`, to be raised again among others. The texts are final: pydantic formats no custom error without context."""
-    return [
-        InitErrorDetails(type=PydanticCustomError(error["type"], error["msg"]), loc=error["loc"], input=error["input"])
-        for error in exc.errors(include_url=False)
-    ]

@@ -2,8 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from fxtunnel.codes import Code, Refusal
+
+E = TypeVar("E", bound=BaseException)
 
 
 class FxError(Exception):
@@ -72,3 +75,11 @@ class PeerRefused(TunnelError):
 
 class NodeError(FxError):
     """A service or node cannot be reached. Try the next candidate."""
+
+
+def leaves(group: BaseExceptionGroup[E]) -> list[E]:
+    """The errors in a group and in the groups within it."""
+    found: list[E] = []
+    for exc in group.exceptions:
+        found += leaves(exc) if isinstance(exc, BaseExceptionGroup) else [exc]
+    return found

@@ -2,12 +2,12 @@
 
 import time
 
-from fxgateway.admin.view import DoorStatus, LinkStatus, RelayState, RelayStatus, Totals
+from fxgateway.admin.view import DoorStatus, RelayState, RelayStatus, Totals
 from fxgateway.doors.doors import Doors
 from fxgateway.routing.table import Readiness
 from fxgateway.tunnels.registry import LiveRelay, Registry
 from fxtunnel import __version__
-from fxtunnel.engine.session import SessionStatistics
+from fxtunnel.engine.status import link_status
 from fxtunnel.kit.process import memory_bytes
 from fxtunnel.model import GatewayId
 
@@ -88,11 +88,5 @@ def _relay(relay: LiveRelay, now: float) -> RelayStatus:
         relay.link.remote_address if relay.link is not None else "",
         round(now - relay.since, 1),
         tuple(offer.name for offer in relay.offers),
-        tuple(_link(session.statistics()) for session in relay.sessions.values()),
+        tuple(link_status(session.statistics()) for session in relay.sessions.values()),
     )
-
-
-def _link(session: SessionStatistics) -> LinkStatus:
-    mux = session.mux
-    rtt_ms = round(mux.min_rtt_s * 1e3, 3) if mux.min_rtt_s else None
-    return LinkStatus(session.id, session.state.value == "up", mux.streams, rtt_ms, mux.bytes_in, mux.bytes_out, session.resumed)

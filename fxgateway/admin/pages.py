@@ -9,9 +9,9 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from fxgateway.admin.metrics import make_registry
-from fxgateway.admin.view import DoorStatus, GatewayView, LinkStatus, RelayStatus, Totals
+from fxgateway.admin.view import DoorStatus, GatewayView, RelayStatus, Totals
 
-__all__ = ["DoorStatus", "GatewayView", "LinkStatus", "RelayStatus", "Totals", "make_app"]
+__all__ = ["DoorStatus", "GatewayView", "RelayStatus", "Totals", "make_app"]
 
 _HEADERS = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
 

@@ -4,20 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from fxtunnel.engine.status import LinkStatus
+
 RelayState = Literal["up", "held", "draining", "connecting"]
-
-
-@dataclass(frozen=True, slots=True)
-class LinkStatus:
-    """One session of a relay and the data link under it. `rtt_ms` is None until a probe has come back."""
-
-    session: str
-    up: bool
-    streams: int
-    rtt_ms: float | None
-    bytes_in: int
-    bytes_out: int
-    resumed: int
 
 
 @dataclass(frozen=True, slots=True)

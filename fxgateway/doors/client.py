@@ -22,12 +22,13 @@ class Client(Splice):
     when not a byte has moved in either direction. Later a lost stream ends in RST: what a service may have acted on is never sent twice.
     """
 
-    __slots__ = ("_tried", "address", "door", "last_bytes", "moved_at")
+    __slots__ = ("_tried", "address", "admitted_by", "door", "last_bytes", "moved_at")
 
     def __init__(self, door: "Door", sock: socket.socket, address: str) -> None:
         super().__init__(door.reactor, sock)
         self.door = door
         self.address = address
+        self.admitted_by = door.name
         self.last_bytes = 0
         self.moved_at = door.reactor.now
         self._tried: tuple[RelayId, ...] = ()
@@ -59,7 +60,7 @@ class Client(Splice):
         stream = self.stream
         if stream is None or self.closed:
             return
-        untouched = not stream.bytes_in and not stream.bytes_out
+        untouched = not stream.bytes_in and not stream.bytes_out and not stream.fin_received
         if not stream.accepted or (untouched and code in (Code.LINK_LOST, Code.FENCED, Code.REVOKED, Code.SHUTDOWN, Code.DRAINING)):
             self._try_another()
         else:
@@ -83,6 +84,7 @@ class Client(Splice):
         stream = self.stream
         if self.closed or stream is None:
             return
+        self.door.opening.pop(self, None)  # to enter again at its end: it is in order of time
         self._forward(bytes(stream.early or b""), self.door.tags_of(self), named)
 
     def _forward(self, early: bytes, tags: bytes, named: RelayId | None = None) -> bool:

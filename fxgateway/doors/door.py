@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 from fxgateway.doors.client import Client
 from fxgateway.routing.admission import Admission, Verdict
 from fxgateway.routing.table import RouteTable
+from fxtunnel.codes import Code
 from fxtunnel.engine.reactor import LISTENER_EVENTS, Reactor, Timer
 from fxtunnel.engine.splice import abort
 from fxtunnel.kit.settings import Address
@@ -113,7 +114,7 @@ class Door:
     def abort_all(self) -> None:
         """End every client, with RST."""
         for client in list(self.clients):
-            client.abort()
+            client.fail(Code.SHUTDOWN)
         if self._sweep is not None:
             self._sweep.cancel()
 
@@ -125,7 +126,7 @@ class Door:
         """A client has ended."""
         self.clients.discard(client)
         self.opening.pop(client, None)
-        self.admission.release(self.name, client.address)
+        self.admission.release(client.admitted_by, client.address)
         stream = client.stream
         if stream is not None:
             self.counters.bytes_in += stream.bytes_out
@@ -176,7 +177,11 @@ class Door:
         client = Client(self, sock, address)
         self.clients.add(client)
         self.counters.accepted += 1
-        client.begin(_peer_text(peer))
+        try:
+            client.begin(_peer_text(peer))
+        except BaseException:
+            client.fail(Code.INTERNAL_ERROR)
+            raise
 
     def _pause(self, why: str) -> None:
         if self._listener is None or self._paused:
@@ -195,11 +200,13 @@ class Door:
         self._sweep = self.reactor.call_later(SWEEP_S, self._sweep_now)
 
     def _sweep_now(self) -> None:
+        if self._listener is None and not self.clients:
+            return
+        self._sweep_later()
         oldest = self.reactor.now - self.config.open_timeout_s
         for client in [c for c, since in _until(self.opening, oldest)]:
             self.opening.pop(client, None)
             client.open_timed_out()
-        self._sweep_later()
 
     def end_idle(self) -> None:
         """End clients on whose stream nothing has moved for the idle time. Call now and then."""

@@ -28,7 +28,10 @@ from fxtunnel.model import NAME_PATTERN, RelayId
 
 logger = logging.getLogger(__name__)
 
-MAX_RELAYS: Final = 3_000  # keeps the file below what `read_secret` accepts
+MAX_RELAYS: Final = 8_192
+"""Relays that may be enrolled; more than limits.relays lets in at once by default. Each takes up to 350 bytes of the file."""
+MAX_FILE_BYTES: Final = 4 << 20
+"""Room for MAX_RELAYS, and for some thousand tokens."""
 WATCH_S: Final = 1.0  # revocation has to reach live tunnels within 5 s
 _LOCK_S: Final = 5.0
 _LOCK_POLL_S: Final = 0.02
@@ -240,7 +243,7 @@ class Identities:
         if self._signature() is None:
             return _State()
         try:
-            return _State.model_validate_json(read_secret(self._path))
+            return _State.model_validate_json(read_secret(self._path, max_bytes=MAX_FILE_BYTES))
         except ValidationError as exc:
             first = exc.errors(include_url=False, include_context=False, include_input=False)[0]
             where = ".".join(str(part) for part in first["loc"])

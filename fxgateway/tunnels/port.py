@@ -32,7 +32,7 @@ from fxtunnel.control.upgrade import (
     read_head,
     refusal_fields,
 )
-from fxtunnel.errors import PeerRefused, TunnelClosed, TunnelError
+from fxtunnel.errors import PeerRefused, TunnelClosed, TunnelError, leaves
 from fxtunnel.kit.tls import TlsStream, handshake_server
 from fxtunnel.kit.tokens import KeyProblem, ReplayGuard, verify_assertion
 from fxtunnel.model import GatewayId, RelayId
@@ -116,7 +116,7 @@ class TunnelPort:
             with sock:
                 await self._converse(sock, ip, remote_address)
         except* TunnelError as group:
-            for exc in _leaves(group):
+            for exc in leaves(group):
                 logger.warning("tunnel port: connection from %s refused: %s", remote_address, exc)
         except* (trio.BrokenResourceError, trio.ClosedResourceError):
             logger.warning("tunnel port: connection from %s was lost", remote_address)
@@ -206,10 +206,3 @@ def _check_connected(sock: socket.socket) -> None:
         sock.getpeername()
     except OSError as exc:
         raise TunnelClosed(Code.LINK_LOST, "the client was gone before its handshake", by_peer=True) from exc
-
-
-def _leaves(group: BaseExceptionGroup[BaseException]) -> list[BaseException]:
-    found: list[BaseException] = []
-    for exc in group.exceptions:
-        found += _leaves(exc) if isinstance(exc, BaseExceptionGroup) else [exc]
-    return found

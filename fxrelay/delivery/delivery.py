@@ -87,7 +87,7 @@ class Delivery(Splice):
 
     def refuse(self, code: Code, text: str) -> None:
         """This address did not work: the service's next one, or REFUSE."""
-        if self._rest and code is Code.CONNECT_FAILED and self._reconnect():
+        if code is Code.CONNECT_FAILED and self._reconnect():
             return
         stream = self.stream
         if stream is not None:
@@ -95,20 +95,28 @@ class Delivery(Splice):
         self.desk.count_refusal(self.service, code)
         self.abort()
 
+    def on_reset(self, code: Code) -> None:
+        """See `Endpoint`."""
+        if self._connecting:
+            self.abort()  # the opener has gone elsewhere, and what it sent with it: not for this service any more
+        else:
+            super().on_reset(code)
+
     def released(self) -> None:
         """See `Splice`."""
         self.desk.delivery_released(self)
 
     def _reconnect(self) -> bool:
-        endpoint, self._rest = self._rest[0], self._rest[1:]
-        self.reactor.forget(self.sock)
-        self.sock.close()
-        connected = connect(endpoint)
-        if isinstance(connected, str):
-            return False
-        self.sock = connected
-        self.start()
-        return True
+        while self._rest:
+            connected = connect(self._rest[0])
+            self._rest = self._rest[1:]
+            if not isinstance(connected, str):
+                self.reactor.forget(self.sock)
+                self.sock.close()
+                self.sock = connected
+                self.start()
+                return True
+        return False
 
 
 class DeliveryDesk:
@@ -189,6 +197,7 @@ class DeliveryDesk:
         stream.refuse(code, text)
 
     def _sweep(self) -> None:
+        self.reactor.call_later(SWEEP_S, self._sweep)
         oldest = self.reactor.now - self.limits.connect_timeout_s
         late = []
         for delivery, since in self.connecting.items():
@@ -197,7 +206,6 @@ class DeliveryDesk:
             late.append(delivery)
         for delivery in late:
             delivery.refuse(Code.CONNECT_TIMEOUT, f"no answer within {self.limits.connect_timeout_s:g} s")
-        self.reactor.call_later(SWEEP_S, self._sweep)
 
 
 def connect(endpoint: Endpoint) -> socket.socket | str:

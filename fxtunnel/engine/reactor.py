@@ -26,11 +26,15 @@ READ: Final = select.EPOLLIN
 WRITE: Final = select.EPOLLOUT
 HANGUP: Final = select.EPOLLRDHUP | select.EPOLLHUP
 ERROR: Final = select.EPOLLERR | select.EPOLLHUP
-STREAM_EVENTS: Final = select.EPOLLIN | select.EPOLLOUT | select.EPOLLRDHUP | select.EPOLLET
+URGENT: Final = select.EPOLLPRI
+INCOMING: Final = READ | HANGUP | ERROR | URGENT
+STREAM_EVENTS: Final = select.EPOLLIN | select.EPOLLPRI | select.EPOLLOUT | select.EPOLLRDHUP | select.EPOLLET
 LISTENER_EVENTS: Final = select.EPOLLIN
 
 READ_BUFFER_BYTES: Final = 262_144
 MAX_EVENTS: Final = 256
+TASK_TICK_S: Final = 0.02
+"""`run_in_task`: nothing wakes the loop when a task calls it, and `now` must not grow old for it."""
 _FOREVER: Final = -1.0
 
 AnySocket = socket.socket | ssl.SSLSocket
@@ -93,8 +97,8 @@ class Reactor:
     def register(self, sock: AnySocket, handler: Handler, events: int = STREAM_EVENTS) -> None:
         """Call `handler` on the socket's events until `unregister`."""
         fd = sock.fileno()
-        self._handlers[fd] = handler
         self._epoll.register(fd, events)
+        self._handlers[fd] = handler
 
     def unregister(self, sock: AnySocket) -> None:
         """Forget the socket, which stays open; may be repeated."""
@@ -115,7 +119,8 @@ class Reactor:
 
     def again(self, handler: Handler) -> None:
         """Call `on_event(READ)` in the next turn: there was more than one turn's share."""
-        self._again.append(handler)
+        if handler not in self._again:
+            self._again.append(handler)
 
     def call_soon(self, call: Callable[[], object]) -> None:
         """Run `call` in the next turn."""
@@ -148,12 +153,12 @@ class Reactor:
         return value
 
     async def run_in_task(self) -> None:
-        """Run the loop inside a trio task until it is cancelled."""
+        """Run the loop inside a trio task until it is cancelled. What other tasks ask for happens within TASK_TICK_S."""
         fd = self._epoll.fileno()
         while True:
             wait_s = self._wait_s()
             if wait_s:
-                with trio.move_on_after(wait_s) if wait_s > 0 else trio.CancelScope():
+                with trio.move_on_after(min(wait_s, TASK_TICK_S) if wait_s > 0 else TASK_TICK_S):
                     await trio.lowlevel.wait_readable(fd)
             else:
                 await trio.lowlevel.checkpoint()

@@ -8,12 +8,13 @@ import socket
 import ssl
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
 from typing import Final, Protocol
 
 from fxtunnel.codes import Code
-from fxtunnel.engine.reactor import ERROR, HANGUP, READ, READ_BUFFER_BYTES, STREAM_EVENTS, WRITE, Reactor, Timer
+from fxtunnel.engine.reactor import INCOMING, READ, READ_BUFFER_BYTES, STREAM_EVENTS, WRITE, Reactor, Timer
 from fxtunnel.engine.splice import Splice
 from fxtunnel.errors import RemoteProtocolError
 from fxtunnel.model import SessionId
@@ -107,6 +108,7 @@ class Session:
         self._link: ssl.SSLSocket | None = None
         self._links = 0
         self._blocked = False
+        self._read_blocked = False
         self._dirty = False
         self._ready: deque[Splice] = deque()
         self._last_arrival = reactor.now
@@ -119,7 +121,7 @@ class Session:
             wake=self.wake,
             on_open=None if on_open is None else lambda stream, opening: on_open(self, stream, opening),
         )
-        self._hold()
+        self._arm(self._config.hold_s, self._hold_over)
 
     @property
     def received(self) -> int:
@@ -160,18 +162,15 @@ class Session:
             raise RemoteProtocolError(Code.LINK_LOST, "the session is over")
         self.detach("another link takes over")
         self.mux.ring.rewind(peer_received)
-        for level, option, value in (
-            (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
-            (socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, NOTSENT_LOWAT_BYTES),
-        ):
-            link.setsockopt(level, option, value)
+        link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, NOTSENT_LOWAT_BYTES)
+        self._reactor.register(link, self, STREAM_EVENTS)
         self._link = link
         self._links += 1
         self.resumed = self._links - 1
         self.state = State.UP
-        self._blocked = False
+        self._blocked = self._read_blocked = False
         self._last_arrival = self._reactor.now
-        self._reactor.register(link, self, STREAM_EVENTS)
         self._reactor.again(self)  # TLS may have buffered frames behind the hello; no edge will tell
         self._arm(self._config.heartbeat_s, self._beat)
         self.mux.tick(self._reactor.now)
@@ -182,19 +181,23 @@ class Session:
         if self.state is State.UP:
             self._drop_link()
             self.state = State.HELD
-            self._hold()
+            self._arm(self._config.hold_s, self._hold_over)
             logger.info("link of session %s retired: %s", self.id, reason)
 
     def close(self, code: Code, text: str = "") -> None:
-        """End the session: GOAWAY to the peer, RST to every socket."""
+        """End the session: GOAWAY to the peer, RST to every socket. The link may outlive it by GOODBYE_S to deliver the GOAWAY."""
         if self.state is State.CLOSED:
             return
-        if self._link is not None:
-            self.mux.queue(frames.encode_goaway(code, text))
-            if not self._blocked:
-                self._write(self._link)
-            self._drop_link(GOODBYE_S)
-        self._finish(code, text)
+        try:
+            if self._link is not None:
+                self._say_goodbye(self._link, frames.encode_goaway(code, text))
+        finally:
+            self._finish(code, text)
+
+    def cancel_turn(self, splice: Splice) -> None:
+        """The splice goes elsewhere; it must not be read on behalf of this session any more."""
+        with suppress(ValueError):
+            self._ready.remove(splice)
 
     def want_turn(self, splice: Splice) -> None:
         """A socket has bytes to read; it gets its turn. The splice keeps itself from asking twice."""
@@ -215,7 +218,10 @@ class Session:
         if events & WRITE and self._blocked:
             self._blocked = False
             self.wake()
-        if events & (READ | HANGUP | ERROR):
+            if self._read_blocked:
+                self._read_blocked = False
+                events |= READ
+        if events & INCOMING:
             self._read(link)
 
     def on_crash(self) -> None:
@@ -231,10 +237,14 @@ class Session:
         if self.mux.overrun:
             self.close(Code.OVERLOAD, "too many unacknowledged control frames")
             return
-        if self._write(link) and self._ready:
+        if not self._write(link):
+            return
+        if self._ready:
             self._fill()
-            if self._write(link) and self._ready and self.mux.data_room > MIN_TURN_BYTES:
+            if self._write(link) and self._ready and self.mux.data_room >= MIN_TURN_BYTES + frames.HEADER_BYTES:
                 self.wake()  # the rest in the next turn: others' events come between
+        elif self.state is State.CLOSED:
+            self._drop_link(GOODBYE_S)
 
     def _fill(self) -> None:
         """One turn: up to TURN_BYTES from the sockets that wait, round robin."""
@@ -275,6 +285,8 @@ class Session:
             ring.advance(count)
 
     def _read(self, link: ssl.SSLSocket) -> None:
+        if self.state is State.CLOSED:
+            return
         buffer = self._reactor.read_buffer
         filled = 0
         more = True
@@ -286,8 +298,11 @@ class Session:
                     lost = "closed by the peer"
                     break
                 filled += count
-        except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
+        except ssl.SSLWantReadError:
             more = False
+        except ssl.SSLWantWriteError:
+            more = False  # the peer's KeyUpdate has to be answered first (RFC 8446, 4.6.3), and the link is full
+            self._blocked = self._read_blocked = True
         except (OSError, ValueError) as exc:
             lost = _reason(exc)
         if filled:
@@ -317,7 +332,7 @@ class Session:
         if not self.mux.ring.keep:
             self._finish(Code.LINK_LOST, reason)
             return
-        self._hold()
+        self._arm(self._config.hold_s, self._hold_over)
         logger.info("link of session %s lost: %s; %d streams held", self.id, reason, len(self.mux.streams))
         self._owner.on_link_down(self, reason)
 
@@ -329,16 +344,20 @@ class Session:
         if not after_s:
             link.close()
             return
-        try:
+        with suppress(OSError):
             # A close with unread bytes would be a RST, which can overtake the GOAWAY.
             socket.socket.shutdown(link, socket.SHUT_WR)
-        except OSError:
-            link.close()
-            return
         self._reactor.call_later(after_s, link.close)
 
-    def _hold(self) -> None:
-        self._arm(self._config.hold_s, self._hold_over)
+    def _say_goodbye(self, link: ssl.SSLSocket, goaway: bytes) -> None:
+        ring = self.mux.ring
+        ring.acknowledge(ring.sent)
+        ring.keep = False  # nothing is sent again from here on, so full replay memory need not keep the GOAWAY back
+        self.mux.queue(goaway)
+        if not self._blocked and self._write(link):
+            self._drop_link(GOODBYE_S)
+        elif self._link is not None:
+            self._reactor.call_later(GOODBYE_S, self._drop_link)  # until then `flush` goes on writing
 
     def _hold_over(self) -> None:
         if self.state is State.HELD:
@@ -351,8 +370,8 @@ class Session:
         if silent_s > self._config.dead_after_s:
             self._lost(f"nothing arrived for {silent_s:.1f} s")
             return
-        self.mux.tick(self._reactor.now)
         self._arm(self._config.heartbeat_s, self._beat)
+        self.mux.tick(self._reactor.now)
 
     def _arm(self, delay_s: float, callback: Callable[[], None]) -> None:
         if self._timer is not None:
@@ -366,8 +385,12 @@ class Session:
         if self._timer is not None:
             self._timer.cancel()
         self._ready.clear()
-        self.mux.reset_all(code)
-        self._owner.on_closed(self, code, text)
+        try:
+            self.mux.reset_all(code)
+        finally:
+            for _ in self.mux.streams:  # an endpoint raised: it must not keep the others from their end; each call gets one further
+                self._reactor.call_later(0, lambda: self.mux.reset_all(code))
+            self._owner.on_closed(self, code, text)
 
 
 def _reason(exc: Exception) -> str:

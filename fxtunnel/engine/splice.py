@@ -5,7 +5,7 @@ import struct
 from typing import TYPE_CHECKING, Final
 
 from fxtunnel.codes import Code
-from fxtunnel.engine.reactor import ERROR, HANGUP, READ, STREAM_EVENTS, WRITE, Reactor
+from fxtunnel.engine.reactor import ERROR, HANGUP, INCOMING, STREAM_EVENTS, URGENT, WRITE, Reactor
 from fxtunnel.protocol.mux import Stream
 
 if TYPE_CHECKING:
@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 RESET_GRACE_S: Final = 0.5
 """How long bytes that arrived before a RESET may still drain to a reader that moves, before it gets its RST."""
+_READ_TO_THE_END: Final = HANGUP | URGENT
+"""After these a short read does not mean that the socket is empty: an end of file is behind it, or it stopped at an urgent byte."""
 _LINGER_NONE: Final = struct.pack("ii", 1, 0)
 
 
@@ -63,6 +65,9 @@ class Splice:
 
     def join(self, session: "Session", stream: Stream) -> None:
         """Carry the socket's bytes on this stream from now on."""
+        if self._queued and self.session is not None:
+            self.session.cancel_turn(self)
+            self._queued = False
         self.session = session
         self.stream = stream
         stream.endpoint = self
@@ -107,6 +112,8 @@ class Splice:
             self._readable = False
         elif stream.send_credit > 0:
             self._queue_read()
+        elif self._hung_up:
+            self._fail_if_reset()
         return count
 
     def on_event(self, events: int) -> None:
@@ -116,17 +123,19 @@ class Splice:
             self._drain()
             if self.closed:
                 return
-        if events & (READ | HANGUP | ERROR):
-            if events & HANGUP:
+        if events & INCOMING:
+            if events & _READ_TO_THE_END:
                 self._hung_up = True
+                if events & URGENT:
+                    # Here and not on every socket: hardly anyone sends such a byte, but where one is (telnet), it belongs to the stream.
+                    self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
             self._readable = True
             stream = self.stream
             stalled = self._read_done or stream is None or stream.send_credit <= 0
             if not stalled:
                 self._queue_read()
-            elif events & ERROR and self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
-                # Nobody will read this socket soon, so the reset would not be seen on the way.
-                self.fail(Code.PEER_RESET)
+            elif events & ERROR:
+                self._fail_if_reset()
 
     def on_crash(self) -> None:
         """From the reactor: a bug of ours; this stream ends, nothing else does."""
@@ -186,9 +195,11 @@ class Splice:
 
     def fail(self, code: Code) -> None:
         """The socket is broken, or has to go: RESET to the stream, RST to the socket."""
-        if self.stream is not None:
-            self.stream.reset(code)
-        self.abort()
+        try:
+            if self.stream is not None:
+                self.stream.reset(code)
+        finally:
+            self.abort()
 
     def abort(self) -> None:
         """RST to the socket. The stream has been dealt with. May be repeated."""
@@ -196,6 +207,11 @@ class Splice:
             self._let_go()
             abort(self.sock)
             self.released()
+
+    def _fail_if_reset(self) -> None:
+        # Nobody will read this socket soon, so a reset would not be seen on the way.
+        if self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+            self.fail(Code.PEER_RESET)
 
     def _queue_read(self) -> None:
         if not self._queued and not self._read_done and self.session is not None:

@@ -10,17 +10,18 @@ from typing import Final
 
 from fxtunnel.errors import ConfigError
 
-# No secret or state file of ours comes near this; it keeps a mistyped path from filling the memory.
-MAX_FILE_BYTES: Final = 1 << 20
+_MIB: Final = 1 << 20
+MAX_FILE_BYTES: Final = _MIB
+"""No key comes near this; it keeps a mistyped path from filling the memory."""
 
 
-def read_secret(path: Path) -> bytes:
-    """The content of a file that only we (or root) may read.
+def read_secret(path: Path, *, max_bytes: int = MAX_FILE_BYTES) -> bytes:
+    """The content of a file that only we (or root) may read; `max_bytes` is a whole number of MiB.
 
     The checks are made on the open file, not on the path, so nobody can swap it in between.
 
     Raises:
-        ConfigError: missing, a symbolic link, not a regular file, owned by somebody else, larger than 1 MiB, or accessible by
+        ConfigError: missing, a symbolic link, not a regular file, owned by somebody else, larger than `max_bytes`, or accessible by
             group or others (the message holds the `chmod` to run).
     """
     # O_NONBLOCK: a FIFO under that name must not hang the daemon.
@@ -31,11 +32,11 @@ def read_secret(path: Path) -> bytes:
     try:
         _check_private(path, os.fstat(fd))
         with os.fdopen(fd, "rb", closefd=False) as file:
-            data = file.read(MAX_FILE_BYTES + 1)
+            data = file.read(max_bytes + 1)
     finally:
         os.close(fd)
-    if len(data) > MAX_FILE_BYTES:
-        raise ConfigError.one(path, "", "is larger than 1 MiB")
+    if len(data) > max_bytes:
+        raise ConfigError.one(path, "", f"is larger than {max_bytes // _MIB} MiB")
     return data
 
 

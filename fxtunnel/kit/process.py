@@ -1,16 +1,21 @@
-"""Task: the process itself: its file limit, its garbage collector, its memory, the signals that end or reload it."""
+"""Task: the process itself: its file limit, its garbage collector, its memory, the signals that end or reload it, its last seconds."""
 
 import gc
+import logging
 import resource
 import signal
-from collections.abc import Callable
-from typing import Final
+from collections.abc import Awaitable, Callable
+from typing import Final, NoReturn
 
 import psutil
 import trio
 
+from fxtunnel.errors import ConfigError, FxError
 from fxtunnel.kit.notify import Notifier
 
+logger = logging.getLogger(__name__)
+
+POLL_S: Final = 0.1
 GC_THRESHOLD: Final = (50_000, 20, 20)
 """The data plane makes no reference cycles; frequent collections would only cost latency."""
 
@@ -50,6 +55,46 @@ async def watch_signals(on_reload: Callable[[], None], on_stop: Callable[[], Non
                 on_reload()
             else:
                 on_stop()
+
+
+class Reloads:
+    """Requests to read the configuration again. Those that come during a reload make one more after it."""
+
+    def __init__(self) -> None:
+        self._asked = trio.Event()
+
+    def ask(self) -> None:
+        """For `watch_signals`. Never blocks."""
+        self._asked.set()
+
+    async def run(self, reload: Callable[[], Awaitable[None]], notifier: Notifier) -> NoReturn:
+        """Await `reload` whenever it was asked for, until cancelled. An FxError out of it is logged, and what was before stays."""
+        while True:
+            await self._asked.wait()
+            self._asked = trio.Event()
+            notifier.reloading()
+            try:
+                await reload()
+            except FxError as exc:
+                for problem in exc.problems if isinstance(exc, ConfigError) else (exc,):
+                    logger.error("reload refused, the old configuration stays: %s", problem)
+            notifier.ready()
+
+
+async def wait_until(condition: Callable[[], bool]) -> None:
+    """Look ten times a second until `condition` holds: for shutdown, where nobody is left to tell of a change."""
+    await trio.lowlevel.checkpoint()
+    while not condition():
+        await trio.sleep(POLL_S)
+
+
+async def let_finish(what: str, count: Callable[[], int], drain_s: float) -> None:
+    """Wait until `count` is 0, for `drain_s` seconds at most. What is left then is named in the log, and the caller's to end."""
+    logger.info("stopping: %d %s have %g s to finish", count(), what, drain_s)
+    with trio.move_on_after(drain_s):
+        await wait_until(lambda: not count())
+    if left := count():
+        logger.warning("%d %s did not finish in time and are reset", left, what)
 
 
 async def feed_watchdog(notifier: Notifier) -> None:

@@ -21,8 +21,8 @@ M = TypeVar("M", bound=BaseModel)
 _Part = int | str
 _Loc = tuple[_Part, ...]
 
-# sun_path holds 108 bytes with the closing zero (unix(7)).
-_MAX_SOCKET_PATH_BYTES: Final = 107
+MAX_SOCKET_PATH_BYTES: Final = 107
+"""sun_path holds 108 bytes with the closing zero (unix(7))."""
 _HOST: Final = re.compile(r"[A-Za-z0-9._-]{1,253}")
 _PORT: Final = re.compile(r"[0-9]{1,5}")
 _SUBJECT: Final = re.compile(r"^[A-Z][a-z]+ should ")
@@ -82,8 +82,8 @@ def _address(value: object, info: ValidationInfo) -> Address:
     if address.path is None:
         return address
     path = _beside_the_file(address.path, info)
-    if len(os.fsencode(path)) > _MAX_SOCKET_PATH_BYTES:
-        raise ValueError(f"is longer than a socket's path may be ({_MAX_SOCKET_PATH_BYTES} bytes): {path}")
+    if len(os.fsencode(path)) > MAX_SOCKET_PATH_BYTES:
+        raise ValueError(f"is longer than a socket's path may be ({MAX_SOCKET_PATH_BYTES} bytes): {path}")
     return Address(path=path)
 
 

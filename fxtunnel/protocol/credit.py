@@ -64,7 +64,8 @@ class WindowBudget:
 class ReceiveWindow:
     """The receive side of one stream's credit.
 
-    `first_bytes` is what OPEN or ACCEPT grants, `left_bytes` is what the peer may still send; going below zero is its fault (`flow-control`).
+    `first_bytes` is what OPEN or ACCEPT grants. `left_bytes` is what the peer may still send; going below zero is its fault
+    (`flow-control`).
     """
 
     __slots__ = ("_budget", "_consumed", "_measured", "_since", "first_bytes", "left_bytes", "window_bytes")

@@ -9,7 +9,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from starlette.applications import Starlette
 
 import fxrelay.pages
-from fxgateway.admin.pages import DoorStatus, LinkStatus, RelayStatus, Totals, make_app
+from fxgateway.admin.pages import DoorStatus, RelayStatus, Totals, make_app
+from fxtunnel.engine.status import LinkStatus
 
 HOSTILE = 'x"\n\x1b[31m{}\\'
 UP = LinkStatus("a" * 32, True, 3, 12.5, 100, 200, 1)
@@ -41,7 +42,7 @@ class GatewayFake:
 
 class RelayFake:
     def uplinks(self) -> list[fxrelay.pages.UplinkStatus]:
-        link = fxrelay.pages.LinkStatus("a" * 32, True, 3, 12.5, 100, 200, 1)
+        link = LinkStatus("a" * 32, True, 3, 12.5, 100, 200, 1)
         up = fxrelay.pages.UplinkStatus("gw-1", "wss://gw:1", "up", 7, 61.5, None, "", 2, (link,))
         # The same gateway by another road, and one without links.
         return [up, replace(up, state="waiting", links=()), replace(up, gateway_id="gw-2", state="failed", last_error=HOSTILE, links=())]

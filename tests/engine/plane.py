@@ -6,8 +6,8 @@ import ipaddress
 import socket
 import ssl
 import struct
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 
 import trio
@@ -131,6 +131,12 @@ class RelaySide:
         self.closed_with: tuple[Code, str] | None = None
         self._down = trio.Event()
 
+    @property
+    def far_session(self) -> Session:
+        """The gateway's end of the session."""
+        assert self.far is not None
+        return self.far
+
     def serves(self, *ports_or_paths: int | str, name: ServiceName = SERVICE) -> None:
         """Serve `name` at these loopback ports or unix paths, in order."""
         endpoints = tuple(
@@ -190,6 +196,8 @@ class Plane:
             near = socket.create_connection(outer.getsockname())
             far = socket.create_connection(inner.getsockname())
             left, right = outer.accept()[0], inner.accept()[0]
+        for end in (left, right):
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65_536)  # what waits in between must soon be felt at the ends
         ends = [trio.SocketStream(trio.socket.from_stdlib_socket(end)) for end in (left, right)]
         wire = Wire(*ends)
         self.nursery.start_soon(wire.run)
@@ -330,6 +338,28 @@ async def until_reset(stream: trio.SocketStream, within_s: float = 1.0) -> bytes
                 return bytes(data)
             assert more, f"a clean end of file after {len(data)} bytes"
             data += more
+
+
+@contextmanager
+def hanging_port() -> Iterator[int]:
+    """A port that answers no SYN: the listener's queue is full, and nobody accepts."""
+    with ExitStack() as stack:
+        listener = stack.enter_context(socket.socket())
+        listener.bind((LOOPBACK, 0))
+        listener.listen(0)
+        for _ in range(4):
+            filler = stack.enter_context(socket.socket())
+            filler.setblocking(False)
+            filler.connect_ex(listener.getsockname())
+        yield listener.getsockname()[1]
+
+
+def free_port() -> int:
+    """A port on which nobody listens."""
+    with socket.socket() as sock:
+        sock.bind((LOOPBACK, 0))
+        port: int = sock.getsockname()[1]
+    return port
 
 
 def pattern(size: int, seed: int = 0) -> bytes:

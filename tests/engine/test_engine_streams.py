@@ -5,7 +5,7 @@ import socket
 
 import pytest
 import trio
-from plane import Contexts, connect, echo, exchange, open_plane, pattern, receive_all, receive_exactly, reset, until_reset
+from plane import Contexts, connect, echo, exchange, hanging_port, open_plane, pattern, receive_all, receive_exactly, reset, until_reset
 
 MIB = 1 << 20
 
@@ -206,22 +206,19 @@ async def test_reset_of_the_client_is_seen_while_the_service_does_not_read(conte
 
 async def test_reset_that_comes_with_more_data_than_there_is_credit(contexts: Contexts) -> None:
     """Data and RST are there before the first look: the credit runs out on the data, and no edge tells of the RST any more."""
-
-    async def serve(stream: trio.SocketStream) -> None:
-        await trio.sleep_forever()
-
     async with open_plane(contexts) as plane:
-        await plane.add_relay(await plane.serve(serve))
-        port = plane.add_door()
-        listener = plane.doors[0]._listener
-        assert listener is not None
-        plane.reactor.unregister(listener)
-        stream = await connect(port)
-        await stream.socket.send(bytes(100_000))
-        reset(stream)
-        plane.reactor.register(listener, plane.doors[0], 1)
-        await trio.sleep(0.1)
-        await plane.quiet(1.0)
+        with hanging_port() as nowhere:
+            await plane.add_relay(nowhere)
+            port = plane.add_door()
+            door = plane.doors[0]
+            door._pause("the test")
+            stream = await connect(port)
+            await stream.socket.send(bytes(60_000))
+            reset(stream)
+            with trio.fail_after(1):
+                while not door.counters.accepted:
+                    await trio.sleep(0.01)
+            await plane.quiet(1.0)
 
 
 async def test_reset_of_the_service_is_seen_while_the_client_does_not_read(contexts: Contexts) -> None:

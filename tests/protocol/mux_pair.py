@@ -1,7 +1,9 @@
 """A gateway's and a relay's mux joined in memory, by wires that can be slow, blocked half-way, and cut."""
 
+import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 from fxtunnel.codes import Code
 from fxtunnel.model import ServiceName
@@ -15,11 +17,18 @@ MIB = 1_048_576
 TAGS = encode_tags(Opening(ServiceName("ssh"), "192.0.2.1:99", "door"))
 WHOLE = 1 << 30
 Event = tuple[object, ...]
+_NOISE = random.Random(1).randbytes(1_000_003)
+
+
+@lru_cache(maxsize=32)
+def _block(stream_id: int) -> bytes:
+    return _NOISE.translate(bytes((value + stream_id * 31) & 255 for value in range(256)))
 
 
 def pattern(stream_id: int, start: int, length: int) -> bytes:
     """What a sender sends: different at every place and in every stream, so that nothing can be swapped unnoticed."""
-    return bytes((stream_id * 31 + (start + i) * 7 + ((start + i) >> 8)) & 255 for i in range(length))
+    at = start % len(_NOISE)
+    return (_block(stream_id) * ((at + length) // len(_NOISE) + 1))[at : at + length]
 
 
 class Recorder:

@@ -224,7 +224,9 @@ def test_a_refusal_of_a_later_version_is_understood_enough() -> None:
     assert denied(code="moonphase").code is Refusal.UNSUPPORTED
 
 
-@pytest.mark.parametrize(("sent", "kept"), [(-1, 0.0), (0, 0.0), (2.5, 2.5), (1e300, 3_600.0), (10**400, 3_600.0), (-(10**400), 0.0)], ids=shown)
+@pytest.mark.parametrize(
+    ("sent", "kept"), [(-1, 0.0), (0, 0.0), (2.5, 2.5), (1e300, 3_600.0), (10**400, 3_600.0), (-(10**400), 0.0)], ids=shown
+)
 def test_a_retry_time_is_kept_within_bounds(sent: float, kept: float) -> None:
     assert denied(retry_after_s=sent).retry_after_s == kept
 
@@ -247,7 +249,10 @@ def test_a_gateway_does_not_answer_with_a_hello() -> None:
         decode_reply(frames.HELLO, json.dumps(HELLO).encode())
 
 
-@given(st.binary(max_size=200) | st.recursive(st.none() | st.booleans() | st.floats() | st.text(), st.lists).map(lambda v: json.dumps(v).encode()))
+@given(
+    st.binary(max_size=200)
+    | st.recursive(st.none() | st.booleans() | st.floats() | st.text(), st.lists).map(lambda v: json.dumps(v).encode())
+)
 def test_any_payload_is_a_hello_or_a_clear_error(payload: bytes) -> None:
     for decode in (decode_hello, lambda raw: decode_reply(frames.WELCOME, raw), lambda raw: decode_reply(frames.DENIED, raw)):
         with pytest.raises(RemoteProtocolError):

@@ -63,7 +63,7 @@ def test_early_bytes_travel_with_the_opening_and_are_kept_until_accept() -> None
     pair = Pair()
     ours = pair.gateway.open()
     assert pair.gateway.send(ours, 10_000) == EARLY_BYTES
-    assert ours.early == pattern(1, 0, EARLY_BYTES)
+    assert bytes(ours.early or b"") == pattern(1, 0, EARLY_BYTES)
     pair.pump()
     theirs = pair.relay.streams[1]
     assert pair.relay.heard(theirs).data == pattern(1, 0, EARLY_BYTES)
@@ -120,7 +120,7 @@ def test_what_a_relay_turned_down_is_replayed_elsewhere(answer: object, event: t
     again = second.gateway.open()
     again.replay(ours.early or b"")
     assert again.send_credit == EARLY_BYTES - 1_500
-    assert again.early == pattern(1, 0, 1_500)
+    assert bytes(again.early or b"") == pattern(1, 0, 1_500)
     second.pump()
     second.relay.streams[1].accept()
     second.pump()
@@ -383,4 +383,4 @@ def test_statistics_are_a_snapshot() -> None:
     assert (near.streams, near.opened, far.streams, far.opened) == (1, 1, 1, 1)
     assert near.bytes_out == far.bytes_in == pair.gateway.ring.sent
     assert near.unacked_bytes == pair.gateway.ring.sent - pair.gateway.ring.acked
-    assert frames.HEADER_BYTES + 1_000 < near.bytes_out
+    assert near.bytes_out > frames.HEADER_BYTES + 1_000

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import trio
 
+from fxgateway.settings import LimitSettings
 from fxgateway.tunnels import identities as module
 from fxgateway.tunnels.identities import EnrolOutcome, EnrolResult, Identities
 from fxtunnel.errors import ConfigError
@@ -123,6 +124,17 @@ def test_the_number_of_relays_is_bounded(ids: Identities, monkeypatch: pytest.Mo
     monkeypatch.setattr(module, "MAX_RELAYS", 1)
     assert outcome(ids) is EnrolOutcome.ENROLLED
     assert outcome(ids, relay=B, key=OTHER) is EnrolOutcome.TOO_MANY_KEYS
+
+
+def test_as_many_relays_as_may_enrol_fit_into_the_file(tmp_path: Path) -> None:
+    key = {"kid": "k" * 43, "public_key": "p" * 43, "enrolled_unix": 2_000_000_000, "token_id": "0" * 8}
+    relay = {"keys": [key], "revoked": {"unix": 2_000_000_000}}
+    path = tmp_path / "relays.json"
+    path.write_text(json.dumps({"relays": {f"{number:064}": relay for number in range(module.MAX_RELAYS)}}, indent=1))
+    path.chmod(0o600)
+    ids = Identities(path)
+    ids.load()
+    assert len(ids.known()) == module.MAX_RELAYS >= LimitSettings().relays
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"relays": {"a b": {}}}', '{"relays": {"a": {"keys": 1}}}', '{"tokens": [{}]}', "[" * 9000])

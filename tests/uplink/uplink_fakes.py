@@ -322,18 +322,18 @@ class Running:
 @asynccontextmanager
 async def running(gateway: FakeGateway, state_dir: Path, config: UplinkConfig = QUICK) -> AsyncIterator[Running]:
     """The gateway and an uplink to it; both are gone at the end of the block."""
-    with trio.fail_after(15):
-        async with trio.open_nursery() as nursery:
-            await nursery.start(gateway.serve)
-            factory = FakeFactory()
-            identity = await load_identity(state_dir, RELAY_ID)
-            it = Running(Uplink(gateway.file, identity, OFFERS, factory, config, Surroundings(LongestWaits())), gateway, factory)
-            nursery.start_soon(it.run)
-            try:
+    try:
+        with trio.fail_after(15):
+            async with trio.open_nursery() as nursery:
+                await nursery.start(gateway.serve)
+                factory = FakeFactory()
+                identity = await load_identity(state_dir, RELAY_ID)
+                it = Running(Uplink(gateway.file, identity, OFFERS, factory, config, Surroundings(LongestWaits())), gateway, factory)
+                nursery.start_soon(it.run)
                 yield it
-            finally:
                 nursery.cancel_scope.cancel()
-                gateway.close()
+    finally:
+        gateway.close()
 
 
 async def until(condition: Callable[[], bool], limit_s: float = 5.0) -> None:

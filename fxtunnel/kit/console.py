@@ -1,0 +1,125 @@
+"""Task: what the commands of both daemons share: errors as lines and exit codes, the --config option, tables.
+
+Imports nothing heavy: it is loaded for `--version` and for completion as well.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+import click
+
+from fxtunnel.errors import ConfigError, ConfigProblem, FxError, leaves
+
+ASK_TIMEOUT_S: Final = 2.0
+"""How long a command waits for the running daemon's answer."""
+CONTEXT: Final = {"help_option_names": ["-h", "--help"]}
+LINK_COLUMNS: Final = ("up", "cuts", "rtt", "streams")
+"""The headings of `link_cells`."""
+_FAILED: Final = 1
+_MISUSED: Final = 2
+
+_Json = dict[str, Any]
+_Function = TypeVar("_Function", bound=Callable[..., object])
+
+
+class Program(click.Group):
+    """A command with the program's name. Errors that are meant for people become one line each, and the exit code.
+
+    They arrive alone, or in groups out of a daemon's nurseries.
+    """
+
+    def invoke(self, ctx: click.Context) -> object:
+        """See `click.Group`. Exits with 2 after a ConfigError, with 1 after another FxError or an OSError of the command's own."""
+        code, result = 0, None
+        try:
+            result = self._invoke(ctx)
+        except* ConfigError as group:
+            for exc in leaves(group):
+                self._say(*exc.problems)
+            code = _MISUSED
+        except* FxError as group:
+            self._say(*leaves(group))
+            code = code or _FAILED
+        if code:
+            ctx.exit(code)
+        return result
+
+    def _invoke(self, ctx: click.Context) -> object:
+        # Not one inside a group: what a daemon's task did not expect is a bug of ours, and keeps its traceback.
+        try:
+            return super().invoke(ctx)
+        except OSError as exc:
+            raise FxError(str(exc)) from exc
+
+    def _say(self, *lines: object) -> None:
+        for line in lines:
+            click.echo(f"{self.name}: {line}", err=True)
+
+
+def config_option(file: str, variable: str, help_text: str) -> Callable[[_Function], _Function]:
+    """The decorator that gives a command --config, as `config_path`; `variable` of the environment goes before the default `file`."""
+    return click.option(
+        "--config",
+        "config_path",
+        type=click.Path(path_type=Path),
+        default=Path(file),
+        show_default=True,
+        envvar=variable,
+        show_envvar=True,
+        help=help_text,
+    )
+
+
+def refuse(problems: Sequence[ConfigProblem]) -> None:
+    """Nothing if there are none.
+
+    Raises:
+        ConfigError: with all of them.
+    """
+    if problems:
+        raise ConfigError(problems)
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Rows under headings. On a terminal long cells are folded; in a pipe a row is a line."""
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    # A pipe has no width: one line a row then, for grep.
+    console = Console() if sys.stdout.isatty() else Console(width=1000)
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        # Text, not str: no markup. Peers chose some of these words, so nothing that a terminal would obey goes out.
+        table.add_row(*(Text("".join(c if c.isprintable() else "?" for c in cell)) for cell in row))
+    console.print(table)
+
+
+def link_cells(links: list[_Json]) -> tuple[str, str, str, str]:
+    """A row's cells about its data links (`LinkStatus` as JSON): how many work of how many, resumptions, shortest round trip, streams."""
+    measured = [link["rtt_ms"] for link in links if link["rtt_ms"] is not None]
+    return (
+        f"{sum(link['up'] for link in links)}/{len(links)}",
+        str(sum(link["resumed"] for link in links)),
+        f"{min(measured):.1f} ms" if measured else "-",
+        str(sum(link["streams"] for link in links)),
+    )
+
+
+def reasons(refused: dict[str, int]) -> str:
+    """How often what was refused, for a cell."""
+    return ", ".join(f"{reason} {count}" for reason, count in sorted(refused.items())) or "0"
+
+
+def duration(seconds: float) -> str:
+    """A span of time in the two units that matter."""
+    whole = int(seconds)
+    days, hours, minutes = whole // 86_400, whole // 3_600 % 24, whole // 60 % 60
+    if days:
+        return f"{days} d {hours} h"
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {whole % 60} s"

@@ -1,0 +1,165 @@
+"""A reader that stops stops only itself, and costs no more than its window."""
+
+import socket
+
+import trio
+from plane import Contexts, connect, echo, exchange, open_plane, pattern, receive_exactly, reset
+
+from fxtunnel.engine.session import SessionConfig
+
+MIB = 1 << 20
+
+
+async def firehose(stream: trio.SocketStream) -> None:
+    """Answers one byte with as much as is taken."""
+    await receive_exactly(stream, 1)
+    while True:
+        await stream.send_all(bytes(65_536))
+
+
+async def mixed(stream: trio.SocketStream) -> None:
+    """`f`: a firehose; `e`: an echo."""
+    if await receive_exactly(stream, 1) == b"f":
+        while True:
+            await stream.send_all(bytes(65_536))
+    await echo(stream)
+
+
+async def test_clients_that_never_read_stop_only_themselves(contexts: Contexts) -> None:
+    async with open_plane(contexts) as plane:
+        relay = await plane.add_relay(await plane.serve(mixed))
+        port = plane.add_door()
+        stalled = [await connect(port) for _ in range(20)]
+        for stream in stalled:
+            await stream.send_all(b"f")
+        await trio.sleep(0.3)
+        for _ in range(5):
+            assert await exchange(port, b"e" + pattern(300_000)) == pattern(300_000)
+        for client in plane.doors[0].clients:
+            assert client.stream is not None
+            held = len(client._pending or b"")
+            assert held <= client.stream.window.window_bytes
+        before = sum(client.moved_bytes for client in plane.doors[0].clients)
+        await trio.sleep(0.1)
+        assert sum(client.moved_bytes for client in plane.doors[0].clients) == before, "nobody reads, yet bytes move"
+        assert relay.far_session.is_up
+        for stream in stalled:
+            reset(stream)
+
+
+async def test_services_that_never_read_stop_only_themselves(contexts: Contexts) -> None:
+    async def serve(stream: trio.SocketStream) -> None:
+        if await receive_exactly(stream, 1) == b"s":
+            await trio.sleep_forever()
+        await echo(stream)
+
+    async with open_plane(contexts) as plane:
+        relay = await plane.add_relay(await plane.serve(serve))
+        port = plane.add_door()
+        stalled = [await connect(port) for _ in range(5)]
+        for stream in stalled:
+            with trio.move_on_after(0.1):
+                await stream.send_all(b"s" + bytes(30 * MIB))
+        assert await exchange(port, b"e" + pattern(2 * MIB)) == pattern(2 * MIB)
+        for delivery in relay.desk.deliveries:
+            assert delivery.stream is not None
+            assert len(delivery._pending or b"") <= delivery.stream.window.window_bytes
+        for stream in stalled:
+            reset(stream)
+
+
+async def test_stalled_reader_goes_on_where_it_stopped(contexts: Contexts) -> None:
+    data = pattern(12 * MIB)
+
+    async def serve(stream: trio.SocketStream) -> None:
+        await stream.send_all(data)
+
+    async with open_plane(contexts) as plane:
+        await plane.add_relay(await plane.serve(serve))
+        async with await connect(plane.add_door()) as stream:
+            got = bytearray()
+            for pause_s in (0.3, 0.2, 0.0):
+                await trio.sleep(pause_s)
+                got += await receive_exactly(stream, 2 * MIB)
+            async for chunk in stream:
+                got += chunk
+            assert got == data
+
+
+async def test_full_replay_memory_waits_for_acks_and_goes_on(contexts: Contexts) -> None:
+    """The peer reads nothing for a while: the ring fills up, everything stops, and then everything goes on."""
+    config = SessionConfig(heartbeat_s=0.2, dead_after_s=10, ring_bytes=262_144, max_ring_bytes=262_144)
+    async with open_plane(contexts, config) as plane:
+        relay = await plane.add_relay(await plane.serve(echo))
+        port = plane.add_door()
+        async with trio.open_nursery() as nursery:
+            results: list[bytes] = []
+
+            async def one(number: int) -> None:
+                results.append(await exchange(port, pattern(MIB, number)))
+
+            for number in range(8):
+                nursery.start_soon(one, number)
+            assert relay.wire is not None
+            while relay.wire.forwarded < MIB:
+                await trio.sleep(0.002)
+            for _ in range(3):
+                relay.wire.silence()
+                await trio.sleep(0.15)
+                relay.wire.speak()
+                await trio.sleep(0.02)
+        assert sorted(results) == sorted(pattern(MIB, number) for number in range(8))
+        assert relay.session.resumed == 0
+
+
+async def test_long_path_lets_replay_memory_and_windows_grow(contexts: Contexts) -> None:
+    async with open_plane(contexts, SessionConfig(heartbeat_s=0.05, dead_after_s=10)) as plane:
+        relay = await plane.add_relay(await plane.serve(echo))
+        assert relay.wire is not None
+        relay.wire.delay_s = 0.004
+        await trio.sleep(0.2)
+        data = pattern(3 * MIB)
+        assert await exchange(plane.add_door(), data) == data
+        assert relay.far_session.mux.min_rtt_s > 0.004
+
+
+async def test_slow_reader_at_the_other_end_of_a_small_buffer(contexts: Contexts) -> None:
+    async with open_plane(contexts) as plane:
+        await plane.add_relay(await plane.serve(echo))
+        stream = await connect(plane.add_door())
+        stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        data = pattern(400_000)
+
+        async def send() -> None:
+            await stream.send_all(data)
+            await stream.send_eof()
+
+        async with stream, trio.open_nursery() as nursery:
+            nursery.start_soon(send)
+            got = bytearray()
+            while len(got) < len(data):
+                got += await receive_exactly(stream, min(1_000, len(data) - len(got)))
+            assert got == data
+            assert await stream.receive_some(1) == b""
+
+
+async def test_many_open_and_reset_leave_nothing(contexts: Contexts) -> None:
+    async with open_plane(contexts) as plane:
+        relay = await plane.add_relay(await plane.serve(echo))
+        port = plane.add_door()
+
+        async def one(number: int) -> None:
+            stream = await connect(port)
+            if number % 3:
+                await stream.send_all(pattern(number * 37))
+            if number % 5 == 0:
+                await stream.send_eof()
+            reset(stream)
+
+        for _ in range(10):
+            async with trio.open_nursery() as nursery:
+                for number in range(40):
+                    nursery.start_soon(one, number)
+        await plane.quiet()
+        assert not relay.session._ready
+        assert not relay.far_session._ready

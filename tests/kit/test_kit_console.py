@@ -1,0 +1,60 @@
+"""How the commands say what went wrong, and what they leave behind for scripts: the exit code."""
+
+import click
+import pytest
+from click.testing import CliRunner, Result
+
+from fxtunnel.errors import ConfigError, ConfigProblem, FxError
+from fxtunnel.kit.console import Program, duration, link_cells
+
+BAD = ConfigError([ConfigProblem("x.toml", "a", "is wrong"), ConfigProblem("x.toml", "b", "too")])
+
+
+def failing(error: BaseException) -> Result:
+    @click.group("fxthing", cls=Program)
+    def main() -> None:
+        """Nothing."""
+
+    @main.command()
+    def go() -> None:
+        raise error
+
+    return CliRunner().invoke(main, ["go"])
+
+
+@pytest.mark.parametrize(
+    ("error", "lines", "code"),
+    [
+        (FxError("no"), ["no"], 1),
+        (OSError("disk full"), ["disk full"], 1),
+        (BAD, ["x.toml: a: is wrong", "x.toml: b: too"], 2),
+        (ExceptionGroup("", [ExceptionGroup("", [FxError("one")]), FxError("two")]), ["one", "two"], 1),
+        (ExceptionGroup("", [FxError("one"), BAD]), ["x.toml: a: is wrong", "x.toml: b: too", "one"], 2),
+    ],
+)
+def test_errors_for_people(error: Exception, lines: list[str], code: int) -> None:
+    result = failing(error)
+    assert result.exit_code == code
+    assert result.stderr.splitlines() == [f"fxthing: {line}" for line in lines]
+
+
+@pytest.mark.parametrize("error", [ValueError("bug"), ExceptionGroup("", [OSError("bug")])])
+def test_bugs_keep_their_traceback(error: Exception) -> None:
+    assert repr(failing(error).exception) == repr(error)
+
+
+def test_usage_errors_stay_click_s() -> None:
+    result = failing(click.UsageError("like this"))
+    assert (result.exit_code, "like this" in result.stderr) == (2, True)
+
+
+def test_links_in_a_row() -> None:
+    up = {"up": True, "resumed": 2, "rtt_ms": 3.25, "streams": 5}
+    held = {"up": False, "resumed": 0, "rtt_ms": None, "streams": 1}
+    assert link_cells([up, held]) == ("1/2", "2", "3.2 ms", "6")
+    assert link_cells([]) == ("0/0", "0", "-", "0")
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(5.9, "0 min 5 s"), (3_720, "1 h 2 min"), (90_000, "1 d 1 h")])
+def test_durations_in_two_units(seconds: float, text: str) -> None:
+    assert duration(seconds) == text

@@ -1,0 +1,105 @@
+"""What both daemons do when they are told to reload, or to stop."""
+
+import logging
+from collections.abc import Awaitable, Callable
+
+import pytest
+import trio
+from trio.testing import wait_all_tasks_blocked
+
+from fxtunnel.errors import ConfigError, ConfigProblem, FxError
+from fxtunnel.kit.notify import Notifier
+from fxtunnel.kit.process import Reloads, let_finish
+
+
+class NotifierSpy(Notifier):
+    def __init__(self) -> None:
+        super().__init__()
+        self.told: list[str] = []
+
+    def ready(self, status: str = "") -> None:
+        self.told.append("ready")
+
+    def reloading(self) -> None:
+        self.told.append("reloading")
+
+
+async def told_after(asks: int, reload: Callable[[], Awaitable[None]]) -> list[str]:
+    reloads, notifier = Reloads(), NotifierSpy()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(reloads.run, reload, notifier)
+        for _ in range(asks):
+            reloads.ask()
+            await wait_all_tasks_blocked()
+        nursery.cancel_scope.cancel()
+    return notifier.told
+
+
+async def test_every_request_reloads() -> None:
+    calls = []
+
+    async def reload() -> None:
+        calls.append(len(calls))
+
+    assert await told_after(3, reload) == ["reloading", "ready"] * 3
+    assert len(calls) == 3
+
+
+async def test_requests_during_a_reload_make_one_more() -> None:
+    go, calls = trio.Event(), []
+
+    async def reload() -> None:
+        calls.append(len(calls))
+        await go.wait()
+
+    reloads = Reloads()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(reloads.run, reload, Notifier())
+        for _ in range(3):
+            reloads.ask()
+            await wait_all_tasks_blocked()
+        assert len(calls) == 1
+        go.set()
+        await wait_all_tasks_blocked()
+        nursery.cancel_scope.cancel()
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (FxError("the port is taken"), ["the port is taken"]),
+        (
+            ConfigError([ConfigProblem("a.toml", "x", "is wrong"), ConfigProblem("a.toml", "y", "too")]),
+            ["a.toml: x: is wrong", "a.toml: y: too"],
+        ),
+    ],
+)
+async def test_a_refused_reload_names_every_problem_and_the_next_is_tried(
+    error: FxError, words: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    async def reload() -> None:
+        raise error
+
+    assert await told_after(2, reload) == ["reloading", "ready"] * 2
+    lines = [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
+    assert lines == [f"reload refused, the old configuration stays: {word}" for word in words] * 2
+
+
+async def test_draining_ends_with_the_last_one(autojump_clock: object, caplog: pytest.LogCaptureFixture) -> None:
+    left, began = [3], trio.current_time()
+
+    def count() -> int:
+        left[0] -= 1
+        return max(left[0], 0)
+
+    await let_finish("clients", count, 30)
+    assert trio.current_time() - began < 1
+    assert not [record for record in caplog.records if record.levelno == logging.WARNING]
+
+
+async def test_draining_ends_with_the_time(autojump_clock: object, caplog: pytest.LogCaptureFixture) -> None:
+    began = trio.current_time()
+    await let_finish("clients", lambda: 2, 30)
+    assert trio.current_time() - began == pytest.approx(30)
+    assert caplog.records[-1].getMessage() == "2 clients did not finish in time and are reset"
