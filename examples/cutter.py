@@ -1,4 +1,4 @@
-"""A TCP forwarder that cuts what runs through it, with RST: what a rebooting firewall does to a tunnel."""
+"""A TCP forwarder that cuts what runs through it, with RST, as a rebooting firewall does; or lets it fall silent, as one that forgot it."""
 
 import contextlib
 import socket
@@ -14,7 +14,7 @@ class Cutter:
     def __init__(self) -> None:
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=128)
         self.port: int = self._listener.getsockname()[1]
-        self._pairs: set[tuple[socket.socket, socket.socket]] = set()
+        self._ways: set[_Way] = set()
         self._lock = threading.Lock()
 
     def start(self, target_port: int) -> None:
@@ -24,14 +24,23 @@ class Cutter:
     def cut(self) -> int:
         """End every connection with RST on both sides; returns how many there were."""
         with self._lock:
-            pairs, self._pairs = self._pairs, set()
-        for pair in pairs:
-            for sock in pair:
-                with contextlib.suppress(OSError):
-                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_NONE)
-                    sock.shutdown(socket.SHUT_RD)  # wakes the thread that reads; the close below then sends RST
-                    sock.close()
-        return len(pairs)
+            ways, self._ways = self._ways, set()
+        for way in ways:
+            way.reset()
+        return len(ways)
+
+    def freeze(self) -> int:
+        """Let every connection fall silent, and open: nothing is forwarded, not even its end. Later ones flow. Returns how many."""
+        with self._lock:
+            for way in self._ways:
+                way.flows.clear()
+            return len(self._ways)
+
+    def thaw(self) -> None:
+        """What was frozen flows again."""
+        with self._lock:
+            for way in self._ways:
+                way.flows.set()
 
     def close(self) -> None:
         """Stop forwarding; what runs is cut."""
@@ -51,19 +60,55 @@ class Cutter:
             except OSError:
                 inner.close()
                 continue
-            pair = (inner, outer)
+            way = _Way(inner, outer)
             with self._lock:
-                self._pairs.add(pair)
-            for source, sink in (pair, pair[::-1]):
-                threading.Thread(target=self._copy, args=(source, sink, pair), daemon=True).start()
+                self._ways.add(way)
+            for source, sink in ((inner, outer), (outer, inner)):
+                threading.Thread(target=self._copy, args=(way, source, sink), daemon=True).start()
 
-    def _copy(self, source: socket.socket, sink: socket.socket, pair: tuple[socket.socket, socket.socket]) -> None:
-        with contextlib.suppress(OSError):
+    def _copy(self, way: "_Way", source: socket.socket, sink: socket.socket) -> None:
+        try:
             while block := source.recv(1 << 18):
+                way.flows.wait()
                 sink.sendall(block)
+            way.flows.wait()
             sink.shutdown(socket.SHUT_WR)
-            return
+        except OSError:
+            way.flows.wait()
+            way.reset()
+        else:
+            if not way.ended(source):
+                return
         with self._lock:
-            self._pairs.discard(pair)
-        for sock in pair:
-            sock.close()
+            self._ways.discard(way)
+
+
+class _Way:
+    """A connection in two halves, and whether its bytes flow."""
+
+    def __init__(self, inner: socket.socket, outer: socket.socket) -> None:
+        self.flows = threading.Event()
+        self.flows.set()
+        self._socks = (inner, outer)
+        self._ended: set[socket.socket] = set()
+        self._lock = threading.Lock()
+
+    def ended(self, source: socket.socket) -> bool:
+        """Note that this half has said all it had to say. Whether that was the last: then all is closed."""
+        with self._lock:
+            self._ended.add(source)
+            if len(self._ended) < len(self._socks):
+                return False
+            for sock in self._socks:
+                sock.close()
+            return True
+
+    def reset(self) -> None:
+        """Close both halves with RST."""
+        with self._lock:
+            for sock in self._socks:
+                with contextlib.suppress(OSError):
+                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_NONE)
+                    sock.shutdown(socket.SHUT_RD)  # wakes the thread that reads; the close below then sends RST
+                sock.close()
+        self.flows.set()

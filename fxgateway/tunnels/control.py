@@ -111,7 +111,8 @@ class ControlDesk:
             with trio.fail_after(self._config.hello_timeout_s):
                 hello = await channel.receive()
         except trio.TooSlowError:
-            raise PeerRefused(Refusal.BAD_REQUEST, f"no hello within {self._config.hello_timeout_s:g} s") from None
+            # Not final: a slow path heals.
+            raise PeerRefused(Refusal.TOO_MANY, f"no hello within {self._config.hello_timeout_s:g} s") from None
         except RemoteProtocolError as exc:
             raise PeerRefused(Refusal.BAD_REQUEST, str(exc)) from exc
         if not isinstance(hello, Hello):

@@ -232,9 +232,11 @@ class TlsStream(trio.abc.HalfCloseableStream):
                 return call(argument)
             except ssl.SSLWantReadError:
                 async with self._readable:
+                    self._check_open()  # taking the lock is a checkpoint, and a closed socket has no descriptor to wait for
                     await trio.lowlevel.wait_readable(self._sock)
             except ssl.SSLWantWriteError:
                 async with self._writable:
+                    self._check_open()
                     await trio.lowlevel.wait_writable(self._sock)
             except ssl.SSLZeroReturnError:
                 raise

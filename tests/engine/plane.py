@@ -307,6 +307,16 @@ async def connect(port: int) -> trio.SocketStream:
     return await trio.open_tcp_stream(LOOPBACK, port)
 
 
+async def refused(port: int, within_s: float = 1.0) -> None:
+    """A client that gets nothing but RST, perhaps before it knows that it is connected."""
+    try:
+        stream = await connect(port)
+    except OSError as exc:
+        assert "reset" in f"{exc} {exc.__cause__!r}", exc
+        return
+    assert await until_reset(stream, within_s) == b""
+
+
 async def receive_exactly(stream: trio.SocketStream, size: int) -> bytes:
     data = bytearray()
     while len(data) < size:

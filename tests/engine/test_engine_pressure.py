@@ -128,7 +128,7 @@ async def test_slow_reader_at_the_other_end_of_a_small_buffer(contexts: Contexts
         await plane.add_relay(await plane.serve(echo))
         stream = await connect(plane.add_door())
         stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        data = pattern(400_000)
+        data = pattern(60_000)
 
         async def send() -> None:
             await stream.send_all(data)

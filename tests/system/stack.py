@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -135,6 +136,7 @@ class Stack:
         return config
 
     def start_relay(self, name: str, services: dict[str, str] | None = None, extra: str = "", env: dict[str, str] | None = None) -> Daemon:
+        """Returns when its tunnel is up."""
         if services is not None:
             self.write_relay_config(name, services, extra)
         daemon = Daemon(["fxrelay.cli", "run", "--config", str(self.relay_config(name))], self.directory / f"{name}.log", env)
@@ -145,14 +147,30 @@ class Stack:
         """What `fxgateway relays --json` says."""
         return json.loads(cli(["fxgateway.cli", "relays", "--json", "--config", str(self.gateway_config)]).stdout)
 
+    def page(self, path: str) -> str:
+        """What the gateway's admin address serves there; empty if it serves nothing."""
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{self.admin_port}{path}", timeout=5) as answer:
+                return answer.read().decode()
+        except OSError:
+            return ""
+
+    def live_relays(self) -> dict[str, dict]:
+        """The relays as the gateway sees them now, by id; much quicker than `status`."""
+        return {relay["relay_id"]: relay for relay in json.loads(self.page("/relays") or '{"relays": []}')["relays"]}
+
     def wait_for_relays(self, *names: str, timeout_s: float = 20.0) -> None:
         """Until each has a link that is up."""
 
         def are_up() -> bool:
-            relays = {relay["relay_id"]: relay for relay in self.status()["relays"]}
+            relays = self.live_relays()
             return all(name in relays and relays[name]["state"] == "up" for name in names)
 
         wait_until(are_up, timeout_s, f"relays {names} up")
+
+    def logs(self) -> str:
+        """Everything the daemons have written to standard error."""
+        return "".join(log.read_text() for log in sorted(self.directory.glob("*.log")))
 
     def stop(self) -> None:
         """Everything, by its pid."""

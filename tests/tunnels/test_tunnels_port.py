@@ -326,7 +326,7 @@ async def test_revoking_closes_the_live_link(tmp_path: Path) -> None:
         (encode(hello(need=("teleport",))), Refusal.UNSUPPORTED),
         (encode(Load(streams=1)), Refusal.BAD_REQUEST),
         ("garbage", Refusal.BAD_REQUEST),
-        (None, Refusal.BAD_REQUEST),
+        (None, Refusal.TOO_MANY),
     ],
 )
 async def test_first_messages_that_are_refused(tmp_path: Path, first: str | None, code: Refusal) -> None:

@@ -1,0 +1,10 @@
+"""The doors are tested on a whole data plane: see tests/engine/plane.py."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "engine"))
+
+from engine_fixtures import contexts, no_descriptor_leaks  # noqa: E402
+
+__all__ = ["contexts", "no_descriptor_leaks"]

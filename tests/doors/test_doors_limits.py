@@ -1,0 +1,160 @@
+"""Who is turned away at the door, and that the counts go back to nothing."""
+
+import ipaddress
+from dataclasses import replace
+
+import pytest
+import trio
+from plane import Contexts, connect, echo, exchange, open_plane, receive_exactly, refused, reset, until_reset
+
+from fxgateway.routing.admission import AdmissionLimits
+from fxtunnel.kit.settings import Address
+
+EXEMPT = (ipaddress.ip_network("127.0.0.0/8"),)
+
+
+@pytest.mark.parametrize(
+    ("limits", "verdict"),
+    [
+        (AdmissionLimits(connections_per_door=3, exempt=EXEMPT), "door-full"),
+        (AdmissionLimits(connections_per_source=3), "source-full"),
+        (AdmissionLimits(open_burst_per_source=3, open_rate_per_source_per_s=0.5), "too-fast"),
+    ],
+)
+async def test_limits(contexts: Contexts, limits: AdmissionLimits, verdict: str) -> None:
+    async with open_plane(contexts) as plane:
+        await plane.add_relay(await plane.serve(echo))
+        port = plane.add_door(limits)
+        streams = [await connect(port) for _ in range(3)]
+        for stream in streams:
+            await stream.send_all(b"x")
+            await receive_exactly(stream, 1)
+        await refused(port)
+        door = plane.doors[0]
+        assert door.counters.refused == {verdict: 1}
+        assert door.admission.connections == 3
+        for stream in streams:
+            await stream.aclose()
+        await plane.quiet()
+        if verdict != "too-fast":
+            assert await exchange(port, b"x") == b"x"
+
+
+async def test_full_gateway_pauses_and_goes_on(contexts: Contexts) -> None:
+    async with open_plane(contexts) as plane:
+        await plane.add_relay(await plane.serve(echo))
+        port = plane.add_door(AdmissionLimits(connections=2, exempt=EXEMPT))
+        streams = [await connect(port) for _ in range(2)]
+        for stream in streams:
+            await stream.send_all(b"x")
+            await receive_exactly(stream, 1)
+        await refused(port)
+        async with await connect(port) as waiting:
+            await waiting.send_all(b"w")
+            with trio.move_on_after(0.1):
+                assert not await waiting.receive_some(1)
+            for stream in streams:
+                await stream.aclose()
+            with trio.fail_after(2):
+                assert await receive_exactly(waiting, 1) == b"w"
+
+
+async def test_reload_that_renames_a_door_keeps_the_counts_right(contexts: Contexts) -> None:
+    async with open_plane(contexts) as plane:
+        await plane.add_relay(await plane.serve(echo))
+        port = plane.add_door()
+        door = plane.doors[0]
+        async with await connect(port) as stream:
+            await stream.send_all(b"x")
+            await receive_exactly(stream, 1)
+            door.reconfigure(replace(door.config, name="renamed"))
+        await plane.quiet()
+        assert door.admission._doors == {}
+        assert await exchange(port, b"x") == b"x"
+
+
+async def test_closed_door_lets_its_clients_finish_and_then_rests(contexts: Contexts) -> None:
+    async with open_plane(contexts) as plane:
+        await plane.add_relay(await plane.serve(echo))
+        port = plane.add_door()
+        door = plane.doors[0]
+        async with await connect(port) as stream:
+            await stream.send_all(b"x")
+            await receive_exactly(stream, 1)
+            door.close()
+            door.close()
+            with pytest.raises(OSError, match=f"{port}"):
+                await connect(port)
+            await stream.send_all(b"y")
+            assert await receive_exactly(stream, 1) == b"y"
+        await plane.quiet()
+        await trio.sleep(0.6)
+        armed = door._sweep
+        await trio.sleep(0.6)
+        assert door._sweep is armed
+
+
+async def test_door_closed_while_it_pauses(contexts: Contexts) -> None:
+    async with open_plane(contexts) as plane:
+        plane.add_door()
+        door = plane.doors[0]
+        door._pause("the test")
+        door._pause("the test")
+        door.close()
+        await trio.sleep(0.3)
+        assert door._listener is None
+
+
+async def test_door_that_is_emptied_tells_the_relay(contexts: Contexts) -> None:
+    async with open_plane(contexts) as plane:
+        relay = await plane.add_relay(await plane.serve(echo))
+        port = plane.add_door()
+        stream = await connect(port)
+        await stream.send_all(b"x")
+        await receive_exactly(stream, 1)
+        plane.doors[0].abort_all()
+        assert await until_reset(stream) == b""
+        await plane.quiet()
+        assert not relay.desk.deliveries
+
+
+async def test_idle_clients_end(contexts: Contexts) -> None:
+    async with open_plane(contexts) as plane:
+        await plane.add_relay(await plane.serve(echo))
+        port = plane.add_door(idle_timeout_s=0.1)
+        door = plane.doors[0]
+        stream = await connect(port)
+        await stream.send_all(b"x")
+        await receive_exactly(stream, 1)
+        door.end_idle()
+        assert door.clients
+        await trio.sleep(0.2)
+        door.end_idle()
+        assert await until_reset(stream) == b""
+        assert door.counters.refused == {"idle-timeout": 1}
+
+
+async def test_open_timeouts_keep_to_the_time_after_a_second_try(contexts: Contexts) -> None:
+    """A client that is tried again enters the queue anew: those who came after it are not kept waiting behind it."""
+    async with open_plane(contexts) as plane:
+        await plane.add_relay(await plane.serve(echo), name="a", linked=False)
+        port = plane.add_door(open_timeout_s=0.5)
+        door = plane.doors[0]
+        relay = plane.relays[0]
+        await relay.link_up()
+        assert relay.wire is not None
+        relay.wire.silence()
+        first, second = await connect(port), await connect(port)
+        with trio.fail_after(1):
+            while len(door.opening) < 2:
+                await trio.sleep(0.01)
+        earlier, later = list(door.opening)
+        other = await plane.add_relay(await plane.serve(echo), name="b")
+        assert other.wire is not None
+        other.wire.silence()
+        earlier._try_another()
+        assert list(door.opening) == [later, earlier]
+        reset(first)
+        reset(second)
+        for client in (earlier, later):
+            client.fail(client.stream.mux.goaway[0] if client.stream and client.stream.mux.goaway else 39)  # type: ignore[arg-type]

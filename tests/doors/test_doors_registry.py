@@ -1,0 +1,140 @@
+"""Who holds a relay's name."""
+
+import trio
+from plane import Contexts, ControlLink, RelaySide, connect, echo, exchange, open_plane, receive_exactly, refused, until_reset
+
+from fxgateway.tunnels.registry import RegistryLimits
+from fxtunnel.codes import Code
+from fxtunnel.engine.session import SessionConfig, State
+from fxtunnel.model import InstanceId, Offer, RelayId, ServiceName, SessionId
+
+OFFERS = (Offer(ServiceName("s")),)
+
+
+async def used_stream(port: int) -> trio.SocketStream:
+    stream = await connect(port)
+    await stream.send_all(b"x")
+    assert await receive_exactly(stream, 1) == b"x"
+    return stream
+
+
+async def ended(relay: RelaySide) -> Code:
+    """What the relay hears about its session's end."""
+    with trio.fail_after(1):
+        while relay.closed_with is None:
+            await trio.sleep(0.01)
+    return relay.closed_with[0]
+
+
+async def test_another_instance_takes_over_at_once(contexts: Contexts) -> None:
+    async with open_plane(contexts) as plane:
+        zombie = await plane.add_relay(await plane.serve(echo))
+        port = plane.add_door()
+        stream = await used_stream(port)
+        fresh = RelaySide(plane, "a", zombie.desk.limits, plane.config)
+        fresh.instance = InstanceId("a-2")
+        fresh.table.replace(zombie.table.services())
+        plane.relays.append(fresh)
+        assert plane.registry.enter(fresh.id, fresh.instance, OFFERS, fresh.control) == 2
+        assert zombie.control.closed == [Code.FENCED]
+        assert await until_reset(stream) == b""
+        assert await ended(zombie) is Code.FENCED
+        assert plane.registry.new_session(zombie.id, zombie.instance) is None
+        assert plane.registry.find_session(zombie.id, zombie.instance, zombie.far_session.id) is None
+        await refused(port)
+        await fresh.link_up()
+        assert await exchange(port, b"y") == b"y"
+        plane.registry.leave(zombie.id, zombie.control)
+        assert plane.registry.named(fresh.id) is not None
+
+
+async def test_same_instance_keeps_its_sessions(contexts: Contexts) -> None:
+    async with open_plane(contexts) as plane:
+        relay = await plane.add_relay(await plane.serve(echo))
+        async with await used_stream(plane.add_door()) as stream:
+            newer = ControlLink()
+            assert plane.registry.enter(relay.id, relay.instance, OFFERS, newer) == 1
+            assert relay.control.closed == [Code.NORMAL]
+            assert newer.closed == []
+            plane.registry.leave(relay.id, relay.control)
+            await stream.send_all(b"y")
+            assert await receive_exactly(stream, 1) == b"y"
+
+
+async def test_relay_is_forgotten_when_link_and_sessions_are_gone(contexts: Contexts) -> None:
+    async with open_plane(contexts) as plane:
+        relay = await plane.add_relay(await plane.serve(echo))
+        port = plane.add_door()
+        plane.registry.leave(relay.id, relay.control)
+        assert await exchange(port, b"x") == b"x", "a data link outlives the control link"
+        relay.session.close(Code.SHUTDOWN)
+        with trio.fail_after(1):
+            while plane.registry.relays():
+                await trio.sleep(0.01)
+        assert plane.registry.routes.services() == {}
+        await refused(port)
+
+
+async def test_revoked_relay(contexts: Contexts) -> None:
+    async with open_plane(contexts) as plane:
+        relay = await plane.add_relay(await plane.serve(echo))
+        port = plane.add_door()
+        stream = await used_stream(port)
+        plane.registry.revoke(relay.id)
+        plane.registry.revoke(relay.id)
+        assert relay.control.closed == [Code.REVOKED]
+        assert await until_reset(stream) == b""
+        assert await ended(relay) is Code.REVOKED
+        assert plane.registry.relays() == ()
+        await refused(port)
+
+
+async def test_sessions_and_relays_are_bounded(contexts: Contexts) -> None:
+    async with open_plane(contexts) as plane:
+        relay = await plane.add_relay(await plane.serve(echo))
+        registry = plane.registry
+        registry.apply(RegistryLimits(links_per_relay=2, relays=1), plane.config)
+        spare = registry.new_session(relay.id, relay.instance)
+        assert spare is not None
+        assert registry.new_session(relay.id, relay.instance) is None
+        assert registry.find_session(relay.id, relay.instance, spare.id) is spare
+        assert registry.find_session(relay.id, relay.instance, SessionId("other")) is None
+        assert not registry.is_full(relay.id)
+        assert registry.is_full(RelayId("b"))
+        spare.close(Code.NORMAL)
+        assert spare.state is State.CLOSED
+        again = registry.new_session(relay.id, relay.instance)
+        assert again is not None
+        again.close(Code.NORMAL)
+
+
+async def test_streams_go_to_the_session_that_is_up(contexts: Contexts) -> None:
+    async with open_plane(contexts) as plane:
+        relay = await plane.add_relay(await plane.serve(echo))
+        held = plane.registry.new_session(relay.id, relay.instance)
+        assert held is not None
+        for _ in range(3):
+            assert await exchange(plane.add_door(), b"x") == b"x"
+        assert held.mux.opened == 0
+        held.close(Code.NORMAL)
+
+
+async def test_least_loaded_relay_gets_the_client(contexts: Contexts) -> None:
+    async with open_plane(contexts) as plane:
+        service = await plane.serve(echo)
+        relays = [await plane.add_relay(service, name=name) for name in "abc"]
+        port = plane.add_door()
+        streams = [await used_stream(port) for _ in range(9)]
+        assert [len(relay.far_session.mux.streams) for relay in relays] == [3, 3, 3]
+        for stream in streams:
+            await stream.aclose()
+
+
+async def test_end_of_the_gateway(contexts: Contexts) -> None:
+    async with open_plane(contexts, SessionConfig(hold_s=20)) as plane:
+        relay = await plane.add_relay(await plane.serve(echo))
+        stream = await used_stream(plane.add_door())
+        plane.registry.close_all(Code.SHUTDOWN, "the gateway is stopping", 5.0)
+        assert await until_reset(stream) == b""
+        assert await ended(relay) is Code.SHUTDOWN
+        assert relay.control.closed == [Code.SHUTDOWN]

@@ -1,0 +1,161 @@
+"""A bug in one callback, injected here, ends one stream or one session, and never the daemon or anybody else."""
+
+from collections.abc import Callable
+
+import pytest
+import trio
+from plane import Contexts, connect, echo, exchange, open_plane, receive_exactly, refused, until_reset
+
+from fxgateway.doors.client import Client
+from fxrelay.delivery.delivery import Delivery
+from fxtunnel.codes import Code
+from fxtunnel.engine.session import Session, State
+from fxtunnel.engine.splice import Splice
+from fxtunnel.protocol.mux import Stream
+
+ERRORS = [RecursionError, UnicodeError, MemoryError, OSError]
+Bug = Callable[..., None]
+
+
+def once(owner: type, name: str, error: type[Exception], monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """The next call of the method raises. Returns who was hit."""
+    original = getattr(owner, name)
+    hit: list[object] = []
+
+    def failing(self: object, *args: object) -> object:
+        if not hit:
+            hit.append(self)
+            raise error("injected")
+        return original(self, *args)
+
+    monkeypatch.setattr(owner, name, failing)
+    return hit
+
+
+@pytest.mark.parametrize("error", ERRORS)
+@pytest.mark.parametrize("owner", [Client, Delivery])
+async def test_bug_in_a_sockets_callback_ends_its_stream(
+    contexts: Contexts, monkeypatch: pytest.MonkeyPatch, error: type[Exception], owner: type[Splice]
+) -> None:
+    async with open_plane(contexts) as plane:
+        relay = await plane.add_relay(await plane.serve(echo))
+        port = plane.add_door()
+        async with await connect(port) as bystander, await connect(port) as victim:
+            for stream in (bystander, victim):
+                await stream.send_all(b"x")
+                await receive_exactly(stream, 1)
+            hit = once(owner, "on_event", error, monkeypatch)
+            await victim.send_all(b"y")
+            assert await until_reset(victim) == b""
+            assert len(hit) == 1
+            await bystander.send_all(b"still")
+            assert await receive_exactly(bystander, 5) == b"still"
+        assert relay.session.state is State.UP
+        assert await exchange(port, b"new") == b"new"
+
+
+@pytest.mark.parametrize("error", ERRORS)
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [(Client, "on_data"), (Delivery, "on_data"), (Delivery, "on_fin"), (Client, "on_accept"), (Splice, "read_turn"), (Stream, "consumed")],
+)
+async def test_bug_in_a_streams_callback_ends_at_most_its_session(
+    contexts: Contexts, monkeypatch: pytest.MonkeyPatch, error: type[Exception], owner: type, name: str
+) -> None:
+    async with open_plane(contexts) as plane:
+        service = await plane.serve(echo)
+        first = await plane.add_relay(service, name="a")
+        port = plane.add_door()
+        bystander = await connect(port)
+        await bystander.send_all(b"x")
+        await receive_exactly(bystander, 1)
+        second = await plane.add_relay(service, name="b")
+        hit = once(owner, name, error, monkeypatch)
+        victim = await connect(port)
+        try:
+            await victim.send_all(b"y")
+            await victim.send_eof()
+            await until_reset(victim, 2)
+        except (AssertionError, trio.BrokenResourceError):
+            pass  # a client whose stream had not begun may be served by the other relay
+        assert hit
+        await victim.aclose()
+        await bystander.send_all(b"still")
+        assert await receive_exactly(bystander, 5) == b"still"
+        await bystander.aclose()
+        assert first.session.state is State.UP, "the bystander's session"
+        if second.session.state is State.UP:
+            assert second.far_session.state is State.UP
+        assert await exchange(port, b"new") == b"new"
+
+
+async def test_bug_at_the_end_of_one_stream_leaves_no_other_open(contexts: Contexts, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with open_plane(contexts) as plane:
+        relay = await plane.add_relay(await plane.serve(echo))
+        port = plane.add_door()
+        streams = [await connect(port) for _ in range(4)]
+        for stream in streams:
+            await stream.send_all(b"x")
+            await receive_exactly(stream, 1)
+        hit = once(Client, "on_reset", MemoryError, monkeypatch)
+        plane.reactor.call_later(0, lambda: relay.far_session.close(Code.INTERNAL_ERROR))
+        ended = 0
+        for stream in streams:
+            with trio.move_on_after(0.3):
+                await until_reset(stream)
+                ended += 1
+        assert ended == 3
+        assert relay.far_session.id not in [key for live in plane.registry.relays() for key in live.sessions]
+        (broken,) = hit
+        assert isinstance(broken, Client)
+        broken.abort()
+        for stream in streams:
+            await stream.aclose()
+
+
+@pytest.mark.parametrize("error", ERRORS)
+async def test_bug_while_a_client_comes_in_ends_that_client(
+    contexts: Contexts, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    async with open_plane(contexts) as plane:
+        await plane.add_relay(await plane.serve(echo))
+        port = plane.add_door()
+        once(Session, "open_stream", error, monkeypatch)
+        await refused(port)
+        await plane.quiet()
+        assert await exchange(port, b"next") == b"next"
+
+
+@pytest.mark.parametrize("owner", [Client, Delivery])
+async def test_bug_in_a_timer_does_not_stop_the_sweep(contexts: Contexts, monkeypatch: pytest.MonkeyPatch, owner: type) -> None:
+    async with open_plane(contexts) as plane:
+        relay = await plane.add_relay(await plane.serve(echo))
+        port = plane.add_door()
+        door = plane.doors[0]
+        hits = 0
+
+        def sweep_fails(*_: object) -> list[object]:
+            nonlocal hits
+            hits += 1
+            raise MemoryError("injected")
+
+        with monkeypatch.context() as patch:
+            if owner is Client:
+                patch.setattr("fxgateway.doors.door._until", sweep_fails)
+            else:
+                patch.setattr(type(relay.desk), "limits", property(sweep_fails), raising=False)
+            with trio.fail_after(3):
+                while hits < 2:
+                    await trio.sleep(0.02)
+        assert door.clients == set()
+        assert await exchange(port, b"x") == b"x"
+
+
+async def test_failed_heartbeat_is_followed_by_another(contexts: Contexts, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with open_plane(contexts) as plane:
+        relay = await plane.add_relay(await plane.serve(echo))
+        once(type(relay.session.mux), "tick", MemoryError, monkeypatch)
+        await trio.sleep(0.25)
+        received = relay.session.received
+        await trio.sleep(0.25)
+        assert relay.session.received > received
