@@ -35,4 +35,6 @@ def no_descriptor_leaks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     deadline = time.monotonic() + 2
     while (after := len(os.listdir("/proc/self/fd"))) > before and time.monotonic() < deadline:
         time.sleep(0.02)  # trio's idle worker threads hold none; sockets that were just closed are gone at once
-    assert after <= before, [os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{fd}")]
+    assert after <= before, [
+        os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{fd}")
+    ]

@@ -158,6 +158,10 @@ class RelaySide:
         assert self.far is not None
         near_link, far_link, self.wire = await self.plane.tls_pair()
         self._down = trio.Event()
+        if State.CLOSED in (self.session.state, self.far.state):
+            near_link.close()
+            far_link.close()
+            return
         self.session.detach("dialling")
         self.far.detach("the relay dials")
         near_received, far_received = self.session.received, self.far.received

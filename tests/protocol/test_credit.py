@@ -95,7 +95,7 @@ def test_credit_returns_when_a_quarter_is_free() -> None:
 def test_a_reader_that_keeps_up_gets_a_mebibyte_and_no_more_on_a_short_path() -> None:
     budget = WindowBudget(256 * MIB)
     window = ReceiveWindow(budget, budget.take_first())
-    keep_up(window, 100.0, rounds=30, window_s=0.01, rtt_s=MIN_GROWTH_RTT_S)
+    keep_up(window, 100.0, rounds=30, window_s=0.001, rtt_s=MIN_GROWTH_RTT_S)
     assert window.window_bytes == LOCAL_WINDOW_BYTES
     assert budget.grown_bytes == LOCAL_WINDOW_BYTES - FIRST_WINDOW_BYTES
 

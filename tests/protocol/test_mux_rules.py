@@ -314,8 +314,25 @@ def test_control_frames_wait_in_order_for_room(relay: Side) -> None:
     assert relay.mux.data_room > 0
 
 
+def test_a_control_frame_does_not_overtake_those_that_wait() -> None:
+    side = Pair(ring_bytes=160).relay
+    for value in range(15):
+        side.mux.queue(frames.encode_u64(frames.PONG, value))
+    first = whole_pongs_without_refill(side)
+    side.mux.queue(frames.encode_u64(frames.PONG, 15))
+    side.mux.refill()
+    seen = [int.from_bytes(payload, "big") for _, _, payload in first + whole_pongs(side) + whole_pongs(side)]
+    assert seen == list(range(16))
+
+
 def whole_pongs(side: Side) -> list[Frame]:
     """Send and acknowledge whole frames, so that waiting ones may follow."""
+    sent = whole_pongs_without_refill(side)
+    side.mux.refill()
+    return sent
+
+
+def whole_pongs_without_refill(side: Side) -> list[Frame]:
     length = side.ring.unsent_bytes - side.ring.unsent_bytes % 16
     raw = b""
     while len(raw) < length:
@@ -323,7 +340,6 @@ def whole_pongs(side: Side) -> list[Frame]:
         raw += view
         side.ring.advance(len(view))
     side.ring.acknowledge(side.ring.sent)
-    side.mux.refill()
     sink = CollectingSink()
     sink.feed(raw)
     return sink.frames

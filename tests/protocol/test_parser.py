@@ -78,6 +78,19 @@ def test_random_cuts(sequence: list[Frame], data: st.DataObject) -> None:
     assert sink.frames == sequence
 
 
+def test_every_single_cut_of_every_kind_of_frame() -> None:
+    kinds = (frames.DATA, frames.OPEN, frames.FIN, frames.DATA, frames.ACK, frames.DATA, 0x80, frames.DATA)
+    sequence = [(kind, int(kind != frames.ACK), bytes(range(MIN_LENGTH.get(kind, 3)))) for kind in kinds]
+    raw = joined(sequence)
+    for first in range(len(raw) + 1):
+        for second in (first, first + 1, first + 5, first + 8):
+            sink = CollectingSink()
+            for piece in (raw[:first], raw[first:second], raw[second:]):
+                sink.feed(piece)
+            assert sink.frames == sequence
+            assert sink.parser.received == len(raw)
+
+
 def test_data_passes_through_while_it_arrives() -> None:
     sink = CollectingSink()
     sink.feed(frames.encode(frames.DATA, 1, b"x" * 100)[:-40])

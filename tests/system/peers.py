@@ -1,0 +1,234 @@
+"""Services in threads, clients to go with them, and what came of a client: the right bytes, RST, or something that must never be."""
+
+import contextlib
+import hashlib
+import random
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from enum import Enum
+from pathlib import Path
+
+MIB = 1 << 20
+DIGEST_BYTES = 32
+_HEAD = struct.Struct(">QQ")
+_BLOCK = random.Random(7).randbytes(24 * MIB)
+"""Random, so that a piece that is lost, repeated or moved changes every hash."""
+_LINGER_NONE = struct.pack("ii", 1, 0)
+
+
+class Outcome(Enum):
+    """How an exchange ended, as the client saw it."""
+
+    RIGHT = "right bytes, clean end"
+    RESET = "RST"
+    CUT_SHORT = "a clean end too early"
+    WRONG = "wrong bytes"
+    STUCK = "nothing moved"
+
+
+def payload(seed: int, size_bytes: int) -> memoryview:
+    """Bytes that belong to `seed`."""
+    start = seed * 65_537 % (len(_BLOCK) - size_bytes)
+    return memoryview(_BLOCK)[start : start + size_bytes]
+
+
+def reset(sock: socket.socket) -> None:
+    """Close with RST."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_NONE)
+    sock.close()
+
+
+def dial(port: int, timeout_s: float = 30.0) -> socket.socket:
+    """A client at a door."""
+    return socket.create_connection(("127.0.0.1", port), timeout=timeout_s)
+
+
+def read_to_end(sock: socket.socket) -> bytes:
+    """Everything until a clean end. Raises ConnectionResetError for a RST."""
+    received = bytearray()
+    while block := sock.recv(1 << 18):
+        received += block
+    return bytes(received)
+
+
+def read_exactly(sock: socket.socket, size_bytes: int) -> bytes:
+    """Raises EOFError when there are fewer."""
+    received = bytearray()
+    while len(received) < size_bytes:
+        block = sock.recv(size_bytes - len(received))
+        if not block:
+            raise EOFError(f"{len(received)} of {size_bytes} bytes")
+        received += block
+    return bytes(received)
+
+
+class Service:
+    """A service behind the firewall: `handler(sock)` runs in a thread for each connection."""
+
+    def __init__(self, handler: Callable[[socket.socket], None], path: Path | None = None) -> None:
+        if path is None:
+            self._listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
+            self.target = "127.0.0.1:{}".format(self._listener.getsockname()[1])
+        else:
+            self._listener = socket.socket(socket.AF_UNIX)
+            self._listener.bind(str(path))
+            self._listener.listen(1024)
+            self.target = f"unix:{path}"
+        self.accepted = 0
+        self.problems: list[str] = []
+        self._handler = handler
+        self._open: set[socket.socket] = set()
+        self._lock = threading.Lock()
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def close(self) -> None:
+        """Stop, and reset whoever is still connected."""
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        with self._lock:
+            for sock in self._open:
+                with contextlib.suppress(OSError):
+                    sock.shutdown(socket.SHUT_RDWR)
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                sock, _ = self._listener.accept()
+            except OSError:
+                return
+            self.accepted += 1
+            with self._lock:
+                self._open.add(sock)
+            threading.Thread(target=self._serve, args=(sock,), daemon=True).start()
+
+    def _serve(self, sock: socket.socket) -> None:
+        try:
+            with sock:
+                self._handler(sock)
+        except OSError:
+            pass  # what a service sees of a client that has gone
+        except Exception as exc:
+            self.problems.append(f"{type(exc).__name__}: {exc}")
+        finally:
+            with self._lock:
+                self._open.discard(sock)
+
+
+def echo(sock: socket.socket) -> None:
+    """A service that sends back what comes, its end included."""
+    while block := sock.recv(1 << 16):
+        sock.sendall(block)
+    sock.shutdown(socket.SHUT_WR)
+
+
+def swap(sock: socket.socket) -> None:
+    """The service side of `exchange`. A clean end of what it receives, before all of it has come, is a problem to report."""
+    try:
+        seed, size_bytes = _HEAD.unpack(read_exactly(sock, _HEAD.size))
+    except EOFError:
+        return  # a client that left before it said anything
+    sender = threading.Thread(target=_send_quietly, args=(sock, payload(seed + 1, size_bytes)))
+    sender.start()
+    digest = hashlib.sha256()
+    received_bytes = 0
+    try:
+        while block := sock.recv(1 << 18):
+            digest.update(block)
+            received_bytes += len(block)
+    finally:
+        sender.join()
+    if received_bytes != size_bytes:
+        raise AssertionError(f"stream {seed}: a clean end after {received_bytes} of {size_bytes} bytes")
+    sock.sendall(digest.digest())
+    sock.shutdown(socket.SHUT_WR)
+
+
+def exchange(port: int, seed: int, size_bytes: int, timeout_s: float = 60.0, rate_bytes_per_s: float = 0.0) -> Outcome:
+    """Send and receive `size_bytes` at once through a door to `swap`, and compare the hashes of both directions."""
+    try:
+        sock = dial(port, timeout_s)
+    except ConnectionError:
+        return Outcome.RESET
+    except TimeoutError:
+        return Outcome.STUCK
+    with sock:
+        sent = payload(seed, size_bytes)
+        try:
+            sock.sendall(_HEAD.pack(seed, size_bytes))
+        except OSError:
+            return Outcome.RESET
+        sender = threading.Thread(target=_send_quietly, args=(sock, sent, True, rate_bytes_per_s))
+        sender.start()
+        try:
+            received = read_to_end(sock)
+        except TimeoutError:
+            return Outcome.STUCK
+        except OSError:
+            return Outcome.RESET
+        finally:
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RD)
+            sender.join()
+    if len(received) != size_bytes + DIGEST_BYTES:
+        return Outcome.CUT_SHORT
+    right = payload(seed + 1, size_bytes) == received[:size_bytes] and hashlib.sha256(sent).digest() == received[size_bytes:]
+    return Outcome.RIGHT if right else Outcome.WRONG
+
+
+def exchanges(port: int, count: int, size_bytes: int, **options: float) -> "Crowd":
+    """`count` exchanges at once."""
+    return Crowd([lambda seed=seed: exchange(port, seed, size_bytes, **options) for seed in range(1, count + 1)])
+
+
+class Crowd:
+    """Clients that run at once."""
+
+    def __init__(self, clients: list[Callable[[], Outcome]]) -> None:
+        self._pool = ThreadPoolExecutor(len(clients))
+        self._futures = [self._pool.submit(client) for client in clients]
+
+    @property
+    def running(self) -> int:
+        """How many have not ended."""
+        return sum(not future.done() for future in self._futures)
+
+    def outcomes(self) -> list[Outcome]:
+        """How each ended; waits for all."""
+        try:
+            return [future.result() for future in self._futures]
+        finally:
+            self._pool.shutdown()
+
+
+def how_it_ends(sock: socket.socket, limit_s: float) -> tuple[str, float]:
+    """Wait for the end of a connection: "reset", "fin" or "open", and the seconds it took."""
+    began = time.monotonic()
+    sock.settimeout(limit_s)
+    try:
+        while sock.recv(1 << 16):
+            pass
+        end = "fin"
+    except TimeoutError:
+        end = "open"
+    except OSError:
+        end = "reset"
+    return end, time.monotonic() - began
+
+
+def _send_quietly(sock: socket.socket, data: memoryview, then_end: bool = False, rate_bytes_per_s: float = 0.0) -> None:
+    """Send all of it; a peer that has gone is seen by whoever reads."""
+    with contextlib.suppress(OSError):
+        if not rate_bytes_per_s:
+            sock.sendall(data)
+        else:
+            step = max(1, int(rate_bytes_per_s / 20))
+            for start in range(0, len(data), step):
+                sock.sendall(data[start : start + step])
+                time.sleep(step / rate_bytes_per_s)
+        if then_end:
+            sock.shutdown(socket.SHUT_WR)

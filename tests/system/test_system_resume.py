@@ -1,0 +1,106 @@
+"""System: the tunnel is cut, falls silent, or stays away; the streams in it are continued byte for byte, or end in RST."""
+
+import json
+import socket
+import time
+from collections.abc import Callable
+
+import pytest
+
+from tests.system.peers import MIB, Outcome, Service, dial, exchanges, how_it_ends, payload, read_exactly
+from tests.system.stack import Stack, wait_until
+
+pytestmark = [pytest.mark.system, pytest.mark.xdist_group("resume")]
+
+STREAMS = 64
+CUTS = 20
+SILENCE_FOUND_S = 15.0
+
+
+def resumptions(stack: Stack) -> int:
+    return sum(link["resumed"] for relay in stack.live_relays().values() for link in relay["links"])
+
+
+def is_up(stack: Stack) -> bool:
+    return any(link["up"] for relay in stack.live_relays().values() for link in relay["links"])
+
+
+def events(stack: Stack, log: str, words: str) -> list[str]:
+    lines = (stack.directory / log).read_text().splitlines()
+    return [event for event in (json.loads(line)["event"] for line in lines) if words in event]
+
+
+@pytest.mark.slow
+def test_no_stream_is_lost_in_twenty_cuts(make_stack: Callable[..., Stack], swap_service: Service) -> None:
+    stack = make_stack("swap")
+    stack.start_gateway()
+    stack.start_relay("node-a", {"swap": swap_service.target})
+    crowd = exchanges(stack.doors["swap"], STREAMS, 4 * MIB, rate_bytes_per_s=MIB / 2)
+    cuts_in_transfer = 0
+    for _ in range(CUTS):
+        time.sleep(0.1)
+        wait_until(lambda: is_up(stack), 10, "the link")
+        assert stack.cutter.cut() >= 2
+        cuts_in_transfer += crowd.running > 0
+    outcomes = crowd.outcomes()
+    assert outcomes == [Outcome.RIGHT] * STREAMS
+    assert cuts_in_transfer == CUTS
+    assert resumptions(stack) >= CUTS / 2
+
+
+def test_a_silent_path_is_found_on_both_sides_and_left(make_stack: Callable[..., Stack], echo_service: Service) -> None:
+    stack = make_stack("echo")
+    stack.start_gateway()
+    stack.start_relay("node-a", {"echo": echo_service.target})
+    with dial(stack.doors["echo"], SILENCE_FOUND_S + 5) as client:
+        client.sendall(b"before")
+        assert read_exactly(client, 6) == b"before"
+        frozen_at = time.monotonic()
+        assert stack.cutter.freeze() == 2
+        client.sendall(bytes(payload(1, 100_000)))
+        assert read_exactly(client, 100_000) == payload(1, 100_000)
+        assert time.monotonic() - frozen_at < SILENCE_FOUND_S
+        remaining_s = SILENCE_FOUND_S - (time.monotonic() - frozen_at)
+        wait_until(lambda: bool(events(stack, "gateway.log", "control link of node-a ended")), remaining_s, "the gateway to see the silence")
+        assert resumptions(stack) == 1
+        stack.cutter.thaw()  # what comes late on the old path harms nothing
+        client.sendall(b"after")
+        assert read_exactly(client, 5) == b"after"
+
+
+def test_when_the_hold_is_over_both_ends_are_reset(make_stack: Callable[..., Stack]) -> None:
+    hold_s = 2.0
+    stack = make_stack("held", extra=f"[resume]\nhold_s = {hold_s:g}\n")
+    stack.start_gateway()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(10)
+        stack.start_relay("node-a", {"held": "127.0.0.1:{}".format(listener.getsockname()[1])}, f"[resume]\nhold_s = {hold_s:g}\n")
+        with dial(stack.doors["held"]) as client:
+            client.sendall(b"!")
+            service, _ = listener.accept()
+            with service:
+                service.settimeout(10)
+                assert service.recv(1) == b"!"
+                stack.cutter.close()  # for good
+                end, took_s = how_it_ends(client, hold_s + 5)
+                assert end == "reset"
+                assert hold_s - 0.5 < took_s < hold_s + 2
+                end, further_s = how_it_ends(service, 5)
+                assert end == "reset"
+                assert took_s + further_s < hold_s + 2
+
+
+def test_with_resumption_switched_off_a_cut_is_a_reset(make_stack: Callable[..., Stack], echo_service: Service) -> None:
+    stack = make_stack("echo", extra="[resume]\nenabled = false\n")
+    stack.start_gateway()
+    stack.start_relay("node-a", {"echo": echo_service.target})
+    with dial(stack.doors["echo"]) as client:
+        client.sendall(b"before")
+        assert read_exactly(client, 6) == b"before"
+        stack.cutter.cut()
+        end, took_s = how_it_ends(client, 5)
+        assert (end, took_s < 1) == ("reset", True), (end, took_s)
+    stack.wait_for_relays("node-a")
+    with dial(stack.doors["echo"]) as client:
+        client.sendall(b"again")
+        assert read_exactly(client, 5) == b"again"
