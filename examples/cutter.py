@@ -60,6 +60,8 @@ class Cutter:
             except OSError:
                 inner.close()
                 continue
+            for sock in (inner, outer):
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             way = _Way(inner, outer)
             with self._lock:
                 self._ways.add(way)

@@ -103,6 +103,7 @@ class Gateway:
                 settings.limits.hello_timeout_s,
             ),
         )
+        self._view.relays_refused = self._port.refused
 
     async def serve(self) -> None:
         """Listen, serve, and return when everything has ended after SIGTERM.

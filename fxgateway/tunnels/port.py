@@ -74,6 +74,7 @@ class TunnelPort:
         self._identities = identities
         self._now_unix: Callable[[], float] = time.time
         self._replays = ReplayGuard()
+        self.refused: dict[str, int] = {}
         self._lobby = Lobby()
         tickets = TicketBook(lambda: f"fxt_{secrets.token_urlsafe(32)}")
         self._control = ControlDesk(gateway_id, registry, tickets, control)
@@ -117,6 +118,8 @@ class TunnelPort:
                 await self._converse(sock, ip, remote_address)
         except* TunnelError as group:
             for exc in leaves(group):
+                if isinstance(exc, PeerRefused):
+                    self.refused[exc.refusal.value] = self.refused.get(exc.refusal.value, 0) + 1
                 logger.warning("tunnel port: connection from %s refused: %s", remote_address, exc)
         except* (trio.BrokenResourceError, trio.ClosedResourceError):
             logger.warning("tunnel port: connection from %s was lost", remote_address)

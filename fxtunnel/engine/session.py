@@ -232,10 +232,10 @@ class Session:
         """From the reactor, at the end of a turn: write what waits, and read more from sockets while the link takes it."""
         self._dirty = False
         link = self._link
-        if link is None or self._blocked:
-            return
         if self.mux.overrun:
             self.close(Code.OVERLOAD, "too many unacknowledged control frames")
+            return
+        if link is None or self._blocked:
             return
         if not self._write(link):
             return
