@@ -220,6 +220,17 @@ def how_it_ends(sock: socket.socket, limit_s: float) -> tuple[str, float]:
     return end, time.monotonic() - began
 
 
+def visit(port: int, limit_s: float = 5.0) -> tuple[str, float]:
+    """How a client that says nothing ends; see `how_it_ends`. A RST may be there before its connect has returned."""
+    began = time.monotonic()
+    try:
+        client = dial(port, limit_s)
+    except ConnectionResetError:
+        return "reset", time.monotonic() - began
+    with client:
+        return how_it_ends(client, limit_s)
+
+
 def _send_quietly(sock: socket.socket, data: memoryview, then_end: bool = False, rate_bytes_per_s: float = 0.0) -> None:
     """Send all of it; a peer that has gone is seen by whoever reads."""
     with contextlib.suppress(OSError):

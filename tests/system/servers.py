@@ -72,7 +72,7 @@ class Ssh:
         return [
             *("-F", "none", "-i", str(self.home / "user_key"), "-o", f"Port={port}", "-o", "IdentitiesOnly=yes", "-o", "BatchMode=yes"),
             *("-o", f"UserKnownHostsFile={self.home / 'known_hosts'}", "-o", "HostKeyAlias=test", "-o", "StrictHostKeyChecking=yes"),
-            *("-o", "LogLevel=ERROR", "-o", "ConnectTimeout=30"),
+            *("-o", "LogLevel=ERROR", "-o", "ConnectTimeout=30", "-o", "KexAlgorithms=curve25519-sha256"),
         ]
 
     @property

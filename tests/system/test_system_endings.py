@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import psutil
 import pytest
 
-from tests.system.peers import MIB, Service, dial, how_it_ends, payload, read_exactly, read_to_end, reset
+from tests.system.peers import MIB, Service, dial, how_it_ends, payload, read_exactly, read_to_end, reset, visit
 from tests.system.stack import Stack, free_port, wait_until
 
 pytestmark = [pytest.mark.system, pytest.mark.xdist_group("endings")]
@@ -126,16 +126,14 @@ def test_a_reset_after_a_half_close_is_still_a_reset(stack: Stack, held: Held) -
 
 @pytest.mark.parametrize("service", ["refused", "unknown"])
 def test_a_service_that_is_not_there_is_a_reset_at_once(stack: Stack, service: str) -> None:
-    with dial(stack.doors[service]) as client:
-        end, took_s = how_it_ends(client, 5)
+    end, took_s = visit(stack.doors[service])
     assert (end, took_s < AT_ONCE_S) == ("reset", True), (end, took_s)
 
 
 def test_without_a_relay_the_door_resets_at_once(make_stack: Callable[..., Stack]) -> None:
     stack = make_stack("held")
     stack.start_gateway()
-    with dial(stack.doors["held"]) as client:
-        end, took_s = how_it_ends(client, 5)
+    end, took_s = visit(stack.doors["held"])
     assert (end, took_s < AT_ONCE_S) == ("reset", True), (end, took_s)
 
 

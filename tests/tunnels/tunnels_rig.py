@@ -1,16 +1,18 @@
 """A tunnel port on loopback with real TLS, a registry and sessions that only remember, and a relay's side to try it with."""
 
+import contextlib
 import logging
 import secrets
 import socket
 import ssl
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import trio
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
@@ -21,7 +23,7 @@ from fxtunnel.codes import Code
 from fxtunnel.control.channel import Channel
 from fxtunnel.control.messages import Hello, Message, Ticket, TicketRequest, encode
 from fxtunnel.control.upgrade import CONTROL_PATH, ENROL_PATH, open_websocket, post_json
-from fxtunnel.errors import RemoteProtocolError
+from fxtunnel.errors import PeerRefused, RemoteProtocolError
 from fxtunnel.kit.certificates import issue_server_certificate, new_authority
 from fxtunnel.kit.files import write_secret
 from fxtunnel.kit.tls import TlsStream, client_context, handshake_client, server_context
@@ -264,3 +266,42 @@ async def running(path: Path, limits: PortLimits = LIMITS, config: ControlConfig
 
 def warnings_of(caplog: Any) -> str:
     return "\n".join(r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING)
+
+
+async def refused(rig: Rig, assertion: str | None = None) -> PeerRefused:
+    stream = await rig.dial()
+    headers = {"Authorization": f"Bearer {assertion or rig.assertion()}"}
+    async with trio.open_nursery() as nursery:
+        with pytest.raises(PeerRefused) as caught:
+            await open_websocket(nursery, stream, "gw.example", CONTROL_PATH, headers)
+    await stream.aclose()
+    return caught.value
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    with trio.fail_after(5):
+        while not condition():
+            await trio.sleep(0.01)
+
+
+async def raw_answer(rig: Rig, data: bytes) -> bytes:
+    stream = await rig.dial()
+    answered = b""
+    with trio.fail_after(5):
+        await stream.send_all(data)
+        try:
+            while more := await stream.receive_some():
+                answered += more
+        except trio.BrokenResourceError:
+            answered += b"<broken>"
+    await trio.aclose_forcefully(stream)
+    return answered
+
+
+async def ended(stream: TlsStream) -> None:
+    """Until the gateway has closed the connection."""
+    with trio.fail_after(5):
+        with contextlib.suppress(trio.BrokenResourceError):
+            while await stream.receive_some():
+                pass
+    await trio.aclose_forcefully(stream)

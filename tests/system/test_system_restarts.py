@@ -1,0 +1,111 @@
+"""System: daemons that are killed. Clients get the right bytes or RST, and new clients are served soon."""
+
+import random
+import signal
+import socket
+import time
+from collections.abc import Callable
+
+import pytest
+
+from tests.system.peers import MIB, Outcome, Service, dial, exchanges, how_it_ends, payload, read_exactly
+from tests.system.stack import Stack, wait_until
+
+pytestmark = [pytest.mark.system, pytest.mark.xdist_group("restarts")]
+
+BACK_S = 8.0
+"""Until relays are back after the gateway has been restarted: their jitter, and two slow starts of a Python process."""
+
+
+def greets(port: int) -> bool:
+    """Whether a new client is served."""
+    try:
+        with dial(port, 5) as client:
+            client.sendall(b"hello")
+            return read_exactly(client, 5) == b"hello"
+    except (OSError, EOFError):
+        return False
+
+
+@pytest.fixture
+def stack(make_stack: Callable[..., Stack], swap_service: Service, echo_service: Service) -> Stack:
+    stack = make_stack("swap", "echo")
+    stack.start_gateway()
+    stack.start_relay("node-a", {"swap": swap_service.target, "echo": echo_service.target})
+    return stack
+
+
+def test_a_relay_that_is_killed_takes_its_name_over_when_it_is_back(stack: Stack) -> None:
+    with dial(stack.doors["echo"]) as old:
+        old.sendall(b"old")
+        assert read_exactly(old, 3) == b"old"
+        stack.relays["node-a"].kill()
+        began = time.monotonic()
+        stack.start_relay("node-a")
+        end, _ = how_it_ends(old, 5)
+        assert end == "reset"
+        assert greets(stack.doors["echo"])
+        assert time.monotonic() - began < BACK_S
+    assert stack.live_relays()["node-a"]["epoch"] == 2
+
+
+def test_after_a_killed_gateway_the_relay_comes_back_by_itself(stack: Stack) -> None:
+    crowd = exchanges(stack.doors["swap"], 16, 4 * MIB, rate_bytes_per_s=MIB)
+    time.sleep(1)
+    assert crowd.running
+    stack.gateway.kill()
+    began = time.monotonic()
+    stack.start_gateway()
+    wait_until(lambda: greets(stack.doors["echo"]), BACK_S, "the relay back and a new client served")
+    assert time.monotonic() - began < BACK_S
+    assert set(crowd.outcomes()) <= {Outcome.RIGHT, Outcome.RESET}
+
+
+@pytest.mark.parametrize("size_bytes", [0, 100_000])
+def test_a_killed_gateway_is_no_clean_end(stack: Stack, size_bytes: int) -> None:
+    with dial(stack.doors["echo"]) as client:
+        client.sendall(payload(1, size_bytes + 1))
+        assert read_exactly(client, size_bytes + 1) == payload(1, size_bytes + 1)
+        stack.gateway.kill()
+        end, took_s = how_it_ends(client, 5)
+    assert (end, took_s < 1) == ("reset", True), (end, took_s)
+
+
+def test_a_killed_relay_is_no_clean_end_for_a_service(make_stack: Callable[..., Stack]) -> None:
+    stack = make_stack("held")
+    stack.start_gateway()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(10)
+        stack.start_relay("node-a", {"held": "127.0.0.1:{}".format(listener.getsockname()[1])})
+        with dial(stack.doors["held"]) as client:
+            client.sendall(b"upload")
+            service, _ = listener.accept()
+            with service:
+                service.settimeout(10)
+                assert read_exactly(service, 6) == b"upload"
+                stack.relays["node-a"].kill()
+                end, took_s = how_it_ends(service, 5)
+    assert (end, took_s < 1) == ("reset", True), (end, took_s)
+
+
+@pytest.mark.slow
+def test_both_daemons_killed_in_turn_under_load(stack: Stack) -> None:
+    chance = random.Random(1)
+    outcomes: list[Outcome] = []
+    for turn in range(6):
+        wait_until(lambda: greets(stack.doors["echo"]), 15, "a new client served")
+        crowd = exchanges(stack.doors["swap"], 12, 2 * MIB, rate_bytes_per_s=MIB)
+        time.sleep(chance.uniform(0.1, 1.5))
+        victim = stack.gateway if turn % 2 else stack.relays["node-a"]
+        victim.signal(signal.SIGKILL)
+        victim.process.wait()
+        victim.process.stdout.close()
+        if turn % 2:
+            stack.start_gateway()
+        else:
+            stack.start_relay("node-a")
+        outcomes += crowd.outcomes()
+    assert set(outcomes) <= {Outcome.RIGHT, Outcome.RESET}
+    assert Outcome.RESET in outcomes
+    wait_until(lambda: greets(stack.doors["echo"]), 15, "a new client served")
+    assert exchanges(stack.doors["swap"], 4, MIB).outcomes() == [Outcome.RIGHT] * 4
