@@ -113,6 +113,8 @@ class Identities:
         self._path = path
         self._now_unix = now_unix
         self._state = _State()
+        self._met: dict[RelayId, frozenset[str]] = {}
+        """Keys that were good at some time since the last look of `watch`: one may come and go between two looks, and hold a tunnel."""
         self._seen: tuple[int, int, int] | None = None
         # Orders loads among this process's threads, so an older state never replaces a newer one.
         self._loading = threading.Lock()
@@ -124,8 +126,7 @@ class Identities:
             ConfigError: it is readable by others, or is not what it should be.
         """
         with self._loading:
-            self._seen = self._signature()
-            self._state = self._read()
+            self._adopt(self._signature(), self._read())
 
     def find_key(self, relay_id: RelayId, kid: str) -> Ed25519PublicKey | KeyProblem:
         """The relay's key, from memory. Never blocks."""
@@ -215,22 +216,30 @@ class Identities:
 
         Start it after `load`. A file that has become unusable changes nothing but is logged.
         """
-        before = _trusted(self._state)
         while True:
             await trio.sleep(poll_s)
             try:
                 await trio.to_thread.run_sync(self._load_if_changed)
             except (ConfigError, OSError) as exc:
                 logger.error("relays.json cannot be used, what it said before stays in force: %s", exc)
-            after = _trusted(self._state)
-            for relay_id, kids in before.items():
-                if kids - after.get(relay_id, frozenset()):
-                    on_gone(relay_id)
-            before = after
+            for relay_id in await trio.to_thread.run_sync(self._gone):
+                on_gone(relay_id)
 
     def _load_if_changed(self) -> None:
         if self._signature() != self._seen:
             self.load()
+
+    def _gone(self) -> list[RelayId]:
+        """Relays that have lost a key since the last call."""
+        with self._loading:
+            trusted = _trusted(self._state)
+            met, self._met = self._met, trusted
+        return [relay_id for relay_id, kids in met.items() if kids - trusted.get(relay_id, frozenset())]
+
+    def _adopt(self, seen: tuple[int, int, int] | None, state: _State) -> None:
+        self._seen, self._state = seen, state
+        for relay_id, kids in _trusted(state).items():
+            self._met[relay_id] = self._met.get(relay_id, frozenset()) | kids
 
     def _signature(self) -> tuple[int, int, int] | None:
         try:
@@ -251,7 +260,7 @@ class Identities:
 
     def _write(self, state: _State) -> None:
         write_secret(self._path, state.model_dump_json(indent=1).encode() + b"\n")
-        self._seen, self._state = self._signature(), state
+        self._adopt(self._signature(), state)
 
     @contextlib.contextmanager
     def _changing(self) -> Iterator[_State]:

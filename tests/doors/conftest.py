@@ -5,6 +5,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "engine"))
 
-from engine_fixtures import contexts, no_descriptor_leaks  # noqa: E402
+from engine_fixtures import contexts, no_descriptor_leaks
 
 __all__ = ["contexts", "no_descriptor_leaks"]

@@ -9,7 +9,8 @@ import textwrap
 from pathlib import Path
 
 import trio
-from plane import Contexts, connect, echo, exchange, open_plane, pattern, receive_all, refused
+from peers import connect, echo, exchange, pattern, receive_all, refused
+from plane import Contexts, open_plane
 
 from fxrelay.delivery.delivery import DeliveryLimits
 
@@ -90,7 +91,8 @@ async def test_relay_ends_idle_streams(contexts: Contexts) -> None:
 EXHAUSTED = """
     import resource, ssl, sys, trio, trustme
     sys.path.insert(0, "tests/engine")
-    from plane import Contexts, connect, echo, exchange, open_plane, receive_exactly
+    from peers import connect, echo, exchange, receive_exactly
+    from plane import Contexts, open_plane
     import os
 
     authority = trustme.CA()

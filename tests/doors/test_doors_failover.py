@@ -4,22 +4,8 @@ from pathlib import Path
 
 import pytest
 import trio
-from plane import (
-    Contexts,
-    Plane,
-    Serve,
-    connect,
-    echo,
-    exchange,
-    free_port,
-    hanging_port,
-    open_plane,
-    pattern,
-    receive_all,
-    receive_exactly,
-    refused,
-    until_reset,
-)
+from peers import Serve, connect, echo, exchange, free_port, hanging_port, pattern, receive_all, receive_exactly, refused, until_reset
+from plane import Contexts, Plane, open_plane
 
 from fxgateway.doors.client import MAX_ATTEMPTS
 from fxrelay.delivery.delivery import DeliveryLimits

@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import pytest
 import trio
-from plane import Contexts, connect, echo, exchange, open_plane, receive_exactly, refused, reset, until_reset
+from peers import connect, echo, exchange, receive_exactly, refused, reset, until_reset
+from plane import Contexts, open_plane
 
 from fxgateway.routing.admission import AdmissionLimits
-from fxtunnel.kit.settings import Address
 
 EXEMPT = (ipaddress.ip_network("127.0.0.0/8"),)
 

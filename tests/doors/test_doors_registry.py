@@ -1,7 +1,8 @@
 """Who holds a relay's name."""
 
 import trio
-from plane import Contexts, ControlLink, RelaySide, connect, echo, exchange, open_plane, receive_exactly, refused, until_reset
+from peers import connect, echo, exchange, receive_exactly, refused, until_reset
+from plane import Contexts, ControlLink, RelaySide, open_plane
 
 from fxgateway.tunnels.registry import RegistryLimits
 from fxtunnel.codes import Code

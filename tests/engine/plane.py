@@ -1,16 +1,14 @@
 """A whole data plane in one thread: door, registry, TLS links over real loopback TCP that can be cut, relays, services."""
 
-import errno
-import hashlib
 import ipaddress
 import socket
 import ssl
-import struct
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 
 import trio
+from peers import LOOPBACK, Serve, reset
 
 from fxgateway.doors.door import Door, DoorConfig
 from fxgateway.routing.admission import Admission, AdmissionLimits
@@ -25,12 +23,9 @@ from fxtunnel.kit.tls import handshake_client, handshake_server
 from fxtunnel.model import InstanceId, Offer, RelayId, ServiceName, SessionId
 from fxtunnel.protocol.credit import WindowBudget
 
-LOOPBACK = "127.0.0.1"
 SERVICE = ServiceName("s")
 OPEN_LIMITS = AdmissionLimits(exempt=(ipaddress.ip_network("127.0.0.0/8"),))
 QUICK = SessionConfig(hold_s=5.0, heartbeat_s=0.1, dead_after_s=0.4)
-Serve = Callable[[trio.SocketStream], Awaitable[None]]
-_LINGER_NONE = struct.pack("ii", 1, 0)
 
 
 @dataclass(frozen=True)
@@ -39,12 +34,6 @@ class Contexts:
 
     server: ssl.SSLContext
     client: ssl.SSLContext
-
-
-def reset(stream: trio.SocketStream) -> None:
-    """Close with RST."""
-    stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_NONE)
-    stream.socket.close()
 
 
 class Wire:
@@ -304,101 +293,3 @@ async def open_plane(contexts: Contexts, config: SessionConfig = QUICK) -> Async
                     await trio.sleep(0.12)  # goodbyes linger for GOODBYE_S
                 nursery.cancel_scope.cancel()
         plane.reactor.close()
-
-
-async def connect(port: int) -> trio.SocketStream:
-    """A client."""
-    return await trio.open_tcp_stream(LOOPBACK, port)
-
-
-async def refused(port: int, within_s: float = 1.0) -> None:
-    """A client that gets nothing but RST, perhaps before it knows that it is connected."""
-    try:
-        stream = await connect(port)
-    except OSError as exc:
-        assert "reset" in f"{exc} {exc.__cause__!r}", exc
-        return
-    assert await until_reset(stream, within_s) == b""
-
-
-async def receive_exactly(stream: trio.SocketStream, size: int) -> bytes:
-    data = bytearray()
-    while len(data) < size:
-        more = await stream.receive_some(size - len(data))
-        assert more, f"end of file after {len(data)} of {size} bytes"
-        data += more
-    return bytes(data)
-
-
-async def receive_all(stream: trio.SocketStream) -> bytes:
-    """Everything up to the end of file."""
-    data = bytearray()
-    async for chunk in stream:
-        data += chunk
-    return bytes(data)
-
-
-async def until_reset(stream: trio.SocketStream, within_s: float = 1.0) -> bytes:
-    """What arrives before the RST; fails if it does not come in time, or if an end of file comes."""
-    data = bytearray()
-    with trio.fail_after(within_s):
-        while True:
-            try:
-                more = await stream.receive_some(65_536)
-            except trio.BrokenResourceError as exc:
-                assert isinstance(exc.__cause__, OSError)
-                assert exc.__cause__.errno == errno.ECONNRESET, exc.__cause__
-                await stream.aclose()
-                return bytes(data)
-            assert more, f"a clean end of file after {len(data)} bytes"
-            data += more
-
-
-@contextmanager
-def hanging_port() -> Iterator[int]:
-    """A port that answers no SYN: the listener's queue is full, and nobody accepts."""
-    with ExitStack() as stack:
-        listener = stack.enter_context(socket.socket())
-        listener.bind((LOOPBACK, 0))
-        listener.listen(0)
-        for _ in range(4):
-            filler = stack.enter_context(socket.socket())
-            filler.setblocking(False)
-            filler.connect_ex(listener.getsockname())
-        yield listener.getsockname()[1]
-
-
-def free_port() -> int:
-    """A port on which nobody listens."""
-    with socket.socket() as sock:
-        sock.bind((LOOPBACK, 0))
-        port: int = sock.getsockname()[1]
-    return port
-
-
-def pattern(size: int, seed: int = 0) -> bytes:
-    """Bytes that tell when something is lost, repeated or swapped."""
-    block = b"".join(hashlib.sha256(struct.pack(">II", seed, number)).digest() for number in range(min(size, 1 << 18) // 32 + 1))
-    return (block * (size // len(block) + 1))[:size]
-
-
-async def echo(stream: trio.SocketStream) -> None:
-    """A service that sends back what it gets, and ends when its client does."""
-    async for chunk in stream:
-        await stream.send_all(chunk)
-    await stream.send_eof()
-
-
-async def exchange(port: int, data: bytes) -> bytes:
-    """What an echoing service answers to `data`."""
-    async with await connect(port) as stream:
-        answer = b""
-
-        async def send() -> None:
-            await stream.send_all(data)
-            await stream.send_eof()
-
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(send)
-            answer = await receive_all(stream)
-        return answer

@@ -4,7 +4,8 @@ from collections.abc import Callable
 
 import pytest
 import trio
-from plane import Contexts, connect, echo, exchange, open_plane, receive_exactly, refused, until_reset
+from peers import connect, echo, exchange, receive_exactly, refused, until_reset
+from plane import Contexts, open_plane
 
 from fxgateway.doors.client import Client
 from fxrelay.delivery.delivery import Delivery

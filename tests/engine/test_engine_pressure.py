@@ -3,7 +3,8 @@
 import socket
 
 import trio
-from plane import Contexts, connect, echo, exchange, open_plane, pattern, receive_exactly, reset
+from peers import connect, echo, exchange, pattern, receive_exactly, reset
+from plane import Contexts, open_plane
 
 from fxtunnel.engine.session import SessionConfig
 

@@ -56,7 +56,7 @@ def test_host_trio_returns_what_main_returns(reactor: Reactor) -> None:
 
 def test_host_trio_raises_what_main_raises(reactor: Reactor) -> None:
     async def main() -> None:
-        await trio.sleep(0)
+        await trio.lowlevel.checkpoint()
         raise LookupError("main")
 
     with pytest.raises(LookupError, match="main"):

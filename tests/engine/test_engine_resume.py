@@ -4,20 +4,8 @@ import hashlib
 
 import pytest
 import trio
-from plane import (
-    QUICK,
-    Contexts,
-    Plane,
-    RelaySide,
-    Wire,
-    connect,
-    echo,
-    exchange,
-    open_plane,
-    pattern,
-    receive_exactly,
-    until_reset,
-)
+from peers import connect, echo, exchange, pattern, receive_exactly, until_reset
+from plane import QUICK, Contexts, Plane, RelaySide, Wire, open_plane
 
 from fxtunnel.codes import Code
 from fxtunnel.engine.session import SessionConfig, State

@@ -13,6 +13,7 @@ import time
 import urllib.request
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Self
 
 from examples.cutter import Cutter
 
@@ -41,7 +42,7 @@ def wait_until(condition, timeout_s: float = 20.0, what: str = "the condition") 
 
 
 class Daemon:
-    """A process that prints one line when it is ready."""
+    """One of our daemons. It prints one line when it is ready."""
 
     def __init__(self, arguments: list[str], log: Path, env: dict[str, str] | None = None, prefix: tuple[str, ...] = ()) -> None:
         self.log = log
@@ -54,6 +55,10 @@ class Daemon:
                 env={**os.environ, **(env or {})},
                 start_new_session=True,
             )
+        self.ready_line = ""
+
+    def wait_ready(self) -> Self:
+        """Until it says that it is."""
         lines: list[str] = []
         reader = threading.Thread(target=lambda: lines.append(self.process.stdout.readline()), daemon=True)
         reader.start()
@@ -61,7 +66,8 @@ class Daemon:
         self.ready_line = lines[0].strip() if lines else ""
         if not self.ready_line:
             self.kill()
-            raise AssertionError(f"{arguments[0]} did not get ready (exit {self.process.poll()}):\n{log.read_text()[-4000:]}")
+            raise AssertionError(f"did not get ready (exit {self.process.poll()}):\n{self.log.read_text()[-4000:]}")
+        return self
 
     @property
     def pid(self) -> int:
@@ -83,9 +89,17 @@ class Daemon:
             self.process.stdout.close()
 
     def kill(self) -> None:
-        """SIGKILL."""
+        """SIGKILL. May be repeated."""
         self.process.kill()
         self.process.wait()
+        self.process.stdout.close()
+
+    def wait(self, timeout_s: float = 20.0) -> int:
+        """Until it ends by itself; the exit code."""
+        try:
+            return self.process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"still running after {timeout_s} s:\n{self.log.read_text()[-4000:]}") from None
 
 
 @dataclass
@@ -100,6 +114,7 @@ class Stack:
     admin_port: int = field(default_factory=free_port)
     gateway: Daemon | None = None
     relays: dict[str, Daemon] = field(default_factory=dict)
+    daemons: list[Daemon] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.cutter.start(self.tunnel_port)
@@ -119,8 +134,10 @@ class Stack:
         )
 
     def start_gateway(self, env: dict[str, str] | None = None, prefix: tuple[str, ...] = ()) -> Daemon:
-        self.gateway = Daemon(["fxgateway.cli", "run", "--config", str(self.gateway_config)], self.directory / "gateway.log", env, prefix)
-        return self.gateway
+        arguments = ["fxgateway.cli", "run", "--config", str(self.gateway_config)]
+        self.gateway = Daemon(arguments, self.directory / "gateway.log", env, prefix)
+        self.daemons.append(self.gateway)
+        return self.gateway.wait_ready()
 
     def relay_config(self, name: str) -> Path:
         return self.directory / name / "relay.toml"
@@ -139,13 +156,25 @@ class Stack:
         """Returns when its tunnel is up."""
         if services is not None:
             self.write_relay_config(name, services, extra)
-        daemon = Daemon(["fxrelay.cli", "run", "--config", str(self.relay_config(name))], self.directory / f"{name}.log", env)
-        self.relays[name] = daemon
-        return daemon
+        return self.launch_relay(name, env).wait_ready()
+
+    def launch_relay(self, name: str, env: dict[str, str] | None = None) -> Daemon:
+        """For a relay that does not get as far, or not soon."""
+        self.relays[name] = Daemon(["fxrelay.cli", "run", "--config", str(self.relay_config(name))], self.directory / f"{name}.log", env)
+        self.daemons.append(self.relays[name])
+        return self.relays[name]
+
+    def gateway_cli(self, command: str, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        """`fxgateway COMMAND …` with this stack's configuration."""
+        return cli(["fxgateway.cli", command, "--config", str(self.gateway_config), *arguments], check)
+
+    def relay_cli(self, name: str, command: str, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        """`fxrelay COMMAND …` with this relay's configuration."""
+        return cli(["fxrelay.cli", command, "--config", str(self.relay_config(name)), *arguments], check)
 
     def status(self) -> dict:
         """What `fxgateway relays --json` says."""
-        return json.loads(cli(["fxgateway.cli", "relays", "--json", "--config", str(self.gateway_config)]).stdout)
+        return json.loads(self.gateway_cli("relays", "--json").stdout)
 
     def page(self, path: str) -> str:
         """What the gateway's admin address serves there; empty if it serves nothing."""
@@ -174,11 +203,8 @@ class Stack:
 
     def stop(self) -> None:
         """Everything, by its pid."""
-        for daemon in (*self.relays.values(), self.gateway):
-            if daemon is not None and daemon.process.poll() is None:
-                daemon.kill()
-            if daemon is not None and daemon.process.stdout is not None:
-                daemon.process.stdout.close()
+        for daemon in self.daemons:
+            daemon.kill()
         self.cutter.close()
 
 

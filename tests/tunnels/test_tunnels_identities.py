@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import trio
+import trio.testing
 
 from fxgateway.settings import LimitSettings
 from fxgateway.tunnels import identities as module
@@ -196,6 +197,26 @@ async def test_the_watcher_reports_who_is_gone(ids: Identities, tmp_path: Path) 
         ids.revoke(RelayId("c"))  # this process
         await trio.sleep(0.05)
         assert sorted(gone) == ["a", "b", "c"]
+        nursery.cancel_scope.cancel()
+
+
+async def test_the_watcher_reports_who_came_and_went_between_two_looks(ids: Identities, tmp_path: Path) -> None:
+    gone: list[str] = []
+    async with trio.open_nursery() as nursery:
+
+        async def watch() -> None:
+            await ids.watch(gone.append, poll_s=0.05)
+
+        nursery.start_soon(watch)
+        await trio.testing.wait_all_tasks_blocked()
+        for relay in ("a", "b"):
+            ids.enrol(RelayId(relay), KEY, "fxe_good")
+        store(tmp_path).revoke(A)  # another process
+        ids.forget(B)
+        with trio.fail_after(5):
+            while len(gone) < 2:
+                await trio.sleep(0.01)
+        assert sorted(gone) == ["a", "b"]
         nursery.cancel_scope.cancel()
 
 

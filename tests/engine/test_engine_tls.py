@@ -1,0 +1,100 @@
+"""What TLS does on its own account on a link: key updates."""
+
+import shutil
+import socket
+import ssl
+import subprocess
+from typing import Any
+
+import pytest
+import trio
+from peers import connect, echo, receive_exactly
+from plane import Contexts, open_plane
+
+from fxtunnel.codes import Code
+from fxtunnel.engine.reactor import WRITE
+from fxtunnel.engine.session import Session, SessionConfig, State
+from fxtunnel.kit.tls import handshake_server
+from fxtunnel.model import SessionId
+from fxtunnel.protocol.credit import WindowBudget
+from fxtunnel.protocol.frames import PING, PONG, encode_u64
+
+
+class Owner:
+    def on_link_down(self, session: Session, reason: str) -> None:
+        raise AssertionError(reason)
+
+    def on_closed(self, session: Session, code: Code, text: str) -> None:
+        pass
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs the openssl command")
+async def test_key_update_by_the_peer(contexts: Contexts) -> None:
+    async with open_plane(contexts) as plane:
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            port = listener.getsockname()[1]
+            command = ["openssl", "s_client", "-connect", f"127.0.0.1:{port}", "-alpn", "fx-data/1", "-tls1_3"]
+            process = await trio.lowlevel.open_process(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+            sock = (await trio.to_thread.run_sync(listener.accept))[0]
+        sock.setblocking(False)
+        link = await handshake_server(sock, contexts.server)
+        session = Session(plane.reactor, SessionId("k"), Owner(), SessionConfig(), WindowBudget(1 << 20))
+        session.attach(link, 0)
+        assert process.stdin is not None
+        assert process.stdout is not None
+        seen = b""
+        try:
+            for number in range(3):
+                await process.stdin.send_all(encode_u64(PING, number))
+                await trio.sleep(0.05)
+                with trio.fail_after(2):
+                    while encode_u64(PONG, number) not in seen:
+                        seen += await process.stdout.receive_some()
+                await process.stdin.send_all(b"K\n")  # KeyUpdate, and asks for ours
+                await trio.sleep(0.05)
+            assert session.state is State.UP
+        finally:
+            session.close(Code.NORMAL)
+            process.kill()
+            await process.wait()
+            await process.stdin.aclose()
+            await process.stdout.aclose()
+
+
+class Rekeying:
+    """A link whose next read cannot go on before something has been written."""
+
+    def __init__(self, link: ssl.SSLSocket) -> None:
+        self.link = link
+        self.wants_write = True
+
+    def recv_into(self, *args: Any) -> int:
+        if self.wants_write:
+            self.wants_write = False
+            raise ssl.SSLWantWriteError
+        return self.link.recv_into(*args)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.link, name)
+
+
+async def test_read_that_waits_for_a_write_is_taken_up_again(contexts: Contexts) -> None:
+    async with open_plane(contexts, SessionConfig()) as plane:
+        relay = await plane.add_relay(await plane.serve(echo))
+        async with await connect(plane.add_door()) as stream:
+            await stream.send_all(b"x")
+            await receive_exactly(stream, 1)
+            far = relay.far_session
+            link = far._link
+            assert link is not None
+            rekeying = Rekeying(link)
+            far._link = rekeying  # type: ignore[assignment]
+            await stream.send_all(b"y")
+            with trio.fail_after(1):
+                while rekeying.wants_write:
+                    await trio.sleep(0.01)
+            assert far._blocked
+            far.on_event(WRITE)
+            with trio.fail_after(1):
+                assert await receive_exactly(stream, 1) == b"y"
+            far._link = link
