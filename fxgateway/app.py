@@ -21,8 +21,8 @@ from fxgateway.tunnels.identities import Identities
 from fxgateway.tunnels.port import PortLimits, TunnelPort
 from fxgateway.tunnels.registry import Registry, RegistryLimits
 from fxtunnel.codes import Code
+from fxtunnel.engine.ports import SessionConfig
 from fxtunnel.engine.reactor import Reactor
-from fxtunnel.engine.session import SessionConfig
 from fxtunnel.kit import logs
 from fxtunnel.kit.listeners import Inherited, bound_address, listen
 from fxtunnel.kit.notify import Notifier

@@ -20,8 +20,9 @@ from fxrelay.uplink.identity import Identity, load_identity
 from fxrelay.uplink.ports import LinkSession, UplinkConfig, UplinkSessionOwner
 from fxrelay.uplink.uplink import Uplink
 from fxtunnel.codes import Code
+from fxtunnel.engine.ports import SessionConfig
 from fxtunnel.engine.reactor import Reactor
-from fxtunnel.engine.session import Session, SessionConfig
+from fxtunnel.engine.session import Session
 from fxtunnel.errors import FxError
 from fxtunnel.kit import logs
 from fxtunnel.kit.notify import Notifier

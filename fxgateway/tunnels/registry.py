@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from fxgateway.routing.table import Readiness, RouteTable
 from fxgateway.tunnels.ports import ControlHandle
 from fxtunnel.codes import Code
+from fxtunnel.engine.ports import SessionConfig
 from fxtunnel.engine.reactor import Reactor
-from fxtunnel.engine.session import Session, SessionConfig
+from fxtunnel.engine.session import Session
 from fxtunnel.model import InstanceId, Offer, RelayId, SessionId
 from fxtunnel.protocol.credit import WindowBudget
 

@@ -7,7 +7,7 @@ from typing import Final, Protocol
 
 from fxrelay.uplink.dial import Proxy
 from fxtunnel.codes import Code
-from fxtunnel.engine.session import SessionStatistics
+from fxtunnel.engine.ports import SessionStatistics
 from fxtunnel.errors import TunnelClosed
 from fxtunnel.model import GatewayId, SessionId
 from fxtunnel.protocol.hello import CAP_RESUME

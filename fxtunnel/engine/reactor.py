@@ -30,6 +30,8 @@ URGENT: Final = select.EPOLLPRI
 INCOMING: Final = READ | HANGUP | ERROR | URGENT
 STREAM_EVENTS: Final = select.EPOLLIN | select.EPOLLPRI | select.EPOLLOUT | select.EPOLLRDHUP | select.EPOLLET
 LISTENER_EVENTS: Final = select.EPOLLIN
+LINK_EVENTS: Final = select.EPOLLIN | select.EPOLLRDHUP
+"""Links are level-triggered: a short record then ends a read, without another call only to hear that there is no more."""
 
 READ_BUFFER_BYTES: Final = 262_144
 MAX_EVENTS: Final = 256
@@ -99,6 +101,10 @@ class Reactor:
         fd = sock.fileno()
         self._epoll.register(fd, events)
         self._handlers[fd] = handler
+
+    def modify(self, sock: AnySocket, events: int) -> None:
+        """Listen to other events of a registered socket."""
+        self._epoll.modify(sock.fileno(), events)
 
     def unregister(self, sock: AnySocket) -> None:
         """Forget the socket, which stays open; may be repeated."""

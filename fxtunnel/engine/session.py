@@ -9,18 +9,17 @@ import ssl
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
-from enum import Enum
-from typing import Final, Protocol
+from typing import Final
 
 from fxtunnel.codes import Code
-from fxtunnel.engine.reactor import INCOMING, READ, READ_BUFFER_BYTES, STREAM_EVENTS, WRITE, Reactor, Timer
+from fxtunnel.engine.ports import SessionConfig, SessionOwner, SessionStatistics, State
+from fxtunnel.engine.reactor import ERROR, INCOMING, LINK_EVENTS, READ, READ_BUFFER_BYTES, WRITE, Reactor, Timer
 from fxtunnel.engine.splice import Splice
 from fxtunnel.errors import RemoteProtocolError
 from fxtunnel.model import SessionId
 from fxtunnel.protocol import frames
 from fxtunnel.protocol.credit import MIN_GROWTH_RTT_S, WindowBudget
-from fxtunnel.protocol.mux import Mux, MuxStatistics, Stream
+from fxtunnel.protocol.mux import Mux, Stream
 from fxtunnel.protocol.replay import ReplayRing
 
 logger = logging.getLogger(__name__)
@@ -35,53 +34,6 @@ MIN_TURN_BYTES: Final = 4_096
 NOTSENT_LOWAT_BYTES: Final = 131_072
 """Unsent bytes the kernel may hold for a link: interactive frames queue behind these."""
 GOODBYE_S: Final = 1.0
-
-
-class State(Enum):
-    """Where a session stands."""
-
-    HELD = "held"
-    UP = "up"
-    CLOSED = "closed"
-
-
-@dataclass(frozen=True, slots=True)
-class SessionConfig:
-    """Bounds of one session. Times in seconds, sizes in bytes."""
-
-    max_streams: int = 16_384
-    max_window_bytes: int = 16_777_216
-    ring_bytes: int = 1_048_576
-    max_ring_bytes: int = 16_777_216
-    resume: bool = True
-    hold_s: float = 30.0
-    heartbeat_s: float = 3.0
-    dead_after_s: float = 10.0
-
-
-class SessionOwner(Protocol):
-    """Who hears of a session's fate. Called from the reactor: no waiting."""
-
-    def on_link_down(self, session: "Session", reason: str) -> None:
-        """The link is lost and the session is held; a relay dials again."""
-
-    def on_closed(self, session: "Session", code: Code, text: str) -> None:
-        """The session is over; its streams have been reset."""
-
-
-@dataclass(frozen=True, slots=True)
-class SessionStatistics:
-    """A snapshot for status pages and metrics."""
-
-    id: SessionId
-    state: State
-    resumed: int
-    mux: MuxStatistics
-
-    @property
-    def is_up(self) -> bool:
-        """Whether a link is attached."""
-        return self.state is State.UP
 
 
 class Session:
@@ -109,6 +61,7 @@ class Session:
         self._links = 0
         self._blocked = False
         self._read_blocked = False
+        self._interest = 0
         self._dirty = False
         self._ready: deque[Splice] = deque()
         self._last_arrival = reactor.now
@@ -164,7 +117,8 @@ class Session:
         self.mux.ring.rewind(peer_received)
         link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, NOTSENT_LOWAT_BYTES)
-        self._reactor.register(link, self, STREAM_EVENTS)
+        self._reactor.register(link, self, LINK_EVENTS)
+        self._interest = LINK_EVENTS
         self._link = link
         self._links += 1
         self.resumed = self._links - 1
@@ -221,8 +175,14 @@ class Session:
             if self._read_blocked:
                 self._read_blocked = False
                 events |= READ
+            self._listen(link)
         if events & INCOMING:
-            self._read(link)
+            if self.state is not State.CLOSED:
+                self._read(link)
+            elif events & ERROR:
+                self._drop_link()
+            else:
+                self._listen(link)
 
     def on_crash(self) -> None:
         """From the reactor: a bug of ours ends this session, and no other."""
@@ -237,7 +197,8 @@ class Session:
             return
         if link is None or self._blocked:
             return
-        if not self._write(link):
+        ring = self.mux.ring
+        if (ring.sent != ring.head or self.mux.must_refill) and not self._write(link):
             return
         if self._ready:
             self._fill()
@@ -278,18 +239,25 @@ class Session:
                 count = link.send(ring.unsent(WRITE_BYTES))
             except (ssl.SSLWantWriteError, ssl.SSLWantReadError):
                 self._blocked = True
+                self._listen(link)
                 return False
             except (OSError, ValueError) as exc:
                 self._lost(_reason(exc))
                 return False
             ring.advance(count)
 
+    def _listen(self, link: ssl.SSLSocket) -> None:
+        """Hear of what can be acted on, and of nothing else: level-triggered events come back until something is done about them."""
+        events = 0 if self._read_blocked or self.state is State.CLOSED else LINK_EVENTS
+        if self._blocked:
+            events |= WRITE
+        if events != self._interest:
+            self._interest = events
+            self._reactor.modify(link, events)
+
     def _read(self, link: ssl.SSLSocket) -> None:
-        if self.state is State.CLOSED:
-            return
         buffer = self._reactor.read_buffer
         filled = 0
-        more = True
         lost: str | None = None
         try:
             while filled <= READ_BUFFER_BYTES - RECORD_BYTES:
@@ -298,11 +266,14 @@ class Session:
                     lost = "closed by the peer"
                     break
                 filled += count
+                if count < RECORD_BYTES:
+                    break  # most likely the last of what was written; if not, the next turn is told
         except ssl.SSLWantReadError:
-            more = False
+            pass
         except ssl.SSLWantWriteError:
-            more = False  # the peer's KeyUpdate has to be answered first (RFC 8446, 4.6.3), and the link is full
+            # The peer's KeyUpdate has to be answered first (RFC 8446, 4.6.3), and the link is full.
             self._blocked = self._read_blocked = True
+            self._listen(link)
         except (OSError, ValueError) as exc:
             lost = _reason(exc)
         if filled:
@@ -321,8 +292,6 @@ class Session:
                 self.wake()
         if lost is not None:
             self._lost(lost)
-        elif more:
-            self._reactor.again(self)
 
     def _lost(self, reason: str) -> None:
         if self.state is not State.UP:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from fxtunnel.engine.session import SessionStatistics, State
+from fxtunnel.engine.ports import SessionStatistics, State
 
 
 @dataclass(frozen=True, slots=True)

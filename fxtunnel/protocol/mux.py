@@ -8,12 +8,13 @@ The gateway opens, the relay accepts (PROTOCOL.md, 6). What a stream is attached
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Final
 
 from fxtunnel.codes import Code
 from fxtunnel.errors import LocalProtocolError, RemoteProtocolError
 from fxtunnel.protocol import frames
 from fxtunnel.protocol.credit import ReceiveWindow, WindowBudget
+from fxtunnel.protocol.endpoint import Endpoint
 from fxtunnel.protocol.frames import EARLY_BYTES, MAX_CREDIT, MAX_STREAM_ID, Opening
 from fxtunnel.protocol.parser import FrameParser
 from fxtunnel.protocol.replay import ReplayRing
@@ -25,31 +26,6 @@ RING_RESERVE_BYTES: Final = 16_384
 MAX_OVERFLOW_BYTES: Final = 4_194_304
 """Control frames that wait for room in the ring, at most; a peer that drives it further is cut off."""
 RTT_SAMPLES: Final = 16
-
-
-class Endpoint(Protocol):
-    """What a stream is attached to. None of these may raise or block."""
-
-    def on_accept(self) -> None:
-        """The other end has reached the service."""
-
-    def on_refuse(self, code: Code, text: str) -> None:
-        """The other end will not take this stream; it is closed. `stream.early` still holds what was sent."""
-
-    def on_redirect(self, relay: str) -> None:
-        """The stream should be opened on `relay` instead; it is closed here."""
-
-    def on_data(self, data: memoryview) -> None:
-        """Bytes arrived. Valid only during the call. Call `stream.consumed` when they have left."""
-
-    def on_fin(self) -> None:
-        """Nothing more arrives."""
-
-    def on_reset(self, code: Code) -> None:
-        """The stream is gone, both ways; `code` says why."""
-
-    def on_credit(self) -> None:
-        """Sending was out of credit and may go on."""
 
 
 class Stream:
@@ -246,6 +222,11 @@ class Mux:
         self._queue_ack()
         self.queue(frames.encode_u64(frames.PING, int(now * 1e6)))
 
+    @property
+    def must_refill(self) -> bool:
+        """Whether control frames wait for room."""
+        return bool(self._overflow)
+
     def refill(self) -> None:
         """Move control frames that waited for room into the ring. Call after ACKs or `advance`."""
         if self._overflow:
@@ -274,8 +255,9 @@ class Mux:
             if stream_id > self._last_id:
                 raise RemoteProtocolError(Code.PROTOCOL_ERROR, f"DATA on stream {stream_id} that was never opened")
             return
-        if stream.fin_received:
-            raise RemoteProtocolError(Code.PROTOCOL_ERROR, f"DATA after FIN on stream {stream_id}")
+        if stream.fin_received or stream.early is not None:
+            when = "after FIN" if stream.fin_received else "before ACCEPT"
+            raise RemoteProtocolError(Code.PROTOCOL_ERROR, f"DATA {when} on stream {stream_id}")
         window = stream.window
         window.left_bytes -= length
         if window.left_bytes < 0:
@@ -301,6 +283,8 @@ class Mux:
                 raise RemoteProtocolError(Code.PROTOCOL_ERROR, f"frame 0x{kind:02x} on stream {stream_id} that was never opened")
         elif kind == frames.ACK:
             self.ring.acknowledge(frames.decode_u64(payload))
+            if self._overflow:
+                self._wake()
         elif kind == frames.PING:
             self._queue_ack()
             self.queue(frames.encode_u64(frames.PONG, frames.decode_u64(payload)))
@@ -316,8 +300,9 @@ class Mux:
         if kind == frames.CREDIT:
             self._credit(stream, endpoint, frames.decode_u32(payload))
         elif kind == frames.FIN:
-            if stream.fin_received:
-                raise RemoteProtocolError(Code.PROTOCOL_ERROR, f"second FIN on stream {stream.id}")
+            if stream.fin_received or stream.early is not None:
+                when = "twice" if stream.fin_received else "before ACCEPT"
+                raise RemoteProtocolError(Code.PROTOCOL_ERROR, f"FIN {when} on stream {stream.id}")
             stream.fin_received = True
             if stream.fin_sent:
                 self.forget(stream)

@@ -10,7 +10,7 @@ from plane import Contexts, Plane, open_plane
 from fxgateway.doors.client import MAX_ATTEMPTS
 from fxrelay.delivery.delivery import DeliveryLimits
 from fxtunnel.codes import Code
-from fxtunnel.engine.session import SessionConfig
+from fxtunnel.engine.ports import SessionConfig
 from fxtunnel.model import ServiceName
 
 SHORT_HOLD = SessionConfig(hold_s=0.3, heartbeat_s=0.1, dead_after_s=0.5)

@@ -6,7 +6,7 @@ from plane import Contexts, ControlLink, RelaySide, open_plane
 
 from fxgateway.tunnels.registry import RegistryLimits
 from fxtunnel.codes import Code
-from fxtunnel.engine.session import SessionConfig, State
+from fxtunnel.engine.ports import SessionConfig, State
 from fxtunnel.model import InstanceId, Offer, RelayId, ServiceName, SessionId
 
 OFFERS = (Offer(ServiceName("s")),)

@@ -16,8 +16,9 @@ from fxgateway.tunnels.registry import Registry, RegistryLimits
 from fxrelay.delivery.delivery import DeliveryDesk, DeliveryLimits
 from fxrelay.delivery.services import Endpoint, Service, ServiceTable
 from fxtunnel.codes import Code
+from fxtunnel.engine.ports import SessionConfig, State
 from fxtunnel.engine.reactor import Reactor
-from fxtunnel.engine.session import Session, SessionConfig, State
+from fxtunnel.engine.session import Session
 from fxtunnel.kit.settings import Address
 from fxtunnel.kit.tls import handshake_client, handshake_server
 from fxtunnel.model import InstanceId, Offer, RelayId, ServiceName, SessionId

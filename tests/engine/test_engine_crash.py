@@ -10,7 +10,8 @@ from plane import Contexts, open_plane
 from fxgateway.doors.client import Client
 from fxrelay.delivery.delivery import Delivery
 from fxtunnel.codes import Code
-from fxtunnel.engine.session import Session, State
+from fxtunnel.engine.ports import State
+from fxtunnel.engine.session import Session
 from fxtunnel.engine.splice import Splice
 from fxtunnel.protocol.mux import Stream
 

@@ -6,7 +6,7 @@ import trio
 from peers import connect, echo, exchange, pattern, receive_exactly, reset
 from plane import Contexts, open_plane
 
-from fxtunnel.engine.session import SessionConfig
+from fxtunnel.engine.ports import SessionConfig
 
 MIB = 1 << 20
 

@@ -8,7 +8,7 @@ from peers import connect, echo, exchange, pattern, receive_exactly, until_reset
 from plane import QUICK, Contexts, Plane, RelaySide, Wire, open_plane
 
 from fxtunnel.codes import Code
-from fxtunnel.engine.session import SessionConfig, State
+from fxtunnel.engine.ports import SessionConfig, State
 from fxtunnel.errors import RemoteProtocolError
 from fxtunnel.protocol.frames import encode
 

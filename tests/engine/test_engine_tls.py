@@ -12,8 +12,9 @@ from peers import connect, echo, receive_exactly
 from plane import Contexts, open_plane
 
 from fxtunnel.codes import Code
+from fxtunnel.engine.ports import SessionConfig, State
 from fxtunnel.engine.reactor import WRITE
-from fxtunnel.engine.session import Session, SessionConfig, State
+from fxtunnel.engine.session import Session
 from fxtunnel.kit.tls import handshake_server
 from fxtunnel.model import SessionId
 from fxtunnel.protocol.credit import WindowBudget

@@ -72,7 +72,7 @@ class Service:
     def __init__(self, handler: Callable[[socket.socket], None], path: Path | None = None) -> None:
         if path is None:
             self._listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
-            self.target = "127.0.0.1:{}".format(self._listener.getsockname()[1])
+            self.target = f"127.0.0.1:{self._listener.getsockname()[1]}"
         else:
             self._listener = socket.socket(socket.AF_UNIX)
             self._listener.bind(str(path))

@@ -110,9 +110,7 @@ def nginx_server(home: Path) -> Iterator[tuple[int, Path]]:
     files.mkdir(parents=True)
     port = free_port()
     user = "user root;" if os.getuid() == 0 else ""
-    temporary = "".join(
-        f"{kind}_temp_path {home}/{kind};\n" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
-    )
+    temporary = "".join(f"{kind}_temp_path {home}/{kind};\n" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"))
     (home / "nginx.conf").write_text(
         f"{user}\ndaemon off;\nworker_processes 1;\npid {home}/nginx.pid;\nerror_log {home}/error.log;\n"
         f"events {{ worker_connections 1024; }}\n"
@@ -130,7 +128,19 @@ def redis_server(home: Path) -> Iterator[int]:
     need("redis-server")
     home.mkdir(parents=True)
     port = free_port()
-    arguments = [program("redis-server"), "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no", "--dir", str(home)]
+    arguments = [
+        program("redis-server"),
+        "--port",
+        str(port),
+        "--bind",
+        "127.0.0.1",
+        "--save",
+        "",
+        "--appendonly",
+        "no",
+        "--dir",
+        str(home),
+    ]
     with running(arguments, port, home / "redis.log"):
         yield port
 

@@ -22,7 +22,7 @@ class Held:
     def __init__(self) -> None:
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.listener.settimeout(10)
-        self.target = "127.0.0.1:{}".format(self.listener.getsockname()[1])
+        self.target = f"127.0.0.1:{self.listener.getsockname()[1]}"
 
     def accept(self) -> socket.socket:
         sock, _ = self.listener.accept()

@@ -68,7 +68,9 @@ def test_a_gigabyte_survives_three_cuts(stack: Stack, ssh: Ssh, big: Path) -> No
     source, copy = big / "source", big / "copy"
     expected = random_file(source, GIB)
     scp = subprocess.Popen(
-        ["scp", "-q", *ssh.options(stack.doors["ssh"]), f"{ssh.login}:{source}", str(copy)], stdin=subprocess.DEVNULL, stderr=subprocess.PIPE
+        ["scp", "-q", *ssh.options(stack.doors["ssh"]), f"{ssh.login}:{source}", str(copy)],
+        stdin=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
     )
     with scp:
         for quarter in range(1, 4):
@@ -87,7 +89,9 @@ def test_an_upload_survives_a_cut(stack: Stack, ssh: Ssh, big: Path) -> None:
     size_bytes = GIB // 4
     expected = random_file(source, size_bytes)
     scp = subprocess.Popen(
-        ["scp", "-q", *ssh.options(stack.doors["ssh"]), str(source), f"{ssh.login}:{copy}"], stdin=subprocess.DEVNULL, stderr=subprocess.PIPE
+        ["scp", "-q", *ssh.options(stack.doors["ssh"]), str(source), f"{ssh.login}:{copy}"],
+        stdin=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
     )
     with scp:
         wait_for_size(copy, size_bytes // 2, scp, 120)

@@ -61,7 +61,10 @@ def test_a_revoked_relay_is_gone_within_seconds_and_can_be_let_in_again(make_sta
         end, took_s = how_it_ends(client, REVOKED_WITHIN_S + 2)
         assert (end, took_s < REVOKED_WITHIN_S) == ("reset", True)
     assert relay.wait(REVOKED_WITHIN_S) == 1
-    assert "has revoked relay node-a; to let it in again, run fxgateway forget node-a on the gateway, then fxgateway invite" in errors(relay)[-1]
+    assert (
+        "has revoked relay node-a; to let it in again, run fxgateway forget node-a on the gateway, then fxgateway invite"
+        in errors(relay)[-1]
+    )
     assert stack.live_relays() == {}
     relay.log.unlink()
     assert "revoked" in ends_with(stack, "node-a")
@@ -115,7 +118,7 @@ def test_a_name_that_is_taken(stack: Stack) -> None:
     config = stack.relay_config("thief")
     config.write_text(config.read_text().replace('id = "thief"', 'id = "node-a"'))
     line = ends_with(stack, "thief")
-    assert "give this relay another id in relay.toml, or run fxgateway forget node-a on the gateway" in line or "fxgateway forget node-a" in line
+    assert "fxgateway forget node-a" in line
     stack.wait_for_relays("node-a")
 
 
@@ -123,7 +126,7 @@ def test_a_protocol_of_another_version(stack: Stack) -> None:
     stack.write_relay_config("future", {"echo": "127.0.0.1:9"})
     env = patched(stack.directory / "v2", "import fxtunnel.control.messages as m\nm.PROTOCOL_VERSION = 2\n")
     line = ends_with(stack, "future", env)
-    assert "update the gateway" in line
+    assert "speaks version 1 of the protocol, this relay version 2; update" in line
 
 
 def test_a_wrong_clock_is_named_and_heals(stack: Stack) -> None:

@@ -75,7 +75,7 @@ def test_a_killed_relay_is_no_clean_end_for_a_service(make_stack: Callable[..., 
     stack.start_gateway()
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.settimeout(10)
-        stack.start_relay("node-a", {"held": "127.0.0.1:{}".format(listener.getsockname()[1])})
+        stack.start_relay("node-a", {"held": f"127.0.0.1:{listener.getsockname()[1]}"})
         with dial(stack.doors["held"]) as client:
             client.sendall(b"upload")
             service, _ = listener.accept()

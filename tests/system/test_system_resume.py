@@ -61,7 +61,9 @@ def test_a_silent_path_is_found_on_both_sides_and_left(make_stack: Callable[...,
         assert read_exactly(client, 100_000) == payload(1, 100_000)
         assert time.monotonic() - frozen_at < SILENCE_FOUND_S
         remaining_s = SILENCE_FOUND_S - (time.monotonic() - frozen_at)
-        wait_until(lambda: bool(events(stack, "gateway.log", "control link of node-a ended")), remaining_s, "the gateway to see the silence")
+        wait_until(
+            lambda: bool(events(stack, "gateway.log", "control link of node-a ended")), remaining_s, "the gateway to see the silence"
+        )
         assert resumptions(stack) == 1
         stack.cutter.thaw()  # what comes late on the old path harms nothing
         client.sendall(b"after")
@@ -74,7 +76,7 @@ def test_when_the_hold_is_over_both_ends_are_reset(make_stack: Callable[..., Sta
     stack.start_gateway()
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.settimeout(10)
-        stack.start_relay("node-a", {"held": "127.0.0.1:{}".format(listener.getsockname()[1])}, f"[resume]\nhold_s = {hold_s:g}\n")
+        stack.start_relay("node-a", {"held": f"127.0.0.1:{listener.getsockname()[1]}"}, f"[resume]\nhold_s = {hold_s:g}\n")
         with dial(stack.doors["held"]) as client:
             client.sendall(b"!")
             service, _ = listener.accept()

@@ -23,7 +23,7 @@ from fxtunnel.control.messages import Closing, Message, Refused, Ticket, TicketR
 from fxtunnel.control.messages import Hello as ControlHello
 from fxtunnel.control.messages import Welcome as ControlWelcome
 from fxtunnel.control.upgrade import accept_websocket, answer, read_body, read_head, refusal_fields
-from fxtunnel.engine.session import SessionStatistics, State
+from fxtunnel.engine.ports import SessionStatistics, State
 from fxtunnel.errors import FxError, PeerRefused, RemoteProtocolError, TunnelError
 from fxtunnel.kit.certificates import Authority, issue_server_certificate
 from fxtunnel.kit.files import write_secret

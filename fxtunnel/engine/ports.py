@@ -1,0 +1,59 @@
+"""Port: what a session is bounded by, what it tells of itself, and whom it tells of its fate."""
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING, Protocol
+
+from fxtunnel.codes import Code
+from fxtunnel.model import SessionId
+from fxtunnel.protocol.mux import MuxStatistics
+
+if TYPE_CHECKING:
+    from fxtunnel.engine.session import Session
+
+
+class State(Enum):
+    """Where a session stands."""
+
+    HELD = "held"
+    UP = "up"
+    CLOSED = "closed"
+
+
+@dataclass(frozen=True, slots=True)
+class SessionConfig:
+    """Bounds of one session. Times in seconds, sizes in bytes."""
+
+    max_streams: int = 16_384
+    max_window_bytes: int = 16_777_216
+    ring_bytes: int = 1_048_576
+    max_ring_bytes: int = 16_777_216
+    resume: bool = True
+    hold_s: float = 30.0
+    heartbeat_s: float = 3.0
+    dead_after_s: float = 10.0
+
+
+class SessionOwner(Protocol):
+    """Who hears of a session's fate. Called from the reactor: no waiting."""
+
+    def on_link_down(self, session: "Session", reason: str) -> None:
+        """The link is lost and the session is held; a relay dials again."""
+
+    def on_closed(self, session: "Session", code: Code, text: str) -> None:
+        """The session is over; its streams have been reset."""
+
+
+@dataclass(frozen=True, slots=True)
+class SessionStatistics:
+    """A snapshot for status pages and metrics."""
+
+    id: SessionId
+    state: State
+    resumed: int
+    mux: MuxStatistics
+
+    @property
+    def is_up(self) -> bool:
+        """Whether a link is attached."""
+        return self.state is State.UP
