@@ -16,6 +16,7 @@ from hypercorn.trio.worker_context import WorkerContext
 from hypercorn.typing import ASGIFramework, ConnectionState
 from hypercorn.utils import wrap_app
 from starlette.applications import Starlette
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from fxtunnel.errors import FxError
 from fxtunnel.kit.listeners import bound_address, listen
@@ -42,7 +43,7 @@ async def serve_pages(app: Starlette, address: Address, *, task_status: trio.Tas
         ListenError: the address is in use, not permitted, or not one of this machine.
     """
     config, context = _config(), WorkerContext(None)
-    asgi = wrap_app(cast(ASGIFramework, app), config.wsgi_max_body_size, "asgi")
+    asgi = wrap_app(cast(ASGIFramework, _ending_quietly(app)), config.wsgi_max_body_size, "asgi")
     connections: set[trio.SocketStream] = set()
 
     async def serve_one(stream: trio.SocketStream) -> None:
@@ -71,6 +72,18 @@ async def serve_pages(app: Starlette, address: Address, *, task_status: trio.Tas
             listener = trio.SocketListener(trio.socket.from_stdlib_socket(sock))
             task_status.started(bound_address(sock))
             await trio.serve_listeners(serve_one, [listener], handler_nursery=nursery)
+
+
+def _ending_quietly(app: Starlette) -> ASGIApp:
+    """`app`, for which a client that is gone is no error. hypercorn itself hangs up on one whose request turns out to be malformed."""
+
+    async def serve(scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await app(scope, receive, send)
+        except (trio.BusyResourceError, trio.BrokenResourceError, trio.ClosedResourceError):
+            logger.warning("a client of the pages was gone before it had its answer")
+
+    return serve
 
 
 def fetch_json(address: Address, path: str, timeout_s: float) -> dict[str, Any]:

@@ -129,7 +129,7 @@ def test_no_window_grows_past_the_configured_limit(limit: int) -> None:
 def test_a_window_of_odd_size_does_not_double_past_the_short_path_limit() -> None:
     """A budget that was nearly used up leaves odd sizes behind."""
     budget = WindowBudget(256 * MIB)
-    window = ReceiveWindow(budget, 700_000)
+    window = ReceiveWindow(budget, LOCAL_WINDOW_BYTES * 2 // 3)
     keep_up(window, 100.0, rounds=5, window_s=0.01)
     assert window.window_bytes == LOCAL_WINDOW_BYTES
 

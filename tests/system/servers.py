@@ -95,8 +95,9 @@ def ssh_server(home: Path) -> Iterator[Ssh]:
     port = free_port()
     (home / "sshd_config").write_text(
         f"ListenAddress 127.0.0.1\nPort {port}\nHostKey {home}/host_key\nPidFile none\nAuthorizedKeysFile {home}/authorized_keys\n"
-        "UsePAM no\nStrictModes no\nPasswordAuthentication no\nPermitRootLogin prohibit-password\nMaxStartups 500:30:1000\nMaxSessions 500\n"
-        "UseDNS no\nPrintMotd no\nPrintLastLog no\nSubsystem sftp internal-sftp\nLoginGraceTime 120\n"
+        "UsePAM no\nStrictModes no\nPasswordAuthentication no\nPermitRootLogin prohibit-password\n"
+        "MaxStartups 500:30:1000\nMaxSessions 500\nUseDNS no\nPrintMotd no\nPrintLastLog no\n"
+        "Subsystem sftp internal-sftp\nLoginGraceTime 120\n"
     )
     with running([program("sshd"), "-D", "-e", "-f", str(home / "sshd_config")], port, home / "sshd.log"):
         yield Ssh(home, port)

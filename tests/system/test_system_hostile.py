@@ -8,6 +8,7 @@ import socket
 import ssl
 import statistics
 import struct
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,7 +22,7 @@ from tests.system.stack import Stack, wait_until
 
 pytestmark = [pytest.mark.system, pytest.mark.xdist_group("hostile")]
 
-ALERT = 0x15
+ALERT, HANDSHAKE = b"\x15", b"\x16"
 SILENT, GARBAGE = 500, 500
 SOURCES = 40
 HELLO_TIMEOUT_S = 5.0
@@ -97,27 +98,36 @@ class Pinger:
 
 
 @pytest.mark.parametrize(
-    "words", [b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", b"SSH-2.0-OpenSSH_9.2\r\n", bytes(64), b"\x16\x03\x01\xff\xff" + bytes(600)]
+    "words",
+    [b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", b"SSH-2.0-OpenSSH_9.2\r\n", bytes(64), b"\x16\x03\x01\xff\xff" + bytes(600)],
+    ids=["http", "ssh", "zeros", "a record too long"],
 )
-def test_what_is_not_tls_gets_an_alert_at_once(stack: Stack, words: bytes) -> None:
+def test_what_is_not_tls_is_closed_at_once(stack: Stack, words: bytes) -> None:
     with dial(stack.tunnel_port, 3) as stranger:
         began = time.monotonic()
         stranger.sendall(words)
+        answer = b""
         with contextlib.suppress(ConnectionResetError):
-            assert stranger.recv(1)[0] == ALERT
-            while stranger.recv(4096):
-                pass
+            while block := stranger.recv(4096):
+                answer += block
         assert time.monotonic() - began < 1
+        assert answer[:1] == (ALERT if words[:1] == HANDSHAKE else b"")  # OpenSSL says nothing to what is no TLS at all
 
 
-def test_tls_that_is_too_old_or_asks_for_nothing_gets_an_alert(stack: Stack) -> None:
+def test_a_version_of_tls_that_is_too_old_gets_an_alert(stack: Stack) -> None:
     old = ssl.create_default_context(cafile=str(stack.directory / "ca.pem"))
     old.maximum_version = ssl.TLSVersion.TLSv1_2
-    other = ssl.create_default_context(cafile=str(stack.directory / "ca.pem"))
-    other.set_alpn_protocols(["h2"])
-    for context in (old, other):
-        with dial(stack.tunnel_port, 3) as sock, pytest.raises(ssl.SSLError, match="(?i)alert"):
-            context.wrap_socket(sock, server_hostname="127.0.0.1")
+    with dial(stack.tunnel_port, 3) as sock, pytest.raises(ssl.SSLError, match=r"(?i)alert"):
+        old.wrap_socket(sock, server_hostname="127.0.0.1")
+
+
+def test_whoever_speaks_none_of_our_protocols_is_closed_at_once(stack: Stack) -> None:
+    with tls(stack, "h2") as stranger:
+        began = time.monotonic()
+        with contextlib.suppress(OSError):
+            stranger.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert stranger.recv(100) == b""
+        assert time.monotonic() - began < 1
 
 
 @pytest.mark.slow
@@ -150,14 +160,13 @@ def test_a_thousand_strangers(stack: Stack, capsys: pytest.CaptureFixture[str]) 
     garbage_s = [took_s for sock, took_s in ends.items() if sock not in silent]
     silent_s = [took_s for sock, took_s in ends.items() if sock in silent]
     with capsys.disabled():
-        print(
+        sys.stdout.write(
             f"\nstrangers: garbage closed after {statistics.median(garbage_s):.3f} s (at most {max(garbage_s):.3f}), silent after "
-            f"{statistics.median(silent_s):.2f} s (at most {max(silent_s):.2f}); a good client's p99 {pinger.p99_s() * 1000:.1f} ms"
+            f"{statistics.median(silent_s):.2f} s (at most {max(silent_s):.2f}); a good client's p99 {pinger.p99_s() * 1000:.1f} ms\n"
         )
     assert len(ends) == SILENT + GARBAGE
-    assert statistics.median(garbage_s) < 1
-    assert max(garbage_s) < 3
-    assert max(silent_s) < HELLO_TIMEOUT_S + 3
+    assert statistics.quantiles(garbage_s, n=20)[18] < 1  # a few look like the beginning of a record, and are waited for
+    assert max(garbage_s + silent_s) < HELLO_TIMEOUT_S + 3
     assert pinger.p99_s() < 1
     wait_until(lambda: files(stack) <= before, 5, "all descriptors given back")
 
@@ -166,7 +175,8 @@ HEADS = (
     b"GET /.fx/control HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nX: \xff\xfe\r\n\r\n",
     b"GET /.fx/control HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Key: \xe4\xf6\xfc\r\n"
     b"Sec-WebSocket-Version: 13\r\n\r\n",
-    b"GET /.fx/control HTTP/1.1\r\nHost: x\r\nSec-WebSocket-Extensions: \x80\r\nSec-WebSocket-Protocol: \xc3\xa9\r\nUpgrade: websocket\r\n\r\n",
+    b"GET /.fx/control HTTP/1.1\r\nHost: x\r\nSec-WebSocket-Extensions: \x80\r\nSec-WebSocket-Protocol: \xc3\xa9\r\n"
+    b"Upgrade: websocket\r\n\r\n",
     b"GET /.fx/control HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer a.b.c\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\n",
     b"GET /.fx/control HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer \r\n\r\n",
     b'GET /\x1b[2J{"level":"forged"} HTTP/1.1\r\nHost: x\r\n\r\n',

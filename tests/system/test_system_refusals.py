@@ -1,4 +1,4 @@
-"""System: relays that are not let in, each told in one line what to do. What heals by itself is tried again; the rest ends with exit code 1."""
+"""System: relays that are not let in, each told in one line what to do. What heals is tried again; the rest ends with exit code 1."""
 
 import json
 import re
