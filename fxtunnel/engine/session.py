@@ -31,7 +31,7 @@ TURN_BYTES: Final = 262_144
 CROWD: Final = 3
 CROWDED_TURN_BYTES: Final = 65_536
 MIN_TURN_BYTES: Final = 4_096
-NOTSENT_LOWAT_BYTES: Final = 65_536
+NOTSENT_LOWAT_BYTES: Final = 131_072
 """Unsent bytes the kernel may hold for a link: interactive frames queue behind these."""
 GOODBYE_S: Final = 1.0
 

@@ -12,7 +12,7 @@ from fxtunnel.protocol.frames import EARLY_BYTES
 FIRST_WINDOW_BYTES: Final = 32_768
 CROWDED_WINDOW_BYTES: Final = 8_192
 SMALLEST_WINDOW_BYTES: Final = EARLY_BYTES
-LOCAL_WINDOW_BYTES: Final = 524_288
+LOCAL_WINDOW_BYTES: Final = 1_048_576
 """How far a window grows on a short path: enough to keep both ends busy. Larger windows cost little less CPU and queue
 interactive streams behind bulk ones (docs/adr/0004)."""
 FAST_CONSUMPTION_S: Final = 1.0
