@@ -11,7 +11,7 @@ from fxgateway.routing.admission import Admission, Verdict
 from fxgateway.routing.table import RouteTable
 from fxtunnel.codes import Code
 from fxtunnel.engine.reactor import LISTENER_EVENTS, Reactor, Timer
-from fxtunnel.engine.splice import abort
+from fxtunnel.engine.splice import RESET_ON_CLOSE, abort
 from fxtunnel.kit.settings import Address
 from fxtunnel.model import RelayId, ServiceName
 from fxtunnel.protocol.frames import TAG_CLIENT, Opening, encode_tag, encode_tags
@@ -26,6 +26,13 @@ PAUSE_S: Final = 0.25
 SWEEP_S: Final = 0.5
 CLIENT_NOTSENT_BYTES: Final = 32_768
 """Unsent bytes the kernel holds for one client. This bounds what readers that never read fill, without limiting the path's own window."""
+CLIENT_OPTIONS: Final = (
+    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+    (socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE),
+    (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
+    (socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, CLIENT_NOTSENT_BYTES),
+)
+"""Set on listeners: accepted sockets inherit them, which saves the calls for each of them."""
 _EXHAUSTED: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
 
@@ -89,11 +96,6 @@ class Door:
 
     def open(self, listener: socket.socket) -> None:
         """Take clients from `listener`, a bound, listening, non-blocking socket. The door owns it."""
-        if listener.family != socket.AF_UNIX:
-            # Accepted sockets inherit these from the listener, which saves the calls for each of them.
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, CLIENT_NOTSENT_BYTES)
         self._listener = listener
         self.reactor.register(listener, self, LISTENER_EVENTS)
         self._sweep_later()

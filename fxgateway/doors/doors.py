@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from fxgateway.doors.door import Door, DoorConfig, Relays
+from fxgateway.doors.door import CLIENT_OPTIONS, Door, DoorConfig, Relays
 from fxgateway.routing.admission import Admission
 from fxtunnel.engine.reactor import Reactor
 from fxtunnel.kit.listeners import Inherited, bound_address, listen
@@ -39,7 +39,7 @@ class Doors:
         try:
             for key, config in wanted.items():
                 if key not in self._open:
-                    fresh[key] = listen(config.listen, inherited)
+                    fresh[key] = listen(config.listen, inherited, CLIENT_OPTIONS)
         except BaseException:
             for sock in fresh.values():
                 sock.close()

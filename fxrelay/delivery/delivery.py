@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 from fxrelay.delivery.services import Endpoint, Service, ServiceTable
 from fxtunnel.codes import Code
 from fxtunnel.engine.reactor import ERROR, WRITE, Reactor
-from fxtunnel.engine.splice import Splice
+from fxtunnel.engine.splice import RESET_ON_CLOSE, Splice
 from fxtunnel.model import ServiceName
 from fxtunnel.protocol.frames import Opening
 from fxtunnel.protocol.mux import Stream
@@ -26,6 +26,7 @@ SERVICE_NOTSENT_BYTES: Final = 65_536
 _SERVICE_OPTIONS: Final = (
     (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
     (socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, SERVICE_NOTSENT_BYTES),
+    (socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE),
 )
 _NONBLOCKING_STREAM: Final = socket.SOCK_STREAM | socket.SOCK_NONBLOCK
 

@@ -15,13 +15,15 @@ RESET_GRACE_S: Final = 0.5
 """How long bytes that arrived before a RESET may still drain to a reader that moves, before it gets its RST."""
 _READ_TO_THE_END: Final = HANGUP | URGENT
 """After these a short read does not mean that the socket is empty: an end of file is behind it, or it stopped at an urgent byte."""
-_LINGER_NONE: Final = struct.pack("ii", 1, 0)
+RESET_ON_CLOSE: Final = struct.pack("ii", 1, 0)
+"""SO_LINGER for every spliced socket from its first moment: if this process is killed, the kernel's close is a RST, not a clean end."""
+_CLOSE_CLEANLY: Final = struct.pack("ii", 0, 0)
 
 
 def abort(sock: socket.socket) -> None:
     """Close with RST, so that the other end can never take a broken transfer for a complete one."""
     try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_NONE)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
     finally:
         sock.close()
 
@@ -254,8 +256,12 @@ class Splice:
     def _close_if_done(self) -> None:
         if self._read_done and self._fin_wanted and not self._pending and not self._write_blocked and not self.closed:
             self._let_go()
-            self.sock.close()
-            self.released()
+            try:
+                # Both directions have ended in order, so what the kernel still holds may be delivered.
+                self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _CLOSE_CLEANLY)
+            finally:
+                self.sock.close()
+                self.released()
 
     def _let_go(self) -> None:
         self.closed = True

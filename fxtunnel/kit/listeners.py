@@ -4,7 +4,7 @@ import errno
 import os
 import socket
 import stat
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -13,6 +13,7 @@ from fxtunnel.kit.settings import Address
 
 BACKLOG: Final = 4_096
 FIRST_INHERITED_FD: Final = 3
+SocketOption = tuple[int, int, int | bytes]
 
 
 class ListenError(FxError):
@@ -60,14 +61,18 @@ def bound_address(sock: socket.socket) -> Address:
     return Address.parse(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
 
 
-def listen(address: Address, inherited: Inherited | None = None) -> socket.socket:
+def listen(address: Address, inherited: Inherited | None = None, options: Sequence[SocketOption] = ()) -> socket.socket:
     """A non-blocking listening socket on `address`: handed over, or bound now. The caller owns it.
+
+    `options` are for TCP; they are set before the first connection can arrive, so that every accepted socket has them.
 
     Raises:
         ListenError: in use, not permitted, or not an address of this machine.
     """
     given = inherited.take(address) if inherited is not None else None
     if given is not None:
+        if given.family != socket.AF_UNIX:
+            _set(given, options)
         return given
     try:
         if address.path is not None:
@@ -78,6 +83,7 @@ def listen(address: Address, inherited: Inherited | None = None) -> socket.socke
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             if family == socket.AF_INET6:
                 sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0 if address.host == "::" else 1)
+            _set(sock, options)
             sock.bind((address.host, address.port))
             sock.listen(BACKLOG)
             sock.setblocking(False)
@@ -87,6 +93,11 @@ def listen(address: Address, inherited: Inherited | None = None) -> socket.socke
     except OSError as exc:
         raise ListenError(_explain(address, exc)) from exc
     return sock
+
+
+def _set(sock: socket.socket, options: Sequence[SocketOption]) -> None:
+    for level, option, value in options:
+        sock.setsockopt(level, option, value)
 
 
 def _listen_unix(path: Path) -> socket.socket:

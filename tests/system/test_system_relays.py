@@ -1,9 +1,12 @@
 """System: several relays for a service, and one name that two relays claim."""
 
+import base64
+import contextlib
 import json
 import shutil
 import signal
 import socket
+import threading
 from collections.abc import Callable
 from contextlib import ExitStack
 
@@ -101,3 +104,61 @@ def test_a_zombie_is_fenced_off(make_stack: Callable[..., Stack], echo_service: 
         "two, or give it another id in relay.toml and a key of its own"
     ]
     assert stack.relays["twin"].process.poll() is None
+
+
+def test_one_relay_serves_two_gateways_and_outlives_one(make_stack: Callable[..., Stack], echo_service: Service) -> None:
+    first, second = make_stack("echo"), make_stack("echo")
+    for stack in (first, second):
+        stack.start_gateway()
+    first.write_relay_config("node-a", {"echo": echo_service.target}, '[[gateway]]\nfile = "second.json"\n')
+    shutil.copy(second.directory / "gateway.json", first.directory / "node-a" / "second.json")
+    relay = first.start_relay("node-a")
+    for stack in (first, second):
+        stack.wait_for_relays("node-a")
+    with dial(first.doors["echo"]) as kept, dial(second.doors["echo"]) as lost:
+        say(kept, b"by the first")
+        say(lost, b"by the second")
+        second.gateway_cli("revoke", "node-a")
+        with pytest.raises(ConnectionResetError):
+            lost.recv(1)
+        say(kept, b"the other goes on")
+    assert relay.process.poll() is None
+    assert relay.stop() == 0
+
+
+def test_the_way_through_a_proxy(make_stack: Callable[..., Stack], serve: Callable[..., Service], echo_service: Service) -> None:
+    asked: list[bytes] = []
+
+    def proxy(inner: socket.socket) -> None:
+        head = b""
+        while not head.endswith(b"\r\n\r\n"):
+            head += read_exactly(inner, 1)
+        asked.append(head)
+        with dial(int(head.split()[1].rpartition(b":")[2])) as outer:
+            outer.settimeout(None)
+            inner.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
+            back = threading.Thread(target=pour, args=(outer, inner))
+            back.start()
+            pour(inner, outer)
+            back.join()
+
+    stack = make_stack("echo")
+    stack.start_gateway()
+    config = stack.write_relay_config("node-a", {"echo": echo_service.target})
+    address = serve(proxy).target
+    config.write_text(config.read_text().replace('"gateway.json"', f'"gateway.json"\nproxy = "http://user:pa%20ss@{address}"'))
+    stack.start_relay("node-a")
+    with dial(stack.doors["echo"]) as client:
+        say(client, b"a long way round")
+    assert len(asked) >= 3  # enrolment, control link, data link
+    for head in asked:
+        assert head.startswith(b"CONNECT 127.0.0.1:%d HTTP/1.1\r\n" % stack.cutter.port)
+        assert b"Proxy-Authorization: Basic " + base64.b64encode(b"user:pa ss") in head
+    assert "pa%20ss" not in stack.logs()
+
+
+def pour(source: socket.socket, sink: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        while block := source.recv(1 << 16):
+            sink.sendall(block)
+        sink.shutdown(socket.SHUT_WR)
