@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 import psutil
 import pytest
 
-from tests.system.peers import Outcome, Service, dial, echo, exchanges, how_it_ends, read_exactly, visit
+from tests.system.peers import Outcome, Service, dial, echo, exchanges, read_exactly, visit
 from tests.system.servers import need
 from tests.system.stack import Stack, wait_until
 
@@ -286,7 +286,7 @@ def test_the_limits_of_one_source(make_stack: Callable[..., Stack], echo_service
         for _ in range(10):
             say(crowd.enter_context(dial(stack.doors["echo"])))
         assert visit(stack.doors["echo"])[0] == "reset"
-        with socket.create_connection(("127.0.0.1", stack.doors["echo"]), 5, ("127.0.0.2", 0)) as other:
+        with dial(stack.doors["echo"], source="127.0.0.2") as other:
             say(other)
     wait_until(lambda: is_served(stack.doors["echo"]), 3, "the source served again")
 
@@ -301,10 +301,8 @@ def test_the_rate_of_one_source_and_the_size_of_a_door(make_stack: Callable[...,
     assert [is_served(stack.doors["echo"]) for _ in range(18)].count(True) in (15, 16, 17)
     with contextlib.ExitStack() as crowd:
         for number in range(20):
-            source = (f"127.0.2.{1 + number % 4}", 0)
-            say(crowd.enter_context(socket.create_connection(("127.0.0.1", stack.doors["echo"]), 5, source)))
-        with socket.create_connection(("127.0.0.1", stack.doors["echo"]), 5, ("127.0.2.9", 0)) as one_more:
-            assert how_it_ends(one_more, 5)[0] == "reset"
+            say(crowd.enter_context(dial(stack.doors["echo"], source=f"127.0.2.{1 + number % 4}")))
+        assert visit(stack.doors["echo"], source="127.0.2.9")[0] == "reset"
     (door,) = stack.status()["doors"]
     assert {"door-full", "too-fast"} <= set(door["refused"])
 
