@@ -192,6 +192,8 @@ async def resolved(sections: tuple[ServiceSection, ...], known: ServiceTable | N
     """The services with their targets' addresses. A name that does not resolve now keeps the addresses it had."""
     services = []
     for section in sections:
+        if section.target is None:
+            continue
         name = ServiceName(section.name)
         endpoints: tuple[Endpoint, ...]
         try:

@@ -41,7 +41,7 @@ def warnings(settings: RelaySettings, now_unix: float) -> list[str]:
     if not settings.services:
         found.append("there is no [[service]]: this relay has nothing to offer")
     for service in settings.services:
-        why = _why_unreachable(service.target)
+        why = _why_unreachable(service.target) if service.target is not None else None
         if why:
             found.append(f"service {service.name}: {why}")
     return found

@@ -1,16 +1,18 @@
 """Port: everything an administrator can write in relay.toml, with its default, its bounds and what it is for."""
 
+import ipaddress
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Final, Literal
+from typing import Any, Final, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import Field, SecretStr, ValidationInfo, field_validator
+from pydantic import Field, SecretStr, ValidationInfo, field_validator, model_validator
 from pydantic_core import InitErrorDetails
 
+from fxrelay.cluster.settings import ClusterSection, NodeSection
 from fxtunnel.kit.sections import LogSettings, ResumeSettings, Seconds, Section, Size, WholeFile, clash, tables
-from fxtunnel.kit.settings import MAX_SOCKET_PATH_BYTES, Address, AddressField, ConfigPath, NameField, load_settings
+from fxtunnel.kit.settings import MAX_SOCKET_PATH_BYTES, Address, ConfigPath, NameField, OptionalAddress, load_settings
 
 ENVIRON_PREFIX: Final = "FXRELAY"
 
@@ -28,6 +30,15 @@ class RelaySection(Section):
         "status.sock", min_length=1, validate_default=True, description="Unix socket of `fxrelay status`; relative to state_dir."
     )
     links: int = Field(1, ge=1, le=8, description="Data links to each gateway.")
+    address: str = Field("", description="IP address at which other relays reach this node's services directly; empty: they cannot.")
+
+    @field_validator("address")
+    @classmethod
+    def _check_address(cls, value: str) -> str:
+        try:
+            return str(ipaddress.ip_address(value)) if value else value
+        except ValueError:
+            raise ValueError(f"expected an IP address, found {value!r}") from None
 
     @field_validator("status")
     @classmethod
@@ -68,11 +79,37 @@ class GatewaySection(Section):
 
 
 class ServiceSection(Section):
-    """A service of this relay: the only addresses it ever connects to are the targets written here."""
+    """A service. With `target` it is one address. With `port` it is a pool: the same port on every node of the pool, one of which is
+    chosen for each stream. A relay never connects to anything that is not written here.
+    """
 
     name: NameField = Field(description="The name doors ask for.")
     protocol: Literal["tcp"] = Field("tcp", description="How it is carried.")
-    target: AddressField = Field(description="Where it listens: host:port, or unix:/path.")
+    target: OptionalAddress | None = Field(None, description="Where it listens: host:port, or unix:/path.")
+    port: int | None = Field(None, ge=1, le=65_535, description="The port on each node of the pool.")
+    host: str = Field("127.0.0.1", description="Where a pool's service listens, as seen from this node itself.")
+    nodes: Literal["*"] | tuple[NameField, ...] = Field("*", description='The pool: "*" for every node that publishes the service, or ids.')
+    where: dict[str, Any] = Field(default_factory=dict, description='Only nodes whose static data has these values: {group = "gpu"}.')
+    balance: tuple[str, ...] = Field((), description="The balancing chain: builtin:NAME, js:FILE, exec:FILE, python:MODULE:FUNCTION.")
+    action: Literal["session/start", "user/login"] = Field(
+        "session/start", description="What a stream counts as for the chain and for servers whose logins or starts are switched off."
+    )
+    proxy_protocol: Literal["v1", "v2"] | None = Field(None, description="Tell the service the client's address by this PROXY protocol.")
+
+    @model_validator(mode="after")
+    def _check_kind(self) -> Self:
+        if (self.target is None) == (self.port is None):
+            raise ValueError("expected either `target` (one address) or `port` (a pool of nodes)")
+        if self.target is not None:
+            pool_only = {"host", "nodes", "where", "balance", "action"} & self.model_fields_set
+            if pool_only:
+                raise ValueError(f"{', '.join(sorted(pool_only))}: only for a pool, which has `port` instead of `target`")
+        return self
+
+    @property
+    def is_pool(self) -> bool:
+        """Whether a node is chosen for each stream."""
+        return self.port is not None
 
 
 class LimitSettings(Section):
@@ -113,8 +150,12 @@ class RelaySettings(WholeFile):
     """A whole relay.toml. `gateways` and `services` are written [[gateway]] and [[service]], once for each."""
 
     relay: RelaySection = Field(description="Who this relay is.")
-    gateways: tuple[GatewaySection, ...] = Field(alias="gateway", min_length=1, max_length=64, description="Gateways to dial.")
+    gateways: tuple[GatewaySection, ...] = Field(
+        (), alias="gateway", max_length=64, description="Gateways to dial; none: this node only reports."
+    )
     services: tuple[ServiceSection, ...] = Field((), alias="service", max_length=4096, description="What this relay serves.")
+    cluster: ClusterSection = Field(default_factory=ClusterSection, description="What the members of a cluster share.")
+    node: NodeSection = Field(default_factory=NodeSection, description="What this node says about itself.")
     limits: LimitSettings = Field(default_factory=LimitSettings, description="What gateways may take of this relay.")
     resume: ResumeSettings = Field(default_factory=ResumeSettings, description="Carrying streams over a cut of the tunnel.")
     liveness: LivenessSettings = Field(default_factory=LivenessSettings, description="Dialling, and finding dead paths.")

@@ -73,6 +73,24 @@ class PeerRefused(TunnelError):
         super().__init__(message)
 
 
+class StoreError(FxError):
+    """The cluster's store cannot be used now. Go on with what is known, try again, and say so in status."""
+
+
+class TransporterError(FxError):
+    """Changes do not get through at once. Subscribe again and read the store again."""
+
+
+class ScriptError(FxError):
+    """A balancing script or a metric of the administrator failed. `name` is what users may see; `detail` is for the log only."""
+
+    def __init__(self, name: str, message: str, detail: str = "") -> None:
+        self.name = name
+        self.message = message
+        self.detail = detail
+        super().__init__(f"{name}: {message}")
+
+
 class NodeError(FxError):
     """A service or node cannot be reached. Try the next candidate."""
 

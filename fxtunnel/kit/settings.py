@@ -93,11 +93,15 @@ def _name(value: str) -> str:
     return value
 
 
+OptionalPath = Annotated[Path, AfterValidator(_beside_the_file)]
+"""A path without a default; a relative one belongs to the directory of the configuration file."""
+OptionalAddress = Annotated[Address, PlainValidator(_address)]
+"""An `Address` without a default, written as its `parse` takes it; relative unix paths as in OptionalPath."""
 # validate_default: a default path is relative to the file as well.
-ConfigPath = Annotated[Path, AfterValidator(_beside_the_file), Field(validate_default=True)]
-"""A path; a relative one belongs to the directory of the configuration file."""
-AddressField = Annotated[Address, PlainValidator(_address), Field(validate_default=True)]
-"""An `Address`, written as its `parse` takes it; relative unix paths as in ConfigPath."""
+ConfigPath = Annotated[OptionalPath, Field(validate_default=True)]
+"""As OptionalPath, the default included."""
+AddressField = Annotated[OptionalAddress, Field(validate_default=True)]
+"""As OptionalAddress, the default included."""
 NameField = Annotated[str, AfterValidator(_name)]
 """A name of a relay, a gateway or a service (PROTOCOL.md, 5)."""
 

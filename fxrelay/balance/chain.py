@@ -1,0 +1,82 @@
+"""Task: runs a balancing chain: each entry in its order, until one names a server or fails."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from fxrelay.balance import builtins
+from fxrelay.balance.builtins import BUILTINS, Choose
+from fxrelay.balance.model import Candidate, Chosen, Decision, Dropped, Entry, Environment, Failed, Narrowed, Passed, Request, Step, Verdict
+from fxrelay.balance.verdicts import NO_SERVER_SELECTED
+from fxtunnel.model import RelayId
+
+NO_CANDIDATES: Final = "NoServerAvailable"
+
+
+@dataclass(frozen=True, slots=True)
+class Builtin:
+    """An entry that comes with the product."""
+
+    name: str
+    pick: Choose
+
+    async def choose(self, request: Request, candidates: Sequence[Candidate], environment: Environment) -> Verdict:
+        """See `Entry`."""
+        return self.pick(request, candidates, environment.local_id)
+
+
+@dataclass(frozen=True, slots=True)
+class RoundRobin:
+    """`builtin:round-robin`, with a counter that all relays share, so that it is even whichever relay decides."""
+
+    name: str
+    counter: str
+
+    async def choose(self, request: Request, candidates: Sequence[Candidate], environment: Environment) -> Verdict:
+        """See `Entry`."""
+        return builtins.round_robin(candidates, await environment.next_number(self.counter))
+
+
+def builtin(name: str, service: str) -> Entry | None:
+    """The built-in entry of this name for a service's chain, or None."""
+    if name == builtins.ROUND_ROBIN:
+        return RoundRobin(f"builtin:{name}", f"round-robin:{service}")
+    pick = BUILTINS.get(name)
+    return Builtin(f"builtin:{name}", pick) if pick is not None else None
+
+
+async def decide(
+    chain: Sequence[Entry], request: Request, candidates: Sequence[Candidate], dropped: Sequence[Dropped], environment: Environment
+) -> Decision:
+    """Choose a server.
+
+    Safe to cancel; a script that runs then is stopped. A candidate list that is empty before or within the chain is a failure of its own:
+    no entry is asked about nothing.
+    """
+    steps: list[Step] = []
+    offered = list(candidates)
+    failure = Failed(NO_SERVER_SELECTED, "no entry of the balancing chain chose a server")
+    for entry in chain:
+        if not offered:
+            break
+        began = time.perf_counter()
+        verdict = await entry.choose(request, offered, environment)
+        steps.append(Step(entry.name, len(offered), verdict, time.perf_counter() - began))
+        match verdict:
+            case Chosen(server_id):
+                return Decision(server_id, None, tuple(dropped), tuple(steps))
+            case Failed():
+                return Decision(None, verdict, tuple(dropped), tuple(steps))
+            case Narrowed(server_ids):
+                offered = _in_order(offered, server_ids)
+            case Passed():
+                pass
+    if not candidates:
+        failure = Failed(NO_CANDIDATES, "no server is available for this service now")
+    return Decision(None, failure, tuple(dropped), tuple(steps))
+
+
+def _in_order(candidates: Sequence[Candidate], server_ids: Sequence[RelayId]) -> list[Candidate]:
+    by_id = {candidate.server_id: candidate for candidate in candidates}
+    return [by_id[server_id] for server_id in server_ids]

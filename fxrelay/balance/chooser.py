@@ -1,0 +1,223 @@
+"""Task: chooses nodes for the streams of pools: the cluster as it is known, the filters, the chain, and a claim on the result."""
+
+import json
+import logging
+import secrets
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from ipaddress import ip_address, ip_network
+from typing import Final
+
+import trio
+
+from fxrelay.balance.chain import decide
+from fxrelay.balance.filters import Circumstances, Pool, sift
+from fxrelay.balance.inflight import Placement, PlacementId
+from fxrelay.balance.model import Action, Candidate, Decision, Entry, Environment, Request
+from fxrelay.cluster.follow import Threads
+from fxrelay.cluster.members import Member
+from fxrelay.cluster.ports import PLACEMENTS, Store, Transporter
+from fxrelay.cluster.server import ServerObject
+from fxrelay.cluster.settings import PathKind
+from fxrelay.cluster.view import ENDED, PLACED, ClusterView, encode_placement
+from fxrelay.delivery.ports import Node, NoNode, Wanted
+from fxtunnel.codes import Code
+from fxtunnel.errors import StoreError, TransporterError
+from fxtunnel.model import GatewayId, RelayId, ServiceName
+
+logger = logging.getLogger(__name__)
+
+PUBLISH_QUEUE: Final = 1_024
+NEXT_NUMBER_S: Final = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Ways:
+    """How this relay may reach other nodes: its own configuration, which the store cannot widen."""
+
+    server_id: RelayId
+    paths: tuple[PathKind, ...]
+    force_indirect: bool
+    networks: tuple[str, ...]
+    address: str
+
+    def direct_address(self, server: ServerObject) -> str:
+        """The server's address if a direct connection to it is allowed, else empty."""
+        if "direct" not in self.paths or self.force_indirect or server.force_indirect or not server.address:
+            return ""
+        try:
+            found = ip_address(server.address)
+        except ValueError:
+            return ""
+        if found.is_loopback:
+            allowed = bool(self.address) and ip_address(self.address).is_loopback
+        else:
+            allowed = any(found in ip_network(network) for network in self.networks)
+        return str(found) if allowed else ""
+
+    def can_redirect(self, server: ServerObject, gateway_id: GatewayId) -> bool:
+        """Whether the gateway can reach the server by a tunnel of its own."""
+        return "redirect" in self.paths and gateway_id in server.gateways
+
+    def is_local(self, server: ServerObject) -> bool:
+        """Whether the server is this node."""
+        return "local" in self.paths and server.server_id == self.server_id
+
+    def reachable(self, members: Sequence[Member], gateway_id: GatewayId) -> frozenset[RelayId]:
+        """The servers that there is any way to."""
+        return frozenset(
+            member.server.server_id
+            for member in members
+            if self.is_local(member.server) or self.can_redirect(member.server, gateway_id) or self.direct_address(member.server)
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Balancing:
+    """A pool and how its nodes are chosen."""
+
+    pool: Pool
+    chain: tuple[Entry, ...]
+    action: Action = Action.START
+
+
+class ClusterEnvironment:
+    """What entries may ask for: the counter all relays share, or one of this relay's own while the store is away."""
+
+    def __init__(self, local_id: RelayId, store: Store, threads: Threads) -> None:
+        self._local_id = local_id
+        self._store = store
+        self._threads = threads
+        self._own: dict[str, int] = {}
+
+    @property
+    def local_id(self) -> RelayId:
+        """See `Environment`."""
+        return self._local_id
+
+    async def next_number(self, counter: str) -> int:
+        """See `Environment`."""
+        number: int | None = None
+        try:
+            with trio.move_on_after(NEXT_NUMBER_S):
+                number = await self._threads.run(lambda: self._store.add(counter, 1))
+        except StoreError:
+            pass  # the follower says so in status and log
+        self._own[counter] = number = self._own.get(counter, 0) + 1 if number is None else number
+        return number
+
+
+class PoolChooser:
+    """Implements `Chooser`. `run` tells the others about placements; `choose` works without it, but then only this relay knows."""
+
+    def __init__(
+        self, view: ClusterView, ways: Ways, environment: Environment, transporter: Transporter, threads: Threads, instance: str
+    ) -> None:
+        self._view = view
+        self._ways = ways
+        self._environment = environment
+        self._transporter = transporter
+        self._threads = threads
+        self._instance = instance
+        self._balancing: Mapping[ServiceName, Balancing] = {}
+        self._news_in, self._news_out = trio.open_memory_channel[str](PUBLISH_QUEUE)
+        self.decisions = 0
+        self.failures: dict[str, int] = {}
+
+    def reconfigure(self, balancing: Mapping[ServiceName, Balancing]) -> None:
+        """Pools and chains from now on; decisions that are under way end as they began."""
+        self._balancing = balancing
+
+    async def run(self) -> None:
+        """Tell the other relays about placements until cancelled. What they do not hear they learn from the servers' updates."""
+        async for text in self._news_out:
+            try:
+                await self._threads.run(lambda text=text: self._transporter.publish(PLACEMENTS, text))  # type: ignore[misc]
+            except TransporterError as exc:
+                logger.debug("a placement was not told: %s", exc)
+
+    async def choose(self, wanted: Wanted, excluded: frozenset[RelayId]) -> Node | NoNode:
+        """See `Chooser`."""
+        balancing = self._balancing.get(wanted.service)
+        if balancing is None:
+            await trio.lowlevel.checkpoint()
+            return NoNode(Code.NO_SERVICE, "not served here")
+        decision = await self.decide(balancing, Request(balancing.action, wanted.service), wanted.gateway_id, excluded)
+        member = self._view.members.get(decision.server_id, self._view.now) if decision.server_id is not None else None
+        if member is None:
+            return self._refusal(wanted, decision)
+        server = member.server
+        return Node(
+            server.server_id,
+            self._ways.is_local(server),
+            self._ways.direct_address(server),
+            self._ways.can_redirect(server, wanted.gateway_id),
+            self._claim(server.server_id),
+        )
+
+    async def decide(
+        self, balancing: Balancing, request: Request, gateway_id: GatewayId | None, excluded: Collection[RelayId] = ()
+    ) -> Decision:
+        """The bare decision; `gateway_id` None asks without regard to how the node would be reached."""
+        members = list(self._view.everyone())
+        around = Circumstances(
+            self._view.in_flight.counts(self._view.now),
+            excluded,
+            None if gateway_id is None else self._ways.reachable(members, gateway_id),
+        )
+        candidates: list[Candidate]
+        candidates, dropped = sift(members, balancing.pool, request, around)
+        self.decisions += 1
+        return await decide(balancing.chain, request, candidates, dropped, self._environment)
+
+    def _refusal(self, wanted: Wanted, decision: Decision) -> NoNode:
+        failure = decision.failure
+        name = failure.name if failure is not None else "ServerGone"
+        self.failures[name] = self.failures.get(name, 0) + 1
+        reasons = ", ".join(sorted({dropped.reason for dropped in decision.dropped}))
+        logger.warning(
+            "no node for service %s (trace %s): %s%s%s",
+            wanted.service,
+            wanted.trace_id,
+            f"{failure.name}: {failure.message}" if failure is not None else "the server chosen has gone",
+            f"; filtered out: {reasons}" if reasons else "",
+            f"; {json.dumps(failure.detail)}" if failure is not None and failure.detail else "",
+        )
+        return NoNode(Code.CONNECT_FAILED, f"{name} (trace {wanted.trace_id})")
+
+    def _claim(self, server_id: RelayId) -> "PlacementClaim":
+        placement = Placement(PlacementId(f"{self._instance[:16]}-{secrets.token_hex(8)}"), server_id, self._view.now_ms)
+        self._view.in_flight.add(placement, self._view.now)
+        return PlacementClaim(self._view, placement, self._tell)
+
+    def _tell(self, event: str, placement: Placement) -> None:
+        with suppress(trio.WouldBlock, trio.BrokenResourceError):  # then the servers' own updates will tell
+            self._news_in.send_nowait(encode_placement(event, placement))
+
+
+class PlacementClaim:
+    """Implements `Claim`: a placement that all relays count until the node does."""
+
+    __slots__ = ("_placement", "_released", "_tell", "_view")
+
+    def __init__(self, view: ClusterView, placement: Placement, tell: Callable[[str, Placement], None]) -> None:
+        self._view = view
+        self._placement = placement
+        self._tell = tell
+        self._released = False
+        tell(PLACED, placement)
+
+    def connected(self) -> None:
+        """See `Claim`."""
+        placement = self._placement
+        self._placement = later = Placement(placement.placement_id, placement.server_id, self._view.now_ms)
+        self._view.in_flight.add(later, self._view.now)
+        self._tell(PLACED, later)
+
+    def release(self) -> None:
+        """See `Claim`."""
+        if not self._released:
+            self._released = True
+            self._view.in_flight.withdraw(self._placement.placement_id)
+            self._tell(ENDED, self._placement)

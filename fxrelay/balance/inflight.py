@@ -1,0 +1,76 @@
+"""Pure: sessions that were placed on a server and that its last update cannot count yet.
+
+Server objects are seconds old. Without these counts a burst of logins all lands on the node that looked best when it began.
+"""
+
+from collections import deque
+from dataclasses import dataclass
+from typing import Final, NewType
+
+from fxtunnel.model import RelayId
+
+PlacementId = NewType("PlacementId", str)
+
+MAX_PLACEMENTS: Final = 100_000
+EXPIRES_S: Final = 180.0
+"""A placement nobody withdrew, of a server that publishes no more: twice the age at which a server is down."""
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """A session on its way. `placed_ms` is on the store's clock: a server measured later counts it itself."""
+
+    placement_id: PlacementId
+    server_id: RelayId
+    placed_ms: int
+
+
+class InFlight:
+    """The placements of this relay and of those that told it. `now` is monotonic seconds."""
+
+    def __init__(self, margin_ms: int = 250) -> None:
+        self._margin_ms = margin_ms
+        self._by_server: dict[RelayId, dict[PlacementId, Placement]] = {}
+        self._where: dict[PlacementId, RelayId] = {}
+        self._order: deque[tuple[float, PlacementId]] = deque()
+
+    def __len__(self) -> int:
+        return len(self._where)
+
+    def add(self, placement: Placement, now: float) -> None:
+        """Count it. The same one twice counts once; a later time replaces the earlier one, since connecting takes a while."""
+        self._expire(now)
+        known = self._where.get(placement.placement_id)
+        if known is None:
+            if len(self._where) >= MAX_PLACEMENTS:
+                return
+            self._order.append((now, placement.placement_id))
+        elif known != placement.server_id:
+            return
+        self._where[placement.placement_id] = placement.server_id
+        self._by_server.setdefault(placement.server_id, {})[placement.placement_id] = placement
+
+    def withdraw(self, placement_id: PlacementId) -> None:
+        """It came to nothing, or has ended already. May be repeated."""
+        server_id = self._where.pop(placement_id, None)
+        if server_id is not None:
+            at_server = self._by_server[server_id]
+            at_server.pop(placement_id, None)
+            if not at_server:
+                del self._by_server[server_id]
+
+    def measured(self, server_id: RelayId, measured_ms: int) -> None:
+        """A server's update arrived: it counts what was placed well before it was measured."""
+        at_server = self._by_server.get(server_id)
+        if at_server:
+            for placement in [p for p in at_server.values() if p.placed_ms + self._margin_ms <= measured_ms]:
+                self.withdraw(placement.placement_id)
+
+    def counts(self, now: float) -> dict[RelayId, int]:
+        """Placements on their way, by server."""
+        self._expire(now)
+        return {server_id: len(at_server) for server_id, at_server in self._by_server.items()}
+
+    def _expire(self, now: float) -> None:
+        while self._order and now - self._order[0][0] > EXPIRES_S:
+            self.withdraw(self._order.popleft()[1])

@@ -1,0 +1,1 @@
+"""What this relay knows of its cluster: server objects, the store they are kept in, and who hears of changes."""

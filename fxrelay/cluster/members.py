@@ -1,0 +1,189 @@
+"""Pure: who is in the cluster, from the updates that arrive: the newest of each node, its age, and nodes that quarrel over a name."""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Final
+
+from fxrelay.cluster.server import BadServer, ServerObject, parse_server
+from fxtunnel.model import InstanceId, RelayId, is_name
+
+MAX_MEMBERS: Final = 65_536
+"""Nodes kept; a store full of invented names must not fill the memory."""
+QUARREL_S: Final = 30.0
+"""How long after its last update a second process with the same id is still reported."""
+
+
+class MemberState(Enum):
+    """What an update's age says. STALE servers get no more sessions; DOWN ones are listed as such."""
+
+    UP = "up"
+    STALE = "stale"
+    DOWN = "down"
+
+
+class Outcome(Enum):
+    """What became of an update."""
+
+    APPLIED = "applied"
+    REPLAYED = "replayed"
+    OLDER_INSTANCE = "older-instance"
+    MALFORMED = "malformed"
+    TOO_MANY = "too-many"
+
+
+@dataclass(frozen=True, slots=True)
+class Control:
+    """What administrators switched off for a server, whatever the server says itself."""
+
+    draining: bool = False
+    disable: frozenset[str] = frozenset()
+
+    @classmethod
+    def parse(cls, text: str) -> "Control":
+        """From the store. What is not understood counts as not switched off."""
+        try:
+            found = json.loads(text)
+        except (ValueError, RecursionError):
+            return cls()
+        if not isinstance(found, dict):
+            return cls()
+        disable = found.get("disable")
+        words = disable if isinstance(disable, list) else []
+        return cls(found.get("draining") is True, frozenset(word for word in words if word in ("login", "start")))
+
+    def encode(self) -> str:
+        """For the store."""
+        return json.dumps({"draining": self.draining, "disable": sorted(self.disable)})
+
+
+NOTHING_OFF: Final = Control()
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A node as it is believed to be now. `age_s` is the time since its last update; `rivals` are processes that claim the same id."""
+
+    server: ServerObject
+    state: MemberState
+    age_s: float
+    is_drained: bool = False
+    disabled: frozenset[str] = frozenset()
+    rivals: tuple[InstanceId, ...] = ()
+
+
+@dataclass(slots=True)
+class _Record:
+    server: ServerObject
+    heard_at: float
+    control: Control = NOTHING_OFF
+    rivals: dict[InstanceId, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Ages:
+    """Seconds without an update after which a server is stale, and down."""
+
+    stale_s: float = 30.0
+    down_s: float = 90.0
+
+
+class Members:
+    """The table. Times are the reader's monotonic seconds, so that no other clock has to be right."""
+
+    def __init__(self, ages: Ages) -> None:
+        self._ages = ages
+        self._records: dict[RelayId, _Record] = {}
+        self._controls: dict[RelayId, Control] = {}
+        self.outcomes: dict[Outcome, int] = dict.fromkeys(Outcome, 0)
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def hear(self, text: str, now: float, age_s: float = 0.0) -> tuple[Outcome, RelayId | None]:
+        """Take an update in; `age_s` is how old the store says it is. Returns what became of it, and whose it was if that could be read.
+
+        Of one process only a higher `seq` counts. Of two processes with one id the later one wins; the other is kept as rival.
+        """
+        try:
+            server = parse_server(text)
+        except BadServer:
+            return self._count(Outcome.MALFORMED), None
+        heard_at = now - max(age_s, 0.0)
+        record = self._records.get(server.server_id)
+        if record is None:
+            if len(self._records) >= MAX_MEMBERS:
+                return self._count(Outcome.TOO_MANY), server.server_id
+            control = self._controls.get(server.server_id, NOTHING_OFF)
+            self._records[server.server_id] = _Record(server, heard_at, control)
+            return self._count(Outcome.APPLIED), server.server_id
+        known = record.server
+        if server.instance == known.instance:
+            if server.seq <= known.seq:
+                return self._count(Outcome.REPLAYED), server.server_id
+        elif (server.started_ms, server.instance) < (known.started_ms, known.instance):
+            if heard_at > record.heard_at - QUARREL_S and server.measured_ms > known.started_ms:
+                record.rivals[server.instance] = heard_at
+            return self._count(Outcome.OLDER_INSTANCE), server.server_id
+        elif known.measured_ms > server.started_ms:
+            record.rivals[known.instance] = record.heard_at
+        record.server = server
+        record.heard_at = heard_at
+        record.rivals.pop(server.instance, None)
+        return self._count(Outcome.APPLIED), server.server_id
+
+    def control(self, server_id: str, control: Control) -> None:
+        """An administrator switched something off, or on again."""
+        if not is_name(server_id):
+            return
+        if control == NOTHING_OFF:
+            self._controls.pop(RelayId(server_id), None)
+        elif len(self._controls) < MAX_MEMBERS or server_id in self._controls:
+            self._controls[RelayId(server_id)] = control
+        record = self._records.get(RelayId(server_id))
+        if record is not None:
+            record.control = control
+
+    def replace_controls(self, controls: Mapping[str, Control]) -> None:
+        """What is switched off is exactly this: from reading the whole store."""
+        for gone in [known for known in self._controls if known not in controls]:
+            self.control(gone, NOTHING_OFF)
+        for server_id, control in controls.items():
+            self.control(server_id, control)
+
+    def forget_unless(self, still_there: frozenset[str], now: float) -> None:
+        """Drop servers that are down and no longer in the store."""
+        for server_id, record in list(self._records.items()):
+            if server_id not in still_there and now - record.heard_at > self._ages.down_s:
+                del self._records[server_id]
+
+    def get(self, server_id: RelayId, now: float) -> Member | None:
+        """One member."""
+        record = self._records.get(server_id)
+        return self._member(record, now) if record is not None else None
+
+    def members(self, now: float) -> Iterator[Member]:
+        """All of them, down ones too."""
+        return (self._member(record, now) for record in self._records.values())
+
+    def statistics(self, now: float) -> dict[MemberState, int]:
+        """How many are in which state."""
+        counts = dict.fromkeys(MemberState, 0)
+        for record in self._records.values():
+            counts[self._state(now - record.heard_at)] += 1
+        return counts
+
+    def _member(self, record: _Record, now: float) -> Member:
+        age_s = now - record.heard_at
+        rivals = tuple(instance for instance, heard_at in record.rivals.items() if now - heard_at < QUARREL_S) if record.rivals else ()
+        return Member(record.server, self._state(age_s), age_s, record.control.draining, record.control.disable, rivals)
+
+    def _state(self, age_s: float) -> MemberState:
+        if age_s >= self._ages.down_s:
+            return MemberState.DOWN
+        return MemberState.STALE if age_s >= self._ages.stale_s else MemberState.UP
+
+    def _count(self, outcome: Outcome) -> Outcome:
+        self.outcomes[outcome] += 1
+        return outcome

@@ -1,0 +1,96 @@
+"""Port: where a cluster keeps what its members must agree on (store), and how they hear of changes at once (transporter).
+
+Both are blocking: call them in worker threads only. Adapters turn every exception of their library into StoreError or TransporterError.
+What comes back may have been written by anyone who can reach the store: it is data to be checked, never trusted.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+SERVERS: Final = "servers"
+"""Collection of server objects, by server id."""
+CONTROLS: Final = "controls"
+"""Collection of what administrators switched off, by server id."""
+PLACEMENTS: Final = "placements"
+"""Topic: sessions that were just placed and that no server object counts yet."""
+TOPICS: Final = (SERVERS, CONTROLS, PLACEMENTS)
+
+MAX_DOCUMENT_BYTES: Final = 262_144
+"""A longer document is refused on the way in and skipped (and counted) on the way out: one member must not fill the others' memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """What the store holds under a key. `updated_ms` is the store's clock at the last `put`, in ms since 1970."""
+
+    key: str
+    text: str
+    updated_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """A change that a member published. `text` is at most MAX_DOCUMENT_BYTES long."""
+
+    topic: str
+    text: str
+
+
+class Store(Protocol):
+    """Documents in collections, and counters. Any number of threads may call at once. Every call has a deadline of its own (a few seconds).
+
+    Raises:
+        StoreError: the store cannot be reached, refuses, or holds something that is not ours. Try again later; go on with what is known.
+    """
+
+    def epoch(self) -> str:
+        """Changes whenever the store may have forgotten something: another Redis run_id without AOF, another SQLite file."""
+
+    def now_ms(self) -> int:
+        """The store's clock, ms since 1970: the one clock all members share."""
+
+    def put(self, collection: str, key: str, text: str) -> int:
+        """Write a document; returns the store's clock."""
+
+    def get(self, collection: str, key: str) -> Document | None:
+        """One document."""
+
+    def delete(self, collection: str, key: str) -> None:
+        """Remove a document, if it is there."""
+
+    def documents(self, collection: str) -> Iterator[Document]:
+        """All documents of a collection, fetched in parts: ten thousand of them are never in memory at once. In no order."""
+
+    def add(self, counter: str, amount: int) -> int:
+        """Add to a named counter, which begins at 0; returns its new value. Atomic among all members."""
+
+    def close(self) -> None:
+        """Let go of connections and files. May be repeated; calls under way in other threads fail with StoreError."""
+
+
+class Subscription(Protocol):
+    """Messages from the moment it was made. For one thread at a time."""
+
+    def next_batch(self, timeout_s: float) -> list[Message]:
+        """What has come, at most 1,000 messages; waits up to `timeout_s` for the first one, then may be empty.
+
+        Raises:
+            TransporterError: the connection is lost, and messages may be: make a new subscription and read the store again.
+        """
+
+    def close(self) -> None:
+        """Stop listening. May be repeated, from any thread; a `next_batch` that waits returns or raises soon."""
+
+
+class Transporter(Protocol):
+    """Tells the other members at once. Nothing is kept for those who do not listen: the store is what counts."""
+
+    def publish(self, topic: str, text: str) -> None:
+        """Tell everyone who has subscribed, this relay included. Raises TransporterError."""
+
+    def subscribe(self, topics: tuple[str, ...]) -> Subscription:
+        """Listen. Raises TransporterError."""
+
+    def close(self) -> None:
+        """Let go of everything; open subscriptions end. May be repeated."""

@@ -1,0 +1,126 @@
+"""Task: publishes this node's server object: every few seconds, at once when something changes, and a last time when it leaves."""
+
+import json
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import trio
+
+from fxrelay.cluster.follow import Threads
+from fxrelay.cluster.ports import SERVERS, Store, Transporter
+from fxrelay.cluster.server import MAX_SERVER_BYTES, BadServer, parse_server
+from fxrelay.cluster.view import ClusterView
+from fxtunnel.errors import StoreError, TransporterError
+from fxtunnel.model import InstanceId, RelayId
+
+logger = logging.getLogger(__name__)
+
+MIN_PAUSE_S: Final = 0.2
+"""Between two updates, however much changes."""
+FAREWELL_S: Final = 2.0
+
+Facts = Mapping[str, Any]
+"""Fields of the server object, with the names of docs/CLUSTER.md."""
+
+
+@dataclass(frozen=True, slots=True)
+class PublisherConfig:
+    """Who publishes, and how often. `started_ms` decides between two processes with one id: the later one is right."""
+
+    server_id: RelayId
+    instance: InstanceId
+    version: str
+    publish_s: float = 10.0
+
+
+class Publisher:
+    """Publishes. `run` it once; `changed` may be called at any time from the trio thread.
+
+    `measure` gathers what the machine says (it may take its time), `agent` tells at once what the relay knows about itself: `tunnels`.
+    """
+
+    def __init__(
+        self,
+        config: PublisherConfig,
+        store: Store,
+        transporter: Transporter,
+        view: ClusterView,
+        threads: Threads,
+        sources: tuple[Callable[[], Awaitable[Facts]], Callable[[], Facts]],
+    ) -> None:
+        self._config = config
+        self._store = store
+        self._transporter = transporter
+        self._view = view
+        self._threads = threads
+        self._measure, self._agent = sources
+        self._started_ms = 0
+        self._seq = 0
+        self._changed = trio.Event()
+        self.published = 0
+        self.last_error = ""
+
+    def changed(self) -> None:
+        """Something others should know of has changed: publish soon."""
+        self._changed.set()
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Publish until cancelled; then say that this node takes nothing more, so that nobody has to wait for its age to tell.
+
+        Started when the first server object is out, or could not be brought out.
+        """
+        self._started_ms = self._view.now_ms
+        try:
+            await self._publish()
+            task_status.started()
+            while True:
+                self._changed = trio.Event()
+                with trio.move_on_after(self._config.publish_s):
+                    await self._changed.wait()
+                await self._publish()
+                await trio.sleep(min(MIN_PAUSE_S, self._config.publish_s))
+        finally:
+            with trio.move_on_after(FAREWELL_S, shield=True):
+                await self._send({"draining": True})
+
+    async def _publish(self) -> None:
+        await self._send(await self._measure())
+
+    async def _send(self, measured: Facts) -> None:
+        self._seq += 1
+        # What was measured is as old as the beginning of the measuring: nothing that was placed meanwhile is counted twice or lost.
+        text = json.dumps(
+            {
+                **measured,
+                "serverId": self._config.server_id,
+                "seq": self._seq,
+                "measuredAt": measured.get("measuredAt", self._view.now_ms),
+                "agent": {
+                    **self._agent(),
+                    "version": self._config.version,
+                    "instanceId": self._config.instance,
+                    "startedAt": self._started_ms,
+                },
+            },
+            ensure_ascii=False,
+            separators=(",", ":"),
+        )
+        try:
+            parse_server(text)
+        except BadServer as exc:
+            self.last_error = f"this node's own data: {exc}"
+            logger.error("not published: %s (at most %d bytes in all)", exc, MAX_SERVER_BYTES)
+            return
+        try:
+            self._view.store_said(await self._threads.run(lambda: self._store.put(SERVERS, self._config.server_id, text)))
+            self.published += 1
+            self.last_error = ""
+        except StoreError as exc:
+            self.last_error = str(exc)
+            self._view.store_failed(str(exc))
+        try:
+            await self._threads.run(lambda: self._transporter.publish(SERVERS, text))
+        except TransporterError as exc:
+            self.last_error = str(exc)

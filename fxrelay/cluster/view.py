@@ -1,0 +1,170 @@
+"""Pump: the cluster as this relay sees it now: members, placements on their way, and whether store and transporter answer.
+
+Belongs to the trio thread. The follower writes it, decisions and status read it; nothing here waits.
+"""
+
+import json
+import logging
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Final
+
+from fxrelay.balance.inflight import InFlight, Placement, PlacementId
+from fxrelay.cluster.members import Ages, Control, Member, Members, Outcome
+from fxrelay.cluster.ports import CONTROLS, MAX_DOCUMENT_BYTES, PLACEMENTS, SERVERS, Document, Message
+from fxtunnel.model import RelayId, is_name
+
+logger = logging.getLogger(__name__)
+
+PLACED: Final = "placed"
+ENDED: Final = "ended"
+_MAX_MS: Final = 1 << 53
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """Whether what the cluster says can be heard. `store_down_s` is 0 while the store answers; `synced`: it was read once."""
+
+    synced: bool
+    store_down_s: float
+    live: bool
+    last_error: str
+
+
+class ClusterView:
+    """What is known. `now` is monotonic; `now_ms` is the store's clock as far as this relay can tell, without asking it."""
+
+    def __init__(self, ages: Ages, monotonic: Callable[[], float] = time.monotonic) -> None:
+        self.members = Members(ages)
+        self.in_flight = InFlight()
+        self.dropped_messages = 0
+        self._monotonic = monotonic
+        self._clock_offset_ms = int(time.time() * 1000 - monotonic() * 1000)
+        self._synced = False
+        self._store_down_since: float | None = None
+        self._live = False
+        self._last_error = ""
+        self._quarrels: set[RelayId] = set()
+
+    @property
+    def now(self) -> float:
+        """Monotonic seconds."""
+        return self._monotonic()
+
+    @property
+    def now_ms(self) -> int:
+        """The store's clock, ms since 1970."""
+        return int(self._monotonic() * 1000) + self._clock_offset_ms
+
+    def health(self) -> Health:
+        """For status and metrics."""
+        down_s = 0.0 if self._store_down_since is None else self.now - self._store_down_since
+        return Health(self._synced, down_s, self._live, self._last_error)
+
+    def everyone(self) -> Iterable[Member]:
+        """All members, down ones too."""
+        return self.members.members(self.now)
+
+    def store_said(self, clock_ms: int) -> None:
+        """The store answered, and told its clock."""
+        self._clock_offset_ms = clock_ms - int(self._monotonic() * 1000)
+        if self._store_down_since is not None:
+            logger.warning("the store answers again after %.1f s", self.now - self._store_down_since)
+        self._store_down_since = None
+
+    def store_failed(self, error: str) -> None:
+        """The store did not answer: what is known stays in use."""
+        self._last_error = error
+        if self._store_down_since is None:
+            self._store_down_since = self.now
+            logger.warning("the store does not answer, going on with what is known: %s", error)
+
+    def live_updates(self, are_heard: bool, error: str = "") -> None:
+        """Changes do, or do not, arrive at once."""
+        self._live = are_heard
+        self._last_error = error or self._last_error
+
+    def read_servers(self, documents: Iterable[Document]) -> None:
+        """A part of the store's servers."""
+        for document in documents:
+            age_s = (self.now_ms - document.updated_ms) / 1000
+            outcome, server_id = self.members.hear(document.text, self.now, age_s)
+            self._after(outcome, server_id)
+
+    def read_controls(self, documents: Iterable[Document]) -> None:
+        """All of the store's controls."""
+        self.members.replace_controls({document.key: Control.parse(document.text) for document in documents})
+
+    def read_everything(self, server_ids: frozenset[str]) -> None:
+        """The store has been read to its end; these servers are in it."""
+        self._synced = True
+        self.members.forget_unless(server_ids, self.now)
+
+    def hear(self, message: Message) -> None:
+        """A live message. Whatever is malformed is dropped and counted."""
+        if len(message.text) > MAX_DOCUMENT_BYTES:
+            self.dropped_messages += 1
+        elif message.topic == SERVERS:
+            self._after(*self.members.hear(message.text, self.now))
+        elif not self._hear_small(message):
+            self.dropped_messages += 1
+
+    def _after(self, outcome: Outcome, server_id: RelayId | None) -> None:
+        if server_id is None:
+            return
+        member = self.members.get(server_id, self.now)
+        if member is None:
+            return
+        if outcome is Outcome.APPLIED:
+            self.in_flight.measured(server_id, member.server.measured_ms)
+        if not member.rivals:
+            self._quarrels.discard(server_id)
+        elif server_id not in self._quarrels:
+            self._quarrels.add(server_id)
+            logger.error(
+                "two processes call themselves %s: %s at %s is used, being newer, %s is not; give one of them another relay.id",
+                server_id,
+                member.server.instance,
+                member.server.hostname,
+                ", ".join(member.rivals),
+            )
+
+    def _hear_small(self, message: Message) -> bool:
+        try:
+            found = json.loads(message.text)
+        except (ValueError, RecursionError):
+            return False
+        if not isinstance(found, dict):
+            return False
+        if message.topic == CONTROLS:
+            server_id, control = found.get("serverId"), found.get("control")
+            if not isinstance(server_id, str) or not is_name(server_id):
+                return False
+            self.members.control(server_id, Control.parse(json.dumps(control)))
+            return True
+        return message.topic == PLACEMENTS and self._hear_placement(found)
+
+    def _hear_placement(self, found: dict[str, object]) -> bool:
+        placement_id, server_id, placed_ms, event = (found.get(key) for key in ("id", "serverId", "at", "event"))
+        if not isinstance(placement_id, str) or not is_name(placement_id):
+            return False
+        if event == ENDED:
+            self.in_flight.withdraw(PlacementId(placement_id))
+            return True
+        if event != PLACED or not isinstance(server_id, str) or not is_name(server_id):
+            return False
+        if type(placed_ms) is not int or not 0 <= placed_ms <= _MAX_MS:
+            return False
+        self.in_flight.add(Placement(PlacementId(placement_id), RelayId(server_id), min(placed_ms, self.now_ms)), self.now)
+        return True
+
+
+def encode_placement(event: str, placement: Placement) -> str:
+    """The message about a placement: `event` is PLACED or ENDED."""
+    return json.dumps({"id": placement.placement_id, "serverId": placement.server_id, "at": placement.placed_ms, "event": event})
+
+
+def encode_control(server_id: str, control: Control) -> str:
+    """The message about a control."""
+    return json.dumps({"serverId": server_id, "control": json.loads(control.encode())})
