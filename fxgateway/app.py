@@ -194,7 +194,15 @@ def door_configs(settings: GatewaySettings) -> list[DoorConfig]:
     """The doors of a configuration."""
     limits = settings.limits
     return [
-        DoorConfig(door.label, door.listen, ServiceName(door.service), limits.open_timeout_s, limits.idle_timeout_s)
+        DoorConfig(
+            door.label,
+            door.listen,
+            ServiceName(door.service),
+            limits.open_timeout_s,
+            limits.idle_timeout_s,
+            door.proxy_from,
+            limits.hello_timeout_s,
+        )
         for door in settings.doors
     ]
 

@@ -70,6 +70,11 @@ class DoorSettings(Section):
     max_connections: int | None = Field(
         None, ge=1, le=1_000_000, description="Open connections of this door instead of connections_per_door."
     )
+    proxy_from: tuple[IPv4Network | IPv6Network, ...] = Field(
+        (),
+        max_length=1024,
+        description="Proxies (addresses, or networks as CIDR) that say by a PROXY header, v1 or v2, whom they speak for; they must.",
+    )
 
     @property
     def label(self) -> str:

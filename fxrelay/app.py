@@ -3,14 +3,17 @@
 import logging
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Final
 
 import trio
 
 from fxrelay import settings as config
+from fxrelay.brain import Brain, Whose
 from fxrelay.delivery.delivery import DeliveryDesk, DeliveryLimits
-from fxrelay.delivery.services import Endpoint, Service, ServiceTable, resolve
+from fxrelay.delivery.placing import Placer
+from fxrelay.delivery.services import AnyService, Endpoint, PoolService, Service, ServiceTable, resolve
 from fxrelay.live import LiveView
 from fxrelay.pages import make_app
 from fxrelay.settings import RelaySettings, ServiceSection
@@ -28,7 +31,8 @@ from fxtunnel.kit import logs
 from fxtunnel.kit.notify import Notifier
 from fxtunnel.kit.pages import serve_pages
 from fxtunnel.kit.process import POLL_S, Reloads, feed_watchdog, let_finish, raise_file_limit, settle_memory, watch_signals
-from fxtunnel.model import RelayId, ServiceName, SessionId
+from fxtunnel.kit.settings import Address
+from fxtunnel.model import GatewayId, RelayId, ServiceName, SessionId
 from fxtunnel.protocol.credit import WindowBudget
 from fxtunnel.protocol.hello import CAP_RESUME
 
@@ -69,6 +73,7 @@ class Relay:
         self._desk = DeliveryDesk(reactor, self._services, delivery_limits(settings))
         self._budget = WindowBudget(settings.limits.memory_bytes)
         self._uplinks: list[Uplink] = []
+        self._brain: Brain | None = None
         self._failed = 0
 
     async def serve(self) -> int:
@@ -79,11 +84,16 @@ class Relay:
         """
         files = [await trio.to_thread.run_sync(load_gateway_file, gateway.file) for gateway in self._settings.gateways]
         identity = await load_identity(self._settings.relay.state_dir, RelayId(self._settings.relay.id))
+        whose = Whose(identity.relay_id, identity.instance, lambda: [uplink.statistics() for uplink in self._uplinks])
+        self._brain = brain = Brain(self._settings, self._config_path.absolute().parent, whose)
+        self._desk.placer = placer = Placer(brain.chooser, self._settings.cluster.paths)
         self._services.replace(await resolved(self._settings.services))
         self._uplinks = self._make_uplinks(files, identity)
-        view = LiveView(identity.relay_id, identity.instance, lambda: self._uplinks, self._desk, self._settings.limits.memory_bytes)
+        view = LiveView(identity.relay_id, identity.instance, lambda: self._uplinks, self._desk, brain, self._settings.limits.memory_bytes)
         async with trio.open_nursery() as nursery:
             await nursery.start(watch_signals, self._reloads.ask, self._stop.set)
+            await nursery.start(brain.run)
+            await nursery.start(placer.run)
             await nursery.start(serve_pages, make_app(view), self._settings.relay.status_address)
             nursery.start_soon(self._sweep)
             nursery.start_soon(self._keep_resolved)
@@ -95,14 +105,20 @@ class Relay:
             self._notifier.ready()
             settle_memory()
             await self._stop.wait()
-            if self._failed < len(self._uplinks):
+            if not self._has_failed:
                 await self._drain()
             nursery.cancel_scope.cancel()
-        return 1 if self._failed == len(self._uplinks) else 0
+        return 1 if self._has_failed else 0
 
-    def new_session(self, owner: UplinkSessionOwner, session_id: SessionId) -> LinkSession:
-        """See `SessionFactory`."""
-        return Session(self._reactor, session_id, owner, session_config(self._settings), self._budget, self._desk.on_open)
+    @property
+    def _has_failed(self) -> bool:
+        """Whether no gateway is left that could be tried again. A node that only reports has none to lose."""
+        return bool(self._uplinks) and self._failed == len(self._uplinks)
+
+    def new_session(self, gateway_id: GatewayId, owner: UplinkSessionOwner, session_id: SessionId) -> LinkSession:
+        """A session of one gateway; the desk hears who asks."""
+        on_open = partial(self._desk.on_open, gateway_id=gateway_id)
+        return Session(self._reactor, session_id, owner, session_config(self._settings), self._budget, on_open)
 
     def _make_uplinks(self, files: list[GatewayFile], identity: Identity) -> list[Uplink]:
         settings = self._settings
@@ -118,7 +134,7 @@ class Relay:
                 dead_after_s=settings.liveness.dead_after_s,
                 caps=(CAP_RESUME,) if settings.resume.enabled else (),
             )
-            uplinks.append(Uplink(file, identity, offers, self, uplink_config))
+            uplinks.append(Uplink(file, identity, offers, GatewaySessions(self, file.gateway_id), uplink_config))
         return uplinks
 
     async def _run_uplink(self, uplink: Uplink) -> None:
@@ -128,11 +144,15 @@ class Relay:
         except FxError as exc:
             logger.error("%s", exc)
             self._failed += 1
-            if self._failed == len(self._uplinks):
+            if self._has_failed:
                 self._stop.set()
 
     async def _announce(self) -> None:
-        """The ready line: the first tunnel is up."""
+        """The ready line: the first tunnel is up, or there is none to wait for."""
+        if not self._uplinks:
+            sys.stdout.write(f"fxrelay ready: {self._settings.relay.id} reports to its cluster; no gateway\n")
+            sys.stdout.flush()
+            return
         while True:
             for uplink in self._uplinks:
                 statistics = uplink.statistics()
@@ -147,9 +167,11 @@ class Relay:
         drain_s = self._settings.limits.drain_s
         self._notifier.stopping()
         self._desk.is_draining = True
+        if self._brain is not None:
+            self._brain.publisher.leave()
         for uplink in self._uplinks:
             uplink.drain(drain_s)
-        await let_finish("streams", lambda: len(self._desk.deliveries), drain_s)
+        await let_finish("streams", lambda: self._desk.streams, drain_s)
         self._desk.abort_all()
         await trio.sleep(POLL_S)  # FINs and RESETs that were just queued still have to leave
         async with trio.open_nursery() as nursery:
@@ -172,37 +194,55 @@ class Relay:
     async def _load_again(self) -> None:
         fresh = await trio.to_thread.run_sync(config.load, self._config_path, os.environ)
         services = await resolved(fresh.services, self._services)
+        if self._brain is not None:
+            self._brain.reconfigure(fresh)  # first: a script that cannot be used refuses the whole configuration
         self._apply(fresh, services)
         logger.info("reloaded %s", self._config_path)
 
-    def _apply(self, fresh: RelaySettings, services: list[Service]) -> None:
+    def _apply(self, fresh: RelaySettings, services: list[AnyService]) -> None:
         """Services and limits of a reloaded configuration; what needs a restart is named, and stays."""
         self._services.replace(services)
         self._desk.limits = delivery_limits(fresh)
+        if self._desk.placer is not None:
+            self._desk.placer.paths = fresh.cluster.paths
         for uplink in self._uplinks:
             uplink.update_services(self._services.offers())
         logs.configure(fresh.log.level, fresh.log.style, sys.stderr)
-        for section in ("relay", "gateways"):
+        for section in ("relay", "gateways", "cluster"):
             if getattr(fresh, section) != getattr(self._settings, section):
                 logger.warning("changes in [%s] take effect at the next restart", section.removesuffix("s"))
         self._settings = fresh
 
 
-async def resolved(sections: tuple[ServiceSection, ...], known: ServiceTable | None = None) -> list[Service]:
-    """The services with their targets' addresses. A name that does not resolve now keeps the addresses it had."""
-    services = []
+class GatewaySessions:
+    """Implements `SessionFactory` for one gateway."""
+
+    def __init__(self, relay: Relay, gateway_id: GatewayId) -> None:
+        self._relay = relay
+        self._gateway_id = gateway_id
+
+    def new_session(self, owner: UplinkSessionOwner, session_id: SessionId) -> LinkSession:
+        """See `SessionFactory`."""
+        return self._relay.new_session(self._gateway_id, owner, session_id)
+
+
+async def resolved(sections: tuple[ServiceSection, ...], known: ServiceTable | None = None) -> list[AnyService]:
+    """The services with their addresses on this node. A name that does not resolve now keeps the addresses it had."""
+    services: list[AnyService] = []
     for section in sections:
-        if section.target is None:
-            continue
         name = ServiceName(section.name)
+        target = section.target if section.target is not None else Address(section.host, section.port)
         endpoints: tuple[Endpoint, ...]
         try:
-            endpoints = await trio.to_thread.run_sync(resolve, section.target)
+            endpoints = await trio.to_thread.run_sync(resolve, target)
         except OSError as exc:
             old = known.get(name) if known is not None else None
-            endpoints = old.endpoints if old is not None and old.target == section.target else ()
-            logger.warning("target %s of service %s does not resolve: %s", section.target, section.name, exc.strerror or exc)
-        services.append(Service(name, section.target, endpoints, section.protocol))
+            endpoints = old.endpoints if old is not None and old.target == target else ()
+            logger.warning("target %s of service %s does not resolve: %s", target, section.name, exc.strerror or exc)
+        if section.port is not None:
+            services.append(PoolService(name, section.host, section.port, endpoints, section.protocol, section.proxy_protocol))
+        else:
+            services.append(Service(name, target, endpoints, section.protocol, section.proxy_protocol))
     return services
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
+from fxrelay.cluster_cli import COMMANDS
 from fxtunnel import __version__
 from fxtunnel.errors import FxError
 from fxtunnel.kit.console import (
@@ -90,7 +91,7 @@ def check(config_path: Path) -> None:
 
     for warning in warnings(settings, time.time()):
         click.echo(f"warning: {warning}", err=True)
-    services = ", ".join(f"{service.name} -> {service.target}" for service in settings.services)
+    services = ", ".join(f"{service.name} -> {service.target or f'port {service.port} of its nodes'}" for service in settings.services)
     click.echo(f"ok: {config_path}: relay {settings.relay.id}, {len(settings.gateways)} gateway(s), services {services or 'none'}")
 
 
@@ -143,15 +144,39 @@ def _print_status(found: "dict[str, Any]") -> None:
     if errors:
         print_table(("gateway", "last error"), errors)
     services = [
-        (service["name"], service["target"], str(service["streams"]), str(service["opened"]), reasons(service["refused"]))
+        (
+            service["name"],
+            service["target"],
+            str(service["streams"]),
+            str(service["opened"]),
+            reasons(service["refused"]),
+            reasons(service["paths"]) if service["paths"] else "-",
+        )
         for service in found["services"]
     ]
-    print_table(("service", "target", "streams", "opened", "refused"), services)
+    print_table(("service", "target", "streams", "opened", "refused", "paths"), services)
+    _print_cluster(found["cluster"])
+
+
+def _print_cluster(cluster: "dict[str, Any]") -> None:
+    nodes = ", ".join(f"{count} {state}" for state, count in cluster["nodes"].items() if count)
+    click.echo(f"cluster: nodes {nodes or 'none'}; {cluster['in_flight']} placements on their way")
+    if cluster["store_down_s"]:
+        click.echo(
+            f"the store has not answered for {duration(cluster['store_down_s'])}: {cluster['last_error']}; going on with what is known"
+        )
+    elif not cluster["live"]:
+        click.echo(f"changes are not heard at once: {cluster['last_error']}")
+    for server_id in cluster["quarrels"]:
+        click.echo(f"warning: more than one process calls itself {server_id}")
 
 
 def _next_try(seconds: float | None) -> str:
     return "-" if seconds is None else f"next in {seconds:.0f} s"
 
+
+for _command in COMMANDS:
+    main.add_command(_command)
 
 if __name__ == "__main__":
     main()

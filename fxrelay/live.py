@@ -4,8 +4,9 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 
+from fxrelay.brain import Brain
 from fxrelay.delivery.delivery import DeliveryDesk
-from fxrelay.pages import ServiceStatus, Totals, UplinkState, UplinkStatus
+from fxrelay.pages import ClusterStatus, ServiceStatus, Totals, UplinkState, UplinkStatus
 from fxrelay.uplink import ports
 from fxrelay.uplink.uplink import Uplink
 from fxtunnel import __version__
@@ -31,12 +32,14 @@ class LiveView:
         instance: InstanceId,
         uplinks: Callable[[], Sequence[Uplink]],
         desk: DeliveryDesk,
+        brain: Brain,
         memory_limit_bytes: int,
     ) -> None:
         self._relay_id = relay_id
         self._instance = instance
         self._uplinks = uplinks
         self._desk = desk
+        self._brain = brain
         self._memory_limit_bytes = memory_limit_bytes
         self._started = time.monotonic()
 
@@ -56,9 +59,28 @@ class LiveView:
                 streams[service.name],
                 counters.opened_by_service.get(service.name, 0),
                 dict(counters.refused_by_service.get(service.name, {})),
+                {str(path): count for path, count in counters.paths_by_service.get(service.name, {}).items()},
             )
             for service in self._desk.services.services()
         ]
+
+    def cluster(self) -> ClusterStatus:
+        """See `RelayView`."""
+        view, chooser, publisher = self._brain.view, self._brain.chooser, self._brain.publisher
+        health = view.health()
+        return ClusterStatus(
+            store_down_s=round(health.store_down_s, 1),
+            live=health.live,
+            synced=health.synced,
+            last_error=publisher.last_error or health.last_error,
+            nodes={state.value: count for state, count in view.members.statistics(view.now).items()},
+            quarrels=tuple(sorted(member.server.server_id for member in view.everyone() if member.rivals)),
+            in_flight=len(view.in_flight),
+            updates={outcome.value: count for outcome, count in view.members.outcomes.items()},
+            published=publisher.published,
+            decisions=chooser.decisions,
+            failures=dict(chooser.failures),
+        )
 
     def totals(self) -> Totals:
         """See `RelayView`."""

@@ -1,7 +1,7 @@
 """Task: the relay's status socket: /healthz, /status and /metrics. It only tells; nothing can be changed here."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Literal, Protocol
 
 from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4, CollectorRegistry, ProcessCollector, generate_latest
@@ -44,6 +44,28 @@ class ServiceStatus:
     streams: int
     opened: int
     refused: Mapping[str, int]
+    paths: Mapping[str, int] = field(default_factory=dict)
+    """Of a pool: streams by the way they took since start: local, redirect, direct."""
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterStatus:
+    """What this relay knows of its cluster. `store_down_s` is 0 while the store answers; `live`: changes are heard at once.
+
+    `nodes` counts servers by state, `updates` received server objects by what became of them, `failures` decisions without a node.
+    """
+
+    store_down_s: float
+    live: bool
+    synced: bool
+    last_error: str
+    nodes: Mapping[str, int]
+    quarrels: tuple[str, ...]
+    in_flight: int
+    updates: Mapping[str, int]
+    published: int
+    decisions: int
+    failures: Mapping[str, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,11 +95,14 @@ class RelayView(Protocol):
     def totals(self) -> Totals:
         """The daemon as a whole."""
 
+    def cluster(self) -> ClusterStatus:
+        """What it knows of the others."""
+
 
 def make_app(view: RelayView) -> Starlette:
     """The pages, for `serve_pages`. GET and HEAD only; every answer is made from one look at `view`.
 
-    /healthz: 200 while the process answers. /status: JSON object with `relay` (see `Totals`), `uplinks` and `services`.
+    /healthz: 200 while the process answers. /status: JSON object with `relay` (see `Totals`), `uplinks`, `services` and `cluster`.
     /metrics: Prometheus text.
     """
     registry = CollectorRegistry()
@@ -93,6 +118,7 @@ def make_app(view: RelayView) -> Starlette:
                 "relay": asdict(view.totals()),
                 "uplinks": [asdict(uplink) for uplink in view.uplinks()],
                 "services": [asdict(service) for service in view.services()],
+                "cluster": asdict(view.cluster()),
             },
             headers=_HEADERS,
         )
@@ -123,6 +149,7 @@ class RelayCollector(Collector):
         yield from _daemon(self._view.totals())
         yield from _uplinks(self._view.uplinks())
         yield from _services(self._view.services())
+        yield from _cluster(self._view.cluster())
 
     def describe(self) -> list[Metric]:
         """Nothing: registering must not read a view that is still being put together."""
@@ -165,9 +192,31 @@ def _services(services: list[ServiceStatus]) -> Iterator[Metric]:
     streams = GaugeMetricFamily("fxrelay_service_streams", "Open streams.", labels=["service"])
     opened = CounterMetricFamily("fxrelay_service_opened", "Streams the service accepted.", labels=["service"])
     refused = CounterMetricFamily("fxrelay_service_refused", "Streams refused.", labels=["service", "reason"])
+    paths = CounterMetricFamily("fxrelay_service_paths", "Streams of a pool by the way they took.", labels=["service", "path"])
     for service in services:
+        for path, count in sorted(service.paths.items()):
+            paths.add_metric([service.name, path], count)
         streams.add_metric([service.name], service.streams)
         opened.add_metric([service.name], service.opened)
         for reason, count in sorted(service.refused.items()):
             refused.add_metric([service.name, reason], count)
-    yield from (streams, opened, refused)
+    yield from (streams, opened, refused, paths)
+
+
+def _cluster(cluster: ClusterStatus) -> Iterator[Metric]:
+    nodes = GaugeMetricFamily("fxrelay_cluster_nodes", "Nodes of the cluster by state.", labels=["state"])
+    for state, count in sorted(cluster.nodes.items()):
+        nodes.add_metric([state], count)
+    updates = CounterMetricFamily("fxrelay_cluster_updates", "Server objects received, by what became of them.", labels=["outcome"])
+    for outcome, count in sorted(cluster.updates.items()):
+        updates.add_metric([outcome], count)
+    failures = CounterMetricFamily("fxrelay_decision_failures", "Decisions that chose no node, by reason.", labels=["reason"])
+    for reason, count in sorted(cluster.failures.items()):
+        failures.add_metric([reason], count)
+    yield from (nodes, updates, failures)
+    yield GaugeMetricFamily("fxrelay_store_up", "1 while the cluster's store answers.", value=float(not cluster.store_down_s))
+    yield GaugeMetricFamily("fxrelay_cluster_live", "1 while changes are heard at once.", value=float(cluster.live))
+    yield GaugeMetricFamily("fxrelay_cluster_quarrels", "Ids that more than one process claims.", value=len(cluster.quarrels))
+    yield GaugeMetricFamily("fxrelay_placements", "Placements that no server counts yet.", value=cluster.in_flight)
+    yield CounterMetricFamily("fxrelay_decisions", "Decisions made.", value=cluster.decisions)
+    yield CounterMetricFamily("fxrelay_published", "Server objects that this node has published.", value=cluster.published)

@@ -6,13 +6,14 @@ from typing import TYPE_CHECKING, Final
 from fxgateway.routing.table import Forward, Reject
 from fxtunnel.codes import Code
 from fxtunnel.engine.splice import Splice
-from fxtunnel.model import RelayId
+from fxtunnel.model import RelayId, is_name
+from fxtunnel.protocol.frames import MAX_AVOIDED, encode_redirects
 
 if TYPE_CHECKING:
     from fxgateway.doors.door import Door
 
 MAX_ATTEMPTS: Final = 8
-"""Relays tried for one client, at most; a cluster whose relays all refuse should not keep the gateway busy."""
+"""Streams opened for one client, at most; a cluster whose relays all refuse or redirect should not keep the gateway busy."""
 
 
 class Client(Splice):
@@ -20,18 +21,26 @@ class Client(Splice):
 
     Another relay is tried while the client can have lost nothing: before ACCEPT (what it sent is kept and replayed), or after it
     when not a byte has moved in either direction. Later a lost stream ends in RST: what a service may have acted on is never sent twice.
+    A relay may redirect to another one; if that one fails, the first is asked again for another way before its turn is over.
     """
 
-    __slots__ = ("_tried", "address", "admitted_by", "door", "last_bytes", "moved_at")
+    __slots__ = ("_asked", "_attempts", "_avoid", "_target", "address", "admitted_by", "door", "last_bytes", "moved_at", "named")
 
     def __init__(self, door: "Door", sock: socket.socket, address: str) -> None:
         super().__init__(door.reactor, sock)
         self.door = door
         self.address = address
         self.admitted_by = door.name
+        self.named = ""
+        """The client's ip:port if somebody else told it (PROXY protocol); else the socket knows it."""
         self.last_bytes = 0
         self.moved_at = door.reactor.now
-        self._tried: tuple[RelayId, ...] = ()
+        self._attempts = 0
+        self._asked: tuple[RelayId, ...] = ()
+        """Relays asked on their own account. The last of them is the one that redirected to `_target`."""
+        self._target: RelayId | None = None
+        self._avoid: tuple[RelayId, ...] = ()
+        """Relays that were redirected to in vain."""
 
     def begin(self, peer: str) -> None:
         """Choose a relay and open the stream; `peer` is the client's ip:port as OPEN carries it."""
@@ -53,7 +62,12 @@ class Client(Splice):
 
     def on_redirect(self, relay: str) -> None:
         """See `Endpoint`."""
-        self._try_another(RelayId(relay))
+        # PROTOCOL.md, 6: what cannot be followed is a REFUSE, of the relay that was redirected to as well as of the one that redirects.
+        if self._target is None and is_name(relay) and relay not in self._avoid and len(self._avoid) < MAX_AVOIDED:
+            self._target = RelayId(relay)
+            self._open_again(asks_again=False)
+        else:
+            self._try_another()
 
     def on_reset(self, code: Code) -> None:
         """See `Endpoint`."""
@@ -80,29 +94,50 @@ class Client(Splice):
         """See `Splice`."""
         self.door.client_released(self)
 
-    def _try_another(self, named: RelayId | None = None) -> None:
+    def _try_another(self) -> None:
+        """The relay that has the stream cannot serve it: back to the one that redirected there, or on by the routes."""
+        self._open_again(asks_again=self._give_up_target())
+
+    def _give_up_target(self) -> bool:
+        target, self._target = self._target, None
+        if target is not None:
+            self._avoid = (*self._avoid, target)
+        return target is not None
+
+    def _open_again(self, *, asks_again: bool) -> None:
         stream = self.stream
         if self.closed or stream is None:
             return
         self.door.opening.pop(self, None)  # to enter again at its end: it is in order of time
-        self._forward(bytes(stream.early or b""), self.door.tags_of(self), named)
+        self._forward(bytes(stream.early or b""), self.door.tags_of(self), asks_again=asks_again)
 
-    def _forward(self, early: bytes, tags: bytes, named: RelayId | None = None) -> bool:
-        while len(self._tried) < MAX_ATTEMPTS:
-            relay = self.door.relays.named(named) if named is not None else None
-            named = None
+    def _forward(self, early: bytes, tags: bytes, *, asks_again: bool = False) -> bool:
+        """Open the stream on `_target`, or on the relay that redirected last (`asks_again`), or on the best that was not asked yet."""
+        relays = self.door.relays
+        while self._attempts < MAX_ATTEMPTS:
+            relay = None
+            if self._target is not None:
+                relay = relays.named(self._target) if self._target != self._asked[-1] else None
+                if relay is None:
+                    asks_again = self._give_up_target()
+                    continue
+            elif asks_again:
+                relay = relays.named(self._asked[-1])
+                asks_again = False
             if relay is None:
-                match self.door.relays.routes.decide(self.door.service, self._tried):
+                match relays.routes.decide(self.door.service, self._asked):
                     case Forward(relay):
-                        pass
+                        self._asked = (*self._asked, relay.relay_id)
                     case Reject(reason):
                         self.door.refused(reason.value)
                         self.abort()
                         return False
-            self._tried = (*self._tried, relay.relay_id)
+            self._attempts += 1
             session = relay.session_for_stream()
-            stream = session.open_stream(tags, self) if session is not None else None
+            extra = encode_redirects(self._asked[-1] if self._target is not None else None, self._avoid)
+            stream = session.open_stream(tags + extra, self) if session is not None else None
             if session is None or stream is None:
+                asks_again = self._give_up_target()
                 continue
             self.door.opening[self] = self.reactor.now
             stream.replay(early)

@@ -4,9 +4,10 @@ import errno
 import logging
 import socket
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol, TypeVar
 
 from fxgateway.doors.client import Client
+from fxgateway.doors.proxied import Network, Proxied, is_within
 from fxgateway.routing.admission import Admission, Verdict
 from fxgateway.routing.table import RouteTable
 from fxtunnel.codes import Code
@@ -20,10 +21,13 @@ if TYPE_CHECKING:
     from fxgateway.tunnels.registry import LiveRelay
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 ACCEPTS_PER_TURN: Final = 64
 PAUSE_S: Final = 0.25
 SWEEP_S: Final = 0.5
+MAX_HEADERS_AWAITED: Final = 1_024
+"""Connections of one door that may owe their PROXY header at once. Headers come with the first packet, so more of them are no clients."""
 CLIENT_NOTSENT_BYTES: Final = 32_768
 """Unsent bytes the kernel holds for one client. This bounds what readers that never read fill, without limiting the path's own window."""
 CLIENT_OPTIONS: Final = (
@@ -33,6 +37,8 @@ CLIENT_OPTIONS: Final = (
     (socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, CLIENT_NOTSENT_BYTES),
 )
 """Set on listeners: accepted sockets inherit them, which saves the calls for each of them."""
+_NOBODY: Final = ""
+"""The source as which admission counts a connection that owes its PROXY header: in all and per door, but of no source yet."""
 _EXHAUSTED: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
 
@@ -49,13 +55,18 @@ class Relays(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class DoorConfig:
-    """What a door is. Two doors with the same `listen` are the same door, before and after a reload."""
+    """What a door is. Two doors with the same `listen` are the same door, before and after a reload.
+
+    Connections from `proxy_from` must begin with a PROXY header, within `header_timeout_s`; nobody else's header means anything.
+    """
 
     name: str
     listen: Address
     service: ServiceName
     open_timeout_s: float = 10.0
     idle_timeout_s: float = 86_400.0
+    proxy_from: tuple[Network, ...] = ()
+    header_timeout_s: float = 5.0
 
 
 @dataclass(slots=True)
@@ -79,6 +90,7 @@ class Door:
         self.admission = admission
         self.clients: set[Client] = set()
         self.opening: dict[Client, float] = {}
+        self.proxied: dict[Proxied, float] = {}
         self.counters = DoorCounters()
         self._listener: socket.socket | None = None
         self._paused = False
@@ -106,12 +118,14 @@ class Door:
         self._tags = encode_tags(Opening(config.service, door=config.name))
 
     def close(self) -> None:
-        """Stop listening."""
+        """Stop listening. Who has not yet said which client it speaks for is no client, and is turned away."""
         listener, self._listener = self._listener, None
         if listener is not None:
             if not self._paused:
                 self.reactor.unregister(listener)
             listener.close()
+        for proxied in list(self.proxied):
+            proxied.fail("closed", "the door is closed")
 
     def abort_all(self) -> None:
         """End every client, with RST."""
@@ -136,6 +150,8 @@ class Door:
 
     def tags_of(self, client: Client) -> bytes:
         """OPEN's tags for a client that is tried again."""
+        if client.named:
+            return self.tags(client.named)
         try:
             peer = _peer_text(client.sock.getpeername())
         except OSError:
@@ -169,21 +185,54 @@ class Door:
 
     def _take(self, sock: socket.socket, peer: object) -> None:
         address = peer[0] if isinstance(peer, tuple) else ""
+        if self.config.proxy_from and is_within(address, self.config.proxy_from):
+            self._await_header(sock, peer[0], peer[1])  # type: ignore[index]  # who has an address has a port
+        elif self._admit(sock, address):
+            self._let_in(Client(self, sock, address), _peer_text(peer))
+
+    def _admit(self, sock: socket.socket, address: str) -> bool:
         verdict = self.admission.admit(self.name, address, self.reactor.now)
-        if verdict is not Verdict.ADMIT:
-            abort(sock)
-            self.refused(verdict.value)
-            if verdict is Verdict.FULL:
-                self._pause("the connection limit is reached")
-            return
-        client = Client(self, sock, address)
+        if verdict is Verdict.ADMIT:
+            return True
+        abort(sock)
+        self.refused(verdict.value)
+        if verdict is Verdict.FULL:
+            self._pause("the connection limit is reached")
+        return False
+
+    def _let_in(self, client: Client, peer: str) -> None:
         self.clients.add(client)
         self.counters.accepted += 1
         try:
-            client.begin(_peer_text(peer))
+            client.begin(peer)
         except BaseException:
             client.fail(Code.INTERNAL_ERROR)
             raise
+
+    def _await_header(self, sock: socket.socket, host: str, port: int) -> None:
+        if len(self.proxied) >= MAX_HEADERS_AWAITED:
+            abort(sock)
+            self.refused("proxy-headers-full")
+        elif self._admit(sock, _NOBODY):
+            proxied = Proxied(self, sock, (host, port))
+            self.proxied[proxied] = self.reactor.now
+            proxied.start()
+
+    def header_came(self, proxied: Proxied, client: tuple[str, int]) -> None:
+        """A connection is `client`'s (address, port): from here on it is treated as one that came from there."""
+        self.proxied.pop(proxied, None)
+        self.admission.release(proxied.admitted_by, _NOBODY)
+        if self._admit(proxied.sock, client[0]):
+            admitted = Client(self, proxied.sock, client[0])
+            admitted.named = _peer_text(client)
+            self._let_in(admitted, admitted.named)
+
+    def header_failed(self, proxied: Proxied, reason: str, text: str) -> None:
+        """A connection owed its PROXY header, and has been reset."""
+        self.proxied.pop(proxied, None)
+        self.admission.release(proxied.admitted_by, _NOBODY)
+        self.refused(reason)
+        logger.warning("door %s: no PROXY header from %s: %s", self.name, proxied.peer[0], text)
 
     def _pause(self, why: str) -> None:
         if self._listener is None or self._paused:
@@ -205,10 +254,12 @@ class Door:
         if self._listener is None and not self.clients:
             return
         self._sweep_later()
-        oldest = self.reactor.now - self.config.open_timeout_s
-        for client in [c for c, since in _until(self.opening, oldest)]:
+        now = self.reactor.now
+        for client in _until(self.opening, now - self.config.open_timeout_s):
             self.opening.pop(client, None)
             client.open_timed_out()
+        for proxied in _until(self.proxied, now - self.config.header_timeout_s):
+            proxied.fail("proxy-header-timeout", f"nothing complete within {self.config.header_timeout_s:g} s")
 
     def end_idle(self) -> None:
         """End clients on whose stream nothing has moved for the idle time. Call now and then."""
@@ -222,13 +273,13 @@ class Door:
                 client.end_idle()
 
 
-def _until(opening: dict[Client, float], oldest: float) -> list[tuple[Client, float]]:
+def _until(waiting: dict[T, float], oldest: float) -> list[T]:
     """The entries from before `oldest`; the dict is in order of time."""
     found = []
-    for client, since in opening.items():
+    for entry, since in waiting.items():
         if since > oldest:
             break
-        found.append((client, since))
+        found.append(entry)
     return found
 
 

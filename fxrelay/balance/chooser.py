@@ -58,7 +58,7 @@ class Ways:
 
     def can_redirect(self, server: ServerObject, gateway_id: GatewayId) -> bool:
         """Whether the gateway can reach the server by a tunnel of its own."""
-        return "redirect" in self.paths and gateway_id in server.gateways
+        return "redirect" in self.paths and gateway_id in server.gateways and server.server_id != self.server_id
 
     def is_local(self, server: ServerObject) -> bool:
         """Whether the server is this node."""
@@ -214,6 +214,12 @@ class PlacementClaim:
         self._placement = later = Placement(placement.placement_id, placement.server_id, self._view.now_ms)
         self._view.in_flight.add(later, self._view.now)
         self._tell(PLACED, later)
+
+    def hand_over(self) -> None:
+        """See `Claim`."""
+        if not self._released:
+            self._released = True
+            self.connected()
 
     def release(self) -> None:
         """See `Claim`."""

@@ -1,6 +1,5 @@
 """Task: keeps a ClusterView up to date: live messages as they come, and the whole store now and then for what was missed."""
 
-import logging
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,7 +12,6 @@ from fxrelay.cluster.view import ClusterView
 from fxtunnel.errors import StoreError, TransporterError
 from fxtunnel.kit.backoff import FullJitter
 
-logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 SLICE: Final = 16
@@ -23,6 +21,7 @@ FETCH: Final = 256
 BATCH_WAIT_S: Final = 1.0
 GATHER_S: Final = 0.05
 """Pause between two batches: under load one thread call brings many messages."""
+CONTROL_READS: Final = 3
 CLUSTER_THREADS: Final = 6
 """A store that hangs may hold these threads, and none of those the rest of the relay needs."""
 
@@ -87,9 +86,14 @@ class Follower:
     async def _read(self) -> None:
         view, threads = self._view, self._threads
         view.store_said(await threads.run(self._store.now_ms))
-        view.read_controls(await threads.run(lambda: list(self._store.documents(CONTROLS))))
+        for _ in range(CONTROL_READS):
+            heard = view.controls_heard
+            controls = await threads.run(lambda: list(self._store.documents(CONTROLS)))
+            if view.controls_heard == heard:
+                view.read_controls(controls)
+                break  # otherwise something was switched meanwhile, and what was read may be older than that
         seen: set[str] = set()
-        servers = self._store.documents(SERVERS)
+        servers = await threads.run(lambda: self._store.documents(SERVERS))
         while part := await threads.run(lambda: _take(servers)):
             for start in range(0, len(part), SLICE):
                 view.read_servers(part[start : start + SLICE])
@@ -105,19 +109,18 @@ class Follower:
                 subscription = await self._threads.run(lambda: self._transporter.subscribe(TOPICS))
                 self._view.live_updates(True)
                 self._again.set()  # what was said between the last reading and now was not heard
-                backoff.reset()
-                await self._listen(subscription)
+                await self._listen(subscription, backoff)
             except TransporterError as exc:
                 self._view.live_updates(False, str(exc))
-                logger.warning("live updates are interrupted: %s", exc)
             finally:
                 if subscription is not None:
                     subscription.close()
             await trio.sleep(backoff.next_s())
 
-    async def _listen(self, subscription: Subscription) -> None:
+    async def _listen(self, subscription: Subscription, backoff: FullJitter) -> None:
         while True:
             batch = await self._threads.run(lambda: subscription.next_batch(BATCH_WAIT_S))
+            backoff.reset()  # not before: every new subscription makes all of the store be read
             for start in range(0, len(batch), SLICE):
                 for message in batch[start : start + SLICE]:
                     self._view.hear(message)

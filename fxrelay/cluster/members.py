@@ -44,9 +44,13 @@ class Control:
     def parse(cls, text: str) -> "Control":
         """From the store. What is not understood counts as not switched off."""
         try:
-            found = json.loads(text)
+            return cls.of(json.loads(text))
         except (ValueError, RecursionError):
             return cls()
+
+    @classmethod
+    def of(cls, found: object) -> "Control":
+        """From a JSON value. What is not understood counts as not switched off."""
         if not isinstance(found, dict):
             return cls()
         disable = found.get("disable")
@@ -104,7 +108,8 @@ class Members:
     def hear(self, text: str, now: float, age_s: float = 0.0) -> tuple[Outcome, RelayId | None]:
         """Take an update in; `age_s` is how old the store says it is. Returns what became of it, and whose it was if that could be read.
 
-        Of one process only a higher `seq` counts. Of two processes with one id the later one wins; the other is kept as rival.
+        Of one process only a higher `seq` counts. Of two processes with one id the later one wins, until it is stale and the other is not;
+        the other is kept as rival.
         """
         try:
             server = parse_server(text)
@@ -122,7 +127,7 @@ class Members:
         if server.instance == known.instance:
             if server.seq <= known.seq:
                 return self._count(Outcome.REPLAYED), server.server_id
-        elif (server.started_ms, server.instance) < (known.started_ms, known.instance):
+        elif (server.started_ms, server.instance) < (known.started_ms, known.instance) and not self._succeeds(heard_at, record, now):
             if heard_at > record.heard_at - QUARREL_S and server.measured_ms > known.started_ms:
                 record.rivals[server.instance] = heard_at
             return self._count(Outcome.OLDER_INSTANCE), server.server_id
@@ -178,6 +183,10 @@ class Members:
         age_s = now - record.heard_at
         rivals = tuple(instance for instance, heard_at in record.rivals.items() if now - heard_at < QUARREL_S) if record.rivals else ()
         return Member(record.server, self._state(age_s), age_s, record.control.draining, record.control.disable, rivals)
+
+    def _succeeds(self, heard_at: float, record: _Record, now: float) -> bool:
+        """Whether an older process speaks while the newer one has fallen silent: that one was ended, or its clock was wrong."""
+        return now - heard_at < self._ages.stale_s <= now - record.heard_at
 
     def _state(self, age_s: float) -> MemberState:
         if age_s >= self._ages.down_s:

@@ -9,7 +9,7 @@ from typing import Any, Final
 import trio
 
 from fxrelay.cluster.follow import Threads
-from fxrelay.cluster.ports import SERVERS, Store, Transporter
+from fxrelay.cluster.ports import SERVERS, Message, Store, Transporter
 from fxrelay.cluster.server import MAX_SERVER_BYTES, BadServer, parse_server
 from fxrelay.cluster.view import ClusterView
 from fxtunnel.errors import StoreError, TransporterError
@@ -59,11 +59,19 @@ class Publisher:
         self._started_ms = 0
         self._seq = 0
         self._changed = trio.Event()
+        self._measured: Facts = {}
+        self._measured_ms: int | None = None
+        self._is_leaving = False
         self.published = 0
         self.last_error = ""
 
     def changed(self) -> None:
         """Something others should know of has changed: publish soon."""
+        self._changed.set()
+
+    def leave(self) -> None:
+        """This node takes nothing new from now on: say so at once."""
+        self._is_leaving = True
         self._changed.set()
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -76,27 +84,34 @@ class Publisher:
             await self._publish()
             task_status.started()
             while True:
-                self._changed = trio.Event()
                 with trio.move_on_after(self._config.publish_s):
                     await self._changed.wait()
+                self._changed = trio.Event()  # before publishing: what changes meanwhile is told next
                 await self._publish()
                 await trio.sleep(min(MIN_PAUSE_S, self._config.publish_s))
         finally:
             with trio.move_on_after(FAREWELL_S, shield=True):
-                await self._send({"draining": True})
+                self._is_leaving = True
+                await self._send(self._measured)
 
     async def _publish(self) -> None:
-        await self._send(await self._measure())
+        if not self._is_leaving:  # otherwise there is no time to measure
+            # What was measured is as old as the beginning of the measuring: nothing that was placed meanwhile is lost.
+            began_ms = self._view.now_ms
+            self._measured = await self._measure()
+            self._measured_ms = began_ms
+        await self._send(self._measured)
 
     async def _send(self, measured: Facts) -> None:
         self._seq += 1
-        # What was measured is as old as the beginning of the measuring: nothing that was placed meanwhile is counted twice or lost.
+        measured_ms = self._view.now_ms if self._measured_ms is None else self._measured_ms
         text = json.dumps(
             {
                 **measured,
+                **({"draining": True} if self._is_leaving else {}),
                 "serverId": self._config.server_id,
                 "seq": self._seq,
-                "measuredAt": measured.get("measuredAt", self._view.now_ms),
+                "measuredAt": measured.get("measuredAt", measured_ms),
                 "agent": {
                     **self._agent(),
                     "version": self._config.version,
@@ -110,9 +125,12 @@ class Publisher:
         try:
             parse_server(text)
         except BadServer as exc:
-            self.last_error = f"this node's own data: {exc}"
-            logger.error("not published: %s (at most %d bytes in all)", exc, MAX_SERVER_BYTES)
+            error = f"this node's own data: {exc}"
+            if error != self.last_error:
+                logger.error("not published: %s (at most %d bytes in all)", exc, MAX_SERVER_BYTES)
+            self.last_error = error
             return
+        self._view.hear(Message(SERVERS, text))  # this node knows itself, also while the store is away
         try:
             self._view.store_said(await self._threads.run(lambda: self._store.put(SERVERS, self._config.server_id, text)))
             self.published += 1

@@ -6,11 +6,11 @@ be core fields.
 """
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+from fxrelay.cluster.plain_json import read_json, size_of
 from fxtunnel.model import InstanceId, RelayId, is_name
 
 MAX_SERVER_BYTES: Final = 65_536
@@ -80,11 +80,11 @@ def parse_server(text: str) -> ServerObject:
     Raises:
         BadServer: it is too large, no JSON object, or a core field is missing or of the wrong kind.
     """
-    if len(text) > MAX_SERVER_BYTES or (not text.isascii() and len(text.encode()) > MAX_SERVER_BYTES):
+    if len(text) > MAX_SERVER_BYTES or (not text.isascii() and len(text.encode(errors="replace")) > MAX_SERVER_BYTES):
         raise BadServer(f"longer than {MAX_SERVER_BYTES} bytes")
     try:
-        found = json.loads(text)
-    except (ValueError, RecursionError) as exc:
+        found = read_json(text)
+    except ValueError as exc:
         raise BadServer(f"no JSON: {exc}") from exc
     if not isinstance(found, dict):
         raise BadServer("no JSON object")
@@ -93,7 +93,7 @@ def parse_server(text: str) -> ServerObject:
     if not SWITCHES.issuperset(map(str, disable)):
         raise BadServer('disable: expected a list of "login" and "start"')
     for key, limit_bytes in (("staticData", MAX_STATIC_BYTES), ("metrics", MAX_METRICS_BYTES)):
-        if len(json.dumps(_object(found, key))) > limit_bytes:
+        if size_of(_object(found, key)) > limit_bytes:
             raise BadServer(f"{key}: longer than {limit_bytes} bytes")
     loadavg = _list(found, "loadavg")
     return ServerObject(
@@ -185,7 +185,7 @@ def _count(found: Mapping[str, Any], key: str, default: int = 0) -> int:
 
 def _number(found: Mapping[str, Any], key: str) -> float:
     value = found.get(key, 0)
-    if type(value) not in (int, float) or not math.isfinite(value) or not 0 <= value <= _MAX_COUNT:
+    if type(value) not in (int, float) or not 0 <= value <= _MAX_COUNT:  # NaN is not; whole numbers may be too large for a float
         raise BadServer(f"{key}: expected a number, 0 or more")
     return float(value)
 

@@ -33,7 +33,9 @@ class Health:
 
 
 class ClusterView:
-    """What is known. `now` is monotonic; `now_ms` is the store's clock as far as this relay can tell, without asking it."""
+    """What is known. `now` counts the seconds in which this relay could hear the others; `now_ms` is the store's clock as far as this relay
+    can tell, without asking it.
+    """
 
     def __init__(self, ages: Ages, monotonic: Callable[[], float] = time.monotonic) -> None:
         self.members = Members(ages)
@@ -43,14 +45,18 @@ class ClusterView:
         self._clock_offset_ms = int(time.time() * 1000 - monotonic() * 1000)
         self._synced = False
         self._store_down_since: float | None = None
+        self._blind_since: float | None = None
+        self._blind_s = 0.0
         self._live = False
+        self._was_live = False
+        self.controls_heard = 0
         self._last_error = ""
         self._quarrels: set[RelayId] = set()
 
     @property
     def now(self) -> float:
-        """Monotonic seconds."""
-        return self._monotonic()
+        """Monotonic seconds. They stand still while neither the store nor live messages reach this relay: nobody gets stale by that."""
+        return (self._monotonic() if self._blind_since is None else self._blind_since) - self._blind_s
 
     @property
     def now_ms(self) -> int:
@@ -59,7 +65,7 @@ class ClusterView:
 
     def health(self) -> Health:
         """For status and metrics."""
-        down_s = 0.0 if self._store_down_since is None else self.now - self._store_down_since
+        down_s = 0.0 if self._store_down_since is None else self._monotonic() - self._store_down_since
         return Health(self._synced, down_s, self._live, self._last_error)
 
     def everyone(self) -> Iterable[Member]:
@@ -70,20 +76,28 @@ class ClusterView:
         """The store answered, and told its clock."""
         self._clock_offset_ms = clock_ms - int(self._monotonic() * 1000)
         if self._store_down_since is not None:
-            logger.warning("the store answers again after %.1f s", self.now - self._store_down_since)
+            logger.warning("the store answers again after %.1f s", self._monotonic() - self._store_down_since)
         self._store_down_since = None
+        self._look()
 
     def store_failed(self, error: str) -> None:
         """The store did not answer: what is known stays in use."""
         self._last_error = error
         if self._store_down_since is None:
-            self._store_down_since = self.now
+            self._store_down_since = self._monotonic()
             logger.warning("the store does not answer, going on with what is known: %s", error)
+            self._look()
 
     def live_updates(self, are_heard: bool, error: str = "") -> None:
         """Changes do, or do not, arrive at once."""
+        if are_heard and self._was_live and not self._live:
+            logger.warning("live updates are heard again")
+        elif not are_heard and (self._live or (not self._was_live and error != self._last_error)):
+            logger.warning("live updates are interrupted, reading the store instead: %s", error)
         self._live = are_heard
+        self._was_live = self._was_live or are_heard
         self._last_error = error or self._last_error
+        self._look()
 
     def read_servers(self, documents: Iterable[Document]) -> None:
         """A part of the store's servers."""
@@ -102,13 +116,22 @@ class ClusterView:
         self.members.forget_unless(server_ids, self.now)
 
     def hear(self, message: Message) -> None:
-        """A live message. Whatever is malformed is dropped and counted."""
+        """A message. Whatever is malformed is dropped and counted."""
         if len(message.text) > MAX_DOCUMENT_BYTES:
             self.dropped_messages += 1
         elif message.topic == SERVERS:
             self._after(*self.members.hear(message.text, self.now))
         elif not self._hear_small(message):
             self.dropped_messages += 1
+
+    def _look(self) -> None:
+        """Notice that nothing can be heard any more, or that something can be again."""
+        is_blind = self._store_down_since is not None and not self._live
+        if is_blind and self._blind_since is None:
+            self._blind_since = self._monotonic()
+        elif not is_blind and self._blind_since is not None:
+            self._blind_s += self._monotonic() - self._blind_since
+            self._blind_since = None
 
     def _after(self, outcome: Outcome, server_id: RelayId | None) -> None:
         if server_id is None:
@@ -141,7 +164,8 @@ class ClusterView:
             server_id, control = found.get("serverId"), found.get("control")
             if not isinstance(server_id, str) or not is_name(server_id):
                 return False
-            self.members.control(server_id, Control.parse(json.dumps(control)))
+            self.controls_heard += 1
+            self.members.control(server_id, Control.of(control))
             return True
         return message.topic == PLACEMENTS and self._hear_placement(found)
 

@@ -7,15 +7,18 @@ import socket
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
-from fxrelay.delivery.services import Endpoint, Service, ServiceTable
+from fxrelay.cluster.settings import PathKind
+from fxrelay.delivery.services import AnyService, Endpoint, PoolService, ServiceTable
 from fxtunnel.codes import Code
 from fxtunnel.engine.reactor import ERROR, WRITE, Reactor
 from fxtunnel.engine.splice import RESET_ON_CLOSE, Splice
-from fxtunnel.model import ServiceName
+from fxtunnel.kit.proxy_header import encode_proxy_header
+from fxtunnel.model import GatewayId, ServiceName
 from fxtunnel.protocol.frames import Opening
 from fxtunnel.protocol.mux import Stream
 
 if TYPE_CHECKING:
+    from fxrelay.delivery.placing import Placer
     from fxtunnel.engine.session import Session
 
 logger = logging.getLogger(__name__)
@@ -28,6 +31,7 @@ _SERVICE_OPTIONS: Final = (
     (socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, SERVICE_NOTSENT_BYTES),
     (socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE),
 )
+_NO_GATEWAY: Final = GatewayId("")
 _NONBLOCKING_STREAM: Final = socket.SOCK_STREAM | socket.SOCK_NONBLOCK
 
 
@@ -38,14 +42,17 @@ class DeliveryLimits:
     streams: int = 16_384
     connect_timeout_s: float = 5.0
     idle_timeout_s: float = 86_400.0
+    place_timeout_s: float = 8.0
+    """For choosing a pool's node and reaching it, all attempts together. Gateways wait 10 s for the answer."""
 
 
 @dataclass(slots=True)
 class DeliveryCounters:
-    """Counts since start."""
+    """Counts since start. `paths_by_service` are the streams of pools by the way they took."""
 
     opened_by_service: dict[ServiceName, int] = field(default_factory=dict)
     refused_by_service: dict[ServiceName, dict[str, int]] = field(default_factory=dict)
+    paths_by_service: dict[ServiceName, dict[PathKind, int]] = field(default_factory=dict)
     bytes_in: int = 0
     bytes_out: int = 0
 
@@ -53,15 +60,21 @@ class DeliveryCounters:
 class Delivery(Splice):
     """A service's socket and the stream it serves. Until the connection stands, what arrives waits."""
 
-    __slots__ = ("_connecting", "_rest", "desk", "last_bytes", "moved_at", "service")
+    __slots__ = ("_connecting", "_greeting", "_rest", "desk", "last_bytes", "moved_at", "service")
 
-    def __init__(self, desk: "DeliveryDesk", sock: socket.socket, service: Service, rest: tuple[Endpoint, ...]) -> None:
+    path: PathKind = "local"
+    """How the node of a pool is reached."""
+
+    def __init__(
+        self, desk: "DeliveryDesk", sock: socket.socket, service: AnyService, rest: tuple[Endpoint, ...], opening: Opening
+    ) -> None:
         super().__init__(desk.reactor, sock)
         self.desk = desk
         self.service = service
         self.last_bytes = 0
         self.moved_at = desk.reactor.now
         self._rest = rest
+        self._greeting = encode_proxy_header(service.proxy_protocol, opening.client, opening.door) if service.proxy_protocol else b""
         self._connecting = True
         self._write_blocked = True
 
@@ -76,15 +89,22 @@ class Delivery(Splice):
             if not events & (WRITE | ERROR):
                 return
             error = self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) if events & ERROR else 0
+            error = error or self._greet()
             if error:
                 self.refuse(Code.CONNECT_FAILED, os.strerror(error))
                 return
             self._connecting = False
             self.desk.connecting.pop(self, None)
-            if self.stream is not None:
-                self.stream.accept()
+            self.stands()
             events |= WRITE
         super().on_event(events)
+
+    def stands(self) -> None:
+        """The service is reached."""
+        if self.stream is not None:
+            self.stream.accept()
+        if isinstance(self.service, PoolService):
+            self.desk.count_path(self.service, self.path)
 
     def refuse(self, code: Code, text: str) -> None:
         """This address did not work: the service's next one, or REFUSE."""
@@ -107,6 +127,17 @@ class Delivery(Splice):
         """See `Splice`."""
         self.desk.delivery_released(self)
 
+    def _greet(self) -> int:
+        """Send the PROXY header, if the service gets one; returns the error, or 0."""
+        if not self._greeting:
+            return 0
+        try:
+            # The socket has just been connected, so its buffer takes 107 bytes at once; if not, something is wrong with it.
+            sent = self.sock.send(self._greeting)
+        except OSError as exc:
+            return exc.errno or errno.EIO
+        return 0 if sent == len(self._greeting) else errno.ENOBUFS
+
     def _reconnect(self) -> bool:
         while self._rest:
             connected = connect(self._rest[0])
@@ -121,33 +152,68 @@ class Delivery(Splice):
 
 
 class DeliveryDesk:
-    """Takes the OPENs of all gateways' sessions."""
+    """Takes the OPENs of all gateways' sessions. Without a placer nobody chooses nodes: pools are served to redirected streams only."""
 
-    def __init__(self, reactor: Reactor, services: ServiceTable, limits: DeliveryLimits) -> None:
+    def __init__(self, reactor: Reactor, services: ServiceTable, limits: DeliveryLimits, placer: "Placer | None" = None) -> None:
         self.reactor = reactor
         self.services = services
         self.limits = limits
+        self.placer = placer
         self.counters = DeliveryCounters()
         self.deliveries: set[Delivery] = set()
         self.connecting: dict[Delivery, float] = {}
         self.is_draining = False
         reactor.call_later(SWEEP_S, self._sweep)
 
-    def on_open(self, session: "Session", stream: Stream, opening: Opening) -> None:
+    @property
+    def streams(self) -> int:
+        """Streams in hand: those that are served, and those for which a node is being chosen."""
+        return len(self.deliveries) + (len(self.placer.placings) if self.placer is not None else 0)
+
+    def on_open(self, session: "Session", stream: Stream, opening: Opening, gateway_id: GatewayId = _NO_GATEWAY) -> None:
         """Serve a stream. What the gateway asks for counts only as a name in this relay's own table."""
         service = self.services.get(opening.service)
         if service is None:
             stream.refuse(Code.NO_SERVICE, "not served here")
         elif self.is_draining:
-            self._refuse(stream, service, Code.DRAINING, "this relay is going away")
-        elif len(self.deliveries) >= self.limits.streams:
-            self._refuse(stream, service, Code.BUSY, "too many streams")
+            self.turn_down(stream, service, Code.DRAINING, "this relay is going away")
+        elif self.streams >= self.limits.streams:
+            self.turn_down(stream, service, Code.BUSY, "too many streams")
+        elif isinstance(service, PoolService) and opening.via is None:
+            if self.placer is None:
+                self.turn_down(stream, service, Code.NO_SERVICE, "this relay chooses no nodes")
+            else:
+                self.placer.place(self, session, stream, service, opening, gateway_id)
+        elif isinstance(service, PoolService) and self.placer is not None and "local" not in self.placer.paths:
+            self.turn_down(stream, service, Code.NO_SERVICE, "this node does not serve it itself")
         elif not service.endpoints:
-            self._refuse(stream, service, Code.CONNECT_FAILED, "the service's host name does not resolve")
+            self.turn_down(stream, service, Code.CONNECT_FAILED, "the service's host name does not resolve")
         else:
-            self._deliver(session, stream, service)
+            self._deliver(session, stream, service, opening)
 
-    def count_refusal(self, service: Service, code: Code) -> None:
+    def admit(self, delivery: Delivery, session: "Session", stream: Stream) -> None:
+        """Carry the stream with `delivery` from now on; its connection is under way."""
+        self.deliveries.add(delivery)
+        self.connecting[delivery] = self.reactor.now
+        delivery.join(session, stream)
+        delivery.start()
+
+    def turn_down(self, stream: Stream, service: AnyService, code: Code, text: str) -> None:
+        """REFUSE, counted."""
+        self.count_refusal(service, code)
+        stream.refuse(code, text)
+
+    def count_opening(self, service: AnyService) -> None:
+        """For statistics: once a stream."""
+        opened = self.counters.opened_by_service
+        opened[service.name] = opened.get(service.name, 0) + 1
+
+    def count_path(self, service: AnyService, path: PathKind) -> None:
+        """For statistics: a stream of a pool goes this way."""
+        paths = self.counters.paths_by_service.setdefault(service.name, {})
+        paths[path] = paths.get(path, 0) + 1
+
+    def count_refusal(self, service: AnyService, code: Code) -> None:
         """For statistics."""
         refused = self.counters.refused_by_service.setdefault(service.name, {})
         refused[code.label] = refused.get(code.label, 0) + 1
@@ -175,27 +241,17 @@ class DeliveryDesk:
         """End every stream, with RST."""
         for delivery in list(self.deliveries):
             delivery.fail(Code.SHUTDOWN)
+        if self.placer is not None:
+            self.placer.abort_all()
 
-    def _deliver(self, session: "Session", stream: Stream, service: Service) -> None:
-        problem = ""
-        for position, endpoint in enumerate(service.endpoints):
-            connected = connect(endpoint)
-            if isinstance(connected, str):
-                problem = connected
-                continue
-            delivery = Delivery(self, connected, service, service.endpoints[position + 1 :])
-            opened = self.counters.opened_by_service
-            opened[service.name] = opened.get(service.name, 0) + 1
-            self.deliveries.add(delivery)
-            self.connecting[delivery] = self.reactor.now
-            delivery.join(session, stream)
-            delivery.start()
+    def _deliver(self, session: "Session", stream: Stream, service: AnyService, opening: Opening) -> None:
+        connected, rest = connect_first(service.endpoints)
+        if isinstance(connected, str):
+            self.turn_down(stream, service, Code.CONNECT_FAILED, connected)
             return
-        self._refuse(stream, service, Code.CONNECT_FAILED, problem)
-
-    def _refuse(self, stream: Stream, service: Service, code: Code, text: str) -> None:
-        self.count_refusal(service, code)
-        stream.refuse(code, text)
+        delivery = Delivery(self, connected, service, rest, opening)
+        self.count_opening(service)
+        self.admit(delivery, session, stream)
 
     def _sweep(self) -> None:
         self.reactor.call_later(SWEEP_S, self._sweep)
@@ -207,6 +263,17 @@ class DeliveryDesk:
             late.append(delivery)
         for delivery in late:
             delivery.refuse(Code.CONNECT_TIMEOUT, f"no answer within {self.limits.connect_timeout_s:g} s")
+
+
+def connect_first(endpoints: tuple[Endpoint, ...]) -> tuple[socket.socket | str, tuple[Endpoint, ...]]:
+    """`connect` to the first endpoint with which it can be begun; and the endpoints behind that one."""
+    problem = "no address"
+    for position, endpoint in enumerate(endpoints):
+        connected = connect(endpoint)
+        if not isinstance(connected, str):
+            return connected, endpoints[position + 1 :]
+        problem = connected
+    return problem, ()
 
 
 def connect(endpoint: Endpoint) -> socket.socket | str:

@@ -18,13 +18,16 @@ class Wanted:
 
 
 class Claim(Protocol):
-    """A place on a node, counted from now on. Call `release` exactly once, whatever happens; `connected` at most once before it."""
+    """A place on a node, counted from now on. `release` or `hand_over` exactly once, whatever happens; `connected` once at most before."""
 
     def connected(self) -> None:
         """The service was reached: the node will count the session itself in an update that it measures later than now."""
 
     def release(self) -> None:
         """The stream came to nothing, or has ended."""
+
+    def hand_over(self) -> None:
+        """Another relay carries the stream from here on: the place counts until the node counts it, or by itself expires."""
 
 
 @dataclass(frozen=True, slots=True)

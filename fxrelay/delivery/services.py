@@ -5,6 +5,7 @@ import socket
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from fxtunnel.kit.proxy_header import ProxyVersion
 from fxtunnel.kit.settings import Address
 from fxtunnel.model import Offer, ServiceName
 
@@ -29,23 +30,59 @@ class Service:
     target: Address
     endpoints: tuple[Endpoint, ...]
     protocol: str = "tcp"
+    proxy_protocol: ProxyVersion | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PoolService:
+    """A service of this relay's configuration that many nodes have at the same port; one of them is chosen for each stream.
+
+    `endpoints` are `host` and `port` of this node, empty as long as `host` has not been resolved. On other nodes it is their address and
+    this port, which nobody but this relay's administrator decides.
+    """
+
+    name: ServiceName
+    host: str
+    port: int
+    endpoints: tuple[Endpoint, ...]
+    protocol: str = "tcp"
+    proxy_protocol: ProxyVersion | None = None
+
+    @property
+    def target(self) -> Address:
+        """Where this node itself has it."""
+        return Address(self.host, self.port)
+
+    def endpoint_at(self, address: str) -> Endpoint | None:
+        """The service on the node with this IP address; None if it is not one."""
+        try:
+            found = ipaddress.ip_address(address)
+        except ValueError:
+            return None
+        text = str(found)
+        if found.version == 4:
+            return Endpoint(socket.AF_INET, (text, self.port), found.is_loopback)
+        return Endpoint(socket.AF_INET6, (text, self.port, 0, 0), found.is_loopback)
+
+
+AnyService = Service | PoolService
 
 
 class ServiceTable:
     """The services, looked up for every stream (trust: a gateway can ask for a name, never for an address)."""
 
     def __init__(self) -> None:
-        self._services: Mapping[ServiceName, Service] = {}
+        self._services: Mapping[ServiceName, AnyService] = {}
 
-    def replace(self, services: Iterable[Service]) -> None:
+    def replace(self, services: Iterable[AnyService]) -> None:
         """Serve exactly these from now on; streams that are open stay."""
         self._services = {service.name: service for service in services}
 
-    def get(self, name: ServiceName) -> Service | None:
+    def get(self, name: ServiceName) -> AnyService | None:
         """The service with this name, if this relay serves it."""
         return self._services.get(name)
 
-    def services(self) -> tuple[Service, ...]:
+    def services(self) -> tuple[AnyService, ...]:
         """All of them."""
         return tuple(self._services.values())
 

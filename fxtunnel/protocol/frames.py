@@ -7,12 +7,13 @@
 """
 
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from fxtunnel.codes import Code
 from fxtunnel.errors import LocalProtocolError, RemoteProtocolError
-from fxtunnel.model import ServiceName, is_name
+from fxtunnel.model import RelayId, ServiceName, is_name
 
 HEADER: Final = struct.Struct(">II")
 HEADER_BYTES: Final = 8
@@ -87,8 +88,12 @@ _FRAME_U64: Final = struct.Struct(">IIQ")
 TAG_SERVICE: Final = 0x01
 TAG_CLIENT: Final = 0x81
 TAG_DOOR: Final = 0x82
+TAG_VIA: Final = 0x83
+TAG_NOT: Final = 0x84
+MAX_AVOIDED: Final = 4
+"""Relay ids that one OPEN can rule out as targets of a REDIRECT."""
 _OPTIONAL_TAG: Final = 0x80
-_KNOWN_TAGS: Final = frozenset({TAG_SERVICE, TAG_CLIENT, TAG_DOOR})
+_KNOWN_TAGS: Final = frozenset({TAG_SERVICE, TAG_CLIENT, TAG_DOOR, TAG_VIA, TAG_NOT})
 
 
 def check_header(kind: int, length: int, stream_id: int) -> None:
@@ -179,11 +184,16 @@ def _cut(text: str) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class Opening:
-    """What an OPEN asks for. `client` and `door` tell where the stream comes from; they may be empty."""
+    """What an OPEN asks for. `client` and `door` tell where the stream comes from; they may be empty.
+
+    `via` is the relay whose REDIRECT led here, if one did. `avoid` are relays that a REDIRECT has led to already, in vain.
+    """
 
     service: ServiceName
     client: str = ""
     door: str = ""
+    via: RelayId | None = None
+    avoid: tuple[RelayId, ...] = ()
 
 
 class UnsupportedTag(Exception):
@@ -206,6 +216,7 @@ def encode_tags(opening: Opening) -> bytes:
         tags += encode_tag(TAG_DOOR, opening.door)
     if opening.client:
         tags += encode_tag(TAG_CLIENT, opening.client)
+    tags += encode_redirects(opening.via, opening.avoid)
     if len(tags) > MAX_OPEN_BYTES - 4:
         raise LocalProtocolError(f"OPEN of {len(tags)} bytes")
     return tags
@@ -217,11 +228,17 @@ def encode_tag(tag: int, text: str) -> bytes:
     return _TLV.pack(tag, len(value)) + value
 
 
+def encode_redirects(via: RelayId | None, avoid: Sequence[RelayId]) -> bytes:
+    """The tags that tell of earlier REDIRECTs, or nothing; at most MAX_AVOIDED names in `avoid`."""
+    tags = encode_tag(TAG_VIA, via) if via is not None else b""
+    return tags + encode_tag(TAG_NOT, ",".join(avoid)) if avoid else tags
+
+
 def decode_open(payload: bytes | memoryview) -> tuple[int, Opening]:
     """The opener's window in bytes and what it asks for.
 
     Raises:
-        RemoteProtocolError: the tags do not parse, repeat, or name no valid service.
+        RemoteProtocolError: the tags do not parse, repeat, or name no valid service or relays.
         UnsupportedTag: well-formed, but a required tag is not known.
     """
     raw = bytes(payload)
@@ -252,6 +269,21 @@ def decode_open(payload: bytes | memoryview) -> tuple[int, Opening]:
     service = found.get(TAG_SERVICE, "")
     if not is_name(service):
         raise RemoteProtocolError(Code.PROTOCOL_ERROR, "OPEN names no valid service")
+    opening = Opening(
+        ServiceName(service),
+        found.get(TAG_CLIENT, ""),
+        found.get(TAG_DOOR, ""),
+        _relay(found[TAG_VIA]) if TAG_VIA in found else None,
+        tuple(_relay(name) for name in found[TAG_NOT].split(",")) if TAG_NOT in found else (),
+    )
+    if len(opening.avoid) > MAX_AVOIDED or len(set(opening.avoid)) < len(opening.avoid):
+        raise RemoteProtocolError(Code.PROTOCOL_ERROR, f"OPEN rules out {len(opening.avoid)} relays, or one of them twice")
     if unsupported is not None:
         raise UnsupportedTag(f"tag 0x{unsupported:02x}")
-    return window, Opening(ServiceName(service), found.get(TAG_CLIENT, ""), found.get(TAG_DOOR, ""))
+    return window, opening
+
+
+def _relay(name: str) -> RelayId:
+    if not is_name(name):
+        raise RemoteProtocolError(Code.PROTOCOL_ERROR, "OPEN names no valid relay")
+    return RelayId(name)

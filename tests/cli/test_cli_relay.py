@@ -147,15 +147,34 @@ def test_status_of_a_running_relay(relay: Path) -> None:
         "attempts": 1, "links": [link],
     }  # fmt: skip
     waiting = {**uplink, "gateway_id": "gw-2", "state": "waiting", "next_try_s": 12.3, "last_error": "refused\x1b[2J", "links": []}
-    service = {"name": "ssh", "protocol": "tcp", "target": "127.0.0.1:22", "streams": 3, "opened": 9, "refused": {"busy": 1}}
-    content = {"relay": {"relay_id": "node-a", "uptime_s": 61.0}, "uplinks": [uplink, waiting], "services": [service]}
+    service = {
+        "name": "ssh", "protocol": "tcp", "target": "127.0.0.1:22", "streams": 3, "opened": 9, "refused": {"busy": 1},
+        "paths": {"direct": 4},
+    }  # fmt: skip
+    cluster = {
+        "nodes": {"up": 2, "stale": 0, "down": 1}, "in_flight": 3, "store_down_s": 65.0, "last_error": "refused", "live": False,
+        "quarrels": ["node-b"],
+    }  # fmt: skip
+    content = {"relay": {"relay_id": "node-a", "uptime_s": 61.0}, "uplinks": [uplink, waiting], "services": [service], "cluster": cluster}
     state = relay.parent / "state"
     state.mkdir(mode=0o700)
     with answering(state / "status.sock", content):
         table = fx("status", "--config", relay)
         as_json = fx("status", "--json", "--config", relay)
     assert table.exit_code == 0, table.output
-    for words in ("relay node-a, up for 1 min 1 s", "1 h 1 min", "1/1", "9.5 ms", "next in 12 s", "refused?[2J", "busy 1"):
+    for words in (
+        "relay node-a, up for 1 min 1 s",
+        "1 h 1 min",
+        "1/1",
+        "9.5 ms",
+        "next in 12 s",
+        "refused?[2J",
+        "busy 1",
+        "direct 4",
+        "2 up, 1 down",
+        "1 min 5 s",
+        "node-b",
+    ):
         assert words in table.stdout, table.stdout
     assert "\x1b" not in table.stdout
     assert json.loads(as_json.stdout) == content

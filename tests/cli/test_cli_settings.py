@@ -116,8 +116,35 @@ max_backoff_s = 1
     assert "hunter2" not in text
 
 
-def test_a_relay_needs_a_gateway(relay_toml: Write) -> None:
-    assert "gateway" in problems_of(fxrelay.settings.load, relay_toml('[relay]\nid = "a"\n'))
+def test_a_relay_without_a_gateway_only_reports(relay_toml: Write) -> None:
+    assert fxrelay.settings.load(relay_toml('[relay]\nid = "a"\n'), {}).gateways == ()
+
+
+POOL = '[relay]\nid = "a"\naddress = "10.0.0.7"\n[[service]]\nname = "desk"\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "words"),
+    [
+        (POOL, "service[0]", "either `target`"),
+        (POOL + 'port = 5901\ntarget = "127.0.0.1:5901"\n', "service[0]", "either `target`"),
+        (POOL + 'target = "127.0.0.1:5901"\nnodes = ["b"]\n', "service[0]", "only for a pool"),
+        (POOL + 'port = 5901\nnodes = ["no name"]\n', "service[0].nodes", "a name"),
+        (POOL + 'port = 5901\nproxy_protocol = "v3"\n', "service[0].proxy_protocol", "v1"),
+        ('[relay]\nid = "a"\naddress = "node-7"\n', "relay.address", "an IP address"),
+        ('[relay]\nid = "a"\n[cluster]\nstore = "mysql:x"\n', "cluster.store", "sqlite:PATH"),
+        ('[relay]\nid = "a"\n[cluster]\nstore = "sqlite:x"\nbroker = "broker.json"\n', "cluster.broker", "keep one"),
+        ('[relay]\nid = "a"\n[cluster]\npaths = ["local", "local"]\n', "cluster.paths", "twice"),
+        ('[relay]\nid = "a"\n[cluster]\nnetworks = ["10.0.0.1/8"]\n', "cluster.networks", "host bits"),
+        ('[relay]\nid = "a"\n[node]\nsessions = "guess"\n', "node.sessions", "exec:FILE"),
+        ('[relay]\nid = "a"\n[node]\nmetrics = {queue = "nothing"}\n', "node.metrics", "module:function"),
+    ],
+)
+def test_pools_and_clusters_are_checked(relay_toml: Write, text: str, key: str, words: str) -> None:
+    problems = problems_of(fxrelay.settings.load, relay_toml(text))
+    found = {where: message for where, message in problems.items() if where.startswith(key)}
+    assert found, problems
+    assert any(words in message for message in found.values()), problems
 
 
 def test_the_tunnel_and_admin_addresses_clash_too(gateway_toml: Write) -> None:

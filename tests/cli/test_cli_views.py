@@ -48,7 +48,22 @@ class RelayFake:
         return [up, replace(up, state="waiting", links=()), replace(up, gateway_id="gw-2", state="failed", last_error=HOSTILE, links=())]
 
     def services(self) -> list[fxrelay.pages.ServiceStatus]:
-        return [fxrelay.pages.ServiceStatus("ssh", "tcp", "127.0.0.1:22", 3, 9, {"connect-failed": 2})]
+        return [fxrelay.pages.ServiceStatus("ssh", "tcp", "127.0.0.1:22", 3, 9, {"connect-failed": 2}, {"redirect": 5})]
+
+    def cluster(self) -> fxrelay.pages.ClusterStatus:
+        return fxrelay.pages.ClusterStatus(
+            store_down_s=2.5,
+            live=True,
+            synced=True,
+            last_error="",
+            nodes={"up": 3, "stale": 1, "down": 0},
+            quarrels=("node-b",),
+            in_flight=4,
+            updates={"applied": 9},
+            published=2,
+            decisions=7,
+            failures={"NoServerSelected": 1},
+        )
 
     def totals(self) -> fxrelay.pages.Totals:
         return fxrelay.pages.Totals("node-a", "i1", "0.1.0", 12.0, 3, 9, 1, 1 << 20, 256 << 20)
@@ -161,6 +176,12 @@ async def test_relay_pages() -> None:
     assert value(text, "fxrelay_uplink_attempts_total", gateway="gw-1") == 4
     assert value(text, "fxrelay_service_refused_total", service="ssh", reason="connect-failed") == 2
     assert value(text, "fxrelay_info", version="0.1.0", relay="node-a") == 1
+    assert value(text, "fxrelay_service_paths_total", service="ssh", path="redirect") == 5
+    assert value(text, "fxrelay_cluster_nodes", state="stale") == 1
+    assert value(text, "fxrelay_store_up") == 0
+    assert value(text, "fxrelay_cluster_quarrels") == 1
+    assert value(text, "fxrelay_placements") == 4
+    assert value(text, "fxrelay_decision_failures_total", reason="NoServerSelected") == 1
 
 
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH"])

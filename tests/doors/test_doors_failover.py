@@ -235,7 +235,7 @@ async def test_redirect(contexts: Contexts, monkeypatch: pytest.MonkeyPatch) -> 
         first = await plane.add_relay(await plane.serve(echo), name="a")
         second = await plane.add_relay(await plane.serve(echo), name="b")
         third = await plane.add_relay(await plane.serve(echo), name="c")
-        monkeypatch.setattr(first.desk, "_deliver", lambda session, stream, service: stream.redirect("c"))
+        monkeypatch.setattr(first.desk, "_deliver", lambda session, stream, *_: stream.redirect("c"))
         port = plane.add_door()
         async with await connect(port) as stream:
             await stream.send_all(b"early")
@@ -248,7 +248,7 @@ async def test_redirect_to_nobody_goes_on_by_the_routes(contexts: Contexts, monk
     async with open_plane(contexts) as plane:
         first = await plane.add_relay(await plane.serve(echo), name="a")
         await plane.add_relay(await plane.serve(echo), name="b")
-        monkeypatch.setattr(first.desk, "_deliver", lambda session, stream, service: stream.redirect("nobody"))
+        monkeypatch.setattr(first.desk, "_deliver", lambda session, stream, *_: stream.redirect("nobody"))
         assert await exchange(plane.add_door(), b"x") == b"x"
 
 
@@ -256,9 +256,11 @@ async def test_relays_that_redirect_in_circles(contexts: Contexts, monkeypatch: 
     async with open_plane(contexts) as plane:
         for name, other in (("a", "b"), ("b", "a")):
             relay = await plane.add_relay(await plane.serve(echo), name=name)
-            monkeypatch.setattr(relay.desk, "_deliver", lambda session, stream, service, other=other: stream.redirect(other))
+            monkeypatch.setattr(relay.desk, "_deliver", lambda session, stream, *_, other=other: stream.redirect(other))
         await refused(plane.add_door())
-        assert plane.doors[0].counters.refused == {"too-many-attempts": 1}
+        assert plane.doors[0].counters.refused == {"all-refused": 1}
+        # Each is asked, its redirect is followed once, and it is asked once more for another way.
+        assert sum(relay.far_session.mux.opened for relay in plane.relays) == 6
 
 
 async def test_drained_relay_is_passed_over(contexts: Contexts) -> None:

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from fxtunnel.codes import Code
 from fxtunnel.errors import LocalProtocolError, RemoteProtocolError
-from fxtunnel.model import ServiceName
+from fxtunnel.model import RelayId, ServiceName
 from fxtunnel.protocol import frames
 from fxtunnel.protocol.frames import MAX_LENGTH, MIN_LENGTH, Opening, UnsupportedTag, check_header, decode_open
 from tests.protocol.recording import parse
@@ -105,9 +105,14 @@ NAMES = st.from_regex(r"[A-Za-z0-9._-]{1,64}", fullmatch=True).map(ServiceName)
 ADDRESSES = st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=200)
 
 
-@given(NAMES, ADDRESSES, ADDRESSES, st.integers(0, 2**32 - 1))
-def test_an_opening_survives_the_wire(service: ServiceName, client: str, door: str, window: int) -> None:
-    opening = Opening(service, client, door)
+RELAYS = NAMES.map(RelayId)
+
+
+@given(NAMES, ADDRESSES, ADDRESSES, st.integers(0, 2**32 - 1), st.none() | RELAYS, st.lists(RELAYS, unique=True, max_size=4))
+def test_an_opening_survives_the_wire(
+    service: ServiceName, client: str, door: str, window: int, via: RelayId | None, avoid: list[RelayId]
+) -> None:
+    opening = Opening(service, client, door, via, tuple(avoid))
     _, _, payload = parse(frames.encode_open(9, window, frames.encode_tags(opening)))
     assert decode_open(payload) == (window, opening)
 
@@ -139,6 +144,21 @@ MALFORMED = {
     "service not ASCII": tag(0x01, "sshé".encode()),
     "client not ASCII": SERVICE + tag(0x81, b"\xff"),
     "door not ASCII": SERVICE + tag(0x82, b"\x80"),
+    "via empty": SERVICE + tag(0x83, b""),
+    "via not ASCII": SERVICE + tag(0x83, b"\xff"),
+    "via too long": SERVICE + tag(0x83, b"r" * 65),
+    "via with a slash": SERVICE + tag(0x83, b"a/b"),
+    "via with a newline": SERVICE + tag(0x83, b"a\n"),
+    "via two relays": SERVICE + tag(0x83, b"a,b"),
+    "via twice": SERVICE + tag(0x83, b"a") + tag(0x83, b"b"),
+    "not empty": SERVICE + tag(0x84, b""),
+    "not ends in a comma": SERVICE + tag(0x84, b"a,"),
+    "not with a gap": SERVICE + tag(0x84, b"a,,b"),
+    "not with a space": SERVICE + tag(0x84, b"a, b"),
+    "not five relays": SERVICE + tag(0x84, b"a,b,c,d,e"),
+    "not one relay twice": SERVICE + tag(0x84, b"a,b,a"),
+    "not a relay too long": SERVICE + tag(0x84, b"a," + b"r" * 65),
+    "via malformed beside an unknown required": SERVICE + tag(0x83, b"") + tag(0x02, b"x"),
     "service twice": SERVICE + SERVICE,
     "client twice": SERVICE + tag(0x81, b"a") + tag(0x81, b"b"),
     "unknown optional twice": SERVICE + tag(0xC0, b"") + tag(0xC0, b""),
@@ -174,13 +194,20 @@ def test_a_required_tag_that_is_unknown_is_unsupported(number: int) -> None:
             decode_open(WINDOW + tags)
 
 
-@pytest.mark.parametrize("number", [0x80, 0x83, 0xFF])
+@pytest.mark.parametrize("number", [0x80, 0x85, 0xFF])
 def test_an_optional_tag_that_is_unknown_is_skipped(number: int) -> None:
     assert decode_open(WINDOW + tag(number, b"\xff\x00") + SERVICE) == (65_536, Opening(ServiceName("ssh")))
 
 
 def test_tags_come_in_any_order() -> None:
     assert decode_open(WINDOW + tag(0x82, b"d") + tag(0x81, b"c") + SERVICE)[1] == Opening(ServiceName("ssh"), "c", "d")
+
+
+def test_what_a_redirect_adds_is_read_as_it_was_written() -> None:
+    avoid = tuple(map(RelayId, ("node-b", "n" * 64, "_", ".")))
+    tags = frames.encode_tags(Opening(ServiceName("ssh"))) + frames.encode_redirects(RelayId("node-a"), avoid)
+    assert decode_open(WINDOW + tags)[1] == Opening(ServiceName("ssh"), via=RelayId("node-a"), avoid=avoid)
+    assert frames.encode_redirects(None, ()) == b""
 
 
 @given(st.binary(min_size=4, max_size=frames.MAX_OPEN_BYTES))

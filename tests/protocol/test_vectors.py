@@ -8,7 +8,7 @@ from typing import Final
 import pytest
 
 from fxtunnel.codes import Code, Refusal
-from fxtunnel.model import ServiceName
+from fxtunnel.model import RelayId, ServiceName
 from fxtunnel.protocol import frames
 from fxtunnel.protocol.frames import Opening
 from tests.protocol.recording import CollectingSink, parse
@@ -48,7 +48,9 @@ ENCODERS: Final[dict[str, Callable[[int, Fields], bytes]]] = {
 
 
 def _vector_tags(fields: Fields) -> bytes:
-    return frames.encode_tags(Opening(ServiceName(fields["service"]), fields.get("client", ""), fields.get("door", "")))
+    via = RelayId(fields["via"]) if "via" in fields else None
+    avoid = tuple(map(RelayId, fields["not"].split(","))) if "not" in fields else ()
+    return frames.encode_tags(Opening(ServiceName(fields["service"]), fields.get("client", ""), fields.get("door", ""), via, avoid))
 
 
 def _section(number: int) -> str:
@@ -105,6 +107,7 @@ def _decoded(name: str, payload: bytes) -> Fields:
     if name == "OPEN":
         window, opening = frames.decode_open(payload)
         tags = {"service": opening.service, "client": opening.client, "door": opening.door}
+        tags |= {"via": opening.via or "", "not": ",".join(opening.avoid)}
         return {"window": str(window)} | {tag: value for tag, value in tags.items() if value}
     if name in ("REFUSE", "GOAWAY"):
         return {"code": str(frames.decode_u16(payload)), "text": frames.decode_text(payload)}

@@ -164,6 +164,12 @@ class Stack:
         self.daemons.append(self.relays[name])
         return self.relays[name]
 
+    def launch_twin(self, name: str, config: Path) -> Daemon:
+        """Another process of a relay, with another configuration."""
+        twin = Daemon(["fxrelay.cli", "run", "--config", str(config)], self.directory / f"{name}-twin.log")
+        self.daemons.append(twin)
+        return twin
+
     def gateway_cli(self, command: str, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         """`fxgateway COMMAND …` with this stack's configuration."""
         return cli(["fxgateway.cli", command, "--config", str(self.gateway_config), *arguments], check)

@@ -1,0 +1,132 @@
+"""Task: what an administrator writes in `balance = [...]`, made into entries of a chain."""
+
+import logging
+import os
+import stat
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Final
+
+import trio
+
+from fxrelay.balance import builtins
+from fxrelay.balance.chain import builtin
+from fxrelay.balance.model import Candidate, Entry, Environment, Failed, Request, Verdict
+from fxrelay.balance.script_input import script_input
+from fxrelay.balance.verdicts import verdict_of, verdict_of_output
+from fxrelay.balance.workers import ScriptLimits, Workers
+from fxtunnel.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+DEFAULT: Final = "builtin:fewest-sessions"
+_FASTX4_NAMES: Final = {"fewest": "fewest-sessions", "memory": "most-available-memory", "roundrobin": "round-robin"}
+_FORBIDDEN_BITS: Final = stat.S_IWGRP | stat.S_IWOTH
+
+
+@dataclass(frozen=True, slots=True)
+class Script:
+    """An entry that runs in a script process: `kind` is js, exec or python; `spec` a file, or module:function."""
+
+    name: str
+    kind: str
+    spec: str
+    workers: Workers
+
+    async def choose(self, request: Request, candidates: Sequence[Candidate], environment: Environment) -> Verdict:
+        """See `Entry`."""
+        known = frozenset(candidate.server_id for candidate in candidates)
+        answer = await self.workers.call(self.kind, self.spec, script_input(request, candidates, environment.local_id))
+        if answer.get("log"):
+            logger.info("balancing script %s says: %s", self.name, answer["log"])
+        match answer.get("kind"):
+            case "value":
+                return verdict_of(answer.get("value"), known)
+            case "output":
+                return verdict_of_output(str(answer.get("text", "")), known)
+            case _:
+                return Failed(str(answer.get("name", "Error")), str(answer.get("message", "")), str(answer.get("detail", "")))
+
+
+class Scripts:
+    """Makes chains, and owns the processes their scripts run in."""
+
+    def __init__(self, limits: ScriptLimits, directory: Path) -> None:
+        self._directory = directory
+        self._workers = Workers(limits, directory)
+
+    async def run(self) -> None:
+        """Keep the processes until cancelled, then end them."""
+        try:
+            await trio.sleep_forever()
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """End the processes. May be repeated."""
+        self._workers.close()
+
+    def chain(self, specs: Sequence[str], service: str, environ: Mapping[str, str]) -> tuple[Entry, ...]:
+        """The entries that `specs` name, for a service's chain; without any, what LOAD_BALANCER says (FastX 4), or the default.
+
+        Raises:
+            ConfigError: with everything that is wrong with them.
+        """
+        problems: list[str] = []
+        entries = []
+        for spec in specs or _from_environ(environ):
+            try:
+                entries.append(self._entry(spec, service))
+            except ValueError as exc:
+                problems.append(str(exc))
+        if problems:
+            raise ConfigError([p for text in problems for p in ConfigError.one("relay.toml", f"service {service}: balance", text).problems])
+        return tuple(entries)
+
+    def _entry(self, spec: str, service: str) -> Entry:
+        kind, _, rest = spec.partition(":")
+        if kind == "builtin":
+            found = builtin(rest, service)
+            if found is None:
+                raise ValueError(f"there is no {spec!r}; built in are {', '.join(builtins.NAMES)}")
+            return found
+        if kind == "python":
+            module, _, function = rest.partition(":")
+            if not module or not function.isidentifier():
+                raise ValueError(f"expected python:MODULE:FUNCTION, found {spec!r}")
+            return Script(spec, kind, rest, self._workers)
+        if kind not in ("js", "exec") or not rest:
+            raise ValueError(f"expected builtin:NAME, js:FILE, exec:FILE or python:MODULE:FUNCTION, found {spec!r}")
+        path = self._directory / rest
+        if kind == "js" and find_spec("quickjs") is None:
+            raise ValueError(f"{spec} needs a JavaScript engine: pip install 'fx-gateway[js]'")
+        _verify(path, kind)
+        return Script(spec, kind, str(path), self._workers)
+
+
+def _from_environ(environ: Mapping[str, str]) -> tuple[str, ...]:
+    """The FastX 4 way: LOAD_BALANCER=custom and LOAD_BALANCER_SCRIPT=/path, or the name of a built-in one."""
+    name = environ.get("LOAD_BALANCER", "").strip().lower().replace("_", "-").replace(" ", "-")
+    if not name:
+        return (DEFAULT,)
+    if name == "custom":
+        return (f"exec:{environ.get('LOAD_BALANCER_SCRIPT', '')}",)
+    return (f"builtin:{_FASTX4_NAMES.get(name.replace('-', ''), name)}",)
+
+
+def _verify(path: Path, kind: str) -> None:
+    """Raises ValueError for a file that somebody else could change, or that cannot be used."""
+    try:
+        facts = path.stat()
+    except OSError as exc:
+        raise ValueError(f"{path}: {exc.strerror or exc}") from exc
+    if not stat.S_ISREG(facts.st_mode):
+        raise ValueError(f"{path}: is not a file")
+    if facts.st_uid not in (0, os.geteuid()):
+        raise ValueError(f"{path}: belongs to another user than root and this one")
+    if facts.st_mode & _FORBIDDEN_BITS:
+        raise ValueError(f"{path}: others may change it; run: chmod go-w {path}")
+    if kind == "exec" and not os.access(path, os.X_OK):
+        raise ValueError(f"{path}: is not executable; run: chmod +x {path}")

@@ -1,0 +1,142 @@
+"""Pure: a decision's input written down, so that it can be made again elsewhere; and a decision told to people."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from fxrelay.balance.filters import Circumstances, Pool
+from fxrelay.balance.model import Action, Chosen, Decision, Failed, Narrowed, Passed, Request, Verdict
+from fxrelay.cluster.members import Member, MemberState
+from fxrelay.cluster.server import BadServer, parse_server
+from fxtunnel.model import RelayId
+
+VERSION: Final = 1
+_SHOWN: Final = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Recording:
+    """Everything a decision is made from, but for what scripts look up by themselves."""
+
+    request: Request
+    pool: Pool
+    chain: tuple[str, ...]
+    members: tuple[Member, ...]
+    in_flight: Mapping[RelayId, int]
+    local_id: RelayId
+
+    def circumstances(self) -> Circumstances:
+        """As the filters take them."""
+        return Circumstances(self.in_flight)
+
+
+def encode_recording(recording: Recording) -> str:
+    """As JSON text for a file. It holds what `data` held, secrets too: keep it private."""
+    request, pool = recording.request, recording.pool
+    return json.dumps(
+        {
+            "version": VERSION,
+            "local": recording.local_id,
+            "chain": list(recording.chain),
+            "pool": {
+                "service": pool.service,
+                "nodes": sorted(pool.nodes) if pool.nodes is not None else "*",
+                "where": dict(pool.where or {}),
+            },
+            "request": {
+                "action": request.action.value,
+                "service": request.service,
+                "user": request.user,
+                "sessions": list(request.sessions),
+                "claims": dict(request.claims),
+                "groups": list(request.groups),
+                "isManager": request.is_manager,
+                "isAdmin": request.is_admin,
+                "data": dict(request.data),
+            },
+            "inFlight": dict(recording.in_flight),
+            "members": [
+                {
+                    "state": member.state.value,
+                    "ageS": member.age_s,
+                    "drained": member.is_drained,
+                    "disabled": sorted(member.disabled),
+                    "server": member.server.document(),
+                }
+                for member in recording.members
+            ],
+        },
+        indent=1,
+    )
+
+
+def decode_recording(text: str) -> Recording:
+    """The other way round.
+
+    Raises:
+        ValueError: it is not such a record; the text says what is wrong.
+    """
+    try:
+        found: dict[str, Any] = json.loads(text)
+        if found["version"] != VERSION:
+            raise ValueError(f"version {found['version']!r}, not {VERSION}")
+        request, pool = found["request"], found["pool"]
+        return Recording(
+            Request(
+                Action(request["action"]),
+                str(request["service"]),
+                str(request["user"]),
+                tuple(request["sessions"]),
+                dict(request["claims"]),
+                tuple(map(str, request["groups"])),
+                bool(request["isManager"]),
+                bool(request["isAdmin"]),
+                dict(request["data"]),
+            ),
+            Pool(
+                str(pool["service"]), None if pool["nodes"] == "*" else frozenset(map(RelayId, pool["nodes"])), dict(pool["where"]) or None
+            ),
+            tuple(map(str, found["chain"])),
+            tuple(_member(entry) for entry in found["members"]),
+            {RelayId(key): int(value) for key, value in found["inFlight"].items()},
+            RelayId(str(found["local"])),
+        )
+    except (KeyError, TypeError, AttributeError, RecursionError) as exc:
+        raise ValueError(f"not a recorded decision: {type(exc).__name__} {exc}") from exc
+    except BadServer as exc:
+        raise ValueError(f"a server object in it is wrong: {exc}") from exc
+
+
+def _member(entry: Mapping[str, Any]) -> Member:
+    server = parse_server(json.dumps(entry["server"]))
+    return Member(
+        server, MemberState(entry["state"]), float(entry["ageS"]), bool(entry["drained"]), frozenset(map(str, entry["disabled"])), ()
+    )
+
+
+def explain(decision: Decision) -> list[str]:
+    """One line for each server that was filtered out, for each entry of the chain, and for the result."""
+    lines = [f"filtered out  {dropped.server_id}: {dropped.reason}" for dropped in decision.dropped]
+    for step in decision.steps:
+        lines.append(f"{step.entry}  among {step.candidates}: {_told(step.verdict)}  ({step.seconds * 1e3:.1f} ms)")
+    if decision.failure is not None:
+        lines.append(f"no server: {_printable(decision.failure.name)}: {_printable(decision.failure.message)}")
+    return lines
+
+
+def _told(verdict: Verdict) -> str:
+    match verdict:
+        case Chosen(server_id):
+            return f"chose {server_id}"
+        case Narrowed(server_ids):
+            more = f" and {len(server_ids) - _SHOWN} more" if len(server_ids) > _SHOWN else ""
+            return f"left {len(server_ids)}: {', '.join(server_ids[:_SHOWN])}{more}" if server_ids else "left none"
+        case Passed():
+            return "no opinion"
+        case Failed(name, message, detail):
+            return f"failed: {_printable(name)}: {_printable(message)}" + (f" [{_printable(detail)}]" if detail else "")
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() else " " for c in text)[:2_000]

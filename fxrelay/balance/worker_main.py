@@ -1,0 +1,149 @@
+"""Task: the process that runs balancing scripts: `python -m fxrelay.balance.worker_main FD MEMORY_BYTES`.
+
+It reads requests from a socket and answers each, one at a time, until the socket ends: that is also how it learns that the relay is gone. A
+request that takes too long ends the process (SIGALRM), so it is not left behind even by a relay that was killed in the middle of one.
+
+    request:   length u32, JSON {"kind", "spec", "limit_s", "memory_bytes"}    length u32, the script's input as JSON
+    answer:    length u32, JSON {"kind": "value", "value"} | {"kind": "output", "text"} | {"kind": "failed", "name", "message", "detail"}
+"""
+
+import importlib
+import json
+import math
+import os
+import resource
+import signal
+import socket
+import struct
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Final
+
+from fxrelay.balance.executable import run_executable
+from fxrelay.balance.javascript import run_javascript
+
+LENGTH: Final = struct.Struct(">I")
+MAX_REQUEST_BYTES: Final = 1 << 30
+MAX_ANSWER_BYTES: Final = 8 << 20
+HEADROOM_BYTES: Final = 512 << 20
+"""Address space for Python itself and the input, beside what the script may take."""
+
+Answer = dict[str, Any]
+
+
+def failed(name: str, message: str, detail: str = "") -> Answer:
+    """The answer of a script that did not work."""
+    return {"kind": "failed", "name": name, "message": message, "detail": detail}
+
+
+def serve(channel: socket.socket) -> None:
+    """Answer requests until the other end is gone."""
+    while (head := _receive(channel)) is not None and (text := _receive(channel)) is not None:
+        request = json.loads(head)
+        signal.setitimer(signal.ITIMER_REAL, request["limit_s"] * 2)
+        try:
+            answer = _answer(request, text.decode())
+        except MemoryError:
+            answer = failed("ScriptMemory", "the script ran out of memory")
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        encoded = json.dumps(answer).encode()
+        if len(encoded) > MAX_ANSWER_BYTES:
+            encoded = json.dumps(failed("BadReturn", "the script returned too much")).encode()
+        channel.sendall(LENGTH.pack(len(encoded)) + encoded)
+
+
+def _answer(request: dict[str, Any], text: str) -> Answer:
+    match request["kind"]:
+        case "js":
+            return run_javascript(request["spec"], text, request["limit_s"], request["memory_bytes"])
+        case "exec":
+            return run_executable(request["spec"], text, request["limit_s"])
+        case _:
+            return _call(request["spec"], text)
+
+
+def _call(spec: str, text: str) -> Answer:
+    module_name, _, function_name = spec.partition(":")
+    try:
+        function = getattr(_module(module_name), function_name)
+        value = function(json.loads(text))
+        return {"kind": "value", "value": _plain(value)}
+    except MemoryError:
+        raise
+    except BaseException as exc:  # a script may raise SystemExit as well
+        import traceback
+
+        return failed(type(exc).__name__, str(exc)[:500], traceback.format_exc()[-4000:])
+
+
+_modules: dict[str, tuple[float, ModuleType]] = {}
+
+
+def _module(name: str) -> ModuleType:
+    """The module in its present form: it is loaded again when its file has changed."""
+    known = _modules.get(name)
+    if known is None:
+        module = importlib.import_module(name)
+    else:
+        module = known[1]
+        if _changed_at(module) != known[0]:
+            module = importlib.reload(module)
+    _modules[name] = (_changed_at(module), module)
+    return module
+
+
+def _changed_at(module: ModuleType) -> float:
+    try:
+        return Path(str(module.__file__)).stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+def _plain(value: Any) -> Any:
+    """Something JSON can carry. NaN counts as nothing, as in JavaScript; what JSON has no word for becomes an object, which is refused."""
+    if isinstance(value, float) and math.isnan(value):
+        return None
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError, RecursionError):
+        return {"type": type(value).__name__}
+    return value
+
+
+def _receive(channel: socket.socket) -> bytes | None:
+    head = _receive_exactly(channel, LENGTH.size)
+    if head is None:
+        return None
+    (length,) = LENGTH.unpack(head)
+    return _receive_exactly(channel, length) if length <= MAX_REQUEST_BYTES else None
+
+
+def _receive_exactly(channel: socket.socket, size_bytes: int) -> bytes | None:
+    received = bytearray(size_bytes)
+    view = memoryview(received)
+    got = 0
+    while got < size_bytes:
+        count = channel.recv_into(view[got:])
+        if not count:
+            return None
+        got += count
+    return bytes(received)
+
+
+def main() -> None:
+    """Take the limits on, then serve."""
+    channel = socket.socket(fileno=int(sys.argv[1]))
+    limit_bytes = int(sys.argv[2]) + HEADROOM_BYTES
+    resource.setrlimit(resource.RLIMIT_AS, (limit_bytes, limit_bytes))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the relay's to handle; it ends this process by closing the socket
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    os.nice(5)
+    # What scripts print must not get into anybody's protocol.
+    os.dup2(2, 1)
+    serve(channel)
+
+
+if __name__ == "__main__":
+    main()

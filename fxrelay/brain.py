@@ -1,0 +1,147 @@
+"""Task: this relay's part in its cluster: what it publishes, what it knows of the others, and how it chooses among them."""
+
+import logging
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import trio
+
+from fxrelay.balance.chooser import Balancing, ClusterEnvironment, PoolChooser, Ways
+from fxrelay.balance.entries import Scripts
+from fxrelay.balance.filters import Pool
+from fxrelay.balance.model import Action
+from fxrelay.balance.workers import ScriptLimits
+from fxrelay.cluster.follow import FollowConfig, Follower, Threads
+from fxrelay.cluster.gather import Gatherer
+from fxrelay.cluster.members import Ages
+from fxrelay.cluster.opening import open_cluster
+from fxrelay.cluster.publish import Publisher, PublisherConfig
+from fxrelay.cluster.view import ClusterView
+from fxrelay.settings import RelaySettings, ServiceSection
+from fxrelay.uplink.ports import UplinkState, UplinkStatistics
+from fxtunnel import __version__
+from fxtunnel.model import InstanceId, RelayId, ServiceName
+
+logger = logging.getLogger(__name__)
+
+TUNNEL_POLL_S: Final = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Whose:
+    """Whose brain it is, and how it sees its tunnels."""
+
+    relay_id: RelayId
+    instance: InstanceId
+    uplinks: Callable[[], Sequence[UplinkStatistics]]
+
+
+class Brain:
+    """Joins the cluster of the configuration. `run` it once.
+
+    Raises:
+        ConfigError: broker.json or a balancing script cannot be used.
+    """
+
+    def __init__(self, settings: RelaySettings, directory: Path, whose: Whose) -> None:
+        cluster = settings.cluster
+        self._settings = settings
+        self._whose = whose
+        self._store, self._transporter = open_cluster(cluster, settings.relay.state_dir)
+        self._threads = Threads()
+        self._scripts = Scripts(ScriptLimits(cluster.script_timeout_s, cluster.script_memory_bytes), directory)
+        self.view = ClusterView(Ages(cluster.stale_s, cluster.down_s))
+        self._follower = Follower(self._store, self._transporter, self.view, self._threads, FollowConfig(resync_s=cluster.resync_s))
+        self._gatherer = Gatherer(settings)
+        self.publisher = Publisher(
+            PublisherConfig(whose.relay_id, whose.instance, __version__, cluster.publish_s),
+            self._store,
+            self._transporter,
+            self.view,
+            self._threads,
+            (self._gatherer.measure, self._agent),
+        )
+        environment = ClusterEnvironment(whose.relay_id, self._store, self._threads)
+        self.chooser = PoolChooser(self.view, ways(settings), environment, self._transporter, self._threads, whose.instance)
+        self.chooser.reconfigure(balancing(settings, self._scripts))
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Publish, follow and tell until cancelled. Started when the cluster has been read once, or could not be."""
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._scripts.run)
+                nursery.start_soon(self._gatherer.run)
+                nursery.start_soon(self.chooser.run)
+                await nursery.start(self._follower.run)
+                await nursery.start(self.publisher.run)
+                nursery.start_soon(self._watch_tunnels)
+                task_status.started()
+        finally:
+            self._transporter.close()
+            self._store.close()
+
+    def reconfigure(self, settings: RelaySettings) -> None:
+        """Pools, chains and what this node says about itself, from a reloaded configuration.
+
+        Raises:
+            ConfigError: a balancing script cannot be used; nothing has changed.
+        """
+        self.chooser.reconfigure(balancing(settings, self._scripts))
+        self._gatherer.reconfigure(settings)
+        self._settings = settings
+        self.publisher.changed()
+
+    def _agent(self) -> dict[str, Any]:
+        return {
+            "tunnels": [
+                {
+                    "gatewayId": uplink.gateway_id,
+                    "since": int(uplink.since_unix * 1000),
+                    "streams": sum(session.mux.streams for session in uplink.sessions),
+                }
+                for uplink in self._whose.uplinks()
+                if uplink.state is UplinkState.UP
+            ]
+        }
+
+    async def _watch_tunnels(self) -> None:
+        """Others redirect to this node by its tunnels: tell them at once when one comes or goes."""
+        known: set[str] = set()
+        while True:
+            up = {uplink.gateway_id for uplink in self._whose.uplinks() if uplink.state is UplinkState.UP and not uplink.is_draining}
+            if up != known:
+                known = set(up)
+                self.publisher.changed()
+            await trio.sleep(TUNNEL_POLL_S)
+
+
+def ways(settings: RelaySettings) -> Ways:
+    """How this relay may reach other nodes."""
+    cluster = settings.cluster
+    return Ways(RelayId(settings.relay.id), cluster.paths, cluster.force_indirect, cluster.networks, settings.relay.address)
+
+
+def pool_of(section: ServiceSection) -> Pool:
+    """The nodes a service may run on."""
+    nodes = None if section.nodes == "*" else frozenset(RelayId(node) for node in section.nodes)
+    return Pool(section.name, nodes, section.where or None)
+
+
+def balancing(settings: RelaySettings, scripts: Scripts) -> dict[ServiceName, Balancing]:
+    """Every pool of the configuration with its chain.
+
+    Raises:
+        ConfigError: an entry of a chain does not exist or cannot be used.
+    """
+    return {
+        ServiceName(section.name): Balancing(
+            pool_of(section),
+            scripts.chain(section.balance, section.name, os.environ),
+            Action(section.action),
+        )
+        for section in settings.services
+        if section.is_pool
+    }

@@ -1,0 +1,85 @@
+"""Task: one look at the cluster, for commands: no relay has to run, and nothing is written unless it is asked for."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+from fxrelay.cluster.members import NOTHING_OFF, Ages, Control, Member
+from fxrelay.cluster.opening import open_cluster
+from fxrelay.cluster.ports import CONTROLS, SERVERS, Store, Transporter
+from fxrelay.cluster.view import ClusterView, encode_control
+from fxrelay.settings import RelaySettings
+from fxtunnel.errors import FxError, TransporterError
+
+
+@contextmanager
+def cluster_of(settings: RelaySettings) -> Iterator[tuple[Store, Transporter]]:
+    """The store and the transporter of a configuration, closed at the end. Both block."""
+    store, transporter = open_cluster(settings.cluster, settings.relay.state_dir)
+    try:
+        yield store, transporter
+    finally:
+        transporter.close()
+        store.close()
+
+
+def read_view(settings: RelaySettings, store: Store) -> ClusterView:
+    """The whole cluster as the store has it now. Raises StoreError."""
+    view = ClusterView(Ages(settings.cluster.stale_s, settings.cluster.down_s))
+    view.store_said(store.now_ms())
+    view.read_controls(store.documents(CONTROLS))
+    seen = []
+    for document in store.documents(SERVERS):
+        view.read_servers([document])
+        seen.append(document.key)
+    view.read_everything(frozenset(seen))
+    return view
+
+
+def change_control(settings: RelaySettings, server_id: str, change: "Control | None") -> Control:
+    """Switch off for a server what `change` names, besides what is off already; None switches everything on again. Returns what is off now.
+
+    Every relay knows within a second; one that misses the message reads it from the store.
+
+    Raises:
+        StoreError: nothing was changed.
+        FxError: no such server has ever been seen.
+    """
+    with cluster_of(settings) as (store, transporter):
+        found = store.get(CONTROLS, server_id)
+        if change is not None and found is None and store.get(SERVERS, server_id) is None:
+            known = ", ".join(sorted(document.key for document in store.documents(SERVERS))[:20])
+            raise FxError(f"the cluster knows no node {server_id!r}; it knows: {known or 'none'}")
+        before = Control.parse(found.text) if found is not None else NOTHING_OFF
+        after = NOTHING_OFF if change is None else Control(before.draining or change.draining, before.disable | change.disable)
+        if after == NOTHING_OFF:
+            store.delete(CONTROLS, server_id)
+        else:
+            store.put(CONTROLS, server_id, after.encode())
+        with suppress(TransporterError):  # it stands in the store: relays read it there
+            transporter.publish(CONTROLS, encode_control(server_id, after))
+        return after
+
+
+def describe(member: Member) -> dict[str, Any]:
+    """A member as JSON for other programs."""
+    return {
+        "serverId": member.server.server_id,
+        "state": member.state.value,
+        "ageS": round(member.age_s, 1),
+        "drained": member.is_drained,
+        "disabled": sorted(member.disabled),
+        "rivals": list(member.rivals),
+        "server": member.server.document(),
+    }
+
+
+def sessions_of(view: ClusterView, user: str) -> list[dict[str, Any]]:
+    """The sessions that servers list for a user."""
+    found = []
+    for member in view.everyone():
+        listed = json.loads(member.server.text).get("sessionList", [])
+        if isinstance(listed, list):
+            found += [session for session in listed if isinstance(session, dict) and session.get("owner") == user]
+    return found

@@ -1,0 +1,169 @@
+"""Task: the store of a cluster: a Redis that all members reach. Blocking: for worker threads.
+
+    {NAMESPACE}:c:COLLECTION   hash of key -> "MS:TEXT", MS being the server's clock when it was written
+    {NAMESPACE}:n              hash of counters
+    {NAMESPACE}:epoch          random text, kept where Redis loses nothing
+
+An ACL for it: `~{NAMESPACE}:* &{NAMESPACE}:* +@hash +@string +@pubsub +@connection +eval +time +info +config|get`.
+"""
+
+import re
+import secrets
+from collections.abc import Iterator
+from typing import Any, Final
+
+from fxrelay.cluster.content import MAX_KEY_BYTES, decode_document, encode_amount, encode_collection, encode_key, encode_text
+from fxrelay.cluster.ports import MAX_DOCUMENT_BYTES, Document
+from fxrelay.cluster.redis_client import RedisClient
+from fxtunnel.errors import StoreError
+
+PART: Final = 64
+"""About as many documents come in one answer; of the longest ones these are 16 MiB."""
+MAX_READ: Final = 1 << 20
+"""Documents of one collection; what goes on after that is no collection of ours."""
+_STAMP_BYTES: Final = 17
+_STAMPED: Final = re.compile(rb"(\d{1,16}):(.*)", re.DOTALL)
+_RUN_ID: Final = re.compile(rb"^run_id:([0-9a-f]{40})\r?$", re.MULTILINE)
+_EPOCH: Final = re.compile(rb"[0-9a-f]{32}")
+
+_CLOCK: Final = """
+local time = redis.call('TIME')
+local ms = string.format('%d%03d', time[1], math.floor(time[2] / 1000))
+"""
+_NOW: Final = f"{_CLOCK} return ms"
+_PUT: Final = f"{_CLOCK} redis.call('HSET', KEYS[1], ARGV[1], ms .. ':' .. ARGV[2]) return ms"
+_GET: Final = """
+if redis.call('HSTRLEN', KEYS[1], ARGV[1]) > tonumber(ARGV[2]) then return 1 end
+return redis.call('HGET', KEYS[1], ARGV[1])
+"""
+# What is too long is left out on the server: it must not fill the memory of those who read.
+_READ: Final = """
+local found = redis.call('HSCAN', KEYS[1], ARGV[1], 'COUNT', ARGV[2])
+local kept, skipped = {}, 0
+for i = 1, #found[2], 2 do
+  if #found[2][i] <= tonumber(ARGV[3]) and #found[2][i + 1] <= tonumber(ARGV[4]) then
+    kept[#kept + 1] = found[2][i]
+    kept[#kept + 1] = found[2][i + 1]
+  else
+    skipped = skipped + 1
+  end
+end
+return {found[1], skipped, kept}
+"""
+_INFO: Final = "return {redis.call('INFO', 'server'), redis.call('INFO', 'persistence'), redis.call('INFO', 'replication')}"
+
+
+class RedisStore:
+    """`Store` in a Redis 5 or later. `skipped`: documents read that no member of ours would have written."""
+
+    def __init__(self, client: RedisClient) -> None:
+        self._client = client
+        self.skipped = 0
+
+    def epoch(self) -> str:
+        """The run_id of the process that answers; a stored id where that process writes everything to disk before it answers (AOF, fsync
+        always) and has no replica that could take its place with less. Raises StoreError.
+        """
+        server, persistence, replication = self._texts(self._script(_INFO, self._client.key("epoch")), 3)
+        found = _RUN_ID.search(server)
+        if found is None:
+            raise self._not_ours("INFO without a run_id")
+        forgets = b"aof_enabled:1" not in persistence or b"connected_slaves:0" not in replication or not self._syncs_always()
+        return f"run-{found[1].decode()}" if forgets else f"kept-{self._stored_epoch()}"
+
+    def now_ms(self) -> int:
+        """The server's clock. Raises StoreError."""
+        return self._clock(self._script(_NOW, self._client.key("n")))
+
+    def put(self, collection: str, key: str, text: str) -> int:
+        """Write a document with the server's time, in one step. Raises StoreError: it may or may not be written."""
+        return self._clock(self._script(_PUT, self._collection(collection), encode_key(key), encode_text(text)))
+
+    def get(self, collection: str, key: str) -> Document | None:
+        """One document; None as well for what is too long or was not written by `put`. Raises StoreError."""
+        name = encode_key(key)
+        found = self._script(_GET, self._collection(collection), name, MAX_DOCUMENT_BYTES + _STAMP_BYTES)
+        return self._document(name, found) if found is not None else None
+
+    def delete(self, collection: str, key: str) -> None:
+        """Remove a document. Raises StoreError."""
+        where, name = self._collection(collection), encode_key(key)
+        self._client.ask(lambda redis: redis.hdel(where, name))
+
+    def documents(self, collection: str) -> Iterator[Document]:
+        """All documents, each once. Raises StoreError, at any step."""
+        return self._documents(self._collection(collection))
+
+    def add(self, counter: str, amount: int) -> int:
+        """Add to a counter. Raises StoreError: it may or may not be added."""
+        name, change = encode_key(counter), encode_amount(amount)
+        value = self._client.ask(lambda redis: redis.hincrby(self._client.key("n"), name, change))
+        if type(value) is not int:
+            raise self._not_ours("a counter that is no number")
+        return value
+
+    def close(self) -> None:
+        """End all connections."""
+        self._client.close()
+
+    def _documents(self, where: str) -> Iterator[Document]:
+        # HSCAN may show an entry twice while the table grows or shrinks (redis.io/commands/scan, "Scan guarantees").
+        seen: set[bytes] = set()
+        cursor = b"0"
+        while True:
+            part = self._script(_READ, where, cursor, PART, MAX_KEY_BYTES, MAX_DOCUMENT_BYTES + _STAMP_BYTES)
+            if not (isinstance(part, list) and len(part) == 3 and isinstance(part[0], bytes) and isinstance(part[2], list)):
+                raise self._not_ours("a strange answer to HSCAN")
+            cursor = part[0]
+            self.skipped += part[1] if type(part[1]) is int else 0
+            for key, value in zip(part[2][::2], part[2][1::2], strict=False):
+                if isinstance(key, bytes) and key not in seen:
+                    seen.add(key)
+                    document = self._document(key, value)
+                    if document is not None:
+                        yield document
+            if cursor == b"0":
+                return
+            if len(seen) > MAX_READ:
+                raise self._not_ours(f"more than {MAX_READ} documents in {where}")
+
+    def _document(self, key: bytes, value: object) -> Document | None:
+        stamped = _STAMPED.fullmatch(value) if isinstance(value, bytes) else None
+        document = decode_document(key, stamped[2], int(stamped[1])) if stamped is not None else None
+        self.skipped += document is None
+        return document
+
+    def _collection(self, name: str) -> str:
+        return self._client.key("c", encode_collection(name))
+
+    def _script(self, script: str, key: str, *values: bytes | int) -> Any:
+        return self._client.ask(lambda redis: redis.eval(script, 1, key, *values))
+
+    def _clock(self, answer: object) -> int:
+        (text,) = self._texts([answer], 1)
+        if not text.isdigit() or len(text) > _STAMP_BYTES - 1:
+            raise self._not_ours("a clock that is no number")
+        return int(text)
+
+    def _syncs_always(self) -> bool:
+        try:
+            found = self._client.ask(lambda redis: redis.config_get("appendfsync"))
+        except StoreError:
+            return False  # this user may not ask: then take it that something may be lost
+        return isinstance(found, dict) and found.get("appendfsync") in ("always", b"always") and self._client.is_one_server
+
+    def _stored_epoch(self) -> str:
+        key = self._client.key("epoch")
+        self._client.ask(lambda redis: redis.set(key, secrets.token_hex(16), nx=True))
+        (found,) = self._texts([self._client.ask(lambda redis: redis.get(key))], 1)
+        if not _EPOCH.fullmatch(found):
+            raise self._not_ours(f"something that is no epoch in {key}")
+        return found.decode()
+
+    def _texts(self, answer: object, count: int) -> list[bytes]:
+        if not isinstance(answer, list) or len(answer) != count or not all(isinstance(text, bytes) for text in answer):
+            raise self._not_ours("an answer of another kind than was asked for")
+        return answer
+
+    def _not_ours(self, what: str) -> StoreError:
+        return StoreError(f"{self._client.name}: holds or says something that is not ours: {what}")

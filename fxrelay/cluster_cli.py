@@ -1,0 +1,217 @@
+"""Task: the commands of `fxrelay` that are about the cluster: nodes, pick, drain, disable, enable, store."""
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import click
+
+from fxtunnel.errors import FxError
+from fxtunnel.kit.console import config_option, duration, print_table
+
+if TYPE_CHECKING:
+    from fxrelay.cluster.members import Control, Member
+    from fxrelay.settings import RelaySettings
+
+WATCH_S: Final = 2.0
+NODE_COLUMNS: Final = (
+    "node",
+    "hostname",
+    "sessions",
+    "unique user sessions",
+    "total logins",
+    "unique user logins",
+    "total memory",
+    "load",
+    "state",
+    "age",
+    "tunnels",
+)
+_GIB: Final = 1 << 30
+
+_config_option = config_option("relay.toml", "FXRELAY_CONFIG", "A relay's configuration: it says where the cluster is kept.")
+
+
+@click.command()
+@_config_option
+@click.option("--json", "as_json", is_flag=True, help="Machine-readable: every server object, with its state.")
+@click.option("--watch", is_flag=True, help="Again every two seconds, until Ctrl-C.")
+def nodes(config_path: Path, as_json: bool, watch: bool) -> None:
+    """Show the nodes of the cluster, as the store has them."""
+    from fxrelay.cluster.reading import cluster_of, describe, read_view
+
+    settings = _load(config_path)
+    with cluster_of(settings) as (store, _):
+        while True:
+            members = sorted(read_view(settings, store).everyone(), key=lambda member: member.server.server_id)
+            if watch:
+                click.clear()
+            if as_json:
+                click.echo(json.dumps([describe(member) for member in members], indent=2))
+            else:
+                print_table(NODE_COLUMNS, [_row(member) for member in members])
+                _print_rivals(members)
+            if not watch:
+                return
+            time.sleep(WATCH_S)
+
+
+@click.command()
+@_config_option
+@click.argument("service")
+@click.option("--user", default="", help="Who logs in or starts a session.")
+@click.option("--groups", default="", help="The user's groups, by comma.")
+@click.option("--action", type=click.Choice(["user/login", "session/start"]), help="Default: the service's own.")
+@click.option("--data", default="{}", help="What came with the request, as a JSON object.")
+@click.option("--explain", is_flag=True, help="Say which filter or script dropped which server, and why.")
+@click.option("--record", type=click.Path(path_type=Path, dir_okay=False), help="Write what the decision was made from to a file.")
+@click.option("--replay", type=click.Path(path_type=Path, dir_okay=False, exists=True), help="Decide again from such a file.")
+def pick(
+    config_path: Path,
+    service: str,
+    user: str,
+    groups: str,
+    action: str | None,
+    data: str,
+    explain: bool,
+    record: Path | None,
+    replay: Path | None,
+) -> None:
+    """Show which node SERVICE would get now.
+
+    Filters and balancing chain are run as the relay runs them, with the same scripts; nothing is placed. Placements that are on their way
+    are known to running relays only, and are not counted here. Exit code 1 if no node is chosen.
+    """
+    from fxrelay.picking import Question, pick_node
+
+    question = Question(service, user, tuple(filter(None, groups.split(","))), action, _object(data), record, replay)
+    answer = pick_node(_load(config_path), config_path, os.environ, question)
+    if explain:
+        for line in answer.explanation:
+            click.echo(line)
+    if answer.server_id is None:
+        raise FxError(answer.failure)
+    click.echo(answer.server_id)
+
+
+@click.command()
+@_config_option
+@click.argument("node")
+def drain(config_path: Path, node: str) -> None:
+    """Send nothing new to NODE, on any relay. What it has stays. `fxrelay enable NODE` ends it."""
+    from fxrelay.cluster.members import Control
+
+    _change(config_path, node, Control(draining=True))
+
+
+@click.command()
+@_config_option
+@click.argument("node")
+@click.option("--login", is_flag=True, help="No new logins.")
+@click.option("--start", is_flag=True, help="No new sessions.")
+def disable(config_path: Path, node: str, login: bool, start: bool) -> None:
+    """Switch off new logins or new sessions on NODE. `fxrelay enable NODE` switches everything on again."""
+    from fxrelay.cluster.members import Control
+
+    if not (login or start):
+        raise click.UsageError("say what to switch off: --login, --start or both")
+    wanted = {"login"} if login else set()
+    _change(config_path, node, Control(disable=frozenset(wanted | ({"start"} if start else set()))))
+
+
+@click.command()
+@_config_option
+@click.argument("node")
+def enable(config_path: Path, node: str) -> None:
+    """Undo `drain` and `disable` for NODE. What the node switched off itself stays off."""
+    _change(config_path, node, None)
+
+
+@click.group()
+def store() -> None:
+    """Export and import the cluster's configuration."""
+
+
+@store.command("export")
+@_config_option
+@click.argument("directory", type=click.Path(path_type=Path, file_okay=False))
+def store_export(config_path: Path, directory: Path) -> None:
+    """Write the store's collections to DIRECTORY, one file each, as the original's download tool does."""
+    from fxrelay.cluster.reading import cluster_of
+    from fxrelay.cluster.transfer import export_store
+
+    with cluster_of(_load(config_path)) as (found, _):
+        for collection, count in export_store(found, directory).items():
+            click.echo(f"{collection}: {count} documents")
+
+
+@store.command("import")
+@_config_option
+@click.argument("directory", type=click.Path(path_type=Path, file_okay=False, exists=True))
+@click.option("--dry-run", is_flag=True, help="Only say what would change.")
+def store_import(config_path: Path, directory: Path, dry_run: bool) -> None:
+    """Bring the files of DIRECTORY into the store, as the original's upload tool does. May be repeated."""
+    from fxrelay.cluster.reading import cluster_of
+    from fxrelay.cluster.transfer import apply_import, plan_import
+
+    with cluster_of(_load(config_path)) as (found, _):
+        plan = plan_import(found, directory)
+        for line in plan.lines():
+            click.echo(line)
+        if not dry_run:
+            apply_import(found, plan)
+
+
+COMMANDS: Final = (nodes, pick, drain, disable, enable, store)
+
+
+def _load(config_path: Path) -> "RelaySettings":
+    from fxrelay.settings import load
+
+    return load(config_path, os.environ)
+
+
+def _object(text: str) -> dict[str, object]:
+    try:
+        found = json.loads(text)
+    except ValueError as exc:
+        raise click.BadParameter(f"--data is no JSON: {exc}") from exc
+    if not isinstance(found, dict):
+        raise click.BadParameter("--data: expected a JSON object")
+    return found
+
+
+def _change(config_path: Path, node: str, change: "Control | None") -> None:
+    from fxrelay.cluster.reading import change_control
+
+    after = change_control(_load(config_path), node, change)
+    off = [*(["everything new (draining)"] if after.draining else []), *sorted(after.disable)]
+    click.echo(f"{node}: switched off: {', '.join(off) or 'nothing'}")
+
+
+def _row(member: "Member") -> tuple[str, ...]:
+    server = member.server
+    off = sorted(server.disable | member.disabled | ({"drain"} if server.draining or member.is_drained else set()))
+    return (
+        server.server_id,
+        server.hostname,
+        str(server.sessions),
+        str(server.unique_user_sessions),
+        str(server.logins),
+        str(server.unique_user_logins),
+        f"{server.total_bytes / _GIB:.1f} GiB",
+        f"{server.load1:.2f}",
+        f"{member.state.value} (off: {', '.join(off)})" if off else member.state.value,
+        duration(member.age_s),
+        ", ".join(sorted(server.gateways)) or "-",
+    )
+
+
+def _print_rivals(members: "list[Member]") -> None:
+    for member in members:
+        if member.rivals:
+            click.echo(
+                f"warning: {len(member.rivals) + 1} processes call themselves {member.server.server_id}; the newest is shown", err=True
+            )

@@ -1,0 +1,294 @@
+"""Task: streams of pools: a node is chosen for each, and reached by the first path that works, before the gateway hears ACCEPT.
+
+The reactor hands an OPEN over through a bounded channel; a task asks the chooser and connects. What the gateway sends meanwhile is kept by
+`Placing`, and by `PlacedDelivery` while a connection is tried; when the stream ends, the task is cancelled.
+"""
+
+import logging
+import secrets
+from typing import TYPE_CHECKING, Final
+
+import trio
+
+from fxrelay.cluster.settings import PathKind
+from fxrelay.delivery.delivery import Delivery, DeliveryDesk, connect_first
+from fxrelay.delivery.ports import Chooser, Claim, Node, NoNode, Wanted
+from fxrelay.delivery.services import Endpoint, PoolService
+from fxtunnel.codes import Code
+from fxtunnel.model import GatewayId, RelayId
+from fxtunnel.protocol.frames import Opening
+from fxtunnel.protocol.mux import Stream
+
+if TYPE_CHECKING:
+    import socket
+
+    from fxtunnel.engine.session import Session
+
+logger = logging.getLogger(__name__)
+
+MAX_PLACINGS: Final = 4_096
+"""Streams for which a node is being chosen at once; more of them mean a chooser that hangs, and are refused (`busy`)."""
+MAX_NODES: Final = 4
+"""Nodes tried for one stream."""
+ALL_PATHS: Final[tuple[PathKind, ...]] = ("local", "redirect", "direct")
+
+
+class Placing:
+    """A stream that has no node yet. Implements `Endpoint`: keeps early bytes, at most a first window of them (the mux sees to that)."""
+
+    __slots__ = (
+        "claim",
+        "desk",
+        "early",
+        "fin",
+        "is_over",
+        "opening",
+        "problem",
+        "scope",
+        "service",
+        "session",
+        "settled",
+        "stream",
+        "wanted",
+    )
+
+    def __init__(
+        self, desk: DeliveryDesk, session: "Session", stream: Stream, service: PoolService, opening: Opening, wanted: Wanted
+    ) -> None:
+        self.desk = desk
+        self.session = session
+        self.stream = stream
+        self.service = service
+        self.opening = opening
+        self.wanted = wanted
+        self.early = bytearray()
+        self.fin = False
+        self.claim: Claim | None = None
+        self.is_over = False
+        self.scope = trio.CancelScope()
+        self.settled = trio.Event()
+        self.problem: tuple[Code, str] | None = None
+        stream.endpoint = self
+
+    def on_accept(self) -> None:
+        """Not for a relay."""
+
+    def on_refuse(self, code: Code, text: str) -> None:
+        """Not for a relay."""
+
+    def on_redirect(self, relay: str) -> None:
+        """Not for a relay."""
+
+    def on_credit(self) -> None:
+        """See `Endpoint`: there is nothing to send yet."""
+
+    def on_data(self, data: memoryview) -> None:
+        """See `Endpoint`. The bytes count as taken only when a service has them."""
+        self.early += data
+
+    def on_fin(self) -> None:
+        """See `Endpoint`."""
+        self.fin = True
+
+    def on_reset(self, code: Code) -> None:
+        """See `Endpoint`: the opener has gone elsewhere."""
+        self.end()
+
+    def end(self) -> None:
+        """The stream needs no node any more: it is served, answered or gone. May be repeated."""
+        self.is_over = True
+        self.settled.set()
+        self.scope.cancel()
+
+    def give_up(self, code: Code, text: str) -> None:
+        """REFUSE, unless the stream is over."""
+        if not self.is_over:
+            mark = f"trace {self.wanted.trace_id}"
+            self.desk.turn_down(self.stream, self.service, code, text if mark in text else f"{text} ({mark})")
+            self.end()
+
+    def fail(self, code: Code) -> None:
+        """RESET, unless the stream is over."""
+        if not self.is_over:
+            self.stream.reset(code)
+            self.end()
+
+    def redirect(self, server_id: RelayId) -> None:
+        """Send the gateway to the node's own tunnel."""
+        self.stream.redirect(server_id)
+        self.desk.count_path(self.service, "redirect")
+        claim, self.claim = self.claim, None
+        if claim is not None:
+            claim.hand_over()
+        self.end()
+
+    def release(self) -> None:
+        """Give the claim back, if it is still here."""
+        claim, self.claim = self.claim, None
+        if claim is not None:
+            claim.release()
+
+
+class PlacedDelivery(Delivery):
+    """A delivery to a chosen node. If it does not come to stand, its stream goes back to where it came from, with all that had arrived."""
+
+    __slots__ = ("_claim", "_placing", "path")
+
+    def __init__(self, placing: Placing, sock: "socket.socket", rest: tuple[Endpoint, ...], path: PathKind) -> None:
+        super().__init__(placing.desk, sock, placing.service, rest, placing.opening)
+        self.path = path
+        self._placing: Placing | None = placing
+        self._claim: Claim | None = None
+        self._pending = placing.early or None
+        self._fin_wanted = placing.fin
+        placing.early = bytearray()
+
+    def stands(self) -> None:
+        """See `Delivery`. From here on the claim lives as long as the socket."""
+        super().stands()
+        placing, self._placing = self._placing, None
+        if placing is not None:
+            self._claim, placing.claim = placing.claim, None
+            placing.end()
+            if self._claim is not None:
+                self._claim.connected()
+
+    def refuse(self, code: Code, text: str) -> None:
+        """See `Delivery`."""
+        if code is Code.CONNECT_FAILED and self._reconnect():
+            return
+        placing, self._placing = self._placing, None
+        if placing is not None and not placing.is_over:
+            placing.early = self._pending or bytearray()
+            placing.fin = self._fin_wanted
+            placing.stream.endpoint = placing
+            placing.problem = (code, text)
+            placing.settled.set()
+        self.stream = None
+        self.abort()
+
+    def withdraw(self) -> None:
+        """Nobody waits for this connection any more. Does nothing once it stands or has failed."""
+        if self._placing is not None:
+            self.refuse(Code.CONNECT_TIMEOUT, "no answer in time")
+
+    def released(self) -> None:
+        """See `Splice`."""
+        super().released()
+        placing, self._placing = self._placing, None
+        if placing is not None:
+            placing.end()
+        claim, self._claim = self._claim, None
+        if claim is not None:
+            claim.release()
+
+
+class Placer:
+    """Finds nodes for streams. `place` is for the reactor, `run` is the task that serves it; `paths` may be replaced at any time."""
+
+    def __init__(self, chooser: Chooser, paths: tuple[PathKind, ...] = ALL_PATHS) -> None:
+        self.paths = paths
+        self.placings: set[Placing] = set()
+        self._chooser = chooser
+        self._orders, self._ordered = trio.open_memory_channel[Placing](MAX_PLACINGS)
+
+    def place(
+        self, desk: DeliveryDesk, session: "Session", stream: Stream, service: PoolService, opening: Opening, gateway_id: GatewayId
+    ) -> None:
+        """Take the stream on: it is served, redirected or refused within the desk's place_timeout_s."""
+        wanted = Wanted(service.name, opening.client, gateway_id, secrets.token_hex(4))
+        placing = Placing(desk, session, stream, service, opening, wanted)
+        try:
+            if len(self.placings) >= MAX_PLACINGS:
+                raise trio.WouldBlock
+            self._orders.send_nowait(placing)
+        except trio.WouldBlock:
+            placing.give_up(Code.BUSY, "too many streams wait for a node")
+            return
+        except trio.BrokenResourceError:
+            placing.give_up(Code.DRAINING, "this relay is going away")
+            return
+        self.placings.add(placing)
+        desk.count_opening(service)
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Place streams until cancelled; those that are not placed by then are reset. Run it once."""
+        try:
+            with self._ordered:
+                async with trio.open_nursery() as nursery:
+                    task_status.started()
+                    async for placing in self._ordered:
+                        nursery.start_soon(self._serve, placing)
+        finally:
+            self.abort_all()
+
+    def abort_all(self) -> None:
+        """End every stream that has no node yet, with RST."""
+        for placing in list(self.placings):
+            placing.fail(Code.SHUTDOWN)
+
+    async def _serve(self, placing: Placing) -> None:
+        try:
+            with placing.scope as scope:
+                scope.deadline = trio.current_time() + placing.desk.limits.place_timeout_s
+                await self._find(placing)
+            placing.give_up(Code.CONNECT_TIMEOUT, "no node in time")
+        except Exception:
+            logger.exception("a stream's node could not be chosen (trace %s)", placing.wanted.trace_id)
+            placing.fail(Code.INTERNAL_ERROR)
+        finally:
+            self.placings.discard(placing)
+            placing.fail(Code.SHUTDOWN)
+            placing.release()
+
+    async def _find(self, placing: Placing) -> None:
+        excluded: frozenset[RelayId] = frozenset()
+        for _ in range(MAX_NODES):
+            answer = await self._chooser.choose(placing.wanted, excluded)
+            if isinstance(answer, NoNode):
+                placing.give_up(*(placing.problem or (answer.code, answer.text)))
+                return
+            placing.claim = answer.claim
+            if await self._reach(placing, answer):
+                return
+            placing.release()
+            excluded |= {answer.server_id}
+        placing.give_up(*(placing.problem or (Code.CONNECT_FAILED, "no path to the nodes chosen")))
+
+    async def _reach(self, placing: Placing, node: Node) -> bool:
+        """Try the paths to the node. True: the stream is served, redirected or gone."""
+        service = placing.service
+        for path in self.paths:
+            if path == "local":
+                endpoints = service.endpoints if node.is_local else ()
+            elif path == "direct":
+                endpoint = service.endpoint_at(node.address) if node.address else None
+                endpoints = (endpoint,) if endpoint is not None else ()
+            else:
+                if node.can_redirect and not placing.is_over and node.server_id not in placing.opening.avoid:
+                    placing.redirect(node.server_id)
+                    return True
+                continue
+            if endpoints and await self._connect(placing, endpoints, path):
+                return True
+        return placing.is_over
+
+    async def _connect(self, placing: Placing, endpoints: tuple[Endpoint, ...], path: PathKind) -> bool:
+        """Connect the stream to the first endpoint that takes it. True: it is served, or gone."""
+        if placing.is_over:
+            return True
+        connected, rest = connect_first(endpoints)
+        if isinstance(connected, str):
+            placing.problem = (Code.CONNECT_FAILED, connected)
+            return False
+        placing.settled = trio.Event()
+        delivery = PlacedDelivery(placing, connected, rest, path)
+        self.placings.discard(placing)  # the desk counts it, and ends it, as long as it has a socket
+        placing.desk.admit(delivery, placing.session, placing.stream)
+        try:
+            await placing.settled.wait()
+        finally:
+            delivery.withdraw()
+        if not placing.is_over:
+            self.placings.add(placing)
+        return placing.is_over

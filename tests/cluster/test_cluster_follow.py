@@ -1,0 +1,162 @@
+"""Following the cluster: live messages, the store now and then, and what happens when either fails."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+import trio
+from cluster_fakes import FakeStore, FakeTransporter, NoThreads, server_text
+
+from fxrelay.cluster.follow import FETCH, FollowConfig, Follower
+from fxrelay.cluster.members import Ages, Control
+from fxrelay.cluster.ports import CONTROLS, SERVERS, Message
+from fxrelay.cluster.view import ClusterView, encode_control
+from fxtunnel.model import RelayId
+
+CONFIG = FollowConfig(resync_s=60.0, min_backoff_s=0.25, max_backoff_s=3.0)
+
+
+class Cluster:
+    def __init__(self) -> None:
+        self.store = FakeStore()
+        self.transporter = FakeTransporter()
+        self.view = ClusterView(Ages(30, 90), trio.current_time)
+        self.follower = Follower(self.store, self.transporter, self.view, NoThreads(), CONFIG)
+
+    def seq(self, server_id: str = "a") -> int:
+        member = self.view.members.get(RelayId(server_id), self.view.now)
+        return member.server.seq if member is not None else 0
+
+    @asynccontextmanager
+    async def followed(self) -> AsyncIterator[None]:
+        async with trio.open_nursery() as nursery:
+            await nursery.start(self.follower.run)
+            yield
+            nursery.cancel_scope.cancel()
+
+
+@pytest.fixture
+async def cluster(autojump_clock: trio.testing.MockClock) -> Cluster:
+    return Cluster()
+
+
+async def test_it_starts_with_everything_in_the_store(autojump_clock: object, cluster: Cluster) -> None:
+    for number in range(FETCH * 2 + 3):
+        cluster.store.put(SERVERS, f"n{number}", server_text(f"n{number}"))
+    cluster.store.put(SERVERS, "broken", "{")
+    cluster.store.put(CONTROLS, "n1", Control(True).encode())
+    async with cluster.followed():
+        assert len(cluster.view.members) == FETCH * 2 + 3
+        assert cluster.view.health().synced
+        member = cluster.view.members.get(RelayId("n1"), cluster.view.now)
+        assert member is not None
+        assert member.is_drained
+
+
+async def test_messages_are_heard_between_readings(autojump_clock: object, cluster: Cluster) -> None:
+    async with cluster.followed():
+        await trio.sleep(1)
+        assert cluster.view.health().live
+        reads = cluster.store.reads
+        for number in range(1, 41):
+            cluster.transporter.publish(SERVERS, server_text(seq=number))
+        cluster.transporter.publish("servers", "{")
+        await trio.sleep(1)
+        assert cluster.seq() == 40
+        assert cluster.store.reads == reads
+    assert all(subscription.is_closed for subscription in cluster.transporter.subscriptions)
+
+
+async def test_what_was_missed_is_found_at_the_next_reading(autojump_clock: object, cluster: Cluster) -> None:
+    async with cluster.followed():
+        await trio.sleep(1)
+        cluster.store.put(SERVERS, "a", server_text())
+        await trio.sleep(50)
+        assert cluster.seq() == 0
+        await trio.sleep(11)
+        assert cluster.seq() == 1
+
+
+async def test_what_was_said_before_it_listened_is_read(autojump_clock: object, cluster: Cluster) -> None:
+    async with cluster.followed():
+        cluster.store.put(SERVERS, "a", server_text())  # after the first reading, before anything is heard
+        await trio.sleep(1)
+        assert cluster.seq() == 1
+
+
+async def test_it_starts_and_goes_on_without_a_store(autojump_clock: object, cluster: Cluster) -> None:
+    cluster.store.error = "no store"
+    cluster.transporter.error = "no transporter"
+    async with cluster.followed():
+        await trio.sleep(20)
+        health = cluster.view.health()
+        assert (health.synced, health.live) == (False, False)
+        assert health.store_down_s >= 20
+        cluster.store.error = cluster.transporter.error = ""
+        await trio.sleep(7)
+        health = cluster.view.health()
+        assert (health.synced, health.live, health.store_down_s) == (True, True, 0.0)
+
+
+async def test_after_an_interruption_the_store_is_read_again(autojump_clock: object, cluster: Cluster) -> None:
+    cluster.store.put(SERVERS, "a", server_text())
+    async with cluster.followed():
+        await trio.sleep(2)
+        cluster.transporter.break_off("reset by peer")
+        await trio.sleep(2)
+        assert not cluster.view.health().live
+        cluster.store.put(SERVERS, "a", server_text(seq=7))
+        cluster.transporter.error = ""
+        await trio.sleep(7)
+        assert cluster.view.health().live
+        assert cluster.seq() == 7
+        cluster.transporter.publish(SERVERS, server_text(seq=8))
+        await trio.sleep(1)
+        assert cluster.seq() == 8
+    assert all(subscription.is_closed for subscription in cluster.transporter.subscriptions)
+
+
+async def test_a_transporter_that_drops_everyone_at_once_does_not_make_the_store_be_read_all_the_time(
+    autojump_clock: object, cluster: Cluster
+) -> None:
+    subscribe = cluster.transporter.subscribe
+
+    def subscribe_in_vain(topics: tuple[str, ...]) -> object:
+        subscription = subscribe(topics)
+        subscription.error = "dropped: too slow"
+        subscription.news.set()
+        return subscription
+
+    cluster.transporter.subscribe = subscribe_in_vain  # type: ignore[method-assign, assignment]
+    async with cluster.followed():
+        await trio.sleep(60)
+    assert len(cluster.transporter.subscriptions) < 100, "waits up to 3 s, on average 1.5 s"
+
+
+async def test_a_control_heard_during_a_reading_is_not_undone_by_it(autojump_clock: object, cluster: Cluster) -> None:
+    cluster.store.put(SERVERS, "a", server_text())
+    async with cluster.followed():
+        await trio.sleep(1)
+
+        def drained_meanwhile(collection: str) -> None:
+            if collection == CONTROLS:
+                cluster.store.on_read = lambda _: None
+                cluster.store.put(CONTROLS, "a", Control(True).encode())
+                cluster.view.hear(message)
+
+        message = Message(CONTROLS, encode_control("a", Control(True)))
+        cluster.store.on_read = drained_meanwhile
+        await trio.sleep(62)
+        member = cluster.view.members.get(RelayId("a"), cluster.view.now)
+        assert member is not None
+        assert member.is_drained
+
+
+async def test_a_server_deleted_from_the_store_is_forgotten_when_it_is_down(autojump_clock: object, cluster: Cluster) -> None:
+    cluster.store.put(SERVERS, "a", server_text())
+    async with cluster.followed():
+        cluster.store.delete(SERVERS, "a")
+        await trio.sleep(65)
+        assert cluster.seq() == 1
+        await trio.sleep(60)
+        assert cluster.seq() == 0

@@ -1,0 +1,190 @@
+"""Publishing this node's server object: when, with what, and what happens when it cannot be done."""
+
+import json
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+import trio
+from cluster_fakes import FakeStore, FakeTransporter, NoThreads, make_publisher, server_text
+
+from fxrelay.cluster.members import Ages
+from fxrelay.cluster.ports import SERVERS, Message
+from fxrelay.cluster.publish import Publisher
+from fxrelay.cluster.view import ClusterView
+from fxtunnel.model import RelayId
+
+ME = RelayId("me")
+
+
+class Node:
+    """A publisher that measures `facts`, which takes `measuring_s`."""
+
+    def __init__(self) -> None:
+        self.store = FakeStore()
+        self.store.ahead_ms = 1_000_000
+        self.transporter = FakeTransporter()
+        self.view = ClusterView(Ages(30, 90), trio.current_time)
+        self.view.store_said(self.store.now_ms())
+        self.facts: dict[str, Any] = {"hostname": "h", "sessions": 1}
+        self.measuring_s = 0.0
+        self.measured = 0
+        self.publisher: Publisher = make_publisher(self.store, self.transporter, self.view, NoThreads(), self._measure)
+
+    async def _measure(self) -> dict[str, Any]:
+        self.measured += 1
+        await trio.sleep(self.measuring_s)
+        return self.facts
+
+    @property
+    def said(self) -> list[dict[str, Any]]:
+        return [json.loads(text) for _, text in self.transporter.said]
+
+    @asynccontextmanager
+    async def publishing(self) -> AsyncIterator[None]:
+        async with trio.open_nursery() as nursery:
+            await nursery.start(self.publisher.run)
+            yield
+            nursery.cancel_scope.cancel()
+
+
+@pytest.fixture
+async def node(autojump_clock: trio.testing.MockClock) -> Node:
+    return Node()
+
+
+async def test_it_says_what_was_measured_and_who_it_is(autojump_clock: object, node: Node) -> None:
+    async with node.publishing():
+        (said,) = node.said
+        began_ms = int(trio.current_time() * 1000) + 1_000_000
+        assert said["serverId"] == "me"
+        assert (said["hostname"], said["sessions"], said["seq"]) == ("h", 1, 1)
+        assert said["agent"] == {"tunnels": [{"gatewayId": "gw"}], "version": "1.0", "instanceId": "i-me", "startedAt": said["measuredAt"]}
+        assert abs(said["measuredAt"] - began_ms) <= 1
+        document = node.store.get(SERVERS, "me")
+        assert document is not None
+        assert json.loads(document.text) == said
+        member = node.view.members.get(ME, node.view.now)
+        assert member is not None
+        assert member.server.gateways == {"gw"}
+
+
+async def test_it_publishes_every_period(autojump_clock: object, node: Node) -> None:
+    async with node.publishing():
+        await trio.sleep(50)
+    assert [said["seq"] for said in node.said] == [1, 2, 3, 4, 5, 6]
+    assert max(later - earlier for earlier, later in zip(node.transporter.at, node.transporter.at[1:], strict=False)) <= 10.3
+
+
+async def test_facts_cannot_change_who_it_is(autojump_clock: object, node: Node) -> None:
+    node.facts = {"serverId": "other", "seq": 99, "agent": {"instanceId": "x"}}
+    async with node.publishing():
+        assert (node.said[0]["serverId"], node.said[0]["seq"], node.said[0]["agent"]["instanceId"]) == ("me", 1, "i-me")
+
+
+async def test_a_change_is_told_at_once_but_many_are_told_together(autojump_clock: object, node: Node) -> None:
+    async with node.publishing():
+        await trio.sleep(5)
+        for _ in range(100):
+            node.publisher.changed()
+            await trio.sleep(0.01)
+        assert 4 <= len(node.said) <= 8
+
+
+async def test_a_change_during_measuring_is_told_next(autojump_clock: object, node: Node) -> None:
+    async with node.publishing():
+        await trio.sleep(2)
+        node.measuring_s = 1.0
+        node.publisher.changed()
+        await trio.sleep(0.5)
+        node.publisher.changed()
+        await trio.sleep(2.5)
+        assert len(node.said) == 3, "not only after a whole period"
+
+
+async def test_what_was_measured_is_as_old_as_the_beginning_of_the_measuring(autojump_clock: object, node: Node) -> None:
+    node.measuring_s = 4.0
+    began_ms = node.store.now_ms()
+    async with node.publishing():
+        assert node.store.now_ms() >= began_ms + 4_000
+        assert node.said[0]["measuredAt"] == began_ms
+
+
+async def test_leaving_is_said_at_once_and_does_not_wait_for_measuring(autojump_clock: object, node: Node) -> None:
+    async with node.publishing():
+        await trio.sleep(1)
+        node.measuring_s = 5.0
+        node.publisher.leave()
+        await trio.sleep(0.1)
+        assert len(node.said) == 2
+        assert node.said[-1]["draining"] is True
+        assert node.said[-1]["sessions"] == 1
+        assert node.measured == 1
+    assert node.said[-1]["draining"] is True
+
+
+async def test_the_last_word_is_draining_and_keeps_what_was_measured(autojump_clock: object, node: Node) -> None:
+    async with node.publishing():
+        measured_ms = node.said[0]["measuredAt"]
+        await trio.sleep(3)
+    assert len(node.said) == 2
+    assert (node.said[-1]["draining"], node.said[-1]["hostname"], node.said[-1]["measuredAt"]) == (True, "h", measured_ms)
+
+
+async def test_a_store_that_is_away_does_not_keep_it_from_telling(autojump_clock: object, node: Node) -> None:
+    node.store.error = "no store"
+    async with node.publishing():
+        assert len(node.said) == 1
+        assert node.publisher.last_error == "no store"
+        assert node.view.health().store_down_s == 0.0
+        await trio.sleep(15)
+        assert node.view.health().store_down_s == 15.0
+        node.store.error = ""
+        await trio.sleep(10)
+        assert (node.publisher.published, node.publisher.last_error) == (1, "")
+        assert node.view.health().store_down_s == 0.0
+
+
+async def test_this_node_knows_itself_without_store_and_transporter(autojump_clock: object, node: Node) -> None:
+    node.store.error = node.transporter.error = "away"
+    async with node.publishing():
+        member = node.view.members.get(ME, node.view.now)
+        assert member is not None
+        assert member.server.sessions == 1
+
+
+@pytest.mark.parametrize(
+    "fact", [{"sessions": -1}, {"staticData": {"x": float("nan")}}, {"staticData": {"x": "\ud800"}}, {"metrics": {"x": "y" * 70_000}}]
+)
+async def test_facts_that_others_would_refuse_are_not_published_and_the_log_says_so_once(
+    autojump_clock: object, node: Node, fact: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    node.facts |= fact
+    with caplog.at_level(logging.ERROR):
+        async with node.publishing():
+            await trio.sleep(35)
+            assert node.said == []
+            assert "own data" in node.publisher.last_error
+            node.facts = {}
+            await trio.sleep(10)
+            assert len(node.said) == 1
+    assert len(caplog.records) == 1
+
+
+async def test_a_hanging_store_does_not_hold_up_the_end(autojump_clock: object, node: Node) -> None:
+    threads = NoThreads()
+    node.publisher = make_publisher(node.store, node.transporter, node.view, threads, node._measure)
+    async with node.publishing():
+        threads.slow_s = 1_000.0
+        ended_at = trio.current_time()
+    assert trio.current_time() - ended_at <= 2.1
+
+
+async def test_a_twin_with_the_same_id_does_not_stop_it(autojump_clock: object, node: Node) -> None:
+    async with node.publishing():
+        await trio.sleep(1)
+        node.view.hear(Message(SERVERS, server_text("me", instance="twin", started=9_000_000, measuredAt=9_000_001)))
+        await trio.sleep(25)
+    assert len(node.said) == 4

@@ -1,0 +1,204 @@
+"""What every store does, asked of all of them."""
+
+import itertools
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from store_rig import SYSTEM, Backend
+
+from fxrelay.cluster.ports import MAX_DOCUMENT_BYTES, Document, Store
+from fxtunnel.errors import StoreError
+
+pytestmark = SYSTEM
+
+TEXTS = ["{}", "", "\0", 'a "quoted" \n line', "ä€😀", "x" * MAX_DOCUMENT_BYTES]
+
+
+@pytest.mark.parametrize("text", TEXTS, ids=range(len(TEXTS)))
+def test_what_was_put_is_found(backend: Backend, text: str) -> None:
+    store, other = backend.store(), backend.store()
+    clock = store.put("servers", "n1", text)
+    assert other.get("servers", "n1") == Document("n1", text, clock)
+    assert list(other.documents("servers")) == [Document("n1", text, clock)]
+    assert other.get("controls", "n1") is None
+    assert other.get("servers", "n2") is None
+
+
+def test_a_document_is_replaced_and_deleted(backend: Backend) -> None:
+    store = backend.store()
+    first = store.put("servers", "n1", "one")
+    second = store.put("servers", "n1", "two")
+    assert second >= first
+    assert [found.text for found in store.documents("servers")] == ["two"]
+    store.delete("servers", "n1")
+    store.delete("servers", "n1")
+    assert store.get("servers", "n1") is None
+    assert list(store.documents("servers")) == []
+
+
+@pytest.mark.parametrize("key", ["a", "../x", "with space", "ä€😀", "0", "x" * 1024, "\0", "{a}b", "*"])
+def test_any_text_is_a_key(backend: Backend, key: str) -> None:
+    store = backend.store()
+    store.put("servers", key, "it")
+    found = store.get("servers", key)
+    assert found is not None
+    assert (found.key, found.text) == (key, "it")
+    assert [each.key for each in store.documents("servers")] == [key]
+    store.delete("servers", key)
+    assert store.get("servers", key) is None
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda store: store.put("servers", "n", "x" * (MAX_DOCUMENT_BYTES + 1)),
+        lambda store: store.put("servers", "n", "ä" * (MAX_DOCUMENT_BYTES // 2 + 1)),
+        lambda store: store.put("servers", "n", "\ud800"),
+        lambda store: store.put("servers", "", "x"),
+        lambda store: store.put("servers", "x" * 1025, "x"),
+        lambda store: store.put("servers", "\udfff", "x"),
+        lambda store: store.get("servers", "\udfff"),
+        lambda store: store.put("se:rvers", "n", "x"),
+        lambda store: store.put("", "n", "x"),
+        lambda store: list(store.documents("../x")),
+        lambda store: store.add("counter", 1 << 63),
+    ],
+)
+def test_what_cannot_be_stored_is_refused(backend: Backend, call: Callable[[Store], object]) -> None:
+    store = backend.store()
+    store.put("servers", "before", "stays")
+    with pytest.raises(StoreError) as caught:
+        call(store)
+    assert "\n" not in str(caught.value)
+    assert [found.key for found in store.documents("servers")] == ["before"]
+
+
+def test_the_clock_is_shared_and_goes_on(backend: Backend) -> None:
+    store, other = backend.store(), backend.store()
+    before = time.time() * 1000
+    clocks = [store.now_ms(), other.put("servers", "n", "x"), other.now_ms(), store.put("servers", "n", "y"), store.now_ms()]
+    assert clocks == sorted(clocks)
+    assert before - 2_000 <= clocks[0] <= clocks[-1] <= time.time() * 1000 + 2_000
+
+
+def test_an_epoch_is_the_same_for_all_while_nothing_is_forgotten(backend: Backend) -> None:
+    store = backend.store()
+    epoch = store.epoch()
+    assert len(epoch) >= 32
+    assert [store.epoch(), backend.store().epoch()] == [epoch, epoch]
+
+
+def test_counters_count_for_all_members(backend: Backend) -> None:
+    store, other = backend.store(), backend.store()
+    assert [store.add("a", 1), other.add("a", 5), store.add("a", -7), other.add("a", 0), store.add("b", 2)] == [1, 6, -1, -1, 2]
+    assert store.add("c", (1 << 63) - 1) == (1 << 63) - 1
+    with pytest.raises(StoreError):
+        store.add("c", 1)
+    assert store.add("c", 0) == (1 << 63) - 1
+
+
+def test_threads_and_members_at_once_lose_nothing(backend: Backend) -> None:
+    stores = [backend.store(), backend.store()]
+    per_worker = 25
+
+    def work(number: int) -> list[int]:
+        store = stores[number % 2]
+        values = []
+        for step in range(per_worker):
+            store.put("servers", f"n{number}.{step}", str(step))
+            store.put("servers", "shared", f"{number}.{step}")
+            values.append(store.add("count", 1))
+            assert store.get("servers", f"n{number}.{step}") is not None
+        return values
+
+    with ThreadPoolExecutor(6) as pool:
+        values = list(itertools.chain.from_iterable(pool.map(work, range(6))))
+    assert sorted(values) == list(range(1, 6 * per_worker + 1))
+    assert len(list(stores[0].documents("servers"))) == 6 * per_worker + 1
+
+
+def test_many_documents_come_in_parts_while_others_write(backend: Backend) -> None:
+    """Advanced by one thread after the other; what is there all the time is seen exactly once."""
+    store, other = backend.store(), backend.store()
+    count = 10_500
+    backend.fill("servers", {f"node{number:05}": f'{{"n":{number}}}' for number in range(count)})
+    found = store.documents("servers")
+    seen: list[Document] = []
+    with ThreadPoolExecutor(2) as pool:
+        while part := pool.submit(lambda: list(itertools.islice(found, 700))).result():
+            seen += part
+            other.put("servers", f"new{len(seen)}", "came meanwhile")
+            other.put("servers", "node00001", '{"n":1}')
+    keys = [document.key for document in seen if document.key.startswith("node")]
+    assert len(keys) == count
+    assert len(set(keys)) == count
+    assert len({document.key for document in seen}) == len(seen)
+    assert all(document.text == f'{{"n":{int(document.key[4:])}}}' for document in seen if document.key.startswith("node"))
+
+
+def test_a_reader_that_stops_half_way_keeps_nobody_from_writing(backend: Backend) -> None:
+    store, other = backend.store(), backend.store()
+    backend.fill("servers", {f"n{number}": "x" for number in range(1_000)})
+    found = store.documents("servers")
+    next(found)
+    other.put("servers", "n1", "y")
+    other.delete("servers", "n2")
+    assert len(list(found)) >= 997
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda store: store.epoch(),
+        lambda store: store.now_ms(),
+        lambda store: store.put("servers", "n", "x"),
+        lambda store: store.get("servers", "n"),
+        lambda store: store.delete("servers", "n"),
+        lambda store: list(store.documents("servers")),
+        lambda store: store.add("n", 1),
+    ],
+)
+def test_a_closed_store_says_so(backend: Backend, call: Callable[[Store], object]) -> None:
+    store = backend.store()
+    store.put("servers", "n", "x")
+    store.close()
+    store.close()
+    with pytest.raises(StoreError, match="was closed"):
+        call(store)
+
+
+def test_a_store_may_be_closed_before_it_was_used(backend: Backend) -> None:
+    store = backend.store()
+    store.close()
+    with pytest.raises(StoreError, match="was closed"):
+        store.now_ms()
+
+
+def test_closing_ends_calls_under_way_with_a_store_error(backend: Backend) -> None:
+    store = backend.store()
+    started = threading.Barrier(5)
+    ends: list[object] = []
+
+    def work(number: int) -> None:
+        started.wait()
+        try:
+            for step in range(100_000):
+                store.put("servers", f"n{number}", str(step))
+        except BaseException as exc:
+            ends.append(exc)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    started.wait()
+    time.sleep(0.3)
+    began = time.monotonic()
+    store.close()
+    assert time.monotonic() - began < 2
+    for thread in threads:
+        thread.join(20)
+    assert [type(end) for end in ends] == [StoreError] * 4
+    assert len(list(backend.store().documents("servers"))) == 4

@@ -1,0 +1,127 @@
+"""A cluster on one machine: nodes on 127.0.0.2, 127.0.0.3, …, each with a service of its own that says whose it is."""
+
+import contextlib
+import json
+import shutil
+import socket
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from tests.system.peers import dial, read_exactly
+from tests.system.stack import Stack, free_port, wait_until
+
+NAME_BYTES = 6
+
+
+class NamedService:
+    """Listens on a node's address; tells each client the node's name, then echoes. Counts what comes first from each client."""
+
+    def __init__(self, address: str, port: int, name: str) -> None:
+        self.name = name
+        self.heads: list[bytes] = []
+        self._listener = socket.create_server((address, port), backlog=1024)
+        self._open: set[socket.socket] = set()
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def close(self) -> None:
+        """Stop listening; clients that are in are reset."""
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        for sock in list(self._open):
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                sock, _ = self._listener.accept()
+            except OSError:
+                return
+            self._open.add(sock)
+            threading.Thread(target=self._serve, args=(sock,), daemon=True).start()
+
+    def _serve(self, sock: socket.socket) -> None:
+        try:
+            with sock:
+                sock.sendall(self.name.encode().ljust(NAME_BYTES))
+                first = True
+                while block := sock.recv(1 << 16):
+                    if first:
+                        self.heads.append(block)
+                        first = False
+                    sock.sendall(block)
+                sock.shutdown(socket.SHUT_WR)
+        except OSError:
+            pass
+        finally:
+            self._open.discard(sock)
+
+
+@dataclass
+class Cluster:
+    """Nodes and their relays behind one gateway; `[cluster]` is the same for all."""
+
+    stack: Stack
+    settings: str
+    service: str = "desk"
+    port: int = field(default_factory=free_port)
+    services: dict[str, NamedService] = field(default_factory=dict)
+
+    def node(self, number: int, *, gateway: bool = True, service: str = "", extra: str = "", serve: bool = True) -> str:
+        """Start node `number` on 127.0.0.`number`; without a gateway it only reports. Returns its name."""
+        name, address = f"node-{number}", f"127.0.0.{number}"
+        if serve:
+            self.services[name] = NamedService(address, self.port, name)
+        home = self.stack.directory / name
+        home.mkdir(mode=0o700, exist_ok=True)
+        if not (home / "gateway.json").exists():
+            shutil.copy(self.stack.directory / "gateway.json", home / "gateway.json")
+        self.stack.relay_config(name).write_text(
+            f'[relay]\nid = "{name}"\nstate_dir = "state"\naddress = "{address}"\n'
+            + ('[[gateway]]\nfile = "gateway.json"\n' if gateway else "")
+            + f'[[service]]\nname = "{self.service}"\nport = {self.port}\nhost = "{address}"\n{service}\n'
+            + f"[cluster]\n{self.settings}\n{extra}\n"
+        )
+        self.stack.start_relay(name)
+        return name
+
+    def close(self) -> None:
+        """The services; the stack ends its own daemons."""
+        for service in self.services.values():
+            service.close()
+
+    def nodes(self, name: str) -> dict[str, dict]:
+        """What `fxrelay nodes --json` says with this node's configuration."""
+        found = self.stack.relay_cli(name, "nodes", "--json")
+        return {node["serverId"]: node for node in json.loads(found.stdout)}
+
+    def status(self, name: str) -> dict:
+        """What `fxrelay status --json` says."""
+        return json.loads(self.stack.relay_cli(name, "status", "--json").stdout)
+
+    def wait_until_known(self, names: Sequence[str], by: Sequence[str], timeout_s: float = 20.0) -> None:
+        """Until each relay of `by` has all of `names` up, tunnels included."""
+
+        def all_know() -> bool:
+            return all(self.status(relay)["cluster"]["nodes"].get("up") == len(names) for relay in by)
+
+        wait_until(all_know, timeout_s, f"{by} know {names}")
+
+    def who_serves(self, timeout_s: float = 10.0) -> str:
+        """A client's visit: the node that served it."""
+        with dial(self.stack.doors[self.service], timeout_s) as client:
+            return read_exactly(client, NAME_BYTES).decode().strip()
+
+    def held(self, count: int) -> tuple[list[socket.socket], list[str]]:
+        """Clients that stay, one after the other, and who serves each."""
+        clients, names = [], []
+        for _ in range(count):
+            client = dial(self.stack.doors[self.service], 10)
+            clients.append(client)
+            names.append(read_exactly(client, NAME_BYTES).decode().strip())
+        return clients, names
+
+
+MakeCluster = Callable[..., Cluster]

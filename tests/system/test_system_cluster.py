@@ -1,0 +1,201 @@
+"""System: pools over several nodes: who serves whom, by which path, and what happens when nodes, services and stores go away."""
+
+import contextlib
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.system.cluster import NAME_BYTES, Cluster, MakeCluster
+from tests.system.peers import dial, how_it_ends, read_exactly
+from tests.system.stack import Stack, cli, wait_until
+
+pytestmark = [pytest.mark.system, pytest.mark.xdist_group("cluster")]
+
+FAST = "publish_s = 0.5\nstale_s = 3\ndown_s = 6\nresync_s = 1"
+
+
+@pytest.fixture
+def make_cluster(make_stack: Callable[..., Stack], home: Path) -> Iterator[MakeCluster]:
+    """`make_cluster(settings="")`: a gateway that runs, and no node yet. The store is one SQLite file."""
+    made: list[Cluster] = []
+
+    def make(settings: str = "") -> Cluster:
+        stack = make_stack("desk")
+        stack.start_gateway()
+        made.append(Cluster(stack, f'store = "sqlite:{home / "cluster.db"}"\n{FAST}\n{settings}'))
+        return made[-1]
+
+    yield make
+    for cluster in made:
+        cluster.close()
+
+
+def close_all(clients: list) -> None:
+    for client in clients:
+        client.close()
+
+
+def test_sessions_spread_over_nodes_by_every_path(make_cluster: MakeCluster) -> None:
+    cluster = make_cluster()
+    names = [cluster.node(2), cluster.node(3), cluster.node(4, gateway=False)]
+    cluster.wait_until_known(names, names[:2])
+    clients, served = cluster.held(30)
+    try:
+        share = Counter(served)
+        assert set(share) == set(names)
+        assert all(8 <= count <= 12 for count in share.values()), share  # two relays decide, and hear of each other a moment later
+        paths: Counter[str] = Counter()
+        for name in names[:2]:
+            (service,) = cluster.status(name)["services"]
+            paths.update(service["paths"])
+        assert paths["direct"] == share["node-4"], paths
+        assert paths["local"] == share["node-2"] + share["node-3"], paths  # after a REDIRECT as well
+        assert paths["redirect"] >= 3, paths
+        for number, client in enumerate(clients):
+            client.sendall(b"word %d" % number)
+            assert read_exactly(client, len(b"word %d" % number)) == b"word %d" % number
+    finally:
+        close_all(clients)
+
+
+def test_a_node_without_a_tunnel_is_not_reached_when_connections_must_be_indirect(make_cluster: MakeCluster) -> None:
+    cluster = make_cluster("force_indirect = true")
+    names = [cluster.node(2), cluster.node(3), cluster.node(4, gateway=False)]
+    cluster.wait_until_known(names, names[:2])
+    clients, served = cluster.held(12)
+    close_all(clients)
+    assert set(served) == set(names[:2])
+
+
+def test_a_node_whose_service_is_gone_costs_the_client_nothing(make_cluster: MakeCluster) -> None:
+    cluster = make_cluster()
+    names = [cluster.node(2), cluster.node(3), cluster.node(4, gateway=False)]
+    cluster.wait_until_known(names, names[:2])
+    cluster.services.pop("node-4").close()
+    cluster.services.pop("node-3").close()
+    assert {cluster.who_serves() for _ in range(10)} == {"node-2"}
+
+
+def test_drain_and_disable_are_heard_at_once_and_undone(make_cluster: MakeCluster) -> None:
+    cluster = make_cluster()
+    names = [cluster.node(2), cluster.node(3)]
+    cluster.wait_until_known(names, names)
+    cluster.stack.relay_cli("node-2", "drain", "node-3")
+    wait_until(lambda: {cluster.who_serves() for _ in range(4)} == {"node-2"}, 5, "nothing new on node-3")
+    cluster.stack.relay_cli("node-2", "enable", "node-3")
+    wait_until(lambda: "node-3" in {cluster.who_serves() for _ in range(4)}, 5, "node-3 back")
+    cluster.stack.relay_cli("node-3", "disable", "node-2", "--start")
+    wait_until(lambda: {cluster.who_serves() for _ in range(4)} == {"node-3"}, 5, "no new sessions on node-2")
+    assert cluster.nodes("node-3")["node-2"]["disabled"] == ["start"]
+    refused = cluster.stack.relay_cli("node-2", "drain", "no-such-node", check=False)
+    assert refused.returncode == 1
+    assert "node-2" in refused.stderr
+
+
+def test_a_node_that_dies_gets_stale_and_then_down(make_cluster: MakeCluster) -> None:
+    cluster = make_cluster()
+    names = [cluster.node(2), cluster.node(3, gateway=False)]
+    cluster.wait_until_known(names, names[:1])
+    cluster.stack.relays["node-3"].kill()
+    wait_until(lambda: cluster.nodes("node-2")["node-3"]["state"] == "down", 15, "node-3 down")
+    assert {cluster.who_serves() for _ in range(4)} == {"node-2"}
+    status = cluster.status("node-2")["cluster"]
+    assert status["nodes"]["down"] == 1
+
+
+def test_a_pool_of_named_nodes_and_of_static_data(make_cluster: MakeCluster) -> None:
+    cluster = make_cluster()
+    gpu = '\n[node]\nstatic_data = {group = "gpu", sessions = 0}'
+    names = [
+        cluster.node(2, service='nodes = ["node-3", "node-4"]\nwhere = {group = "gpu"}'),
+        cluster.node(3, gateway=False, extra=gpu),
+        cluster.node(4, gateway=False),
+    ]
+    cluster.wait_until_known(names, names[:1])
+    assert {cluster.who_serves() for _ in range(6)} == {"node-3"}
+    explained = cluster.stack.relay_cli("node-2", "pick", "desk", "--explain").stdout
+    assert "node-4" in explained
+    assert "static-data-differs" in explained
+    assert "not-in-pool" in explained
+    assert explained.strip().endswith("node-3")
+
+
+def test_scripts_choose_and_their_errors_refuse(make_cluster: MakeCluster) -> None:
+    pytest.importorskip("quickjs")
+    cluster = make_cluster()
+    script = cluster.stack.directory / "choose.js"
+    script.write_text('function (input) { return input.servers.filter(s => s.staticData.group === "cad"); }')
+    chain = f'balance = ["js:{script}", "builtin:fewest-sessions"]'
+    names = [
+        cluster.node(2, service=chain),
+        cluster.node(3, gateway=False, extra='\n[node]\nstatic_data = {group = "cad"}'),
+    ]
+    cluster.wait_until_known(names, names[:1])
+    assert {cluster.who_serves() for _ in range(4)} == {"node-3"}
+    script.write_text('function (input) { throw new Error("closed for today"); }')
+
+    def is_refused() -> bool:
+        try:
+            with dial(cluster.stack.doors["desk"], 5) as client:
+                return how_it_ends(client, 5)[0] == "reset"
+        except ConnectionResetError:
+            return True
+
+    wait_until(is_refused, 10, "the script's error")
+    assert "closed for today" in (cluster.stack.directory / "node-2.log").read_text()
+
+
+def test_the_service_learns_the_clients_address(make_cluster: MakeCluster) -> None:
+    cluster = make_cluster()
+    names = [cluster.node(2, service='proxy_protocol = "v1"'), cluster.node(3, gateway=False, service='proxy_protocol = "v1"')]
+    cluster.wait_until_known(names, names[:1])
+    with contextlib.ExitStack() as stack:
+        ports = set()
+        for _ in range(6):
+            client = stack.enter_context(dial(cluster.stack.doors["desk"], 10))
+            ports.add(client.getsockname()[1])
+            read_exactly(client, NAME_BYTES)
+        door = cluster.stack.doors["desk"]
+        wait_until(lambda: sum(len(service.heads) for service in cluster.services.values()) == 6, 10, "six headers")
+        heads = [head for service in cluster.services.values() for head in service.heads]
+        told = {int(head.split()[4]) for head in heads}
+        assert told == ports, (heads, door)
+
+
+def test_two_processes_with_one_id_are_reported_and_the_newer_wins(make_cluster: MakeCluster, home: Path) -> None:
+    cluster = make_cluster()
+    names = [cluster.node(2), cluster.node(3, gateway=False)]
+    cluster.wait_until_known(names, names[:1])
+    twin = home / "twin"
+    twin.mkdir(mode=0o700)
+    text = cluster.stack.relay_config("node-3").read_text()
+    (twin / "relay.toml").write_text(text.replace('state_dir = "state"', f'state_dir = "{twin / "state"}"'))
+    other = cluster.stack.launch_twin("node-3", twin / "relay.toml")
+    try:
+        wait_until(lambda: cluster.status("node-2")["cluster"]["quarrels"] == ["node-3"], 15, "the quarrel seen")
+    finally:
+        other.kill()
+    assert "two processes call themselves node-3" in (cluster.stack.directory / "node-2.log").read_text()
+
+
+def store(cluster: Cluster, command: str, *arguments: str) -> None:
+    """`fxrelay store COMMAND …` with node-2's configuration."""
+    cli(["fxrelay.cli", "store", command, "--config", str(cluster.stack.relay_config("node-2")), *arguments])
+
+
+def test_export_and_import_of_the_store(make_cluster: MakeCluster, home: Path) -> None:
+    cluster = make_cluster()
+    cluster.node(2)
+    cluster.stack.relay_cli("node-2", "drain", "node-2")
+    store(cluster, "export", str(home / "out"))
+    lines = (home / "out" / "controls-store.db").read_text().splitlines()
+    assert [json.loads(line)["_id"] for line in lines] == ["node-2"]
+    cluster.stack.relay_cli("node-2", "enable", "node-2")
+    assert cluster.nodes("node-2")["node-2"]["drained"] is False
+    store(cluster, "import", "--dry-run", str(home / "out"))
+    assert cluster.nodes("node-2")["node-2"]["drained"] is False
+    store(cluster, "import", str(home / "out"))
+    assert cluster.nodes("node-2")["node-2"]["drained"] is True
