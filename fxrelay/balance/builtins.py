@@ -21,7 +21,7 @@ PACK_LOAD: Final = 0.8
 
 def fewest_sessions(request: Request, candidates: Sequence[Candidate], local_id: RelayId) -> Verdict:
     """The server with the fewest sessions."""
-    return _least(candidates, lambda candidate: candidate.load_sessions)
+    return _least(candidates, lambda candidate: candidate.server.sessions + candidate.in_flight)
 
 
 def most_available_memory(request: Request, candidates: Sequence[Candidate], local_id: RelayId) -> Verdict:

@@ -6,7 +6,7 @@ import secrets
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from ipaddress import ip_address, ip_network
+from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 from typing import Final
 
 import trio
@@ -46,12 +46,12 @@ class Ways:
         """The server's address if a direct connection to it is allowed, else empty."""
         if "direct" not in self.paths or self.force_indirect or server.force_indirect or not server.address:
             return ""
-        try:
-            found = ip_address(server.address)
-        except ValueError:
-            return ""
+        found = _address(server.address)
+        if found is None or found.is_link_local or found.is_unspecified or found.is_multicast:
+            return ""  # cloud metadata services answer on link-local addresses
         if found.is_loopback:
-            allowed = bool(self.address) and ip_address(self.address).is_loopback
+            own = _address(self.address)
+            allowed = own is not None and own.is_loopback
         else:
             allowed = any(found in ip_network(network) for network in self.networks)
         return str(found) if allowed else ""
@@ -71,6 +71,15 @@ class Ways:
             for member in members
             if self.is_local(member.server) or self.can_redirect(member.server, gateway_id) or self.direct_address(member.server)
         )
+
+
+def _address(text: str) -> IPv4Address | IPv6Address | None:
+    """An IPv4 address written as an IPv6 one is that IPv4 address: the kernel connects to it as such."""
+    try:
+        found = ip_address(text)
+    except ValueError:
+        return None
+    return getattr(found, "ipv4_mapped", None) or found
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,25 +1,36 @@
 """Task: runs one FastX 4 balancing executable, in the script process: JSON on stdin, a node id on stdout."""
 
+import math
 import os
+import resource
+import select
 import signal
+import socket
 import subprocess
 import tempfile
+import time
 from contextlib import suppress
+from functools import partial
 from typing import Any, Final
 
-from fxrelay.balance.script_input import fastx4_input
+from fxrelay.balance.forked import RelayGone, die_with, wait_readable
+from fxrelay.balance.script_input import ScriptInput, fastx4_input
 
 MAX_OUTPUT_BYTES: Final = 65_536
+LOOK_S: Final = 0.01
 _ENVIRONMENT: Final = ("PATH", "LANG", "LC_ALL", "HOME", "TZ")
 
 
-def run_executable(path: str, text: str, limit_s: float) -> dict[str, Any]:
+def run_executable(path: str, given: ScriptInput, limit_s: float, relay: socket.socket) -> dict[str, Any]:
     """Run the file with the FastX 4 form of the input; the answer is as `worker_main` describes it.
 
     Its output goes through files, so that one that prints for ever fills no memory and one that reads nothing holds nobody up.
+
+    Raises:
+        RelayGone: the other end of `relay` was closed meanwhile.
     """
     with tempfile.TemporaryFile() as stdin, tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
-        stdin.write(fastx4_input(text).encode())
+        stdin.write(fastx4_input(given).encode())
         stdin.seek(0)
         try:
             process = subprocess.Popen(  # noqa: S603 - the administrator's own program, checked when the chain was made
@@ -30,12 +41,12 @@ def run_executable(path: str, text: str, limit_s: float) -> dict[str, Any]:
                 cwd="/",
                 env={key: os.environ[key] for key in _ENVIRONMENT if key in os.environ},
                 start_new_session=True,
-                preexec_fn=_bound_files,
+                preexec_fn=partial(_bound, limit_s, os.getpid()),
             )
         except OSError as exc:
             return _failed("ScriptUnreadable", "the balancing script cannot be run", f"{path}: {exc.strerror or exc}")
         try:
-            code = process.wait(limit_s)
+            code = _wait(process, limit_s, relay)
         except subprocess.TimeoutExpired:
             return _failed("ScriptTimeout", "the balancing script took too long", path)
         finally:
@@ -50,10 +61,38 @@ def run_executable(path: str, text: str, limit_s: float) -> dict[str, Any]:
         return _failed("BadReturn", "the balancing script printed no text", path)
 
 
-def _bound_files() -> None:
-    import resource
+def _wait(process: "subprocess.Popen[bytes]", limit_s: float, relay: socket.socket) -> int:
+    """Its exit code. Without pidfd_open (Linux before 5.3) its end is noticed up to LOOK_S late."""
+    deadline = time.monotonic() + limit_s
+    try:
+        ended = os.pidfd_open(process.pid)
+    except OSError:
+        return _look(process, deadline, relay)
+    try:
+        if not wait_readable(ended, relay, limit_s):
+            raise subprocess.TimeoutExpired(process.args, limit_s)
+    finally:
+        os.close(ended)
+    return process.wait()
 
+
+def _look(process: "subprocess.Popen[bytes]", deadline: float, relay: socket.socket) -> int:
+    poller = select.poll()
+    poller.register(relay, 0)
+    while (code := process.poll()) is None:
+        if poller.poll(LOOK_S * 1000):
+            raise RelayGone
+        if time.monotonic() > deadline:
+            raise subprocess.TimeoutExpired(process.args, 0)
+    return code
+
+
+def _bound(limit_s: float, parent: int) -> None:
+    """In the child: bounds for its files and its time on the processor, and no life without this process."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (MAX_OUTPUT_BYTES * 64, MAX_OUTPUT_BYTES * 64))
+    seconds = math.ceil(limit_s) + 1  # of each process: for those that leave the group
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
+    die_with(parent)
 
 
 def _kill(process: "subprocess.Popen[bytes]") -> None:

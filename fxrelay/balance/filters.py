@@ -56,7 +56,7 @@ def sift(members: Iterable[Member], pool: Pool, request: Request, around: Circum
             candidates.append(Candidate(member.server, around.in_flight.get(member.server.server_id, 0)))
         else:
             dropped.append(Dropped(member.server.server_id, reason))
-    candidates.sort(key=lambda candidate: candidate.server_id)
+    candidates.sort(key=lambda candidate: candidate.server.server_id)
     return candidates, dropped
 
 
@@ -67,7 +67,7 @@ def _reason(member: Member, pool: Pool, request: Request, around: Circumstances)
         return NOT_IN_POOL
     if pool.nodes is None and pool.service not in server.services:
         return NOT_SERVED
-    if pool.where and not _matches(server.document().get("staticData", {}), pool.where):
+    if pool.where and not _matches(server.static_data, pool.where):
         return NO_MATCH
     if member.state is not MemberState.UP:
         return str(member.state.value)
@@ -77,11 +77,11 @@ def _reason(member: Member, pool: Pool, request: Request, around: Circumstances)
         return DRAINING
     if around.reachable is not None and server_id not in around.reachable:
         return UNREACHABLE
-    switched_off = server.disable | member.disabled
-    if request.action is Action.LOGIN and "login" in switched_off:
-        return LOGIN_DISABLED
-    if request.action is Action.START and "start" in switched_off:
-        return START_DISABLED
+    if server.disable or member.disabled:
+        if request.action is Action.LOGIN and ("login" in server.disable or "login" in member.disabled):
+            return LOGIN_DISABLED
+        if request.action is Action.START and ("start" in server.disable or "start" in member.disabled):
+            return START_DISABLED
     if around.holders is not None and request.action is Action.LOGIN and around.holders.get(server_id, request.user) != request.user:
         return RESERVED
     if 0 < server.max_sessions <= server.sessions + around.in_flight.get(server_id, 0):
@@ -92,7 +92,9 @@ def _reason(member: Member, pool: Pool, request: Request, around: Circumstances)
 def _matches(static_data: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
     """Every wanted value is there; a list in the static data matches if it holds the value."""
     for key, value in wanted.items():
-        found = static_data.get(key)
+        if key not in static_data:
+            return False
+        found = static_data[key]
         if found != value and not (isinstance(found, list) and value in found):
             return False
     return True

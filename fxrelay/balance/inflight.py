@@ -3,7 +3,7 @@
 Server objects are seconds old. Without these counts a burst of logins all lands on the node that looked best when it began.
 """
 
-from collections import deque
+from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Final, NewType
 
@@ -31,8 +31,7 @@ class InFlight:
     def __init__(self, margin_ms: int = 250) -> None:
         self._margin_ms = margin_ms
         self._by_server: dict[RelayId, dict[PlacementId, Placement]] = {}
-        self._where: dict[PlacementId, RelayId] = {}
-        self._order: deque[tuple[float, PlacementId]] = deque()
+        self._where: OrderedDict[PlacementId, tuple[RelayId, float]] = OrderedDict()  # the oldest first
 
     def __len__(self) -> int:
         return len(self._where)
@@ -40,20 +39,22 @@ class InFlight:
     def add(self, placement: Placement, now: float) -> None:
         """Count it. The same one twice counts once; a later time replaces the earlier one, since connecting takes a while."""
         self._expire(now)
-        known = self._where.get(placement.placement_id)
-        if known is None:
-            if len(self._where) >= MAX_PLACEMENTS:
+        at_server = self._by_server.get(placement.server_id, {})
+        if placement.placement_id in self._where:
+            known = at_server.get(placement.placement_id)
+            if known is None or placement.placed_ms <= known.placed_ms:
                 return
-            self._order.append((now, placement.placement_id))
-        elif known != placement.server_id:
+        elif len(self._where) >= MAX_PLACEMENTS:
             return
-        self._where[placement.placement_id] = placement.server_id
-        self._by_server.setdefault(placement.server_id, {})[placement.placement_id] = placement
+        else:
+            self._where[placement.placement_id] = (placement.server_id, now)
+        self._by_server.setdefault(placement.server_id, at_server)[placement.placement_id] = placement
 
     def withdraw(self, placement_id: PlacementId) -> None:
         """It came to nothing, or has ended already. May be repeated."""
-        server_id = self._where.pop(placement_id, None)
-        if server_id is not None:
+        found = self._where.pop(placement_id, None)
+        if found is not None:
+            server_id = found[0]
             at_server = self._by_server[server_id]
             at_server.pop(placement_id, None)
             if not at_server:
@@ -72,5 +73,8 @@ class InFlight:
         return {server_id: len(at_server) for server_id, at_server in self._by_server.items()}
 
     def _expire(self, now: float) -> None:
-        while self._order and now - self._order[0][0] > EXPIRES_S:
-            self.withdraw(self._order.popleft()[1])
+        while self._where:
+            placement_id, (_, added_at) = next(iter(self._where.items()))
+            if now - added_at <= EXPIRES_S:
+                break
+            self.withdraw(placement_id)

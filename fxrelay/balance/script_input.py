@@ -1,26 +1,70 @@
 """Pure: the input of balancing scripts, as JSON text.
 
 The clustering guide, "The Input Object", gives the shape: action, user, userGroups, isManager, isAdmin, local, servers, data. Server
-objects are spliced in as the text they came as; only those with placements on their way are taken apart, to count them.
+objects stay the text they came as, so that the script process takes apart only those it has not seen before.
 """
 
 import json
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Final
 
 from fxrelay.balance.model import Action, Candidate, Request
 from fxtunnel.model import RelayId
 
-SECRET_KEYS: Final = frozenset(
-    {"password", "passwd", "passphrase", "authtoken", "token", "jwt", "secret", "otp", "pin", "privatekey", "cookie"}
-)
-"""Keys of `data` that scripts do not get, compared without case, `_` and `-`. Scripts log, and run before a login."""
+SECRET_WORDS: Final = ("password", "passwd", "passphrase", "token", "secret", "credential", "privatekey", "apikey")
+SECRET_KEYS: Final = frozenset({"jwt", "otp", "pin", "cookie", "cookies", "authorization", "pass", "pwd"})
+"""Scripts log, and run before a login: they do not get what `data` has under these keys, or under keys that hold one of the words.
+Compared without case, `_`, `-` and `.`.
+"""
 MAX_DEPTH: Final = 16
+MAX_SESSIONS: Final = 1_000
+"""Entries of the FastX 4 form's session lists."""
+_SEPARATOR: Final = b"\x1e"  # RFC 7464: no JSON text holds it
+_KEPT_NODES: Final = 16_384
+_IGNORED: Final = str.maketrans("", "", "_-.")
 
 
-def script_input(request: Request, candidates: Sequence[Candidate], local_id: RelayId) -> str:
-    """The input object of the clustering guide."""
-    head = json.dumps(
+@dataclass(frozen=True, slots=True)
+class Count:
+    """A server with placements on their way: its place in the list, its sessions with them, and how many they are."""
+
+    index: int
+    sessions: int
+    in_flight: int
+
+
+@dataclass(frozen=True, slots=True)
+class ScriptInput:
+    """The input in parts: `base` is the object without `servers`, which are JSON texts as published, without what `counts` add."""
+
+    base: str
+    servers: tuple[str, ...]
+    counts: tuple[Count, ...] = ()
+
+    def whole(self) -> str:
+        """The input object of the clustering guide."""
+        servers = list(self.servers)
+        for count in self.counts:
+            servers[count.index] = _counted(servers[count.index], count)
+        return f'{self.base[:-1]},"servers":[{",".join(servers)}]}}'
+
+    def pack(self) -> bytes:
+        """`base` and `servers` for the way to a script process. Takes time for many servers: not for the trio thread."""
+        return _SEPARATOR.join([self.base.encode(), *map(str.encode, self.servers)])
+
+    @classmethod
+    def unpack(cls, packed: bytes, counts: Sequence[Sequence[int]]) -> "ScriptInput":
+        """The other way round."""
+        base, *servers = packed.decode().split(_SEPARATOR.decode())
+        return cls(base, tuple(servers), tuple(Count(*count) for count in counts))
+
+
+def script_input(request: Request, candidates: Sequence[Candidate], local_id: RelayId) -> ScriptInput:
+    """What a script is to be told."""
+    base = json.dumps(
         {
             "action": request.action.value,
             "user": _user(request),
@@ -31,19 +75,20 @@ def script_input(request: Request, candidates: Sequence[Candidate], local_id: Re
             "data": without_secrets(request.data),
         }
     )
-    servers = ",".join([candidate.server.text if not candidate.in_flight else _counted(candidate) for candidate in candidates])
-    return f'{head[:-1]},"servers":[{servers}]}}'
+    counts = [Count(index, each.load_sessions, each.in_flight) for index, each in enumerate(candidates) if each.in_flight]
+    return ScriptInput(base, tuple([candidate.server.text for candidate in candidates]), tuple(counts))
 
 
 def without_secrets(data: Mapping[str, Any], depth: int = 0) -> dict[str, Any]:
-    """A copy without the keys that name a secret, at any depth; what lies deeper than MAX_DEPTH is left out."""
+    """A copy without the keys that name a secret, at any depth; what lies deeper than MAX_DEPTH is left out, and NaN is null."""
     if depth >= MAX_DEPTH:
         return {}
-    return {
-        key: _without_secrets(value, depth)
-        for key, value in data.items()
-        if str(key).lower().replace("_", "").replace("-", "") not in SECRET_KEYS
-    }
+    return {key: _without_secrets(value, depth) for key, value in data.items() if not _is_secret(str(key))}
+
+
+def _is_secret(key: str) -> bool:
+    plain = key.lower().translate(_IGNORED)
+    return plain in SECRET_KEYS or any(word in plain for word in SECRET_WORDS)
 
 
 def _without_secrets(value: Any, depth: int) -> Any:
@@ -51,30 +96,37 @@ def _without_secrets(value: Any, depth: int) -> Any:
         return without_secrets(value, depth + 1)
     if isinstance(value, list | tuple):
         return [_without_secrets(entry, depth + 1) for entry in value] if depth < MAX_DEPTH else []
-    return value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _user(request: Request) -> dict[str, Any]:
-    """Before a login there is only what the client claims; for a start the login's claims come along."""
+    """Before a login there is only what the client claims; for a start the login's claims come along. `serverId` is the one asked for."""
     user: dict[str, Any] = {**request.claims} if request.action is Action.START else {}
-    return {**user, "login": request.user, "sessions": list(request.sessions)}
+    wanted = request.data.get("serverId", user.get("serverId"))
+    return {**user, "login": request.user, "serverId": wanted if isinstance(wanted, str) else "", "sessions": list(request.sessions)}
 
 
-def _counted(candidate: Candidate) -> str:
-    document = candidate.server.document()
-    document["sessions"] = candidate.load_sessions
-    document["inflight"] = candidate.in_flight
-    return json.dumps(document)
+def _counted(text: str, count: Count) -> str:
+    """A server object is never empty, and of two members with one name every reader takes the last one (ECMA-262, 25.5.1)."""
+    return f'{text.rstrip()[:-1]},"sessions":{count.sessions},"inflight":{count.in_flight}}}'
 
 
-def fastx4_input(text: str) -> str:
-    """The FastX 4 form of an input object: nodes and params. Takes time for many servers: not for the trio thread.
+def fastx4_input(given: ScriptInput) -> str:
+    """The FastX 4 form: nodes and params. Nodes of server objects that were seen before are not made again.
 
     `jwt` is empty: scripts are not given a token that could act for the user.
     """
-    found = json.loads(text)
-    servers = found.pop("servers")
-    return json.dumps({"nodes": [_node(server) for server in servers], "params": {"me": found["user"], "start": found["data"], "jwt": ""}})
+    nodes = [_node_text(server) for server in given.servers]
+    for count in given.counts:
+        nodes[count.index] = json.dumps(_node(json.loads(_counted(given.servers[count.index], count))))
+    base = json.loads(given.base)
+    params = json.dumps({"me": base["user"], "start": base["data"], "jwt": ""})
+    return f'{{"nodes":[{",".join(nodes)}],"params":{params}}}'
+
+
+@lru_cache(_KEPT_NODES)
+def _node_text(server: str) -> str:
+    return json.dumps(_node(json.loads(server)))
 
 
 def _node(server: dict[str, Any]) -> dict[str, Any]:
@@ -93,7 +145,15 @@ def _node(server: dict[str, Any]) -> dict[str, Any]:
                 "time": {"now": server.get("measuredAt", 0)},
             },
             "services": server.get("services", []),
-            "sessions": server.get("sessionList", [{} for _ in range(min(server.get("sessions", 0), 1000))]),
+            "sessions": _sessions(server),
         },
         "metadata": {**(metadata if isinstance(metadata, dict) else {}), **(static_data if isinstance(static_data, dict) else {})},
     }
+
+
+def _sessions(server: dict[str, Any]) -> list[Any]:
+    """Scripts count these: a list that is shorter than the number of sessions is filled up with empty ones."""
+    known = server.get("sessionList")
+    listed = known[:MAX_SESSIONS] if isinstance(known, list) else []
+    missing = min(server.get("sessions", 0), MAX_SESSIONS) - len(listed)
+    return [*listed, *({} for _ in range(missing))]

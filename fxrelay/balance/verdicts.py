@@ -10,7 +10,6 @@
 Source: the clustering guide, "The Return Value": String, Array, Falsy Value.
 """
 
-import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Final
 
@@ -31,7 +30,7 @@ def verdict_of(value: Any, known: Collection[RelayId]) -> Verdict:
         return _chosen(value, known) if value else Passed()
     if isinstance(value, list):
         return _narrowed(value, known)
-    if value is None or value is False or (isinstance(value, int | float) and (value == 0 or math.isnan(value)) and value is not True):
+    if value is None or value is False or (isinstance(value, int | float) and (value == 0 or value != value)):
         return Passed()
     return Failed(BAD_RETURN, f"expected a server id, a list of servers or nothing, got {_shown(value)}")
 

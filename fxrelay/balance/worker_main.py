@@ -1,13 +1,15 @@
 """Task: the process that runs balancing scripts: `python -m fxrelay.balance.worker_main FD MEMORY_BYTES`.
 
-It reads requests from a socket and answers each, one at a time, until the socket ends: that is also how it learns that the relay is gone. A
-request that takes too long ends the process (SIGALRM), so it is not left behind even by a relay that was killed in the middle of one.
+It says READY, then reads requests from a socket and answers each, one at a time, until the socket ends: that is also how it learns that the
+relay is gone. A request that takes too long ends the process (SIGALRM), so it is not left behind even by a relay that was killed in the
+middle of one.
 
-    request:   length u32, JSON {"kind", "spec", "limit_s", "memory_bytes"}    length u32, the script's input as JSON
+    request:   length u32, JSON {"kind", "spec", "limit_s", "memory_bytes", "counts"}    length u32, a packed ScriptInput
     answer:    length u32, JSON {"kind": "value", "value"} | {"kind": "output", "text"} | {"kind": "failed", "name", "message", "detail"}
 """
 
 import importlib
+import io
 import json
 import math
 import os
@@ -16,18 +18,23 @@ import signal
 import socket
 import struct
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Final
 
 from fxrelay.balance.executable import run_executable
-from fxrelay.balance.javascript import run_javascript
+from fxrelay.balance.forked import RelayGone
+from fxrelay.balance.javascript import Engine
+from fxrelay.balance.script_input import ScriptInput
 
+READY: Final = b"\n"
 LENGTH: Final = struct.Struct(">I")
 MAX_REQUEST_BYTES: Final = 1 << 30
 MAX_ANSWER_BYTES: Final = 8 << 20
 HEADROOM_BYTES: Final = 512 << 20
-"""Address space for Python itself and the input, beside what the script may take."""
+"""Memory for Python itself and the input, beside what the script may take."""
+MAX_LOG_CHARS: Final = 4_000
 
 Answer = dict[str, Any]
 
@@ -39,11 +46,14 @@ def failed(name: str, message: str, detail: str = "") -> Answer:
 
 def serve(channel: socket.socket) -> None:
     """Answer requests until the other end is gone."""
-    while (head := _receive(channel)) is not None and (text := _receive(channel)) is not None:
+    server = _Server(channel)
+    while (head := _receive(channel)) is not None and (packed := _receive(channel)) is not None:
         request = json.loads(head)
-        signal.setitimer(signal.ITIMER_REAL, request["limit_s"] * 2)
+        signal.setitimer(signal.ITIMER_REAL, request["limit_s"] * 2 + 1)
         try:
-            answer = _answer(request, text.decode())
+            answer = server.answer(request, ScriptInput.unpack(packed, request["counts"]))
+        except RelayGone:
+            return
         except MemoryError:
             answer = failed("ScriptMemory", "the script ran out of memory")
         signal.setitimer(signal.ITIMER_REAL, 0)
@@ -53,22 +63,47 @@ def serve(channel: socket.socket) -> None:
         channel.sendall(LENGTH.pack(len(encoded)) + encoded)
 
 
-def _answer(request: dict[str, Any], text: str) -> Answer:
-    match request["kind"]:
-        case "js":
-            return run_javascript(request["spec"], text, request["limit_s"], request["memory_bytes"])
-        case "exec":
-            return run_executable(request["spec"], text, request["limit_s"])
-        case _:
-            return _call(request["spec"], text)
+class _Server:
+    """One of these for each process."""
+
+    def __init__(self, channel: socket.socket) -> None:
+        self._channel = channel
+        self._engine: Engine | None = None
+
+    def answer(self, request: dict[str, Any], given: ScriptInput) -> Answer:
+        """Run one script."""
+        match request["kind"]:
+            case "js":
+                self._engine = self._engine or Engine()
+                return self._engine.run(request["spec"], given, (request["limit_s"], request["memory_bytes"]), self._channel)
+            case "exec":
+                return run_executable(request["spec"], given, request["limit_s"], self._channel)
+            case _:
+                return _call(request["spec"], given.whole())
+
+
+class _Said(io.TextIOBase):
+    """The beginning of what a function prints."""
+
+    def __init__(self) -> None:
+        self.text = ""
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, text: str) -> int:
+        self.text += text[: MAX_LOG_CHARS - len(self.text)]
+        return len(text)
 
 
 def _call(spec: str, text: str) -> Answer:
     module_name, _, function_name = spec.partition(":")
+    said = _Said()
     try:
-        function = getattr(_module(module_name), function_name)
-        value = function(json.loads(text))
-        return {"kind": "value", "value": _plain(value)}
+        with redirect_stdout(said), redirect_stderr(said):
+            function = getattr(_module(module_name), function_name)
+            value = function(json.loads(text))
+        return {"kind": "value", "value": _plain(value), "log": said.text}
     except MemoryError:
         raise
     except BaseException as exc:  # a script may raise SystemExit as well
@@ -77,27 +112,31 @@ def _call(spec: str, text: str) -> Answer:
         return failed(type(exc).__name__, str(exc)[:500], traceback.format_exc()[-4000:])
 
 
-_modules: dict[str, tuple[float, ModuleType]] = {}
+_Stamp = tuple[int, int, int]
+_modules: dict[str, tuple[_Stamp, ModuleType]] = {}
 
 
 def _module(name: str) -> ModuleType:
     """The module in its present form: it is loaded again when its file has changed."""
+    importlib.invalidate_caches()
     known = _modules.get(name)
     if known is None:
         module = importlib.import_module(name)
+        _modules[name] = (_stamp(module), module)
     else:
-        module = known[1]
-        if _changed_at(module) != known[0]:
+        module, stamp = known[1], _stamp(known[1])
+        if stamp != known[0]:
             module = importlib.reload(module)
-    _modules[name] = (_changed_at(module), module)
+            _modules[name] = (stamp, module)
     return module
 
 
-def _changed_at(module: ModuleType) -> float:
+def _stamp(module: ModuleType) -> _Stamp:
     try:
-        return Path(str(module.__file__)).stat().st_mtime
+        facts = Path(str(module.__file__)).stat()
     except OSError:
-        return 0.0
+        return (0, 0, 0)
+    return (facts.st_mtime_ns, facts.st_size, facts.st_ino)
 
 
 def _plain(value: Any) -> Any:
@@ -135,13 +174,16 @@ def main() -> None:
     """Take the limits on, then serve."""
     channel = socket.socket(fileno=int(sys.argv[1]))
     limit_bytes = int(sys.argv[2]) + HEADROOM_BYTES
-    resource.setrlimit(resource.RLIMIT_AS, (limit_bytes, limit_bytes))
+    # Not RLIMIT_AS: executables inherit it, and Node, Java and Go reserve far more addresses than they use.
+    resource.setrlimit(resource.RLIMIT_DATA, (limit_bytes, limit_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the relay's to handle; it ends this process by closing the socket
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     os.nice(5)
     # What scripts print must not get into anybody's protocol.
     os.dup2(2, 1)
+    sys.dont_write_bytecode = True  # it is told apart by whole seconds: a module changed twice in one would be read as it was
+    channel.sendall(READY)
     serve(channel)
 
 

@@ -3,9 +3,11 @@
 import json
 import logging
 import os
+import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,14 +15,19 @@ from typing import Any, Final
 
 import trio
 
-from fxrelay.balance.worker_main import LENGTH, MAX_ANSWER_BYTES
+from fxrelay.balance.script_input import ScriptInput
+from fxrelay.balance.worker_main import LENGTH, MAX_ANSWER_BYTES, READY
 
 logger = logging.getLogger(__name__)
 
 PROCESSES: Final = 2
-"""Script processes, and decisions with scripts at once; further decisions wait for one."""
+"""Script processes of each kind, and decisions with such scripts at once; further decisions wait for one."""
 START_S: Final = 10.0
 """For a process to start, on a busy machine, beside the script's own time."""
+GRACE_S: Final = 2.0
+"""For a process to end its executable and itself, when nobody wants the answer any more."""
+MAX_COMPLAINT_BYTES: Final = 65_536
+SHOWN_COMPLAINT: Final = 2_000
 _ENVIRONMENT: Final = ("PATH", "LANG", "LC_ALL", "HOME", "TZ", "PYTHONPATH", "VIRTUAL_ENV", "LD_LIBRARY_PATH", "PYTHONDONTWRITEBYTECODE")
 
 Answer = dict[str, Any]
@@ -35,92 +42,159 @@ class ScriptLimits:
 
 
 class Workers:
-    """A few script processes. `call` may be used by many tasks at once; `close` ends the processes."""
+    """A few script processes of each kind. `call` may be used by many tasks at once; `close` ends the processes."""
 
     def __init__(self, limits: ScriptLimits, directory: Path) -> None:
         self.limits = limits
         self._directory = directory
-        self._idle: list[_Worker] = []
-        self._busy: set[_Worker] = set()
-        self._limiter = trio.CapacityLimiter(PROCESSES)
-        self._threads = trio.CapacityLimiter(PROCESSES)
+        self._kinds: dict[str, _Kind] = {}
         self.started = 0
+        """Processes so far."""
 
-    async def call(self, kind: str, spec: str, text: str) -> Answer:
+    async def call(self, kind: str, spec: str, given: ScriptInput) -> Answer:
         """Run a script; `kind` is "js", "exec" or "python". Every failure is an answer of its own kind. Cancelling kills the process."""
         limits = self.limits
-        head = json.dumps({"kind": kind, "spec": spec, "limit_s": limits.timeout_s, "memory_bytes": limits.memory_bytes})
-        async with self._limiter:
-            worker = self._idle.pop() if self._idle else _Worker(self._directory, limits.memory_bytes)
-            self._busy.add(worker)
+        counts = [[count.index, count.sessions, count.in_flight] for count in given.counts]
+        head = {"kind": kind, "spec": spec, "limit_s": limits.timeout_s, "memory_bytes": limits.memory_bytes, "counts": counts}
+        own = self._kinds.setdefault(kind, _Kind())
+        async with own.limiter:
+            worker = own.idle_one() or self._new_one()
+            own.busy.add(worker)
             usable = False
             try:
                 answer = await trio.to_thread.run_sync(
-                    worker.call, head, text, limits.timeout_s, abandon_on_cancel=True, limiter=self._threads
+                    worker.call, head, given, limits.timeout_s, abandon_on_cancel=True, limiter=own.threads
                 )
                 usable = worker.is_usable
             finally:
-                self._busy.discard(worker)
+                own.busy.discard(worker)
                 if usable:
-                    self._idle.append(worker)
+                    own.idle.append(worker)
                 else:
-                    worker.kill()
+                    worker.stop()
         return answer
+
+    def _new_one(self) -> "_Worker":
+        self.started += 1
+        return _Worker(self._directory, self.limits.memory_bytes)
 
     def close(self) -> None:
         """Kill the processes. May be repeated."""
-        for worker in [*self._idle, *self._busy]:
+        for kind in self._kinds.values():
+            for worker in kind.idle:
+                worker.kill()
+            kind.idle.clear()
+            for worker in kind.busy:
+                worker.stop()
+
+
+class _Kind:
+    """The processes of one kind of scripts: what a Python function leaves behind in its process is not for the others."""
+
+    def __init__(self) -> None:
+        self.idle: list[_Worker] = []
+        self.busy: set[_Worker] = set()
+        self.limiter = trio.CapacityLimiter(PROCESSES)
+        self.threads = trio.CapacityLimiter(PROCESSES)
+
+    def idle_one(self) -> "_Worker | None":
+        """A process that waits for work."""
+        while self.idle:
+            worker = self.idle.pop()
+            if worker.is_alive:
+                return worker
             worker.kill()
-        self._idle.clear()
+        return None
 
 
 class _Worker:
-    """One process and the socket to it. `call` blocks; `kill` may come from another thread meanwhile."""
+    """One process and the socket to it. `call` blocks, and ends the process itself unless it can be used again; `stop` may come from
+    another thread meanwhile; `kill` is for a worker that is not in a call.
+    """
 
     def __init__(self, directory: Path, memory_bytes: int) -> None:
         self._directory = directory
         self._memory_bytes = memory_bytes
         self._process: subprocess.Popen[bytes] | None = None
         self._channel: socket.socket | None = None
-        self._killed = False
+        self._stderr: int | None = None
+        self._stopped = False
+        self._grace_s = 0.0
         self.is_usable = True
 
-    def call(self, head: str, text: str, timeout_s: float) -> Answer:
+    @property
+    def is_alive(self) -> bool:
+        """Whether its process still runs."""
+        return self._process is not None and self._process.poll() is None
+
+    def call(self, head: Mapping[str, Any], given: ScriptInput, timeout_s: float) -> Answer:
         """Send one request and wait for its answer."""
+        self._grace_s = GRACE_S if head["kind"] == "exec" else 0.0
         self.is_usable = False
         try:
-            channel = self._channel or self._start()
-            channel.settimeout(timeout_s + (0.5 if self._channel is not None else START_S))
-            self._channel = channel
-            for part in (head.encode(), text.encode()):
-                channel.sendall(LENGTH.pack(len(part)))
-                channel.sendall(part)
-            (length,) = LENGTH.unpack(_receive(channel, LENGTH.size))
-            if length > MAX_ANSWER_BYTES:
-                return _failed("BadReturn", "the balancing script broke its process")
-            answer = json.loads(_receive(channel, length))
+            answer = self._answer(json.dumps(head).encode(), given.pack(), timeout_s)
         except TimeoutError:
-            return _failed("ScriptTimeout", "the balancing script took too long")
+            answer = _failed("ScriptTimeout", "the balancing script took too long")
         except (OSError, EOFError, ValueError) as exc:
-            return _failed("ScriptDied", "the balancing script's process died", f"{type(exc).__name__}: {exc}")
-        if not isinstance(answer, dict):
-            return _failed("BadReturn", "the balancing script broke its process")
-        self.is_usable = True
+            answer = _failed("ScriptDied", "the balancing script's process died", f"{type(exc).__name__}: {exc} {self._complaint()}")
+        finally:
+            self.is_usable = self.is_usable and not self._stopped
+            if not self.is_usable:
+                self.kill()
         return answer
 
+    def stop(self) -> None:
+        """Have it ended soon, without waiting: the process sees its socket end, and `call`, if it runs, returns. May be repeated."""
+        self._stopped = True
+        channel = self._channel
+        if channel is not None:
+            with suppress(OSError):
+                channel.shutdown(socket.SHUT_RDWR)
+
     def kill(self) -> None:
-        """End the process, whatever it does. May be repeated."""
-        self._killed = True
+        """End the process, whatever it does; its executable first, which it does itself. May be repeated."""
+        self.stop()
         process, channel = self._process, self._channel
-        if process is not None:
+        if process is not None and process.returncode is None:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(self._grace_s)
             with suppress(ProcessLookupError):
-                process.kill()
+                os.killpg(process.pid, signal.SIGKILL)
             process.wait()  # a killed process ends at once
         if channel is not None:
             channel.close()
+        stderr, self._stderr = self._stderr, None
+        if stderr is not None:
+            os.close(stderr)
+
+    def _complaint(self) -> str:
+        """What came on its stderr since the last call; the pipe holds 64 KiB, and what is more is lost."""
+        if self._stderr is None:
+            return ""
+        with suppress(BlockingIOError):
+            return os.read(self._stderr, MAX_COMPLAINT_BYTES).decode(errors="replace")[-SHOWN_COMPLAINT:].strip()
+        return ""
+
+    def _answer(self, head: bytes, packed: bytes, timeout_s: float) -> Answer:
+        channel = self._channel or self._start()
+        if self._stopped:
+            raise EOFError("not wanted any more")
+        channel.settimeout(timeout_s + 0.5)
+        for part in (head, packed):
+            channel.sendall(LENGTH.pack(len(part)))
+            channel.sendall(part)
+        (length,) = LENGTH.unpack(_receive(channel, LENGTH.size))
+        answer = json.loads(_receive(channel, length)) if length <= MAX_ANSWER_BYTES else None
+        if not isinstance(answer, dict):
+            return _failed("BadReturn", "the balancing script broke its process")
+        self.is_usable = True
+        self._grace_s = 0.0
+        self._complaint()
+        return answer
 
     def _start(self) -> socket.socket:
         ours, theirs = socket.socketpair()
+        self._stderr, stderr = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         try:
             environment = {key: os.environ[key] for key in _ENVIRONMENT if key in os.environ}
             environment["PYTHONPATH"] = os.pathsep.join(filter(None, (environment.get("PYTHONPATH"), str(self._directory))))
@@ -128,7 +202,7 @@ class _Worker:
                 [sys.executable, "-m", "fxrelay.balance.worker_main", str(theirs.fileno()), str(self._memory_bytes)],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
+                stderr=stderr,
                 pass_fds=(theirs.fileno(),),
                 env=environment,
                 start_new_session=True,
@@ -138,9 +212,11 @@ class _Worker:
             raise
         finally:
             theirs.close()
-        if self._killed:  # meanwhile
-            self._process.kill()
-            self._process.wait()
+            os.close(stderr)
+        self._channel = ours
+        ours.settimeout(START_S)
+        if _receive(ours, len(READY)) != READY:
+            raise EOFError("it did not start")
         return ours
 
 

@@ -61,6 +61,7 @@ class ServerObject:
     force_indirect: bool
     services: Mapping[str, int]
     gateways: frozenset[str]
+    static_data: Mapping[str, Any]
     text: str
 
     @property
@@ -122,6 +123,7 @@ def parse_server(text: str) -> ServerObject:
         force_indirect=_flag(found, "forceIndirect"),
         services=_services(_list(found, "services")),
         gateways=_gateways(_list(agent, "tunnels")),
+        static_data=_object(found, "staticData"),
         text=text,
     )
 

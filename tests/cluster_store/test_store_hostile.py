@@ -169,7 +169,7 @@ def test_other_kinds_of_keys_in_redis(redis_store: RedisStore, command: tuple[st
 
 
 @NEEDS_REDIS
-def test_what_is_no_document_is_skipped_in_redis(redis_store: RedisStore) -> None:
+def test_what_is_no_document_is_skipped_in_redis(redis_store: RedisStore, monkeypatch: pytest.MonkeyPatch) -> None:
     entries: dict[Any, Any] = {
         "long": b"1:" + b"x" * (MAX_DOCUMENT_BYTES + 100),
         "huge": b"1:" + b"x" * 50_000_000,
@@ -181,8 +181,12 @@ def test_what_is_no_document_is_skipped_in_redis(redis_store: RedisStore) -> Non
         "": b"1:x",
     }
     redis_store._client.ask(lambda redis: redis.hset(WHERE, mapping=entries))
+    answers: list[str] = []
+    ask = redis_store._client.ask
+    monkeypatch.setattr(redis_store._client, "ask", lambda call: (answer := ask(call), answers.append(repr(answer)))[0])
     assert [found.key for found in redis_store.documents(SERVERS)] == ["good"]
     assert redis_store.skipped == 8
+    assert sum(map(len, answers)) < 10_000, "what is too long came to the reader"
     assert redis_store.get(SERVERS, "huge") is None
     redis_store.put(SERVERS, "huge", "small")
     assert {found.key for found in redis_store.documents(SERVERS)} == {"good", "huge"}

@@ -1,5 +1,6 @@
 """A Redis that dies, hangs, forgets, refuses, or is not who it should be."""
 
+import contextlib
 import signal
 import socket
 import threading
@@ -141,6 +142,15 @@ def test_a_silent_server_is_asked_for_a_sign_of_life(server: RedisServer) -> Non
     transporter.close()
 
 
+def test_a_connection_made_while_the_store_was_closed_is_ended_too(server: RedisServer) -> None:
+    client, other = redis_client(server), redis_client(server)
+    others = other.ask(lambda redis: len(redis.client_list()))
+    with contextlib.suppress(StoreError):
+        client.ask(lambda redis: (client.close(), redis.ping()))
+    wait_until(lambda: other.ask(lambda redis: len(redis.client_list())) == others)
+    other.close()
+
+
 def test_nobody_there(server: RedisServer) -> None:
     store = RedisStore(redis_client(server, port=free_port()))
     with fails_soon("Connection refused"):
@@ -154,6 +164,25 @@ def test_a_wrong_password_is_told_without_being_repeated(server: RedisServer, pa
     with fails_soon("refuses the username or password of broker.json"):
         store.now_ms()
     store.close()
+
+
+def test_a_server_that_repeats_the_password_does_not_bring_it_into_messages(server: RedisServer) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(1_000)
+                connection.sendall(f"-ERR unknown command 'AUTH' with args: '{PASSWORD}'\r\n".encode())
+                connection.recv(1_000)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        store = RedisStore(redis_client(server, port=listener.getsockname()[1], tls=False))
+        with fails_soon("AUTH"):
+            store.now_ms()
+        store.close()
+        thread.join()
 
 
 @pytest.mark.parametrize("username", ["default", "nobody"])

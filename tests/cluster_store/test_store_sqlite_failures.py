@@ -1,6 +1,7 @@
 """An SQLite file that is locked, full, unwritable, damaged, somebody else's, replaced, or whose process is killed."""
 
 import os
+import shutil
 import signal
 import sqlite3
 import stat
@@ -189,6 +190,17 @@ def test_a_file_that_was_replaced_is_opened_again_and_has_another_epoch(path: Pa
     other.close()
 
 
+def test_a_file_that_was_put_back_from_a_copy_is_the_one_that_counts(path: Path, store: SqliteStore) -> None:
+    store.put(SERVERS, "n", "before")
+    copy = path.with_name("copy.db")
+    shutil.copy2(path, copy)
+    store.put(SERVERS, "n", "after")
+    os.replace(copy, path)
+    found = store.get(SERVERS, "n")
+    assert found is not None
+    assert found.text == "before"
+
+
 def test_damage_under_way_is_a_store_error(path: Path, store: SqliteStore) -> None:
     for number in range(300):
         store.put(SERVERS, f"n{number}", "x" * 500)
@@ -236,13 +248,18 @@ def test_two_processes_at_once_lose_nothing(path: Path, store: SqliteStore) -> N
     program = (
         "import sys; from pathlib import Path; from fxrelay.cluster.sqlite_store import SqliteStore\n"
         "store = SqliteStore(Path(sys.argv[1]))\n"
-        "for number in range(50): store.add('count', 1); store.put('servers', sys.argv[2] + str(number), 'x')\n"
+        "sys.stdin.readline()\n"
+        "for number in range(200): store.add('count', 1)\n"
+        "for number in range(50): store.put('servers', sys.argv[2] + str(number), 'x')\n"
         "store.close()\n"
     )
-    children = [subprocess.Popen([sys.executable, "-c", program, str(path), name], cwd=SOURCE) for name in "ab"]
+    children = [subprocess.Popen([sys.executable, "-c", program, str(path), name], cwd=SOURCE, stdin=subprocess.PIPE) for name in "ab"]
+    for child in children:
+        assert child.stdin is not None
+        child.stdin.close()
     wait_until(lambda: all(child.poll() is not None for child in children))
     assert [child.returncode for child in children] == [0, 0]
-    assert store.add("count", 0) == 100
+    assert store.add("count", 0) == 400
     assert len(list(store.documents(SERVERS))) == 100
 
 

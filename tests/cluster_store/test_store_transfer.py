@@ -210,8 +210,10 @@ def test_an_export_keeps_what_is_marked_as_deleted_and_is_repeatable(store: Sqli
         '{"_id":"back","$$deleted":true}',
         '{"_id":"old","$$deleted":true}',
     ]
+    before = (directory / "system-bookmark-store.db").read_bytes()
     inode = (directory / "config-store.db").stat().st_ino
     export_store(store, directory, names)
+    assert (directory / "system-bookmark-store.db").read_bytes() == before
     assert (directory / "config-store.db").stat().st_ino == inode
     assert plan_export(store, directory, names).collections == (Changes("system-bookmark", unchanged=2), Changes("config"))
 

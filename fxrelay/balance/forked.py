@@ -1,0 +1,93 @@
+"""Task: children of a script process: one for each call, with what the process has prepared, and gone with everything when it is over."""
+
+import ctypes
+import os
+import select
+import signal
+import socket
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Final, NoReturn
+
+_PR_SET_PDEATHSIG: Final = 1
+_BLOCK_BYTES: Final = 65_536
+_libc: Final = ctypes.CDLL(None)
+
+
+class RelayGone(Exception):
+    """Nobody waits for the answer any more: the script was killed, and this process is to end."""
+
+
+def die_with(parent: int) -> None:
+    """In a child: no life without the process `parent`, which made it."""
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:  # it ended before it was asked to be watched
+        os._exit(1)
+
+
+def wait_readable(descriptor: int, relay: socket.socket, timeout_s: float) -> bool:
+    """Whether `descriptor` became readable within the time.
+
+    Raises:
+        RelayGone: the other end of `relay` was closed meanwhile.
+    """
+    poller = select.poll()
+    poller.register(descriptor, select.POLLIN)
+    poller.register(relay, 0)  # a hang-up is told without being asked for
+    ready = dict(poller.poll(max(0.0, timeout_s) * 1000))
+    if relay.fileno() in ready:
+        raise RelayGone
+    return bool(ready)
+
+
+def in_child(work: Callable[[], bytes], limit_s: float, relay: socket.socket, max_bytes: int) -> bytes:
+    """What `work` returns in a copy of this process, which is ended in any case. What it changes, changes there alone.
+
+    This process must have one thread.
+
+    Raises:
+        TimeoutError: it took longer than `limit_s`.
+        EOFError: the child died.
+        ValueError: it returned more than `max_bytes`.
+        RelayGone: the other end of `relay` was closed meanwhile.
+    """
+    parent = os.getpid()
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        _be_child(work, parent, writing, relay)
+    try:
+        os.close(writing)
+        return _collect(reading, relay, time.monotonic() + limit_s, max_bytes)
+    finally:
+        os.close(reading)
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+
+def _be_child(work: Callable[[], bytes], parent: int, writing: int, relay: socket.socket) -> NoReturn:
+    # BaseException, and no way back: whatever happens here must not go on as if it were the process itself.
+    with suppress(BaseException):
+        die_with(parent)
+        relay.close()
+        answer = memoryview(work() + b"\n")
+        while answer:
+            answer = answer[os.write(writing, answer) :]
+    os._exit(0)
+
+
+def _collect(reading: int, relay: socket.socket, deadline: float, max_bytes: int) -> bytes:
+    received = bytearray()
+    while True:
+        if not wait_readable(reading, relay, deadline - time.monotonic()):
+            raise TimeoutError
+        block = os.read(reading, _BLOCK_BYTES)
+        if not block:
+            break
+        received += block
+        if len(received) > max_bytes + 1:
+            raise ValueError("the answer is too long")
+    if not received.endswith(b"\n"):
+        raise EOFError("the child died")
+    return bytes(received[:-1])

@@ -1,0 +1,177 @@
+"""Nodes for streams: which ways lead to them, who is left out, and what the other relays are told."""
+
+import json
+import time
+from typing import Any
+
+import pytest
+import trio
+import trio.lowlevel
+from balance_samples import DESK, Says, ids, server, server_text
+
+from fxrelay.balance.chain import builtin
+from fxrelay.balance.chooser import Balancing, ClusterEnvironment, PoolChooser, Ways
+from fxrelay.balance.model import Chosen, Failed
+from fxrelay.cluster.follow import Threads
+from fxrelay.cluster.members import Ages
+from fxrelay.cluster.ports import PLACEMENTS, SERVERS, Message
+from fxrelay.cluster.view import ClusterView
+from fxrelay.delivery.ports import Node, NoNode, Wanted
+from fxtunnel.codes import Code
+from fxtunnel.errors import StoreError, TransporterError
+from fxtunnel.model import GatewayId, RelayId, ServiceName
+
+GATEWAY = GatewayId("gw")
+WANTED = Wanted(ServiceName("desk"), "192.0.2.1:5", GATEWAY, "t1")
+ALL = ("local", "redirect", "direct")
+LAN = ("10.0.0.0/8", "fc00::/7")
+
+
+def ways(**fields: Any) -> Ways:
+    return Ways(**{"server_id": RelayId("a"), "paths": ALL, "force_indirect": False, "networks": LAN, "address": "10.0.0.1"} | fields)
+
+
+@pytest.mark.parametrize(
+    ("own", "fields", "expected"),
+    [
+        ({}, {"address": "10.1.2.3"}, "10.1.2.3"),
+        ({}, {"address": "fd00::0:1"}, "fd00::1"),
+        ({}, {"address": ""}, ""),
+        ({}, {"address": "11.1.2.3"}, ""),
+        ({}, {"address": "169.254.169.254"}, ""),
+        ({}, {"address": "fe80::1"}, ""),
+        ({}, {"address": "node.example.com"}, ""),
+        ({}, {"address": "10.1.2.3:22"}, ""),
+        ({}, {"address": "127.0.0.1"}, ""),
+        ({"networks": ("0.0.0.0/0",)}, {"address": "127.0.0.1"}, ""),
+        ({"address": "127.0.0.1"}, {"address": "127.0.0.2"}, "127.0.0.2"),
+        ({"address": "127.0.0.1"}, {"address": "10.1.2.3"}, "10.1.2.3"),
+        ({"address": ""}, {"address": "127.0.0.1"}, ""),
+        ({"address": "node.example.com"}, {"address": "127.0.0.1"}, ""),
+        ({}, {"address": "::ffff:127.0.0.1"}, ""),
+        ({"networks": ("::/0",)}, {"address": "::ffff:127.0.0.1"}, ""),
+        ({"networks": ("0.0.0.0/0", "::/0")}, {"address": "169.254.169.254"}, ""),
+        ({"networks": ("0.0.0.0/0", "::/0")}, {"address": "::ffff:169.254.169.254"}, ""),
+        ({"networks": ("0.0.0.0/0", "::/0")}, {"address": "0.0.0.0"}, ""),
+        ({"force_indirect": True}, {"address": "10.1.2.3"}, ""),
+        ({}, {"address": "10.1.2.3", "forceIndirect": True}, ""),
+        ({"paths": ("local", "redirect")}, {"address": "10.1.2.3"}, ""),
+    ],
+)
+def test_where_a_direct_connection_may_go(own: dict[str, Any], fields: dict[str, Any], expected: str) -> None:
+    assert ways(**own).direct_address(server("b", **fields)) == expected
+
+
+def test_which_servers_a_gateway_reaches_by_itself() -> None:
+    there = server("b", gateways=["gw"])
+    assert ways().can_redirect(there, GATEWAY)
+    assert not ways().can_redirect(there, GatewayId("gw2"))
+    assert not ways(server_id=RelayId("b")).can_redirect(there, GATEWAY)
+    assert not ways(paths=("local", "direct")).can_redirect(there, GATEWAY)
+
+
+class Surroundings:
+    """A store and a transporter."""
+
+    def __init__(self) -> None:
+        self.error = False
+        self.hang_s = 0.0
+        self.number = 40
+        self.said: list[tuple[str, dict[str, Any]]] = []
+
+    def add(self, counter: str, amount: int) -> int:
+        time.sleep(self.hang_s)
+        if self.error:
+            raise StoreError("away")
+        self.number += amount
+        return self.number
+
+    def publish(self, topic: str, text: str) -> None:
+        if self.error:
+            raise TransporterError("away")
+        self.said.append((topic, json.loads(text)))
+
+
+def make(around: Surroundings, *entries: Any) -> tuple[PoolChooser, ClusterView]:
+    view = ClusterView(Ages(), time.monotonic)
+    view.store_said(1_000_000)
+    for text in (server_text("a"), server_text("b", address="10.0.0.2"), server_text("c", gateways=["gw"]), server_text("d")):
+        view.hear(Message(SERVERS, text))
+    environment = ClusterEnvironment(RelayId("a"), around, Threads())  # type: ignore[arg-type]
+    chooser = PoolChooser(view, ways(), environment, around, Threads(), "i" * 40)  # type: ignore[arg-type]
+    chain = entries or (builtin("fewest-sessions", "desk"),)
+    chooser.reconfigure({ServiceName("desk"): Balancing(DESK, chain)})
+    return chooser, view
+
+
+async def test_all_ways_in_turn_and_those_tried_are_left_out() -> None:
+    chooser, _ = make(Surroundings())
+    found = []
+    for tried in (ids(), ids("a"), ids("a", "b")):
+        node = await chooser.choose(WANTED, frozenset(tried))
+        assert isinstance(node, Node)
+        node.claim.release()
+        found.append((node.server_id, node.is_local, node.address, node.can_redirect))
+    assert found == [("a", True, "", False), ("b", False, "10.0.0.2", False), ("c", False, "", True)]
+    none = await chooser.choose(WANTED, frozenset(ids("a", "b", "c")))
+    assert none == NoNode(Code.CONNECT_FAILED, "NoServerAvailable (trace t1)")
+    assert chooser.failures == {"NoServerAvailable": 1}
+
+
+async def test_refusals_tell_the_gateway_no_more_than_a_name() -> None:
+    chooser, _ = make(Surroundings(), Says(Failed("Licence", "secret-server is full", "stack")))
+    assert await chooser.choose(WANTED, frozenset()) == NoNode(Code.CONNECT_FAILED, "Licence (trace t1)")
+    chooser.reconfigure({})
+    assert await chooser.choose(WANTED, frozenset()) == NoNode(Code.NO_SERVICE, "not served here")
+    chooser, _ = make(Surroundings(), Says(Chosen(RelayId("gone"))))
+    assert await chooser.choose(WANTED, frozenset()) == NoNode(Code.CONNECT_FAILED, "ServerGone (trace t1)")
+
+
+async def test_claims_are_counted_here_and_told_to_others() -> None:
+    around = Surroundings()
+    chooser, view = make(around)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(chooser.run)
+        first = await chooser.choose(WANTED, frozenset())
+        second = await chooser.choose(WANTED, frozenset())
+        assert isinstance(first, Node)
+        assert isinstance(second, Node)
+        assert (first.server_id, second.server_id) == ("a", "b")
+        first.claim.connected()
+        first.claim.release()
+        first.claim.release()
+        second.claim.hand_over()
+        second.claim.release()
+        assert view.in_flight.counts(view.now) == {"b": 1}
+        with trio.fail_after(20):
+            while len(around.said) < 5:
+                await trio.sleep(0.01)
+        nursery.cancel_scope.cancel()
+    told = [(topic, said["serverId"], said["event"]) for topic, said in around.said]
+    assert told == [(PLACEMENTS, *each) for each in (("a", "placed"), ("b", "placed"), ("a", "placed"), ("a", "ended"), ("b", "placed"))]
+    assert around.said[0][1]["id"] == around.said[3][1]["id"]
+
+
+async def test_claims_work_while_nobody_can_be_told() -> None:
+    around = Surroundings()
+    around.error = True
+    chooser, view = make(around)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(chooser.run)
+        for _ in range(20):
+            assert isinstance(await chooser.choose(WANTED, frozenset()), Node)
+            await trio.lowlevel.checkpoint()
+        nursery.cancel_scope.cancel()
+    assert sum(view.in_flight.counts(view.now).values()) == 20
+
+
+async def test_numbers_come_from_the_store_or_from_here() -> None:
+    around = Surroundings()
+    environment = ClusterEnvironment(RelayId("a"), around, Threads())  # type: ignore[arg-type]
+    assert [await environment.next_number("x") for _ in range(2)] == [41, 42]
+    around.error = True
+    assert [await environment.next_number("x") for _ in range(2)] == [43, 44]
+    assert await environment.next_number("y") == 1
+    around.error, around.hang_s = False, 2.0
+    with trio.fail_after(20):
+        assert await environment.next_number("x") == 45

@@ -1,0 +1,162 @@
+"""Which servers are asked about, and the first reason why another is not."""
+
+from typing import Any
+
+import pytest
+from balance_samples import DESK, LOGIN, START, ids, member
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fxrelay.balance.filters import (
+    DRAINING,
+    EXCLUDED,
+    FULL,
+    LOGIN_DISABLED,
+    NO_MATCH,
+    NOT_IN_POOL,
+    NOT_SERVED,
+    RESERVED,
+    START_DISABLED,
+    UNREACHABLE,
+    Circumstances,
+    Pool,
+    sift,
+)
+from fxrelay.balance.model import Request
+from fxrelay.cluster.members import Member, MemberState
+from fxtunnel.model import RelayId
+
+A = RelayId("a")
+QUIET = Circumstances({})
+
+
+def reason(found: Member, pool: Pool = DESK, request: Request = LOGIN, around: Circumstances = QUIET) -> str | None:
+    candidates, dropped = sift([found], pool, request, around)
+    assert len(candidates) + len(dropped) == 1
+    return dropped[0].reason if dropped else None
+
+
+ELSEWHERE = Circumstances({}, reachable=ids("b"))
+TRIED = Circumstances({}, excluded=ids("a"))
+BOBS = Circumstances({}, holders={A: "bob"})
+
+# Each applies to a server to which all those after it apply as well.
+IN_ORDER: list[tuple[str, dict[str, Any]]] = [
+    (NOT_IN_POOL, {"pool": Pool("desk", frozenset(ids("b")), {"gpu": True})}),
+    (NO_MATCH, {"pool": Pool("desk", None, {"gpu": True})}),
+    ("stale", {"state": MemberState.STALE}),
+    (EXCLUDED, {"excluded": ids("a")}),
+    (DRAINING, {"draining": True}),
+    (UNREACHABLE, {"reachable": ids("b")}),
+    (LOGIN_DISABLED, {"disable": ["login"]}),
+    (RESERVED, {"holders": {A: "bob"}}),
+    (FULL, {"sessions": 3, "maxSessions": 3}),
+]
+
+
+@pytest.mark.parametrize("first", range(len(IN_ORDER)), ids=[name for name, _ in IN_ORDER])
+def test_the_first_reason_is_told(first: int) -> None:
+    facts: dict[str, Any] = {}
+    for _, more in reversed(IN_ORDER[first:]):
+        facts |= more
+    pool = facts.pop("pool", DESK)
+    state = facts.pop("state", MemberState.UP)
+    around = Circumstances({}, facts.pop("excluded", ()), facts.pop("reachable", None), facts.pop("holders", None))
+    assert reason(member("a", state, **facts), pool, LOGIN, around) == IN_ORDER[first][0]
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        (member("a"), None),
+        (member("a", services=[]), NOT_SERVED),
+        (member("a", services=[{"name": "ssh", "port": 22}]), NOT_SERVED),
+        (member("a", MemberState.STALE), "stale"),
+        (member("a", MemberState.DOWN), "down"),
+        (member("a", draining=True), DRAINING),
+        (member("a", is_drained=True), DRAINING),
+        (member("a", disable=["login"]), LOGIN_DISABLED),
+        (member("a", disabled=frozenset({"login"})), LOGIN_DISABLED),
+        (member("a", disable=["start"]), None),
+        (member("a", sessions=4, maxSessions=5), None),
+        (member("a", sessions=5, maxSessions=5), FULL),
+        (member("a", sessions=6, maxSessions=5), FULL),
+        (member("a", sessions=6, maxSessions=0), None),
+        (member("a", weight=0), None),
+    ],
+)
+def test_a_login(found: Member, expected: str | None) -> None:
+    assert reason(found) == expected
+
+
+@pytest.mark.parametrize(
+    ("found", "around", "expected"),
+    [
+        (member("a", disable=["login"]), QUIET, None),
+        (member("a", disable=["start"]), QUIET, START_DISABLED),
+        (member("a", disabled=frozenset({"start"})), QUIET, START_DISABLED),
+        (member("a", disable=["login", "start"]), QUIET, START_DISABLED),
+        (member("a"), BOBS, None),
+        (member("a", sessions=5, maxSessions=5), QUIET, FULL),
+    ],
+)
+def test_a_start(found: Member, around: Circumstances, expected: str | None) -> None:
+    assert reason(found, request=START, around=around) == expected
+
+
+@pytest.mark.parametrize(
+    ("around", "expected"),
+    [
+        (TRIED, EXCLUDED),
+        (ELSEWHERE, UNREACHABLE),
+        (Circumstances({}, reachable=ids("a")), None),
+        (Circumstances({}, reachable=()), UNREACHABLE),
+        (BOBS, RESERVED),
+        (Circumstances({}, holders={A: "ann"}), None),
+        (Circumstances({}, holders={RelayId("b"): "bob"}), None),
+        (Circumstances({}, holders={}), None),
+    ],
+)
+def test_what_is_not_the_servers_own(around: Circumstances, expected: str | None) -> None:
+    assert reason(member("a"), around=around) == expected
+
+
+@pytest.mark.parametrize(
+    ("pool", "fields", "expected"),
+    [
+        (Pool("desk"), {}, None),
+        (Pool("other"), {}, NOT_SERVED),
+        (Pool("other", frozenset(ids("a"))), {}, None),  # named nodes need not publish the service
+        (Pool("desk", frozenset(ids("b"))), {}, NOT_IN_POOL),
+        (Pool("desk", frozenset()), {}, NOT_IN_POOL),
+        (Pool("desk", None, {}), {}, None),
+        (Pool("desk", None, {"gpu": True}), {}, NO_MATCH),
+        (Pool("desk", None, {"gpu": True}), {"staticData": {"gpu": True}}, None),
+        (Pool("desk", None, {"gpu": True}), {"staticData": {"gpu": "true"}}, NO_MATCH),
+        (Pool("desk", None, {"gpu": True}), {"gpu": True, "metadata": {"gpu": True}}, NO_MATCH),
+        (Pool("desk", None, {"group": "cad"}), {"staticData": {"group": ["office", "cad"]}}, None),
+        (Pool("desk", None, {"group": "cad"}), {"staticData": {"group": ["office"]}}, NO_MATCH),
+        (Pool("desk", None, {"group": "cad"}), {"staticData": {"group": "cadence"}}, NO_MATCH),
+        (Pool("desk", None, {"group": ["a", "b"]}), {"staticData": {"group": ["a", "b"]}}, None),
+        (Pool("desk", None, {"group": "cad", "gpu": True}), {"staticData": {"group": "cad"}}, NO_MATCH),
+        (Pool("desk", None, {"group": None}), {}, NO_MATCH),
+        (Pool("desk", frozenset(ids("a")), {"gpu": True}), {"staticData": {}}, NO_MATCH),
+    ],
+)
+def test_pools(pool: Pool, fields: dict[str, Any], expected: str | None) -> None:
+    assert reason(member("a", **fields), pool) == expected
+
+
+def test_what_is_on_its_way_makes_a_server_full() -> None:
+    busy = member("a", sessions=3, maxSessions=5)
+    assert reason(busy, around=Circumstances({A: 1})) is None
+    assert reason(busy, around=Circumstances({A: 2})) == FULL
+    assert reason(busy, around=Circumstances({RelayId("b"): 2})) is None
+
+
+@given(st.permutations(["c", "a", "b", "b2"]), st.dictionaries(st.sampled_from(["a", "b", "x"]), st.integers(1, 5)))
+def test_candidates_come_in_order_of_id_with_what_is_on_its_way(order: list[str], counts: dict[str, int]) -> None:
+    around = Circumstances({RelayId(key): value for key, value in counts.items()}, excluded=ids("c"))
+    candidates, dropped = sift([member(each) for each in order], DESK, LOGIN, around)
+    assert [(each.server_id, each.in_flight) for each in candidates] == [(each, counts.get(each, 0)) for each in ("a", "b", "b2")]
+    assert [(each.server_id, each.reason) for each in dropped] == [("c", EXCLUDED)]

@@ -1,0 +1,128 @@
+"""The script processes themselves: how they end, are replaced, and go when the relay goes."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import trio
+from balance_samples import Bench, eventually, failed, is_running, open_bench, worker_pids
+
+from fxrelay.balance.entries import Script
+from fxrelay.balance.model import Chosen
+from fxrelay.balance.workers import ScriptLimits
+from fxtunnel.model import RelayId
+
+pytestmark = pytest.mark.xdist_group("balance-workers")
+A = Chosen(RelayId("a"))
+SHORT = ScriptLimits(timeout_s=1.0)
+
+
+def pid_in(path: Path) -> int:
+    return int(path.read_text()) if path.exists() and path.read_text().strip() else 0
+
+
+@pytest.mark.parametrize("body", ["while True: pass", "import os; os._exit(0)", "import os, signal; os.kill(os.getpid(), signal.SIGSTOP)"])
+async def test_a_python_function_that_ends_or_holds_its_process(tmp_path: Path, body: str) -> None:
+    async with open_bench(tmp_path, SHORT) as bench:
+        bench.write("site_rules.py", f"def choose(input):\n    {body}\n")
+        assert failed(await bench.ask(bench.entry("python:site_rules:choose"))).name in ("ScriptTimeout", "ScriptDied")
+        assert await bench.ask(bench.js("() => 'a'")) == A
+        assert bench.workers.started == 2
+        assert len(worker_pids()) == 1
+
+
+async def test_a_killed_process_is_replaced_at_the_next_call(bench: Bench) -> None:
+    entry = bench.js("() => 'a'")
+    assert await bench.ask(entry) == A
+    (pid,) = worker_pids()
+    os.kill(pid, signal.SIGKILL)
+    await eventually(lambda: not is_running(pid))
+    assert await bench.ask(entry) == A
+    assert bench.workers.started == 2
+
+
+async def test_many_decisions_at_once_share_two_processes(bench: Bench) -> None:
+    entry = bench.js("() => 'a'")
+    async with trio.open_nursery() as nursery:
+        for _ in range(40):
+            nursery.start_soon(bench.ask, entry)
+    assert bench.workers.started == 2
+
+
+@pytest.mark.parametrize("kind", ["js", "exec", "python"])
+async def test_a_cancelled_call_leaves_nothing_behind(bench: Bench, kind: str) -> None:
+    marker = bench.directory / "pid"
+    bench.write(
+        "site_rules.py", f"import os\ndef choose(input):\n    open('{marker}', 'w').write(str(os.getpid()))\n    while True: pass\n"
+    )
+    if kind == "js":
+        entry = bench.js("() => { for (;;); }")
+    elif kind == "exec":
+        entry = bench.sh(f"sleep 1000 & echo $! > {marker}; wait")
+    else:
+        entry = bench.entry("python:site_rules:choose")
+    assert await bench.ask(bench.js("() => 'a'", "warm.js")) == A
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(bench.ask, entry)
+        if kind != "js":
+            await eventually(lambda: pid_in(marker) > 0)
+        else:
+            await trio.sleep(0.2)
+        nursery.cancel_scope.cancel()
+    await eventually(lambda: not worker_pids())
+    if kind != "js":
+        await eventually(lambda: not is_running(pid_in(marker)))
+    assert await bench.ask(bench.js("() => 'a'", "warm.js")) == A
+
+
+PARENT = """
+import sys
+import trio
+from pathlib import Path
+from balance_samples import open_bench
+from fxrelay.balance.workers import ScriptLimits
+
+async def main():
+    async with open_bench(Path(sys.argv[1]), ScriptLimits(timeout_s=1.0)) as bench, trio.open_nursery() as nursery:
+        await bench.ask(bench.entry("python:quick:choose"))
+        for spec in sys.argv[2:]:
+            nursery.start_soon(bench.ask, bench.entry(spec))
+        print("asked", flush=True)
+        await trio.sleep_forever()
+
+trio.run(main)
+"""
+
+
+@pytest.mark.parametrize("spec", ["idle", "python:loop:choose", "exec:hang.sh"])
+async def test_a_killed_relay_leaves_no_script_behind(bench: Bench, spec: str) -> None:
+    marker = bench.directory / "pid"
+    under_way = {"idle": marker, "python:loop:choose": Path(f"{marker}.loop"), "exec:hang.sh": Path(f"{marker}.hang")}[spec]
+    bench.write("quick.py", f"import os\ndef choose(input):\n    open('{marker}', 'w').write(str(os.getpid()))\n    return 'a'\n")
+    bench.write("loop.py", f"import os\ndef choose(input):\n    open('{marker}.loop', 'w').write(str(os.getpid()))\n    while True: pass\n")
+    bench.write("hang.sh", f"#!/bin/sh\nsleep 1000 & echo $! > {marker}.hang\nwait\n")
+    root = Path(__file__).parents[2]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(root), str(Path(__file__).parent)))}
+    arguments = [sys.executable, "-c", PARENT, str(bench.directory), *([spec] if spec != "idle" else [])]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, env=environment) as parent:  # noqa: ASYNC220 - it is killed, not waited for
+        try:
+            assert parent.stdout is not None
+            assert await trio.to_thread.run_sync(parent.stdout.readline) == b"asked\n"
+            await eventually(lambda: pid_in(under_way) > 0)
+            workers = worker_pids(parent.pid)
+            assert workers
+        finally:
+            parent.kill()
+    await eventually(lambda: not any(map(is_running, {*workers, pid_in(under_way)})))
+
+
+async def test_closing_ends_the_processes(bench: Bench) -> None:
+    entry = bench.js("() => 'a'")
+    assert isinstance(entry, Script)
+    assert await bench.ask(entry) == A
+    bench.scripts.close()
+    bench.scripts.close()
+    assert not worker_pids()
