@@ -10,6 +10,7 @@ runs a script: each call has a copy of it, in a child, and only server objects t
 import json
 import re
 import socket
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Final
 
@@ -96,6 +97,11 @@ _PRELUDE: Final = """
 _DECLARED: Final = re.compile(r"^\s*(?:async\s+)?function\s+([A-Za-z_$][\w$]*)", re.MULTILINE)
 
 
+def _engine_module() -> Any:
+    """The package's own C module: importing `quickjs` itself starts a thread, and a process with threads cannot be copied safely."""
+    return import_module("_quickjs")
+
+
 class Engine:
     """JavaScript with the server objects of earlier calls. `run` may be called again and again."""
 
@@ -128,8 +134,7 @@ class Engine:
         return answer
 
     def _forget(self) -> None:
-        import quickjs
-
+        quickjs = _engine_module()
         self._context = quickjs.Context()
         self._frame = self._context.eval(_PRELUDE)
         self._places: dict[str, int] = {}
@@ -152,8 +157,7 @@ class Engine:
 
 def _called(context: Any, frame: Any, path: str, given: tuple[str, str]) -> dict[str, Any]:
     """The answer, in the child; the engine is not to be used again."""
-    import quickjs
-
+    quickjs = _engine_module()
     try:
         source = Path(path).read_bytes()[: MAX_SOURCE_BYTES + 1].decode()
     except (OSError, UnicodeDecodeError) as exc:
@@ -191,8 +195,7 @@ def _settled(found: dict[str, Any], path: str) -> dict[str, Any]:
 
 def _function(context: Any, frame: Any, source: str) -> Any:
     """The file's function: the whole file as an expression, what it exports, what its last line yields, or the last one it declares."""
-    import quickjs
-
+    quickjs = _engine_module()
     found = None
     try:
         found = context.eval(f"({source}\n)")

@@ -82,6 +82,9 @@ def decode_recording(text: str) -> Recording:
         if found["version"] != VERSION:
             raise ValueError(f"version {found['version']!r}, not {VERSION}")
         request, pool = found["request"], found["pool"]
+        members = tuple(_member(entry) for entry in found["members"])
+        if len({member.server.server_id for member in members}) < len(members):
+            raise ValueError("it has a server twice")
         return Recording(
             Request(
                 Action(request["action"]),
@@ -98,7 +101,7 @@ def decode_recording(text: str) -> Recording:
                 str(pool["service"]), None if pool["nodes"] == "*" else frozenset(map(RelayId, pool["nodes"])), dict(pool["where"]) or None
             ),
             tuple(map(str, found["chain"])),
-            tuple(_member(entry) for entry in found["members"]),
+            members,
             {RelayId(key): int(value) for key, value in found["inFlight"].items()},
             RelayId(str(found["local"])),
         )
@@ -119,7 +122,7 @@ def explain(decision: Decision) -> list[str]:
     """One line for each server that was filtered out, for each entry of the chain, and for the result."""
     lines = [f"filtered out  {dropped.server_id}: {dropped.reason}" for dropped in decision.dropped]
     for step in decision.steps:
-        lines.append(f"{step.entry}  among {step.candidates}: {_told(step.verdict)}  ({step.seconds * 1e3:.1f} ms)")
+        lines.append(f"{_printable(step.entry)}  among {step.candidates}: {_told(step.verdict)}  ({step.seconds * 1e3:.1f} ms)")
     if decision.failure is not None:
         lines.append(f"no server: {_printable(decision.failure.name)}: {_printable(decision.failure.message)}")
     return lines

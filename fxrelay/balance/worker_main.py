@@ -1,4 +1,4 @@
-"""Task: the process that runs balancing scripts: `python -m fxrelay.balance.worker_main FD MEMORY_BYTES`.
+"""Task: the process that runs balancing scripts: `python -m fxrelay.balance.worker_main FD MEMORY_BYTES DIRECTORY`.
 
 It says READY, then reads requests from a socket and answers each, one at a time, until the socket ends: that is also how it learns that the
 relay is gone. A request that takes too long ends the process (SIGALRM), so it is not left behind even by a relay that was killed in the
@@ -180,6 +180,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the relay's to handle; it ends this process by closing the socket
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     os.nice(5)
+    sys.path.append(sys.argv[3])  # the last: a site's json.py does not replace the standard one
     # What scripts print must not get into anybody's protocol.
     os.dup2(2, 1)
     sys.dont_write_bytecode = True  # it is told apart by whole seconds: a module changed twice in one would be read as it was

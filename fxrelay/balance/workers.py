@@ -30,6 +30,8 @@ MAX_COMPLAINT_BYTES: Final = 65_536
 SHOWN_COMPLAINT: Final = 2_000
 _ENVIRONMENT: Final = ("PATH", "LANG", "LC_ALL", "HOME", "TZ", "PYTHONPATH", "VIRTUAL_ENV", "LD_LIBRARY_PATH", "PYTHONDONTWRITEBYTECODE")
 
+_ROOT: Final = Path(__file__).absolute().parents[2]
+
 Answer = dict[str, Any]
 
 
@@ -197,9 +199,11 @@ class _Worker:
         self._stderr, stderr = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         try:
             environment = {key: os.environ[key] for key in _ENVIRONMENT if key in os.environ}
-            environment["PYTHONPATH"] = os.pathsep.join(filter(None, (environment.get("PYTHONPATH"), str(self._directory))))
+            environment["PYTHONPATH"] = os.pathsep.join(filter(None, (environment.get("PYTHONPATH"), str(_ROOT))))
+            # -P: nothing is imported from the working directory, whoever may write there.
+            module = ("fxrelay.balance.worker_main", str(theirs.fileno()), str(self._memory_bytes), str(self._directory))
             self._process = subprocess.Popen(  # noqa: S603 - this interpreter and a module of ours
-                [sys.executable, "-m", "fxrelay.balance.worker_main", str(theirs.fileno()), str(self._memory_bytes)],
+                [sys.executable, "-P", "-m", *module],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=stderr,

@@ -11,6 +11,7 @@ from fxtunnel.model import InstanceId, RelayId, is_name
 
 MAX_MEMBERS: Final = 65_536
 """Nodes kept; a store full of invented names must not fill the memory."""
+SEEN_S: Final = 1.0
 QUARREL_S: Final = 30.0
 """How long after its last update a second process with the same id is still reported."""
 
@@ -67,7 +68,10 @@ NOTHING_OFF: Final = Control()
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """A node as it is believed to be now. `age_s` is the time since its last update; `rivals` are processes that claim the same id."""
+    """A node as it is believed to be now. `age_s` is the time since its last update, true to SEEN_S.
+
+    `rivals` are other processes that claim the same id.
+    """
 
     server: ServerObject
     state: MemberState
@@ -83,6 +87,9 @@ class _Record:
     heard_at: float
     control: Control = NOTHING_OFF
     rivals: dict[InstanceId, float] = field(default_factory=dict)
+    seen: Member | None = None
+    """As it was described last, at `seen_at`: a decision over a thousand servers would spend half its time on describing them again."""
+    seen_at: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,8 +188,20 @@ class Members:
 
     def _member(self, record: _Record, now: float) -> Member:
         age_s = now - record.heard_at
+        seen = record.seen
+        if (
+            seen is not None
+            and 0 <= now - record.seen_at < SEEN_S
+            and seen.server is record.server
+            and seen.state is self._state(age_s)
+            and not record.rivals
+            and (seen.is_drained, seen.disabled) == (record.control.draining, record.control.disable)
+        ):
+            return seen
         rivals = tuple(instance for instance, heard_at in record.rivals.items() if now - heard_at < QUARREL_S) if record.rivals else ()
-        return Member(record.server, self._state(age_s), age_s, record.control.draining, record.control.disable, rivals)
+        member = Member(record.server, self._state(age_s), age_s, record.control.draining, record.control.disable, rivals)
+        record.seen, record.seen_at = member, now
+        return member
 
     def _succeeds(self, heard_at: float, record: _Record, now: float) -> bool:
         """Whether an older process speaks while the newer one has fallen silent: that one was ended, or its clock was wrong."""

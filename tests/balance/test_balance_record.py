@@ -85,6 +85,12 @@ def test_what_is_no_record(text: str) -> None:
         decode_recording(text)
 
 
+def test_a_server_that_is_there_twice_is_refused() -> None:
+    found = json.loads(encode_recording(PLAIN))
+    with pytest.raises(ValueError, match="a server twice"):
+        decode_recording(json.dumps(found | {"members": found["members"] * 2}))
+
+
 def test_a_decision_is_told_line_by_line() -> None:
     steps = (
         Step("js:a.js", 12, Narrowed(ids(*(f"n{n}" for n in range(10)))), 0.0012),
@@ -104,6 +110,6 @@ def test_a_decision_is_told_line_by_line() -> None:
 @given(st.text(), st.text(), st.text())
 def test_hostile_text_is_made_printable(name: str, message: str, detail: str) -> None:
     failure = Failed(name + "\x1b[2J\r\n", message, detail)
-    lines = explain(Decision(None, failure, (), (Step("e", 1, failure, 0.0),)))
+    lines = explain(Decision(None, failure, (), (Step(f"js:{name}\x1b", 1, failure, 0.0),)))
     assert len(lines) == 2
     assert all(line.isprintable() for line in lines)

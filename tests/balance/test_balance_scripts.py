@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import socket
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,10 @@ from balance_samples import LOGIN, START, Bench, candidate, eventually, failed, 
 
 from fxrelay.balance.builtins import NAMES
 from fxrelay.balance.entries import Scripts
+from fxrelay.balance.executable import run_executable
+from fxrelay.balance.forked import RelayGone
 from fxrelay.balance.model import Chosen, Narrowed, Passed
+from fxrelay.balance.script_input import script_input
 from fxrelay.balance.workers import ScriptLimits
 from fxtunnel.errors import ConfigError
 from fxtunnel.model import RelayId
@@ -131,8 +135,8 @@ async def test_the_input_object(bench: Bench) -> None:
 
 async def test_before_a_login_claims_are_not_told(bench: Bench) -> None:
     entry = bench.js("(i) => { throw new Error(JSON.stringify(i.user)) }")
-    verdict = failed(await bench.ask(entry, replace(LOGIN, claims={"mail": "x"})))
-    assert json.loads(verdict.message) == {"login": "ann", "sessions": []}
+    verdict = failed(await bench.ask(entry, replace(LOGIN, claims={"mail": "x"}, data={"serverId": "b"})))
+    assert json.loads(verdict.message) == {"login": "ann", "serverId": "b", "sessions": []}
 
 
 async def test_an_executable_gets_the_fastx4_form(bench: Bench) -> None:
@@ -140,7 +144,7 @@ async def test_an_executable_gets_the_fastx4_form(bench: Bench) -> None:
     among = [candidate("a", 1, sessions=2, cpu=12.5, availmem=7, totalmem=9, address="10.0.0.1", hostname="h", staticData={"gpu": 1})]
     assert await bench.ask(entry, replace(START, data={"jwt": "secret", "geometry": "1x1"}), among) == A
     found = json.loads((bench.directory / "input").read_text())
-    assert found["params"] == {"me": {"login": "ann", "sessions": []}, "start": {"geometry": "1x1"}, "jwt": ""}
+    assert found["params"] == {"me": {"login": "ann", "serverId": "", "sessions": []}, "start": {"geometry": "1x1"}, "jwt": ""}
     (node,) = found["nodes"]
     assert (node["id"], node["metadata"]) == ("a", {"gpu": 1})
     health = node["nodeData"]["health"]
@@ -169,6 +173,34 @@ async def test_executables_that_do_not_work(bench: Bench, source: str, name: str
     assert verdict.name == name
     assert message in verdict.message
     assert bench.workers.started == 1
+
+
+async def test_an_executable_may_reserve_more_addresses_than_it_uses(bench: Bench) -> None:
+    assert await bench.ask(bench.sh('test "$(ulimit -v)" = unlimited && test "$(ulimit -d)" != unlimited && echo a')) == A
+
+
+async def test_an_executable_has_a_bound_of_time_on_the_processor(bench: Bench) -> None:
+    assert await bench.ask(bench.sh('test "$(ulimit -t)" = 21 && echo a')) == A
+
+
+async def test_where_a_process_cannot_be_waited_for_by_descriptor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(pid: int) -> int:
+        raise OSError
+
+    monkeypatch.setattr(os, "pidfd_open", refuse)
+    (path := tmp_path / "f").write_text("#!/bin/sh\nexec $0.do\n")
+    (path := tmp_path / "f.do").write_text("#!/bin/sh\necho a\n")
+    for each in (tmp_path / "f", path):
+        each.chmod(0o755)
+    given = script_input(LOGIN, [candidate("a")], RelayId("a"))
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        assert run_executable(str(tmp_path / "f"), given, 20.0, ours)["text"] == "a\n"
+        path.write_text("#!/bin/sh\nsleep 1000\n")
+        assert run_executable(str(tmp_path / "f"), given, 0.2, ours)["name"] == "ScriptTimeout"
+        theirs.close()
+        with pytest.raises(RelayGone):
+            run_executable(str(tmp_path / "f"), given, 20.0, ours)
 
 
 async def test_an_executable_need_not_read_its_input(bench: Bench) -> None:
@@ -238,6 +270,18 @@ async def test_a_changed_module_counts_at_once(bench: Bench) -> None:
         assert "Traceback" in verdict.detail
         assert "Traceback" not in verdict.message
     assert bench.workers.started == 1
+
+
+async def test_what_a_python_function_prints_is_logged_and_bounded(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    bench.write(
+        "site_rules.py",
+        "import sys\ndef choose(input):\n    print('seen', len(input['servers']))\n    sys.stderr.write('x' * 10**6)\n    return 'a'\n",
+    )
+    assert await bench.ask(bench.entry("python:site_rules:choose")) == A
+    (record,) = [record for record in caplog.records if "says" in record.message]
+    assert "seen 2\nxxx" in record.message
+    assert len(record.message) < 5_000
 
 
 def problems(bench: Bench, *specs: str, environ: dict[str, str] | None = None) -> str:

@@ -44,6 +44,57 @@ async def test_a_killed_process_is_replaced_at_the_next_call(bench: Bench) -> No
     assert bench.workers.started == 2
 
 
+async def test_modules_that_lie_about_do_not_replace_others(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    (bench.directory / "fxrelay").mkdir()
+    for name in ("fxrelay/__init__.py", "json.py", "socket.py"):
+        bench.write(name, f"open('{bench.directory}/loaded', 'w')")
+    monkeypatch.chdir(bench.directory)
+    bench.write("site_rules.py", "def choose(input):\n    return 'a'\n")
+    assert await bench.ask(bench.entry("python:site_rules:choose")) == A
+    assert not (bench.directory / "loaded").exists()
+
+
+async def test_each_kind_has_processes_of_its_own(bench: Bench) -> None:
+    bench.write(
+        "site_rules.py",
+        "import threading, time\ndef choose(input):\n    threading.Thread(target=time.sleep, args=(1000,)).start()\n    return 'a'\n",
+    )
+    for entry in (bench.entry("python:site_rules:choose"), bench.js("() => 'a'"), bench.sh("echo a")) * 2:
+        assert await bench.ask(entry) == A
+    assert bench.workers.started == 3
+
+
+async def test_a_javascript_process_has_one_thread(bench: Bench) -> None:
+    assert await bench.ask(bench.js("() => 'a'")) == A
+    (pid,) = worker_pids()
+    assert [each.name for each in Path(f"/proc/{pid}/task").iterdir()] == [str(pid)]
+
+
+async def test_fifty_decisions_use_one_process(bench: Bench) -> None:
+    entry = bench.js("() => 'a'")
+    assert [await bench.ask(entry) for _ in range(50)] == [A] * 50
+    assert bench.workers.started == 1
+
+
+async def test_a_javascript_call_ends_with_its_process(bench: Bench) -> None:
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(bench.ask, bench.js("() => { for (;;); }"))
+        await eventually(lambda: any(map(worker_pids, worker_pids())))
+        (worker,) = worker_pids()
+        (child,) = worker_pids(worker)
+        os.kill(worker, signal.SIGKILL)
+        await eventually(lambda: not is_running(child))
+
+
+async def test_a_process_that_dies_leaves_its_last_words(bench: Bench) -> None:
+    bench.write("site_rules.py", "import os\ndef choose(input):\n    os.write(2, b'x' * 10**6)\n    os._exit(3)\n")
+    verdict = failed(await bench.ask(bench.entry("python:site_rules:choose")))
+    assert verdict.name == "ScriptDied"
+    assert verdict.detail.endswith("xxx")
+    assert len(verdict.detail) < 2_500
+    assert "x" * 9 not in verdict.message
+
+
 async def test_many_decisions_at_once_share_two_processes(bench: Bench) -> None:
     entry = bench.js("() => 'a'")
     async with trio.open_nursery() as nursery:
@@ -65,6 +116,7 @@ async def test_a_cancelled_call_leaves_nothing_behind(bench: Bench, kind: str) -
     else:
         entry = bench.entry("python:site_rules:choose")
     assert await bench.ask(bench.js("() => 'a'", "warm.js")) == A
+    others = worker_pids() if kind != "js" else set()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(bench.ask, entry)
         if kind != "js":
@@ -72,7 +124,7 @@ async def test_a_cancelled_call_leaves_nothing_behind(bench: Bench, kind: str) -
         else:
             await trio.sleep(0.2)
         nursery.cancel_scope.cancel()
-    await eventually(lambda: not worker_pids())
+    await eventually(lambda: worker_pids() == others)
     if kind != "js":
         await eventually(lambda: not is_running(pid_in(marker)))
     assert await bench.ask(bench.js("() => 'a'", "warm.js")) == A
@@ -97,12 +149,13 @@ trio.run(main)
 """
 
 
-@pytest.mark.parametrize("spec", ["idle", "python:loop:choose", "exec:hang.sh"])
+@pytest.mark.parametrize("spec", ["idle", "python:loop:choose", "exec:hang.sh", "js:loop.js"])
 async def test_a_killed_relay_leaves_no_script_behind(bench: Bench, spec: str) -> None:
     marker = bench.directory / "pid"
-    under_way = {"idle": marker, "python:loop:choose": Path(f"{marker}.loop"), "exec:hang.sh": Path(f"{marker}.hang")}[spec]
+    under_way = {"python:loop:choose": Path(f"{marker}.loop"), "exec:hang.sh": Path(f"{marker}.hang")}.get(spec, marker)
     bench.write("quick.py", f"import os\ndef choose(input):\n    open('{marker}', 'w').write(str(os.getpid()))\n    return 'a'\n")
     bench.write("loop.py", f"import os\ndef choose(input):\n    open('{marker}.loop', 'w').write(str(os.getpid()))\n    while True: pass\n")
+    bench.write("loop.js", "() => { for (;;); }", 0o644)
     bench.write("hang.sh", f"#!/bin/sh\nsleep 1000 & echo $! > {marker}.hang\nwait\n")
     root = Path(__file__).parents[2]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(root), str(Path(__file__).parent)))}
@@ -112,7 +165,10 @@ async def test_a_killed_relay_leaves_no_script_behind(bench: Bench, spec: str) -
             assert parent.stdout is not None
             assert await trio.to_thread.run_sync(parent.stdout.readline) == b"asked\n"
             await eventually(lambda: pid_in(under_way) > 0)
+            if spec == "js:loop.js":
+                await eventually(lambda: any(map(worker_pids, worker_pids(parent.pid))))
             workers = worker_pids(parent.pid)
+            workers |= {child for worker in workers for child in worker_pids(worker)}
             assert workers
         finally:
             parent.kill()

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from tests.system.peers import dial, read_exactly
+from tests.system.peers import dial, read_exactly, read_to_end
 from tests.system.stack import Stack, free_port, wait_until
 
 NAME_BYTES = 6
@@ -100,6 +100,14 @@ class Cluster:
     def status(self, name: str) -> dict:
         """What `fxrelay status --json` says."""
         return json.loads(self.stack.relay_cli(name, "status", "--json").stdout)
+
+    def metrics(self, name: str) -> str:
+        """What the relay's status socket serves to Prometheus."""
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.settimeout(10)
+            sock.connect(str(self.stack.directory / name / "state" / "status.sock"))
+            sock.sendall(b"GET /metrics HTTP/1.1\r\nHost: relay\r\nConnection: close\r\n\r\n")
+            return read_to_end(sock).decode()
 
     def wait_until_known(self, names: Sequence[str], by: Sequence[str], timeout_s: float = 20.0) -> None:
         """Until each relay of `by` has all of `names` up, tunnels included."""
