@@ -9,7 +9,7 @@ from typing import Any, Final
 import trio
 
 from fxrelay.cluster.follow import Threads
-from fxrelay.cluster.ports import SERVERS, Message, Store, Transporter
+from fxrelay.cluster.ports import SERVERS, Store, Transporter
 from fxrelay.cluster.server import MAX_SERVER_BYTES, BadServer, parse_server
 from fxrelay.cluster.view import ClusterView
 from fxtunnel.errors import StoreError, TransporterError
@@ -130,7 +130,7 @@ class Publisher:
                 logger.error("not published: %s (at most %d bytes in all)", exc, MAX_SERVER_BYTES)
             self.last_error = error
             return
-        self._view.hear(Message(SERVERS, text))  # this node knows itself, also while the store is away
+        self._view.know(text)  # this node knows itself, also while the store is away
         try:
             self._view.store_said(await self._threads.run(lambda: self._store.put(SERVERS, self._config.server_id, text)))
             self.published += 1

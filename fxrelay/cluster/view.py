@@ -47,6 +47,7 @@ class ClusterView:
         self._store_down_since: float | None = None
         self._blind_since: float | None = None
         self._blind_s = 0.0
+        self._heard_at = -1.0
         self._live = False
         self._was_live = False
         self.controls_heard = 0
@@ -115,8 +116,15 @@ class ClusterView:
         self._synced = True
         self.members.forget_unless(server_ids, self.now)
 
+    def know(self, text: str) -> None:
+        """This node's own server object, which nobody had to tell."""
+        self._after(*self.members.hear(text, self.now))
+
     def hear(self, message: Message) -> None:
         """A message. Whatever is malformed is dropped and counted."""
+        self._heard_at = self._monotonic()
+        if self._blind_since is not None:
+            self._look()
         if len(message.text) > MAX_DOCUMENT_BYTES:
             self.dropped_messages += 1
         elif message.topic == SERVERS:
@@ -125,8 +133,12 @@ class ClusterView:
             self.dropped_messages += 1
 
     def _look(self) -> None:
-        """Notice that nothing can be heard any more, or that something can be again."""
-        is_blind = self._store_down_since is not None and not self._live
+        """Notice that nothing can be heard any more, or that something can be again.
+
+        A subscription that stands proves nothing: a Redis that hangs keeps it open. Only a message since the store went away does.
+        """
+        down_since = self._store_down_since
+        is_blind = down_since is not None and not (self._live and self._heard_at > down_since)
         if is_blind and self._blind_since is None:
             self._blind_since = self._monotonic()
         elif not is_blind and self._blind_since is not None:
