@@ -24,7 +24,7 @@ from types import ModuleType
 from typing import Any, Final
 
 from fxrelay.balance.executable import run_executable
-from fxrelay.balance.forked import RelayGone
+from fxrelay.balance.forked import RelayGone, collect_children
 from fxrelay.balance.javascript import Engine
 from fxrelay.balance.script_input import ScriptInput
 
@@ -61,6 +61,7 @@ def serve(channel: socket.socket) -> None:
         if len(encoded) > MAX_ANSWER_BYTES:
             encoded = json.dumps(failed("BadReturn", "the script returned too much")).encode()
         channel.sendall(LENGTH.pack(len(encoded)) + encoded)
+        collect_children()
 
 
 class _Server:

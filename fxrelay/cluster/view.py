@@ -48,6 +48,7 @@ class ClusterView:
         self._blind_since: float | None = None
         self._blind_s = 0.0
         self._heard_at = -1.0
+        self._said_at = monotonic()
         self._live = False
         self._was_live = False
         self.controls_heard = 0
@@ -75,7 +76,8 @@ class ClusterView:
 
     def store_said(self, clock_ms: int) -> None:
         """The store answered, and told its clock."""
-        self._clock_offset_ms = clock_ms - int(self._monotonic() * 1000)
+        self._said_at = self._monotonic()
+        self._clock_offset_ms = clock_ms - int(self._said_at * 1000)
         if self._store_down_since is not None:
             logger.warning("the store answers again after %.1f s", self._monotonic() - self._store_down_since)
         self._store_down_since = None
@@ -140,7 +142,8 @@ class ClusterView:
         down_since = self._store_down_since
         is_blind = down_since is not None and not (self._live and self._heard_at > down_since)
         if is_blind and self._blind_since is None:
-            self._blind_since = self._monotonic()
+            # Not from now: a store that hangs is noticed seconds after it was last of use.
+            self._blind_since = max(self._said_at, self._heard_at)
         elif not is_blind and self._blind_since is not None:
             self._blind_s += self._monotonic() - self._blind_since
             self._blind_since = None
