@@ -15,14 +15,40 @@ _DAY_S: Final = 86_400
 
 
 def verify_files(settings: RelaySettings, config_path: Path) -> list[ConfigProblem]:
-    """Everything wrong with enrolment files, state directory and status socket; empty if `run` can use them."""
+    """Everything wrong with enrolment files, broker.json, chains, state directory and status socket; empty if `run` can use them."""
     problems: list[ConfigProblem] = []
     for gateway in settings.gateways:
         try:
             load_gateway_file(gateway.file)
         except ConfigError as exc:
             problems += exc.problems
-    return problems + _state_problems(settings, config_path)
+    return problems + _cluster_problems(settings, config_path) + _state_problems(settings, config_path)
+
+
+def _cluster_problems(settings: RelaySettings, config_path: Path) -> list[ConfigProblem]:
+    """Nothing is connected to and no script runs. Imported here: `--help` does without it."""
+    from fxrelay.balance.entries import Scripts
+    from fxrelay.balance.workers import ScriptLimits
+    from fxrelay.cluster.opening import open_cluster
+
+    problems: list[ConfigProblem] = []
+    try:
+        store, transporter = open_cluster(settings.cluster, settings.relay.state_dir)
+        transporter.close()
+        store.close()
+    except ConfigError as exc:
+        problems += exc.problems
+    scripts = Scripts(ScriptLimits(), config_path.absolute().parent)
+    try:
+        for section in settings.services:
+            if section.is_pool:
+                try:
+                    scripts.chain(section.balance, section.name, os.environ)
+                except ConfigError as exc:
+                    problems += exc.problems
+    finally:
+        scripts.close()
+    return problems
 
 
 def warnings(settings: RelaySettings, now_unix: float) -> list[str]:

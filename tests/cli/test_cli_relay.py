@@ -180,6 +180,20 @@ def test_status_of_a_running_relay(relay: Path) -> None:
     assert json.loads(as_json.stdout) == content
 
 
+def test_check_looks_at_chains_and_broker(relay: Path) -> None:
+    (relay.parent / "broker.json").write_text('{"transporterType": "redis", "host": "127.0.0.1", "password": "p"}')
+    (relay.parent / "broker.json").chmod(0o644)
+    relay.write_text(
+        relay.read_text()
+        + '[cluster]\nbroker = "broker.json"\n'
+        + '[[service]]\nname = "desk"\nport = 5901\nbalance = ["builtin:nearest", "exec:not-there"]\n'
+    )
+    result = fx("check", "--config", relay)
+    assert result.exit_code == 2
+    for words in ("chmod 600", "builtin:nearest", "fewest-sessions", "not-there"):
+        assert words in result.stderr, result.stderr
+
+
 def test_help_shows_how_to_begin() -> None:
     text = fx("--help").stdout
     for words in ("fxrelay run", "[[gateway]]", "Exit codes", "_FXRELAY_COMPLETE"):
