@@ -46,10 +46,10 @@ async def test_a_killed_process_is_replaced_at_the_next_call(bench: Bench) -> No
 
 async def test_modules_that_lie_about_do_not_replace_others(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     (bench.directory / "fxrelay").mkdir()
-    for name in ("fxrelay/__init__.py", "json.py", "socket.py"):
+    for name in ("fxrelay/__init__.py", "json.py", "fractions.py"):
         bench.write(name, f"open('{bench.directory}/loaded', 'w')")
     monkeypatch.chdir(bench.directory)
-    bench.write("site_rules.py", "def choose(input):\n    return 'a'\n")
+    bench.write("site_rules.py", "import fractions\ndef choose(input):\n    return 'a'\n")
     assert await bench.ask(bench.entry("python:site_rules:choose")) == A
     assert not (bench.directory / "loaded").exists()
 
@@ -84,6 +84,31 @@ async def test_a_javascript_call_ends_with_its_process(bench: Bench) -> None:
         (child,) = worker_pids(worker)
         os.kill(worker, signal.SIGKILL)
         await eventually(lambda: not is_running(child))
+
+
+LONELY = """
+import os, socket, sys, time
+from fxrelay.balance.forked import in_child
+
+def work():
+    with open(sys.argv[1], "w") as file:
+        file.write(str(os.getpid()))
+    time.sleep(1000)
+
+relay, other = socket.socketpair()
+in_child(work, 1000, relay, 100)
+"""
+
+
+async def test_a_child_ends_with_its_process_though_nobody_else_kills_it(tmp_path: Path) -> None:
+    marker = tmp_path / "pid"
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    with subprocess.Popen([sys.executable, "-c", LONELY, str(marker)], env=environment) as process:  # noqa: ASYNC220 - it is killed
+        try:
+            await eventually(lambda: pid_in(marker) > 0)
+        finally:
+            process.kill()
+    await eventually(lambda: not is_running(pid_in(marker)), 10)
 
 
 async def test_a_process_that_dies_leaves_its_last_words(bench: Bench) -> None:

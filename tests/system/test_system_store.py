@@ -53,6 +53,9 @@ def down_s(cluster: Cluster) -> float:
 @pytest.mark.parametrize("fault", ["kill", "stop"])
 def test_a_store_that_goes_away_and_comes_back(cluster: Cluster, redis: RedisServer, fault: str) -> None:
     assert everyone_serves(cluster)
+    # What is published last is what decisions go on with: it should not be the clients that have just left.
+    wait_until(lambda: all(node["server"]["sessions"] == 0 for node in cluster.nodes("node-2").values()), 20, "no sessions published")
+    time.sleep(1.5)
     if fault == "kill":
         redis.kill()
     else:
