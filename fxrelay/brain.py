@@ -4,21 +4,24 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Any, Final
 
 import trio
 
-from fxrelay.balance.chooser import Balancing, ClusterEnvironment, PoolChooser, Ways
+from fxrelay.balance.chooser import Balancing, ClusterEnvironment, PoolChooser
 from fxrelay.balance.entries import Scripts
 from fxrelay.balance.filters import Pool
 from fxrelay.balance.model import Action
+from fxrelay.balance.ways import Ways
 from fxrelay.balance.workers import ScriptLimits
-from fxrelay.cluster.follow import FollowConfig, Follower, Threads
+from fxrelay.cluster.follow import FollowConfig, Follower
 from fxrelay.cluster.gather import Gatherer
 from fxrelay.cluster.members import Ages
 from fxrelay.cluster.opening import open_cluster
 from fxrelay.cluster.publish import Publisher, PublisherConfig
+from fxrelay.cluster.threads import Threads
 from fxrelay.cluster.view import ClusterView
 from fxrelay.settings import RelaySettings, ServiceSection
 from fxrelay.uplink.ports import UplinkState, UplinkStatistics
@@ -121,7 +124,8 @@ class Brain:
 def ways(settings: RelaySettings) -> Ways:
     """How this relay may reach other nodes."""
     cluster = settings.cluster
-    return Ways(RelayId(settings.relay.id), cluster.paths, cluster.force_indirect, cluster.networks, settings.relay.address)
+    networks = tuple(ip_network(network) for network in cluster.networks)
+    return Ways(RelayId(settings.relay.id), cluster.paths, cluster.force_indirect, networks, settings.relay.address)
 
 
 def pool_of(section: ServiceSection) -> Pool:

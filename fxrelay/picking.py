@@ -15,9 +15,9 @@ from fxrelay.balance.model import Action, Decision, Request
 from fxrelay.balance.record import Recording, decode_recording, encode_recording, explain
 from fxrelay.balance.workers import ScriptLimits
 from fxrelay.brain import pool_of
-from fxrelay.cluster.follow import Threads
 from fxrelay.cluster.ports import Store
 from fxrelay.cluster.reading import cluster_of, read_view, sessions_of
+from fxrelay.cluster.threads import Threads
 from fxrelay.settings import RelaySettings
 from fxtunnel.errors import FxError
 from fxtunnel.kit.files import write_atomic

@@ -3,23 +3,20 @@
 import json
 import logging
 import secrets
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 from typing import Final
 
 import trio
 
 from fxrelay.balance.chain import decide
 from fxrelay.balance.filters import Circumstances, Pool, sift
-from fxrelay.balance.inflight import Placement, PlacementId
 from fxrelay.balance.model import Action, Candidate, Decision, Entry, Environment, Request
-from fxrelay.cluster.follow import Threads
-from fxrelay.cluster.members import Member
+from fxrelay.balance.ways import Ways
+from fxrelay.cluster.inflight import Placement, PlacementId
 from fxrelay.cluster.ports import PLACEMENTS, Store, Transporter
-from fxrelay.cluster.server import ServerObject
-from fxrelay.cluster.settings import PathKind
+from fxrelay.cluster.threads import Threads
 from fxrelay.cluster.view import ENDED, PLACED, ClusterView, encode_placement
 from fxrelay.delivery.ports import Node, NoNode, Wanted
 from fxtunnel.codes import Code
@@ -30,56 +27,6 @@ logger = logging.getLogger(__name__)
 
 PUBLISH_QUEUE: Final = 1_024
 NEXT_NUMBER_S: Final = 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class Ways:
-    """How this relay may reach other nodes: its own configuration, which the store cannot widen."""
-
-    server_id: RelayId
-    paths: tuple[PathKind, ...]
-    force_indirect: bool
-    networks: tuple[str, ...]
-    address: str
-
-    def direct_address(self, server: ServerObject) -> str:
-        """The server's address if a direct connection to it is allowed, else empty."""
-        if "direct" not in self.paths or self.force_indirect or server.force_indirect or not server.address:
-            return ""
-        found = _address(server.address)
-        if found is None or found.is_link_local or found.is_unspecified or found.is_multicast:
-            return ""  # cloud metadata services answer on link-local addresses
-        if found.is_loopback:
-            own = _address(self.address)
-            allowed = own is not None and own.is_loopback
-        else:
-            allowed = any(found in ip_network(network) for network in self.networks)
-        return str(found) if allowed else ""
-
-    def can_redirect(self, server: ServerObject, gateway_id: GatewayId) -> bool:
-        """Whether the gateway can reach the server by a tunnel of its own."""
-        return "redirect" in self.paths and gateway_id in server.gateways and server.server_id != self.server_id
-
-    def is_local(self, server: ServerObject) -> bool:
-        """Whether the server is this node."""
-        return "local" in self.paths and server.server_id == self.server_id
-
-    def reachable(self, members: Sequence[Member], gateway_id: GatewayId) -> frozenset[RelayId]:
-        """The servers that there is any way to."""
-        return frozenset(
-            member.server.server_id
-            for member in members
-            if self.is_local(member.server) or self.can_redirect(member.server, gateway_id) or self.direct_address(member.server)
-        )
-
-
-def _address(text: str) -> IPv4Address | IPv6Address | None:
-    """An IPv4 address written as an IPv6 one is that IPv4 address: the kernel connects to it as such."""
-    try:
-        found = ip_address(text)
-    except ValueError:
-        return None
-    return getattr(found, "ipv4_mapped", None) or found
 
 
 @dataclass(frozen=True, slots=True)

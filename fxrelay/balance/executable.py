@@ -13,6 +13,7 @@ from contextlib import suppress
 from functools import partial
 from typing import Any, Final
 
+from fxrelay.balance.answers import failed
 from fxrelay.balance.forked import RelayGone, die_with, wait_readable
 from fxrelay.balance.script_input import ScriptInput, fastx4_input
 
@@ -44,21 +45,21 @@ def run_executable(path: str, given: ScriptInput, limit_s: float, relay: socket.
                 preexec_fn=partial(_bound, limit_s, os.getpid()),
             )
         except OSError as exc:
-            return _failed("ScriptUnreadable", "the balancing script cannot be run", f"{path}: {exc.strerror or exc}")
+            return failed("ScriptUnreadable", "the balancing script cannot be run", f"{path}: {exc.strerror or exc}")
         try:
             code = _wait(process, limit_s, relay)
         except subprocess.TimeoutExpired:
-            return _failed("ScriptTimeout", "the balancing script took too long", path)
+            return failed("ScriptTimeout", "the balancing script took too long", path)
         finally:
             _kill(process)
         printed, complaint = _read(stdout), _read(stderr).decode(errors="replace").strip()
     last_line = complaint.splitlines()[-1][:500] if complaint else ""
     if code:
-        return _failed("ScriptFailed", last_line or f"the balancing script ended with exit code {code}", complaint[-4000:])
+        return failed("ScriptFailed", last_line or f"the balancing script ended with exit code {code}", complaint[-4000:])
     try:
         return {"kind": "output", "text": printed.decode(), "log": complaint[-4000:]}
     except UnicodeDecodeError:
-        return _failed("BadReturn", "the balancing script printed no text", path)
+        return failed("BadReturn", "the balancing script printed no text", path)
 
 
 def _wait(process: "subprocess.Popen[bytes]", limit_s: float, relay: socket.socket) -> int:
@@ -106,7 +107,3 @@ def _read(file: Any) -> bytes:
     file.seek(0)
     content: bytes = file.read(MAX_OUTPUT_BYTES)
     return content
-
-
-def _failed(name: str, message: str, detail: str) -> dict[str, Any]:
-    return {"kind": "failed", "name": name, "message": message, "detail": detail}

@@ -14,6 +14,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Final
 
+from fxrelay.balance.answers import failed
 from fxrelay.balance.forked import in_child
 from fxrelay.balance.script_input import ScriptInput
 
@@ -126,11 +127,11 @@ class Engine:
         try:
             answer: dict[str, Any] = json.loads(in_child(work, limit_s, relay, MAX_ANSWER_BYTES))
         except TimeoutError:
-            return _failed("ScriptTimeout", "the balancing script took too long", path)
+            return failed("ScriptTimeout", "the balancing script took too long", path)
         except EOFError:
-            return _failed("ScriptDied", "the balancing script's process died", path)
+            return failed("ScriptDied", "the balancing script's process died", path)
         except ValueError:
-            return _failed("BadReturn", "the balancing script returned too much", path)
+            return failed("BadReturn", "the balancing script returned too much", path)
         return answer
 
     def _forget(self) -> None:
@@ -161,20 +162,20 @@ def _called(context: Any, frame: Any, path: str, given: tuple[str, str]) -> dict
     try:
         source = Path(path).read_bytes()[: MAX_SOURCE_BYTES + 1].decode()
     except (OSError, UnicodeDecodeError) as exc:
-        return _failed("ScriptUnreadable", "the balancing script cannot be read", f"{path}: {exc}")
+        return failed("ScriptUnreadable", "the balancing script cannot be read", f"{path}: {exc}")
     if len(source) > MAX_SOURCE_BYTES:
-        return _failed("ScriptUnreadable", "the balancing script is too large", path)
+        return failed("ScriptUnreadable", "the balancing script is too large", path)
     try:
         frame("input", None, *given)  # before the script can change what that needs
         function = _function(context, frame, source)
         if function is None:
-            return _failed("ScriptInvalid", "the balancing script holds no function", path)
+            return failed("ScriptInvalid", "the balancing script holds no function", path)
         frame("run", function)
         while context.execute_pending_job():
             pass
         found = json.loads(frame("result"))
     except quickjs.StackOverflow as exc:
-        return _failed("ScriptStack", "the balancing script recursed too deeply", f"{path}: {exc}")
+        return failed("ScriptStack", "the balancing script recursed too deeply", f"{path}: {exc}")
     except quickjs.JSException as exc:
         return _limit_or_error(str(exc), path)
     return _settled(found, path)
@@ -183,12 +184,12 @@ def _called(context: Any, frame: Any, path: str, given: tuple[str, str]) -> dict
 def _settled(found: dict[str, Any], path: str) -> dict[str, Any]:
     answer: dict[str, Any] | None = found["answer"]
     if answer is None:
-        return _failed("BadReturn", "the balancing script's promise was never settled", path)
+        return failed("BadReturn", "the balancing script's promise was never settled", path)
     name, message = answer.get("name"), answer.get("message", "")
     if name == "InternalError" and "out of memory" in message:
-        return _failed("ScriptMemory", "the balancing script ran out of memory", path)
+        return failed("ScriptMemory", "the balancing script ran out of memory", path)
     if name in ("InternalError", "RangeError") and ("stack overflow" in message or "call stack" in message):
-        return _failed("ScriptStack", "the balancing script recursed too deeply", f"{path}: {answer['detail'][:500]}")
+        return failed("ScriptStack", "the balancing script recursed too deeply", f"{path}: {answer['detail'][:500]}")
     answer["log"] = found["log"][:MAX_LOG_CHARS]
     return answer
 
@@ -210,13 +211,9 @@ def _function(context: Any, frame: Any, source: str) -> Any:
 
 def _limit_or_error(text: str, path: str) -> dict[str, Any]:
     if text.startswith("InternalError: interrupted"):
-        return _failed("ScriptTimeout", "the balancing script took too long", path)
+        return failed("ScriptTimeout", "the balancing script took too long", path)
     if text.strip() == "null" or "out of memory" in text:
-        return _failed("ScriptMemory", "the balancing script ran out of memory", path)
+        return failed("ScriptMemory", "the balancing script ran out of memory", path)
     name, _, rest = text.partition(":")
     message = rest.strip().splitlines()[0][:500] if rest.strip() else "the balancing script failed"
-    return _failed(name.strip()[:100], message, f"{path}: {text[:4000]}")
-
-
-def _failed(name: str, message: str, detail: str) -> dict[str, Any]:
-    return {"kind": "failed", "name": name, "message": message, "detail": detail}
+    return failed(name.strip()[:100], message, f"{path}: {text[:4000]}")

@@ -23,6 +23,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Final
 
+from fxrelay.balance.answers import Answer, failed
 from fxrelay.balance.executable import run_executable
 from fxrelay.balance.forked import RelayGone, collect_children
 from fxrelay.balance.javascript import Engine
@@ -35,13 +36,6 @@ MAX_ANSWER_BYTES: Final = 8 << 20
 HEADROOM_BYTES: Final = 512 << 20
 """Memory for Python itself and the input, beside what the script may take."""
 MAX_LOG_CHARS: Final = 4_000
-
-Answer = dict[str, Any]
-
-
-def failed(name: str, message: str, detail: str = "") -> Answer:
-    """The answer of a script that did not work."""
-    return {"kind": "failed", "name": name, "message": message, "detail": detail}
 
 
 def serve(channel: socket.socket) -> None:

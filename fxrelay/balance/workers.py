@@ -15,6 +15,7 @@ from typing import Any, Final
 
 import trio
 
+from fxrelay.balance.answers import Answer, failed
 from fxrelay.balance.script_input import ScriptInput
 from fxrelay.balance.worker_main import LENGTH, MAX_ANSWER_BYTES, READY
 
@@ -31,8 +32,6 @@ SHOWN_COMPLAINT: Final = 2_000
 _ENVIRONMENT: Final = ("PATH", "LANG", "LC_ALL", "HOME", "TZ", "PYTHONPATH", "VIRTUAL_ENV", "LD_LIBRARY_PATH", "PYTHONDONTWRITEBYTECODE")
 
 _ROOT: Final = Path(__file__).absolute().parents[2]
-
-Answer = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,9 +135,9 @@ class _Worker:
         try:
             answer = self._answer(json.dumps(head).encode(), given.pack(), timeout_s)
         except TimeoutError:
-            answer = _failed("ScriptTimeout", "the balancing script took too long")
+            answer = failed("ScriptTimeout", "the balancing script took too long")
         except (OSError, EOFError, ValueError) as exc:
-            answer = _failed("ScriptDied", "the balancing script's process died", f"{type(exc).__name__}: {exc} {self._complaint()}")
+            answer = failed("ScriptDied", "the balancing script's process died", f"{type(exc).__name__}: {exc} {self._complaint()}")
         finally:
             self.is_usable = self.is_usable and not self._stopped
             if not self.is_usable:
@@ -188,7 +187,7 @@ class _Worker:
         (length,) = LENGTH.unpack(_receive(channel, LENGTH.size))
         answer = json.loads(_receive(channel, length)) if length <= MAX_ANSWER_BYTES else None
         if not isinstance(answer, dict):
-            return _failed("BadReturn", "the balancing script broke its process")
+            return failed("BadReturn", "the balancing script broke its process")
         self.is_usable = True
         self._grace_s = 0.0
         self._complaint()
@@ -232,7 +231,3 @@ def _receive(channel: socket.socket, size_bytes: int) -> bytes:
             raise EOFError("the channel ended")
         received += block
     return bytes(received)
-
-
-def _failed(name: str, message: str, detail: str = "") -> Answer:
-    return {"kind": "failed", "name": name, "message": message, "detail": detail}

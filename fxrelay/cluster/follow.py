@@ -1,18 +1,17 @@
 """Task: keeps a ClusterView up to date: live messages as they come, and the whole store now and then for what was missed."""
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Final, TypeVar
+from typing import Final
 
 import trio
 
 from fxrelay.cluster.ports import CONTROLS, SERVERS, TOPICS, Document, Store, Subscription, Transporter
+from fxrelay.cluster.threads import Threads
 from fxrelay.cluster.view import ClusterView
 from fxtunnel.errors import StoreError, TransporterError
 from fxtunnel.kit.backoff import FullJitter
-
-T = TypeVar("T")
 
 SLICE: Final = 16
 """Server objects taken in between two looks at the data plane: about half a millisecond."""
@@ -22,8 +21,6 @@ BATCH_WAIT_S: Final = 1.0
 GATHER_S: Final = 0.05
 """Pause between two batches: under load one thread call brings many messages."""
 CONTROL_READS: Final = 3
-CLUSTER_THREADS: Final = 6
-"""A store that hangs may hold these threads, and none of those the rest of the relay needs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,17 +30,6 @@ class FollowConfig:
     resync_s: float = 60.0
     min_backoff_s: float = 0.25
     max_backoff_s: float = 3.0
-
-
-class Threads:
-    """Worker threads for store and transporter, a few of their own."""
-
-    def __init__(self) -> None:
-        self._limiter = trio.CapacityLimiter(CLUSTER_THREADS)
-
-    async def run(self, call: Callable[[], T]) -> T:
-        """Run a blocking call. Cancelling abandons it: it ends by its own deadline and its result is lost."""
-        return await trio.to_thread.run_sync(call, abandon_on_cancel=True, limiter=self._limiter)
 
 
 class Follower:

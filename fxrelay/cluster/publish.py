@@ -8,9 +8,9 @@ from typing import Any, Final
 
 import trio
 
-from fxrelay.cluster.follow import Threads
 from fxrelay.cluster.ports import SERVERS, Store, Transporter
 from fxrelay.cluster.server import MAX_SERVER_BYTES, BadServer, parse_server
+from fxrelay.cluster.threads import Threads
 from fxrelay.cluster.view import ClusterView
 from fxtunnel.errors import StoreError, TransporterError
 from fxtunnel.model import InstanceId, RelayId

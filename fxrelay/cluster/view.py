@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Final
 
-from fxrelay.balance.inflight import InFlight, Placement, PlacementId
+from fxrelay.cluster.inflight import InFlight, Placement, PlacementId
 from fxrelay.cluster.members import Ages, Control, Member, Members, Outcome
 from fxrelay.cluster.ports import CONTROLS, MAX_DOCUMENT_BYTES, PLACEMENTS, SERVERS, Document, Message
 from fxtunnel.model import RelayId, is_name

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from fxrelay.balance import builtins
 from fxrelay.balance.builtins import BUILTINS, Choose
-from fxrelay.balance.inflight import InFlight, Placement, PlacementId
 from fxrelay.balance.model import Candidate, Chosen, Passed, Verdict
+from fxrelay.cluster.inflight import InFlight, Placement, PlacementId
 from fxrelay.cluster.server import ServerObject
 from fxtunnel.model import RelayId
 

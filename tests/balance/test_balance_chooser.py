@@ -2,6 +2,7 @@
 
 import json
 import time
+from ipaddress import ip_network
 from typing import Any
 
 import pytest
@@ -10,11 +11,12 @@ import trio.lowlevel
 from balance_samples import DESK, Says, ids, server, server_text
 
 from fxrelay.balance.chain import builtin
-from fxrelay.balance.chooser import Balancing, ClusterEnvironment, PoolChooser, Ways
+from fxrelay.balance.chooser import Balancing, ClusterEnvironment, PoolChooser
 from fxrelay.balance.model import Chosen, Failed
-from fxrelay.cluster.follow import Threads
+from fxrelay.balance.ways import Ways
 from fxrelay.cluster.members import Ages
 from fxrelay.cluster.ports import PLACEMENTS, SERVERS, Message
+from fxrelay.cluster.threads import Threads
 from fxrelay.cluster.view import ClusterView
 from fxrelay.delivery.ports import Node, NoNode, Wanted
 from fxtunnel.codes import Code
@@ -28,7 +30,8 @@ LAN = ("10.0.0.0/8", "fc00::/7")
 
 
 def ways(**fields: Any) -> Ways:
-    return Ways(**{"server_id": RelayId("a"), "paths": ALL, "force_indirect": False, "networks": LAN, "address": "10.0.0.1"} | fields)
+    networks = tuple(ip_network(network) for network in fields.pop("networks", LAN))
+    return Ways(**{"server_id": RelayId("a"), "paths": ALL, "force_indirect": False, "networks": networks, "address": "10.0.0.1"} | fields)
 
 
 @pytest.mark.parametrize(

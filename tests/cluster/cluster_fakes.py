@@ -6,9 +6,9 @@ from typing import Any, TypeVar
 
 import trio
 
-from fxrelay.cluster.follow import Threads
 from fxrelay.cluster.ports import Document, Message
 from fxrelay.cluster.publish import Publisher, PublisherConfig
+from fxrelay.cluster.threads import Threads
 from fxrelay.cluster.view import ClusterView
 from fxtunnel.errors import StoreError, TransporterError
 from fxtunnel.model import InstanceId, RelayId

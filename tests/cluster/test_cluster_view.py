@@ -8,7 +8,7 @@ from cluster_fakes import server_text
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fxrelay.balance.inflight import Placement, PlacementId
+from fxrelay.cluster.inflight import Placement, PlacementId
 from fxrelay.cluster.members import Ages, Control, MemberState
 from fxrelay.cluster.ports import CONTROLS, MAX_DOCUMENT_BYTES, PLACEMENTS, SERVERS, TOPICS, Document, Message
 from fxrelay.cluster.view import ENDED, PLACED, ClusterView, encode_control, encode_placement

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fxrelay.balance import inflight
-from fxrelay.balance.inflight import EXPIRES_S, InFlight, Placement, PlacementId
+from fxrelay.cluster import inflight
+from fxrelay.cluster.inflight import EXPIRES_S, InFlight, Placement, PlacementId
 from fxtunnel.model import RelayId
 
 A, B = RelayId("a"), RelayId("b")

@@ -1,0 +1,10 @@
+"""Pure: what a script process answers: `{"kind": "value", "value"}`, `{"kind": "output", "text"}`, or a failure."""
+
+from typing import Any
+
+Answer = dict[str, Any]
+
+
+def failed(name: str, message: str, detail: str = "") -> Answer:
+    """The answer of a script that did not work. `detail` is for the log only."""
+    return {"kind": "failed", "name": name, "message": message, "detail": detail}
