@@ -1,7 +1,6 @@
 """A real redis-server with TLS and a password, and both kinds of store made for tests."""
 
 import json
-import random
 import shutil
 import signal
 import socket
@@ -23,24 +22,12 @@ from fxrelay.cluster.redis_store import RedisStore
 from fxrelay.cluster.sqlite_bus import SqliteTransporter
 from fxrelay.cluster.sqlite_store import SqliteStore
 from fxtunnel.kit.certificates import Authority, issue_server_certificate
+from tests.ports import free_port
 
 REDIS = shutil.which("redis-server") or "/usr/bin/redis-server"
 NEEDS_REDIS = pytest.mark.skipif(not Path(REDIS).exists(), reason="redis-server is not installed")
 SYSTEM = [pytest.mark.system, pytest.mark.xdist_group("store")]
 PASSWORD = "pass word:@/%\"'"
-
-
-def free_port() -> int:
-    """A port below the range of outgoing connections; the cluster bus needs the one 10,000 above it."""
-    while True:
-        port = random.randrange(10_000, 22_000)
-        try:
-            for number in (port, port + 10_000):
-                with socket.socket() as probe:
-                    probe.bind(("127.0.0.1", number))
-        except OSError:
-            continue
-        return port
 
 
 def wait_until(condition: Callable[[], bool], timeout_s: float = 30.0) -> None:
@@ -64,7 +51,8 @@ class RedisServer:
             (directory / name).chmod(0o600)
         self._config = directory / "redis.conf"
         self._config.write_text(
-            f"port 0\ntls-port {self.port}\nbind 127.0.0.1\ntls-cert-file {directory}/cert.pem\ntls-key-file {directory}/key.pem\n"
+            f"port 0\ntls-port {self.port}\ncluster-port {free_port()}\nbind 127.0.0.1\n"
+            f"tls-cert-file {directory}/cert.pem\ntls-key-file {directory}/key.pem\n"
             f"tls-ca-cert-file {directory}/ca.pem\ntls-auth-clients no\ndir {directory}\nlogfile {directory}/log\n"
             + "\n".join(options)
             + "\n"

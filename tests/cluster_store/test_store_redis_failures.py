@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import pytest
 import trustme
-from store_rig import NEEDS_REDIS, PASSWORD, SYSTEM, RedisServer, free_port, plain, redis_client, wait_until
+from store_rig import NEEDS_REDIS, PASSWORD, SYSTEM, RedisServer, plain, redis_client, wait_until
 
 from fxrelay.cluster.ports import SERVERS, TOPICS
 from fxrelay.cluster.redis_bus import RedisTransporter
@@ -19,6 +19,7 @@ from fxrelay.cluster.redis_store import RedisStore
 from fxtunnel.errors import StoreError, TransporterError
 from fxtunnel.kit.certificates import new_authority
 from fxtunnel.kit.files import write_secret
+from tests.ports import free_port
 
 pytestmark = [*SYSTEM, NEEDS_REDIS]
 

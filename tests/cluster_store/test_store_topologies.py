@@ -7,13 +7,14 @@ import time
 from collections.abc import Callable
 
 import pytest
-from store_rig import NEEDS_REDIS, PASSWORD, SYSTEM, RedisServer, free_port, plain, redis_client, wait_until
+from store_rig import NEEDS_REDIS, PASSWORD, SYSTEM, RedisServer, plain, redis_client, wait_until
 
 from fxrelay.cluster.ports import SERVERS, TOPICS
 from fxrelay.cluster.redis_bus import RedisTransporter
 from fxrelay.cluster.redis_client import RedisClient
 from fxrelay.cluster.redis_store import RedisStore
 from fxtunnel.errors import FxError, StoreError
+from tests.ports import free_port
 
 pytestmark = [*SYSTEM, NEEDS_REDIS]
 

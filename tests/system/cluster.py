@@ -8,8 +8,9 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from tests.ports import free_port
 from tests.system.peers import dial, read_exactly, read_to_end
-from tests.system.stack import Stack, free_port, wait_until
+from tests.system.stack import Stack, wait_until
 
 NAME_BYTES = 6
 

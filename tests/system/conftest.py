@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.ports import free_port
 from tests.system.peers import Service, echo, swap
-from tests.system.stack import Stack, free_port
+from tests.system.stack import Stack
 
 # A JWT is told by its dots: three letters alone occur in key ids by chance.
 _SECRETS = re.compile(r"eyJ[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]{10,}|fx[et]_[A-Za-z0-9_-]{20,}|PRIVATE KEY")

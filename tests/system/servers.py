@@ -16,7 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.system.stack import free_port, wait_until
+from tests.ports import free_port
+from tests.system.stack import wait_until
 
 START_S = 15.0
 

@@ -2,10 +2,8 @@
 
 import json
 import os
-import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -16,21 +14,10 @@ from pathlib import Path
 from typing import Self
 
 from examples.cutter import Cutter
+from tests.ports import free_port
 
 READY_S = 30.0
 STOP_S = 20.0
-
-
-def free_port() -> int:
-    """A port below the range of outgoing connections that nothing listens on."""
-    while True:
-        port = random.randrange(10_000, 32_000)
-        with socket.socket() as probe:
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            return port
 
 
 def wait_until(condition, timeout_s: float = 20.0, what: str = "the condition") -> None:

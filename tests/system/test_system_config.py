@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.ports import free_port
 from tests.system.peers import Outcome, Service, dial, exchanges, how_it_ends, payload, read_exactly, visit
-from tests.system.stack import Daemon, Stack, cli, free_port, wait_until
+from tests.system.stack import Daemon, Stack, cli, wait_until
 
 pytestmark = [pytest.mark.system, pytest.mark.xdist_group("config")]
 

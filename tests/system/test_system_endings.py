@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterator
 import psutil
 import pytest
 
+from tests.ports import free_port
 from tests.system.peers import MIB, Service, dial, how_it_ends, payload, read_exactly, read_to_end, reset, visit
-from tests.system.stack import Stack, free_port, wait_until
+from tests.system.stack import Stack, wait_until
 
 pytestmark = [pytest.mark.system, pytest.mark.xdist_group("endings")]
 

@@ -12,8 +12,9 @@ from contextlib import ExitStack
 
 import pytest
 
+from tests.ports import free_port
 from tests.system.peers import Service, dial, read_exactly
-from tests.system.stack import Stack, free_port, wait_until
+from tests.system.stack import Stack, wait_until
 
 pytestmark = [pytest.mark.system, pytest.mark.xdist_group("relays")]
 
