@@ -7,7 +7,7 @@ from fxgateway.routing.table import Forward, Reject
 from fxtunnel.codes import Code
 from fxtunnel.engine.splice import Splice
 from fxtunnel.model import RelayId, is_name
-from fxtunnel.protocol.frames import MAX_AVOIDED, encode_redirects
+from fxtunnel.protocol.opening import MAX_AVOIDED, encode_redirects
 
 if TYPE_CHECKING:
     from fxgateway.doors.door import Door

@@ -15,7 +15,7 @@ from fxtunnel.engine.reactor import LISTENER_EVENTS, Reactor, Timer
 from fxtunnel.engine.splice import RESET_ON_CLOSE, abort
 from fxtunnel.kit.settings import Address
 from fxtunnel.model import RelayId, ServiceName
-from fxtunnel.protocol.frames import TAG_CLIENT, Opening, encode_tag, encode_tags
+from fxtunnel.protocol.opening import TAG_CLIENT, Opening, encode_tag, encode_tags
 
 if TYPE_CHECKING:
     from fxgateway.tunnels.registry import LiveRelay

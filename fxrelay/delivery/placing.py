@@ -16,8 +16,8 @@ from fxrelay.delivery.ports import Chooser, Claim, Node, NoNode, Wanted
 from fxrelay.delivery.services import Endpoint, PoolService
 from fxtunnel.codes import Code
 from fxtunnel.model import GatewayId, RelayId
-from fxtunnel.protocol.frames import Opening
 from fxtunnel.protocol.mux import Stream
+from fxtunnel.protocol.opening import Opening
 
 if TYPE_CHECKING:
     import socket

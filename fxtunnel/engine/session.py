@@ -20,6 +20,7 @@ from fxtunnel.model import SessionId
 from fxtunnel.protocol import frames
 from fxtunnel.protocol.credit import MIN_GROWTH_RTT_S, WindowBudget
 from fxtunnel.protocol.mux import Mux, Stream
+from fxtunnel.protocol.opening import Opening
 from fxtunnel.protocol.replay import ReplayRing
 
 logger = logging.getLogger(__name__)
@@ -49,7 +50,7 @@ class Session:
         owner: SessionOwner,
         config: SessionConfig,
         budget: WindowBudget,
-        on_open: Callable[["Session", Stream, frames.Opening], None] | None = None,
+        on_open: Callable[["Session", Stream, Opening], None] | None = None,
     ) -> None:
         self.id = session_id
         self.state = State.HELD

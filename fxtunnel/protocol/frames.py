@@ -1,4 +1,4 @@
-"""Pure: the frame layout of PROTOCOL.md, 5: encoders, limits, and OPEN's tags.
+"""Pure: the frame layout of PROTOCOL.md, 5: encoders and limits.
 
 0        1                 4                        8
 +--------+-----------------+------------------------+----------------
@@ -7,13 +7,10 @@
 """
 
 import struct
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Final
 
 from fxtunnel.codes import Code
-from fxtunnel.errors import LocalProtocolError, RemoteProtocolError
-from fxtunnel.model import RelayId, ServiceName, is_name
+from fxtunnel.errors import RemoteProtocolError
 
 HEADER: Final = struct.Struct(">II")
 HEADER_BYTES: Final = 8
@@ -80,20 +77,9 @@ _BOUNDS: Final = {kind: (MIN_LENGTH[kind], MAX_LENGTH[kind], kind in _ON_SESSION
 _U16: Final = struct.Struct(">H")
 _U32: Final = struct.Struct(">I")
 _U64: Final = struct.Struct(">Q")
-_TLV: Final = struct.Struct(">BH")
 _FRAME_U16: Final = struct.Struct(">IIH")
 _FRAME_U32: Final = struct.Struct(">III")
 _FRAME_U64: Final = struct.Struct(">IIQ")
-
-TAG_SERVICE: Final = 0x01
-TAG_CLIENT: Final = 0x81
-TAG_DOOR: Final = 0x82
-TAG_VIA: Final = 0x83
-TAG_NOT: Final = 0x84
-MAX_AVOIDED: Final = 4
-"""Relay ids that one OPEN can rule out as targets of a REDIRECT."""
-_OPTIONAL_TAG: Final = 0x80
-_KNOWN_TAGS: Final = frozenset({TAG_SERVICE, TAG_CLIENT, TAG_DOOR, TAG_VIA, TAG_NOT})
 
 
 def check_header(kind: int, length: int, stream_id: int) -> None:
@@ -128,6 +114,11 @@ def encode_accept(stream_id: int, window_bytes: int) -> bytes:
 def encode_refuse(stream_id: int, code: Code, text: str = "") -> bytes:
     """REFUSE; the text is cut to what the wire allows."""
     return encode(REFUSE, stream_id, _U16.pack(code) + _cut(text))
+
+
+def encode_open(stream_id: int, window_bytes: int, tags: bytes) -> bytes:
+    """OPEN with the opener's first receive window; `tags` come from `opening.encode_tags`."""
+    return _FRAME_U32.pack(OPEN << 24 | 4 + len(tags), stream_id, window_bytes) + tags
 
 
 def encode_credit(stream_id: int, amount_bytes: int) -> bytes:
@@ -180,110 +171,3 @@ def decode_text(payload: bytes | memoryview) -> str:
 
 def _cut(text: str) -> bytes:
     return text.encode("utf-8", "replace")[:MAX_TEXT_BYTES].decode("utf-8", "ignore").encode()
-
-
-@dataclass(frozen=True, slots=True)
-class Opening:
-    """What an OPEN asks for. `client` and `door` tell where the stream comes from; they may be empty.
-
-    `via` is the relay whose REDIRECT led here, if one did. `avoid` are relays that a REDIRECT has led to already, in vain.
-    """
-
-    service: ServiceName
-    client: str = ""
-    door: str = ""
-    via: RelayId | None = None
-    avoid: tuple[RelayId, ...] = ()
-
-
-class UnsupportedTag(Exception):
-    """An OPEN carries a required tag of a later version: answer REFUSE `unsupported`."""
-
-
-def encode_open(stream_id: int, window_bytes: int, tags: bytes) -> bytes:
-    """OPEN with the opener's first receive window; `tags` come from `encode_tags`."""
-    return _FRAME_U32.pack(OPEN << 24 | 4 + len(tags), stream_id, window_bytes) + tags
-
-
-def encode_tags(opening: Opening) -> bytes:
-    """OPEN's tags.
-
-    Raises:
-        LocalProtocolError: the names are longer than an OPEN can carry.
-    """
-    tags = encode_tag(TAG_SERVICE, opening.service)
-    if opening.door:
-        tags += encode_tag(TAG_DOOR, opening.door)
-    if opening.client:
-        tags += encode_tag(TAG_CLIENT, opening.client)
-    tags += encode_redirects(opening.via, opening.avoid)
-    if len(tags) > MAX_OPEN_BYTES - 4:
-        raise LocalProtocolError(f"OPEN of {len(tags)} bytes")
-    return tags
-
-
-def encode_tag(tag: int, text: str) -> bytes:
-    """One tag of an OPEN; several are simply joined."""
-    value = text.encode("ascii", "replace")
-    return _TLV.pack(tag, len(value)) + value
-
-
-def encode_redirects(via: RelayId | None, avoid: Sequence[RelayId]) -> bytes:
-    """The tags that tell of earlier REDIRECTs, or nothing; at most MAX_AVOIDED names in `avoid`."""
-    tags = encode_tag(TAG_VIA, via) if via is not None else b""
-    return tags + encode_tag(TAG_NOT, ",".join(avoid)) if avoid else tags
-
-
-def decode_open(payload: bytes | memoryview) -> tuple[int, Opening]:
-    """The opener's window in bytes and what it asks for.
-
-    Raises:
-        RemoteProtocolError: the tags do not parse, repeat, or name no valid service or relays.
-        UnsupportedTag: well-formed, but a required tag is not known.
-    """
-    raw = bytes(payload)
-    window = decode_u32(raw)
-    found: dict[int, str] = {}
-    position = 4
-    end = len(raw)
-    unsupported: int | None = None
-    while position < end:
-        start = position + 3
-        if start > end:
-            raise RemoteProtocolError(Code.PROTOCOL_ERROR, "OPEN ends inside a tag")
-        tag = raw[position]
-        position = start + (raw[position + 1] << 8 | raw[position + 2])
-        if position > end:
-            raise RemoteProtocolError(Code.PROTOCOL_ERROR, "OPEN ends inside a value")
-        if tag in found:
-            raise RemoteProtocolError(Code.PROTOCOL_ERROR, f"OPEN repeats tag 0x{tag:02x}")
-        if tag in _KNOWN_TAGS:
-            try:
-                found[tag] = raw[start:position].decode("ascii")
-            except UnicodeDecodeError:
-                raise RemoteProtocolError(Code.PROTOCOL_ERROR, f"OPEN tag 0x{tag:02x} is not ASCII") from None
-        else:
-            found[tag] = ""
-            if tag < _OPTIONAL_TAG:
-                unsupported = tag
-    service = found.get(TAG_SERVICE, "")
-    if not is_name(service):
-        raise RemoteProtocolError(Code.PROTOCOL_ERROR, "OPEN names no valid service")
-    opening = Opening(
-        ServiceName(service),
-        found.get(TAG_CLIENT, ""),
-        found.get(TAG_DOOR, ""),
-        _relay(found[TAG_VIA]) if TAG_VIA in found else None,
-        tuple(_relay(name) for name in found[TAG_NOT].split(",")) if TAG_NOT in found else (),
-    )
-    if len(opening.avoid) > MAX_AVOIDED or len(set(opening.avoid)) < len(opening.avoid):
-        raise RemoteProtocolError(Code.PROTOCOL_ERROR, f"OPEN rules out {len(opening.avoid)} relays, or one of them twice")
-    if unsupported is not None:
-        raise UnsupportedTag(f"tag 0x{unsupported:02x}")
-    return window, opening
-
-
-def _relay(name: str) -> RelayId:
-    if not is_name(name):
-        raise RemoteProtocolError(Code.PROTOCOL_ERROR, "OPEN names no valid relay")
-    return RelayId(name)

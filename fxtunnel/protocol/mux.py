@@ -15,7 +15,8 @@ from fxtunnel.errors import LocalProtocolError, RemoteProtocolError
 from fxtunnel.protocol import frames
 from fxtunnel.protocol.credit import ReceiveWindow, WindowBudget
 from fxtunnel.protocol.endpoint import Endpoint
-from fxtunnel.protocol.frames import EARLY_BYTES, MAX_CREDIT, MAX_STREAM_ID, Opening
+from fxtunnel.protocol.frames import EARLY_BYTES, MAX_CREDIT, MAX_STREAM_ID
+from fxtunnel.protocol.opening import Opening, UnsupportedTag, decode_open
 from fxtunnel.protocol.parser import FrameParser
 from fxtunnel.protocol.replay import ReplayRing
 
@@ -350,8 +351,8 @@ class Mux:
             raise RemoteProtocolError(Code.PROTOCOL_ERROR, f"OPEN of stream {stream_id} is not in order")
         self._last_id = stream_id
         try:
-            window, opening = frames.decode_open(payload)
-        except frames.UnsupportedTag as unsupported:
+            window, opening = decode_open(payload)
+        except UnsupportedTag as unsupported:
             self.queue(frames.encode_refuse(stream_id, Code.UNSUPPORTED, str(unsupported)))
             return
         if not 0 < window <= MAX_CREDIT:

@@ -14,7 +14,7 @@ from fxrelay.delivery.services import Endpoint, PoolService, ServiceTable
 from fxtunnel.codes import Code
 from fxtunnel.engine.reactor import Reactor
 from fxtunnel.model import ServiceName
-from fxtunnel.protocol.frames import Opening
+from fxtunnel.protocol.opening import Opening
 
 SERVICE = ServiceName("s")
 

@@ -12,7 +12,7 @@ from fxgateway.doors import door as door_module
 from fxgateway.doors.proxied import is_within
 from fxgateway.routing.admission import AdmissionLimits
 from fxgateway.settings import DoorSettings
-from fxtunnel.protocol.frames import Opening
+from fxtunnel.protocol.opening import Opening
 
 PROXY = (ipaddress.ip_network("127.0.0.0/30"),)
 ELSEWHERE = (ipaddress.ip_network("10.0.0.5"), ipaddress.ip_network("2001:db8::/32"))

@@ -6,7 +6,7 @@ import pytest
 from peers import echo, exchange, refused
 from plane import Contexts, open_plane
 
-from fxtunnel.protocol.frames import Opening
+from fxtunnel.protocol.opening import Opening
 
 
 async def test_a_relay_that_redirects_to_ever_new_names_is_believed_four_times(contexts: Contexts, monkeypatch: pytest.MonkeyPatch) -> None:

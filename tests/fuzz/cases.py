@@ -13,9 +13,9 @@ from fxtunnel.control.messages import decode as decode_message
 from fxtunnel.errors import RemoteProtocolError
 from fxtunnel.protocol import frames
 from fxtunnel.protocol.credit import WindowBudget
-from fxtunnel.protocol.frames import Opening, UnsupportedTag, decode_open
 from fxtunnel.protocol.hello import decode_hello, decode_reply, parse_header
 from fxtunnel.protocol.mux import MAX_OVERFLOW_BYTES, Mux, Stream
+from fxtunnel.protocol.opening import Opening, UnsupportedTag, decode_open
 from fxtunnel.protocol.replay import ReplayRing
 from tests.fuzz.peers import TAGS, lawful_frame, mutated, noise, odd_frame, odd_open, pieces, unlawful_frame
 

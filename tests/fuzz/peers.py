@@ -7,13 +7,14 @@ from typing import Final
 from fxtunnel.codes import Code
 from fxtunnel.model import ServiceName
 from fxtunnel.protocol import frames
-from fxtunnel.protocol.frames import MAX_LENGTH, MIN_LENGTH, Opening
+from fxtunnel.protocol.frames import MAX_LENGTH, MIN_LENGTH
 from fxtunnel.protocol.mux import Mux, Stream
+from fxtunnel.protocol.opening import Opening, encode_tags
 
 CODES: Final = tuple(Code)
 KINDS: Final = (*MAX_LENGTH, 0x0C, 0x7F, 0x80, 0xEF, frames.HELLO, frames.WELCOME, frames.DENIED, 0xFF)
 INTEGERS: Final = (0, 1, 255, 256, 2**16 - 1, 2**24 - 1, 2**31 - 1, 2**31, 2**32 - 1)
-TAGS: Final = frames.encode_tags(Opening(ServiceName("ssh"), "192.0.2.1:99", "127.0.0.1:2222"))
+TAGS: Final = encode_tags(Opening(ServiceName("ssh"), "192.0.2.1:99", "127.0.0.1:2222"))
 ACCEPTS_KINDS: Final = ("DATA", "DATA", "DATA", "OPEN", "CREDIT", "FIN", "RESET", "PING", "PONG", "ACK", "OPTIONAL")
 OPENS_KINDS: Final = ("DATA", "DATA", "DATA", "ACCEPT", "ACCEPT", "CREDIT", "FIN", "RESET", "REFUSE", "REDIRECT", "PING", "PONG", "ACK")
 
@@ -39,7 +40,7 @@ def odd_open(rng: random.Random) -> bytes:
     for _ in range(rng.randrange(5)):
         value = rng.choice((b"ssh", b"", b"x" * 64, b"x" * 65, b"\xff\x00", rng.randbytes(rng.randrange(40))))
         length = rng.choice((len(value), len(value), len(value), len(value) + 1, 0, 2**16 - 1))
-        parts.append(bytes((rng.choice((1, 1, 1, 2, 0x7F, 0x80, 0x81, 0x82, 0xFF)),)) + length.to_bytes(2, "big") + value)
+        parts.append(bytes((rng.choice((1, 1, 1, 1, 1, 2, 3, 0x7F, 0x81, *range(0x80, 0x8A), 0xFF)),)) + length.to_bytes(2, "big") + value)
     raw = b"".join(parts)
     return raw[: rng.randrange(4, len(raw) + 1)] if rng.random() < 0.2 else raw
 

@@ -9,8 +9,9 @@ from fxtunnel.codes import Code
 from fxtunnel.model import ServiceName
 from fxtunnel.protocol import frames
 from fxtunnel.protocol.credit import WindowBudget
-from fxtunnel.protocol.frames import HEADER_BYTES, Opening, encode_tags
+from fxtunnel.protocol.frames import HEADER_BYTES
 from fxtunnel.protocol.mux import Mux, Stream
+from fxtunnel.protocol.opening import Opening, encode_tags
 from fxtunnel.protocol.replay import ReplayRing
 
 MIB = 1_048_576

@@ -6,8 +6,9 @@ from fxtunnel.codes import Code
 from fxtunnel.errors import LocalProtocolError
 from fxtunnel.protocol import frames
 from fxtunnel.protocol.credit import FIRST_WINDOW_BYTES
-from fxtunnel.protocol.frames import EARLY_BYTES, Opening
+from fxtunnel.protocol.frames import EARLY_BYTES
 from fxtunnel.protocol.mux import Stream
+from fxtunnel.protocol.opening import Opening
 from tests.protocol.mux_pair import MIB, TAGS, Eager, Pair, Recorder, Side, pattern
 
 

@@ -10,7 +10,7 @@ import pytest
 from fxtunnel.codes import Code, Refusal
 from fxtunnel.model import RelayId, ServiceName
 from fxtunnel.protocol import frames
-from fxtunnel.protocol.frames import Opening
+from fxtunnel.protocol.opening import Opening, decode_open, encode_tags
 from tests.protocol.recording import CollectingSink, parse
 
 DOCUMENT: Final = (Path(__file__).parents[2] / "docs" / "PROTOCOL.md").read_text(encoding="utf-8")
@@ -50,7 +50,9 @@ ENCODERS: Final[dict[str, Callable[[int, Fields], bytes]]] = {
 def _vector_tags(fields: Fields) -> bytes:
     via = RelayId(fields["via"]) if "via" in fields else None
     avoid = tuple(map(RelayId, fields["not"].split(","))) if "not" in fields else ()
-    return frames.encode_tags(Opening(ServiceName(fields["service"]), fields.get("client", ""), fields.get("door", ""), via, avoid))
+    node = RelayId(fields["node"]) if "node" in fields else None
+    others = {name: fields.get(name, "") for name in ("client", "door", "trace", "host", "scheme", "ticket")}
+    return encode_tags(Opening(ServiceName(fields["service"]), via=via, avoid=avoid, node=node, **others))
 
 
 def _section(number: int) -> str:
@@ -105,9 +107,10 @@ def _decoded(name: str, payload: bytes) -> Fields:
     if name == "DATA":
         return {"payload": payload.hex()}
     if name == "OPEN":
-        window, opening = frames.decode_open(payload)
+        window, opening = decode_open(payload)
         tags = {"service": opening.service, "client": opening.client, "door": opening.door}
-        tags |= {"via": opening.via or "", "not": ",".join(opening.avoid)}
+        tags |= {"via": opening.via or "", "not": ",".join(opening.avoid), "node": opening.node or ""}
+        tags |= {"trace": opening.trace, "host": opening.host, "scheme": opening.scheme, "ticket": opening.ticket}
         return {"window": str(window)} | {tag: value for tag, value in tags.items() if value}
     if name in ("REFUSE", "GOAWAY"):
         return {"code": str(frames.decode_u16(payload)), "text": frames.decode_text(payload)}
