@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
+from ipaddress import ip_network
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any, Final
@@ -21,11 +22,12 @@ from benchmarks import processes
 from benchmarks.nodes import server_text
 from fxrelay.balance.chain import decide
 from fxrelay.balance.entries import Scripts
-from fxrelay.balance.filters import Circumstances, Pool, sift
+from fxrelay.balance.filters import Circumstances, Pool, Sieve
 from fxrelay.balance.model import Action, Request
+from fxrelay.balance.ways import Ways
 from fxrelay.balance.workers import ScriptLimits
 from fxrelay.cluster.members import Ages, Members
-from fxtunnel.model import RelayId
+from fxtunnel.model import GatewayId, RelayId
 
 SERVERS: Final = 1_000
 FOLLOWED: Final = 10_000
@@ -78,7 +80,9 @@ def decisions(folder: Path, rounds: int) -> Numbers:
     for number in range(SERVERS):
         members.hear(server_text(number, 1, 1), now)
     around = Circumstances({RelayId(f"node-{number:05}"): 1 for number in range(0, SERVERS, 20)})
+    ways = Ways(RelayId("relay"), ("local", "redirect", "direct"), False, (ip_network("10.0.0.0/8"),), "10.0.0.1")
     request = Request(Action.START, "desk", "anna")
+    sieve = Sieve(Pool("desk"), request.action, lambda server: ways.reaches(server, GatewayId("gateway")))
 
     async def run() -> Numbers:
         numbers: Numbers = {}
@@ -89,7 +93,7 @@ def decisions(folder: Path, rounds: int) -> Numbers:
                 seen = []
                 for turn in range(rounds + 3):
                     began = time.perf_counter()
-                    candidates, dropped = sift(members.members(now), Pool("desk"), request, around)
+                    candidates, dropped = sieve.sift(members.members(now), request.user, around)
                     decision = await decide(chain, request, candidates, dropped, _Alone())
                     if decision.server_id is None:
                         raise processes.BenchmarkError(f"{spec}: {decision.failure}")

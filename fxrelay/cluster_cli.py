@@ -45,13 +45,14 @@ def nodes(config_path: Path, as_json: bool, watch: bool) -> None:
     settings = _load(config_path)
     with cluster_of(settings) as (store, _):
         while True:
-            members = sorted(read_view(settings, store).everyone(), key=lambda member: member.server.server_id)
+            view = read_view(settings, store)
+            members = sorted(view.everyone(), key=lambda member: member.server.server_id)
             if watch:
                 click.clear()
             if as_json:
-                click.echo(json.dumps([describe(member) for member in members], indent=2))
+                click.echo(json.dumps([describe(member, view.now) for member in members], indent=2))
             else:
-                print_table(NODE_COLUMNS, [_row(member) for member in members])
+                print_table(NODE_COLUMNS, [_row(member, view.now) for member in members])
                 _print_rivals(members)
             if not watch:
                 return
@@ -191,7 +192,7 @@ def _change(config_path: Path, node: str, change: "Control | None") -> None:
     click.echo(f"{node}: switched off: {', '.join(off) or 'nothing'}")
 
 
-def _row(member: "Member") -> tuple[str, ...]:
+def _row(member: "Member", now: float) -> tuple[str, ...]:
     server = member.server
     off = sorted(server.disable | member.disabled | ({"drain"} if server.draining or member.is_drained else set()))
     return (
@@ -204,7 +205,7 @@ def _row(member: "Member") -> tuple[str, ...]:
         f"{server.total_bytes / _GIB:.1f} GiB",
         f"{server.load1:.2f}",
         f"{member.state.value} (off: {', '.join(off)})" if off else member.state.value,
-        duration(member.age_s),
+        duration(now - member.heard_at),
         ", ".join(sorted(server.gateways)) or "-",
     )
 

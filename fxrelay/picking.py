@@ -10,7 +10,7 @@ import trio
 from fxrelay.balance.chain import decide
 from fxrelay.balance.chooser import ClusterEnvironment
 from fxrelay.balance.entries import Scripts
-from fxrelay.balance.filters import sift
+from fxrelay.balance.filters import Sieve
 from fxrelay.balance.model import Action, Decision, Request
 from fxrelay.balance.record import Recording, decode_recording, encode_recording, explain
 from fxrelay.balance.workers import ScriptLimits
@@ -62,7 +62,9 @@ def pick_node(settings: RelaySettings, config_path: Path, environ: Mapping[str, 
             if question.record is not None:
                 write_atomic(question.record, encode_recording(recording).encode(), 0o600)
             chain = scripts.chain(recording.chain, recording.pool.service, environ)
-            candidates, dropped = sift(recording.members, recording.pool, recording.request, recording.circumstances())
+            candidates, dropped = Sieve(recording.pool, recording.request.action).sift(
+                recording.members, recording.request.user, recording.circumstances()
+            )
 
             async def decided() -> Decision:
                 environment = ClusterEnvironment(recording.local_id, store, Threads())

@@ -3,16 +3,17 @@
 import json
 import logging
 import secrets
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 import trio
 
 from fxrelay.balance.chain import decide
-from fxrelay.balance.filters import Circumstances, Pool, sift
-from fxrelay.balance.model import Action, Candidate, Decision, Entry, Environment, Request
+from fxrelay.balance.filters import Circumstances, Pool, Sieve
+from fxrelay.balance.model import Action, Decision, Entry, Environment, Request
 from fxrelay.balance.ways import Ways
 from fxrelay.cluster.inflight import Placement, PlacementId
 from fxrelay.cluster.ports import PLACEMENTS, Store, Transporter
@@ -77,6 +78,7 @@ class PoolChooser:
         self._threads = threads
         self._instance = instance
         self._balancing: Mapping[ServiceName, Balancing] = {}
+        self._sieves: dict[tuple[str, Action, GatewayId], Sieve] = {}
         self._news_in, self._news_out = trio.open_memory_channel[str](PUBLISH_QUEUE)
         self.decisions = 0
         self.failures: dict[str, int] = {}
@@ -84,6 +86,7 @@ class PoolChooser:
     def reconfigure(self, balancing: Mapping[ServiceName, Balancing]) -> None:
         """Pools and chains from now on; decisions that are under way end as they began."""
         self._balancing = balancing
+        self._sieves = {}
 
     async def run(self) -> None:
         """Tell the other relays about placements until cancelled. What they do not hear they learn from the servers' updates."""
@@ -99,7 +102,8 @@ class PoolChooser:
         if balancing is None:
             await trio.lowlevel.checkpoint()
             return NoNode(Code.NO_SERVICE, "not served here")
-        decision = await self.decide(balancing, Request(balancing.action, wanted.service), wanted.gateway_id, excluded)
+        around = Circumstances(self._view.in_flight.counts(self._view.now), excluded, only=wanted.node)
+        decision = await self._decide(balancing, Request(balancing.action, wanted.service), wanted.gateway_id, around)
         member = self._view.members.get(decision.server_id, self._view.now) if decision.server_id is not None else None
         if member is None:
             return self._refusal(wanted, decision)
@@ -112,20 +116,18 @@ class PoolChooser:
             self._claim(server.server_id),
         )
 
-    async def decide(
-        self, balancing: Balancing, request: Request, gateway_id: GatewayId | None, excluded: Collection[RelayId] = ()
-    ) -> Decision:
-        """The bare decision; `gateway_id` None asks without regard to how the node would be reached."""
-        members = list(self._view.everyone())
-        around = Circumstances(
-            self._view.in_flight.counts(self._view.now),
-            excluded,
-            None if gateway_id is None else self._ways.reachable(members, gateway_id),
-        )
-        candidates: list[Candidate]
-        candidates, dropped = sift(members, balancing.pool, request, around)
+    async def _decide(self, balancing: Balancing, request: Request, gateway_id: GatewayId, around: Circumstances) -> Decision:
+        sieve = self._sieve(balancing.pool, request.action, gateway_id)
+        candidates, dropped = sieve.sift(self._view.everyone(), request.user, around)
         self.decisions += 1
         return await decide(balancing.chain, request, candidates, dropped, self._environment)
+
+    def _sieve(self, pool: Pool, action: Action, gateway_id: GatewayId) -> Sieve:
+        key = (pool.service, action, gateway_id)
+        found = self._sieves.get(key)
+        if found is None:
+            found = self._sieves[key] = Sieve(pool, action, partial(self._ways.reaches, gateway_id=gateway_id))
+        return found
 
     def _refusal(self, wanted: Wanted, decision: Decision) -> NoNode:
         failure = decision.failure

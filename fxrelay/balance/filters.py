@@ -1,11 +1,13 @@
 """Pure: which servers a chain is asked about at all, and why the others are not."""
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, Final
 
-from fxrelay.balance.model import Action, Candidate, Dropped, Request
+from fxrelay.balance.model import Action, Candidate, Dropped
 from fxrelay.cluster.members import Member, MemberState
+from fxrelay.cluster.server import ServerObject
 from fxtunnel.model import RelayId
 
 NOT_IN_POOL: Final = "not-in-pool"
@@ -18,6 +20,9 @@ LOGIN_DISABLED: Final = "login-disabled"
 START_DISABLED: Final = "start-disabled"
 FULL: Final = "full"
 RESERVED: Final = "reserved"
+NOT_ASKED_FOR: Final = "not-asked-for"
+
+_ID: Final = attrgetter("server.server_id")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,62 +36,104 @@ class Pool:
 
 @dataclass(frozen=True, slots=True)
 class Circumstances:
-    """What besides the servers decides: how many placements each has on its way, who can be reached, who was tried, who belongs to whom.
+    """What besides the servers decides: how many placements each has on its way, who was tried, who belongs to whom.
 
-    `reachable` None means that everyone can be. `holders` maps reserved servers to their user.
+    `holders` maps reserved servers to their user. `only` is the one server that the client asked for, if it did.
     """
 
     in_flight: Mapping[RelayId, int]
     excluded: Collection[RelayId] = ()
-    reachable: Collection[RelayId] | None = None
     holders: Mapping[RelayId, str] | None = None
+    only: RelayId | None = None
 
 
-def sift(members: Iterable[Member], pool: Pool, request: Request, around: Circumstances) -> tuple[list[Candidate], list[Dropped]]:
-    """The candidates in order of id, and everyone else with the first reason that applied.
+def everyone(server: ServerObject) -> bool:
+    """There is a way to every server, or it does not matter whether there is."""
+    return True
 
-    The order of the filters is: pool, state (stale, down, draining), reachability, the switches for login or start (clustering guide,
-    "The Server List"), reservations, fullness. Reservations concern logins only: a start is already somebody's.
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """What was found out about a member. `room` is what its maxSessions leave; None without such a limit."""
+
+    member: Member
+    candidate: Candidate
+    dropped: Dropped | None
+    room: int | None
+
+
+class Sieve:
+    """The filters of one pool for one action. What they say of a member is remembered for as long as nothing about it changes, so that a
+    decision over a thousand servers costs little more than a walk along them.
+
+    The order is: pool, state (stale, down, draining), reachability, the switches for login or start (clustering guide, "The Server List");
+    then what no server says of itself: not asked for, tried before, reserved for somebody else, full. Reservations concern logins only: a
+    start is already somebody's.
     """
-    candidates: list[Candidate] = []
-    dropped: list[Dropped] = []
-    for member in members:
-        reason = _reason(member, pool, request, around)
-        if reason is None:
-            candidates.append(Candidate(member.server, around.in_flight.get(member.server.server_id, 0)))
-        else:
-            dropped.append(Dropped(member.server.server_id, reason))
-    candidates.sort(key=lambda candidate: candidate.server.server_id)
-    return candidates, dropped
 
+    def __init__(self, pool: Pool, action: Action, reaches: Callable[[ServerObject], bool] = everyone) -> None:
+        self._pool = pool
+        self._action = action
+        self._reaches = reaches
+        self._known: dict[RelayId, _Known] = {}
 
-def _reason(member: Member, pool: Pool, request: Request, around: Circumstances) -> str | None:
-    server = member.server
-    server_id = server.server_id
-    if pool.nodes is not None and server_id not in pool.nodes:
-        return NOT_IN_POOL
-    if pool.nodes is None and pool.service not in server.services:
-        return NOT_SERVED
-    if pool.where and not _matches(server.static_data, pool.where):
-        return NO_MATCH
-    if member.state is not MemberState.UP:
-        return str(member.state.value)
-    if server_id in around.excluded:
-        return EXCLUDED
-    if server.draining or member.is_drained:
-        return DRAINING
-    if around.reachable is not None and server_id not in around.reachable:
-        return UNREACHABLE
-    if server.disable or member.disabled:
-        if request.action is Action.LOGIN and ("login" in server.disable or "login" in member.disabled):
+    def sift(self, members: Collection[Member], user: str, around: Circumstances) -> tuple[list[Candidate], list[Dropped]]:
+        """The candidates in order of id, and everyone else with the first reason that applied."""
+        candidates: list[Candidate] = []
+        dropped: list[Dropped] = []
+        known_members, in_flight, excluded, only = self._known, around.in_flight, around.excluded, around.only
+        holders = around.holders if self._action is Action.LOGIN and around.holders else {}
+        if len(known_members) > 2 * len(members) + 100:
+            known_members.clear()  # mostly of servers that are no more
+        for member in members:
+            server_id = member.server.server_id
+            known = known_members.get(server_id)
+            if known is None or known.member is not member:
+                known = known_members[server_id] = self._look_at(member)
+            coming = in_flight.get(server_id, 0)
+            if known.dropped is not None:
+                dropped.append(known.dropped)
+            elif only is not None and server_id != only:
+                dropped.append(Dropped(server_id, NOT_ASKED_FOR))
+            elif server_id in excluded:
+                dropped.append(Dropped(server_id, EXCLUDED))
+            elif server_id in holders and holders[server_id] != user:
+                dropped.append(Dropped(server_id, RESERVED))
+            elif known.room is not None and known.room <= coming:
+                dropped.append(Dropped(server_id, FULL))
+            else:
+                candidates.append(Candidate(member.server, coming) if coming else known.candidate)
+        candidates.sort(key=_ID)
+        return candidates, dropped
+
+    def _look_at(self, member: Member) -> _Known:
+        server, reason = member.server, self._reason(member)
+        return _Known(
+            member,
+            Candidate(server),
+            Dropped(server.server_id, reason) if reason is not None else None,
+            server.max_sessions - server.sessions if server.max_sessions > 0 else None,
+        )
+
+    def _reason(self, member: Member) -> str | None:
+        server, pool = member.server, self._pool
+        if pool.nodes is not None and server.server_id not in pool.nodes:
+            return NOT_IN_POOL
+        if pool.nodes is None and pool.service not in server.services:
+            return NOT_SERVED
+        if pool.where and not _matches(server.static_data, pool.where):
+            return NO_MATCH
+        if member.state is not MemberState.UP:
+            return str(member.state.value)
+        if server.draining or member.is_drained:
+            return DRAINING
+        if not self._reaches(server):
+            return UNREACHABLE
+        if self._action is Action.LOGIN and ("login" in server.disable or "login" in member.disabled):
             return LOGIN_DISABLED
-        if request.action is Action.START and ("start" in server.disable or "start" in member.disabled):
+        if self._action is Action.START and ("start" in server.disable or "start" in member.disabled):
             return START_DISABLED
-    if around.holders is not None and request.action is Action.LOGIN and around.holders.get(server_id, request.user) != request.user:
-        return RESERVED
-    if 0 < server.max_sessions <= server.sessions + around.in_flight.get(server_id, 0):
-        return FULL
-    return None
+        return None
 
 
 def _matches(static_data: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:

@@ -59,7 +59,6 @@ def encode_recording(recording: Recording) -> str:
             "members": [
                 {
                     "state": member.state.value,
-                    "ageS": member.age_s,
                     "drained": member.is_drained,
                     "disabled": sorted(member.disabled),
                     "server": member.server.document(),
@@ -113,9 +112,7 @@ def decode_recording(text: str) -> Recording:
 
 def _member(entry: Mapping[str, Any]) -> Member:
     server = parse_server(json.dumps(entry["server"]))
-    return Member(
-        server, MemberState(entry["state"]), float(entry["ageS"]), bool(entry["drained"]), frozenset(map(str, entry["disabled"])), ()
-    )
+    return Member(server, MemberState(entry["state"]), 0.0, bool(entry["drained"]), frozenset(map(str, entry["disabled"])))
 
 
 def explain(decision: Decision) -> list[str]:

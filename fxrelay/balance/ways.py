@@ -1,10 +1,8 @@
 """Pure: which ways there are from this relay to another node, by its own configuration and by what the node says."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address, ip_address
 
-from fxrelay.cluster.members import Member
 from fxrelay.cluster.server import ServerObject
 from fxrelay.cluster.settings import Network, PathKind
 from fxtunnel.model import GatewayId, RelayId
@@ -42,13 +40,9 @@ class Ways:
         """Whether the server is this node."""
         return "local" in self.paths and server.server_id == self.server_id
 
-    def reachable(self, members: Sequence[Member], gateway_id: GatewayId) -> frozenset[RelayId]:
-        """The servers that there is any way to."""
-        return frozenset(
-            member.server.server_id
-            for member in members
-            if self.is_local(member.server) or self.can_redirect(member.server, gateway_id) or self.direct_address(member.server)
-        )
+    def reaches(self, server: ServerObject, gateway_id: GatewayId) -> bool:
+        """Whether there is any way to the server for a stream of this gateway."""
+        return self.is_local(server) or self.can_redirect(server, gateway_id) or bool(self.direct_address(server))
 
 
 def _address(text: str) -> IPv4Address | IPv6Address | None:

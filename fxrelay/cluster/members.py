@@ -1,8 +1,9 @@
 """Pure: who is in the cluster, from the updates that arrive: the newest of each node, its age, and nodes that quarrel over a name."""
 
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Final
 
@@ -11,7 +12,6 @@ from fxtunnel.model import InstanceId, RelayId, is_name
 
 MAX_MEMBERS: Final = 65_536
 """Nodes kept; a store full of invented names must not fill the memory."""
-SEEN_S: Final = 1.0
 QUARREL_S: Final = 30.0
 """How long after its last update a second process with the same id is still reported."""
 
@@ -68,14 +68,13 @@ NOTHING_OFF: Final = Control()
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """A node as it is believed to be now. `age_s` is the time since its last update, true to SEEN_S.
-
-    `rivals` are other processes that claim the same id.
+    """A node as it is believed to be. It stays the same object until something about it changes. `heard_at` is the time of its last update,
+    by the clock that the table is given; `rivals` are other processes that claim the same id.
     """
 
     server: ServerObject
     state: MemberState
-    age_s: float
+    heard_at: float
     is_drained: bool = False
     disabled: frozenset[str] = frozenset()
     rivals: tuple[InstanceId, ...] = ()
@@ -87,9 +86,6 @@ class _Record:
     heard_at: float
     control: Control = NOTHING_OFF
     rivals: dict[InstanceId, float] = field(default_factory=dict)
-    seen: Member | None = None
-    """As it was described last, at `seen_at`: a decision over a thousand servers would spend half its time on describing them again."""
-    seen_at: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +103,9 @@ class Members:
         self._ages = ages
         self._records: dict[RelayId, _Record] = {}
         self._controls: dict[RelayId, Control] = {}
+        self._members: dict[RelayId, Member] = {}
+        self._looked_at = 0.0
+        self._next_change_at = math.inf
         self.outcomes: dict[Outcome, int] = dict.fromkeys(Outcome, 0)
 
     def __len__(self) -> int:
@@ -128,7 +127,8 @@ class Members:
             if len(self._records) >= MAX_MEMBERS:
                 return self._count(Outcome.TOO_MANY), server.server_id
             control = self._controls.get(server.server_id, NOTHING_OFF)
-            self._records[server.server_id] = _Record(server, heard_at, control)
+            record = self._records[server.server_id] = _Record(server, heard_at, control)
+            self._describe(record, now)
             return self._count(Outcome.APPLIED), server.server_id
         known = record.server
         if server.instance == known.instance:
@@ -137,12 +137,14 @@ class Members:
         elif (server.started_ms, server.instance) < (known.started_ms, known.instance) and not self._succeeds(heard_at, record, now):
             if heard_at > record.heard_at - QUARREL_S and server.measured_ms > known.started_ms:
                 record.rivals[server.instance] = heard_at
+                self._describe(record, now)
             return self._count(Outcome.OLDER_INSTANCE), server.server_id
         elif known.measured_ms > server.started_ms:
             record.rivals[known.instance] = record.heard_at
         record.server = server
         record.heard_at = heard_at
         record.rivals.pop(server.instance, None)
+        self._describe(record, now)
         return self._count(Outcome.APPLIED), server.server_id
 
     def control(self, server_id: str, control: Control) -> None:
@@ -156,6 +158,8 @@ class Members:
         record = self._records.get(RelayId(server_id))
         if record is not None:
             record.control = control
+            known = self._members[RelayId(server_id)]
+            self._members[RelayId(server_id)] = replace(known, is_drained=control.draining, disabled=control.disable)
 
     def replace_controls(self, controls: Mapping[str, Control]) -> None:
         """What is switched off is exactly this: from reading the whole store."""
@@ -169,15 +173,17 @@ class Members:
         for server_id, record in list(self._records.items()):
             if server_id not in still_there and now - record.heard_at > self._ages.down_s:
                 del self._records[server_id]
+                del self._members[server_id]
 
     def get(self, server_id: RelayId, now: float) -> Member | None:
         """One member."""
-        record = self._records.get(server_id)
-        return self._member(record, now) if record is not None else None
+        self._look(now)
+        return self._members.get(server_id)
 
-    def members(self, now: float) -> Iterator[Member]:
-        """All of them, down ones too."""
-        return (self._member(record, now) for record in self._records.values())
+    def members(self, now: float) -> Collection[Member]:
+        """All of them, down ones too; to be read before anything else is heard."""
+        self._look(now)
+        return self._members.values()
 
     def statistics(self, now: float) -> dict[MemberState, int]:
         """How many are in which state."""
@@ -186,22 +192,37 @@ class Members:
             counts[self._state(now - record.heard_at)] += 1
         return counts
 
-    def _member(self, record: _Record, now: float) -> Member:
+    def _look(self, now: float) -> None:
+        """Describe anew what time alone has changed. Usually nothing: a decision should not cost a look at each of ten thousand clocks."""
+        if self._looked_at <= now < self._next_change_at:
+            return
+        self._looked_at, self._next_change_at = now, math.inf
+        for server_id, record in self._records.items():
+            known = self._members[server_id]
+            if known.rivals or known.state is not self._state(now - record.heard_at):
+                self._describe(record, now)
+            else:
+                self._note_next_change(record, now)
+
+    def _describe(self, record: _Record, now: float) -> None:
+        record.rivals = {instance: heard_at for instance, heard_at in record.rivals.items() if now - heard_at < QUARREL_S}
+        self._members[record.server.server_id] = Member(
+            record.server,
+            self._state(now - record.heard_at),
+            record.heard_at,
+            record.control.draining,
+            record.control.disable,
+            tuple(record.rivals),
+        )
+        self._note_next_change(record, now)
+
+    def _note_next_change(self, record: _Record, now: float) -> None:
         age_s = now - record.heard_at
-        seen = record.seen
-        if (
-            seen is not None
-            and 0 <= now - record.seen_at < SEEN_S
-            and seen.server is record.server
-            and seen.state is self._state(age_s)
-            and not record.rivals
-            and (seen.is_drained, seen.disabled) == (record.control.draining, record.control.disable)
-        ):
-            return seen
-        rivals = tuple(instance for instance, heard_at in record.rivals.items() if now - heard_at < QUARREL_S) if record.rivals else ()
-        member = Member(record.server, self._state(age_s), age_s, record.control.draining, record.control.disable, rivals)
-        record.seen, record.seen_at = member, now
-        return member
+        if age_s < self._ages.down_s:
+            next_age_s = self._ages.stale_s if age_s < self._ages.stale_s else self._ages.down_s
+            self._next_change_at = min(self._next_change_at, record.heard_at + next_age_s)
+        if record.rivals:
+            self._next_change_at = min(self._next_change_at, min(record.rivals.values()) + QUARREL_S)
 
     def _succeeds(self, heard_at: float, record: _Record, now: float) -> bool:
         """Whether an older process speaks while the newer one has fallen silent: that one was ended, or its clock was wrong."""

@@ -62,12 +62,12 @@ def change_control(settings: RelaySettings, server_id: str, change: "Control | N
         return after
 
 
-def describe(member: Member) -> dict[str, Any]:
-    """A member as JSON for other programs."""
+def describe(member: Member, now: float) -> dict[str, Any]:
+    """A member as JSON for other programs; `now` on the clock of its table."""
     return {
         "serverId": member.server.server_id,
         "state": member.state.value,
-        "ageS": round(member.age_s, 1),
+        "ageS": round(now - member.heard_at, 1),
         "drained": member.is_drained,
         "disabled": sorted(member.disabled),
         "rivals": list(member.rivals),

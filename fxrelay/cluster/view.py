@@ -6,7 +6,7 @@ Belongs to the trio thread. The follower writes it, decisions and status read it
 import json
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Final
 
@@ -70,8 +70,8 @@ class ClusterView:
         down_s = 0.0 if self._store_down_since is None else self._monotonic() - self._store_down_since
         return Health(self._synced, down_s, self._live, self._last_error)
 
-    def everyone(self) -> Iterable[Member]:
-        """All members, down ones too."""
+    def everyone(self) -> Collection[Member]:
+        """All members, down ones too; to be read before anything else is heard."""
         return self.members.members(self.now)
 
     def store_said(self, clock_ms: int) -> None:

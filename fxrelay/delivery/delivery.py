@@ -179,6 +179,8 @@ class DeliveryDesk:
             self.turn_down(stream, service, Code.DRAINING, "this relay is going away")
         elif self.streams >= self.limits.streams:
             self.turn_down(stream, service, Code.BUSY, "too many streams")
+        elif opening.node is not None and not isinstance(service, PoolService):
+            self.turn_down(stream, service, Code.NO_SERVICE, "it is not served by nodes that could be asked for")
         elif isinstance(service, PoolService) and opening.via is None:
             if self.placer is None:
                 self.turn_down(stream, service, Code.NO_SERVICE, "this relay chooses no nodes")

@@ -196,7 +196,7 @@ class Placer:
         self, desk: DeliveryDesk, session: "Session", stream: Stream, service: PoolService, opening: Opening, gateway_id: GatewayId
     ) -> None:
         """Take the stream on: it is served, redirected or refused within the desk's place_timeout_s."""
-        wanted = Wanted(service.name, opening.client, gateway_id, secrets.token_hex(4))
+        wanted = Wanted(service.name, opening.client, gateway_id, opening.trace or secrets.token_hex(4), opening.node)
         placing = Placing(desk, session, stream, service, opening, wanted)
         try:
             if len(self.placings) >= MAX_PLACINGS:

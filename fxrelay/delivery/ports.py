@@ -9,12 +9,13 @@ from fxtunnel.model import GatewayId, RelayId, ServiceName
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """A stream that needs a node. `client` is the client's ip:port as the gateway saw it, or empty."""
+    """A stream that needs a node. `client` is the client's ip:port as the gateway saw it, or empty; `node` the only node that will do."""
 
     service: ServiceName
     client: str
     gateway_id: GatewayId
     trace_id: str
+    node: RelayId | None = None
 
 
 class Claim(Protocol):

@@ -52,7 +52,7 @@ def member(
     disabled: frozenset[str] = frozenset(),
     **fields: Any,
 ) -> Member:
-    return Member(server(server_id, **fields), state, 1.0, is_drained, disabled)
+    return Member(server(server_id, **fields), state, 0.0, is_drained, disabled)
 
 
 def ids(*server_ids: str) -> tuple[RelayId, ...]:

@@ -1,5 +1,6 @@
 """Which servers are asked about, and the first reason why another is not."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from fxrelay.balance.filters import (
     FULL,
     LOGIN_DISABLED,
     NO_MATCH,
+    NOT_ASKED_FOR,
     NOT_IN_POOL,
     NOT_SERVED,
     RESERVED,
@@ -20,35 +22,48 @@ from fxrelay.balance.filters import (
     UNREACHABLE,
     Circumstances,
     Pool,
-    sift,
+    Sieve,
+    everyone,
 )
 from fxrelay.balance.model import Request
 from fxrelay.cluster.members import Member, MemberState
+from fxrelay.cluster.server import ServerObject
 from fxtunnel.model import RelayId
 
 A = RelayId("a")
 QUIET = Circumstances({})
 
 
-def reason(found: Member, pool: Pool = DESK, request: Request = LOGIN, around: Circumstances = QUIET) -> str | None:
-    candidates, dropped = sift([found], pool, request, around)
+def reason(
+    found: Member,
+    pool: Pool = DESK,
+    request: Request = LOGIN,
+    around: Circumstances = QUIET,
+    reaches: Callable[[ServerObject], bool] = everyone,
+) -> str | None:
+    candidates, dropped = Sieve(pool, request.action, reaches).sift([found], request.user, around)
     assert len(candidates) + len(dropped) == 1
     return dropped[0].reason if dropped else None
 
 
-ELSEWHERE = Circumstances({}, reachable=ids("b"))
 TRIED = Circumstances({}, excluded=ids("a"))
 BOBS = Circumstances({}, holders={A: "bob"})
+
+
+def nobody(server: ServerObject) -> bool:
+    return False
+
 
 # Each applies to a server to which all those after it apply as well.
 IN_ORDER: list[tuple[str, dict[str, Any]]] = [
     (NOT_IN_POOL, {"pool": Pool("desk", frozenset(ids("b")), {"gpu": True})}),
     (NO_MATCH, {"pool": Pool("desk", None, {"gpu": True})}),
     ("stale", {"state": MemberState.STALE}),
-    (EXCLUDED, {"excluded": ids("a")}),
     (DRAINING, {"draining": True}),
-    (UNREACHABLE, {"reachable": ids("b")}),
+    (UNREACHABLE, {"reaches": nobody}),
     (LOGIN_DISABLED, {"disable": ["login"]}),
+    (NOT_ASKED_FOR, {"only": RelayId("b")}),
+    (EXCLUDED, {"excluded": ids("a")}),
     (RESERVED, {"holders": {A: "bob"}}),
     (FULL, {"sessions": 3, "maxSessions": 3}),
 ]
@@ -61,8 +76,9 @@ def test_the_first_reason_is_told(first: int) -> None:
         facts |= more
     pool = facts.pop("pool", DESK)
     state = facts.pop("state", MemberState.UP)
-    around = Circumstances({}, facts.pop("excluded", ()), facts.pop("reachable", None), facts.pop("holders", None))
-    assert reason(member("a", state, **facts), pool, LOGIN, around) == IN_ORDER[first][0]
+    reaches = facts.pop("reaches", everyone)
+    around = Circumstances({}, facts.pop("excluded", ()), facts.pop("holders", None), facts.pop("only", None))
+    assert reason(member("a", state, **facts), pool, LOGIN, around, reaches) == IN_ORDER[first][0]
 
 
 @pytest.mark.parametrize(
@@ -108,9 +124,8 @@ def test_a_start(found: Member, around: Circumstances, expected: str | None) -> 
     ("around", "expected"),
     [
         (TRIED, EXCLUDED),
-        (ELSEWHERE, UNREACHABLE),
-        (Circumstances({}, reachable=ids("a")), None),
-        (Circumstances({}, reachable=()), UNREACHABLE),
+        (Circumstances({}, only=A), None),
+        (Circumstances({}, only=RelayId("b")), NOT_ASKED_FOR),
         (BOBS, RESERVED),
         (Circumstances({}, holders={A: "ann"}), None),
         (Circumstances({}, holders={RelayId("b"): "bob"}), None),
@@ -157,6 +172,34 @@ def test_what_is_on_its_way_makes_a_server_full() -> None:
 @given(st.permutations(["c", "a", "b", "b2"]), st.dictionaries(st.sampled_from(["a", "b", "x"]), st.integers(1, 5)))
 def test_candidates_come_in_order_of_id_with_what_is_on_its_way(order: list[str], counts: dict[str, int]) -> None:
     around = Circumstances({RelayId(key): value for key, value in counts.items()}, excluded=ids("c"))
-    candidates, dropped = sift([member(each) for each in order], DESK, LOGIN, around)
+    candidates, dropped = Sieve(DESK, LOGIN.action).sift([member(each) for each in order], LOGIN.user, around)
     assert [(each.server_id, each.in_flight) for each in candidates] == [(each, counts.get(each, 0)) for each in ("a", "b", "b2")]
     assert [(each.server_id, each.reason) for each in dropped] == [("c", EXCLUDED)]
+
+
+def test_what_is_remembered_of_a_member_ends_with_the_next_word_of_it() -> None:
+    asked = []
+
+    def reaches(server: ServerObject) -> bool:
+        asked.append(server.sessions)
+        return server.sessions != 2
+
+    sieve = Sieve(DESK, LOGIN.action, reaches)
+
+    def names(*found: Member) -> list[str]:
+        return [each.server_id for each in sieve.sift(found, LOGIN.user, QUIET)[0]]
+
+    first, other = member("a", sessions=1), member("b", sessions=1)
+    assert [names(first, other), names(first, other)] == [["a", "b"]] * 2
+    assert asked == [1, 1], "once for each member"
+    assert names(member("a", sessions=2), other) == ["b"]
+    assert names(member("a", sessions=3, maxSessions=3), other) == ["b"]
+    assert names(member("a", sessions=3), other) == ["a", "b"]
+    assert asked == [1, 1, 2, 3, 3]
+
+
+def test_servers_that_are_no_more_are_not_remembered_for_ever() -> None:
+    sieve = Sieve(DESK, LOGIN.action)
+    for number in range(1_000):
+        sieve.sift([member(f"n{number}")], LOGIN.user, QUIET)
+    assert len(sieve._known) < 200

@@ -28,9 +28,9 @@ def test_only_a_higher_number_of_the_same_process_counts() -> None:
     assert members.hear(server_text(seq=2, sessions=9), 5.0) == (Outcome.REPLAYED, A)
     assert members.hear(server_text(seq=1, sessions=9), 6.0) == (Outcome.REPLAYED, A)
     found = member(members, 7.0)
-    assert (found.server.sessions, found.age_s) == (2, 7.0)
+    assert (found.server.sessions, found.heard_at) == (2, 0.0)
     assert members.hear(server_text(seq=3, sessions=3), 8.0)[0] is Outcome.APPLIED
-    assert (member(members, 8.0).server.sessions, member(members, 8.0).age_s) == (3, 0.0)
+    assert (member(members, 8.0).server.sessions, member(members, 8.0).heard_at) == (3, 8.0)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -62,7 +62,7 @@ def test_ages_make_stale_and_down() -> None:
 def test_an_update_from_the_future_is_not_younger_than_now() -> None:
     members = make()
     members.hear(server_text(), 10.0, age_s=-500.0)
-    assert member(members, 10.0).age_s == 0.0
+    assert member(members, 10.0).heard_at == 10.0
 
 
 def test_a_restarted_process_replaces_the_old_one_at_once() -> None:
@@ -158,3 +158,17 @@ def test_invented_names_do_not_fill_the_memory(monkeypatch: pytest.MonkeyPatch) 
     for number in range(5):
         members.control(f"c{number}", Control(True))
     assert members.hear(server_text("n0", seq=2), 1.0)[0] is Outcome.APPLIED
+
+
+def test_a_member_stays_the_same_object_until_something_changes() -> None:
+    members = make()
+    members.hear(server_text(), 0.0)
+    first = member(members, 0.0)
+    assert member(members, 29.9) is first
+    stale = member(members, 30.0)
+    assert (stale.state, stale is first) == (MemberState.STALE, False)
+    assert member(members, 10.0).state is MemberState.UP, "the reader's clock can be set back, when it turns out to have been deaf"
+    members.control("a", Control(draining=True))
+    assert member(members, 10.0).is_drained
+    members.hear(server_text(seq=2), 40.0)
+    assert (member(members, 69.9).state, member(members, 70.0).state) == (MemberState.UP, MemberState.STALE)
