@@ -34,7 +34,7 @@ from fxtunnel.kit.process import (
     let_finish,
     open_files,
     raise_file_limit,
-    settle_memory,
+    settle,
     wait_until,
     watch_signals,
 )
@@ -125,7 +125,7 @@ class Gateway:
             nursery.start_soon(self._reloads.run, self._load_again, self._notifier)
             nursery.start_soon(feed_watchdog, self._notifier)
             self._announce(str(bound_address(tunnel_socket)), str(admin))
-            settle_memory()
+            settle()
             await self._stop.wait()
             await self._drain()
             nursery.cancel_scope.cancel()

@@ -30,7 +30,7 @@ from fxtunnel.errors import FxError
 from fxtunnel.kit import logs
 from fxtunnel.kit.notify import Notifier
 from fxtunnel.kit.pages import serve_pages
-from fxtunnel.kit.process import POLL_S, Reloads, feed_watchdog, let_finish, raise_file_limit, settle_memory, watch_signals
+from fxtunnel.kit.process import POLL_S, Reloads, feed_watchdog, let_finish, raise_file_limit, settle, watch_signals
 from fxtunnel.kit.settings import Address
 from fxtunnel.model import GatewayId, RelayId, ServiceName, SessionId
 from fxtunnel.protocol.credit import WindowBudget
@@ -103,7 +103,7 @@ class Relay:
             for uplink in self._uplinks:
                 nursery.start_soon(self._run_uplink, uplink)
             self._notifier.ready()
-            settle_memory()
+            settle()
             await self._stop.wait()
             if not self._has_failed:
                 await self._drain()

@@ -37,7 +37,8 @@ class Script:
 
     async def choose(self, request: Request, candidates: Sequence[Candidate], environment: Environment) -> Verdict:
         """See `Entry`."""
-        known = frozenset(candidate.server_id for candidate in candidates)
+        await trio.lowlevel.checkpoint()  # choosing the candidates took its time: streams first
+        known = frozenset([candidate.server.server_id for candidate in candidates])
         answer = await self.workers.call(self.kind, self.spec, script_input(request, candidates, environment.local_id))
         if answer.get("log"):
             logger.info("balancing script %s says: %s", self.name, answer["log"])

@@ -22,7 +22,6 @@ Compared without case, `_`, `-` and `.`.
 MAX_DEPTH: Final = 16
 MAX_SESSIONS: Final = 1_000
 """Entries of the FastX 4 form's session lists."""
-_SEPARATOR: Final = b"\x1e"  # RFC 7464: no JSON text holds it
 _KEPT_NODES: Final = 16_384
 _IGNORED: Final = str.maketrans("", "", "_-.")
 
@@ -50,16 +49,6 @@ class ScriptInput:
         for count in self.counts:
             servers[count.index] = _counted(servers[count.index], count)
         return f'{self.base[:-1]},"servers":[{",".join(servers)}]}}'
-
-    def pack(self) -> bytes:
-        """`base` and `servers` for the way to a script process. Takes time for many servers: not for the trio thread."""
-        return _SEPARATOR.join([self.base.encode(), *map(str.encode, self.servers)])
-
-    @classmethod
-    def unpack(cls, packed: bytes, counts: Sequence[Sequence[int]]) -> "ScriptInput":
-        """The other way round."""
-        base, *servers = packed.decode().split(_SEPARATOR.decode())
-        return cls(base, tuple(servers), tuple(Count(*count) for count in counts))
 
 
 def script_input(request: Request, candidates: Sequence[Candidate], local_id: RelayId) -> ScriptInput:

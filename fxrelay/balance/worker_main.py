@@ -4,7 +4,7 @@ It says READY, then reads requests from a socket and answers each, one at a time
 relay is gone. A request that takes too long ends the process (SIGALRM), so it is not left behind even by a relay that was killed in the
 middle of one.
 
-    request:   length u32, JSON {"kind", "spec", "limit_s", "memory_bytes", "counts"}    length u32, a packed ScriptInput
+    request:   length u32, JSON {"kind", "spec", "limit_s", "memory_bytes", "base", "counts"}    length u32, servers, see `sent_texts`
     answer:    length u32, JSON {"kind": "value", "value"} | {"kind": "output", "text"} | {"kind": "failed", "name", "message", "detail"}
 """
 
@@ -27,7 +27,8 @@ from fxrelay.balance.answers import Answer, failed
 from fxrelay.balance.executable import run_executable
 from fxrelay.balance.forked import RelayGone, collect_children
 from fxrelay.balance.javascript import Engine
-from fxrelay.balance.script_input import ScriptInput
+from fxrelay.balance.script_input import Count, ScriptInput
+from fxrelay.balance.sent_texts import ReceivedTexts
 
 READY: Final = b"\n"
 LENGTH: Final = struct.Struct(">I")
@@ -41,11 +42,13 @@ MAX_LOG_CHARS: Final = 4_000
 def serve(channel: socket.socket) -> None:
     """Answer requests until the other end is gone."""
     server = _Server(channel)
+    texts = ReceivedTexts()
     while (head := _receive(channel)) is not None and (packed := _receive(channel)) is not None:
         request = json.loads(head)
         signal.setitimer(signal.ITIMER_REAL, request["limit_s"] * 2 + 1)
         try:
-            answer = server.answer(request, ScriptInput.unpack(packed, request["counts"]))
+            counts = tuple(Count(*count) for count in request["counts"])
+            answer = server.answer(request, ScriptInput(request["base"], texts.unpack(packed), counts))
         except RelayGone:
             return
         except MemoryError:
@@ -174,7 +177,9 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the relay's to handle; it ends this process by closing the socket
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    # Decisions can wait a moment, streams cannot: scripts give way, and do not interrupt the relay when they wake up.
     os.nice(5)
+    os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     sys.path.append(sys.argv[3])  # the last: a site's json.py does not replace the standard one
     # What scripts print must not get into anybody's protocol.
     os.dup2(2, 1)

@@ -7,7 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ import trio
 
 from fxrelay.balance.answers import Answer, failed
 from fxrelay.balance.script_input import ScriptInput
+from fxrelay.balance.sent_texts import SentTexts
 from fxrelay.balance.worker_main import LENGTH, MAX_ANSWER_BYTES, READY
 
 logger = logging.getLogger(__name__)
@@ -56,7 +57,8 @@ class Workers:
         """Run a script; `kind` is "js", "exec" or "python". Every failure is an answer of its own kind. Cancelling kills the process."""
         limits = self.limits
         counts = [[count.index, count.sessions, count.in_flight] for count in given.counts]
-        head = {"kind": kind, "spec": spec, "limit_s": limits.timeout_s, "memory_bytes": limits.memory_bytes, "counts": counts}
+        head = {"kind": kind, "spec": spec, "limit_s": limits.timeout_s, "memory_bytes": limits.memory_bytes}
+        head |= {"base": given.base, "counts": counts}
         own = self._kinds.setdefault(kind, _Kind())
         async with own.limiter:
             worker = own.idle_one() or self._new_one()
@@ -64,7 +66,7 @@ class Workers:
             usable = False
             try:
                 answer = await trio.to_thread.run_sync(
-                    worker.call, head, given, limits.timeout_s, abandon_on_cancel=True, limiter=own.threads
+                    worker.call, head, given.servers, limits.timeout_s, abandon_on_cancel=True, limiter=own.threads
                 )
                 usable = worker.is_usable
             finally:
@@ -121,6 +123,7 @@ class _Worker:
         self._stderr: int | None = None
         self._stopped = False
         self._grace_s = 0.0
+        self._texts = SentTexts()
         self.is_usable = True
 
     @property
@@ -128,12 +131,12 @@ class _Worker:
         """Whether its process still runs."""
         return self._process is not None and self._process.poll() is None
 
-    def call(self, head: Mapping[str, Any], given: ScriptInput, timeout_s: float) -> Answer:
+    def call(self, head: Mapping[str, Any], servers: Sequence[str], timeout_s: float) -> Answer:
         """Send one request and wait for its answer."""
         self._grace_s = GRACE_S if head["kind"] == "exec" else 0.0
         self.is_usable = False
         try:
-            answer = self._answer(json.dumps(head).encode(), given.pack(), timeout_s)
+            answer = self._answer(json.dumps(head).encode(), self._texts.pack(servers), timeout_s)
         except TimeoutError:
             answer = failed("ScriptTimeout", "the balancing script took too long")
         except (OSError, EOFError, ValueError) as exc:
