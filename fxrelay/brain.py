@@ -26,7 +26,7 @@ from fxrelay.cluster.view import ClusterView
 from fxrelay.settings import RelaySettings, ServiceSection
 from fxrelay.uplink.ports import UplinkState, UplinkStatistics
 from fxtunnel import __version__
-from fxtunnel.model import InstanceId, RelayId, ServiceName
+from fxtunnel.model import GatewayId, InstanceId, RelayId, ServiceName
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +71,11 @@ class Brain:
         self.chooser = PoolChooser(self.view, ways(settings), environment, self._transporter, self._threads, whose.instance)
         self.chooser.reconfigure(balancing(settings, self._scripts))
 
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """What is wrong with what this node says about itself."""
+        return tuple(self._gatherer.problems)
+
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Publish, follow and tell until cancelled. Started when the cluster has been read once, or could not be."""
         try:
@@ -97,6 +102,10 @@ class Brain:
         self._settings = settings
         self.publisher.changed()
 
+    def _usable(self) -> list[UplinkStatistics]:
+        """The tunnels by which others may redirect to this node."""
+        return [uplink for uplink in self._whose.uplinks() if uplink.state is UplinkState.UP and not uplink.is_draining]
+
     def _agent(self) -> dict[str, Any]:
         return {
             "tunnels": [
@@ -105,18 +114,17 @@ class Brain:
                     "since": int(uplink.since_unix * 1000),
                     "streams": sum(session.mux.streams for session in uplink.sessions),
                 }
-                for uplink in self._whose.uplinks()
-                if uplink.state is UplinkState.UP
+                for uplink in self._usable()
             ]
         }
 
     async def _watch_tunnels(self) -> None:
         """Others redirect to this node by its tunnels: tell them at once when one comes or goes."""
-        known: set[str] = set()
+        known: set[GatewayId] = set()
         while True:
-            up = {uplink.gateway_id for uplink in self._whose.uplinks() if uplink.state is UplinkState.UP and not uplink.is_draining}
+            up = {uplink.gateway_id for uplink in self._usable()}
             if up != known:
-                known = set(up)
+                known = up
                 self.publisher.changed()
             await trio.sleep(TUNNEL_POLL_S)
 

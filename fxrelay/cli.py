@@ -169,6 +169,8 @@ def _print_cluster(cluster: "dict[str, Any]") -> None:
         click.echo(f"changes are not heard at once: {cluster['last_error']}")
     for server_id in cluster["quarrels"]:
         click.echo(f"warning: more than one process calls itself {server_id}")
+    for problem in cluster["problems"]:
+        click.echo(f"warning: {problem}")
 
 
 def _next_try(seconds: float | None) -> str:

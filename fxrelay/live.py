@@ -80,6 +80,7 @@ class LiveView:
             published=publisher.published,
             decisions=chooser.decisions,
             failures=dict(chooser.failures),
+            problems=self._brain.problems,
         )
 
     def totals(self) -> Totals:

@@ -53,6 +53,7 @@ class ClusterStatus:
     """What this relay knows of its cluster. `store_down_s` is 0 while the store answers; `live`: changes are heard at once.
 
     `nodes` counts servers by state, `updates` received server objects by what became of them, `failures` decisions without a node.
+    `problems` is what is wrong with this node's static data and metadata.
     """
 
     store_down_s: float
@@ -66,6 +67,7 @@ class ClusterStatus:
     published: int
     decisions: int
     failures: Mapping[str, int]
+    problems: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

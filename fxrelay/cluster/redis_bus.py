@@ -8,6 +8,7 @@ from typing import Any, Final, TypeVar
 from fxrelay.cluster.content import MAX_BATCH, MAX_BATCH_BYTES, decode_text, encode_collection, encode_text
 from fxrelay.cluster.ports import Message
 from fxrelay.cluster.redis_client import READ_S, RedisClient
+from fxrelay.cluster.subscribers import Subscribers
 from fxtunnel.errors import StoreError, TransporterError
 
 T = TypeVar("T")
@@ -23,9 +24,7 @@ class RedisTransporter:
 
     def __init__(self, client: RedisClient) -> None:
         self._client = client
-        self._subscriptions: set[RedisSubscription] = set()
-        self._lock = threading.Lock()
-        self._closed = False
+        self._subscribers = Subscribers[RedisSubscription](client.name)
 
     def publish(self, topic: str, text: str) -> None:
         """Tell everyone who listens. Raises TransporterError."""
@@ -39,32 +38,15 @@ class RedisTransporter:
         """Listen: from its return on, what is published is heard. Raises TransporterError."""
         try:
             channels = {self._client.key(encode_collection(topic)): topic for topic in topics}
-            subscription = RedisSubscription(self._client, self._client.connection(next(iter(channels))), channels, self._forget)
+            connection = self._client.connection(next(iter(channels)))
         except StoreError as exc:
             raise TransporterError(str(exc)) from exc
-        with self._lock:
-            self._subscriptions.add(subscription)
-        try:
-            subscription.start()
-            if self._closed:
-                raise TransporterError(f"{self._client.name}: was closed")
-        except TransporterError:
-            subscription.close()
-            raise
-        return subscription
+        return self._subscribers.start(RedisSubscription(self._client, connection, channels, self._subscribers.forget))
 
     def close(self) -> None:
         """End all connections; subscriptions end."""
-        self._closed = True
-        with self._lock:
-            subscriptions = list(self._subscriptions)
-        for subscription in subscriptions:
-            subscription.close()
+        self._subscribers.close()
         self._client.close()
-
-    def _forget(self, subscription: "RedisSubscription") -> None:
-        with self._lock:
-            self._subscriptions.discard(subscription)
 
 
 class RedisSubscription:

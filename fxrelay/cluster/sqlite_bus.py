@@ -13,6 +13,7 @@ from typing import Final, TypeVar
 from fxrelay.cluster.content import MAX_BATCH, MAX_BATCH_BYTES, decode_text, encode_collection, encode_text
 from fxrelay.cluster.ports import MAX_DOCUMENT_BYTES, Message
 from fxrelay.cluster.sqlite_file import SqliteFile
+from fxrelay.cluster.subscribers import Subscribers
 from fxtunnel.errors import StoreError, TransporterError
 
 T = TypeVar("T")
@@ -36,9 +37,7 @@ class SqliteTransporter:
         self._path = path
         self._file = SqliteFile(path)
         self._clean_at = 0.0
-        self._subscriptions: set[SqliteSubscription] = set()
-        self._lock = threading.Lock()
-        self._closed = False
+        self._subscribers = Subscribers[SqliteSubscription](str(path))
 
     def publish(self, topic: str, text: str) -> None:
         """Tell everyone who listens. Raises TransporterError."""
@@ -64,30 +63,12 @@ class SqliteTransporter:
 
     def subscribe(self, topics: tuple[str, ...]) -> "SqliteSubscription":
         """Listen. Raises TransporterError."""
-        subscription = SqliteSubscription(self._path, topics, self._forget)
-        with self._lock:
-            self._subscriptions.add(subscription)
-        try:
-            subscription.start()
-            if self._closed:
-                raise TransporterError(f"{self._path}: was closed")
-        except TransporterError:
-            subscription.close()
-            raise
-        return subscription
+        return self._subscribers.start(SqliteSubscription(self._path, topics, self._subscribers.forget))
 
     def close(self) -> None:
         """Let go of the file; subscriptions end."""
-        self._closed = True
-        with self._lock:
-            subscriptions = list(self._subscriptions)
-        for subscription in subscriptions:
-            subscription.close()
+        self._subscribers.close()
         self._file.close()
-
-    def _forget(self, subscription: "SqliteSubscription") -> None:
-        with self._lock:
-            self._subscriptions.discard(subscription)
 
 
 class SqliteSubscription:

@@ -153,7 +153,7 @@ def test_status_of_a_running_relay(relay: Path) -> None:
     }  # fmt: skip
     cluster = {
         "nodes": {"up": 2, "stale": 0, "down": 1}, "in_flight": 3, "store_down_s": 65.0, "last_error": "refused", "live": False,
-        "quarrels": ["node-b"],
+        "quarrels": ["node-b"], "problems": ["static-data.json: no object"],
     }  # fmt: skip
     content = {"relay": {"relay_id": "node-a", "uptime_s": 61.0}, "uplinks": [uplink, waiting], "services": [service], "cluster": cluster}
     state = relay.parent / "state"
@@ -174,6 +174,7 @@ def test_status_of_a_running_relay(relay: Path) -> None:
         "2 up, 1 down",
         "1 min 5 s",
         "node-b",
+        "static-data.json: no object",
     ):
         assert words in table.stdout, table.stdout
     assert "\x1b" not in table.stdout

@@ -1,63 +1,33 @@
 """A cluster on one machine: nodes on 127.0.0.2, 127.0.0.3, …, each with a service of its own that says whose it is."""
 
-import contextlib
 import json
 import shutil
 import socket
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from tests.ports import free_port
-from tests.system.peers import dial, read_exactly, read_to_end
+from tests.system.peers import Service, dial, echo, read_exactly, read_to_end
 from tests.system.stack import Stack, wait_until
 
 NAME_BYTES = 6
 
 
-class NamedService:
-    """Listens on a node's address; tells each client the node's name, then echoes. Counts what comes first from each client."""
+class NamedService(Service):
+    """Listens on a node's address; tells each client the node's name, then echoes. Keeps what comes first from each client."""
 
     def __init__(self, address: str, port: int, name: str) -> None:
-        self.name = name
         self.heads: list[bytes] = []
-        self._listener = socket.create_server((address, port), backlog=1024)
-        self._open: set[socket.socket] = set()
-        threading.Thread(target=self._accept, daemon=True).start()
 
-    def close(self) -> None:
-        """Stop listening; clients that are in are reset."""
-        with contextlib.suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-        for sock in list(self._open):
-            with contextlib.suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)
+        def serve(sock: socket.socket) -> None:
+            sock.sendall(name.encode().ljust(NAME_BYTES))
+            first = sock.recv(1 << 16)
+            if first:
+                self.heads.append(first)
+                sock.sendall(first)
+            echo(sock)
 
-    def _accept(self) -> None:
-        while True:
-            try:
-                sock, _ = self._listener.accept()
-            except OSError:
-                return
-            self._open.add(sock)
-            threading.Thread(target=self._serve, args=(sock,), daemon=True).start()
-
-    def _serve(self, sock: socket.socket) -> None:
-        try:
-            with sock:
-                sock.sendall(self.name.encode().ljust(NAME_BYTES))
-                first = True
-                while block := sock.recv(1 << 16):
-                    if first:
-                        self.heads.append(block)
-                        first = False
-                    sock.sendall(block)
-                sock.shutdown(socket.SHUT_WR)
-        except OSError:
-            pass
-        finally:
-            self._open.discard(sock)
+        super().__init__(serve, address=(address, port))
 
 
 @dataclass

@@ -66,13 +66,31 @@ def read_exactly(sock: socket.socket, size_bytes: int) -> bytes:
     return bytes(received)
 
 
-class Service:
-    """A service behind the firewall: `handler(sock)` runs in a thread for each connection."""
+def say(client: socket.socket, word: bytes = b"hello") -> None:
+    """A client of an echo: what it says comes back."""
+    client.sendall(word)
+    assert read_exactly(client, len(word)) == word
 
-    def __init__(self, handler: Callable[[socket.socket], None], path: Path | None = None) -> None:
+
+def is_served(port: int) -> bool:
+    """Whether a new client gets its echo."""
+    try:
+        with dial(port, 5) as client:
+            client.sendall(b"hello")
+            return read_exactly(client, 5) == b"hello"
+    except (OSError, EOFError):
+        return False
+
+
+class Service:
+    """A service behind the firewall: `handler(sock)` runs in a thread for each connection. Listens at `address`, or at `path`."""
+
+    def __init__(
+        self, handler: Callable[[socket.socket], None], path: Path | None = None, address: tuple[str, int] = ("127.0.0.1", 0)
+    ) -> None:
         if path is None:
-            self._listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
-            self.target = f"127.0.0.1:{self._listener.getsockname()[1]}"
+            self._listener = socket.create_server(address, backlog=1024)
+            self.target = f"{address[0]}:{self._listener.getsockname()[1]}"
         else:
             self._listener = socket.socket(socket.AF_UNIX)
             self._listener.bind(str(path))

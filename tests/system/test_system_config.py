@@ -11,24 +11,10 @@ from pathlib import Path
 import pytest
 
 from tests.ports import free_port
-from tests.system.peers import Outcome, Service, dial, exchanges, how_it_ends, payload, read_exactly, visit
+from tests.system.peers import Outcome, Service, dial, exchanges, how_it_ends, is_served, payload, say, visit
 from tests.system.stack import Daemon, Stack, cli, wait_until
 
 pytestmark = [pytest.mark.system, pytest.mark.xdist_group("config")]
-
-
-def say(client: socket.socket, word: bytes = b"hello") -> None:
-    client.sendall(word)
-    assert read_exactly(client, len(word)) == word
-
-
-def is_served(port: int) -> bool:
-    try:
-        with dial(port, 5) as client:
-            client.sendall(b"?")
-            return client.recv(1) == b"?"
-    except OSError:
-        return False
 
 
 def events(daemon: Daemon) -> list[str]:

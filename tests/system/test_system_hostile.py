@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 import psutil
 import pytest
 
-from tests.system.peers import Outcome, Service, dial, echo, exchanges, read_exactly, visit
+from tests.system.peers import Outcome, Service, dial, echo, exchanges, is_served, say, visit
 from tests.system.servers import need
 from tests.system.stack import Stack, wait_until
 
@@ -27,20 +27,6 @@ SILENT, GARBAGE = 500, 500
 SOURCES = 40
 HELLO_TIMEOUT_S = 5.0
 CLIENTS = 300
-
-
-def say(client: socket.socket, word: bytes = b"hello") -> None:
-    client.sendall(word)
-    assert read_exactly(client, len(word)) == word
-
-
-def is_served(port: int) -> bool:
-    try:
-        with dial(port, 5) as client:
-            client.sendall(b"?")
-            return client.recv(1) == b"?"
-    except OSError:
-        return False
 
 
 def files(stack: Stack) -> int:

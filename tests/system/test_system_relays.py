@@ -13,15 +13,10 @@ from contextlib import ExitStack
 import pytest
 
 from tests.ports import free_port
-from tests.system.peers import Service, dial, read_exactly
+from tests.system.peers import Service, dial, read_exactly, say
 from tests.system.stack import Stack, wait_until
 
 pytestmark = [pytest.mark.system, pytest.mark.xdist_group("relays")]
-
-
-def say(client: socket.socket, word: bytes) -> None:
-    client.sendall(word)
-    assert read_exactly(client, len(word)) == word
 
 
 def streams(stack: Stack) -> dict[str, int]:

@@ -7,23 +7,13 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.system.peers import MIB, Outcome, Service, dial, exchanges, how_it_ends, payload, read_exactly
+from tests.system.peers import MIB, Outcome, Service, dial, exchanges, how_it_ends, is_served, payload, read_exactly
 from tests.system.stack import Stack, wait_until
 
 pytestmark = [pytest.mark.system, pytest.mark.xdist_group("restarts")]
 
 BACK_S = 8.0
 """Until relays are back after the gateway has been restarted: their jitter, and two slow starts of a Python process."""
-
-
-def greets(port: int) -> bool:
-    """Whether a new client is served."""
-    try:
-        with dial(port, 5) as client:
-            client.sendall(b"hello")
-            return read_exactly(client, 5) == b"hello"
-    except (OSError, EOFError):
-        return False
 
 
 @pytest.fixture
@@ -43,7 +33,7 @@ def test_a_relay_that_is_killed_takes_its_name_over_when_it_is_back(stack: Stack
         stack.start_relay("node-a")
         end, _ = how_it_ends(old, 5)
         assert end == "reset"
-        assert greets(stack.doors["echo"])
+        assert is_served(stack.doors["echo"])
         assert time.monotonic() - began < BACK_S
     assert stack.live_relays()["node-a"]["epoch"] == 2
 
@@ -55,7 +45,7 @@ def test_after_a_killed_gateway_the_relay_comes_back_by_itself(stack: Stack) -> 
     stack.gateway.kill()
     began = time.monotonic()
     stack.start_gateway()
-    wait_until(lambda: greets(stack.doors["echo"]), BACK_S, "the relay back and a new client served")
+    wait_until(lambda: is_served(stack.doors["echo"]), BACK_S, "the relay back and a new client served")
     assert time.monotonic() - began < BACK_S
     assert set(crowd.outcomes()) <= {Outcome.RIGHT, Outcome.RESET}
 
@@ -92,7 +82,7 @@ def test_both_daemons_killed_in_turn_under_load(stack: Stack) -> None:
     chance = random.Random(1)
     outcomes: list[Outcome] = []
     for turn in range(6):
-        wait_until(lambda: greets(stack.doors["echo"]), 15, "a new client served")
+        wait_until(lambda: is_served(stack.doors["echo"]), 15, "a new client served")
         crowd = exchanges(stack.doors["swap"], 12, 2 * MIB, rate_bytes_per_s=MIB)
         time.sleep(chance.uniform(0.1, 1.5))
         victim = stack.gateway if turn % 2 else stack.relays["node-a"]
@@ -104,5 +94,5 @@ def test_both_daemons_killed_in_turn_under_load(stack: Stack) -> None:
         outcomes += crowd.outcomes()
     assert set(outcomes) <= {Outcome.RIGHT, Outcome.RESET}
     assert Outcome.RESET in outcomes
-    wait_until(lambda: greets(stack.doors["echo"]), 15, "a new client served")
+    wait_until(lambda: is_served(stack.doors["echo"]), 15, "a new client served")
     assert exchanges(stack.doors["swap"], 4, MIB).outcomes() == [Outcome.RIGHT] * 4
