@@ -6,8 +6,7 @@ Tags below 0x80 change what is asked for, and must be understood; the others onl
 import re
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from fxtunnel.codes import Code
 from fxtunnel.errors import LocalProtocolError, RemoteProtocolError
@@ -36,9 +35,8 @@ _TRACE: Final = re.compile(r"[0-9a-f]{1,32}")
 _TLV: Final = struct.Struct(">BH")
 
 
-@dataclass(frozen=True, slots=True)
-class Opening:
-    """What an OPEN asks for. All but the service may be empty.
+class Opening(NamedTuple):
+    """What an OPEN asks for. All but the service may be empty. A tuple, since one is made for every stream.
 
     `client` and `door` tell where the stream comes from. `via` is the relay whose REDIRECT led here, if one did; `avoid` are relays that a
     REDIRECT has led to already, in vain. `trace` is the stream's mark in the gateway's log. `host` is the name by which the client asked
@@ -130,13 +128,24 @@ def decode_open(payload: bytes | memoryview) -> tuple[int, Opening]:
             found[tag] = ""
             if tag < _OPTIONAL_TAG:
                 unsupported = tag
-    service = found.get(TAG_SERVICE, "")
+    service = found.pop(TAG_SERVICE, "")
     if not is_name(service):
         raise RemoteProtocolError(Code.PROTOCOL_ERROR, "OPEN names no valid service")
-    opening = Opening(
-        ServiceName(service),
-        found.get(TAG_CLIENT, ""),
-        found.get(TAG_DOOR, ""),
+    client, door = found.pop(TAG_CLIENT, ""), found.pop(TAG_DOOR, "")
+    opening = Opening(ServiceName(service), client, door)
+    if found:
+        opening = _with_more(opening, found)
+    if unsupported is not None:
+        raise UnsupportedTag(f"tag 0x{unsupported:02x}")
+    return window, opening
+
+
+def _with_more(opening: Opening, found: dict[int, str]) -> Opening:
+    """What few streams have."""
+    more = Opening(
+        opening.service,
+        opening.client,
+        opening.door,
         _relay(found[TAG_VIA]) if TAG_VIA in found else None,
         tuple(_relay(name) for name in found[TAG_NOT].split(",")) if TAG_NOT in found else (),
         _trace(found[TAG_TRACE]) if TAG_TRACE in found else "",
@@ -145,13 +154,11 @@ def decode_open(payload: bytes | memoryview) -> tuple[int, Opening]:
         _relay(found[TAG_NODE]) if TAG_NODE in found else None,
         _bounded(found, TAG_TICKET, MAX_TICKET_BYTES),
     )
-    if len(opening.avoid) > MAX_AVOIDED or len(set(opening.avoid)) < len(opening.avoid):
-        raise RemoteProtocolError(Code.PROTOCOL_ERROR, f"OPEN rules out {len(opening.avoid)} relays, or one of them twice")
-    if opening.scheme not in _SCHEMES:
+    if len(more.avoid) > MAX_AVOIDED or len(set(more.avoid)) < len(more.avoid):
+        raise RemoteProtocolError(Code.PROTOCOL_ERROR, f"OPEN rules out {len(more.avoid)} relays, or one of them twice")
+    if more.scheme not in _SCHEMES:
         raise RemoteProtocolError(Code.PROTOCOL_ERROR, "OPEN names no valid scheme")
-    if unsupported is not None:
-        raise UnsupportedTag(f"tag 0x{unsupported:02x}")
-    return window, opening
+    return more
 
 
 def _relay(name: str) -> RelayId:
