@@ -12,9 +12,12 @@ import trio
 from fxgateway import settings as config
 from fxgateway.admin.live import LiveView
 from fxgateway.admin.pages import make_app
+from fxgateway.door_settings import DoorSettings
 from fxgateway.doors.door import DoorConfig
 from fxgateway.doors.doors import Doors
 from fxgateway.routing.admission import Admission, AdmissionLimits
+from fxgateway.routing.hosts import HostTable, Route
+from fxgateway.routing.reception import Kind, Receptionist
 from fxgateway.settings import GatewaySettings
 from fxgateway.tunnels.control import ControlConfig
 from fxgateway.tunnels.identities import Identities
@@ -131,7 +134,7 @@ class Gateway:
             nursery.cancel_scope.cancel()
 
     def _announce(self, tunnel: str, admin: str) -> None:
-        doors = ", ".join(f"{door.service} on {self._doors.bound[str(door.config.listen)]}" for door in self._doors.open_doors())
+        doors = ", ".join(f"{door.leads_to} on {self._doors.bound[str(door.config.listen)]}" for door in self._doors.open_doors())
         self._view.listening = (tunnel, *self._doors.bound.values(), admin)
         sys.stdout.write(f"fxgateway ready: tunnels on {tunnel}; doors: {doors or 'none'}; admin on {admin}\n")
         sys.stdout.flush()
@@ -193,6 +196,7 @@ class Gateway:
 def door_configs(settings: GatewaySettings) -> list[DoorConfig]:
     """The doors of a configuration."""
     limits = settings.limits
+    routes = HostTable(Route(route.host, route.path, ServiceName(route.service)) for route in settings.routes)
     return [
         DoorConfig(
             door.label,
@@ -202,9 +206,18 @@ def door_configs(settings: GatewaySettings) -> list[DoorConfig]:
             limits.idle_timeout_s,
             door.proxy_from,
             limits.hello_timeout_s,
+            receptionist(door, routes),
+            door.sniff_s,
         )
         for door in settings.doors
     ]
+
+
+def receptionist(door: DoorSettings, routes: HostTable) -> Receptionist | None:
+    """Who hears the door's clients before they are let in; nobody where all get the same."""
+    if door.kind is Kind.TCP:
+        return None
+    return Receptionist(door.kind, routes, ServiceName(door.service) or None, ServiceName(door.ssh) or None)
 
 
 def session_config(settings: GatewaySettings) -> SessionConfig:

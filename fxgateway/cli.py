@@ -141,7 +141,7 @@ def check(config_path: Path, no_bind: bool) -> None:
     refuse(problems)
     for warning in warnings(settings):
         click.echo(f"warning: {warning}", err=True)
-    doors = ", ".join(f"{door.listen} -> {door.service}" for door in settings.doors)
+    doors = ", ".join(f"{door.listen} -> {door.service or door.kind}" for door in settings.doors)
     click.echo(f"ok: {config_path}: relays on {settings.tunnel.listen}, doors {doors or 'none'}, admin on {settings.admin.listen}")
 
 

@@ -11,6 +11,7 @@ from urllib.parse import SplitResult, urlsplit
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import InitErrorDetails
 
+from fxgateway.door_settings import DoorSettings, RouteSettings, doors_without_way, route_clashes
 from fxtunnel.kit.sections import LogSettings, ResumeSettings, Seconds, Section, Size, WholeFile, clash, tables
 from fxtunnel.kit.settings import Address, AddressField, ConfigPath, NameField, load_settings
 
@@ -57,29 +58,6 @@ class TunnelSettings(Section):
     def identities_path(self) -> Path:
         """relays.json."""
         return self.state_dir / "relays.json"
-
-
-class DoorSettings(Section):
-    """An address where clients come in, and the service they get."""
-
-    listen: AddressField = Field(description="Address for clients, host:port; or unix:/path.")
-    service: NameField = Field(description="Name of the service, as relays offer it.")
-    name: str = Field(
-        "", max_length=128, pattern=r"^[ -~]*$", description="What logs and metrics call the door; the listen address if empty."
-    )
-    max_connections: int | None = Field(
-        None, ge=1, le=1_000_000, description="Open connections of this door instead of connections_per_door."
-    )
-    proxy_from: tuple[IPv4Network | IPv6Network, ...] = Field(
-        (),
-        max_length=1024,
-        description="Proxies (addresses, or networks as CIDR) that say by a PROXY header, v1 or v2, whom they speak for; they must.",
-    )
-
-    @property
-    def label(self) -> str:
-        """The door's name in logs and metrics."""
-        return self.name or str(self.listen)
 
 
 class AdminSettings(Section):
@@ -139,10 +117,13 @@ class LivenessSettings(Section):
 
 
 class GatewaySettings(WholeFile):
-    """A whole gateway.toml. `doors` is written [[door]], once per door."""
+    """A whole gateway.toml. `doors` and `routes` are written [[door]] and [[route]], once for each."""
 
     tunnel: TunnelSettings = Field(description="Where relays come in.")
     doors: tuple[DoorSettings, ...] = Field((), alias="door", max_length=4096, description="Where clients come in.")
+    routes: tuple[RouteSettings, ...] = Field(
+        (), alias="route", max_length=16_384, description="Which service a host and a path lead to, at doors that look at them."
+    )
     admin: AdminSettings = Field(default_factory=AdminSettings, description="Health, metrics and status.")
     limits: LimitSettings = Field(default_factory=LimitSettings, description="What clients and relays may take.")
     resume: ResumeSettings = Field(default_factory=ResumeSettings, description="Carrying streams over a cut of the tunnel.")
@@ -167,7 +148,7 @@ class GatewaySettings(WholeFile):
                 found.append(clash(f"{addresses[listen]} already listens on {listen}", (*loc, "listen"), listen))
             if isinstance(name, str) and name and names.setdefault(name, where) != where:
                 found.append(clash(f"{names[name]} is already named {name!r}", (*loc, "name"), name))
-        return found
+        return found + route_clashes(raw) + doors_without_way(raw)
 
     def listens(self) -> list[tuple[str, Address]]:
         """Every address the gateway listens on, with the key that names it."""

@@ -128,6 +128,9 @@ state_dir = "."
 listen = "0.0.0.0:2222"
 service = "ssh"
 # name = "ssh-door"
+# kind = "tcp"            # or sni, http, auto: then [[route]]s decide, and `service` is for those whom none leads
+# ssh = "ssh"             # of kind auto: for SSH clients
+# sniff_s = 0.3           # of kind auto: silence after which a client gets `service`
 # max_connections = 1000
 
 # /healthz /readyz /metrics /relays. There is no password: keep it on this machine, or use "unix:admin.sock".

@@ -35,7 +35,7 @@ class LiveView:
             DoorStatus(
                 door.name,
                 str(door.config.listen),
-                door.service,
+                door.leads_to,
                 len(door.clients),
                 door.counters.accepted,
                 dict(door.counters.refused),
@@ -51,8 +51,11 @@ class LiveView:
             return False, ["the gateway is draining"]
         able = [relay for relay in self._registry.relays() if relay.readiness is not Readiness.NONE]
         served = {offer.name for relay in able for offer in relay.offers}
-        lacking = [door for door in self._doors.open_doors() if door.service not in served]
-        reasons = [f"no relay for service {door.service} of door {door.name}" for door in lacking]
+        reasons = [
+            f"no relay for service {service} of door {door.name}"
+            for door in self._doors.open_doors()
+            for service in sorted(door.services - served)
+        ]
         return not reasons, reasons
 
     def totals(self) -> Totals:

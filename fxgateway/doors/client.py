@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Final
 from fxgateway.routing.table import Forward, Reject
 from fxtunnel.codes import Code
 from fxtunnel.engine.splice import Splice
-from fxtunnel.model import RelayId, is_name
-from fxtunnel.protocol.opening import MAX_AVOIDED, encode_redirects
+from fxtunnel.model import RelayId, ServiceName, is_name
+from fxtunnel.protocol.opening import MAX_AVOIDED, TAG_CLIENT, encode_redirects, encode_tag
 
 if TYPE_CHECKING:
     from fxgateway.doors.door import Door
@@ -24,12 +24,28 @@ class Client(Splice):
     A relay may redirect to another one; if that one fails, the first is asked again for another way before its turn is over.
     """
 
-    __slots__ = ("_asked", "_attempts", "_avoid", "_target", "address", "admitted_by", "door", "last_bytes", "moved_at", "named")
+    __slots__ = (
+        "_asked",
+        "_attempts",
+        "_avoid",
+        "_target",
+        "address",
+        "admitted_by",
+        "door",
+        "last_bytes",
+        "moved_at",
+        "named",
+        "service",
+        "tags",
+    )
 
-    def __init__(self, door: "Door", sock: socket.socket, address: str) -> None:
+    def __init__(self, door: "Door", sock: socket.socket, address: str, service: ServiceName, tags: bytes) -> None:
         super().__init__(door.reactor, sock)
         self.door = door
         self.address = address
+        self.service = service
+        self.tags = tags
+        """OPEN's tags but for the client's own address."""
         self.admitted_by = door.name
         self.named = ""
         """The client's ip:port if somebody else told it (PROXY protocol); else the socket knows it."""
@@ -44,8 +60,13 @@ class Client(Splice):
 
     def begin(self, peer: str) -> None:
         """Choose a relay and open the stream; `peer` is the client's ip:port as OPEN carries it."""
-        if self._forward(b"", self.door.tags(peer)):
+        if self._forward(b"", self._tags(peer)):
             self.start()
+
+    def turn_away(self, reason: str) -> None:
+        """Nobody serves it."""
+        self.door.refused(reason)
+        self.abort()
 
     @property
     def moved_bytes(self) -> int:
@@ -109,7 +130,17 @@ class Client(Splice):
         if self.closed or stream is None:
             return
         self.door.opening.pop(self, None)  # to enter again at its end: it is in order of time
-        self._forward(bytes(stream.early or b""), self.door.tags_of(self), asks_again=asks_again)
+        self._forward(bytes(stream.early or b""), self._tags(self.named or self.peer()), asks_again=asks_again)
+
+    def _tags(self, peer: str) -> bytes:
+        return self.tags + encode_tag(TAG_CLIENT, peer) if peer else self.tags
+
+    def peer(self) -> str:
+        """Its ip:port as the socket knows it."""
+        try:
+            return peer_text(self.sock.getpeername())
+        except OSError:
+            return self.address
 
     def _forward(self, early: bytes, tags: bytes, *, asks_again: bool = False) -> bool:
         """Open the stream on `_target`, or on the relay that redirected last (`asks_again`), or on the best that was not asked yet."""
@@ -125,12 +156,11 @@ class Client(Splice):
                 relay = relays.named(self._asked[-1])
                 asks_again = False
             if relay is None:
-                match relays.routes.decide(self.door.service, self._asked):
+                match relays.routes.decide(self.service, self._asked):
                     case Forward(relay):
                         self._asked = (*self._asked, relay.relay_id)
                     case Reject(reason):
-                        self.door.refused(reason.value)
-                        self.abort()
+                        self.turn_away(reason.value)
                         return False
             self._attempts += 1
             session = relay.session_for_stream()
@@ -145,6 +175,13 @@ class Client(Splice):
             if self._read_done:
                 stream.fin()
             return True
-        self.door.refused("too-many-attempts")
-        self.abort()
+        self.turn_away("too-many-attempts")
         return False
+
+
+def peer_text(peer: object) -> str:
+    """A socket's address as OPEN carries it; empty for a unix socket."""
+    if not isinstance(peer, tuple):
+        return ""
+    host, port = peer[0], peer[1]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

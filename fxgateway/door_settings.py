@@ -1,0 +1,104 @@
+"""Port: what an administrator can write in gateway.toml about doors and where they lead."""
+
+import re
+from collections.abc import Mapping
+from ipaddress import IPv4Network, IPv6Network
+from typing import Final, Self
+
+from pydantic import Field, field_validator, model_validator
+from pydantic_core import InitErrorDetails
+
+from fxgateway.routing.reception import Kind
+from fxtunnel.kit.sections import Seconds, Section, clash, tables
+from fxtunnel.kit.settings import AddressField, NameField
+
+_LABEL: Final = r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)"
+_HOST: Final = re.compile(rf"\*|(?:\*\.)?{_LABEL}(?:\.{_LABEL})*")
+_PATH: Final = re.compile(r"/[!-~]{0,1023}")
+
+
+class DoorSettings(Section):
+    """An address where clients come in, and where they get to: always one service, or what they ask for by name."""
+
+    listen: AddressField = Field(description="Address for clients, host:port; or unix:/path.")
+    kind: Kind = Field(
+        Kind.TCP,
+        description="tcp: all get `service`. sni: TLS, unread, by the name asked for. http: by Host and path. auto: by the first bytes.",
+    )
+    service: NameField = Field("", description="Name of the service, as relays offer it; at other kinds than tcp, where no route leads.")
+    ssh: NameField = Field("", description="Service of SSH clients at a door of kind auto, instead of `service`.")
+    sniff_s: Seconds = Field(
+        0.3, ge=0.01, le=5, description="Seconds of silence at a door of kind auto after which a client waits for the server: `service`."
+    )
+    name: str = Field(
+        "", max_length=128, pattern=r"^[ -~]*$", description="What logs and metrics call the door; the listen address if empty."
+    )
+    max_connections: int | None = Field(
+        None, ge=1, le=1_000_000, description="Open connections of this door instead of connections_per_door."
+    )
+    proxy_from: tuple[IPv4Network | IPv6Network, ...] = Field(
+        (),
+        max_length=1024,
+        description="Proxies (addresses, or networks as CIDR) that say by a PROXY header, v1 or v2, whom they speak for; they must.",
+    )
+
+    @model_validator(mode="after")
+    def _check_kind(self) -> Self:
+        if self.kind is Kind.TCP and not self.service:
+            raise ValueError("expected `service`: at a door of kind tcp every client gets the same")
+        if self.kind is not Kind.AUTO:
+            only_auto = sorted({"ssh", "sniff_s"} & self.model_fields_set)
+            if only_auto:
+                raise ValueError(f"{', '.join(only_auto)}: only for a door of kind auto")
+        return self
+
+    @property
+    def label(self) -> str:
+        """The door's name in logs and metrics."""
+        return self.name or str(self.listen)
+
+
+class RouteSettings(Section):
+    """A host, and perhaps a path, and the service they lead to. The most specific host decides, then the longest path."""
+
+    host: str = Field(description="A name, *.NAME for every name below it, or * for all.")
+    path: str = Field("/", description="A prefix of whole segments; doors that see no path (sni) know only /.")
+    service: NameField = Field(description="Name of the service, as relays offer it.")
+
+    @field_validator("host")
+    @classmethod
+    def _check_host(cls, value: str) -> str:
+        if len(value) > 253 or not _HOST.fullmatch(value):
+            raise ValueError(f"expected NAME, *.NAME or *, in ASCII and without a port, found {value!r}")
+        return value.lower()
+
+    @field_validator("path")
+    @classmethod
+    def _check_path(cls, value: str) -> str:
+        if not _PATH.fullmatch(value) or "?" in value or "#" in value:
+            raise ValueError(f"expected a path that begins with / and has neither query nor fragment, found {value!r}")
+        return value
+
+
+def route_clashes(raw: Mapping[str, object]) -> list[InitErrorDetails]:
+    """Routes of the same host and path."""
+    found: list[InitErrorDetails] = []
+    seen: dict[tuple[str, str], int] = {}
+    for index, route in tables(raw, "route"):
+        host, path = route.get("host"), route.get("path", "/")
+        if isinstance(host, str) and isinstance(path, str):
+            first = seen.setdefault((host.lower(), path.rstrip("/")), index)
+            if first != index:
+                found.append(clash(f"route[{first}] already has this host and path", ("route", index), host))
+    return found
+
+
+def doors_without_way(raw: Mapping[str, object]) -> list[InitErrorDetails]:
+    """Doors that nobody could get anywhere by."""
+    if any(True for _ in tables(raw, "route")):
+        return []
+    return [
+        clash("leads nowhere: it has no `service`, and there is no [[route]]", ("door", index), str(door.get("kind")))
+        for index, door in tables(raw, "door")
+        if door.get("kind", "tcp") != "tcp" and not door.get("service")
+    ]

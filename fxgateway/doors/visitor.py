@@ -1,0 +1,96 @@
+"""Pump: a connection that has not said yet where it wants to go: what it says is looked at, and stays where it is for the client."""
+
+import socket
+from typing import TYPE_CHECKING
+
+from fxgateway.routing.reception import MAX_FIRST_BYTES, Kind, Lead, Receptionist, TurnAway, Wait
+from fxtunnel.engine.reactor import ERROR, HANGUP, STREAM_EVENTS, Timer
+
+if TYPE_CHECKING:
+    from fxgateway.doors.door import Door
+
+
+class Visitor:
+    """Owns the socket until the door hears of `visitor_led` or `visitor_turned_away`, once. The door also ends it when it takes too long.
+
+    `named` is the client's ip:port if somebody else told it.
+    """
+
+    __slots__ = ("_receptionist", "_silence", "_wanted_bytes", "address", "admitted_by", "door", "is_over", "named", "sock")
+
+    def __init__(self, door: "Door", sock: socket.socket, address: str, named: str, receptionist: Receptionist) -> None:
+        self.door = door
+        self.sock = sock
+        self.address = address
+        self.named = named
+        self.admitted_by = door.name
+        self.is_over = False
+        self._receptionist = receptionist
+        self._wanted_bytes = 1
+        self._silence: Timer | None = None
+
+    def start(self) -> None:
+        """Begin to listen to the socket."""
+        self.door.reactor.register(self.sock, self, STREAM_EVENTS)
+        receptionist = self._receptionist
+        if receptionist.kind is Kind.AUTO and receptionist.default is not None:
+            self._silence = self.door.reactor.call_later(self.door.config.sniff_s, self._on_silence)
+
+    def on_event(self, events: int) -> None:
+        """From the reactor."""
+        try:
+            data = self._peek()
+        except BlockingIOError:
+            return
+        except OSError:
+            self.turn_away(TurnAway("gone", "the connection was reset"))
+            return
+        if len(data) >= self._wanted_bytes:
+            match self._receptionist.receive(data):
+                case Wait(at_least_bytes):
+                    self._wanted_bytes = at_least_bytes
+                    if at_least_bytes > MAX_FIRST_BYTES:
+                        self.turn_away(TurnAway("first-words-too-long", "too much is said before it is clear what is wanted"))
+                case Lead() as lead:
+                    self._lead(lead)
+                case TurnAway() as away:
+                    self.turn_away(away)
+        if events & (HANGUP | ERROR) and not self.is_over:
+            self.turn_away(TurnAway("gone", "the client left before it was clear what it wants"))
+
+    def on_crash(self) -> None:
+        """From the reactor: a bug of ours; this connection ends, nothing else does."""
+        self.turn_away(TurnAway("internal-error", "internal error"))
+
+    @property
+    def timeout_status(self) -> int:
+        """What to answer when it takes too long: 0 where it may not even speak HTTP."""
+        return 408 if self._receptionist.kind in (Kind.HTTP, Kind.HTTPS) else 0
+
+    def turn_away(self, away: TurnAway) -> None:
+        """It does not come in. Does nothing once it is over."""
+        if not self.is_over:
+            self._end()
+            self.door.visitor_turned_away(self, away)
+
+    def _lead(self, lead: Lead) -> None:
+        self._end()
+        self.door.visitor_led(self, lead)
+
+    def _end(self) -> None:
+        self.is_over = True
+        self.door.reactor.unregister(self.sock)
+        if self._silence is not None:
+            self._silence.cancel()
+
+    def _on_silence(self) -> None:
+        """It waits for the server to speak first."""
+        try:
+            said = bool(self._peek())
+        except OSError:
+            said = False
+        if not said and not self.is_over and self._receptionist.default is not None:
+            self._lead(Lead(self._receptionist.default))
+
+    def _peek(self) -> bytes:
+        return self.sock.recv(MAX_FIRST_BYTES, socket.MSG_PEEK)

@@ -1,0 +1,91 @@
+"""Pump: a client that speaks HTTP: it is told why it is turned away, as long as nothing has come from a service."""
+
+import logging
+import socket
+from random import uniform
+from typing import TYPE_CHECKING, Final
+
+from fxgateway.doors.client import Client
+from fxgateway.routing.reception import Lead
+from fxtunnel.codes import Code
+from fxtunnel.kit.answers import Refused, render
+from fxtunnel.protocol.opening import Opening, encode_tags
+
+if TYPE_CHECKING:
+    from fxgateway.doors.door import Door
+
+logger = logging.getLogger(__name__)
+
+RETRY_AFTER_S: Final = (1.0, 10.0)
+"""Clients of a service that is away come back spread over this time."""
+_UNREACHED: Final = Refused(502, "NotReached", "The service cannot be reached at the moment.")
+_TOO_LATE: Final = Refused(504, "TooLate", "The service did not answer in time.")
+_BY_CODE: Final = {Code.CONNECT_FAILED: _UNREACHED, Code.CONNECT_TIMEOUT: _TOO_LATE, Code.CANCELLED: _TOO_LATE}
+
+
+class WebClient(Client):
+    """A client whose first request has been looked at. With `lead.instead` that is sent in place of the request's head."""
+
+    __slots__ = ("_accept", "_instead", "_refusal", "_trace")
+
+    def __init__(self, door: "Door", sock: socket.socket, address: str, lead: Lead, opening: Opening) -> None:
+        super().__init__(door, sock, address, opening.service, encode_tags(opening))
+        head = lead.head
+        self._trace = opening.trace
+        self._accept = head.accept if head is not None else b""
+        self._instead = lead.instead
+        self._refusal = Refused(
+            503,
+            "NoRelay",
+            "The service is not available at the moment.",
+            retry_after_s=uniform(*RETRY_AFTER_S),  # noqa: S311 - spreads load
+        )
+        if lead.instead and head is not None:
+            sock.recv_into(bytearray(len(head.raw)))  # all of it is there: it has been looked at
+            self._readable = True
+
+    def read_turn(self, limit_bytes: int) -> int:
+        """See `Splice`."""
+        instead, stream, session = self._instead, self.stream, self.session
+        if not instead or stream is None or session is None or stream.closed:
+            return super().read_turn(limit_bytes)
+        self._queued = False
+        count = min(limit_bytes, stream.send_credit, len(instead))
+        if count <= 0:
+            return 0
+        slot = session.mux.ring.slot(count)
+        count = min(count, len(slot))
+        slot[:count] = instead[:count]
+        stream.sent(slot, count)
+        self._instead = instead[count:]
+        self._queue_read()
+        return count
+
+    def on_refuse(self, code: Code, text: str) -> None:
+        """See `Endpoint`."""
+        self._refusal = _BY_CODE.get(code, self._refusal)
+        super().on_refuse(code, text)
+
+    def open_timed_out(self) -> None:
+        """See `Client`."""
+        self._refusal = _TOO_LATE
+        super().open_timed_out()
+
+    def turn_away(self, reason: str) -> None:
+        """See `Client`."""
+        stream = self.stream
+        if self.closed or (stream is not None and (stream.accepted or stream.bytes_in)):
+            super().turn_away(reason)
+            return
+        logger.info("door %s: %d for %s: %s (trace %s)", self.door.name, self._refusal.status, self.address, reason, self._trace)
+        self.door.refused(reason)
+        self.closed = True
+        self.reactor.unregister(self.sock)  # it stays open for what is to be said
+        self.door.say_farewell(self.sock, error_words(self._refusal, self._trace, self._accept))
+        self.released()
+
+
+def error_words(refusal: Refused, trace: str, accept: bytes) -> bytes:
+    """A whole answer after which the connection is closed."""
+    answer = render(refusal, trace, accept)
+    return answer.head + b"Connection: close\r\n\r\n" + answer.body

@@ -1,0 +1,127 @@
+"""Pure: what a connection says first, and where that leads."""
+
+import re
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Final
+
+from fxgateway.routing.hosts import HostTable
+from fxgateway.routing.request_head import BadHead, RequestHead, one_request, read_request_head
+from fxtunnel.kit.client_hello import MAX_RECORDS_BYTES, UNRECOGNIZED_NAME, ClientHello, NeedMore, read_client_hello
+from fxtunnel.model import ServiceName
+
+MAX_FIRST_BYTES: Final = MAX_RECORDS_BYTES
+"""Looked at of what a client says first, records' headers and all."""
+_REQUEST: Final = re.compile(rb"[A-Z]{2,20} [/*h]")
+_PERHAPS_REQUEST: Final = re.compile(rb"[A-Z]{1,20} ?")
+_TLS_HANDSHAKE: Final = 0x16
+_SSH: Final = b"SSH-"
+
+
+class Kind(StrEnum):
+    """What a door takes in."""
+
+    TCP = "tcp"
+    SNI = "sni"
+    HTTP = "http"
+    HTTPS = "https"
+    AUTO = "auto"
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """Nothing can be said before so many bytes are there."""
+
+    at_least_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Lead:
+    """To this service. `head` is the request that said so, for answers to it; `instead` is to be sent in place of it, if not empty."""
+
+    service: ServiceName
+    host: str = ""
+    scheme: str = ""
+    head: RequestHead | None = None
+    instead: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class TurnAway:
+    """Nowhere. `status` is an HTTP answer's, `farewell` bytes to send; without both, RST."""
+
+    reason: str
+    text: str
+    status: int = 0
+    farewell: bytes = b""
+    accept: bytes = b""
+    host: str = ""
+
+
+Reception = Wait | Lead | TurnAway
+
+
+@dataclass(frozen=True, slots=True)
+class Receptionist:
+    """What a door knows: its kind, the routes, and the service of those who do not say where they want to go, if there is one.
+
+    `ssh` is for clients of an `auto` door that begin with SSH's greeting (RFC 4253, 4.2).
+    """
+
+    kind: Kind
+    routes: HostTable
+    default: ServiceName | None
+    ssh: ServiceName | None = None
+
+    def services(self) -> frozenset[ServiceName]:
+        """Everything it leads to."""
+        return self.routes.services() | {service for service in (self.default, self.ssh) if service is not None}
+
+    def receive(self, data: bytes) -> Reception:
+        """What to do with a client that has said `data` so far."""
+        if not data:
+            return Wait(1)
+        if self.kind is Kind.SNI:
+            return self.receive_tls(data)
+        if self.kind is Kind.AUTO:
+            return self._receive_any(data)
+        return self.receive_http(data, "https" if self.kind is Kind.HTTPS else "http")
+
+    def receive_tls(self, data: bytes) -> Reception:
+        """A ClientHello; the bytes go on as they are."""
+        found = read_client_hello(data)
+        match found:
+            case NeedMore(at_least):
+                return Wait(at_least)
+            case ClientHello(host):
+                service = (self.routes.find_host(host) if host else None) or self.default
+                if service is None:
+                    return TurnAway("no-route", f"no route for {host or 'a client without SNI'}", farewell=UNRECOGNIZED_NAME, host=host)
+                return Lead(service, host, "tls")
+            case _:
+                return TurnAway("bad-hello", found.reason)
+
+    def receive_http(self, data: bytes, scheme: str) -> Reception:
+        """The first request of a connection; it leads all of them."""
+        head = read_request_head(data)
+        if head is None:
+            return Wait(len(data) + 1)
+        if isinstance(head, BadHead):
+            return TurnAway("bad-request", head.reason, head.status)
+        found = self.routes.find(head.host, head.path)
+        if found is not None and found.by_path:
+            return Lead(found.service, head.host, scheme, head, one_request(head))
+        service = found.service if found is not None else self.default
+        if service is None:
+            return TurnAway("no-route", f"no route for {head.host or 'a request without Host'}", 404, accept=head.accept, host=head.host)
+        return Lead(service, head.host, scheme, head)
+
+    def _receive_any(self, data: bytes) -> Reception:
+        if data[0] == _TLS_HANDSHAKE:
+            return self.receive_tls(data)
+        if _REQUEST.match(data):
+            return self.receive_http(data, "http")
+        if _PERHAPS_REQUEST.fullmatch(data):
+            return Wait(len(data) + 1)
+        service = self.ssh if data.startswith(_SSH) and self.ssh is not None else self.default
+        return Lead(service) if service is not None else TurnAway("unknown-protocol", "neither TLS nor HTTP")

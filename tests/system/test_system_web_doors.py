@@ -1,0 +1,140 @@
+"""Doors that lead by name, with real servers behind a relay: nginx with TLS of its own, plain nginx, sshd, and one that speaks first."""
+
+import hashlib
+import http.client
+import socket
+import ssl
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import trustme
+
+from tests.ports import free_port
+from tests.system.conftest import MakeStack
+from tests.system.peers import Service, dial, echo, read_exactly
+from tests.system.servers import Ssh, file_digest, need, nginx_server, program, random_file, running, ssh_server
+from tests.system.stack import Stack
+
+pytestmark = [pytest.mark.system, pytest.mark.xdist_group("web")]
+MIB = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """One port for everything, and the authority of the certificate that only nginx has."""
+
+    stack: Stack
+    port: int
+    authority: trustme.CA
+    files: Path
+    ssh: Ssh
+
+
+def greets(sock: socket.socket) -> None:
+    sock.sendall(b"RFB 003.008\n")
+    echo(sock)
+
+
+@pytest.fixture(scope="module")
+def site(make_shared_stack: MakeStack, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    need("nginx", "sshd")
+    home = tmp_path_factory.mktemp("site")
+    authority = trustme.CA()
+    certificate = authority.issue_cert("secure.test")
+    certificate.private_key_pem.write_to_path(str(home / "key.pem"))
+    for pem in certificate.cert_chain_pems:
+        pem.write_to_path(str(home / "cert.pem"), append=True)
+    port, tls_port = free_port(), free_port()
+    vnc = Service(greets)
+    with nginx_server(home / "plain") as (plain_port, files), ssh_server(home / "ssh") as ssh:
+        (home / "tls.conf").write_text(
+            f"daemon off;\npid {home}/tls.pid;\nerror_log {home}/tls.log;\nevents {{}}\n"
+            f"stream {{ server {{ listen 127.0.0.1:{tls_port} ssl; ssl_certificate {home}/cert.pem; ssl_certificate_key {home}/key.pem; "
+            f"proxy_pass 127.0.0.1:{plain_port}; }} }}\n"
+        )
+        module = Path("/usr/lib/nginx/modules/ngx_stream_module.so")
+        if module.exists():
+            (home / "tls.conf").write_text(f"load_module {module};\n" + (home / "tls.conf").read_text())
+        arguments = [program("nginx"), "-p", str(home), "-c", str(home / "tls.conf"), "-e", str(home / "tls.log")]
+        with running(arguments, tls_port, home / "tls-nginx.log"):
+            stack = make_shared_stack(
+                extra=f'[[door]]\nlisten = "127.0.0.1:{port}"\nkind = "auto"\nservice = "vnc"\nssh = "ssh"\n'
+                '[[route]]\nhost = "secure.test"\nservice = "tls"\n'
+                '[[route]]\nhost = "plain.test"\nservice = "plain"\n'
+                '[[route]]\nhost = "away.test"\nservice = "away"\n'
+            )
+            stack.start_gateway()
+            targets = {"tls": tls_port, "plain": plain_port, "ssh": ssh.port}
+            services = {name: f"127.0.0.1:{target}" for name, target in targets.items()} | {"vnc": vnc.target}
+            stack.start_relay("node-a", services)
+            yield Site(stack, port, authority, files, ssh)
+            stack.stop()
+    vnc.close()
+
+
+def test_tls_ends_at_the_service_and_nowhere_else(site: Site) -> None:
+    digest = random_file(site.files / "large", 64 * MIB)
+    context = ssl.create_default_context()
+    site.authority.configure_trust(context)
+    with dial(site.port) as sock, context.wrap_socket(sock, server_hostname="secure.test") as client:
+        client.sendall(b"GET /large HTTP/1.1\r\nHost: secure.test\r\nConnection: close\r\n\r\n")
+        response = http.client.HTTPResponse(client)
+        response.begin()
+        found = hashlib.sha256()
+        while block := response.read(1 << 18):
+            found.update(block)
+    assert (response.status, found.hexdigest()) == (200, digest)
+
+
+def test_a_name_without_a_route_is_led_to_the_default(site: Site) -> None:
+    context = ssl.create_default_context()
+    with dial(site.port) as sock, pytest.raises(ssl.SSLError):
+        context.wrap_socket(sock, server_hostname="nobody.test")  # the service of the door is no TLS server
+
+
+def test_plain_http_at_the_same_port(site: Site) -> None:
+    digest = random_file(site.files / "small", 8 * MIB)
+    connection = http.client.HTTPConnection("127.0.0.1", site.port, timeout=30)
+    for _ in range(3):  # one connection, kept
+        connection.request("GET", "/small", headers={"Host": "plain.test"})
+        assert hashlib.sha256(connection.getresponse().read()).hexdigest() == digest
+    connection.close()
+
+
+def test_a_service_that_nobody_offers_is_a_page(site: Site) -> None:
+    connection = http.client.HTTPConnection("127.0.0.1", site.port, timeout=30)
+    connection.request("GET", "/", headers={"Host": "away.test"})
+    response = connection.getresponse()
+    page = response.read().decode()
+    assert (response.status, int(response.headers["Retry-After"]) > 0) == (503, True)
+    trace = page.partition("trace ")[2][:9]
+    connection.close()
+    assert trace
+    assert trace in site.stack.logs()
+
+
+def test_ssh_at_the_same_port(site: Site, tmp_path: Path) -> None:
+    digest = random_file(tmp_path / "up", 8 * MIB)
+    target = site.ssh.home / "up"
+    command = [program("scp"), "-q", *site.ssh.options(site.port), str(tmp_path / "up"), f"{site.ssh.login}:{target}"]
+    subprocess.run(command, check=True, timeout=60)
+    assert file_digest(target) == digest
+
+
+def test_a_server_that_speaks_first_at_the_same_port(site: Site) -> None:
+    with dial(site.port) as client:
+        assert read_exactly(client, 12) == b"RFB 003.008\n"
+        client.sendall(b"RFB 003.008\n")
+        assert read_exactly(client, 12) == b"RFB 003.008\n"
+
+
+def test_a_crowd_that_does_not_say_what_it_wants(site: Site) -> None:
+    crowd = [dial(site.port, source=f"127.0.3.{number % 100 + 1}") for number in range(300)]
+    for number, sock in enumerate(crowd):
+        sock.sendall((b"\x16\x03\x01", b"GET", b"GET / HTTP/1.1\r\n")[number % 3])
+    test_plain_http_at_the_same_port(site)
+    for sock in crowd:
+        sock.close()
