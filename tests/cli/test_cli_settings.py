@@ -147,6 +147,27 @@ def test_pools_and_clusters_are_checked(relay_toml: Write, text: str, key: str, 
     assert any(words in message for message in found.values()), problems
 
 
+@pytest.mark.parametrize(
+    ("text", "key", "words"),
+    [
+        ('[[door]]\nlisten = "127.0.0.1:1"\n', "door[0]", "expected `service`"),
+        ('[[door]]\nlisten = "127.0.0.1:1"\nkind = "telnet"\nservice = "s"\n', "door[0].kind", "tcp"),
+        ('[[door]]\nlisten = "127.0.0.1:1"\nkind = "sni"\n', "door[0]", "leads nowhere"),
+        ('[[door]]\nlisten = "127.0.0.1:1"\nkind = "sni"\nservice = "s"\nssh = "x"\n', "door[0]", "only for a door of kind auto"),
+        ('[[route]]\nhost = "a:443"\nservice = "s"\n', "route[0].host", "without a port"),
+        ('[[route]]\nhost = "a.*"\nservice = "s"\n', "route[0].host", "NAME"),
+        ('[[route]]\nhost = "ä.example.com"\nservice = "s"\n', "route[0].host", "ASCII"),
+        ('[[route]]\nhost = "a"\npath = "x"\nservice = "s"\n', "route[0].path", "begins with /"),
+        ('[[route]]\nhost = "a"\npath = "/?x"\nservice = "s"\n', "route[0].path", "query"),
+        ('[[route]]\nhost = "A"\nservice = "s"\n[[route]]\nhost = "a"\npath = "/"\nservice = "t"\n', "route[1]", "already has"),
+    ],
+)
+def test_doors_and_routes_are_checked(gateway_toml: Write, text: str, key: str, words: str) -> None:
+    tunnel = '[tunnel]\nlisten = "0.0.0.0:8443"\npublic_url = "wss://gw.example.com:8443"\n'
+    problems = problems_of(fxgateway.settings.load, gateway_toml(tunnel + text))
+    assert words in problems[key], problems
+
+
 def test_the_tunnel_and_admin_addresses_clash_too(gateway_toml: Write) -> None:
     path = gateway_toml(GATEWAY_TOML.replace("127.0.0.1:0", "127.0.0.1:7000"))
     assert "\n".join(problems_of(fxgateway.settings.load, path).values()).count("tunnel already listens on 127.0.0.1:7000") == 2
