@@ -217,7 +217,9 @@ def receptionist(door: DoorSettings, routes: HostTable) -> Receptionist | None:
     """Who hears the door's clients before they are let in; nobody where all get the same."""
     if door.kind is Kind.TCP:
         return None
-    return Receptionist(door.kind, routes, ServiceName(door.service) or None, ServiceName(door.ssh) or None)
+    return Receptionist(
+        door.kind, routes, ServiceName(door.service) or None, ServiceName(door.ssh) or None, frozenset(map(ServiceName, door.streams))
+    )
 
 
 def session_config(settings: GatewaySettings) -> SessionConfig:

@@ -197,6 +197,58 @@ def _load(config_path: Path) -> "GatewaySettings":
     return load(config_path, os.environ)
 
 
+@main.command()
+@click.argument("service")
+@click.option("--via", required=True, envvar="FXGATEWAY_VIA", help="A door of the gateway: http://HOST:PORT or https://HOST:PORT.")
+@click.option("--node", default="", help="The node that must serve it.")
+@click.option("--direct", metavar="HOST:PORT", help="Try this address first, for two seconds: the node itself, from within its network.")
+@click.option("--listen", metavar="HOST:PORT", help="Listen here and carry each connection, instead of standard input and output.")
+@click.option(
+    "--ca", "ca_file", type=click.Path(exists=True, dir_okay=False), help="Authorities for https, in PEM, instead of the system's."
+)
+def connect(service: str, via: str, node: str, direct: str | None, listen: str | None, ca_file: str | None) -> None:
+    """Connect to SERVICE through a gateway, from a client's machine.
+
+    \b
+    ssh -o ProxyCommand='fxgateway connect ssh --node %h --via https://gw.example.com' node-a
+    fxgateway connect desk --via https://gw.example.com --listen 127.0.0.1:5901
+
+    A ticket, where the service asks for one, is taken from the environment: FXGATEWAY_TICKET.
+    """
+    import trio
+
+    from fxgateway.connect import Wanted, forward, join_terminal
+    from fxtunnel.kit.settings import Address
+
+    def address(text: str, option: str) -> Address:
+        try:
+            found = Address.parse(text)
+        except ValueError as exc:
+            raise click.UsageError(f"--{option}: {exc}") from None
+        if found.path is not None:
+            raise click.UsageError(f"--{option}: expected HOST:PORT")
+        return found
+
+    if not via.startswith(("http://", "https://")):
+        raise click.UsageError("--via: expected http://HOST:PORT or https://HOST:PORT")
+    target = address(direct, "direct") if direct is not None else None
+    wanted = Wanted(service, via, node, target, os.environ.get("FXGATEWAY_TICKET", ""), ca_file)
+    if listen is None:
+        trio.run(join_terminal, wanted)
+        return
+    local = address(listen, "listen")
+
+    async def listening() -> None:
+        async with trio.open_nursery() as nursery:
+            bound = await nursery.start(forward, wanted, local)
+            click.echo(f"{service} is at {bound} until Ctrl-C")
+
+    try:
+        trio.run(listening)
+    except KeyboardInterrupt:
+        raise SystemExit(0) from None
+
+
 def _identities(settings: "GatewaySettings") -> "Identities":
     from fxgateway.tunnels.identities import Identities
 

@@ -27,6 +27,9 @@ class DoorSettings(Section):
     )
     service: NameField = Field("", description="Name of the service, as relays offer it; at other kinds than tcp, where no route leads.")
     ssh: NameField = Field("", description="Service of SSH clients at a door of kind auto, instead of `service`.")
+    streams: tuple[NameField, ...] = Field(
+        (), max_length=1024, description="Services that `fxgateway connect` may ask for at a door of kind http or auto."
+    )
     sniff_s: Seconds = Field(
         0.3, ge=0.01, le=5, description="Seconds of silence at a door of kind auto after which a client waits for the server: `service`."
     )
@@ -46,6 +49,8 @@ class DoorSettings(Section):
     def _check_kind(self) -> Self:
         if self.kind is Kind.TCP and not self.service:
             raise ValueError("expected `service`: at a door of kind tcp every client gets the same")
+        if self.streams and self.kind not in (Kind.HTTP, Kind.HTTPS, Kind.AUTO):
+            raise ValueError("streams: only for a door that speaks HTTP")
         if self.kind is not Kind.AUTO:
             only_auto = sorted({"ssh", "sniff_s"} & self.model_fields_set)
             if only_auto:
@@ -100,5 +105,5 @@ def doors_without_way(raw: Mapping[str, object]) -> list[InitErrorDetails]:
     return [
         clash("leads nowhere: it has no `service`, and there is no [[route]]", ("door", index), str(door.get("kind")))
         for index, door in tables(raw, "door")
-        if door.get("kind", "tcp") != "tcp" and not door.get("service")
+        if door.get("kind", "tcp") != "tcp" and not door.get("service") and not door.get("streams")
     ]

@@ -130,6 +130,7 @@ service = "ssh"
 # name = "ssh-door"
 # kind = "tcp"            # or sni, http, auto: then [[route]]s decide, and `service` is for those whom none leads
 # ssh = "ssh"             # of kind auto: for SSH clients
+# streams = ["ssh"]       # of kinds http and auto: what `fxgateway connect` may ask for
 # sniff_s = 0.3           # of kind auto: silence after which a client gets `service`
 # max_connections = 1000
 

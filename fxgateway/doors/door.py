@@ -270,7 +270,8 @@ class Door:
     def visitor_led(self, visitor: Visitor, lead: Lead) -> None:
         """It is clear where a connection goes."""
         self.visitors.pop(visitor, None)
-        opening = Opening(lead.service, door=self.name, trace=next(self._traces), host=lead.host, scheme=lead.scheme)
+        trace = next(self._traces)
+        opening = Opening(lead.service, door=self.name, trace=trace, host=lead.host, scheme=lead.scheme, node=lead.node, ticket=lead.ticket)
         client = (
             Client(self, visitor.sock, visitor.address, lead.service, encode_tags(opening))
             if lead.head is None

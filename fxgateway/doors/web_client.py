@@ -26,21 +26,22 @@ _BY_CODE: Final = {Code.CONNECT_FAILED: _UNREACHED, Code.CONNECT_TIMEOUT: _TOO_L
 class WebClient(Client):
     """A client whose first request has been looked at. With `lead.instead` that is sent in place of the request's head."""
 
-    __slots__ = ("_accept", "_instead", "_refusal", "_trace")
+    __slots__ = ("_accept", "_greeting", "_instead", "_refusal", "_trace")
 
     def __init__(self, door: "Door", sock: socket.socket, address: str, lead: Lead, opening: Opening) -> None:
         super().__init__(door, sock, address, opening.service, encode_tags(opening))
         head = lead.head
         self._trace = opening.trace
         self._accept = head.accept if head is not None else b""
-        self._instead = lead.instead
+        self._instead = lead.instead or b""
+        self._greeting = lead.greeting
         self._refusal = Refused(
             503,
             "NoRelay",
             "The service is not available at the moment.",
             retry_after_s=uniform(*RETRY_AFTER_S),  # noqa: S311 - spreads load
         )
-        if lead.instead and head is not None:
+        if lead.instead is not None and head is not None:
             sock.recv_into(bytearray(len(head.raw)))  # all of it is there: it has been looked at
             self._readable = True
 
@@ -60,6 +61,18 @@ class WebClient(Client):
         self._instead = instead[count:]
         self._queue_read()
         return count
+
+    def on_accept(self) -> None:
+        """See `Endpoint`."""
+        super().on_accept()
+        if self._greeting and not self.closed:
+            try:
+                said = self.sock.send(self._greeting) == len(self._greeting)
+            except OSError:
+                said = False
+            self._greeting = b""
+            if not said:
+                self.fail(Code.PEER_RESET)
 
     def on_refuse(self, code: Code, text: str) -> None:
         """See `Endpoint`."""

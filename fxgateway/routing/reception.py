@@ -4,14 +4,19 @@ import re
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
+from urllib.parse import parse_qs
 
 from fxgateway.routing.hosts import HostTable
 from fxgateway.routing.request_head import BadHead, RequestHead, one_request, read_request_head
 from fxtunnel.kit.client_hello import MAX_RECORDS_BYTES, UNRECOGNIZED_NAME, ClientHello, NeedMore, read_client_hello
-from fxtunnel.model import ServiceName
+from fxtunnel.model import RelayId, ServiceName, is_name
+from fxtunnel.protocol.opening import MAX_TICKET_BYTES
 
 MAX_FIRST_BYTES: Final = MAX_RECORDS_BYTES
 """Looked at of what a client says first, records' headers and all."""
+STREAM_PATH: Final = "/.fx/stream/"
+STREAM_PROTOCOL: Final = "fx-stream"
+SWITCHING: Final = f"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: {STREAM_PROTOCOL}\r\n\r\n".encode()
 _REQUEST: Final = re.compile(rb"[A-Z]{2,20} [/*h]")
 _PERHAPS_REQUEST: Final = re.compile(rb"[A-Z]{1,20} ?")
 _TLS_HANDSHAKE: Final = 0x16
@@ -37,13 +42,18 @@ class Wait:
 
 @dataclass(frozen=True, slots=True)
 class Lead:
-    """To this service. `head` is the request that said so, for answers to it; `instead` is to be sent in place of it, if not empty."""
+    """To this service. `head` is the request that said so, for answers to it; `instead`, if not None, is to be sent in place of it.
+    `greeting` is for the client once the service is reached. `node` is the only one that will do, `ticket` what the client showed.
+    """
 
     service: ServiceName
     host: str = ""
     scheme: str = ""
     head: RequestHead | None = None
-    instead: bytes = b""
+    instead: bytes | None = None
+    greeting: bytes = b""
+    node: RelayId | None = None
+    ticket: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,17 +75,19 @@ Reception = Wait | Lead | TurnAway
 class Receptionist:
     """What a door knows: its kind, the routes, and the service of those who do not say where they want to go, if there is one.
 
-    `ssh` is for clients of an `auto` door that begin with SSH's greeting (RFC 4253, 4.2).
+    `ssh` is for clients of an `auto` door that begin with SSH's greeting (RFC 4253, 4.2). `streams` can be asked for by name, with an
+    HTTP upgrade (PROTOCOL.md, 9).
     """
 
     kind: Kind
     routes: HostTable
     default: ServiceName | None
     ssh: ServiceName | None = None
+    streams: frozenset[ServiceName] = frozenset()
 
     def services(self) -> frozenset[ServiceName]:
         """Everything it leads to."""
-        return self.routes.services() | {service for service in (self.default, self.ssh) if service is not None}
+        return self.routes.services() | self.streams | {service for service in (self.default, self.ssh) if service is not None}
 
     def receive(self, data: bytes) -> Reception:
         """What to do with a client that has said `data` so far."""
@@ -108,6 +120,8 @@ class Receptionist:
             return Wait(len(data) + 1)
         if isinstance(head, BadHead):
             return TurnAway("bad-request", head.reason, head.status)
+        if head.path.startswith(STREAM_PATH):
+            return self._receive_stream(head, scheme)
         found = self.routes.find(head.host, head.path)
         if found is not None and found.by_path:
             return Lead(found.service, head.host, scheme, head, one_request(head))
@@ -115,6 +129,18 @@ class Receptionist:
         if service is None:
             return TurnAway("no-route", f"no route for {head.host or 'a request without Host'}", 404, accept=head.accept, host=head.host)
         return Lead(service, head.host, scheme, head)
+
+    def _receive_stream(self, head: RequestHead, scheme: str) -> Reception:
+        path, _, query = head.path.removeprefix(STREAM_PATH).partition("?")
+        nodes = parse_qs(query).get("node", [])
+        if "upgrade" not in head.connection or head.upgrade != STREAM_PROTOCOL:
+            return TurnAway("bad-request", f"{STREAM_PATH} is for upgrades to {STREAM_PROTOCOL}", 426, accept=head.accept, host=head.host)
+        if path not in self.streams:
+            return TurnAway("no-route", "no such stream can be asked for here", 404, accept=head.accept, host=head.host)
+        if not all(map(is_name, nodes)) or len(nodes) > 1 or len(head.ticket) > MAX_TICKET_BYTES:
+            return TurnAway("bad-request", "the node is no name, or the ticket is too long", 400, accept=head.accept, host=head.host)
+        node = RelayId(nodes[0]) if nodes else None
+        return Lead(ServiceName(path), head.host, scheme, head, b"", SWITCHING, node, head.ticket)
 
     def _receive_any(self, data: bytes) -> Reception:
         if data[0] == _TLS_HANDSHAKE:

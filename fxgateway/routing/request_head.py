@@ -17,13 +17,15 @@ _PREFACE: Final = b"PRI * HTTP/2.0\r\n"
 
 @dataclass(frozen=True, slots=True)
 class RequestHead:
-    """`raw` is the head as it came, its empty line included."""
+    """`raw` is the head as it came, its empty line included. `ticket` is a bearer token (RFC 6750, 2.1)."""
 
     raw: bytes
     host: str
     path: str
     connection: tuple[str, ...]
     accept: bytes
+    upgrade: str = ""
+    ticket: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,5 +94,14 @@ def _checked(request: h11.Request, raw: bytes) -> RequestHead | BadHead:
     connection = tuple(
         option.strip().lower() for name, value in headers if name == "connection" for option in value.split(",") if option.strip()
     )
-    accept = next((value for name, value in request.headers if name == b"accept"), b"")
-    return RequestHead(raw, host, path, connection, bytes(accept))
+    fields = dict(headers)
+    scheme, _, ticket = fields.get("authorization", "").partition(" ")
+    return RequestHead(
+        raw,
+        host,
+        path,
+        connection,
+        fields.get("accept", "").encode("latin-1"),
+        fields.get("upgrade", "").lower(),
+        ticket.strip() if scheme.lower() == "bearer" else "",
+    )

@@ -62,7 +62,7 @@ def _section(number: int) -> str:
 
 
 def _vectors() -> list[str]:
-    block = re.search(r"^```vectors\n(.*?)^```", _section(9), re.MULTILINE | re.DOTALL)
+    block = re.search(r"^```vectors\n(.*?)^```", _section(10), re.MULTILINE | re.DOTALL)
     return block[1].splitlines() if block else []
 
 

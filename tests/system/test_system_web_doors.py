@@ -2,9 +2,11 @@
 
 import hashlib
 import http.client
+import shlex
 import socket
 import ssl
 import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,7 +63,8 @@ def site(make_shared_stack: MakeStack, tmp_path_factory: pytest.TempPathFactory)
         arguments = [program("nginx"), "-p", str(home), "-c", str(home / "tls.conf"), "-e", str(home / "tls.log")]
         with running(arguments, tls_port, home / "tls-nginx.log"):
             stack = make_shared_stack(
-                extra=f'[[door]]\nlisten = "127.0.0.1:{port}"\nkind = "auto"\nservice = "vnc"\nssh = "ssh"\n'
+                extra=f'[[door]]\nlisten = "127.0.0.1:{port}"\nkind = "auto"\nservice = "vnc"\n'
+                'ssh = "ssh"\nstreams = ["ssh", "vnc", "away"]\n'
                 '[[route]]\nhost = "secure.test"\nservice = "tls"\n'
                 '[[route]]\nhost = "plain.test"\nservice = "plain"\n'
                 '[[route]]\nhost = "away.test"\nservice = "away"\n'
@@ -122,6 +125,50 @@ def test_ssh_at_the_same_port(site: Site, tmp_path: Path) -> None:
     command = [program("scp"), "-q", *site.ssh.options(site.port), str(tmp_path / "up"), f"{site.ssh.login}:{target}"]
     subprocess.run(command, check=True, timeout=60)
     assert file_digest(target) == digest
+
+
+def connect_command(*words: str) -> list[str]:
+    return [sys.executable, "-m", "fxgateway.cli", "connect", *words]
+
+
+@pytest.mark.parametrize("direct", ["dead", "alive"])
+def test_ssh_by_a_proxy_command(site: Site, tmp_path: Path, direct: str) -> None:
+    digest = random_file(tmp_path / "up", 8 * MIB)
+    target = site.ssh.home / "by-command"
+    target.unlink(missing_ok=True)
+    address = f"127.0.0.1:{site.ssh.port if direct == 'alive' else free_port()}"
+    command = shlex.join(connect_command("ssh", "--via", f"http://127.0.0.1:{site.port}", "--direct", address))
+    scp = [program("scp"), "-q", "-o", f"ProxyCommand={command}", *site.ssh.options(1), str(tmp_path / "up"), f"{site.ssh.login}:{target}"]
+    subprocess.run(scp, check=True, timeout=60)
+    assert file_digest(target) == digest
+
+
+def test_a_local_port(site: Site) -> None:
+    with subprocess.Popen(
+        connect_command("vnc", "--via", f"http://127.0.0.1:{site.port}", "--listen", "127.0.0.1:0"), stdout=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            assert process.stdout is not None
+            port = int(process.stdout.readline().split()[3].rpartition(":")[2])
+            for _ in range(3):
+                with dial(port) as client:
+                    assert read_exactly(client, 12) == b"RFB 003.008\n"
+                    client.sendall(b"there")
+                    assert read_exactly(client, 5) == b"there"
+                    client.shutdown(socket.SHUT_WR)
+                    assert client.recv(1) == b""
+        finally:
+            process.terminate()
+
+
+@pytest.mark.parametrize(
+    ("service", "words"), [("tls", "does not give out this stream"), ("away", "no relay offers it"), ("ssh --node node-z", "502")]
+)
+def test_a_stream_that_cannot_be_had(site: Site, service: str, words: str) -> None:
+    command = connect_command(*service.split(), "--via", f"http://127.0.0.1:{site.port}")
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, len(done.stderr.splitlines())) == (1, 1), done.stderr
+    assert words in done.stderr or "no relay" in done.stderr
 
 
 def test_a_server_that_speaks_first_at_the_same_port(site: Site) -> None:

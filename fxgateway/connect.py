@@ -1,0 +1,192 @@
+"""Task: `fxgateway connect`: a client's end of a stream that is asked for by name: for ssh's ProxyCommand, or as a local port."""
+
+import os
+import socket
+import ssl
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import Final
+from urllib.parse import quote, urlencode, urlsplit
+
+import h11
+import trio
+
+from fxgateway.routing.reception import STREAM_PATH, STREAM_PROTOCOL
+from fxtunnel.errors import FxError
+from fxtunnel.kit.settings import Address
+from fxtunnel.kit.tls import TlsStream, handshake_client
+
+DIRECT_TIMEOUT_S: Final = 2.0
+"""For the node itself to answer: from outside it usually cannot, and a user waits."""
+GATEWAY_TIMEOUT_S: Final = 15.0
+_BLOCK_BYTES: Final = 65_536
+_MAX_HEAD_BYTES: Final = 16_384
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """A stream to `service`, at `node` if one is named. `direct` is tried first, then the door at `via` (http:// or https://)."""
+
+    service: str
+    via: str
+    node: str = ""
+    direct: Address | None = None
+    ticket: str = ""
+    ca_file: str | None = None
+
+
+async def connect(wanted: Wanted) -> trio.abc.HalfCloseableStream:
+    """The stream, connected to the service.
+
+    Raises:
+        FxError: neither way leads there; says why.
+    """
+    if wanted.direct is not None:
+        with trio.move_on_after(DIRECT_TIMEOUT_S), suppress(OSError):
+            return await trio.open_tcp_stream(wanted.direct.host or "", wanted.direct.port or 0)
+    try:
+        with trio.fail_after(GATEWAY_TIMEOUT_S):
+            return await _through_gateway(wanted)
+    except (OSError, trio.BrokenResourceError) as exc:
+        reason = exc.__cause__ or exc
+        raise FxError(f"{wanted.via}: {getattr(reason, 'strerror', None) or getattr(reason, 'reason', None) or reason}") from exc
+    except trio.TooSlowError as exc:
+        raise FxError(f"{wanted.via}: no answer within {GATEWAY_TIMEOUT_S:g} s") from exc
+
+
+async def join_terminal(wanted: Wanted) -> None:
+    """Carry stdin and stdout on the stream until the service has ended. For ProxyCommand.
+
+    Raises:
+        FxError: no connection, or it broke.
+    """
+    async with _connected(wanted) as stream:
+        incoming, outgoing = trio.lowlevel.FdStream(os.dup(sys.stdin.fileno())), trio.lowlevel.FdStream(os.dup(sys.stdout.fileno()))
+        async with incoming, outgoing:
+            await _join(stream, incoming, outgoing)
+
+
+async def forward(wanted: Wanted, listen: Address, *, task_status: trio.TaskStatus[str] = trio.TASK_STATUS_IGNORED) -> None:
+    """Give each connection to a local address a stream of its own, until cancelled. Starts with the address that is listened on.
+
+    Raises:
+        FxError: the address cannot be listened on.
+    """
+
+    async def serve(client: trio.SocketStream) -> None:
+        async with client:
+            try:
+                async with _connected(wanted) as stream:
+                    await _join(stream, client, client)
+            except FxError as exc:
+                sys.stderr.write(f"fxgateway: {exc}\n")
+
+    try:
+        listeners = await trio.open_tcp_listeners(listen.port or 0, host=listen.host)
+    except OSError as exc:
+        raise FxError(f"cannot listen on {listen}: {exc}") from exc
+    host, port = listeners[0].socket.getsockname()[:2]
+    async with trio.open_nursery() as nursery:
+        await nursery.start(partial(trio.serve_listeners, serve, listeners))
+        task_status.started(str(Address(host, port)))
+
+
+@asynccontextmanager
+async def _connected(wanted: Wanted) -> AsyncIterator[trio.abc.HalfCloseableStream]:
+    stream = await connect(wanted)
+    try:
+        yield stream
+    except* (trio.BrokenResourceError, OSError) as group:
+        raise FxError(f"the connection to {wanted.service} broke") from group
+    finally:
+        await trio.aclose_forcefully(stream)
+
+
+async def _join(stream: trio.abc.HalfCloseableStream, incoming: trio.abc.ReceiveStream, outgoing: trio.abc.SendStream) -> None:
+    """Bytes both ways; over when the service has ended its side."""
+
+    async def send() -> None:
+        async for block in incoming:
+            await stream.send_all(block)
+        await stream.send_eof()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(send)
+        async for block in stream:
+            await outgoing.send_all(block)
+        nursery.cancel_scope.cancel()
+
+
+async def _through_gateway(wanted: Wanted) -> trio.abc.HalfCloseableStream:
+    parts = urlsplit(wanted.via)
+    host = parts.hostname or ""
+    tcp = await trio.open_tcp_stream(host, parts.port or (443 if parts.scheme == "https" else 80))
+    stream: trio.abc.HalfCloseableStream = tcp
+    if parts.scheme == "https":
+        context = ssl.create_default_context(cafile=wanted.ca_file)
+        context.set_alpn_protocols(["http/1.1"])
+        stream = TlsStream(await handshake_client(socket.socket(fileno=tcp.socket.detach()), context, host))
+    try:
+        return await _upgraded(stream, wanted, parts.netloc.rpartition("@")[2])
+    except BaseException:
+        await trio.aclose_forcefully(stream)
+        raise
+
+
+async def _upgraded(stream: trio.abc.HalfCloseableStream, wanted: Wanted, host: str) -> trio.abc.HalfCloseableStream:
+    query = f"?{urlencode({'node': wanted.node})}" if wanted.node else ""
+    headers = [("Host", host), ("Connection", "Upgrade"), ("Upgrade", STREAM_PROTOCOL), ("Accept", "application/json")]
+    if wanted.ticket:
+        headers.append(("Authorization", f"Bearer {wanted.ticket}"))
+    parser = h11.Connection(h11.CLIENT, max_incomplete_event_size=_MAX_HEAD_BYTES)
+    request = h11.Request(method="GET", target=f"{STREAM_PATH}{quote(wanted.service)}{query}", headers=headers)
+    await stream.send_all((parser.send(request) or b"") + (parser.send(h11.EndOfMessage()) or b""))
+    try:
+        while (event := parser.next_event()) is h11.NEED_DATA:
+            parser.receive_data(bytes(await stream.receive_some(_BLOCK_BYTES)))
+    except h11.RemoteProtocolError as exc:
+        raise FxError(f"{wanted.via}: does not answer in HTTP; is it a door of kind http or auto?") from exc
+    if isinstance(event, h11.InformationalResponse) and event.status_code == 101:
+        return _Begun(stream, parser.trailing_data[0])
+    status = getattr(event, "status_code", 0)
+    message = {
+        404: "it does not give out this stream; see `streams` of the door",
+        429: "too many connections",
+        503: "no relay offers it now",
+    }
+    raise FxError(f"{wanted.via}: {wanted.service}: {message.get(status, f'refused with status {status}')}")
+
+
+class _Begun(trio.abc.HalfCloseableStream):
+    """A stream of which the first bytes have been read already."""
+
+    def __init__(self, stream: trio.abc.HalfCloseableStream, first: bytes) -> None:
+        self._stream = stream
+        self._first = first
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes:
+        """See `trio.abc.ReceiveStream`."""
+        if self._first:
+            await trio.lowlevel.checkpoint()
+            first, self._first = self._first, b""
+            return first
+        return bytes(await self._stream.receive_some(max_bytes))
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        """See `trio.abc.SendStream`."""
+        await self._stream.send_all(data)
+
+    async def wait_send_all_might_not_block(self) -> None:
+        """See `trio.abc.SendStream`."""
+        await self._stream.wait_send_all_might_not_block()
+
+    async def send_eof(self) -> None:
+        """See `trio.abc.HalfCloseableStream`."""
+        await self._stream.send_eof()
+
+    async def aclose(self) -> None:
+        """See `trio.abc.AsyncResource`."""
+        await self._stream.aclose()
