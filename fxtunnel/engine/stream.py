@@ -16,8 +16,10 @@ from fxtunnel.errors import LocalProtocolError
 from fxtunnel.kit.one_at_a_time import OneAtATime
 from fxtunnel.protocol.mux import Stream
 
-CLOSE_LINGER_S: Final = 5.0
-"""How long a stream closed by us waits for the peer's FIN before it is reset: a RESET could overtake bytes that a slow client still reads."""
+CLOSE_LINGER_S: Final = 60.0
+"""How long a stream closed by us waits for the peer's FIN before it is reset: a RESET would overtake bytes that a slow client still reads."""
+END_DROPS_BYTES: Final = 262_144
+"""How much of what a client goes on sending after `end` is dropped."""
 DEFAULT_RECEIVE_BYTES: Final = 65_536
 Later = Callable[[float, Callable[[], None]], Timer]
 
@@ -40,6 +42,7 @@ class TunnelStream(trio.abc.HalfCloseableStream):
         self._is_open = True
         self._eof_sent = False
         self._unfinished = False
+        self._drops_bytes = 0
         self._outgoing: memoryview | None = None
         self._queued = False
         self._receiver: trio.lowlevel.Task | None = None
@@ -118,18 +121,20 @@ class TunnelStream(trio.abc.HalfCloseableStream):
                 self.stream.fin()
 
     async def aclose(self) -> None:
-        """End both directions as TCP's close does: FIN if all was sent and nothing is unread, otherwise RESET; RESET for what comes after."""
+        """End both directions as TCP's close does: FIN if all was sent and nothing is unread, or else RESET; RESET for what comes later."""
         if self._is_open:
-            self._is_open = False
-            if self._unfinished or self._arrived or self.broken is not None:
-                self.stream.reset(Code.CANCELLED)
+            if self._arrived:
+                self.reset(Code.CANCELLED)
             else:
-                self.stream.fin()
-                if not self.stream.closed:
-                    self._call_later(CLOSE_LINGER_S, lambda: self.stream.reset(Code.CANCELLED))
-            self._arrived.clear()
-            self._wake_all()
+                self._end(0)
         await trio.lowlevel.checkpoint()
+
+    def end(self) -> None:
+        """End both directions so that the peer surely gets all that was sent: what it still sends is dropped for a while, not answered with
+        RESET. If a send did not finish, RESET. May be repeated.
+        """
+        if self._is_open:
+            self._end(END_DROPS_BYTES)
 
     def reset(self, code: Code) -> None:
         """RESET: the client must not take what it has for the whole."""
@@ -170,7 +175,11 @@ class TunnelStream(trio.abc.HalfCloseableStream):
     def on_data(self, data: memoryview) -> None:
         """See `Endpoint`."""
         if not self._is_open:
-            self.stream.reset(Code.CANCELLED)
+            self._drops_bytes -= len(data)
+            if self._drops_bytes < 0:
+                self.stream.reset(Code.CANCELLED)
+            else:
+                self.stream.consumed(len(data))
             return
         self._arrived += data
         self._wake_receiver()
@@ -205,6 +214,22 @@ class TunnelStream(trio.abc.HalfCloseableStream):
         return count
 
     # ---
+
+    def _end(self, drops_bytes: int) -> None:
+        self._is_open = False
+        self._drops_bytes = drops_bytes
+        if self._unfinished or self.broken is not None:
+            self.stream.reset(Code.CANCELLED)
+        else:
+            self.stream.consumed(len(self._arrived))
+            self.stream.fin()
+            if not self.stream.closed:
+                self._call_later(CLOSE_LINGER_S, self._linger_over)
+        self._arrived.clear()
+        self._wake_all()
+
+    def _linger_over(self) -> None:
+        self.stream.reset(Code.CANCELLED)
 
     def _take(self, limit: int) -> bytes:
         if not self._is_open:
