@@ -60,15 +60,24 @@ def sift(members: Iterable[Member], pool: Pool, request: Request, around: Circum
     return candidates, dropped
 
 
-def _reason(member: Member, pool: Pool, request: Request, around: Circumstances) -> str | None:
+def reason_outside(member: Member, pool: Pool) -> str | None:
+    """Why the server does not belong to the pool, whatever its state; None if it does."""
     server = member.server
-    server_id = server.server_id
-    if pool.nodes is not None and server_id not in pool.nodes:
+    if pool.nodes is not None and server.server_id not in pool.nodes:
         return NOT_IN_POOL
     if pool.nodes is None and pool.service not in server.services:
         return NOT_SERVED
     if pool.where and not _matches(server.static_data, pool.where):
         return NO_MATCH
+    return None
+
+
+def _reason(member: Member, pool: Pool, request: Request, around: Circumstances) -> str | None:
+    server = member.server
+    server_id = server.server_id
+    outside = reason_outside(member, pool)
+    if outside is not None:
+        return outside
     if member.state is not MemberState.UP:
         return str(member.state.value)
     if server_id in around.excluded:

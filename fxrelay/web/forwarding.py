@@ -1,4 +1,4 @@
-"""Pure: heads on their way on: what belongs to one connection only is taken out, and who asked is written in (RFC 9110, 7.6.1; RFC 7239)."""
+"""Pure: heads on their way on: what belongs to one connection is taken out, and who asked is written in (RFC 9110, 7.6.1; RFC 7239)."""
 
 import ipaddress
 from collections.abc import Sequence

@@ -20,7 +20,6 @@ class WebLimits:
     keep_alive_s: float = 75.0
     stall_timeout_s: float = 60.0
     """For the next byte of a request's body, and for a client to take more of a response."""
-    connect_timeout_s: float = 5.0
     idle_timeout_s: float = 86_400.0
     """For the next byte of a response's body."""
 
@@ -45,8 +44,8 @@ class NodeChooser(Chooser, Protocol):
     """Chooses nodes, and finds those that a request names."""
 
     async def named(self, wanted: Wanted, server_id: RelayId) -> Node | NoNode:
-        """The node with this id, if it is of the service's pool and there is a way to it; also one that takes no new sessions. Its claim
-        counts nothing: what is named was placed before. Raises nothing.
+        """The node with this id, if it belongs to the service's pool, also when it takes no new sessions. Its claim counts nothing: what is
+        named was placed before. Raises nothing.
         """
 
 

@@ -17,7 +17,7 @@ from fxtunnel.kit.one_at_a_time import OneAtATime
 from fxtunnel.protocol.mux import Stream
 
 CLOSE_LINGER_S: Final = 60.0
-"""How long a stream closed by us waits for the peer's FIN before it is reset: a RESET would overtake bytes that a slow client still reads."""
+"""How long a stream closed by us waits for the peer's FIN before it is reset: that would overtake bytes that a slow client still reads."""
 END_DROPS_BYTES: Final = 262_144
 """How much of what a client goes on sending after `end` is dropped."""
 DEFAULT_RECEIVE_BYTES: Final = 65_536
@@ -35,7 +35,7 @@ class TunnelStream(trio.abc.HalfCloseableStream):
         self.stream = stream
         self.on_broken = on_broken
         self.broken: Code | None = None
-        self._carrier = carrier
+        self.session = carrier
         self._call_later = call_later
         self._arrived = bytearray()
         self._fin = False
@@ -250,7 +250,7 @@ class TunnelStream(trio.abc.HalfCloseableStream):
 
     def _push(self) -> None:
         """As much as can go at once; for the rest, a turn."""
-        room = self._carrier.has_room(len(self._outgoing or b""))
+        room = self.session.has_room(len(self._outgoing or b""))
         if room:
             self._write(room)
         if self._outgoing is not None and self.stream.send_credit > 0:
@@ -263,17 +263,17 @@ class TunnelStream(trio.abc.HalfCloseableStream):
         count = min(limit_bytes, stream.send_credit, len(outgoing))
         if count <= 0:
             return 0
-        slot = self._carrier.mux.ring.slot(count)
+        slot = self.session.mux.ring.slot(count)
         slot[:] = outgoing[:count]
         stream.sent(slot, count)
-        self._carrier.wake()
+        self.session.wake()
         self._outgoing = outgoing[count:] if count < len(outgoing) else None
         return count
 
     def _queue(self) -> None:
         if not self._queued and not self.stream.closed:
             self._queued = True
-            self._carrier.want_turn(self)
+            self.session.want_turn(self)
 
     def _check_can_send(self, *, was_sending: bool = False) -> None:
         if not self._is_open or self._eof_sent:
@@ -295,7 +295,7 @@ class TunnelStream(trio.abc.HalfCloseableStream):
         self._sender = None
         if self._queued:
             self._queued = False
-            self._carrier.cancel_turn(self)
+            self.session.cancel_turn(self)
         return trio.lowlevel.Abort.SUCCEEDED
 
     def _wake_receiver(self) -> None:
@@ -311,6 +311,6 @@ class TunnelStream(trio.abc.HalfCloseableStream):
     def _wake_all(self) -> None:
         if self._queued:
             self._queued = False
-            self._carrier.cancel_turn(self)
+            self.session.cancel_turn(self)
         self._wake_receiver()
         self._wake_sender()

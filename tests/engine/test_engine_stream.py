@@ -123,7 +123,7 @@ async def receive_all(stream: TunnelStream) -> bytes:
 
 @asynccontextmanager
 async def pairs() -> AsyncIterator[Pair]:
-    with trio.fail_after(30):
+    with trio.fail_after(90):
         async with trio.open_nursery() as nursery:
             yield Pair(nursery)
             nursery.cancel_scope.cancel()
