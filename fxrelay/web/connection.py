@@ -138,7 +138,8 @@ class WebConnection:
             except BadHead as exc:
                 await self._answer_alone(_refusal(exc), head, keeps_on=False)
             except Refused as exc:
-                keeps_on = head is not None and not head.has_body and _keeps_alive(head) and exc.status not in (408, 413)
+                # Bytes behind a request for an upgrade are not a request, and what is left of a body neither.
+                keeps_on = head is not None and not head.has_body and head.get(b"upgrade") is None and _keeps_alive(head)
                 await self._answer_alone(exc, head, keeps_on=keeps_on)
                 return keeps_on
             return False

@@ -2,15 +2,13 @@
 
 import hashlib
 import http.client
-import socket
 import subprocess
 import urllib.request
 
 import pytest
 
-from tests.system.peers import dial, read_to_end
 from tests.system.servers import file_digest, need, nginx_server, random_file
-from tests.system.stack import Stack, wait_until
+from tests.system.stack import Stack
 
 pytestmark = pytest.mark.system
 MIB = 1 << 20
@@ -66,9 +64,7 @@ def test_bulk_both_ways(web):
     assert (sent.returncode, sent.stdout, sent.stderr) == (0, "201", "")
     assert file_digest(files / "up" / "again") == digest
     with (files / "large").open("rb") as body:
-        sent = subprocess.run(
-            [*curl, "-T", "-", f"http://127.0.0.1:{port}/up/chunked"], stdin=body, capture_output=True, text=True
-        )
+        sent = subprocess.run([*curl, "-T", "-", f"http://127.0.0.1:{port}/up/chunked"], stdin=body, capture_output=True, text=True)
     assert (sent.returncode, sent.stdout, sent.stderr) == (0, "201", "")
     assert file_digest(files / "up" / "chunked") == digest
     for name in ("large", "up/again", "up/chunked"):
