@@ -13,7 +13,7 @@ from fxrelay.web.access import Visit
 from fxrelay.web.affinity import CookieAffinity
 from fxrelay.web.answers import Refused, render
 from fxrelay.web.client import ClientGone, ClientSide
-from fxrelay.web.exchange import CutOff, Exchange, Order, StaleLink
+from fxrelay.web.exchange import REPEATABLE, CutOff, Exchange, Order, StaleLink
 from fxrelay.web.forwarding import Onward, Origin, request_onward, wanted_upgrade
 from fxrelay.web.heads import BadHead, RequestHead, ResponseHead, parse_request
 from fxrelay.web.link import ServiceLink
@@ -225,20 +225,21 @@ class WebConnection:
         if rules.max_body_bytes and (head.length or 0) > rules.max_body_bytes:
             raise Refused(413, "TooLarge", "The request's body is larger than this service takes.")
         upgrade = wanted_upgrade(head)
-        onward, wish = Onward(target.path, upgrade=upgrade), Wish(must=self._only)
+        again = head.method in REPEATABLE and not head.has_body
+        onward, wish = Onward(target.path, upgrade=upgrade), Wish(self._only, is_repeatable=again)
         if isinstance(self._service, PoolService):
             named = split_node_path(target.path) if rules.node_paths else None
             if named is not None:
                 onward = Onward(named.path, named.prefix, upgrade)
-                wish = Wish(must=self._named(named))
+                wish = Wish(self._named(named), is_repeatable=again)
             elif self._only is None and rules.affinity is not None:
-                wish = Wish(may=rules.affinity.node_of(head))
+                wish = Wish(may=rules.affinity.node_of(head), is_repeatable=again)
         path, host = target.path, target.host
         facts = RequestFacts(rules.name, visit.trace, self._opening.client, head.method, path, host, head.fields, wish.must or wish.may)
         if gate is not None:
             passed: Pass = await gate.admit(facts)
             if passed.node is not None:
-                wish = Wish(must=passed.node)
+                wish = Wish(passed.node, is_repeatable=again)
         return Asked(head, target, onward, wish, facts)
 
     def _named(self, path: NodePath) -> RelayId:

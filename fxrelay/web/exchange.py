@@ -16,7 +16,7 @@ from fxrelay.web.link import ServiceLink
 
 MAX_INTERIM: Final = 16
 """Interim (1xx) responses that a service may send for one request."""
-_REPEATABLE: Final = frozenset({b"GET", b"HEAD", b"OPTIONS", b"PUT", b"DELETE"})
+REPEATABLE: Final = frozenset({b"GET", b"HEAD", b"OPTIONS", b"PUT", b"DELETE"})
 """RFC 9110, 9.2.2."""
 
 
@@ -104,10 +104,13 @@ class Exchange:
         return outcomes[0]
 
     async def _send(self, data: bytes) -> bool:
-        """To the service. A service that has closed may still have answered: that is for `_respond` to find out."""
+        """To the service; no checkpoint if all goes at once. One that has closed may still have answered: `_respond` finds out."""
+        sent = self._link.send_nowait(data)
+        if sent == len(data):
+            return True
         try:
             with trio.fail_after(self._client.limits.idle_timeout_s):
-                await self._link.send(data)
+                await self._link.send(memoryview(data)[sent:])
         except (trio.BrokenResourceError, trio.TooSlowError):
             return False
         return True
@@ -200,11 +203,11 @@ class Exchange:
             except BadHead as exc:
                 raise _bad_gateway(str(exc)) from exc
             try:
-                data = await link.receive()
+                data = await link.receive_later()
             except trio.BrokenResourceError:
                 data = b""
             if not data:
-                is_repeatable = not self._order.head.has_body and self._order.head.method in _REPEATABLE
+                is_repeatable = not self._order.head.has_body and self._order.head.method in REPEATABLE
                 if link.is_used and is_repeatable and not link.scanner.rest and not self._has_interim:
                     raise StaleLink
                 raise _bad_gateway("the service closed the connection without an answer")

@@ -39,7 +39,14 @@ class ServiceLink:
         self.scanner = HeadScanner(MAX_ANSWER_HEAD_BYTES)
         self._stream = trio.SocketStream(trio.socket.from_stdlib_socket(sock))
 
-    async def send(self, data: bytes) -> None:
+    def send_nowait(self, data: bytes) -> int:
+        """Send as much as the socket takes at once; how much that was. A broken connection takes nothing: `send` tells."""
+        try:
+            return self.sock.send(data)
+        except OSError:
+            return 0
+
+    async def send(self, data: bytes | memoryview) -> None:
         """Send all of it.
 
         Raises:
@@ -54,6 +61,16 @@ class ServiceLink:
             trio.BrokenResourceError: the service reset the connection.
         """
         return await self._stream.receive_some(RECEIVE_BYTES)
+
+    async def receive_later(self) -> bytes:
+        """As `receive`, where nothing can have arrived yet: a look for it would cost a call for nothing."""
+        await trio.lowlevel.wait_readable(self.sock)
+        try:
+            return self.sock.recv(RECEIVE_BYTES)
+        except BlockingIOError:
+            return await self.receive()
+        except OSError as exc:
+            raise trio.BrokenResourceError(f"the service broke the connection: {exc.strerror}") from exc
 
     async def send_eof(self) -> None:
         """Nothing more will be sent.

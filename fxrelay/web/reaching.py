@@ -53,10 +53,14 @@ class Held:
 
 @dataclass(frozen=True, slots=True)
 class Wish:
-    """Which node a request should go to. `must`: named by its path or by the stream, nobody else will do. `may`: where it was before."""
+    """Which node a request should go to. `must`: named by its path or by the stream, nobody else will do. `may`: where it was before.
+
+    `is_repeatable`: the request may be sent again, should an idle connection turn out to be dead.
+    """
 
     must: RelayId | None = None
     may: RelayId | None = None
+    is_repeatable: bool = False
 
 
 class Reacher:
@@ -76,19 +80,24 @@ class Reacher:
         Raises:
             Refused: there is no node, or no way to it.
         """
+        is_pool = isinstance(self._service, PoolService)
+        if not is_pool or wish.must is not None or wish.may is not None:
+            idle = self._take_idle((wish.must or wish.may) if is_pool else None, wish)
+            if idle is not None:
+                return idle, False
         with trio.move_on_after(self._desk.limits.place_timeout_s):
-            if not isinstance(self._service, PoolService):
-                return self._take_idle(None) or await self._open_target(), False
+            if not is_pool:
+                return await self._open_target(), False
             if wish.must is not None:
-                link = self._take_idle(wish.must) or await self._named(wish.must, held)
+                link = await self._named(wish.must, held)
                 if isinstance(link, ServiceLink):
                     return link, False
                 raise _no_such_node() if link.code is Code.NO_SERVICE else _unreachable(link.text)
             if wish.may is not None:
-                link = self._take_idle(wish.may) or await self._named(wish.may, held)
+                link = await self._named(wish.may, held)
                 if isinstance(link, ServiceLink):
                     return link, False
-            return await self._chosen(wish.may, held), True
+            return await self._chosen(wish, held), True
         raise Refused(504, "Timeout", "No node could be reached in time.", detail="placing timed out")
 
     def keep(self, link: ServiceLink) -> None:
@@ -106,9 +115,9 @@ class Reacher:
             link.close()
         self._idle.clear()
 
-    def _take_idle(self, node: RelayId | None) -> ServiceLink | None:
+    def _take_idle(self, node: RelayId | None, wish: Wish) -> ServiceLink | None:
         link = self._idle.pop(node, None)
-        if link is not None and link.is_stale():
+        if link is not None and not (wish.is_repeatable and not link.scanner.rest) and link.is_stale():
             link.close()
             return None
         return link
@@ -129,15 +138,15 @@ class Reacher:
         held.take(node.claim)
         return await self._to_node(node, held)
 
-    async def _chosen(self, excluded_id: RelayId | None, held: Held) -> ServiceLink:
-        excluded = frozenset() if excluded_id is None else frozenset({excluded_id})
+    async def _chosen(self, wish: Wish, held: Held) -> ServiceLink:
+        excluded = frozenset() if wish.may is None else frozenset({wish.may})
         problem: NoNode | None = None
         for _ in range(MAX_NODES):
             node = await self._chooser.choose(self._wanted, excluded)
             if isinstance(node, NoNode):
                 raise _unreachable(problem.text) if problem is not None else _nobody(node)
             held.take(node.claim)
-            link = self._take_idle(node.server_id) or await self._to_node(node, held)
+            link = self._take_idle(node.server_id, wish) or await self._to_node(node, held)
             if isinstance(link, ServiceLink):
                 return link
             held.take(None)

@@ -76,6 +76,16 @@ class TunnelStream(trio.abc.HalfCloseableStream):
         """What has arrived, or nothing."""
         return self._take(DEFAULT_RECEIVE_BYTES) if self._arrived and self._is_open else b""
 
+    def send_nowait(self, data: bytes) -> bool:
+        """Send all of `data` if that needs no waiting; whether it was sent. Nothing of it was, if not."""
+        if self._sending.is_busy or not self._is_open or self._eof_sent or self._unfinished or self.broken is not None:
+            return False
+        if len(data) > self.stream.send_credit or self.session.has_room(len(data)) < len(data):
+            return False
+        self._outgoing = memoryview(data)
+        self._write(len(data))
+        return True
+
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
         """Send all of `data`: returns when the session has it, which waits for credit and for the link.
 
