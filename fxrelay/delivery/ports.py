@@ -1,5 +1,6 @@
 """Port: who chooses the node for a stream of a pool, and what delivery needs to know about the node chosen."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -74,6 +75,9 @@ class StreamTaker(Protocol):
     @property
     def streams(self) -> int:
         """Streams in hand, without those that were given back to the pump."""
+
+    def services_in_use(self) -> Iterable[ServiceName]:
+        """The service of each of them."""
 
     def take(self, session: "Session", stream: Stream, service: "AnyService", opening: Opening, gateway_id: GatewayId) -> None:
         """Serve the stream: it is accepted or refused at once."""

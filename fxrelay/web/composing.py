@@ -37,6 +37,20 @@ def web_rules(settings: RelaySettings) -> dict[ServiceName, WebRules]:
     return found
 
 
+def verify_web_files(settings: RelaySettings) -> list[ConfigProblem]:
+    """What `web_rules` would refuse; makes nothing."""
+    problems: list[ConfigProblem] = []
+    for section in settings.services:
+        try:
+            if section.tls is not None:
+                web_context(section.tls.cert, section.tls.key)
+            if section.cookie_key is not None:
+                _read_key(section.cookie_key)
+        except ConfigError as exc:
+            problems += exc.problems
+    return problems
+
+
 def web_limits(limits: LimitSettings) -> WebLimits:
     """The bounds of HTTP connections."""
     return WebLimits(limits.head_timeout_s, limits.keep_alive_s, limits.stall_timeout_s, limits.idle_timeout_s)
@@ -67,6 +81,10 @@ def _cookie_key(path: Path | None, state_dir: Path) -> bytes:
         if not os.path.lexists(path):
             make_private_dir(state_dir)
             write_secret(path, secrets.token_hex(KEY_BYTES).encode() + b"\n")
+    return _read_key(path)
+
+
+def _read_key(path: Path) -> bytes:
     key = read_secret(path).strip()
     if len(key) < MIN_KEY_BYTES:
         raise ConfigError.one(path, "", f"holds less than {MIN_KEY_BYTES} bytes; run: openssl rand -hex 32")

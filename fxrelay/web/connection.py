@@ -65,6 +65,7 @@ class WebConnection:
         self.scope = trio.CancelScope()
         self.is_draining = False
         self.is_given_back = False
+        self.service_name = rules.name
         self._around = around
         self._service = service
         self._rules = rules

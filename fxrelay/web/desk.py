@@ -2,7 +2,7 @@
 
 import logging
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
@@ -57,6 +57,10 @@ class WebDesk:
     def streams(self) -> int:
         """See `StreamTaker`."""
         return self._waiting + len(self.connections) - len(self._given_back)
+
+    def services_in_use(self) -> Iterable[ServiceName]:
+        """See `StreamTaker`."""
+        return [connection.service_name for connection in self.connections if not connection.is_given_back]
 
     def reconfigure(self, rules: Mapping[ServiceName, WebRules]) -> None:
         """What services say from now on; connections that are open end as they began."""
