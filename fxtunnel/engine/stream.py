@@ -43,6 +43,7 @@ class TunnelStream(trio.abc.HalfCloseableStream):
         self._eof_sent = False
         self._unfinished = False
         self._drops_bytes = 0
+        self._linger: Timer | None = None
         self._outgoing: memoryview | None = None
         self._queued = False
         self._receiver: trio.lowlevel.Task | None = None
@@ -198,11 +199,13 @@ class TunnelStream(trio.abc.HalfCloseableStream):
         """See `Endpoint`."""
         self._fin = True
         self._wake_receiver()
+        self._stop_lingering()
 
     def on_reset(self, code: Code) -> None:
         """See `Endpoint`."""
         self.broken = code
         self._wake_all()
+        self._stop_lingering()
         if self._is_open and self.on_broken is not None:
             self.on_broken()
 
@@ -234,9 +237,13 @@ class TunnelStream(trio.abc.HalfCloseableStream):
             self.stream.consumed(len(self._arrived))
             self.stream.fin()
             if not self.stream.closed:
-                self._call_later(CLOSE_LINGER_S, self._linger_over)
+                self._linger = self._call_later(CLOSE_LINGER_S, self._linger_over)
         self._arrived.clear()
         self._wake_all()
+
+    def _stop_lingering(self) -> None:
+        if self._linger is not None:
+            self._linger.cancel()  # it would keep this stream in memory
 
     def _linger_over(self) -> None:
         self.stream.reset(Code.CANCELLED)
