@@ -63,9 +63,10 @@ def test_bulk_both_ways(web):
     sent = subprocess.run([*curl, "-T", str(files / "large"), f"http://127.0.0.1:{port}/up/again"], capture_output=True, text=True)
     assert (sent.returncode, sent.stdout, sent.stderr) == (0, "201", "")
     assert file_digest(files / "up" / "again") == digest
-    with (files / "large").open("rb") as body:
+    digest = random_file(files / "smaller", 32 * MIB)
+    with (files / "smaller").open("rb") as body:
         sent = subprocess.run([*curl, "-T", "-", f"http://127.0.0.1:{port}/up/chunked"], stdin=body, capture_output=True, text=True)
     assert (sent.returncode, sent.stdout, sent.stderr) == (0, "201", "")
     assert file_digest(files / "up" / "chunked") == digest
-    for name in ("large", "up/again", "up/chunked"):
+    for name in ("large", "smaller", "up/again", "up/chunked"):
         (files / name).unlink()

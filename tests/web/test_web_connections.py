@@ -390,3 +390,28 @@ async def test_streams_are_reset_when_the_relay_stops(contexts: Contexts) -> Non
         await read_head(stream)
         desk.abort_all()
         await until_reset(stream, 2)
+
+
+async def test_a_client_that_stops_reading_stops_the_service_and_is_given_up(contexts: Contexts) -> None:
+    async with open_plane(contexts) as plane:
+        sent = 0
+        ended = trio.Event()
+
+        async def service(stream: trio.SocketStream) -> None:
+            nonlocal sent
+            await read_head(stream)
+            await stream.send_all(b"HTTP/1.1 200 OK\r\nContent-Length: 100000000\r\n\r\n")
+            with suppress(trio.BrokenResourceError):
+                while sent < 100_000_000:
+                    await stream.send_all(bytes(65_536))
+                    sent += 65_536
+            ended.set()
+
+        port = await web(plane, service)
+        stream = await connect(port)
+        await stream.send_all(GET)
+        with trio.fail_after(8):
+            await ended.wait()
+        assert sent < 32_000_000  # what fits into the kernel's buffers on the way, and one window
+        found = await until_reset(stream, 5)
+        assert len(found) < sent
