@@ -16,12 +16,16 @@ from fxrelay.delivery.placing import Placer
 from fxrelay.delivery.services import AnyService, Endpoint, PoolService, Service, ServiceTable, resolve
 from fxrelay.live import LiveView
 from fxrelay.pages import make_app
-from fxrelay.settings import RelaySettings, ServiceSection
+from fxrelay.service_settings import ServiceSection
+from fxrelay.settings import RelaySettings
 from fxrelay.uplink.dial import Proxy
 from fxrelay.uplink.gateway_file import GatewayFile, load_gateway_file
 from fxrelay.uplink.identity import Identity, load_identity
 from fxrelay.uplink.ports import LinkSession, UplinkConfig, UplinkSessionOwner
 from fxrelay.uplink.uplink import Uplink
+from fxrelay.web import access
+from fxrelay.web.composing import web_limits, web_rules
+from fxrelay.web.desk import WebDesk
 from fxtunnel.codes import Code
 from fxtunnel.engine.ports import SessionConfig
 from fxtunnel.engine.reactor import Reactor
@@ -49,7 +53,7 @@ def run(settings: RelaySettings, config_path: Path) -> int:
     Raises:
         FxError: it cannot work here; alone, or in a group.
     """
-    logs.configure(settings.log.level, settings.log.style, sys.stderr)
+    configure_logs(settings)
     raise_file_limit()
     reactor = Reactor()
     relay = Relay(reactor, settings, config_path, Notifier.from_environ(os.environ))
@@ -57,6 +61,12 @@ def run(settings: RelaySettings, config_path: Path) -> int:
         return reactor.host_trio(relay.serve)
     finally:
         reactor.close()
+
+
+def configure_logs(settings: RelaySettings) -> None:
+    """Send what is logged to standard error; of the requests of HTTP services only if that is wanted."""
+    logs.configure(settings.log.level, settings.log.style, sys.stderr, unlimited=(access.logger.name,))
+    access.logger.setLevel(logging.INFO if settings.log.access else logging.CRITICAL)
 
 
 class Relay:
@@ -74,6 +84,7 @@ class Relay:
         self._budget = WindowBudget(settings.limits.memory_bytes)
         self._uplinks: list[Uplink] = []
         self._brain: Brain | None = None
+        self._web: WebDesk | None = None
         self._failed = 0
 
     async def serve(self) -> int:
@@ -87,6 +98,8 @@ class Relay:
         whose = Whose(identity.relay_id, identity.instance, lambda: [uplink.statistics() for uplink in self._uplinks])
         self._brain = brain = Brain(self._settings, self._config_path.absolute().parent, whose)
         self._desk.placer = placer = Placer(brain.chooser, self._settings.cluster.paths)
+        self._desk.web = self._web = web = WebDesk(self._desk, brain.chooser, identity.relay_id, web_limits(self._settings.limits))
+        web.reconfigure(await trio.to_thread.run_sync(web_rules, self._settings))
         self._services.replace(await resolved(self._settings.services))
         self._uplinks = self._make_uplinks(files, identity)
         view = LiveView(identity.relay_id, identity.instance, lambda: self._uplinks, self._desk, brain, self._settings.limits.memory_bytes)
@@ -94,6 +107,7 @@ class Relay:
             await nursery.start(watch_signals, self._reloads.ask, self._stop.set)
             await nursery.start(brain.run)
             await nursery.start(placer.run)
+            await nursery.start(web.run)
             await nursery.start(serve_pages, make_app(view), self._settings.relay.status_address)
             nursery.start_soon(self._sweep)
             nursery.start_soon(self._keep_resolved)
@@ -169,6 +183,8 @@ class Relay:
         self._desk.is_draining = True
         if self._brain is not None:
             self._brain.publisher.leave()
+        if self._web is not None:
+            self._web.drain()
         for uplink in self._uplinks:
             uplink.drain(drain_s)
         await let_finish("streams", lambda: self._desk.streams, drain_s)
@@ -194,8 +210,12 @@ class Relay:
     async def _load_again(self) -> None:
         fresh = await trio.to_thread.run_sync(config.load, self._config_path, os.environ)
         services = await resolved(fresh.services, self._services)
+        rules = await trio.to_thread.run_sync(web_rules, fresh)
         if self._brain is not None:
             self._brain.reconfigure(fresh)  # first: a script that cannot be used refuses the whole configuration
+        if self._web is not None:
+            self._web.limits = web_limits(fresh.limits)
+            self._web.reconfigure(rules)
         self._apply(fresh, services)
         logger.info("reloaded %s", self._config_path)
 
@@ -207,7 +227,7 @@ class Relay:
             self._desk.placer.paths = fresh.cluster.paths
         for uplink in self._uplinks:
             uplink.update_services(self._services.offers())
-        logs.configure(fresh.log.level, fresh.log.style, sys.stderr)
+        configure_logs(fresh)
         for section in ("relay", "gateways", "cluster"):
             if getattr(fresh, section) != getattr(self._settings, section):
                 logger.warning("changes in [%s] take effect at the next restart", section.removesuffix("s"))

@@ -23,7 +23,8 @@ from fxrelay.cluster.opening import open_cluster
 from fxrelay.cluster.publish import Publisher, PublisherConfig
 from fxrelay.cluster.threads import Threads
 from fxrelay.cluster.view import ClusterView
-from fxrelay.settings import RelaySettings, ServiceSection
+from fxrelay.service_settings import ServiceSection
+from fxrelay.settings import RelaySettings
 from fxrelay.uplink.ports import UplinkState, UplinkStatistics
 from fxtunnel import __version__
 from fxtunnel.model import GatewayId, InstanceId, RelayId, ServiceName

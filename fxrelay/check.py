@@ -22,7 +22,14 @@ def verify_files(settings: RelaySettings, config_path: Path) -> list[ConfigProbl
             load_gateway_file(gateway.file)
         except ConfigError as exc:
             problems += exc.problems
-    return problems + _cluster_problems(settings, config_path) + _state_problems(settings, config_path)
+    return problems + _cluster_problems(settings, config_path) + _web_problems(settings) + _state_problems(settings, config_path)
+
+
+def _web_problems(settings: RelaySettings) -> list[ConfigProblem]:
+    """Certificates and cookie keys of HTTP services. Imported here as well."""
+    from fxrelay.web.composing import verify_web_files
+
+    return verify_web_files(settings)
 
 
 def _cluster_problems(settings: RelaySettings, config_path: Path) -> list[ConfigProblem]:

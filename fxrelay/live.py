@@ -50,6 +50,8 @@ class LiveView:
     def services(self) -> list[ServiceStatus]:
         """See `RelayView`."""
         streams = Counter(delivery.service.name for delivery in self._desk.deliveries)
+        if self._desk.web is not None:
+            streams.update(self._desk.web.services_in_use())
         counters = self._desk.counters
         return [
             ServiceStatus(
@@ -91,7 +93,7 @@ class LiveView:
             instance=self._instance,
             version=__version__,
             uptime_s=round(time.monotonic() - self._started, 1),
-            streams=len(self._desk.deliveries),
+            streams=len(self._desk.deliveries) + (self._desk.web.streams if self._desk.web is not None else 0),
             streams_opened=sum(self._desk.counters.opened_by_service.values()),
             resumed=sum(session.resumed for session in sessions),
             memory_bytes=memory_bytes(),

@@ -4,15 +4,16 @@ import ipaddress
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final, Literal, Self
+from typing import Final
 from urllib.parse import urlsplit
 
-from pydantic import Field, SecretStr, ValidationInfo, field_validator, model_validator
+from pydantic import Field, SecretStr, ValidationInfo, field_validator
 from pydantic_core import InitErrorDetails
 
 from fxrelay.cluster.settings import ClusterSection, NodeSection
+from fxrelay.service_settings import ServiceSection
 from fxtunnel.kit.sections import LogSettings, ResumeSettings, Seconds, Section, Size, WholeFile, clash, tables
-from fxtunnel.kit.settings import MAX_SOCKET_PATH_BYTES, Address, ConfigPath, NameField, OptionalAddress, load_settings
+from fxtunnel.kit.settings import MAX_SOCKET_PATH_BYTES, Address, ConfigPath, NameField, load_settings
 
 ENVIRON_PREFIX: Final = "FXRELAY"
 
@@ -78,40 +79,6 @@ class GatewaySection(Section):
         return value
 
 
-class ServiceSection(Section):
-    """A service. With `target` it is one address. With `port` it is a pool: the same port on every node of the pool, one of which is
-    chosen for each stream. A relay never connects to anything that is not written here.
-    """
-
-    name: NameField = Field(description="The name doors ask for.")
-    protocol: Literal["tcp"] = Field("tcp", description="How it is carried.")
-    target: OptionalAddress | None = Field(None, description="Where it listens: host:port, or unix:/path.")
-    port: int | None = Field(None, ge=1, le=65_535, description="The port on each node of the pool.")
-    host: str = Field("127.0.0.1", description="Where a pool's service listens, as seen from this node itself.")
-    nodes: Literal["*"] | tuple[NameField, ...] = Field("*", description='The pool: "*" for every node that publishes the service, or ids.')
-    where: dict[str, Any] = Field(default_factory=dict, description='Only nodes whose static data has these values: {group = "gpu"}.')
-    balance: tuple[str, ...] = Field((), description="The balancing chain: builtin:NAME, js:FILE, exec:FILE, python:MODULE:FUNCTION.")
-    action: Literal["session/start", "user/login"] = Field(
-        "session/start", description="What a stream counts as for the chain and for servers whose logins or starts are switched off."
-    )
-    proxy_protocol: Literal["v1", "v2"] | None = Field(None, description="Tell the service the client's address by this PROXY protocol.")
-
-    @model_validator(mode="after")
-    def _check_kind(self) -> Self:
-        if (self.target is None) == (self.port is None):
-            raise ValueError("expected either `target` (one address) or `port` (a pool of nodes)")
-        if self.target is not None:
-            pool_only = {"host", "nodes", "where", "balance", "action"} & self.model_fields_set
-            if pool_only:
-                raise ValueError(f"{', '.join(sorted(pool_only))}: only for a pool, which has `port` instead of `target`")
-        return self
-
-    @property
-    def is_pool(self) -> bool:
-        """Whether a node is chosen for each stream."""
-        return self.port is not None
-
-
 class LimitSettings(Section):
     """What gateways may take of this relay. docs/dos.md says what each protects."""
 
@@ -120,6 +87,11 @@ class LimitSettings(Section):
     connect_timeout_s: Seconds = Field(5.0, ge=0.1, le=300, description="Seconds for a service to accept a connection.")
     idle_timeout_s: Seconds = Field(
         86_400.0, ge=1, le=31_536_000, description="Seconds without a byte in either direction before a stream ends."
+    )
+    head_timeout_s: Seconds = Field(10.0, ge=0.1, le=300, description="Seconds for an HTTP request's head, and for TLS ended here.")
+    keep_alive_s: Seconds = Field(75.0, ge=1, le=86_400, description="Seconds that an HTTP connection may wait for its next request.")
+    stall_timeout_s: Seconds = Field(
+        60.0, ge=1, le=86_400, description="Seconds without a byte of an HTTP request's body, or taken of a response, before it ends."
     )
     drain_s: Seconds = Field(30.0, ge=0, le=86_400, description="Seconds that open streams have left after SIGTERM.")
     memory_bytes: Size = Field(
@@ -146,6 +118,12 @@ class LivenessSettings(Section):
         return value
 
 
+class RelayLogSettings(LogSettings):
+    """What is logged, on standard error."""
+
+    access: bool = Field(False, description="Whether each HTTP request is logged, at level info, by the logger fxrelay.access.")
+
+
 class RelaySettings(WholeFile):
     """A whole relay.toml. `gateways` and `services` are written [[gateway]] and [[service]], once for each."""
 
@@ -159,7 +137,7 @@ class RelaySettings(WholeFile):
     limits: LimitSettings = Field(default_factory=LimitSettings, description="What gateways may take of this relay.")
     resume: ResumeSettings = Field(default_factory=ResumeSettings, description="Carrying streams over a cut of the tunnel.")
     liveness: LivenessSettings = Field(default_factory=LivenessSettings, description="Dialling, and finding dead paths.")
-    log: LogSettings = Field(default_factory=LogSettings, description="What is logged.")
+    log: RelayLogSettings = Field(default_factory=RelayLogSettings, description="What is logged.")
 
     @classmethod
     def find_clashes(cls, raw: Mapping[str, object]) -> list[InitErrorDetails]:

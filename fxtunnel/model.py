@@ -21,7 +21,7 @@ def is_name(text: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """A service as a relay announces it. `protocol` is "tcp"; others may follow."""
+    """A service as a relay announces it. `protocol` is "tcp", or "http" where the relay reads requests."""
 
     name: ServiceName
     protocol: str = "tcp"

@@ -12,14 +12,15 @@ from typing import Final
 import trio
 
 from fxrelay.balance.chain import decide
-from fxrelay.balance.filters import Circumstances, Pool, Sieve
+from fxrelay.balance.filters import Circumstances, Pool, Sieve, reason_outside
 from fxrelay.balance.model import Action, Decision, Entry, Environment, Request
 from fxrelay.balance.ways import Ways
 from fxrelay.cluster.inflight import Placement, PlacementId
+from fxrelay.cluster.members import Member, MemberState
 from fxrelay.cluster.ports import PLACEMENTS, Store, Transporter
 from fxrelay.cluster.threads import Threads
 from fxrelay.cluster.view import ENDED, PLACED, ClusterView, encode_placement
-from fxrelay.delivery.ports import Node, NoNode, Wanted
+from fxrelay.delivery.ports import Claim, Node, NoNode, Wanted
 from fxtunnel.codes import Code
 from fxtunnel.errors import StoreError, TransporterError
 from fxtunnel.model import GatewayId, RelayId, ServiceName
@@ -107,14 +108,20 @@ class PoolChooser:
         member = self._view.members.get(decision.server_id, self._view.now) if decision.server_id is not None else None
         if member is None:
             return self._refusal(wanted, decision)
-        server = member.server
-        return Node(
-            server.server_id,
-            self._ways.is_local(server),
-            self._ways.direct_address(server),
-            self._ways.can_redirect(server, wanted.gateway_id),
-            self._claim(server.server_id),
-        )
+        return self._node(member, wanted, self._claim(member.server.server_id))
+
+    async def named(self, wanted: Wanted, server_id: RelayId) -> Node | NoNode:
+        """The node with this id, if it belongs to the service's pool, also when it takes no new sessions. Its claim counts nothing: what is
+        named was placed before. Raises nothing.
+        """
+        await trio.lowlevel.checkpoint()
+        balancing = self._balancing.get(wanted.service)
+        member = self._view.members.get(server_id, self._view.now)
+        if balancing is None or member is None or reason_outside(member, balancing.pool) is not None:
+            return NoNode(Code.NO_SERVICE, "no such node in the pool")
+        if member.state is MemberState.DOWN:
+            return NoNode(Code.CONNECT_FAILED, "the node is down")
+        return self._node(member, wanted, _NoClaim())
 
     async def _decide(self, balancing: Balancing, request: Request, gateway_id: GatewayId, around: Circumstances) -> Decision:
         sieve = self._sieve(balancing.pool, request.action, gateway_id)
@@ -142,7 +149,18 @@ class PoolChooser:
             f"; filtered out: {reasons}" if reasons else "",
             f"; {json.dumps(failure.detail)}" if failure is not None and failure.detail else "",
         )
-        return NoNode(Code.CONNECT_FAILED, f"{name} (trace {wanted.trace_id})")
+        message = failure.message if failure is not None else "The server chosen has gone."
+        return NoNode(Code.CONNECT_FAILED, f"{name} (trace {wanted.trace_id})", name, message)
+
+    def _node(self, member: Member, wanted: Wanted, claim: Claim) -> Node:
+        server = member.server
+        return Node(
+            server.server_id,
+            self._ways.is_local(server),
+            self._ways.direct_address(server),
+            self._ways.can_redirect(server, wanted.gateway_id),
+            claim,
+        )
 
     def _claim(self, server_id: RelayId) -> "PlacementClaim":
         placement = Placement(PlacementId(f"{self._instance[:16]}-{secrets.token_hex(8)}"), server_id, self._view.now_ms)
@@ -152,6 +170,19 @@ class PoolChooser:
     def _tell(self, event: str, placement: Placement) -> None:
         with suppress(trio.WouldBlock, trio.BrokenResourceError):  # then the servers' own updates will tell
             self._news_in.send_nowait(encode_placement(event, placement))
+
+
+class _NoClaim:
+    """Implements `Claim` for what is counted already."""
+
+    def connected(self) -> None:
+        """See `Claim`."""
+
+    def release(self) -> None:
+        """See `Claim`."""
+
+    def hand_over(self) -> None:
+        """See `Claim`."""
 
 
 class PlacementClaim:

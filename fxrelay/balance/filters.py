@@ -116,13 +116,10 @@ class Sieve:
         )
 
     def _reason(self, member: Member) -> str | None:
-        server, pool = member.server, self._pool
-        if pool.nodes is not None and server.server_id not in pool.nodes:
-            return NOT_IN_POOL
-        if pool.nodes is None and pool.service not in server.services:
-            return NOT_SERVED
-        if pool.where and not _matches(server.static_data, pool.where):
-            return NO_MATCH
+        outside = reason_outside(member, self._pool)
+        if outside is not None:
+            return outside
+        server = member.server
         if member.state is not MemberState.UP:
             return str(member.state.value)
         if server.draining or member.is_drained:
@@ -134,6 +131,18 @@ class Sieve:
         if self._action is Action.START and ("start" in server.disable or "start" in member.disabled):
             return START_DISABLED
         return None
+
+
+def reason_outside(member: Member, pool: Pool) -> str | None:
+    """Why the server does not belong to the pool, whatever its state; None if it does."""
+    server = member.server
+    if pool.nodes is not None and server.server_id not in pool.nodes:
+        return NOT_IN_POOL
+    if pool.nodes is None and pool.service not in server.services:
+        return NOT_SERVED
+    if pool.where and not _matches(server.static_data, pool.where):
+        return NO_MATCH
+    return None
 
 
 def _matches(static_data: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:

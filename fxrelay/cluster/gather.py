@@ -17,7 +17,8 @@ from fxrelay.cluster.programs import ProgramBounds
 from fxrelay.cluster.publish import Facts
 from fxrelay.cluster.server import MAX_SERVER_BYTES, MAX_SERVICES
 from fxrelay.cluster.static_data import StaticData
-from fxrelay.settings import RelaySettings, ServiceSection
+from fxrelay.service_settings import ServiceSection
+from fxrelay.settings import RelaySettings
 
 logger = logging.getLogger(__name__)
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 from fxrelay.cluster.settings import PathKind
+from fxrelay.delivery.ports import StreamTaker
 from fxrelay.delivery.services import AnyService, Endpoint, PoolService, ServiceTable
 from fxtunnel.codes import Code
 from fxtunnel.engine.reactor import ERROR, WRITE, Reactor
@@ -159,6 +160,7 @@ class DeliveryDesk:
         self.services = services
         self.limits = limits
         self.placer = placer
+        self.web: StreamTaker | None = None
         self.counters = DeliveryCounters()
         self.deliveries: set[Delivery] = set()
         self.connecting: dict[Delivery, float] = {}
@@ -168,7 +170,8 @@ class DeliveryDesk:
     @property
     def streams(self) -> int:
         """Streams in hand: those that are served, and those for which a node is being chosen."""
-        return len(self.deliveries) + (len(self.placer.placings) if self.placer is not None else 0)
+        placings = len(self.placer.placings) if self.placer is not None else 0
+        return len(self.deliveries) + placings + (self.web.streams if self.web is not None else 0)
 
     def on_open(self, session: "Session", stream: Stream, opening: Opening, gateway_id: GatewayId = _NO_GATEWAY) -> None:
         """Serve a stream. What the gateway asks for counts only as a name in this relay's own table."""
@@ -181,6 +184,11 @@ class DeliveryDesk:
             self.turn_down(stream, service, Code.BUSY, "too many streams")
         elif opening.node is not None and not isinstance(service, PoolService):
             self.turn_down(stream, service, Code.NO_SERVICE, "it is not served by nodes that could be asked for")
+        elif service.protocol == "http":
+            if self.web is None:
+                self.turn_down(stream, service, Code.NO_SERVICE, "this relay serves no HTTP")
+            else:
+                self.web.take(session, stream, service, opening, gateway_id)
         elif isinstance(service, PoolService) and opening.via is None:
             if self.placer is None:
                 self.turn_down(stream, service, Code.NO_SERVICE, "this relay chooses no nodes")
@@ -245,6 +253,8 @@ class DeliveryDesk:
             delivery.fail(Code.SHUTDOWN)
         if self.placer is not None:
             self.placer.abort_all()
+        if self.web is not None:
+            self.web.abort_all()
 
     def _deliver(self, session: "Session", stream: Stream, service: AnyService, opening: Opening) -> None:
         connected, rest = connect_first(service.endpoints)

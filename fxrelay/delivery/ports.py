@@ -1,10 +1,17 @@
 """Port: who chooses the node for a stream of a pool, and what delivery needs to know about the node chosen."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from fxtunnel.codes import Code
 from fxtunnel.model import GatewayId, RelayId, ServiceName
+from fxtunnel.protocol.mux import Stream
+from fxtunnel.protocol.opening import Opening
+
+if TYPE_CHECKING:
+    from fxrelay.delivery.services import AnyService
+    from fxtunnel.engine.session import Session
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +53,14 @@ class Node:
 
 @dataclass(frozen=True, slots=True)
 class NoNode:
-    """Nobody can take it. `text` goes to the gateway's log; it names no user and no other server."""
+    """Nobody can take it. `text` goes to the gateway's log; it names no user and no other server. `name` and `message` are the chain's
+    words for a user, if there are any.
+    """
 
     code: Code
     text: str
+    name: str = ""
+    message: str = ""
 
 
 class Chooser(Protocol):
@@ -57,3 +68,20 @@ class Chooser(Protocol):
 
     async def choose(self, wanted: Wanted, excluded: frozenset[RelayId]) -> Node | NoNode:
         """A node for the stream, none of `excluded`: which could not be reached before. Raises nothing."""
+
+
+class StreamTaker(Protocol):
+    """Who serves the streams of services that are looked into. Called from the reactor: no waiting."""
+
+    @property
+    def streams(self) -> int:
+        """Streams in hand, without those that were given back to the pump."""
+
+    def services_in_use(self) -> Iterable[ServiceName]:
+        """The service of each of them."""
+
+    def take(self, session: "Session", stream: Stream, service: "AnyService", opening: Opening, gateway_id: GatewayId) -> None:
+        """Serve the stream: it is accepted or refused at once."""
+
+    def abort_all(self) -> None:
+        """End every stream, with RST."""

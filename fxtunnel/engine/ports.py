@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from fxtunnel.codes import Code
 from fxtunnel.model import SessionId
-from fxtunnel.protocol.mux import MuxStatistics
+from fxtunnel.protocol.mux import Mux, MuxStatistics
 
 if TYPE_CHECKING:
     from fxtunnel.engine.session import Session
@@ -57,3 +57,28 @@ class SessionStatistics:
     def is_up(self) -> bool:
         """Whether a link is attached."""
         return self.state is State.UP
+
+
+class TurnTaker(Protocol):
+    """Who has bytes for a session: a socket, or a task."""
+
+    def read_turn(self, limit_bytes: int) -> int:
+        """Write at most `limit_bytes` into one DATA frame, now. Returns how many there were."""
+
+
+class Carrier(Protocol):
+    """What carries a stream: a `Session`."""
+
+    mux: Mux
+
+    def want_turn(self, taker: TurnTaker) -> None:
+        """There are bytes to send; `read_turn` is called when it is this taker's turn. Ask once."""
+
+    def wake(self) -> None:
+        """There is something to send: it leaves at the end of this turn."""
+
+    def cancel_turn(self, taker: TurnTaker) -> None:
+        """The turn that was asked for is not wanted any more."""
+
+    def has_room(self, limit_bytes: int) -> int:
+        """How many of `limit_bytes` may be written at once, without a turn: nobody waits and the link takes them; else 0."""

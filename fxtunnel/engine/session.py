@@ -12,7 +12,7 @@ from contextlib import suppress
 from typing import Final
 
 from fxtunnel.codes import Code
-from fxtunnel.engine.ports import SessionConfig, SessionOwner, SessionStatistics, State
+from fxtunnel.engine.ports import SessionConfig, SessionOwner, SessionStatistics, State, TurnTaker
 from fxtunnel.engine.reactor import ERROR, INCOMING, LINK_EVENTS, READ, READ_BUFFER_BYTES, WRITE, Reactor, Timer
 from fxtunnel.engine.splice import Splice
 from fxtunnel.errors import RemoteProtocolError
@@ -64,7 +64,7 @@ class Session:
         self._read_blocked = False
         self._interest = 0
         self._dirty = False
-        self._ready: deque[Splice] = deque()
+        self._ready: deque[TurnTaker] = deque()
         self._last_arrival = reactor.now
         self._timer: Timer | None = None
         self.mux = Mux(
@@ -149,15 +149,21 @@ class Session:
         finally:
             self._finish(code, text)
 
-    def cancel_turn(self, splice: Splice) -> None:
-        """The splice goes elsewhere; it must not be read on behalf of this session any more."""
+    def cancel_turn(self, taker: TurnTaker) -> None:
+        """The taker goes elsewhere; it must not be read on behalf of this session any more."""
         with suppress(ValueError):
-            self._ready.remove(splice)
+            self._ready.remove(taker)
 
-    def want_turn(self, splice: Splice) -> None:
-        """A socket has bytes to read; it gets its turn. The splice keeps itself from asking twice."""
-        self._ready.append(splice)
+    def want_turn(self, taker: TurnTaker) -> None:
+        """A socket or a task has bytes; it gets its turn. The taker keeps itself from asking twice."""
+        self._ready.append(taker)
         self.wake()
+
+    def has_room(self, limit_bytes: int) -> int:
+        """See `Carrier`."""
+        if self._ready or self._blocked or self._link is None or self.mux.ring.unsent_bytes > RECORD_BYTES:
+            return 0
+        return max(0, min(limit_bytes, CROWDED_TURN_BYTES, self.mux.data_room - frames.HEADER_BYTES))
 
     def wake(self) -> None:
         """There is something to send: write at the end of this turn."""

@@ -2,14 +2,12 @@
 
 import socket
 import struct
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from fxtunnel.codes import Code
+from fxtunnel.engine.ports import Carrier
 from fxtunnel.engine.reactor import ERROR, HANGUP, INCOMING, STREAM_EVENTS, URGENT, WRITE, Reactor
 from fxtunnel.protocol.mux import Stream
-
-if TYPE_CHECKING:
-    from fxtunnel.engine.session import Session
 
 RESET_GRACE_S: Final = 0.5
 """How long bytes that arrived before a RESET may still drain to a reader that moves, before it gets its RST."""
@@ -53,7 +51,7 @@ class Splice:
     def __init__(self, reactor: Reactor, sock: socket.socket) -> None:
         self.reactor = reactor
         self.sock = sock
-        self.session: Session | None = None
+        self.session: Carrier | None = None
         self.stream: Stream | None = None
         self.closed = False
         self._pending: bytearray | None = None
@@ -65,7 +63,7 @@ class Splice:
         self._fin_wanted = False
         self._aborting = False
 
-    def join(self, session: "Session", stream: Stream) -> None:
+    def join(self, session: Carrier, stream: Stream) -> None:
         """Carry the socket's bytes on this stream from now on."""
         if self._queued and self.session is not None:
             self.session.cancel_turn(self)

@@ -16,6 +16,7 @@ import trio
 
 from fxtunnel.errors import ConfigError, LocalProtocolError
 from fxtunnel.kit.files import read_secret
+from fxtunnel.kit.one_at_a_time import OneAtATime
 from fxtunnel.kit.tls_problems import HandshakeFailed, HandshakeProblem, describe_dates, explain_to_client, explain_to_server
 
 __all__ = [
@@ -128,8 +129,8 @@ class TlsStream(trio.abc.HalfCloseableStream):
         self._unread = b""
         self._is_open = True
         self._can_send = True
-        self._sending = _OneAtATime("another task is sending on this stream")
-        self._receiving = _OneAtATime("another task is receiving on this stream")
+        self._sending = OneAtATime("another task is sending on this stream")
+        self._receiving = OneAtATime("another task is receiving on this stream")
         # TLS may want to write in order to read (a key update), and trio allows one waiter per direction.
         self._readable = trio.Lock()
         self._writable = trio.Lock()
@@ -253,24 +254,6 @@ class TlsStream(trio.abc.HalfCloseableStream):
         self._check_open()
         if not self._can_send:
             raise trio.BrokenResourceError("an earlier send on this stream did not finish")
-
-
-class _OneAtATime:
-    """Turns the mistake of two tasks using one direction at once into an error; trio keeps its own such guard private."""
-
-    __slots__ = ("_message", "is_busy")
-
-    def __init__(self, message: str) -> None:
-        self._message = message
-        self.is_busy = False
-
-    def __enter__(self) -> None:
-        if self.is_busy:
-            raise trio.BusyResourceError(self._message)
-        self.is_busy = True
-
-    def __exit__(self, *_: object) -> None:
-        self.is_busy = False
 
 
 def _tls13_only(context: ssl.SSLContext, alpn: Sequence[str]) -> ssl.SSLContext:

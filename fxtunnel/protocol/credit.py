@@ -108,6 +108,10 @@ class ReceiveWindow:
         self.left_bytes += amount
         return amount
 
+    def returned(self, amount_bytes: int) -> None:
+        """The reader gives back bytes that it took: they count as taken when they have left."""
+        self._consumed -= amount_bytes
+
     def close(self) -> None:
         """Give the memory back. Call once."""
         self._budget.release(self.first_bytes, self.window_bytes - self.first_bytes)

@@ -117,17 +117,21 @@ async def test_all_ways_in_turn_and_those_tried_are_left_out() -> None:
         found.append((node.server_id, node.is_local, node.address, node.can_redirect))
     assert found == [("a", True, "", False), ("b", False, "10.0.0.2", False), ("c", False, "", True)]
     none = await chooser.choose(WANTED, frozenset(ids("a", "b", "c")))
-    assert none == NoNode(Code.CONNECT_FAILED, "NoServerAvailable (trace t1)")
+    assert isinstance(none, NoNode)
+    assert (none.code, none.text, none.name) == (Code.CONNECT_FAILED, "NoServerAvailable (trace t1)", "NoServerAvailable")
     assert chooser.failures == {"NoServerAvailable": 1}
 
 
 async def test_refusals_tell_the_gateway_no_more_than_a_name() -> None:
     chooser, _ = make(Surroundings(), Says(Failed("Licence", "secret-server is full", "stack")))
-    assert await chooser.choose(WANTED, frozenset()) == NoNode(Code.CONNECT_FAILED, "Licence (trace t1)")
+    refused = await chooser.choose(WANTED, frozenset())
+    assert refused == NoNode(Code.CONNECT_FAILED, "Licence (trace t1)", "Licence", "secret-server is full")  # the last two are for the user
     chooser.reconfigure({})
     assert await chooser.choose(WANTED, frozenset()) == NoNode(Code.NO_SERVICE, "not served here")
     chooser, _ = make(Surroundings(), Says(Chosen(RelayId("gone"))))
-    assert await chooser.choose(WANTED, frozenset()) == NoNode(Code.CONNECT_FAILED, "ServerGone (trace t1)")
+    assert await chooser.choose(WANTED, frozenset()) == NoNode(
+        Code.CONNECT_FAILED, "ServerGone (trace t1)", "ServerGone", "The server chosen has gone."
+    )
 
 
 async def test_claims_are_counted_here_and_told_to_others() -> None:
@@ -178,3 +182,21 @@ async def test_numbers_come_from_the_store_or_from_here() -> None:
     around.error, around.hang_s = False, 2.0
     with trio.fail_after(20):
         assert await environment.next_number("x") == 45
+
+
+async def test_a_named_node_must_belong_to_the_pool_and_need_not_take_new_sessions() -> None:
+    around = Surroundings()
+    chooser, view = make(around)
+    view.hear(Message(SERVERS, server_text("e", address="10.0.0.5", draining=True)))
+    view.hear(Message(SERVERS, server_text("f", address="10.0.0.6", services=["other"])))
+    for name, address in (("b", "10.0.0.2"), ("e", "10.0.0.5")):
+        node = await chooser.named(WANTED, RelayId(name))
+        assert isinstance(node, Node)
+        assert (node.server_id, node.address) == (name, address)
+        node.claim.connected()
+        node.claim.release()
+    assert view.in_flight.counts(view.now) == {}
+    for name in ("f", "nobody"):
+        assert await chooser.named(WANTED, RelayId(name)) == NoNode(Code.NO_SERVICE, "no such node in the pool")
+    chooser.reconfigure({})
+    assert isinstance(await chooser.named(WANTED, RelayId("b")), NoNode)

@@ -105,8 +105,8 @@ def ssh_server(home: Path) -> Iterator[Ssh]:
 
 
 @contextmanager
-def nginx_server(home: Path) -> Iterator[tuple[int, Path]]:
-    """An nginx that serves a directory; its port and that directory."""
+def nginx_server(home: Path, extra: str = "") -> Iterator[tuple[int, Path]]:
+    """An nginx that serves a directory; its port and that directory. `extra` goes into its `server`."""
     need("nginx")
     files = home / "files"
     files.mkdir(parents=True)
@@ -117,7 +117,7 @@ def nginx_server(home: Path) -> Iterator[tuple[int, Path]]:
         f"{user}\ndaemon off;\nworker_processes 1;\npid {home}/nginx.pid;\nerror_log {home}/error.log;\n"
         f"events {{ worker_connections 1024; }}\n"
         f"http {{\naccess_log off;\nsendfile on;\nkeepalive_requests 100000;\n{temporary}"
-        f"server {{ listen 127.0.0.1:{port}; root {files}; }}\n}}\n"
+        f"server {{ listen 127.0.0.1:{port}; root {files}; {extra} }}\n}}\n"
     )
     arguments = [program("nginx"), "-p", str(home), "-c", str(home / "nginx.conf"), "-e", str(home / "error.log")]
     with running(arguments, port, home / "nginx.log"):

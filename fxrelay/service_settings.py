@@ -1,0 +1,109 @@
+"""Port: what an administrator can write about one service in relay.toml."""
+
+import re
+from typing import Any, Final, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from fxtunnel.kit.sections import Seconds, Section, Size
+from fxtunnel.kit.settings import NameField, OptionalAddress, OptionalPath
+
+_HTTP_ONLY: Final = frozenset({"tls", "hosts", "trust_forwarded", "node_paths", "affinity", "cookie_key", "response_timeout_s", "max_body"})
+_HOST: Final = re.compile(r"(\*\.)?[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*\.?|\[[0-9A-Fa-f:.]+\]")
+_COOKIE: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
+
+
+class TlsSection(Section):
+    """TLS that ends at this relay: the gateway sees nothing of it."""
+
+    cert: OptionalPath = Field(description="Certificate chain, PEM.")
+    key: OptionalPath = Field(description="Its private key, PEM, unencrypted; mode 0600.")
+
+
+class AffinitySection(Section):
+    """How a client comes back to the node it was at."""
+
+    cookie: str | None = Field(None, description="Name of a cookie that this relay sets and signs.")
+    claim: str | None = Field(None, min_length=1, max_length=64, description="Claim of the JWT in Authorization that names a node.")
+
+    @field_validator("cookie")
+    @classmethod
+    def _check_cookie(cls, value: str | None) -> str | None:
+        if value is not None and _COOKIE.fullmatch(value) is None:
+            raise ValueError("expected a cookie's name: 1 to 64 of the characters A-Z a-z 0-9 _ -")
+        return value
+
+    @model_validator(mode="after")
+    def _check_one(self) -> Self:
+        if (self.cookie is None) == (self.claim is None):
+            raise ValueError("expected either `cookie` or `claim`")
+        return self
+
+
+class ServiceSection(Section):
+    """A service. With `target` it is one address. With `port` it is a pool: the same port on every node of the pool, one of which is
+    chosen for each stream. A relay never connects to anything that is not written here.
+    """
+
+    name: NameField = Field(description="The name doors ask for.")
+    protocol: Literal["tcp", "http"] = Field(
+        "tcp", description='How it is carried: "tcp" unread; "http": the relay reads requests, and each may go to another node.'
+    )
+    target: OptionalAddress | None = Field(None, description="Where it listens: host:port, or unix:/path.")
+    port: int | None = Field(None, ge=1, le=65_535, description="The port on each node of the pool.")
+    host: str = Field("127.0.0.1", description="Where a pool's service listens, as seen from this node itself.")
+    nodes: Literal["*"] | tuple[NameField, ...] = Field("*", description='The pool: "*" for every node that publishes the service, or ids.')
+    where: dict[str, Any] = Field(default_factory=dict, description='Only nodes whose static data has these values: {group = "gpu"}.')
+    balance: tuple[str, ...] = Field((), description="The balancing chain: builtin:NAME, js:FILE, exec:FILE, python:MODULE:FUNCTION.")
+    action: Literal["session/start", "user/login"] = Field(
+        "session/start", description="What a stream counts as for the chain and for servers whose logins or starts are switched off."
+    )
+    proxy_protocol: Literal["v1", "v2"] | None = Field(None, description="Tell the service the client's address by this PROXY protocol.")
+
+    tls: TlsSection | None = Field(
+        None, description='End TLS here: {cert = "FILE", key = "FILE"}. Without it the stream carries plain HTTP.'
+    )
+    hosts: tuple[str, ...] = Field((), description="Names the service goes by, `*.` allowed; requests for others get 421. None: any.")
+    trust_forwarded: bool = Field(False, description="Keep Forwarded and X-Forwarded-* of requests: only behind a proxy that sets them.")
+    node_paths: bool = Field(False, description="/node/ID/… and /rnode/ID/… (without its beginning) lead to that node of the pool.")
+    affinity: AffinitySection | None = Field(
+        None, description='How a client comes back to its node: {cookie = "NAME"}, signed by this relay, or {claim = "iss"} of its JWT.'
+    )
+    cookie_key: OptionalPath | None = Field(
+        None,
+        description="File with the cookies' key, the same on all relays (mode 0600, 32 bytes or more); none: one is made in state_dir.",
+    )
+    response_timeout_s: Seconds = Field(60.0, ge=0.1, le=86_400, description="Seconds for a response to begin once its request was sent.")
+    max_body: Size = Field(0, ge=0, le=1 << 50, description="Largest body of a request; 0: no bound.")
+
+    @field_validator("hosts")
+    @classmethod
+    def _check_hosts(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for name in value:
+            if _HOST.fullmatch(name) is None:
+                raise ValueError(f"expected host names without port, `*.` allowed in front, found {name!r}")
+        return tuple(name.lower().removesuffix(".") for name in value)
+
+    @model_validator(mode="after")
+    def _check_kind(self) -> Self:
+        if (self.target is None) == (self.port is None):
+            raise ValueError("expected either `target` (one address) or `port` (a pool of nodes)")
+        if self.target is not None:
+            pool_only = {"host", "nodes", "where", "balance", "action", "node_paths", "affinity"} & self.model_fields_set
+            if pool_only:
+                raise ValueError(f"{', '.join(sorted(pool_only))}: only for a pool, which has `port` instead of `target`")
+        return self
+
+    @model_validator(mode="after")
+    def _check_protocol(self) -> Self:
+        http_only = _HTTP_ONLY & self.model_fields_set
+        if self.protocol != "http" and http_only:
+            raise ValueError(f'{", ".join(sorted(http_only))}: only for protocol = "http"')
+        if self.cookie_key is not None and (self.affinity is None or self.affinity.cookie is None):
+            raise ValueError("cookie_key: only with affinity = {cookie = …}")
+        return self
+
+    @property
+    def is_pool(self) -> bool:
+        """Whether a node is chosen for each stream."""
+        return self.port is not None

@@ -1,0 +1,144 @@
+"""Task: one connection from this relay to a service, for the requests of one client connection, one after the other."""
+
+import contextlib
+import errno
+import os
+import socket
+import struct
+from collections.abc import Sequence
+from typing import Final
+
+import trio
+
+from fxrelay.cluster.settings import PathKind
+from fxrelay.delivery.delivery import connect
+from fxrelay.delivery.services import Endpoint
+from fxrelay.web.heads import MAX_ANSWER_HEAD_BYTES, HeadScanner
+from fxtunnel.engine.splice import abort
+from fxtunnel.errors import NodeError
+from fxtunnel.model import RelayId
+
+RECEIVE_BYTES: Final = 65_536
+_CLOSE_CLEANLY: Final = struct.pack("ii", 0, 0)
+_LOOK: Final = socket.MSG_PEEK | socket.MSG_DONTWAIT
+
+
+class ServiceLink:
+    """A connected socket, and what was read too much. Owns the socket until `close` or `abort`, or until somebody takes `sock` over.
+
+    `is_used` tells whether a request has been answered on it: a service may end such a connection at any moment.
+    """
+
+    __slots__ = ("_stream", "is_used", "node", "scanner", "sock", "way")
+
+    def __init__(self, sock: socket.socket, node: RelayId | None, way: PathKind) -> None:
+        self.sock = sock
+        self.node = node
+        self.way = way
+        self.is_used = False
+        self.scanner = HeadScanner(MAX_ANSWER_HEAD_BYTES)
+        self._stream = trio.SocketStream(trio.socket.from_stdlib_socket(sock))
+
+    def send_nowait(self, data: bytes) -> int:
+        """Send as much as the socket takes at once; how much that was. A broken connection takes nothing: `send` tells."""
+        try:
+            return self.sock.send(data)
+        except OSError:
+            return 0
+
+    async def send(self, data: bytes | memoryview) -> None:
+        """Send all of it.
+
+        Raises:
+            trio.BrokenResourceError: the service closed the connection.
+        """
+        await self._stream.send_all(data)
+
+    async def receive(self) -> bytes:
+        """More bytes; `b""` at the end.
+
+        Raises:
+            trio.BrokenResourceError: the service reset the connection.
+        """
+        return await self._stream.receive_some(RECEIVE_BYTES)
+
+    async def receive_later(self) -> bytes:
+        """As `receive`, where nothing can have arrived yet: a look for it would cost a call for nothing."""
+        await trio.lowlevel.wait_readable(self.sock)
+        try:
+            return self.sock.recv(RECEIVE_BYTES)
+        except BlockingIOError:
+            return await self.receive()
+        except OSError as exc:
+            raise trio.BrokenResourceError(f"the service broke the connection: {exc.strerror}") from exc
+
+    async def send_eof(self) -> None:
+        """Nothing more will be sent.
+
+        Raises:
+            trio.BrokenResourceError: the service closed the connection.
+        """
+        await self._stream.send_eof()
+
+    def is_stale(self) -> bool:
+        """Whether the service has closed it, or says something unasked: it cannot take another request."""
+        if self.scanner.rest:
+            return True
+        try:
+            self.sock.recv(1, _LOOK)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+        return True
+
+    def close(self) -> None:
+        """Close in order. May be repeated."""
+        with contextlib.suppress(OSError):
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _CLOSE_CLEANLY)
+        self.sock.close()
+
+    def abort(self) -> None:
+        """Close with RST: the service must not take what it has for the whole request. May be repeated."""
+        with contextlib.suppress(OSError):
+            abort(self.sock)
+
+
+async def open_link(endpoints: Sequence[Endpoint], greeting: bytes, node: RelayId | None, way: PathKind) -> ServiceLink:
+    """A connection to the first endpoint that takes it. Sets no deadline; safe to cancel.
+
+    Raises:
+        NodeError: none does; `str()` says what the last one said.
+    """
+    problem = "no address"
+    for endpoint in endpoints:
+        sock = connect(endpoint)
+        if isinstance(sock, str):
+            problem = sock
+            continue
+        try:
+            error = await _outcome(sock)
+            if not error and greeting and sock.send(greeting) != len(greeting):
+                error = errno.ENOBUFS
+        except OSError as exc:
+            error = exc.errno or errno.EIO
+        except BaseException:
+            sock.close()
+            raise
+        if not error:
+            return ServiceLink(sock, node, way)
+        sock.close()
+        problem = os.strerror(error)
+    await trio.lowlevel.checkpoint()
+    raise NodeError(problem)
+
+
+async def _outcome(sock: socket.socket) -> int:
+    """The error of a connection that is under way, or 0."""
+    try:
+        sock.getpeername()
+    except OSError:
+        await trio.lowlevel.wait_writable(sock)
+        return sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+    await trio.lowlevel.checkpoint()
+    return 0

@@ -1,0 +1,82 @@
+"""Port: what an HTTP service is made of, what bounds it, and who is asked about its requests."""
+
+import ssl
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from fxrelay.delivery.ports import Chooser, Node, NoNode, Wanted
+from fxrelay.web.affinity import Affinity
+from fxrelay.web.heads import Field
+from fxtunnel.model import RelayId, ServiceName
+
+
+@dataclass(frozen=True, slots=True)
+class WebLimits:
+    """Bounds of HTTP connections. Times in seconds."""
+
+    head_timeout_s: float = 10.0
+    """For a request's head once it has begun, the first one from the connection's beginning; and for a TLS handshake."""
+    keep_alive_s: float = 75.0
+    stall_timeout_s: float = 60.0
+    """For the next byte of a request's body, and for a client to take more of a response."""
+    idle_timeout_s: float = 86_400.0
+    """For the next byte of a response's body."""
+
+
+@dataclass(frozen=True, slots=True)
+class WebRules:
+    """What the configuration says about one HTTP service. No `tls`: the stream carries HTTP as it is. No `affinity`: each request is placed
+    anew. `max_body_bytes` 0: bodies have no bound.
+    """
+
+    name: ServiceName
+    hosts: tuple[str, ...] = ()
+    trusts_forwarded: bool = False
+    node_paths: bool = False
+    affinity: Affinity | None = None
+    response_timeout_s: float = 60.0
+    max_body_bytes: int = 0
+    tls: ssl.SSLContext | None = None
+
+
+class NodeChooser(Chooser, Protocol):
+    """Chooses nodes, and finds those that a request names."""
+
+    async def named(self, wanted: Wanted, server_id: RelayId) -> Node | NoNode:
+        """The node with this id, if it belongs to the service's pool, also when it takes no new sessions. Its claim counts nothing: what is
+        named was placed before. Raises nothing.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class RequestFacts:
+    """A request as a gate sees it. `path` is in origin form with its query; `node` is the one that it names, or was at before."""
+
+    service: ServiceName
+    trace: str
+    client: str
+    method: bytes
+    path: bytes
+    host: str
+    fields: Sequence[Field]
+    node: RelayId | None
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """Go on. With `node`: to that one, whatever path and affinity say."""
+
+    node: RelayId | None = None
+
+
+class RequestGate(Protocol):
+    """Who is asked about every request of HTTP services: before it is sent on, and when its response's head is there. Either may raise
+    `Refused`, which is then the answer. Safe to cancel.
+    """
+
+    async def admit(self, request: RequestFacts) -> Pass:
+        """Before anything is sent to a node."""
+
+    async def answered(self, request: RequestFacts, node: RelayId | None, status: int, fields: Sequence[Field]) -> None:
+        """The final response's head has arrived and nothing of it is sent yet. `node` None: the service has one address."""

@@ -1,0 +1,97 @@
+"""Task: after a 101 the connection is its protocol's own: the pump carries it, or where TLS is ended here, two tasks do."""
+
+import socket
+from typing import Final
+
+import trio
+
+from fxrelay.delivery.delivery import SERVICE_NOTSENT_BYTES, Delivery, DeliveryDesk
+from fxrelay.delivery.services import AnyService
+from fxrelay.web.client import ClientGone, ClientSide
+from fxrelay.web.exchange import CutOff
+from fxrelay.web.link import ServiceLink
+from fxtunnel.engine.stream import TunnelStream
+from fxtunnel.protocol.opening import Opening
+
+COPY_BYTES: Final = 65_536
+
+
+class UpgradedDelivery(Delivery):
+    """A delivery whose connection stands already. Bytes of the client that arrived meanwhile reach the service first."""
+
+    __slots__ = ("ended",)
+
+    def __init__(self, desk: DeliveryDesk, sock: socket.socket, service: AnyService, opening: Opening) -> None:
+        super().__init__(desk, sock, service, (), opening)
+        self.ended = trio.Event()
+        self._connecting = False
+        if sock.family != socket.AF_UNIX:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, SERVICE_NOTSENT_BYTES)
+
+    def carry(self, tunnel: TunnelStream, client: ClientSide) -> None:
+        """Take the stream over from the tasks."""
+        early, self._fin_wanted = tunnel.give_back(client.scanner.take_rest())
+        self._pending = early or None
+        self.desk.deliveries.add(self)
+        self.join(tunnel.session, tunnel.stream)
+        self.start()
+
+    def released(self) -> None:
+        """See `Splice`."""
+        super().released()
+        self.ended.set()
+
+
+async def copy_both_ways(client: ClientSide, link: ServiceLink, idle_s: float) -> None:
+    """Carry bytes between a client whose TLS ends here and a service until the service ends. The client's end is passed on; TLS has no
+    half close, so the service's end is everybody's.
+
+    Raises:
+        ClientGone, CutOff: one of them broke off, or nothing moved for `idle_s`.
+    """
+    failures: list[Exception] = []
+    with trio.CancelScope() as idle:
+
+        def moved() -> None:
+            idle.deadline = trio.current_time() + idle_s
+
+        async def inward() -> None:
+            data = client.scanner.take_rest()
+            try:
+                while True:
+                    if data:
+                        await link.send(data)
+                        moved()
+                    data = bytes(await client.stream.receive_some(COPY_BYTES))
+                    if not data:
+                        await link.send_eof()
+                        return
+                    client.bytes_in += len(data)
+            except (trio.BrokenResourceError, trio.ClosedResourceError):
+                failures.append(ClientGone("broke the connection"))
+                nursery.cancel_scope.cancel()
+
+        async def outward() -> None:
+            data = link.scanner.take_rest()
+            try:
+                while True:
+                    if data:
+                        await client.send(data)
+                        moved()
+                    data = await link.receive()
+                    if not data:
+                        break
+            except trio.BrokenResourceError:
+                failures.append(CutOff("the service broke the connection"))
+            except ClientGone as exc:
+                failures.append(exc)
+            nursery.cancel_scope.cancel()
+
+        moved()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(inward)
+            nursery.start_soon(outward)
+    if idle.cancelled_caught:
+        raise CutOff("nothing moved for too long")
+    if failures:
+        raise failures[0]
