@@ -1,5 +1,6 @@
 """Port: who chooses the node for a stream of a pool, and what delivery needs to know about the node chosen."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -9,12 +10,17 @@ from fxtunnel.model import GatewayId, RelayId, ServiceName
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """A stream that needs a node. `client` is the client's ip:port as the gateway saw it, or empty."""
+    """A stream that needs a node. `client` is the client's ip:port as the gateway saw it, or empty; `since` is monotonic seconds.
+
+    `user` is whom a reserved node would belong to; empty if that is not known.
+    """
 
     service: ServiceName
     client: str
     gateway_id: GatewayId
     trace_id: str
+    user: str = ""
+    since: float = 0.0
 
 
 class Claim(Protocol):
@@ -31,9 +37,37 @@ class Claim(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class Taken:
+    """The node is the user's now, as long as the seat is kept."""
+
+
+@dataclass(frozen=True, slots=True)
+class NotTaken:
+    """It is not. `text` goes to the gateway's log; `is_final`: no other node would be either."""
+
+    code: Code
+    text: str
+    is_final: bool
+
+
+class Seat(Protocol):
+    """A node that has to be its user's alone before a stream may go there. `release` when the stream ends, or comes to nothing; once."""
+
+    async def take(self) -> Taken | NotTaken:
+        """Make it the user's: steps 2 to 5 of a reservation (docs/RESERVATIONS.md). Safe to cancel. Raises nothing."""
+
+    def watch(self, lost: Callable[[], None]) -> None:
+        """Call `lost` when the node is the user's no more, at once if that is so already. It must not wait, nor raise."""
+
+    def release(self) -> None:
+        """The stream has ended."""
+
+
+@dataclass(frozen=True, slots=True)
 class Node:
     """The node chosen. `address` is an IP address for a direct connection, empty where that is not allowed (this relay's configuration
-    decides, not the store). `can_redirect`: it has a tunnel of its own to the stream's gateway.
+    decides, not the store). `can_redirect`: it has a tunnel of its own to the stream's gateway. `seat` is to be taken before anything is
+    connected to; a node that is redirected to takes its own.
     """
 
     server_id: RelayId
@@ -41,6 +75,7 @@ class Node:
     address: str
     can_redirect: bool
     claim: Claim
+    seat: Seat | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +87,14 @@ class NoNode:
 
 
 class Chooser(Protocol):
-    """Decides. Safe to cancel: a claim that was not handed over is released by the chooser."""
+    """Decides. Safe to cancel: a claim that was not handed over is released by the chooser. May wait until a node is free."""
 
     async def choose(self, wanted: Wanted, excluded: frozenset[RelayId]) -> Node | NoNode:
         """A node for the stream, none of `excluded`: which could not be reached before. Raises nothing."""
+
+
+class Seats(Protocol):
+    """What streams need that were redirected to this node."""
+
+    def seat_here(self, wanted: Wanted) -> Seat | None:
+        """The seat of this node that the stream has to take first; None: it may come in as it is."""
