@@ -86,7 +86,7 @@ class Relay:
         identity = await load_identity(self._settings.relay.state_dir, RelayId(self._settings.relay.id))
         whose = Whose(identity.relay_id, identity.instance, lambda: [uplink.statistics() for uplink in self._uplinks])
         self._brain = brain = Brain(self._settings, self._config_path.absolute().parent, whose)
-        self._desk.placer = placer = Placer(brain.chooser, self._settings.cluster.paths)
+        self._desk.placer = placer = Placer(brain.chooser, self._settings.cluster.paths, brain.chooser)
         self._services.replace(await resolved(self._settings.services))
         self._uplinks = self._make_uplinks(files, identity)
         view = LiveView(identity.relay_id, identity.instance, lambda: self._uplinks, self._desk, brain, self._settings.limits.memory_bytes)
@@ -240,7 +240,8 @@ async def resolved(sections: tuple[ServiceSection, ...], known: ServiceTable | N
             endpoints = old.endpoints if old is not None and old.target == target else ()
             logger.warning("target %s of service %s does not resolve: %s", target, section.name, exc.strerror or exc)
         if section.port is not None:
-            services.append(PoolService(name, section.host, section.port, endpoints, section.protocol, section.proxy_protocol))
+            wait_s = section.queue.wait_s if section.queue is not None else 0.0
+            services.append(PoolService(name, section.host, section.port, endpoints, section.protocol, section.proxy_protocol, wait_s))
         else:
             services.append(Service(name, target, endpoints, section.protocol, section.proxy_protocol))
     return services

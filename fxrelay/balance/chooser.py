@@ -3,6 +3,8 @@
 import json
 import logging
 import secrets
+import time
+from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -11,14 +13,18 @@ from typing import Final
 import trio
 
 from fxrelay.balance.chain import decide
-from fxrelay.balance.filters import Circumstances, Pool, sift
+from fxrelay.balance.filters import RESERVED, Circumstances, Pool, sift
+from fxrelay.balance.holders import against, prefer
 from fxrelay.balance.model import Action, Candidate, Decision, Entry, Environment, Request
+from fxrelay.balance.seating import NO_RULES, Queueing, Seating, SeatRules
+from fxrelay.balance.waiting import Line
 from fxrelay.balance.ways import Ways
 from fxrelay.cluster.inflight import Placement, PlacementId
 from fxrelay.cluster.ports import PLACEMENTS, Store, Transporter
+from fxrelay.cluster.server import ServerObject
 from fxrelay.cluster.threads import Threads
 from fxrelay.cluster.view import ENDED, PLACED, ClusterView, encode_placement
-from fxrelay.delivery.ports import Node, NoNode, Wanted
+from fxrelay.delivery.ports import Claim, Node, NoNode, Seat, Wanted
 from fxtunnel.codes import Code
 from fxtunnel.errors import StoreError, TransporterError
 from fxtunnel.model import GatewayId, RelayId, ServiceName
@@ -27,6 +33,8 @@ logger = logging.getLogger(__name__)
 
 PUBLISH_QUEUE: Final = 1_024
 NEXT_NUMBER_S: Final = 1.0
+LOOK_AGAIN_S: Final = 1.0
+"""Who waits for a server looks again after this long, whatever is heard: servers also get free by time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +44,7 @@ class Balancing:
     pool: Pool
     chain: tuple[Entry, ...]
     action: Action = Action.START
+    seats: SeatRules = NO_RULES
 
 
 class ClusterEnvironment:
@@ -77,6 +86,9 @@ class PoolChooser:
         self._threads = threads
         self._instance = instance
         self._balancing: Mapping[ServiceName, Balancing] = {}
+        self._lines: defaultdict[ServiceName, Line] = defaultdict(Line)
+        self.seating: Seating | None = None
+        """Reservations. None: this relay knows of none, and gives nobody a server for himself."""
         self._news_in, self._news_out = trio.open_memory_channel[str](PUBLISH_QUEUE)
         self.decisions = 0
         self.failures: dict[str, int] = {}
@@ -99,31 +111,88 @@ class PoolChooser:
         if balancing is None:
             await trio.lowlevel.checkpoint()
             return NoNode(Code.NO_SERVICE, "not served here")
-        decision = await self.decide(balancing, Request(balancing.action, wanted.service), wanted.gateway_id, excluded)
+        queue, line = balancing.seats.queue, self._lines[wanted.service]
+        if queue is None or not line:
+            answer, decision = await self._choose(balancing, wanted, excluded)
+            if answer is not None:
+                return answer
+            if queue is None or not _may_wait(decision):
+                return self._refusal(wanted, decision)
+        return await self._wait(balancing, queue, wanted, excluded)
+
+    def seat_here(self, wanted: Wanted) -> Seat | None:
+        """See `Seats`."""
+        balancing = self._balancing.get(wanted.service)
+        member = self._view.members.get(self._environment.local_id, self._view.now)
+        if balancing is None or self.seating is None or not _reserves(balancing, member.server if member is not None else None):
+            return None
+        return self.seating.seat(self._environment.local_id, wanted.user, balancing.seats)
+
+    def waiting(self) -> dict[ServiceName, int]:
+        """How many wait for a server, by service."""
+        return {service: len(line) for service, line in self._lines.items() if line}
+
+    async def _wait(self, balancing: Balancing, queue: Queueing, wanted: Wanted, excluded: frozenset[RelayId]) -> Node | NoNode:
+        line = self._lines[wanted.service]
+        if len(line) >= queue.most:
+            return NoNode(Code.BUSY, "too many wait for a reserved server")
+        since = wanted.since or time.monotonic()
+        with line.place(since) as place, trio.move_on_after(max(0.0, since + queue.wait_s - time.monotonic())):
+            while True:
+                await place.turn.wait()
+                changed = self.seating.changed if self.seating is not None else trio.Event()
+                answer, decision = await self._choose(balancing, wanted, excluded)
+                if answer is not None:
+                    return answer
+                if not _may_wait(decision):
+                    return self._refusal(wanted, decision)
+                with trio.move_on_after(LOOK_AGAIN_S):
+                    await changed.wait()
+        return NoNode(Code.BUSY, f"no reserved server was free within {queue.wait_s:g} s")
+
+    async def _choose(self, balancing: Balancing, wanted: Wanted, excluded: frozenset[RelayId]) -> tuple[Node | NoNode | None, Decision]:
+        """The node, or None and a decision that says why there is none."""
+        is_login = balancing.action is Action.LOGIN
+        request = Request(balancing.action, wanted.service, wanted.user if is_login else "")
+        decision = await self.decide(balancing, request, wanted.gateway_id, excluded)
         member = self._view.members.get(decision.server_id, self._view.now) if decision.server_id is not None else None
         if member is None:
-            return self._refusal(wanted, decision)
+            return None, decision
         server = member.server
+        seat = None
+        if _reserves(balancing, server):
+            if self.seating is None or not wanted.user:
+                why = "whose stream it is cannot be told" if self.seating is not None else "this relay takes no part in reservations"
+                return NoNode(Code.CONNECT_FAILED, f"{server.server_id} is for one user only, and {why}"), decision
+            seat = self.seating.seat(server.server_id, wanted.user, balancing.seats)
+        claim: Claim = self._claim(server.server_id)
         return Node(
             server.server_id,
             self._ways.is_local(server),
             self._ways.direct_address(server),
             self._ways.can_redirect(server, wanted.gateway_id),
-            self._claim(server.server_id),
-        )
+            claim,
+            seat,
+        ), decision
 
     async def decide(
         self, balancing: Balancing, request: Request, gateway_id: GatewayId | None, excluded: Collection[RelayId] = ()
     ) -> Decision:
         """The bare decision; `gateway_id` None asks without regard to how the node would be reached."""
         members = list(self._view.everyone())
+        seats, now_ms = balancing.seats, self._view.now_ms
+        holders = self.seating.holders.users(now_ms) if self.seating is not None else {}
         around = Circumstances(
             self._view.in_flight.counts(self._view.now),
             excluded,
             None if gateway_id is None else self._ways.reachable(members, gateway_id),
+            against(holders, request.user, seats.relogin),
+            seats.guard_start,
         )
         candidates: list[Candidate]
         candidates, dropped = sift(members, balancing.pool, request, around)
+        if self.seating is not None and any(_reserves(balancing, candidate.server) for candidate in candidates):
+            candidates = prefer(candidates, request.user, holders, self.seating.holders.wanted(now_ms), seats.relogin)
         self.decisions += 1
         return await decide(balancing.chain, request, candidates, dropped, self._environment)
 
@@ -183,3 +252,14 @@ class PlacementClaim:
             self._released = True
             self._view.in_flight.withdraw(self._placement.placement_id)
             self._tell(ENDED, self._placement)
+
+
+def _reserves(balancing: Balancing, server: ServerObject | None) -> bool:
+    if balancing.action is not Action.LOGIN:
+        return False
+    return balancing.seats.always or (server is not None and server.enable_reservations)
+
+
+def _may_wait(decision: Decision) -> bool:
+    """Whether somebody else's going away would help."""
+    return any(dropped.reason == RESERVED for dropped in decision.dropped)

@@ -33,20 +33,22 @@ class Pool:
 class Circumstances:
     """What besides the servers decides: how many placements each has on its way, who can be reached, who was tried, who belongs to whom.
 
-    `reachable` None means that everyone can be. `holders` maps reserved servers to their user.
+    `reachable` None means that everyone can be. `holders` maps reserved servers to their user; with `guards_start` they are kept from
+    others' session starts too.
     """
 
     in_flight: Mapping[RelayId, int]
     excluded: Collection[RelayId] = ()
     reachable: Collection[RelayId] | None = None
     holders: Mapping[RelayId, str] | None = None
+    guards_start: bool = False
 
 
 def sift(members: Iterable[Member], pool: Pool, request: Request, around: Circumstances) -> tuple[list[Candidate], list[Dropped]]:
     """The candidates in order of id, and everyone else with the first reason that applied.
 
     The order of the filters is: pool, state (stale, down, draining), reachability, the switches for login or start (clustering guide,
-    "The Server List"), reservations, fullness. Reservations concern logins only: a start is already somebody's.
+    "The Server List"), reservations, fullness. Reservations concern logins only, unless starts are guarded: a start is already somebody's.
     """
     candidates: list[Candidate] = []
     dropped: list[Dropped] = []
@@ -82,7 +84,8 @@ def _reason(member: Member, pool: Pool, request: Request, around: Circumstances)
             return LOGIN_DISABLED
         if request.action is Action.START and ("start" in server.disable or "start" in member.disabled):
             return START_DISABLED
-    if around.holders is not None and request.action is Action.LOGIN and around.holders.get(server_id, request.user) != request.user:
+    is_guarded = request.action is Action.LOGIN or around.guards_start
+    if around.holders is not None and is_guarded and around.holders.get(server_id, request.user) != request.user:
         return RESERVED
     if 0 < server.max_sessions <= server.sessions + around.in_flight.get(server_id, 0):
         return FULL

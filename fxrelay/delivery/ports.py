@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import Enum
 from typing import Protocol
 
 from fxtunnel.codes import Code
@@ -41,13 +42,22 @@ class Taken:
     """The node is the user's now, as long as the seat is kept."""
 
 
+class Then(Enum):
+    """What to do for a stream that did not get the node."""
+
+    GIVE_UP = "give-up"
+    """No other node would take it either."""
+    ELSEWHERE = "elsewhere"
+    AGAIN = "again"
+    """Somebody was quicker. The chooser knows, and may come back to this node."""
+
+
 @dataclass(frozen=True, slots=True)
 class NotTaken:
-    """It is not. `text` goes to the gateway's log; `is_final`: no other node would be either."""
+    """It is not. `text` goes to the gateway's log."""
 
-    code: Code
     text: str
-    is_final: bool
+    then: Then
 
 
 class Seat(Protocol):

@@ -94,25 +94,25 @@ class Ledger:
         """Write down that what has expired is gone."""
         return self._apply(server_id, rule.purge, _itself)[1]
 
-    def clear(self, server_id: str) -> Record:
-        """Step 7, by an administrator. Also repairs a record that nobody can read. Returns the record before, as far as it can be read."""
-        before = Record()
+    def clear(self, server_id: str) -> tuple[Record, Record]:
+        """Step 7, by an administrator; also repairs what nobody can read. Returns the record before, if it can be, and after."""
+        records: list[tuple[Record, Record]] = []
 
         def change(present: Present) -> str:
-            nonlocal before
             try:
                 before = decode_record(present.text)
             except BadRecord:
                 before = Record()
             at = Moment(present.now_ms, present.epoch, present.number, 0)
-            return encode_record(replace(rule.clear(before, at), revision=present.number))
+            records.append((before, replace(rule.clear(before, at), revision=present.number)))
+            return encode_record(records[-1][1])
 
         try:
             self._store.update(RESERVATIONS, server_id, change)
         except StoreError:
             self._store.delete(RESERVATIONS, server_id)  # what cannot even be read as text
             self._store.update(RESERVATIONS, server_id, change)
-        return before
+        return records[-1]
 
     def records(self) -> Iterator[tuple[str, Record]]:
         """All records that can be read."""

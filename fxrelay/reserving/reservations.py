@@ -198,10 +198,10 @@ class Reservations:
         self.tidings.rejected(server_id, user, attempt.attempt_id, rejected.reason)
         is_final = rejected.reason in (Reason.UNSETTLED, Reason.STALE)
         text = {
-            Reason.RESERVED: f"{server_id} is reserved for another user",
-            Reason.OWN_LOGIN: f"{server_id} is reserved, and its user has a login there",
-            Reason.NO_ENTRY: f"{server_id} was reserved by another user meanwhile",
-            Reason.TOO_MANY: f"too many logins to {server_id}",
+            Reason.RESERVED: "the server chosen is reserved for another user",
+            Reason.OWN_LOGIN: "the server chosen is reserved, and its user has a login there",
+            Reason.NO_ENTRY: "the server chosen was reserved by another user meanwhile",
+            Reason.TOO_MANY: "too many logins to the server chosen",
         }.get(rejected.reason, "reserved servers cannot be given out yet: the cluster's store is new, or has forgotten who has which")
         return Refused(rejected.reason, text, is_final, attempt)
 

@@ -4,7 +4,7 @@ import json
 import logging
 from collections import Counter
 from contextlib import suppress
-from typing import Final
+from typing import Any, Final
 
 import trio
 
@@ -48,12 +48,14 @@ class Tidings:
     def publish(self, server_id: str, record: Record) -> None:
         """To the other relays."""
         with suppress(trio.WouldBlock, trio.BrokenResourceError):
-            self._news_in.send_nowait(json.dumps({"serverId": server_id, "record": encode_record(record)}))
+            self._news_in.send_nowait(encode_tidings(server_id, record))
 
     def happened(self, event: str, server_id: str, user: str, login_id: str, record: Record | None = None) -> None:
-        """A step of a login, for the audit: never left out, however many there are."""
+        """A step of a login, for the audit. Only entries, which cost strangers nothing, are left out of the log where there are many."""
         self.counts[event] += 1
-        extra = {"reservation": event, "server": server_id, "user": user, "login": login_id, "audit": True}
+        extra: dict[str, Any] = {"reservation": event, "server": server_id, "user": user, "login": login_id}
+        if event != ENTERED:
+            extra["audit"] = True
         if record is not None:
             extra |= {"fence": record.fence, "epoch": record.epoch}
         logger.info("reservation %s: %s for %s", event, server_id, user or "nobody", extra=extra)
@@ -64,6 +66,11 @@ class Tidings:
         self.rejections[str(reason)] += 1
         extra = {"reservation": REJECTED, "server": server_id, "user": user, "login": login_id, "reason": str(reason)}
         logger.info("reservation rejected: %s for %s: %s", server_id, user or "nobody", reason, extra=extra)
+
+
+def encode_tidings(server_id: str, record: Record) -> str:
+    """The message about a server's record."""
+    return json.dumps({"serverId": server_id, "record": encode_record(record)})
 
 
 def read_tidings(text: str) -> tuple[RelayId, Record] | None:

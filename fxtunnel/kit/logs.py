@@ -46,7 +46,8 @@ class RateLimited(logging.Filter):
     """Lets at most `limit` records of one logger and message template pass in `window_s`.
 
     The next one becomes a line that says so; the rest are dropped and counted, and the count goes with the first record of a later
-    window as `suppressed`. What is counted are templates, not texts: a peer that varies its bytes gains nothing.
+    window as `suppressed`. What is counted are templates, not texts: a peer that varies its bytes gains nothing. Records with `audit` set
+    always pass: set it only where whoever causes them pays more for each than we do.
     """
 
     def __init__(self, limit: int = 20, window_s: float = 10.0, clock: Callable[[], float] = time.monotonic) -> None:
@@ -58,6 +59,8 @@ class RateLimited(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Whether `record` is to be written; may turn it into the line that announces silence."""
+        if getattr(record, "audit", False):
+            return True
         key, now = (record.name, str(record.msg)), self._clock()
         ends, count = self._windows.get(key, (0.0, 0))
         if key not in self._windows or now >= ends:
