@@ -45,12 +45,16 @@ class ReservingConfig:
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """A login is not let in. `reason` is one of `Reason`, or NO_STORE; `is_final`: no other server would let it in now."""
+    """A login is not let in. `reason` is one of `Reason`, or NO_STORE; `is_final`: no other server would let it in now.
+
+    `text` may be shown to whoever wanted in; `holder`, who has the server if that is the reason, may not.
+    """
 
     reason: str
     text: str
     is_final: bool
     attempt: Attempt
+    holder: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,7 +207,7 @@ class Reservations:
             Reason.NO_ENTRY: "the server chosen was reserved by another user meanwhile",
             Reason.TOO_MANY: "too many logins to the server chosen",
         }.get(rejected.reason, "reserved servers cannot be given out yet: the cluster's store is new, or has forgotten who has which")
-        return Refused(rejected.reason, text, is_final, attempt)
+        return Refused(rejected.reason, text, is_final, attempt, rejected.holder)
 
     async def _keep_renewing(self, *, task_status: trio.TaskStatus[None]) -> None:
         # Five times a lease: after an outage that nobody notices, every holder is back before his lease is over (settling.py).
