@@ -28,7 +28,7 @@ from tests.reservations.reservation_worker import open_both
 ROOT = Path(__file__).resolve().parents[2]
 RELAYS = ("r1", "r2", "r3")
 SERVERS = tuple(f"s{number}" for number in range(8))
-LEASE_S = 3.0
+LEASE_S = 2.0
 ANSWER_S = 15.0
 
 

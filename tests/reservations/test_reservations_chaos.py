@@ -1,4 +1,4 @@
-"""System: three relay processes and a real store, killed again and again: nobody shares a server, nothing stays reserved, all are answered."""
+"""System: three relay processes and a real store, killed again and again: no server is shared, none stays reserved."""
 
 from pathlib import Path
 
@@ -13,9 +13,9 @@ pytestmark = [pytest.mark.system, pytest.mark.slow, pytest.mark.xdist_group("cha
 @pytest.mark.parametrize(
     ("options", "seconds"),
     [
-        pytest.param(None, 5.0, id="sqlite"),
-        pytest.param(DURABLE, 7.0, id="redis", marks=NEEDS_REDIS),
-        pytest.param(FORGETFUL, 7.0, id="redis without AOF", marks=NEEDS_REDIS),
+        pytest.param(None, 4.0, id="sqlite"),
+        pytest.param(DURABLE, 5.0, id="redis", marks=NEEDS_REDIS),
+        pytest.param(FORGETFUL, 6.0, id="redis without AOF", marks=NEEDS_REDIS),
     ],
 )
 def test_relays_and_stores_are_killed_while_users_come_and_go(tmp_path: Path, options: tuple[str, ...] | None, seconds: float) -> None:
