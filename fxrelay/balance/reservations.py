@@ -213,7 +213,7 @@ def commit(record: Record, entry_id: str, login: Login, relogin: OwnerRelogin, a
     after that commit has cleared the entries, finds its own, and there are two users: so the logins themselves are asked here.
     """
     record = purge(record, at)
-    if any(known.login_id == login.login_id for known in record.logins):
+    if any((known.login_id, known.user) == (login.login_id, login.user) for known in record.logins):
         return Granted(record, record.token, False)
     own = [known for known in record.logins if not known.is_lingering]
     if record.holder not in ("", login.user):

@@ -32,6 +32,7 @@ NO_STORE: Final = "no-store"
 AT_ONCE: Final = 6
 """Renewals and releases at once: as many as there are threads."""
 SLICE: Final = 64
+OVERDUE: Final = 0.9
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +92,8 @@ class Reservations:
             nursery.start_soon(self._keep_releasing)
             await nursery.start(self._keep_renewing)
             nursery.start_soon(self._keep_reading)
+            if self._config.on_lost_lease == "end":
+                nursery.start_soon(self._end_overdue)
             task_status.started()
 
     async def enter(self, server_id: RelayId, user: str, address: str, attempt_id: str = "") -> Entered | Refused:
@@ -196,7 +199,9 @@ class Reservations:
 
     def _without_store(self, server_id: RelayId, user: str, attempt: Attempt, exc: StoreError) -> Refused:
         self.tidings.rejected(server_id, user, attempt.attempt_id, NO_STORE)
-        return Refused(NO_STORE, f"reserved servers cannot be given out: the cluster's store does not answer ({exc})", True, attempt)
+        text = "reserved servers cannot be given out while the cluster's store does not answer"
+        logger.warning("%s: %s", text, exc)
+        return Refused(NO_STORE, text, True, attempt)
 
     def _refused(self, server_id: RelayId, user: str, attempt: Attempt, rejected: Rejected) -> Refused:
         self.tidings.rejected(server_id, user, attempt.attempt_id, rejected.reason)
@@ -219,7 +224,6 @@ class Reservations:
                 is_started = True
                 task_status.started()
             if isinstance(looked, StoreError):
-                self._end_overdue()
                 await trio.sleep(every_s / 3)
                 continue
             began = trio.current_time()
@@ -227,7 +231,6 @@ class Reservations:
             async with trio.open_nursery() as nursery:
                 for hold in self.leases.holds():
                     nursery.start_soon(self._renew, hold, limiter)
-            self._end_overdue()
             await trio.sleep(max(every_s / 3, every_s - (trio.current_time() - began)))
 
     async def _renew(self, hold: Hold, limiter: trio.CapacityLimiter) -> None:
@@ -247,11 +250,13 @@ class Reservations:
             else:
                 self._lose(hold, f"it was given to {granted.holder or 'somebody else'} since")
 
-    def _end_overdue(self) -> None:
-        if self._config.on_lost_lease == "end":
+    async def _end_overdue(self) -> None:
+        """Give up what could not be renewed, a little before anybody else can be let in."""
+        while True:
             for hold in self.leases.holds():
-                if self.leases.now - hold.confirmed_at > self._config.lease_s:
+                if self.leases.now - hold.confirmed_at > OVERDUE * self._config.lease_s:
                     self._lose(hold, "it could not be renewed in time")
+            await trio.sleep(self._config.lease_s / 50)
 
     def _lose(self, hold: Hold, why: str) -> None:
         if not (hold.is_lost or hold.is_ending):
