@@ -24,7 +24,7 @@ from fxrelay.cluster.ports import PLACEMENTS, Store, Transporter
 from fxrelay.cluster.server import ServerObject
 from fxrelay.cluster.threads import Threads
 from fxrelay.cluster.view import ENDED, PLACED, ClusterView, encode_placement
-from fxrelay.delivery.ports import Claim, Node, NoNode, Seat, Wanted
+from fxrelay.delivery.ports import Claim, Node, NoNode, NotTaken, Seat, Then, Wanted
 from fxtunnel.codes import Code
 from fxtunnel.errors import StoreError, TransporterError
 from fxtunnel.model import GatewayId, RelayId, ServiceName
@@ -124,8 +124,10 @@ class PoolChooser:
         """See `Seats`."""
         balancing = self._balancing.get(wanted.service)
         member = self._view.members.get(self._environment.local_id, self._view.now)
-        if balancing is None or self.seating is None or not _reserves(balancing, member.server if member is not None else None):
+        if balancing is None or not _reserves(balancing, member.server if member is not None else None):
             return None
+        if self.seating is None:
+            return ClosedSeat()
         return self.seating.seat(self._environment.local_id, wanted.user, balancing.seats)
 
     def waiting(self) -> dict[ServiceName, int]:
@@ -219,6 +221,21 @@ class PoolChooser:
     def _tell(self, event: str, placement: Placement) -> None:
         with suppress(trio.WouldBlock, trio.BrokenResourceError):  # then the servers' own updates will tell
             self._news_in.send_nowait(encode_placement(event, placement))
+
+
+class ClosedSeat:
+    """Implements `Seat` at a relay that takes no part in reservations: nobody gets it."""
+
+    async def take(self) -> NotTaken:
+        """See `Seat`."""
+        await trio.lowlevel.checkpoint()
+        return NotTaken("this relay takes no part in reservations until it is restarted", Then.GIVE_UP)
+
+    def watch(self, lost: Callable[[], None]) -> None:
+        """See `Seat`."""
+
+    def release(self) -> None:
+        """See `Seat`."""
 
 
 class PlacementClaim:

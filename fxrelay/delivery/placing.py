@@ -34,6 +34,7 @@ MAX_NODES: Final = 4
 """Nodes tried for one stream."""
 MAX_LOST: Final = 64
 """Reserved nodes that a stream may lose to others who were quicker."""
+LOST_AGAIN_S: Final = 0.2
 ACCEPT_AFTER_S: Final = 6.0
 """A stream that may wait longer than gateways do is accepted when it has waited this long. Then it cannot be redirected any more."""
 ALL_PATHS: Final[tuple[PathKind, ...]] = ("local", "redirect", "direct")
@@ -292,7 +293,7 @@ class Placer:
 
     async def _find(self, placing: Placing) -> None:
         excluded: frozenset[RelayId] = frozenset()
-        lost = 0
+        lost, last = 0, None
         while len(excluded) < MAX_NODES and lost < MAX_LOST:
             answer = await self._choose(placing, excluded)
             if isinstance(answer, NoNode):
@@ -303,9 +304,12 @@ class Placer:
             if placing.is_over:
                 return
             placing.release()
-            if then is Then.AGAIN:
+            if then is Then.AGAIN and (answer.server_id != last or placing.service.wait_s):
                 lost += 1
                 placing.problem = None
+                if answer.server_id == last:
+                    await trio.sleep(LOST_AGAIN_S)  # the chooser takes it for free, and the store knows better
+                last = answer.server_id
             else:
                 excluded |= {answer.server_id}
         placing.give_up(*(placing.problem or (Code.CONNECT_FAILED, "no path to the nodes chosen")))
