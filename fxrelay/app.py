@@ -65,7 +65,7 @@ def run(settings: RelaySettings, config_path: Path) -> int:
 
 def configure_logs(settings: RelaySettings) -> None:
     """Send what is logged to standard error; of the requests of HTTP services only if that is wanted."""
-    logs.configure(settings.log.level, settings.log.style, sys.stderr, unlimited=(access.logger.name,))
+    logs.configure(settings.log.level, settings.log.style, sys.stderr)
     access.logger.setLevel(logging.INFO if settings.log.access else logging.CRITICAL)
 
 
@@ -97,7 +97,7 @@ class Relay:
         identity = await load_identity(self._settings.relay.state_dir, RelayId(self._settings.relay.id))
         whose = Whose(identity.relay_id, identity.instance, lambda: [uplink.statistics() for uplink in self._uplinks])
         self._brain = brain = Brain(self._settings, self._config_path.absolute().parent, whose)
-        self._desk.placer = placer = Placer(brain.chooser, self._settings.cluster.paths)
+        self._desk.placer = placer = Placer(brain.chooser, self._settings.cluster.paths, brain.chooser)
         self._desk.web = self._web = web = WebDesk(self._desk, brain.chooser, identity.relay_id, web_limits(self._settings.limits))
         web.reconfigure(await trio.to_thread.run_sync(web_rules, self._settings))
         self._services.replace(await resolved(self._settings.services))
@@ -260,7 +260,8 @@ async def resolved(sections: tuple[ServiceSection, ...], known: ServiceTable | N
             endpoints = old.endpoints if old is not None and old.target == target else ()
             logger.warning("target %s of service %s does not resolve: %s", target, section.name, exc.strerror or exc)
         if section.port is not None:
-            services.append(PoolService(name, section.host, section.port, endpoints, section.protocol, section.proxy_protocol))
+            wait_s = section.queue.wait_s if section.queue is not None else 0.0
+            services.append(PoolService(name, section.host, section.port, endpoints, section.protocol, section.proxy_protocol, wait_s))
         else:
             services.append(Service(name, target, endpoints, section.protocol, section.proxy_protocol))
     return services

@@ -1,5 +1,6 @@
 """Task: this relay's part in its cluster: what it publishes, what it knows of the others, and how it chooses among them."""
 
+import json
 import logging
 import os
 from collections.abc import Callable, Sequence
@@ -14,6 +15,8 @@ from fxrelay.balance.chooser import Balancing, ClusterEnvironment, PoolChooser
 from fxrelay.balance.entries import Scripts
 from fxrelay.balance.filters import Pool
 from fxrelay.balance.model import Action
+from fxrelay.balance.reservations import OwnerRelogin
+from fxrelay.balance.seating import Queueing, SeatRules
 from fxrelay.balance.ways import Ways
 from fxrelay.balance.workers import ScriptLimits
 from fxrelay.cluster.follow import FollowConfig, Follower
@@ -23,6 +26,8 @@ from fxrelay.cluster.opening import open_cluster
 from fxrelay.cluster.publish import Publisher, PublisherConfig
 from fxrelay.cluster.threads import Threads
 from fxrelay.cluster.view import ClusterView
+from fxrelay.reserving.reservations import Reservations, ReservingConfig
+from fxrelay.reserving.seats import StreamSeating
 from fxrelay.service_settings import ServiceSection
 from fxrelay.settings import RelaySettings
 from fxrelay.uplink.ports import UplinkState, UplinkStatistics
@@ -71,6 +76,12 @@ class Brain:
         environment = ClusterEnvironment(whose.relay_id, self._store, self._threads)
         self.chooser = PoolChooser(self.view, ways(settings), environment, self._transporter, self._threads, whose.instance)
         self.chooser.reconfigure(balancing(settings, self._scripts))
+        self.reservations: Reservations | None = None
+        if any(section.is_pool and (section.is_login or section.guard_start) for section in settings.services):
+            reserving = ReservingConfig(whose.relay_id, cluster.lease_s, cluster.on_lost_lease)
+            self.reservations = Reservations(reserving, self._store, self._transporter, self.view)
+            self.reservations.has_sessions = self._has_sessions
+            self.chooser.seating = StreamSeating(self.reservations)
 
     @property
     def problems(self) -> tuple[str, ...]:
@@ -86,9 +97,14 @@ class Brain:
                 nursery.start_soon(self.chooser.run)
                 await nursery.start(self._follower.run)
                 await nursery.start(self.publisher.run)
+                if self.reservations is not None:
+                    await nursery.start(self.reservations.run)
                 nursery.start_soon(self._watch_tunnels)
                 task_status.started()
         finally:
+            if self.reservations is not None:
+                with trio.CancelScope(shield=True):  # within two seconds
+                    await self.reservations.close()
             self._transporter.close()
             self._store.close()
 
@@ -102,6 +118,15 @@ class Brain:
         self._gatherer.reconfigure(settings)
         self._settings = settings
         self.publisher.changed()
+        if self.reservations is None and any(section.is_pool and section.is_login for section in settings.services):
+            logger.warning("pools with reservations take effect at the next restart: until then they refuse")
+
+    def _has_sessions(self, server_id: RelayId, user: str) -> bool:
+        member = self.view.members.get(server_id, self.view.now)
+        if member is None or not member.server.sessions:
+            return False
+        listed = json.loads(member.server.text).get("sessionList")
+        return user in {session.get("owner") for session in listed if isinstance(session, dict)} if isinstance(listed, list) else True
 
     def _usable(self) -> list[UplinkStatistics]:
         """The tunnels by which others may redirect to this node."""
@@ -143,6 +168,19 @@ def pool_of(section: ServiceSection) -> Pool:
     return Pool(section.name, nodes, section.where or None)
 
 
+def seat_rules(section: ServiceSection) -> SeatRules:
+    """How the streams of a pool reserve nodes."""
+    queue = section.queue
+    return SeatRules(
+        section.reservations,
+        OwnerRelogin(section.owner_relogin),
+        int(section.linger_s * 1000),
+        section.hold_while_sessions,
+        section.guard_start,
+        Queueing(queue.max, queue.wait_s) if queue is not None else None,
+    )
+
+
 def balancing(settings: RelaySettings, scripts: Scripts) -> dict[ServiceName, Balancing]:
     """Every pool of the configuration with its chain.
 
@@ -153,7 +191,8 @@ def balancing(settings: RelaySettings, scripts: Scripts) -> dict[ServiceName, Ba
         ServiceName(section.name): Balancing(
             pool_of(section),
             scripts.chain(section.balance, section.name, os.environ),
-            Action(section.action),
+            Action.LOGIN if section.is_login else Action.START,
+            seat_rules(section),
         )
         for section in settings.services
         if section.is_pool

@@ -155,10 +155,11 @@ def _print_status(found: "dict[str, Any]") -> None:
         for service in found["services"]
     ]
     print_table(("service", "target", "streams", "opened", "refused", "paths"), services)
-    _print_cluster(found["cluster"])
+    _print_cluster(found)
 
 
-def _print_cluster(cluster: "dict[str, Any]") -> None:
+def _print_cluster(found: "dict[str, Any]") -> None:
+    cluster = found["cluster"]
     nodes = ", ".join(f"{count} {state}" for state, count in cluster["nodes"].items() if count)
     click.echo(f"cluster: nodes {nodes or 'none'}; {cluster['in_flight']} placements on their way")
     if cluster["store_down_s"]:
@@ -167,6 +168,10 @@ def _print_cluster(cluster: "dict[str, Any]") -> None:
         )
     elif not cluster["live"]:
         click.echo(f"changes are not heard at once: {cluster['last_error']}")
+    reserved = found["reservations"]
+    if reserved["servers"] or reserved["events"]:
+        waiting = sum(reserved["waiting"].values())
+        click.echo(f"reservations: {reserved['servers']} servers; {reserved['held']} logins by this relay; {waiting} wait")
     for server_id in cluster["quarrels"]:
         click.echo(f"warning: more than one process calls itself {server_id}")
     for problem in cluster["problems"]:

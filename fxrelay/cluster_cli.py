@@ -1,4 +1,4 @@
-"""Task: the commands of `fxrelay` that are about the cluster: nodes, pick, drain, disable, enable, store."""
+"""Task: the commands of `fxrelay` that are about the cluster: nodes, pick, drain, disable, enable, reservations, release, store."""
 
 import json
 import os
@@ -41,18 +41,21 @@ _config_option = config_option("relay.toml", "FXRELAY_CONFIG", "A relay's config
 def nodes(config_path: Path, as_json: bool, watch: bool) -> None:
     """Show the nodes of the cluster, as the store has them."""
     from fxrelay.cluster.reading import cluster_of, describe, read_view
+    from fxrelay.reserving.reading import holders_in
 
     settings = _load(config_path)
     with cluster_of(settings) as (store, _):
         while True:
             view = read_view(settings, store)
             members = sorted(view.everyone(), key=lambda member: member.server.server_id)
+            holders = holders_in(settings, store).users(view.now_ms)
             if watch:
                 click.clear()
             if as_json:
-                click.echo(json.dumps([describe(member, view.now) for member in members], indent=2))
+                found = [describe(member, view.now, holders.get(member.server.server_id)) for member in members]
+                click.echo(json.dumps(found, indent=2))
             else:
-                print_table(NODE_COLUMNS, [_row(member, view.now) for member in members])
+                print_table(NODE_COLUMNS, [_row(member, view.now, holders.get(member.server.server_id, "")) for member in members])
                 _print_rivals(members)
             if not watch:
                 return
@@ -165,7 +168,48 @@ def store_import(config_path: Path, directory: Path, dry_run: bool) -> None:
             apply_import(found, plan)
 
 
-COMMANDS: Final = (nodes, pick, drain, disable, enable, store)
+@click.command()
+@_config_option
+@click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
+def reservations(config_path: Path, as_json: bool) -> None:
+    """Show which nodes belong to whom, and where somebody is just logging in, as the store has it."""
+    from fxrelay.cluster.reading import cluster_of
+    from fxrelay.reserving.reading import read_reservations
+
+    with cluster_of(_load(config_path)) as (store, _):
+        found = read_reservations(_load(config_path), store)
+    if as_json:
+        click.echo(json.dumps([line.document() for line in found], indent=2))
+    else:
+        rows = [
+            (
+                line.server_id,
+                line.user or "-",
+                duration(line.since_s) if line.user else "-",
+                str(line.logins),
+                str(line.fence),
+                str(line.entries),
+            )
+            for line in found
+        ]
+        print_table(("node", "user", "since", "logins", "epoch", "pending"), rows)
+
+
+@click.command()
+@_config_option
+@click.argument("node")
+def release(config_path: Path, node: str) -> None:
+    """Take NODE from its user. His streams to it are reset, and the next login gets it. Also repairs a record that is damaged."""
+    from fxrelay.cluster.reading import cluster_of
+    from fxrelay.reserving.reading import release_node
+
+    settings = _load(config_path)
+    with cluster_of(settings) as (store, transporter):
+        user = release_node(settings, store, transporter, node)
+    click.echo(f"{node}: {f'was reserved for {user}, and is free' if user else 'was not reserved'}")
+
+
+COMMANDS: Final = (nodes, pick, drain, disable, enable, reservations, release, store)
 
 
 def _load(config_path: Path) -> "RelaySettings":
@@ -192,7 +236,7 @@ def _change(config_path: Path, node: str, change: "Control | None") -> None:
     click.echo(f"{node}: switched off: {', '.join(off) or 'nothing'}")
 
 
-def _row(member: "Member", now: float) -> tuple[str, ...]:
+def _row(member: "Member", now: float, holder: str) -> tuple[str, ...]:
     server = member.server
     off = sorted(server.disable | member.disabled | ({"drain"} if server.draining or member.is_drained else set()))
     return (
@@ -204,7 +248,7 @@ def _row(member: "Member", now: float) -> tuple[str, ...]:
         str(server.unique_user_logins),
         f"{server.total_bytes / _GIB:.1f} GiB",
         f"{server.load1:.2f}",
-        f"{member.state.value} (off: {', '.join(off)})" if off else member.state.value,
+        " ".join(filter(None, (member.state.value, f"(off: {', '.join(off)})" if off else "", f"(reserved: {holder})" if holder else ""))),
         duration(now - member.heard_at),
         ", ".join(sorted(server.gateways)) or "-",
     )

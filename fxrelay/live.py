@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from fxrelay.brain import Brain
 from fxrelay.delivery.delivery import DeliveryDesk
-from fxrelay.pages import ClusterStatus, ServiceStatus, Totals, UplinkState, UplinkStatus
+from fxrelay.pages import ClusterStatus, ReservationStatus, ServiceStatus, Totals, UplinkState, UplinkStatus
 from fxrelay.uplink import ports
 from fxrelay.uplink.uplink import Uplink
 from fxtunnel import __version__
@@ -83,6 +83,19 @@ class LiveView:
             decisions=chooser.decisions,
             failures=dict(chooser.failures),
             problems=self._brain.problems,
+        )
+
+    def reservations(self) -> ReservationStatus:
+        """See `RelayView`."""
+        brain = self._brain
+        waiting = {str(service): count for service, count in brain.chooser.waiting().items()}
+        if brain.reservations is None:
+            return ReservationStatus(0, 0, waiting, {}, {}, "")
+        reservations = brain.reservations
+        tidings = reservations.tidings
+        held = len(reservations.holders.users(brain.view.now_ms))
+        return ReservationStatus(
+            held, len(reservations.leases), waiting, dict(tidings.counts), dict(tidings.rejections), reservations.last_error
         )
 
     def totals(self) -> Totals:

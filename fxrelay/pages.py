@@ -71,6 +71,21 @@ class ClusterStatus:
 
 
 @dataclass(frozen=True, slots=True)
+class ReservationStatus:
+    """`servers` are reserved in the cluster, `held` counts this relay's own logins, `waiting` streams that wait for a server, by service.
+
+    `events` (entered, committed, ...) and `rejections` (by reason) are counts since start.
+    """
+
+    servers: int
+    held: int
+    waiting: Mapping[str, int]
+    events: Mapping[str, int]
+    rejections: Mapping[str, int]
+    last_error: str
+
+
+@dataclass(frozen=True, slots=True)
 class Totals:
     """The whole daemon. Streams and memory are now, the rest since start."""
 
@@ -100,11 +115,15 @@ class RelayView(Protocol):
     def cluster(self) -> ClusterStatus:
         """What it knows of the others."""
 
+    def reservations(self) -> ReservationStatus:
+        """Who has what, as far as this relay is concerned."""
+
 
 def make_app(view: RelayView) -> Starlette:
     """The pages, for `serve_pages`. GET and HEAD only; every answer is made from one look at `view`.
 
-    /healthz: 200 while the process answers. /status: JSON object with `relay` (see `Totals`), `uplinks`, `services` and `cluster`.
+    /healthz: 200 while the process answers. /status: JSON object with `relay` (see `Totals`), `uplinks`, `services`, `cluster` and
+    `reservations`.
     /metrics: Prometheus text.
     """
     registry = CollectorRegistry()
@@ -121,6 +140,7 @@ def make_app(view: RelayView) -> Starlette:
                 "uplinks": [asdict(uplink) for uplink in view.uplinks()],
                 "services": [asdict(service) for service in view.services()],
                 "cluster": asdict(view.cluster()),
+                "reservations": asdict(view.reservations()),
             },
             headers=_HEADERS,
         )
@@ -152,6 +172,7 @@ class RelayCollector(Collector):
         yield from _uplinks(self._view.uplinks())
         yield from _services(self._view.services())
         yield from _cluster(self._view.cluster())
+        yield from _reservations(self._view.reservations())
 
     def describe(self) -> list[Metric]:
         """Nothing: registering must not read a view that is still being put together."""
@@ -222,3 +243,18 @@ def _cluster(cluster: ClusterStatus) -> Iterator[Metric]:
     yield GaugeMetricFamily("fxrelay_placements", "Placements that no server counts yet.", value=cluster.in_flight)
     yield CounterMetricFamily("fxrelay_decisions", "Decisions made.", value=cluster.decisions)
     yield CounterMetricFamily("fxrelay_published", "Server objects that this node has published.", value=cluster.published)
+
+
+def _reservations(reservations: ReservationStatus) -> Iterator[Metric]:
+    events = CounterMetricFamily("fxrelay_reservation_events", "Logins on reserved servers, by what became of them.", labels=["event"])
+    for event, count in sorted(reservations.events.items()):
+        events.add_metric([event], count)
+    rejected = CounterMetricFamily("fxrelay_reservations_rejected", "Logins that were not let in, by reason.", labels=["reason"])
+    for reason, count in sorted(reservations.rejections.items()):
+        rejected.add_metric([reason], count)
+    waiting = GaugeMetricFamily("fxrelay_reservation_waiting", "Streams that wait for a server.", labels=["service"])
+    for service, count in sorted(reservations.waiting.items()):
+        waiting.add_metric([service], count)
+    yield from (events, rejected, waiting)
+    yield GaugeMetricFamily("fxrelay_reserved_servers", "Servers that belong to a user.", value=reservations.servers)
+    yield GaugeMetricFamily("fxrelay_reservation_logins", "Logins that this relay keeps.", value=reservations.held)

@@ -11,13 +11,16 @@ from fxrelay.balance.chain import decide
 from fxrelay.balance.chooser import ClusterEnvironment
 from fxrelay.balance.entries import Scripts
 from fxrelay.balance.filters import Sieve
+from fxrelay.balance.holders import against
 from fxrelay.balance.model import Action, Decision, Request
 from fxrelay.balance.record import Recording, decode_recording, encode_recording, explain
+from fxrelay.balance.reservations import OwnerRelogin
 from fxrelay.balance.workers import ScriptLimits
 from fxrelay.brain import pool_of
 from fxrelay.cluster.ports import Store
 from fxrelay.cluster.reading import cluster_of, read_view, sessions_of
 from fxrelay.cluster.threads import Threads
+from fxrelay.reserving.reading import holders_in
 from fxrelay.settings import RelaySettings
 from fxtunnel.errors import FxError
 from fxtunnel.kit.files import write_atomic
@@ -83,15 +86,26 @@ def _observed(settings: RelaySettings, store: Store, question: Question) -> Reco
         pools = ", ".join(section.name for section in settings.services if section.is_pool)
         raise FxError(f"there is no pool {question.service!r} in this configuration; pools are: {pools or 'none'}")
     view = read_view(settings, store)
+    holders = holders_in(settings, store)
+    relogin = OwnerRelogin(section.owner_relogin)
     request = Request(
-        Action(question.action or section.action),
+        Action(question.action or ("user/login" if section.is_login else section.action)),
         question.service,
         question.user,
         sessions_of(view, question.user) if question.user else (),
         groups=question.groups,
         data=question.data,
     )
-    return Recording(request, pool_of(section), section.balance, tuple(view.everyone()), {}, RelayId(settings.relay.id))
+    return Recording(
+        request,
+        pool_of(section),
+        section.balance,
+        tuple(view.everyone()),
+        {},
+        RelayId(settings.relay.id),
+        against(holders.users(view.now_ms), question.user, relogin),
+        section.guard_start,
+    )
 
 
 def _replayed(path: Path) -> Recording:

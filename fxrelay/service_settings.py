@@ -9,6 +9,8 @@ from fxtunnel.kit.sections import Seconds, Section, Size
 from fxtunnel.kit.settings import NameField, OptionalAddress, OptionalPath
 
 _HTTP_ONLY: Final = frozenset({"tls", "hosts", "trust_forwarded", "node_paths", "affinity", "cookie_key", "response_timeout_s", "max_body"})
+_POOL_ONLY: Final = frozenset({"host", "nodes", "where", "balance", "action", "node_paths", "affinity", "reservations", "guard_start"})
+_RESERVING: Final = frozenset({"linger_s", "owner_relogin", "hold_while_sessions", "queue"})
 _HOST: Final = re.compile(r"(\*\.)?[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*\.?|\[[0-9A-Fa-f:.]+\]")
 _COOKIE: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
@@ -40,6 +42,13 @@ class AffinitySection(Section):
         return self
 
 
+class QueueSection(Section):
+    """Waiting for a reserved server instead of being turned away."""
+
+    max: int = Field(100, ge=1, le=100_000, description="Streams that may wait at this relay.")
+    wait_s: Seconds = Field(30.0, ge=0.1, le=3_600, description="Seconds a stream waits.")
+
+
 class ServiceSection(Section):
     """A service. With `target` it is one address. With `port` it is a pool: the same port on every node of the pool, one of which is
     chosen for each stream. A relay never connects to anything that is not written here.
@@ -59,6 +68,15 @@ class ServiceSection(Section):
         "session/start", description="What a stream counts as for the chain and for servers whose logins or starts are switched off."
     )
     proxy_protocol: Literal["v1", "v2"] | None = Field(None, description="Tell the service the client's address by this PROXY protocol.")
+
+    reservations: bool = Field(False, description="A node belongs to one user as long as he has a stream there; action is user/login.")
+    linger_s: Seconds = Field(0.0, ge=0, le=604_800, description="Seconds a node stays its user's after his last stream.")
+    owner_relogin: Literal["prefer", "deny"] = Field(
+        "prefer", description="A user's second stream: to the node that is his already, or to another one."
+    )
+    guard_start: bool = Field(False, description="Nodes reserved for others get no session/start either.")
+    hold_while_sessions: bool = Field(False, description="A node stays its user's while it has sessions of his.")
+    queue: QueueSection | None = Field(None, description="Wait for a reserved node: {max = 100, wait_s = 30}.")
 
     tls: TlsSection | None = Field(
         None, description='End TLS here: {cert = "FILE", key = "FILE"}. Without it the stream carries plain HTTP.'
@@ -89,9 +107,23 @@ class ServiceSection(Section):
         if (self.target is None) == (self.port is None):
             raise ValueError("expected either `target` (one address) or `port` (a pool of nodes)")
         if self.target is not None:
-            pool_only = {"host", "nodes", "where", "balance", "action", "node_paths", "affinity"} & self.model_fields_set
+            pool_only = self.model_fields_set & (_POOL_ONLY | _RESERVING)
             if pool_only:
                 raise ValueError(f"{', '.join(sorted(pool_only))}: only for a pool, which has `port` instead of `target`")
+        return self
+
+    @model_validator(mode="after")
+    def _check_reservations(self) -> Self:
+        if self.reservations and self.protocol != "tcp":
+            raise ValueError('reservations: only for protocol = "tcp"; a request over HTTP does not tell whose login it is')
+        if self.reservations and self.action == "session/start" and "action" in self.model_fields_set:
+            raise ValueError("reservations: a stream that reserves a node is a user/login; leave `action` out")
+        if self.guard_start and self.is_login:
+            raise ValueError("guard_start: only for a pool whose action is session/start; logins are always kept off")
+        if not self.is_login and _RESERVING & self.model_fields_set:
+            raise ValueError(
+                f"{', '.join(sorted(_RESERVING & self.model_fields_set))}: only for a pool with reservations or action user/login"
+            )
         return self
 
     @model_validator(mode="after")
@@ -102,6 +134,11 @@ class ServiceSection(Section):
         if self.cookie_key is not None and (self.affinity is None or self.affinity.cookie is None):
             raise ValueError("cookie_key: only with affinity = {cookie = …}")
         return self
+
+    @property
+    def is_login(self) -> bool:
+        """Whether its streams are logins."""
+        return self.reservations or self.action == "user/login"
 
     @property
     def is_pool(self) -> bool:

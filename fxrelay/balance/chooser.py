@@ -3,7 +3,9 @@
 import json
 import logging
 import secrets
-from collections.abc import Callable, Mapping
+import time
+from collections import defaultdict
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -12,15 +14,19 @@ from typing import Final
 import trio
 
 from fxrelay.balance.chain import decide
-from fxrelay.balance.filters import Circumstances, Pool, Sieve, reason_outside
+from fxrelay.balance.filters import RESERVED, Circumstances, Pool, Sieve, reason_outside
+from fxrelay.balance.holders import against, prefer
 from fxrelay.balance.model import Action, Decision, Entry, Environment, Request
+from fxrelay.balance.seating import NO_RULES, Queueing, Seating, SeatRules
+from fxrelay.balance.waiting import Line
 from fxrelay.balance.ways import Ways
 from fxrelay.cluster.inflight import Placement, PlacementId
 from fxrelay.cluster.members import Member, MemberState
 from fxrelay.cluster.ports import PLACEMENTS, Store, Transporter
+from fxrelay.cluster.server import ServerObject
 from fxrelay.cluster.threads import Threads
 from fxrelay.cluster.view import ENDED, PLACED, ClusterView, encode_placement
-from fxrelay.delivery.ports import Claim, Node, NoNode, Wanted
+from fxrelay.delivery.ports import Claim, Node, NoNode, NotTaken, Seat, Then, Wanted
 from fxtunnel.codes import Code
 from fxtunnel.errors import StoreError, TransporterError
 from fxtunnel.model import GatewayId, RelayId, ServiceName
@@ -29,6 +35,8 @@ logger = logging.getLogger(__name__)
 
 PUBLISH_QUEUE: Final = 1_024
 NEXT_NUMBER_S: Final = 1.0
+LOOK_AGAIN_S: Final = 1.0
+"""Who waits for a server looks again after this long, whatever is heard: servers also get free by time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +46,7 @@ class Balancing:
     pool: Pool
     chain: tuple[Entry, ...]
     action: Action = Action.START
+    seats: SeatRules = NO_RULES
 
 
 class ClusterEnvironment:
@@ -80,6 +89,9 @@ class PoolChooser:
         self._instance = instance
         self._balancing: Mapping[ServiceName, Balancing] = {}
         self._sieves: dict[tuple[str, Action, GatewayId], Sieve] = {}
+        self._lines: defaultdict[ServiceName, Line] = defaultdict(Line)
+        self.seating: Seating | None = None
+        """Reservations. None: this relay knows of none, and gives nobody a server for himself."""
         self._news_in, self._news_out = trio.open_memory_channel[str](PUBLISH_QUEUE)
         self.decisions = 0
         self.failures: dict[str, int] = {}
@@ -103,12 +115,14 @@ class PoolChooser:
         if balancing is None:
             await trio.lowlevel.checkpoint()
             return NoNode(Code.NO_SERVICE, "not served here")
-        around = Circumstances(self._view.in_flight.counts(self._view.now), excluded, only=wanted.node)
-        decision = await self._decide(balancing, Request(balancing.action, wanted.service), wanted.gateway_id, around)
-        member = self._view.members.get(decision.server_id, self._view.now) if decision.server_id is not None else None
-        if member is None:
-            return self._refusal(wanted, decision)
-        return self._node(member, wanted, self._claim(member.server.server_id))
+        queue, line = balancing.seats.queue, self._lines[wanted.service]
+        if queue is None or not line:
+            answer, decision = await self._choose(balancing, wanted, excluded)
+            if answer is not None:
+                return answer
+            if queue is None or not _may_wait(decision):
+                return self._refusal(wanted, decision)
+        return await self._wait(balancing, queue, wanted, excluded)
 
     async def named(self, wanted: Wanted, server_id: RelayId) -> Node | NoNode:
         """The node with this id, if it belongs to the service's pool, also when it takes no new sessions. Its claim counts nothing: what is
@@ -123,9 +137,69 @@ class PoolChooser:
             return NoNode(Code.CONNECT_FAILED, "the node is down")
         return self._node(member, wanted, _NoClaim())
 
-    async def _decide(self, balancing: Balancing, request: Request, gateway_id: GatewayId, around: Circumstances) -> Decision:
-        sieve = self._sieve(balancing.pool, request.action, gateway_id)
+    def seat_here(self, wanted: Wanted) -> Seat | None:
+        """See `Seats`."""
+        balancing = self._balancing.get(wanted.service)
+        member = self._view.members.get(self._environment.local_id, self._view.now)
+        if balancing is None or not _reserves(balancing, member.server if member is not None else None):
+            return None
+        if self.seating is None:
+            return ClosedSeat()
+        return self.seating.seat(self._environment.local_id, wanted.user, balancing.seats)
+
+    def waiting(self) -> dict[ServiceName, int]:
+        """How many wait for a server, by service."""
+        return {service: len(line) for service, line in self._lines.items() if line}
+
+    async def _wait(self, balancing: Balancing, queue: Queueing, wanted: Wanted, excluded: frozenset[RelayId]) -> Node | NoNode:
+        line = self._lines[wanted.service]
+        if len(line) >= queue.most:
+            return NoNode(Code.BUSY, "too many wait for a reserved server")
+        since = wanted.since or time.monotonic()
+        with line.place(since) as place, trio.move_on_after(max(0.0, since + queue.wait_s - time.monotonic())):
+            while True:
+                await place.turn.wait()
+                changed = self.seating.changed if self.seating is not None else trio.Event()
+                answer, decision = await self._choose(balancing, wanted, excluded)
+                if answer is not None:
+                    return answer
+                if not _may_wait(decision):
+                    return self._refusal(wanted, decision)
+                with trio.move_on_after(LOOK_AGAIN_S):
+                    await changed.wait()
+        return NoNode(Code.BUSY, f"no reserved server was free within {queue.wait_s:g} s")
+
+    async def _choose(self, balancing: Balancing, wanted: Wanted, excluded: frozenset[RelayId]) -> tuple[Node | NoNode | None, Decision]:
+        """The node, or None and a decision that says why there is none."""
+        is_login = balancing.action is Action.LOGIN
+        request = Request(balancing.action, wanted.service, wanted.user if is_login else "")
+        decision = await self._decide(balancing, request, wanted, excluded)
+        member = self._view.members.get(decision.server_id, self._view.now) if decision.server_id is not None else None
+        if member is None:
+            return None, decision
+        server = member.server
+        seat = None
+        if _reserves(balancing, server):
+            if self.seating is None or not wanted.user:
+                why = "whose stream it is cannot be told" if self.seating is not None else "this relay takes no part in reservations"
+                return NoNode(Code.CONNECT_FAILED, f"{server.server_id} is for one user only, and {why}"), decision
+            seat = self.seating.seat(server.server_id, wanted.user, balancing.seats)
+        return self._node(member, wanted, self._claim(server.server_id), seat), decision
+
+    async def _decide(self, balancing: Balancing, request: Request, wanted: Wanted, excluded: Collection[RelayId]) -> Decision:
+        seats, now_ms = balancing.seats, self._view.now_ms
+        holders = self.seating.holders.users(now_ms) if self.seating is not None else {}
+        around = Circumstances(
+            self._view.in_flight.counts(self._view.now),
+            excluded,
+            against(holders, request.user, seats.relogin),
+            seats.guard_start,
+            wanted.node,
+        )
+        sieve = self._sieve(balancing.pool, request.action, wanted.gateway_id)
         candidates, dropped = sieve.sift(self._view.everyone(), request.user, around)
+        if self.seating is not None and any(_reserves(balancing, candidate.server) for candidate in candidates):
+            candidates = prefer(candidates, request.user, holders, self.seating.holders.wanted(now_ms), seats.relogin)
         self.decisions += 1
         return await decide(balancing.chain, request, candidates, dropped, self._environment)
 
@@ -152,7 +226,7 @@ class PoolChooser:
         message = failure.message if failure is not None else "The server chosen has gone."
         return NoNode(Code.CONNECT_FAILED, f"{name} (trace {wanted.trace_id})", name, message)
 
-    def _node(self, member: Member, wanted: Wanted, claim: Claim) -> Node:
+    def _node(self, member: Member, wanted: Wanted, claim: Claim, seat: Seat | None = None) -> Node:
         server = member.server
         return Node(
             server.server_id,
@@ -160,6 +234,7 @@ class PoolChooser:
             self._ways.direct_address(server),
             self._ways.can_redirect(server, wanted.gateway_id),
             claim,
+            seat,
         )
 
     def _claim(self, server_id: RelayId) -> "PlacementClaim":
@@ -183,6 +258,21 @@ class _NoClaim:
 
     def hand_over(self) -> None:
         """See `Claim`."""
+
+
+class ClosedSeat:
+    """Implements `Seat` at a relay that takes no part in reservations: nobody gets it."""
+
+    async def take(self) -> NotTaken:
+        """See `Seat`."""
+        await trio.lowlevel.checkpoint()
+        return NotTaken("this relay takes no part in reservations until it is restarted", Then.GIVE_UP)
+
+    def watch(self, lost: Callable[[], None]) -> None:
+        """See `Seat`."""
+
+    def release(self) -> None:
+        """See `Seat`."""
 
 
 class PlacementClaim:
@@ -216,3 +306,14 @@ class PlacementClaim:
             self._released = True
             self._view.in_flight.withdraw(self._placement.placement_id)
             self._tell(ENDED, self._placement)
+
+
+def _reserves(balancing: Balancing, server: ServerObject | None) -> bool:
+    if balancing.action is not Action.LOGIN:
+        return False
+    return balancing.seats.always or (server is not None and server.enable_reservations)
+
+
+def _may_wait(decision: Decision) -> bool:
+    """Whether somebody else's going away would help."""
+    return any(dropped.reason == RESERVED for dropped in decision.dropped)

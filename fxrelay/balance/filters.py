@@ -38,12 +38,14 @@ class Pool:
 class Circumstances:
     """What besides the servers decides: how many placements each has on its way, who was tried, who belongs to whom.
 
-    `holders` maps reserved servers to their user. `only` is the one server that the client asked for, if it did.
+    `holders` maps reserved servers to their user; with `guards_start` they are kept from others' session starts too. `only` is the one
+    server that the client asked for, if it did.
     """
 
     in_flight: Mapping[RelayId, int]
     excluded: Collection[RelayId] = ()
     holders: Mapping[RelayId, str] | None = None
+    guards_start: bool = False
     only: RelayId | None = None
 
 
@@ -67,8 +69,8 @@ class Sieve:
     decision over a thousand servers costs little more than a walk along them.
 
     The order is: pool, state (stale, down, draining), reachability, the switches for login or start (clustering guide, "The Server List");
-    then what no server says of itself: not asked for, tried before, reserved for somebody else, full. Reservations concern logins only: a
-    start is already somebody's.
+    then what no server says of itself: not asked for, tried before, reserved for somebody else, full. Reservations concern logins
+    only, unless starts are guarded: a start is already somebody's.
     """
 
     def __init__(self, pool: Pool, action: Action, reaches: Callable[[ServerObject], bool] = everyone) -> None:
@@ -82,7 +84,7 @@ class Sieve:
         candidates: list[Candidate] = []
         dropped: list[Dropped] = []
         known_members, in_flight, excluded, only = self._known, around.in_flight, around.excluded, around.only
-        holders = around.holders if self._action is Action.LOGIN and around.holders else {}
+        holders = around.holders if around.holders and (self._action is Action.LOGIN or around.guards_start) else {}
         if len(known_members) > 2 * len(members) + 100:
             known_members.clear()  # mostly of servers that are no more
         for member in members:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 from fxrelay.balance.filters import Circumstances, Pool
@@ -25,10 +25,12 @@ class Recording:
     members: tuple[Member, ...]
     in_flight: Mapping[RelayId, int]
     local_id: RelayId
+    holders: Mapping[RelayId, str] = field(default_factory=dict)
+    guards_start: bool = False
 
     def circumstances(self) -> Circumstances:
         """As the filters take them."""
-        return Circumstances(self.in_flight)
+        return Circumstances(self.in_flight, holders=self.holders, guards_start=self.guards_start)
 
 
 def encode_recording(recording: Recording) -> str:
@@ -56,6 +58,8 @@ def encode_recording(recording: Recording) -> str:
                 "data": dict(request.data),
             },
             "inFlight": dict(recording.in_flight),
+            "holders": dict(recording.holders),
+            "guardsStart": recording.guards_start,
             "members": [
                 {
                     "state": member.state.value,
@@ -103,6 +107,8 @@ def decode_recording(text: str) -> Recording:
             members,
             {RelayId(key): int(value) for key, value in found["inFlight"].items()},
             RelayId(str(found["local"])),
+            {RelayId(key): str(value) for key, value in found.get("holders", {}).items()},
+            bool(found.get("guardsStart", False)),
         )
     except (KeyError, TypeError, AttributeError, RecursionError) as exc:
         raise ValueError(f"not a recorded decision: {type(exc).__name__} {exc}") from exc

@@ -4,7 +4,7 @@ Both are blocking: call them in worker threads only. Adapters turn every excepti
 What comes back may have been written by anyone who can reach the store: it is data to be checked, never trusted.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -14,7 +14,11 @@ CONTROLS: Final = "controls"
 """Collection of what administrators switched off, by server id."""
 PLACEMENTS: Final = "placements"
 """Topic: sessions that were just placed and that no server object counts yet."""
-TOPICS: Final = (SERVERS, CONTROLS, PLACEMENTS)
+RESERVATIONS: Final = "reservations"
+"""Collection and topic of who has which server, by server id."""
+RESERVATION_MARKS: Final = "reservation-marks"
+"""Collection of one document: what tells relays that the store has forgotten something."""
+TOPICS: Final = (SERVERS, CONTROLS, PLACEMENTS, RESERVATIONS)
 
 MAX_DOCUMENT_BYTES: Final = 262_144
 """A longer document is refused on the way in and skipped (and counted) on the way out: one member must not fill the others' memory."""
@@ -27,6 +31,22 @@ class Document:
     key: str
     text: str
     updated_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class Present:
+    """A document as `update` finds or leaves it. `text` None: there is none. `number` counts the updates of this key: it survives the
+    document's deletion, and is never given twice within an epoch.
+    """
+
+    text: str | None
+    number: int
+    now_ms: int
+    epoch: str
+
+
+Change = Callable[[Present], str | None]
+"""What a document becomes; None: it stays as it is. Called with the store in hand, perhaps several times: it must be quick and pure."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +84,16 @@ class Store(Protocol):
 
     def add(self, counter: str, amount: int) -> int:
         """Add to a named counter, which begins at 0; returns its new value. Atomic among all members."""
+
+    def update(self, collection: str, key: str, change: Change) -> Present:
+        """Read a document, decide, and write what `change` says, as one step among all members; returns what is there then.
+
+        `change` gets the number that its write would have; clock and epoch are the store's at that step. What it raises comes out, and
+        nothing is written.
+
+        Raises:
+            StoreError: also if the document is none of ours, or others are quicker again and again. It may or may not be written.
+        """
 
     def close(self) -> None:
         """Let go of connections and files. May be repeated; calls under way in other threads fail with StoreError."""

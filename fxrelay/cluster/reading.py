@@ -62,14 +62,15 @@ def change_control(settings: RelaySettings, server_id: str, change: "Control | N
         return after
 
 
-def describe(member: Member, now: float) -> dict[str, Any]:
-    """A member as JSON for other programs; `now` on the clock of its table."""
+def describe(member: Member, now: float, holder: str | None = None) -> dict[str, Any]:
+    """A member as JSON for other programs; `now` on the clock of its table. `holder`: whom it is reserved for."""
     return {
         "serverId": member.server.server_id,
         "state": member.state.value,
         "ageS": round(now - member.heard_at, 1),
         "drained": member.is_drained,
         "disabled": sorted(member.disabled),
+        "reserved": holder,
         "rivals": list(member.rivals),
         "server": member.server.document(),
     }

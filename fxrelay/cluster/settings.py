@@ -53,6 +53,12 @@ class ClusterSection(Section):
         PRIVATE_NETWORKS,
         description="Where other nodes' addresses must lie for a direct connection. Loopback is allowed where `relay.address` is one.",
     )
+    lease_s: Seconds = Field(
+        15.0, ge=1, le=600, description="Seconds a login on a reserved server outlives its relay; the same at all relays of a cluster."
+    )
+    on_lost_lease: Literal["keep", "end"] = Field(
+        "keep", description="Streams to reserved servers whose lease could not be renewed for lease_s because the store is away."
+    )
     script_timeout_s: Seconds = Field(5.0, ge=0.1, le=60, description="Seconds one balancing script may take.")
     script_memory_bytes: int = Field(64 << 20, ge=8 << 20, le=1 << 32, description="Memory one balancing script may take.")
 

@@ -4,11 +4,12 @@ import re
 import sqlite3
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
 from fxrelay.cluster.content import MAX_COUNT, MAX_KEY_BYTES, decode_document, encode_amount, encode_collection, encode_key, encode_text
-from fxrelay.cluster.ports import MAX_DOCUMENT_BYTES, Document
+from fxrelay.cluster.ports import MAX_DOCUMENT_BYTES, Change, Document, Present
 from fxrelay.cluster.sqlite_file import SqliteFile
 from fxtunnel.errors import StoreError
 
@@ -37,10 +38,7 @@ class SqliteStore:
 
     def epoch(self) -> str:
         """Written into the file when it was made. Raises StoreError."""
-        row = self._file.run(lambda database: database.execute("SELECT value FROM facts WHERE name = 'epoch'").fetchone())
-        if row is None or not isinstance(row[0], str) or not _EPOCH.fullmatch(row[0]):
-            raise StoreError(f"{self._file.path}: has no epoch: stop the relays of this machine and move it away; they make a new one")
-        return row[0]
+        return self._file.run(self._epoch)
 
     def now_ms(self) -> int:
         """The machine's clock; asked of the file first, so that who can tell the time can also read the store. Raises StoreError."""
@@ -94,9 +92,45 @@ class SqliteStore:
 
         return self._file.run(count)
 
+    def update(self, collection: str, key: str, change: Change) -> Present:
+        """Read, decide and write within one transaction, in which the file is ours alone. Raises StoreError: nothing was written."""
+        where = (encode_collection(collection), encode_key(key))
+        counter = b"version:" + where[0].encode() + b":" + where[1]
+
+        def work(database: sqlite3.Connection) -> Present:
+            database.execute("BEGIN IMMEDIATE")
+            row = database.execute(_GET, (MAX_DOCUMENT_BYTES, *where)).fetchone()
+            document = self._document(row) if row is not None else None
+            if row is not None and document is None:
+                raise StoreError(f"{self._file.path}: {collection} {key[:80]!r} holds something that is not ours")
+            found = database.execute("SELECT value FROM counters WHERE name = ?", (counter,)).fetchone()
+            number = found[0] if found is not None else 0
+            if type(number) is not int or not 0 <= number < MAX_COUNT:
+                raise StoreError(f"{self._file.path}: the version of {collection} {key[:80]!r} is no number")
+            present = Present(document.text if document is not None else None, number + 1, _now_ms(), self._epoch(database))
+            text = change(present)
+            if text is None:
+                database.execute("ROLLBACK")
+                return replace(present, number=number)
+            body = encode_text(text)
+            database.execute(
+                "INSERT OR REPLACE INTO documents (collection, key, body, updated_ms) VALUES (?, ?, ?, ?)", (*where, body, present.now_ms)
+            )
+            database.execute("INSERT OR REPLACE INTO counters VALUES (?, ?)", (counter, number + 1))
+            database.execute("COMMIT")
+            return replace(present, text=text)
+
+        return self._file.run(work)
+
     def close(self) -> None:
         """Let go of the file, at once."""
         self._file.close()
+
+    def _epoch(self, database: sqlite3.Connection) -> str:
+        row = database.execute("SELECT value FROM facts WHERE name = 'epoch'").fetchone()
+        if row is None or not isinstance(row[0], str) or not _EPOCH.fullmatch(row[0]):
+            raise StoreError(f"{self._file.path}: has no epoch: stop the relays of this machine and move it away; they make a new one")
+        return row[0]
 
     def _documents(self, collection: str) -> Iterator[Document]:
         last = b""

@@ -12,7 +12,7 @@ from typing import Final
 
 from fxrelay.cluster.inflight import InFlight, Placement, PlacementId
 from fxrelay.cluster.members import Ages, Control, Member, Members, Outcome
-from fxrelay.cluster.ports import CONTROLS, MAX_DOCUMENT_BYTES, PLACEMENTS, SERVERS, Document, Message
+from fxrelay.cluster.ports import CONTROLS, MAX_DOCUMENT_BYTES, PLACEMENTS, RESERVATIONS, SERVERS, Document, Message
 from fxtunnel.model import RelayId, is_name
 
 logger = logging.getLogger(__name__)
@@ -41,6 +41,8 @@ class ClusterView:
         self.members = Members(ages)
         self.in_flight = InFlight()
         self.dropped_messages = 0
+        self.hear_reservation: Callable[[str], bool] = lambda text: True
+        """What a message about a reservation is given to, if this relay has anything to do with them; false: it is malformed."""
         self._monotonic = monotonic
         self._clock_offset_ms = int(time.time() * 1000 - monotonic() * 1000)
         self._synced = False
@@ -131,7 +133,7 @@ class ClusterView:
             self.dropped_messages += 1
         elif message.topic == SERVERS:
             self._after(*self.members.hear(message.text, self.now))
-        elif not self._hear_small(message):
+        elif not (self.hear_reservation(message.text) if message.topic == RESERVATIONS else self._hear_small(message)):
             self.dropped_messages += 1
 
     def _look(self) -> None:

@@ -97,6 +97,8 @@ class Delivery(Splice):
             self._connecting = False
             self.desk.connecting.pop(self, None)
             self.stands()
+            if self.closed:
+                return
             events |= WRITE
         super().on_event(events)
 
@@ -198,6 +200,8 @@ class DeliveryDesk:
             self.turn_down(stream, service, Code.NO_SERVICE, "this node does not serve it itself")
         elif not service.endpoints:
             self.turn_down(stream, service, Code.CONNECT_FAILED, "the service's host name does not resolve")
+        elif self._is_placed_here(session, stream, service, opening, gateway_id):
+            pass
         else:
             self._deliver(session, stream, service, opening)
 
@@ -255,6 +259,12 @@ class DeliveryDesk:
             self.placer.abort_all()
         if self.web is not None:
             self.web.abort_all()
+
+    def _is_placed_here(self, session: "Session", stream: Stream, service: AnyService, opening: Opening, gateway_id: GatewayId) -> bool:
+        """Whether the placer has taken a redirected stream on, since its user has to get this node first."""
+        if self.placer is None or not isinstance(service, PoolService):
+            return False
+        return self.placer.place_here(self, session, stream, service, opening, gateway_id)
 
     def _deliver(self, session: "Session", stream: Stream, service: AnyService, opening: Opening) -> None:
         connected, rest = connect_first(service.endpoints)

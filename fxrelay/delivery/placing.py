@@ -6,13 +6,16 @@ The reactor hands an OPEN over through a bounded channel; a task asks the choose
 
 import logging
 import secrets
+import time
 from typing import TYPE_CHECKING, Final
 
 import trio
 
 from fxrelay.cluster.settings import PathKind
-from fxrelay.delivery.delivery import Delivery, DeliveryDesk, connect_first
-from fxrelay.delivery.ports import Chooser, Claim, Node, NoNode, Wanted
+from fxrelay.delivery.delivery import DeliveryDesk, connect_first
+from fxrelay.delivery.identity import identity_of
+from fxrelay.delivery.placed import PlacedDelivery, Placing
+from fxrelay.delivery.ports import Chooser, Node, NoNode, NotTaken, Seat, Seats, Then, Wanted
 from fxrelay.delivery.services import Endpoint, PoolService
 from fxtunnel.codes import Code
 from fxtunnel.model import GatewayId, RelayId
@@ -20,8 +23,6 @@ from fxtunnel.protocol.mux import Stream
 from fxtunnel.protocol.opening import Opening
 
 if TYPE_CHECKING:
-    import socket
-
     from fxtunnel.engine.session import Session
 
 logger = logging.getLogger(__name__)
@@ -30,164 +31,23 @@ MAX_PLACINGS: Final = 4_096
 """Streams for which a node is being chosen at once; more of them mean a chooser that hangs, and are refused (`busy`)."""
 MAX_NODES: Final = 4
 """Nodes tried for one stream."""
+MAX_LOST: Final = 64
+"""Reserved nodes that a stream may lose to others who were quicker."""
+LOST_AGAIN_S: Final = 0.2
+ACCEPT_AFTER_S: Final = 6.0
+"""A stream that may wait longer than gateways do is accepted when it has waited this long. Then it cannot be redirected any more."""
 ALL_PATHS: Final[tuple[PathKind, ...]] = ("local", "redirect", "direct")
 
 
-class Placing:
-    """A stream that has no node yet. Implements `Endpoint`: keeps early bytes, at most a first window of them (the mux sees to that)."""
-
-    __slots__ = (
-        "claim",
-        "desk",
-        "early",
-        "fin",
-        "is_over",
-        "opening",
-        "problem",
-        "scope",
-        "service",
-        "session",
-        "settled",
-        "stream",
-        "wanted",
-    )
-
-    def __init__(
-        self, desk: DeliveryDesk, session: "Session", stream: Stream, service: PoolService, opening: Opening, wanted: Wanted
-    ) -> None:
-        self.desk = desk
-        self.session = session
-        self.stream = stream
-        self.service = service
-        self.opening = opening
-        self.wanted = wanted
-        self.early = bytearray()
-        self.fin = False
-        self.claim: Claim | None = None
-        self.is_over = False
-        self.scope = trio.CancelScope()
-        self.settled = trio.Event()
-        self.problem: tuple[Code, str] | None = None
-        stream.endpoint = self
-
-    def on_accept(self) -> None:
-        """Not for a relay."""
-
-    def on_refuse(self, code: Code, text: str) -> None:
-        """Not for a relay."""
-
-    def on_redirect(self, relay: str) -> None:
-        """Not for a relay."""
-
-    def on_credit(self) -> None:
-        """See `Endpoint`: there is nothing to send yet."""
-
-    def on_data(self, data: memoryview) -> None:
-        """See `Endpoint`. The bytes count as taken only when a service has them."""
-        self.early += data
-
-    def on_fin(self) -> None:
-        """See `Endpoint`."""
-        self.fin = True
-
-    def on_reset(self, code: Code) -> None:
-        """See `Endpoint`: the opener has gone elsewhere."""
-        self.end()
-
-    def end(self) -> None:
-        """The stream needs no node any more: it is served, answered or gone. May be repeated."""
-        self.is_over = True
-        self.settled.set()
-        self.scope.cancel()
-
-    def give_up(self, code: Code, text: str) -> None:
-        """REFUSE, unless the stream is over."""
-        if not self.is_over:
-            mark = f"trace {self.wanted.trace_id}"
-            self.desk.turn_down(self.stream, self.service, code, text if mark in text else f"{text} ({mark})")
-            self.end()
-
-    def fail(self, code: Code) -> None:
-        """RESET, unless the stream is over."""
-        if not self.is_over:
-            self.stream.reset(code)
-            self.end()
-
-    def redirect(self, server_id: RelayId) -> None:
-        """Send the gateway to the node's own tunnel."""
-        self.stream.redirect(server_id)
-        self.desk.count_path(self.service, "redirect")
-        claim, self.claim = self.claim, None
-        if claim is not None:
-            claim.hand_over()
-        self.end()
-
-    def release(self) -> None:
-        """Give the claim back, if it is still here."""
-        claim, self.claim = self.claim, None
-        if claim is not None:
-            claim.release()
-
-
-class PlacedDelivery(Delivery):
-    """A delivery to a chosen node. If it does not come to stand, its stream goes back to where it came from, with all that had arrived."""
-
-    __slots__ = ("_claim", "_placing", "path")
-
-    def __init__(self, placing: Placing, sock: "socket.socket", rest: tuple[Endpoint, ...], path: PathKind) -> None:
-        super().__init__(placing.desk, sock, placing.service, rest, placing.opening)
-        self.path = path
-        self._placing: Placing | None = placing
-        self._claim: Claim | None = None
-        self._pending = placing.early or None
-        self._fin_wanted = placing.fin
-        placing.early = bytearray()
-
-    def stands(self) -> None:
-        """See `Delivery`. From here on the claim lives as long as the socket."""
-        super().stands()
-        placing, self._placing = self._placing, None
-        if placing is not None:
-            self._claim, placing.claim = placing.claim, None
-            placing.end()
-            if self._claim is not None:
-                self._claim.connected()
-
-    def refuse(self, code: Code, text: str) -> None:
-        """See `Delivery`."""
-        if code is Code.CONNECT_FAILED and self._reconnect():
-            return
-        placing, self._placing = self._placing, None
-        if placing is not None and not placing.is_over:
-            placing.early = self._pending or bytearray()
-            placing.fin = self._fin_wanted
-            placing.stream.endpoint = placing
-            placing.problem = (code, text)
-            placing.settled.set()
-        self.stream = None
-        self.abort()
-
-    def withdraw(self) -> None:
-        """Nobody waits for this connection any more. Does nothing once it stands or has failed."""
-        if self._placing is not None:
-            self.refuse(Code.CONNECT_TIMEOUT, "no answer in time")
-
-    def released(self) -> None:
-        """See `Splice`."""
-        super().released()
-        placing, self._placing = self._placing, None
-        if placing is not None:
-            placing.end()
-        claim, self._claim = self._claim, None
-        if claim is not None:
-            claim.release()
-
-
 class Placer:
-    """Finds nodes for streams. `place` is for the reactor, `run` is the task that serves it; `paths` may be replaced at any time."""
+    """Finds nodes for streams. `place` is for the reactor, `run` is the task that serves it; `paths` may be replaced at any time.
 
-    def __init__(self, chooser: Chooser, paths: tuple[PathKind, ...] = ALL_PATHS) -> None:
+    `seats` says which streams have to take a seat on this node when they were redirected here.
+    """
+
+    def __init__(self, chooser: Chooser, paths: tuple[PathKind, ...] = ALL_PATHS, seats: Seats | None = None) -> None:
         self.paths = paths
+        self._seats = seats
         self.placings: set[Placing] = set()
         self._chooser = chooser
         self._orders, self._ordered = trio.open_memory_channel[Placing](MAX_PLACINGS)
@@ -195,9 +55,23 @@ class Placer:
     def place(
         self, desk: DeliveryDesk, session: "Session", stream: Stream, service: PoolService, opening: Opening, gateway_id: GatewayId
     ) -> None:
-        """Take the stream on: it is served, redirected or refused within the desk's place_timeout_s."""
-        wanted = Wanted(service.name, opening.client, gateway_id, opening.trace or secrets.token_hex(4), opening.node)
+        """Take the stream on: it is served, redirected or refused within the desk's place_timeout_s, and what it may wait for a node."""
+        self._order(Placing(desk, session, stream, service, opening, _wanted(service, opening, gateway_id)))
+
+    def place_here(
+        self, desk: DeliveryDesk, session: "Session", stream: Stream, service: PoolService, opening: Opening, gateway_id: GatewayId
+    ) -> bool:
+        """Take on a stream that was redirected to this node, if it needs a seat here; otherwise false."""
+        wanted = _wanted(service, opening, gateway_id)
+        seat = self._seats.seat_here(wanted) if self._seats is not None else None
+        if seat is None:
+            return False
         placing = Placing(desk, session, stream, service, opening, wanted)
+        placing.seat = seat
+        self._order(placing)
+        return True
+
+    def _order(self, placing: Placing) -> None:
         try:
             if len(self.placings) >= MAX_PLACINGS:
                 raise trio.WouldBlock
@@ -209,7 +83,7 @@ class Placer:
             placing.give_up(Code.DRAINING, "this relay is going away")
             return
         self.placings.add(placing)
-        desk.count_opening(service)
+        placing.desk.count_opening(placing.service)
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Place streams until cancelled; those that are not placed by then are reset. Run it once."""
@@ -230,8 +104,11 @@ class Placer:
     async def _serve(self, placing: Placing) -> None:
         try:
             with placing.scope as scope:
-                scope.deadline = trio.current_time() + placing.desk.limits.place_timeout_s
-                await self._find(placing)
+                scope.deadline = trio.current_time() + placing.desk.limits.place_timeout_s + placing.service.wait_s
+                if placing.seat is not None:
+                    await self._seat_here(placing, placing.seat)
+                else:
+                    await self._find(placing)
             placing.give_up(Code.CONNECT_TIMEOUT, "no node in time")
         except Exception:
             logger.exception("a stream's node could not be chosen (trace %s)", placing.wanted.trace_id)
@@ -243,20 +120,55 @@ class Placer:
 
     async def _find(self, placing: Placing) -> None:
         excluded: frozenset[RelayId] = frozenset()
-        for _ in range(MAX_NODES):
-            answer = await self._chooser.choose(placing.wanted, excluded)
+        lost, last = 0, None
+        while len(excluded) < MAX_NODES and lost < MAX_LOST:
+            answer = await self._choose(placing, excluded)
             if isinstance(answer, NoNode):
                 placing.give_up(*(placing.problem or (answer.code, answer.text)))
                 return
-            placing.claim = answer.claim
-            if await self._reach(placing, answer):
+            placing.claim, placing.seat = answer.claim, answer.seat
+            then = await self._reach(placing, answer)
+            if placing.is_over:
                 return
             placing.release()
-            excluded |= {answer.server_id}
+            if then is Then.AGAIN and (answer.server_id != last or placing.service.wait_s):
+                lost += 1
+                placing.problem = None
+                if answer.server_id == last:
+                    await trio.sleep(LOST_AGAIN_S)  # the chooser takes it for free, and the store knows better
+                last = answer.server_id
+            else:
+                excluded |= {answer.server_id}
         placing.give_up(*(placing.problem or (Code.CONNECT_FAILED, "no path to the nodes chosen")))
 
-    async def _reach(self, placing: Placing, node: Node) -> bool:
-        """Try the paths to the node. True: the stream is served, redirected or gone."""
+    async def _choose(self, placing: Placing, excluded: frozenset[RelayId]) -> Node | NoNode:
+        """Ask the chooser. A stream that waits longer than the gateway would is accepted meanwhile: what it sends waits here."""
+        if not placing.service.wait_s or placing.stream.accepted:
+            return await self._chooser.choose(placing.wanted, excluded)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_accept_later, placing, max(0.0, placing.wanted.since + ACCEPT_AFTER_S - time.monotonic()))
+            answer = await self._chooser.choose(placing.wanted, excluded)
+            nursery.cancel_scope.cancel()
+        return answer
+
+    async def _seat_here(self, placing: Placing, seat: Seat) -> None:
+        """Serve a stream that was redirected here, on this node or not at all: the relay that redirected it knows where else it can go."""
+        if await self._sit(placing, seat) and not await self._connect(placing, placing.service.endpoints, "local"):
+            placing.give_up(*(placing.problem or (Code.CONNECT_FAILED, "the service's host name does not resolve")))
+
+    async def _sit(self, placing: Placing, seat: Seat) -> bool:
+        """Make the node the stream's user's. False: it is not, or the stream is gone."""
+        taken = await seat.take()
+        if isinstance(taken, NotTaken):
+            placing.problem = (Code.CONNECT_FAILED, taken.text)
+            if taken.then is Then.GIVE_UP or placing.opening.via is not None:
+                placing.give_up(*placing.problem)
+            placing.quicker = taken.then is Then.AGAIN
+            return False
+        return not placing.is_over
+
+    async def _reach(self, placing: Placing, node: Node) -> Then:
+        """Try the paths to the node, until the stream is served, redirected or gone; otherwise says what to do."""
         service = placing.service
         for path in self.paths:
             if path == "local":
@@ -265,13 +177,18 @@ class Placer:
                 endpoint = service.endpoint_at(node.address) if node.address else None
                 endpoints = (endpoint,) if endpoint is not None else ()
             else:
-                if node.can_redirect and not placing.is_over and node.server_id not in placing.opening.avoid:
+                can_redirect = node.can_redirect and not placing.is_over and not placing.stream.accepted
+                if can_redirect and node.server_id not in placing.opening.avoid:
                     placing.redirect(node.server_id)
-                    return True
+                    return Then.GIVE_UP
                 continue
-            if endpoints and await self._connect(placing, endpoints, path):
-                return True
-        return placing.is_over
+            if not endpoints:
+                continue
+            if placing.seat is not None and not await self._sit(placing, placing.seat):
+                return Then.AGAIN if placing.quicker else Then.ELSEWHERE
+            if await self._connect(placing, endpoints, path):
+                return Then.GIVE_UP
+        return Then.ELSEWHERE
 
     async def _connect(self, placing: Placing, endpoints: tuple[Endpoint, ...], path: PathKind) -> bool:
         """Connect the stream to the first endpoint that takes it. True: it is served, or gone."""
@@ -292,3 +209,21 @@ class Placer:
         if not placing.is_over:
             self.placings.add(placing)
         return placing.is_over
+
+
+async def _accept_later(placing: Placing, after_s: float) -> None:
+    await trio.sleep(after_s)
+    if not placing.is_over:
+        placing.stream.accept()
+
+
+def _wanted(service: PoolService, opening: Opening, gateway_id: GatewayId) -> Wanted:
+    return Wanted(
+        service.name,
+        opening.client,
+        gateway_id,
+        opening.trace or secrets.token_hex(4),
+        opening.node,
+        identity_of(opening.client),
+        time.monotonic(),
+    )

@@ -1,7 +1,8 @@
 """Port: who chooses the node for a stream of a pool, and what delivery needs to know about the node chosen."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from enum import Enum
 from typing import TYPE_CHECKING, Protocol
 
 from fxtunnel.codes import Code
@@ -16,13 +17,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """A stream that needs a node. `client` is the client's ip:port as the gateway saw it, or empty; `node` the only node that will do."""
+    """A stream that needs a node. `client` is the client's ip:port as the gateway saw it, or empty; `node` the only node that will do.
+
+    `user` is whom a reserved node would belong to; empty if that is not known. `since` is monotonic seconds.
+    """
 
     service: ServiceName
     client: str
     gateway_id: GatewayId
     trace_id: str
     node: RelayId | None = None
+    user: str = ""
+    since: float = 0.0
 
 
 class Claim(Protocol):
@@ -39,9 +45,46 @@ class Claim(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class Taken:
+    """The node is the user's now, as long as the seat is kept."""
+
+
+class Then(Enum):
+    """What to do for a stream that did not get the node."""
+
+    GIVE_UP = "give-up"
+    """No other node would take it either."""
+    ELSEWHERE = "elsewhere"
+    AGAIN = "again"
+    """Somebody was quicker. The chooser knows, and may come back to this node."""
+
+
+@dataclass(frozen=True, slots=True)
+class NotTaken:
+    """It is not. `text` goes to the gateway's log."""
+
+    text: str
+    then: Then
+
+
+class Seat(Protocol):
+    """A node that has to be its user's alone before a stream may go there. `release` when the stream ends, or comes to nothing; once."""
+
+    async def take(self) -> Taken | NotTaken:
+        """Make it the user's: steps 2 to 5 of a reservation (docs/RESERVATIONS.md). Safe to cancel. Raises nothing."""
+
+    def watch(self, lost: Callable[[], None]) -> None:
+        """Call `lost` when the node is the user's no more, at once if that is so already. It must not wait, nor raise."""
+
+    def release(self) -> None:
+        """The stream has ended."""
+
+
+@dataclass(frozen=True, slots=True)
 class Node:
     """The node chosen. `address` is an IP address for a direct connection, empty where that is not allowed (this relay's configuration
-    decides, not the store). `can_redirect`: it has a tunnel of its own to the stream's gateway.
+    decides, not the store). `can_redirect`: it has a tunnel of its own to the stream's gateway. `seat` is to be taken before anything is
+    connected to; a node that is redirected to takes its own.
     """
 
     server_id: RelayId
@@ -49,6 +92,7 @@ class Node:
     address: str
     can_redirect: bool
     claim: Claim
+    seat: Seat | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +108,7 @@ class NoNode:
 
 
 class Chooser(Protocol):
-    """Decides. Safe to cancel: a claim that was not handed over is released by the chooser."""
+    """Decides. Safe to cancel: a claim that was not handed over is released by the chooser. May wait until a node is free."""
 
     async def choose(self, wanted: Wanted, excluded: frozenset[RelayId]) -> Node | NoNode:
         """A node for the stream, none of `excluded`: which could not be reached before. Raises nothing."""
@@ -85,3 +129,10 @@ class StreamTaker(Protocol):
 
     def abort_all(self) -> None:
         """End every stream, with RST."""
+
+
+class Seats(Protocol):
+    """What streams need that were redirected to this node."""
+
+    def seat_here(self, wanted: Wanted) -> Seat | None:
+        """The seat of this node that the stream has to take first; None: it may come in as it is."""

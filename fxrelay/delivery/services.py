@@ -47,6 +47,8 @@ class PoolService:
     endpoints: tuple[Endpoint, ...]
     protocol: str = "tcp"
     proxy_protocol: ProxyVersion | None = None
+    wait_s: float = 0.0
+    """How long a stream may wait for a node that is somebody else's."""
 
     @property
     def target(self) -> Address:

@@ -46,5 +46,6 @@ class Visit:
             "duration_ms": round((now - self.began) * 1e3, 1),
             "upgraded": self.upgraded,
             "why": self.why,
+            "audit": True,
         }
         logger.info("%s %s", self.method or "-", self.status or "-", extra=fields)

@@ -146,6 +146,8 @@ class Reacher:
             if isinstance(node, NoNode):
                 raise _unreachable(problem.text) if problem is not None else _nobody(node)
             held.take(node.claim)
+            if node.seat is not None:
+                raise _nobody(NoNode(Code.CONNECT_FAILED, f"{node.server_id} is for one user only, whom a request over HTTP does not tell"))
             link = self._take_idle(node.server_id, wish) or await self._to_node(node, held)
             if isinstance(link, ServiceLink):
                 return link

@@ -4,7 +4,7 @@ import logging
 import sys
 import time
 import traceback
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any, Final, Literal, TextIO, cast
@@ -46,14 +46,12 @@ class RateLimited(logging.Filter):
     """Lets at most `limit` records of one logger and message template pass in `window_s`.
 
     The next one becomes a line that says so; the rest are dropped and counted, and the count goes with the first record of a later
-    window as `suppressed`. What is counted are templates, not texts: a peer that varies its bytes gains nothing.
+    window as `suppressed`. What is counted are templates, not texts: a peer that varies its bytes gains nothing. Records with `audit` set
+    always pass: set it only where whoever causes them pays more for each than we do.
     """
 
-    def __init__(
-        self, limit: int = 20, window_s: float = 10.0, clock: Callable[[], float] = time.monotonic, unlimited: Collection[str] = ()
-    ) -> None:
+    def __init__(self, limit: int = 20, window_s: float = 10.0, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__()
-        self._unlimited = frozenset(unlimited)
         self._limit = limit
         self._window_s = window_s
         self._clock = clock
@@ -61,7 +59,7 @@ class RateLimited(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Whether `record` is to be written; may turn it into the line that announces silence."""
-        if record.name in self._unlimited:
+        if getattr(record, "audit", False):
             return True
         key, now = (record.name, str(record.msg)), self._clock()
         ends, count = self._windows.get(key, (0.0, 0))
@@ -79,9 +77,8 @@ class RateLimited(logging.Filter):
         return count <= self._limit
 
 
-def configure(level: str, style: Style, stream: TextIO = sys.stderr, *, unlimited: Collection[str] = ()) -> None:
-    """Send what every logger says at `level` ("debug" to "error") or above to `stream`, rate-limited but for those whose names are in
-    `unlimited`; "auto" means text on a terminal.
+def configure(level: str, style: Style, stream: TextIO = sys.stderr) -> None:
+    """Send what every logger says at `level` ("debug" to "error") or above to `stream`, rate-limited; "auto" means text on a terminal.
 
     Replaces what was configured before. The caller keeps `stream`.
     """
@@ -89,7 +86,7 @@ def configure(level: str, style: Style, stream: TextIO = sys.stderr, *, unlimite
     renderer: Processor = _text_line if as_text else structlog.processors.JSONRenderer(ensure_ascii=True, skipkeys=True)
     handler = logging.StreamHandler(stream)
     handler.setFormatter(structlog.stdlib.ProcessorFormatter(processors=[_fields, renderer]))
-    handler.addFilter(RateLimited(unlimited=unlimited))
+    handler.addFilter(RateLimited())
     root = logging.getLogger()
     for old in root.handlers[:]:
         root.removeHandler(old)

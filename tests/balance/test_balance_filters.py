@@ -77,7 +77,7 @@ def test_the_first_reason_is_told(first: int) -> None:
     pool = facts.pop("pool", DESK)
     state = facts.pop("state", MemberState.UP)
     reaches = facts.pop("reaches", everyone)
-    around = Circumstances({}, facts.pop("excluded", ()), facts.pop("holders", None), facts.pop("only", None))
+    around = Circumstances({}, facts.pop("excluded", ()), facts.pop("holders", None), only=facts.pop("only", None))
     assert reason(member("a", state, **facts), pool, LOGIN, around, reaches) == IN_ORDER[first][0]
 
 

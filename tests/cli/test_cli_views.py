@@ -50,6 +50,9 @@ class RelayFake:
     def services(self) -> list[fxrelay.pages.ServiceStatus]:
         return [fxrelay.pages.ServiceStatus("ssh", "tcp", "127.0.0.1:22", 3, 9, {"connect-failed": 2}, {"redirect": 5})]
 
+    def reservations(self) -> fxrelay.pages.ReservationStatus:
+        return fxrelay.pages.ReservationStatus(3, 2, {"desk": 4}, {"committed": 5}, {"reserved": 6}, "")
+
     def cluster(self) -> fxrelay.pages.ClusterStatus:
         return fxrelay.pages.ClusterStatus(
             store_down_s=2.5,
@@ -181,6 +184,10 @@ async def test_relay_pages() -> None:
     assert value(text, "fxrelay_store_up") == 0
     assert value(text, "fxrelay_cluster_quarrels") == 1
     assert value(text, "fxrelay_placements") == 4
+    assert value(text, "fxrelay_reservation_events_total", event="committed") == 5
+    assert value(text, "fxrelay_reservations_rejected_total", reason="reserved") == 6
+    assert value(text, "fxrelay_reservation_waiting", service="desk") == 4
+    assert value(text, "fxrelay_reserved_servers") == 3
     assert value(text, "fxrelay_decision_failures_total", reason="NoServerSelected") == 1
 
 

@@ -26,6 +26,7 @@ class NotingStream:
         self.endpoint: Any = None
         self.told: list[object] = []
         self.closed = False
+        self.accepted = False
         self.bytes_in = self.bytes_out = self.send_credit = 0
 
     def accept(self) -> None:

@@ -68,6 +68,10 @@ class Cluster:
         found = self.stack.relay_cli(name, "nodes", "--json")
         return {node["serverId"]: node for node in json.loads(found.stdout)}
 
+    def reservations(self, name: str) -> list[dict]:
+        """What `fxrelay reservations --json` says with this node's configuration."""
+        return json.loads(self.stack.relay_cli(name, "reservations", "--json").stdout)
+
     def status(self, name: str) -> dict:
         """What `fxrelay status --json` says."""
         return json.loads(self.stack.relay_cli(name, "status", "--json").stdout)

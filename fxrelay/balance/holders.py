@@ -1,0 +1,81 @@
+"""Pure: who has which server, as this relay knows it: for filters, preferences and people. Only a commit in the store decides."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from fxrelay.balance.model import Candidate
+from fxrelay.balance.reservations import OwnerRelogin, Record
+from fxtunnel.model import RelayId
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """What is known of one server. `expires_ms`: when the last login ends by itself."""
+
+    record: Record
+    expires_ms: int
+
+
+class Holders:
+    """The newest record of every server that this relay has read or heard of. Belongs to one thread."""
+
+    def __init__(self) -> None:
+        self._standings: dict[RelayId, Standing] = {}
+
+    def __len__(self) -> int:
+        return len(self._standings)
+
+    def learn(self, server_id: RelayId, record: Record) -> bool:
+        """A server's record. Returns whether it is news for who wants the server; an older one of the same epoch is none."""
+        known = self._standings.get(server_id)
+        if known is not None and known.record.epoch == record.epoch and record.revision <= known.record.revision:
+            return False
+        self._standings[server_id] = Standing(record, max((login.expires_ms for login in record.logins), default=0))
+        return known is None or (known.record.holder, known.record.entries) != (record.holder, record.entries)
+
+    def forget_unless(self, server_ids: frozenset[str]) -> None:
+        """The store was read to its end, and has these."""
+        for server_id in [known for known in self._standings if known not in server_ids]:
+            del self._standings[server_id]
+
+    def standings(self) -> Mapping[RelayId, Standing]:
+        """Everything known."""
+        return self._standings
+
+    def users(self, now_ms: int) -> dict[RelayId, str]:
+        """The reserved servers and their users."""
+        return {
+            server_id: standing.record.holder
+            for server_id, standing in self._standings.items()
+            if standing.record.logins and now_ms < standing.expires_ms
+        }
+
+    def wanted(self, now_ms: int) -> frozenset[RelayId]:
+        """Servers for which somebody is being authenticated."""
+        return frozenset(
+            server_id
+            for server_id, standing in self._standings.items()
+            if any(now_ms < entry.expires_ms for entry in standing.record.entries)
+        )
+
+
+def against(holders: Mapping[RelayId, str], user: str, relogin: OwnerRelogin) -> Mapping[RelayId, str]:
+    """The holders as the filters should see them: where second logins are not wanted, a server is reserved for its own user too."""
+    if relogin is OwnerRelogin.PREFER:
+        return holders
+    return {server_id: "" if holder == user else holder for server_id, holder in holders.items()}
+
+
+def prefer(
+    candidates: list[Candidate], user: str, holders: Mapping[RelayId, str], wanted: Iterable[RelayId], relogin: OwnerRelogin
+) -> list[Candidate]:
+    """The candidates a login should be given one of: the user's own server, else those that nobody else is about to get, else all.
+
+    A deterministic chain would send all who come at once to one server, and all but one of them would fail after they had authenticated.
+    """
+    own = [candidate for candidate in candidates if holders.get(candidate.server_id) == user]
+    if own and relogin is OwnerRelogin.PREFER:
+        return own
+    soft = frozenset(wanted)
+    quiet = [candidate for candidate in candidates if candidate.server_id not in soft and not candidate.in_flight]
+    return quiet or candidates

@@ -1,0 +1,191 @@
+"""Pump: a stream of a pool between OPEN and ACCEPT: without a node, and on the way to one. What the gateway sends meanwhile is kept."""
+
+from typing import TYPE_CHECKING
+
+import trio
+
+from fxrelay.cluster.settings import PathKind
+from fxrelay.delivery.delivery import Delivery, DeliveryDesk
+from fxrelay.delivery.ports import Claim, Seat, Wanted
+from fxrelay.delivery.services import Endpoint, PoolService
+from fxtunnel.codes import Code
+from fxtunnel.model import RelayId
+from fxtunnel.protocol.mux import Stream
+from fxtunnel.protocol.opening import Opening
+
+if TYPE_CHECKING:
+    import socket
+
+    from fxtunnel.engine.session import Session
+
+
+class Placing:
+    """A stream that has no node yet. Implements `Endpoint`: keeps early bytes, at most a first window of them (the mux sees to that)."""
+
+    __slots__ = (
+        "claim",
+        "desk",
+        "early",
+        "fin",
+        "is_over",
+        "opening",
+        "problem",
+        "quicker",
+        "scope",
+        "seat",
+        "service",
+        "session",
+        "settled",
+        "stream",
+        "wanted",
+    )
+
+    def __init__(
+        self, desk: DeliveryDesk, session: "Session", stream: Stream, service: PoolService, opening: Opening, wanted: Wanted
+    ) -> None:
+        self.desk = desk
+        self.session = session
+        self.stream = stream
+        self.service = service
+        self.opening = opening
+        self.wanted = wanted
+        self.early = bytearray()
+        self.fin = False
+        self.claim: Claim | None = None
+        self.seat: Seat | None = None
+        self.is_over = False
+        self.scope = trio.CancelScope()
+        self.settled = trio.Event()
+        self.problem: tuple[Code, str] | None = None
+        self.quicker = False
+        """Whether the last node went to somebody who was quicker."""
+        stream.endpoint = self
+
+    def on_accept(self) -> None:
+        """Not for a relay."""
+
+    def on_refuse(self, code: Code, text: str) -> None:
+        """Not for a relay."""
+
+    def on_redirect(self, relay: str) -> None:
+        """Not for a relay."""
+
+    def on_credit(self) -> None:
+        """See `Endpoint`: there is nothing to send yet."""
+
+    def on_data(self, data: memoryview) -> None:
+        """See `Endpoint`. The bytes count as taken only when a service has them."""
+        self.early += data
+
+    def on_fin(self) -> None:
+        """See `Endpoint`."""
+        self.fin = True
+
+    def on_reset(self, code: Code) -> None:
+        """See `Endpoint`: the opener has gone elsewhere."""
+        self.end()
+
+    def end(self) -> None:
+        """The stream needs no node any more: it is served, answered or gone. May be repeated."""
+        self.is_over = True
+        self.settled.set()
+        self.scope.cancel()
+
+    def give_up(self, code: Code, text: str) -> None:
+        """REFUSE, unless the stream is over; RESET if it has been accepted."""
+        if self.stream.accepted and not self.is_over:
+            self.desk.count_refusal(self.service, code)
+            self.fail(code)
+        elif not self.is_over:
+            mark = f"trace {self.wanted.trace_id}"
+            self.desk.turn_down(self.stream, self.service, code, text if mark in text else f"{text} ({mark})")
+            self.end()
+
+    def fail(self, code: Code) -> None:
+        """RESET, unless the stream is over."""
+        if not self.is_over:
+            self.stream.reset(code)
+            self.end()
+
+    def redirect(self, server_id: RelayId) -> None:
+        """Send the gateway to the node's own tunnel."""
+        self.stream.redirect(server_id)
+        self.desk.count_path(self.service, "redirect")
+        claim, self.claim = self.claim, None
+        if claim is not None:
+            claim.hand_over()
+        self.end()
+
+    def release(self) -> None:
+        """Give claim and seat back, if they are still here."""
+        claim, self.claim = self.claim, None
+        seat, self.seat = self.seat, None
+        if claim is not None:
+            claim.release()
+        if seat is not None:
+            seat.release()
+
+
+class PlacedDelivery(Delivery):
+    """A delivery to a chosen node. If it does not come to stand, its stream goes back to where it came from, with all that had arrived."""
+
+    __slots__ = ("_claim", "_placing", "_seat", "path")
+
+    def __init__(self, placing: Placing, sock: "socket.socket", rest: tuple[Endpoint, ...], path: PathKind) -> None:
+        super().__init__(placing.desk, sock, placing.service, rest, placing.opening)
+        self.path = path
+        self._placing: Placing | None = placing
+        self._claim: Claim | None = None
+        self._seat: Seat | None = None
+        self._pending = placing.early or None
+        self._fin_wanted = placing.fin
+        placing.early = bytearray()
+
+    def stands(self) -> None:
+        """See `Delivery`. From here on the claim lives as long as the socket."""
+        super().stands()
+        placing, self._placing = self._placing, None
+        if placing is not None:
+            self._claim, placing.claim = placing.claim, None
+            self._seat, placing.seat = placing.seat, None
+            placing.end()
+            if self._claim is not None:
+                self._claim.connected()
+            if self._seat is not None:
+                self._seat.watch(self._lost)
+
+    def refuse(self, code: Code, text: str) -> None:
+        """See `Delivery`."""
+        if code is Code.CONNECT_FAILED and self._reconnect():
+            return
+        placing, self._placing = self._placing, None
+        if placing is not None and not placing.is_over:
+            placing.early = self._pending or bytearray()
+            placing.fin = self._fin_wanted
+            placing.stream.endpoint = placing
+            placing.problem = (code, text)
+            placing.settled.set()
+        self.stream = None
+        self.abort()
+
+    def withdraw(self) -> None:
+        """Nobody waits for this connection any more. Does nothing once it stands or has failed."""
+        if self._placing is not None:
+            self.refuse(Code.CONNECT_TIMEOUT, "no answer in time")
+
+    def released(self) -> None:
+        """See `Splice`."""
+        super().released()
+        placing, self._placing = self._placing, None
+        if placing is not None:
+            placing.end()
+        claim, self._claim = self._claim, None
+        seat, self._seat = self._seat, None
+        if claim is not None:
+            claim.release()
+        if seat is not None:
+            seat.release()
+
+    def _lost(self) -> None:
+        """The node is somebody else's now."""
+        self.fail(Code.FENCED)

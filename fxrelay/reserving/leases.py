@@ -1,0 +1,111 @@
+"""Pump: the logins that this relay has let in, and what becomes of each: renewed, released, lost."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import trio
+
+from fxrelay.balance.login_attempt import Attempt, Happening
+from fxrelay.balance.reservations import Token
+from fxtunnel.model import RelayId
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What a service asks of its reservations. `linger_ms`: how long a server stays its user's after his last login."""
+
+    linger_ms: int = 0
+    hold_while_sessions: bool = False
+
+
+@dataclass(eq=False, slots=True)
+class Hold:
+    """A login on a server. `confirmed_at`: monotonic seconds when its last good renewal was sent."""
+
+    server_id: RelayId
+    user: str
+    attempt: Attempt
+    terms: Terms
+    token: Token
+    since_ms: int
+    confirmed_at: float
+    lock: trio.Lock = field(default_factory=trio.Lock)
+    is_ending: bool = False
+    is_lost: bool = False
+    not_before: float = 0.0
+    """When it may be released: a commit whose answer did not come may still be under way."""
+    on_lost: list[Callable[[], None]] = field(default_factory=list)
+
+    @property
+    def login_id(self) -> str:
+        """The id of its login in the record."""
+        return self.attempt.attempt_id
+
+    def watch(self, lost: Callable[[], None]) -> None:
+        """Call `lost` when the server is the user's no more; at once, if that is so."""
+        if self.is_lost:
+            lost()
+        else:
+            self.on_lost.append(lost)
+
+
+class Leases:
+    """All holds of one relay. Belongs to the trio thread."""
+
+    def __init__(self, monotonic: Callable[[], float] = time.monotonic) -> None:
+        self._holds: dict[str, Hold] = {}
+        self._ending: dict[str, Hold] = {}
+        self._monotonic = monotonic
+        self.something_ends = trio.Event()
+
+    def __len__(self) -> int:
+        return len(self._holds)
+
+    @property
+    def now(self) -> float:
+        """Monotonic seconds."""
+        return self._monotonic()
+
+    def add(self, hold: Hold) -> None:
+        """A login was let in."""
+        hold.attempt = hold.attempt.after(Happening.LET_IN)
+        self._holds[hold.login_id] = hold
+
+    def holds(self) -> list[Hold]:
+        """Those to be renewed."""
+        return list(self._holds.values())
+
+    def end(self, hold: Hold) -> None:
+        """The login is over: it has to be taken out of its record. May be repeated."""
+        if hold.is_ending or hold.is_lost:
+            return
+        hold.is_ending = True
+        self._holds.pop(hold.login_id, None)
+        self._ending[hold.login_id] = hold
+        self.something_ends.set()
+
+    def ending(self) -> list[Hold]:
+        """Those to be taken out of their records, and whose time for it has come."""
+        now = self.now
+        return [hold for hold in self._ending.values() if hold.not_before <= now]
+
+    @property
+    def has_ending(self) -> bool:
+        """Whether anything is to be taken out, now or later."""
+        return bool(self._ending)
+
+    def ended(self, hold: Hold) -> None:
+        """It is out of its record, or will be by its lease."""
+        self._ending.pop(hold.login_id, None)
+
+    def lose(self, hold: Hold) -> None:
+        """The server is the user's no more: whoever uses it hears of it."""
+        if hold.is_lost or hold.is_ending:
+            return
+        hold.is_lost = True
+        hold.attempt = hold.attempt.after(Happening.EXPIRE)
+        self._holds.pop(hold.login_id, None)
+        watchers, hold.on_lost = hold.on_lost, []
+        for lost in watchers:
+            lost()

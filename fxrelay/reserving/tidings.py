@@ -1,0 +1,85 @@
+"""Pump: what is told of reservations: to the log (every one of them, for audits), to the counters, and to the other relays."""
+
+import json
+import logging
+from collections import Counter
+from contextlib import suppress
+from typing import Any, Final
+
+import trio
+
+from fxrelay.balance.reservation_text import BadRecord, decode_record, encode_record
+from fxrelay.balance.reservations import Reason, Record
+from fxrelay.cluster.ports import RESERVATIONS, Transporter
+from fxrelay.cluster.threads import Threads
+from fxtunnel.errors import TransporterError
+from fxtunnel.model import RelayId, is_name
+
+logger = logging.getLogger(__name__)
+
+QUEUE: Final = 1_024
+ENTERED: Final = "entered"
+COMMITTED: Final = "committed"
+REJECTED: Final = "rejected"
+RELEASED: Final = "released"
+EXPIRED: Final = "expired"
+LOST: Final = "lost"
+REASSERTED: Final = "re-asserted"
+
+
+class Tidings:
+    """Tells. `run` carries the messages to the other relays; without it only log and counters hear."""
+
+    def __init__(self, transporter: Transporter, threads: Threads) -> None:
+        self.counts: Counter[str] = Counter()
+        self.rejections: Counter[str] = Counter()
+        self._transporter = transporter
+        self._threads = threads
+        self._news_in, self._news_out = trio.open_memory_channel[str](QUEUE)
+
+    async def run(self) -> None:
+        """Tell the other relays until cancelled. What they do not hear they read in the store."""
+        async for text in self._news_out:
+            try:
+                await self._threads.run(lambda text=text: self._transporter.publish(RESERVATIONS, text))  # type: ignore[misc]
+            except TransporterError as exc:
+                logger.debug("a reservation was not told: %s", exc)
+
+    def publish(self, server_id: str, record: Record) -> None:
+        """To the other relays."""
+        with suppress(trio.WouldBlock, trio.BrokenResourceError):
+            self._news_in.send_nowait(encode_tidings(server_id, record))
+
+    def happened(self, event: str, server_id: str, user: str, login_id: str, record: Record | None = None) -> None:
+        """A step of a login, for the audit. Only entries, which cost strangers nothing, are left out of the log where there are many."""
+        self.counts[event] += 1
+        extra: dict[str, Any] = {"reservation": event, "server": server_id, "user": user, "login": login_id}
+        if event != ENTERED:
+            extra["audit"] = True
+        if record is not None:
+            extra |= {"fence": record.fence, "epoch": record.epoch}
+        logger.info("reservation %s: %s for %s", event, server_id, user or "nobody", extra=extra)
+
+    def rejected(self, server_id: str, user: str, login_id: str, reason: Reason | str) -> None:
+        """A login was not let in. Strangers can cause these: many of them are counted, and few are logged."""
+        self.counts[REJECTED] += 1
+        self.rejections[str(reason)] += 1
+        extra = {"reservation": REJECTED, "server": server_id, "user": user, "login": login_id, "reason": str(reason)}
+        logger.info("reservation rejected: %s for %s: %s", server_id, user or "nobody", reason, extra=extra)
+
+
+def encode_tidings(server_id: str, record: Record) -> str:
+    """The message about a server's record."""
+    return json.dumps({"serverId": server_id, "record": encode_record(record)})
+
+
+def read_tidings(text: str) -> tuple[RelayId, Record] | None:
+    """The server and its record of a message; None if it is malformed."""
+    try:
+        found = json.loads(text)
+        server_id = found["serverId"]
+        if not isinstance(server_id, str) or not is_name(server_id):
+            return None
+        return RelayId(server_id), decode_record(found["record"])
+    except (ValueError, KeyError, TypeError, RecursionError, BadRecord):
+        return None

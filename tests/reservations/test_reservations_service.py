@@ -1,0 +1,234 @@
+"""Relays' part in reservations, on one real store: logins of many requests, stores that fail for one of them, and who waits."""
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import trio
+import trio.testing
+
+from fxrelay.balance.login_attempt import Happening
+from fxrelay.balance.reservations import Login, Reason, Record
+from fxrelay.balance.waiting import Line, Place
+from fxrelay.cluster.members import Ages
+from fxrelay.cluster.ports import RESERVATIONS, Change, Present
+from fxrelay.cluster.sqlite_bus import SqliteTransporter
+from fxrelay.cluster.sqlite_store import SqliteStore
+from fxrelay.cluster.view import ClusterView
+from fxrelay.reserving.leases import Hold, Terms
+from fxrelay.reserving.reservations import NO_STORE, Entered, Refused, Reservations, ReservingConfig
+from fxrelay.reserving.tidings import encode_tidings, read_tidings
+from fxtunnel.errors import StoreError
+from fxtunnel.model import RelayId
+
+LEASE_S = 1.0
+S1, S2 = RelayId("s1"), RelayId("s2")
+
+
+class Partitioned(SqliteStore):
+    """A store that one relay cannot reach while `is_cut`; `loses_answers`: it does what it is asked, and nobody hears of it."""
+
+    is_cut = False
+    loses_answers = False
+
+    def update(self, collection: str, key: str, change: Change) -> Present:
+        if self.is_cut:
+            raise StoreError("cut off")
+        present = super().update(collection, key, change)
+        if self.loses_answers and collection == RESERVATIONS:
+            raise StoreError("the answer was lost")
+        return present
+
+
+class Relay:
+    def __init__(self, path: Path, name: str, on_lost_lease: Literal["keep", "end"]) -> None:
+        self.store = Partitioned(path)
+        self.transporter = SqliteTransporter(path)
+        config = ReservingConfig(RelayId(name), LEASE_S, on_lost_lease)
+        self.reservations = Reservations(config, self.store, self.transporter, ClusterView(Ages()))
+
+    async def taken(self, server: RelayId, user: str) -> Hold:
+        """Take, again and again, until it is granted."""
+        with trio.fail_after(20):
+            while True:
+                answer = await self.reservations.take(server, user, "192.0.2.1", Terms())
+                if isinstance(answer, Hold):
+                    return answer
+                await trio.sleep(0.05)
+
+
+@asynccontextmanager
+async def relays(path: Path, *names: str, on_lost_lease: Literal["keep", "end"] = "keep") -> AsyncIterator[list[Relay]]:
+    """Relays that run; the store has settled."""
+    made = [Relay(path / "cluster.db", name, on_lost_lease) for name in names]
+    async with trio.open_nursery() as nursery:
+        for relay in made:
+            await nursery.start(relay.reservations.run)
+        hold = await made[0].taken(RelayId("warm-up"), "nobody")
+        made[0].reservations.release(hold)
+        yield made
+        nursery.cancel_scope.cancel()
+    for relay in made:
+        relay.transporter.close()
+        relay.store.close()
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    with trio.fail_after(20):
+        while not condition():
+            await trio.sleep(0.02)
+
+
+def proved(entered: Entered | Refused) -> Entered:
+    """The login went through its requests."""
+    assert isinstance(entered, Entered)
+    attempt = entered.attempt
+    for happening in (Happening.FORWARD, Happening.REQUEST, Happening.REQUEST, Happening.SUCCESS):
+        attempt = attempt.after(happening)
+    return Entered(entered.server_id, attempt)
+
+
+async def test_of_two_who_authenticate_at_once_one_is_let_in(tmp_path: Path) -> None:
+    async with relays(tmp_path, "a", "b") as (first, second):
+        ann = await first.reservations.enter(S1, "ann", "192.0.2.1")
+        bob = await second.reservations.enter(S1, "bob", "192.0.2.2")
+        hold = await second.reservations.commit(proved(bob), "bob", Terms())
+        assert isinstance(hold, Hold)
+        refused = await first.reservations.commit(proved(ann), "ann", Terms())
+        assert isinstance(refused, Refused)
+        assert (refused.reason, refused.is_final, "bob" in refused.text) == (Reason.RESERVED, False, False)
+        other = await first.reservations.commit(proved(await first.reservations.enter(S2, "ann", "192.0.2.1")), "ann", Terms())
+        assert isinstance(other, Hold)
+        await trio.sleep(LEASE_S * 1.5)  # renewed
+        assert not hold.is_lost
+        second.reservations.release(hold)
+        await until(lambda: not first.reservations.holders.users(0).get(S1))
+        assert (await first.taken(S1, "ann")).token.fence > hold.token.fence
+        counts = second.reservations.tidings.counts
+        assert (counts["entered"], counts["committed"], counts["released"]) == (1, 1, 1)
+        assert first.reservations.tidings.rejections["reserved"] == 1
+
+
+async def test_an_entry_that_came_to_nothing_is_taken_out(tmp_path: Path) -> None:
+    async with relays(tmp_path, "a") as (relay,):
+        entered = await relay.reservations.enter(S1, "ann", "192.0.2.1")
+        assert isinstance(entered, Entered)
+        assert relay.reservations.holders.wanted(0) == {S1}
+        await relay.reservations.reject(proved(entered), Happening.CLIENT_GONE)
+        assert relay.reservations.holders.wanted(0) == frozenset()
+        refused = await relay.reservations.commit(proved(entered), "ann", Terms())
+        assert isinstance(refused, Refused)
+        assert refused.reason == Reason.NO_ENTRY
+
+
+async def test_a_relay_that_was_cut_off_is_told_that_its_server_was_given_away(tmp_path: Path) -> None:
+    async with relays(tmp_path, "a", "b") as (first, second):
+        hold = await first.taken(S1, "ann")
+        lost = trio.Event()
+        hold.watch(lost.set)
+        first.store.is_cut = True
+        refused = await first.reservations.take(S2, "ann", "192.0.2.1", Terms())
+        assert isinstance(refused, Refused)
+        assert (refused.reason, refused.is_final) == (NO_STORE, True)
+        later = await second.taken(S1, "bob")
+        assert not lost.is_set()
+        first.store.is_cut = False
+        with trio.fail_after(20):
+            await lost.wait()
+        assert later.token.fence > hold.token.fence
+        assert not later.is_lost
+
+
+async def test_a_relay_that_must_not_keep_what_it_cannot_renew_lets_go_before_others_come(tmp_path: Path) -> None:
+    async with relays(tmp_path, "a", "b", on_lost_lease="end") as (first, second):
+        hold = await first.taken(S1, "ann")
+        ended: list[float] = []
+        hold.watch(lambda: ended.append(trio.current_time()))
+        first.store.is_cut = True
+        await second.taken(S1, "bob")
+        assert ended
+
+
+async def test_a_grant_whose_answer_is_lost_is_given_back(tmp_path: Path) -> None:
+    async with relays(tmp_path, "a", "b") as (first, second):
+        first.store.loses_answers = True
+        refused = await first.reservations.take(S1, "ann", "192.0.2.1", Terms())
+        assert isinstance(refused, Refused)
+        assert refused.reason == NO_STORE
+        blocked = await second.reservations.take(S1, "bob", "192.0.2.2", Terms())
+        assert isinstance(blocked, Refused)
+        first.store.loses_answers = False
+        await second.taken(S1, "bob")
+
+
+async def test_a_store_that_was_away_for_everybody_ends_nothing(tmp_path: Path) -> None:
+    async with relays(tmp_path, "a", "b") as (first, second):
+        hold = await first.taken(S1, "ann")
+        first.store.is_cut = second.store.is_cut = True
+        await trio.sleep(LEASE_S * 3)
+        second.store.is_cut = False  # and is quicker
+        with trio.move_on_after(LEASE_S / 2):
+            while True:
+                answer = await second.reservations.take(S1, "bob", "192.0.2.2", Terms())
+                assert isinstance(answer, Refused)
+                await trio.sleep(0.01)
+        first.store.is_cut = False
+        await trio.sleep(LEASE_S * 2)
+        assert not hold.is_lost
+        assert isinstance(await second.reservations.take(S1, "bob", "192.0.2.2", Terms()), Refused)
+
+
+async def test_a_server_is_held_while_its_user_has_sessions(tmp_path: Path) -> None:
+    async with relays(tmp_path, "a", "b") as (first, second):
+        sessions = {(S1, "ann")}
+        first.reservations.has_sessions = lambda server, user: (server, user) in sessions
+        hold = await first.reservations.take(S1, "ann", "192.0.2.1", Terms(hold_while_sessions=True))
+        assert isinstance(hold, Hold)
+        first.reservations.release(hold)
+        await trio.sleep(LEASE_S * 2)
+        assert isinstance(await second.reservations.take(S1, "bob", "192.0.2.2", Terms()), Refused)
+        sessions.clear()
+        await second.taken(S1, "bob")
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"serverId": "a b", "record": "{}"}', '{"serverId": "a", "record": 7}', "[" * 9_999])
+def test_messages_that_are_malformed_are_dropped(text: str) -> None:
+    assert read_tidings(text) is None
+
+
+def test_a_message_is_heard() -> None:
+    view = ClusterView(Ages())
+    store: Any = None
+    reservations = Reservations(ReservingConfig(RelayId("a")), store, store, view)
+    record = Record("e", 1, 0, (Login("l", "ann", "b", 1_000, 1_000),), revision=1)
+    changed = reservations.changed
+    assert view.hear_reservation(encode_tidings("s1", record))
+    assert changed.is_set()
+    assert reservations.holders.users(0) == {S1: "ann"}
+    assert not view.hear_reservation("nonsense")
+
+
+async def test_a_line_is_first_come_first_served_and_who_lost_a_race_keeps_his_place(autojump_clock: trio.testing.MockClock) -> None:
+    line = Line()
+    order: list[str] = []
+
+    async def wait(name: str, since: float, takes_s: float) -> None:
+        with line.place(since) as place:
+            await place.turn.wait()
+            order.append(name)
+            await trio.sleep(takes_s)
+
+    async with trio.open_nursery() as nursery:
+        for name, since in (("first", 1.0), ("second", 2.0), ("third", 3.0)):
+            nursery.start_soon(wait, name, since, 1.0)
+            await trio.testing.wait_all_tasks_blocked()
+        await trio.sleep(1.5)
+        assert order == ["first", "second"]
+        nursery.start_soon(wait, "first again", 1.0, 1.0)
+        await trio.testing.wait_all_tasks_blocked()
+        positions: list[Place] = line.places
+        assert [place.position for place in positions] == [1, 2, 3]
+    assert order == ["first", "second", "first again", "third"]
+    assert not line
