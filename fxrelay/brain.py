@@ -26,6 +26,7 @@ from fxrelay.cluster.view import ClusterView
 from fxrelay.settings import RelaySettings, ServiceSection
 from fxrelay.uplink.ports import UplinkState, UplinkStatistics
 from fxtunnel import __version__
+from fxtunnel.kit.process import keep_going
 from fxtunnel.model import InstanceId, RelayId, ServiceName
 
 logger = logging.getLogger(__name__)
@@ -76,11 +77,11 @@ class Brain:
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._scripts.run)
-                nursery.start_soon(self._gatherer.run)
-                nursery.start_soon(self.chooser.run)
+                nursery.start_soon(keep_going, "measuring metrics", self._gatherer.run)
+                nursery.start_soon(keep_going, "telling placements", self.chooser.run)
                 await nursery.start(self._follower.run)
                 await nursery.start(self.publisher.run)
-                nursery.start_soon(self._watch_tunnels)
+                nursery.start_soon(keep_going, "watching the tunnels", self._watch_tunnels)
                 task_status.started()
         finally:
             self._transporter.close()
