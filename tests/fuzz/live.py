@@ -241,7 +241,7 @@ async def _control_links(stand: _Stand, rng: random.Random, findings: Findings, 
                         await ws.send_message(odd_json(rng).decode("utf-8", "replace"))
                     else:
                         await stream.send_all(_odd_websocket_frame(rng))
-                    await trio.sleep(0)
+                    await trio.lowlevel.checkpoint()
                 nursery.cancel_scope.cancel()
         except* (trio.BrokenResourceError, trio.ClosedResourceError, trio.BusyResourceError, ConnectionClosed):
             pass
