@@ -312,7 +312,7 @@ class Session:
             return
         self._reactor.unregister(link)
         if self.state is State.CLOSED:
-            self.mux.ring.dispose()
+            self.mux.dispose()
         if not after_s:
             link.close()
             return
@@ -364,7 +364,7 @@ class Session:
                 self._reactor.call_later(0, lambda: self.mux.reset_all(code))
             self._owner.on_closed(self, code, text)
             if self._link is None:
-                self.mux.ring.dispose()  # session and mux know each other: the ring would wait for the garbage collector, which is lazy
+                self.mux.dispose()
 
 
 def _reason(exc: Exception) -> str:

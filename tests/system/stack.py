@@ -31,7 +31,14 @@ def wait_until(condition, timeout_s: float = 20.0, what: str = "the condition") 
 class Daemon:
     """One of our daemons. It prints one line when it is ready."""
 
-    def __init__(self, arguments: list[str], log: Path, env: dict[str, str] | None = None, prefix: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        arguments: list[str],
+        log: Path,
+        env: dict[str, str] | None = None,
+        prefix: tuple[str, ...] = (),
+        pass_fds: tuple[int, ...] = (),
+    ) -> None:
         self.log = log
         with log.open("ab") as stderr:
             self.process = subprocess.Popen(
@@ -41,6 +48,7 @@ class Daemon:
                 text=True,
                 env={**os.environ, **(env or {})},
                 start_new_session=True,
+                pass_fds=pass_fds,
             )
         self.ready_line = ""
 
@@ -120,11 +128,15 @@ class Stack:
             f'{doors}[admin]\nlisten = "127.0.0.1:{self.admin_port}"\n{self.gateway_extra}\n'
         )
 
-    def start_gateway(self, env: dict[str, str] | None = None, prefix: tuple[str, ...] = ()) -> Daemon:
+    def start_gateway(self, env: dict[str, str] | None = None, prefix: tuple[str, ...] = (), pass_fds: tuple[int, ...] = ()) -> Daemon:
+        return self.launch_gateway(env, prefix, pass_fds).wait_ready()
+
+    def launch_gateway(self, env: dict[str, str] | None = None, prefix: tuple[str, ...] = (), pass_fds: tuple[int, ...] = ()) -> Daemon:
+        """For one that is not ready by itself."""
         arguments = ["fxgateway.cli", "run", "--config", str(self.gateway_config)]
-        self.gateway = Daemon(arguments, self.directory / "gateway.log", env, prefix)
+        self.gateway = Daemon(arguments, self.directory / "gateway.log", env, prefix, pass_fds)
         self.daemons.append(self.gateway)
-        return self.gateway.wait_ready()
+        return self.gateway
 
     def relay_config(self, name: str) -> Path:
         return self.directory / name / "relay.toml"
