@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 
 MIN_PAUSE_S: Final = 0.2
 """Between two updates, however much changes."""
+RETRY_S: Final = 3.0
+"""Before the store is tried again that did not take an update."""
 FAREWELL_S: Final = 2.0
 
 Facts = Mapping[str, Any]
@@ -95,7 +97,7 @@ class Publisher:
 
     async def _keep_publishing(self) -> None:
         while True:
-            with trio.move_on_after(self._config.publish_s):
+            with trio.move_on_after(min(self._config.publish_s, RETRY_S) if self._view.health().store_down_s else self._config.publish_s):
                 await self._changed.wait()
             self._changed = trio.Event()  # before publishing: what changes meanwhile is told next
             try:
@@ -142,12 +144,12 @@ class Publisher:
             return
         self._view.know(text)  # this node knows itself, also while the store is away
         try:
-            self._view.store_said(await self._threads.run(lambda: self._store.put(SERVERS, self._config.server_id, text)))
+            self._view.store_took(await self._threads.run(lambda: self._store.put(SERVERS, self._config.server_id, text)))
             self.published += 1
             self.last_error = ""
         except StoreError as exc:
             self.last_error = str(exc)
-            self._view.store_failed(str(exc))
+            self._view.store_refused(str(exc))
         try:
             await self._threads.run(lambda: self._transporter.publish(SERVERS, text))
         except TransporterError as exc:

@@ -110,6 +110,7 @@ class Stack:
     gateway: Daemon | None = None
     relays: dict[str, Daemon] = field(default_factory=dict)
     daemons: list[Daemon] = field(default_factory=list)
+    relay_prefix: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         self.cutter.start(self.tunnel_port)
@@ -159,7 +160,8 @@ class Stack:
 
     def launch_relay(self, name: str, env: dict[str, str] | None = None) -> Daemon:
         """For a relay that does not get as far, or not soon."""
-        self.relays[name] = Daemon(["fxrelay.cli", "run", "--config", str(self.relay_config(name))], self.directory / f"{name}.log", env)
+        arguments = ["fxrelay.cli", "run", "--config", str(self.relay_config(name))]
+        self.relays[name] = Daemon(arguments, self.directory / f"{name}.log", env, self.relay_prefix)
         self.daemons.append(self.relays[name])
         return self.relays[name]
 
