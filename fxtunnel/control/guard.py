@@ -1,7 +1,8 @@
 """Task: a stream that lets trio-websocket see nothing it could trip over.
 
 The HTTP head is replaced by one of our own making, because the WebSocket library decodes some headers outside its error handling.
-After it only unfragmented, small frames pass: the control link never needs others, and tiny fragments cost many times their size.
+After it only unfragmented, small frames pass, and no pings: the control link never needs others, and tiny fragments cost many times their
+size.
 """
 
 import logging
@@ -15,7 +16,6 @@ from fxtunnel.errors import RemoteProtocolError
 logger = logging.getLogger(__name__)
 
 _CONTINUATION: Final = 0x0
-_CLOSE: Final = 0x88
 _PING: Final = 0x9
 _FIN: Final = 0x80
 _MASKED: Final = 0x80
@@ -25,19 +25,18 @@ _OPCODE: Final = 0x0F
 class FrameScanner:
     """Watches WebSocket frame headers in a byte stream cut anywhere (RFC 6455, 5.2)."""
 
-    __slots__ = ("_header", "_max_payload_bytes", "_skip_bytes", "is_closing")
+    __slots__ = ("_header", "_max_payload_bytes", "_skip_bytes")
 
     def __init__(self, max_payload_bytes: int) -> None:
         self._max_payload_bytes = max_payload_bytes
         self._header = bytearray()
         self._skip_bytes = 0
-        self.is_closing = False
 
     def feed(self, data: bytes) -> None:
         """Look at the next bytes.
 
         Raises:
-            RemoteProtocolError: a fragment, a frame above the limit, or a ping that our close has made unanswerable.
+            RemoteProtocolError: a fragment, a ping, or a frame above the limit.
         """
         at = 0
         while at < len(data):
@@ -61,9 +60,9 @@ class FrameScanner:
         payload_bytes = int.from_bytes(header[2:4]) if short == 126 else int.from_bytes(header[2:10]) if short == 127 else short
         if not header[0] & _FIN or header[0] & _OPCODE == _CONTINUATION:
             raise RemoteProtocolError(Code.PROTOCOL_ERROR, "a fragmented WebSocket message on the control link")
-        if self.is_closing and header[0] & _OPCODE == _PING:
-            # The library would answer it, and find that it must not (RFC 6455, 5.5.1).
-            raise RemoteProtocolError(Code.PROTOCOL_ERROR, "a WebSocket ping behind our close")
+        if header[0] & _OPCODE == _PING:
+            # The library answers it, also behind our close, where it finds that it must not (RFC 6455, 5.5.1), and raises.
+            raise RemoteProtocolError(Code.PROTOCOL_ERROR, "a WebSocket ping: control links have pings of their own")
         if payload_bytes > self._max_payload_bytes:
             raise RemoteProtocolError(Code.FRAME_SIZE, f"a control message of {payload_bytes} bytes")
         self._skip_bytes = payload_bytes
@@ -107,8 +106,6 @@ class GuardedStream(trio.abc.Stream):
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
         """Send it all. A cancelled send leaves the stream unusable."""
-        if data[:1] == bytes((_CLOSE,)):  # the library sends frame by frame
-            self._scanner.is_closing = True
         await self._stream.send_all(data)
 
     async def wait_send_all_might_not_block(self) -> None:
