@@ -13,7 +13,7 @@ help:
 	@echo "make test    all tests; system tests use sshd, nginx and redis-server where installed"
 	@echo "make check   ruff, mypy --strict and make test: what CI runs"
 	@echo "make bench   side by side with nginx and ssh   (BENCH_ARGS='--quick --only bulk')"
-	@echo "make fuzz    a million malformed frames   (FRAMES=1000000)"
+	@echo "make fuzz    a million malformed frames   (FRAMES=1000000); LIVE=100000 sends them to running daemons"
 
 $(READY): requirements/dev.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "python 3.11 or newer is needed (PYTHON=python3.12 make ...)"; exit 2; }
@@ -44,7 +44,7 @@ bench: $(READY)
 
 FRAMES ?= 1000000
 fuzz: $(READY)
-	$(BIN)/python -m tests.fuzz --frames $(FRAMES)
+	$(BIN)/python -m tests.fuzz $(if $(LIVE),--live $(LIVE),--frames $(FRAMES))
 
 requirements: $(READY)
 	$(BIN)/python -m pip install --quiet pip-tools

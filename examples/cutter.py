@@ -16,6 +16,7 @@ class Cutter:
         self.port: int = self._listener.getsockname()[1]
         self._ways: set[_Way] = set()
         self._lock = threading.Lock()
+        self._is_cut_off = False
 
     def start(self, target_port: int) -> None:
         """Begin to forward."""
@@ -38,9 +39,15 @@ class Cutter:
 
     def thaw(self) -> None:
         """What was frozen flows again."""
+        self._is_cut_off = False
         with self._lock:
             for way in self._ways:
                 way.flows.set()
+
+    def cut_off(self) -> None:
+        """As `freeze`, and later connections are silent from the start: a partition. `thaw` ends it."""
+        self._is_cut_off = True
+        self.freeze()
 
     def close(self) -> None:
         """Stop forwarding; what runs is cut."""
@@ -65,6 +72,8 @@ class Cutter:
             way = _Way(inner, outer)
             with self._lock:
                 self._ways.add(way)
+                if self._is_cut_off:
+                    way.flows.clear()
             for source, sink in ((inner, outer), (outer, inner)):
                 threading.Thread(target=self._copy, args=(way, source, sink), daemon=True).start()
 

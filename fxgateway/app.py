@@ -34,6 +34,7 @@ from fxtunnel.kit.process import (
     POLL_S,
     Reloads,
     feed_watchdog,
+    keep_going,
     let_finish,
     open_files,
     raise_file_limit,
@@ -123,8 +124,8 @@ class Gateway:
             await nursery.start(watch_signals, self._reloads.ask, self._stop.set)
             await nursery.start(partial(self._port.run, [trio.SocketListener(trio.socket.from_stdlib_socket(tunnel_socket))]))
             admin = await nursery.start(serve_pages, make_app(self._view), self._settings.admin.listen)
-            nursery.start_soon(self._identities.watch, self._registry.revoke)
-            nursery.start_soon(self._sweep)
+            nursery.start_soon(keep_going, "watching identities", partial(self._identities.watch, self._registry.revoke))
+            nursery.start_soon(keep_going, "ending idle clients", self._sweep)
             nursery.start_soon(self._reloads.run, self._load_again, self._notifier)
             nursery.start_soon(feed_watchdog, self._notifier)
             self._announce(str(bound_address(tunnel_socket)), str(admin))

@@ -34,7 +34,7 @@ from fxtunnel.errors import FxError
 from fxtunnel.kit import logs
 from fxtunnel.kit.notify import Notifier
 from fxtunnel.kit.pages import serve_pages
-from fxtunnel.kit.process import POLL_S, Reloads, feed_watchdog, let_finish, raise_file_limit, settle, watch_signals
+from fxtunnel.kit.process import POLL_S, Reloads, feed_watchdog, keep_going, let_finish, raise_file_limit, settle, watch_signals
 from fxtunnel.kit.settings import Address
 from fxtunnel.model import GatewayId, RelayId, ServiceName, SessionId
 from fxtunnel.protocol.credit import WindowBudget
@@ -109,8 +109,8 @@ class Relay:
             await nursery.start(placer.run)
             await nursery.start(web.run)
             await nursery.start(serve_pages, make_app(view), self._settings.relay.status_address)
-            nursery.start_soon(self._sweep)
-            nursery.start_soon(self._keep_resolved)
+            nursery.start_soon(keep_going, "ending idle streams", self._sweep)
+            nursery.start_soon(keep_going, "resolving targets", self._keep_resolved)
             nursery.start_soon(self._reloads.run, self._load_again, self._notifier)
             nursery.start_soon(feed_watchdog, self._notifier)
             nursery.start_soon(self._announce)

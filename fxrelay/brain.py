@@ -32,6 +32,7 @@ from fxrelay.service_settings import ServiceSection
 from fxrelay.settings import RelaySettings
 from fxrelay.uplink.ports import UplinkState, UplinkStatistics
 from fxtunnel import __version__
+from fxtunnel.kit.process import keep_going
 from fxtunnel.model import GatewayId, InstanceId, RelayId, ServiceName
 
 logger = logging.getLogger(__name__)
@@ -93,13 +94,13 @@ class Brain:
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._scripts.run)
-                nursery.start_soon(self._gatherer.run)
-                nursery.start_soon(self.chooser.run)
+                nursery.start_soon(keep_going, "measuring metrics", self._gatherer.run)
+                nursery.start_soon(keep_going, "telling placements", self.chooser.run)
                 await nursery.start(self._follower.run)
                 await nursery.start(self.publisher.run)
                 if self.reservations is not None:
                     await nursery.start(self.reservations.run)
-                nursery.start_soon(self._watch_tunnels)
+                nursery.start_soon(keep_going, "watching the tunnels", self._watch_tunnels)
                 task_status.started()
         finally:
             if self.reservations is not None:

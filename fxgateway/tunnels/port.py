@@ -33,6 +33,7 @@ from fxtunnel.control.upgrade import (
     refusal_fields,
 )
 from fxtunnel.errors import PeerRefused, TunnelClosed, TunnelError, leaves
+from fxtunnel.kit.settings import Address
 from fxtunnel.kit.tls import TlsStream, handshake_server
 from fxtunnel.kit.tokens import KeyProblem, ReplayGuard, verify_assertion
 from fxtunnel.model import GatewayId, RelayId
@@ -109,7 +110,7 @@ class TunnelPort:
                     await trio.sleep(_PAUSE_S if exc.errno in _EXHAUSTED else 0)
                     continue
                 sock = socket.socket(accepted.family, accepted.type, accepted.proto, fileno=accepted.detach())
-                handlers.start_soon(self._serve, sock, str(address[0]), f"{address[0]}:{address[1]}")
+                handlers.start_soon(self._serve, sock, str(address[0]), str(Address(str(address[0]), int(address[1]))))
 
     async def _serve(self, sock: socket.socket, ip: str, remote_address: str) -> None:
         """The barrier: nothing a connection raises gets past this."""

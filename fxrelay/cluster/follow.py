@@ -12,6 +12,7 @@ from fxrelay.cluster.threads import Threads
 from fxrelay.cluster.view import ClusterView
 from fxtunnel.errors import StoreError, TransporterError
 from fxtunnel.kit.backoff import FullJitter
+from fxtunnel.kit.process import keep_going
 
 SLICE: Final = 16
 """Server objects taken in between two looks at the data plane: about half a millisecond."""
@@ -43,17 +44,18 @@ class Follower:
         self._config = config
         self._rng = random.Random()  # noqa: S311 - waits, not secrets
         self._again = trio.Event()
+        self._tried = trio.Event()
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Follow until cancelled. Started when the store has been read once, or could not be."""
         async with trio.open_nursery() as nursery:
-            await nursery.start(self._keep_reading)
-            nursery.start_soon(self._keep_listening)
+            nursery.start_soon(keep_going, "reading the store", self._keep_reading)
+            await self._tried.wait()
+            nursery.start_soon(keep_going, "listening for live updates", self._keep_listening)
             task_status.started()
 
-    async def _keep_reading(self, *, task_status: trio.TaskStatus[None]) -> None:
+    async def _keep_reading(self) -> None:
         backoff = FullJitter(self._config.min_backoff_s, self._config.max_backoff_s, rng=self._rng)
-        started = False
         while True:
             again = self._again = trio.Event()
             try:
@@ -63,9 +65,8 @@ class Follower:
             except StoreError as exc:
                 self._view.store_failed(str(exc))
                 wait_s = backoff.next_s()
-            if not started:
-                started = True
-                task_status.started()
+            finally:
+                self._tried.set()
             with trio.move_on_after(wait_s):
                 await again.wait()
 
@@ -98,6 +99,9 @@ class Follower:
                 await self._listen(subscription, backoff)
             except TransporterError as exc:
                 self._view.live_updates(False, str(exc))
+            except Exception:
+                self._view.live_updates(False, "internal error")
+                raise
             finally:
                 if subscription is not None:
                     subscription.close()

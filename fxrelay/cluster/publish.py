@@ -13,12 +13,15 @@ from fxrelay.cluster.server import MAX_SERVER_BYTES, BadServer, parse_server
 from fxrelay.cluster.threads import Threads
 from fxrelay.cluster.view import ClusterView
 from fxtunnel.errors import StoreError, TransporterError
+from fxtunnel.kit.process import keep_going
 from fxtunnel.model import InstanceId, RelayId
 
 logger = logging.getLogger(__name__)
 
 MIN_PAUSE_S: Final = 0.2
 """Between two updates, however much changes."""
+RETRY_S: Final = 3.0
+"""Before the store is tried again that did not take an update."""
 FAREWELL_S: Final = 2.0
 
 Facts = Mapping[str, Any]
@@ -59,6 +62,7 @@ class Publisher:
         self._started_ms = 0
         self._seq = 0
         self._changed = trio.Event()
+        self._tried = trio.Event()
         self._measured: Facts = {}
         self._measured_ms: int | None = None
         self._is_leaving = False
@@ -80,19 +84,27 @@ class Publisher:
         Started when the first server object is out, or could not be brought out.
         """
         self._started_ms = self._view.now_ms
+        self._changed.set()
         try:
-            await self._publish()
-            task_status.started()
-            while True:
-                with trio.move_on_after(self._config.publish_s):
-                    await self._changed.wait()
-                self._changed = trio.Event()  # before publishing: what changes meanwhile is told next
-                await self._publish()
-                await trio.sleep(min(MIN_PAUSE_S, self._config.publish_s))
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(keep_going, "publishing this node", self._keep_publishing)
+                await self._tried.wait()
+                task_status.started()
         finally:
             with trio.move_on_after(FAREWELL_S, shield=True):
                 self._is_leaving = True
                 await self._send(self._measured)
+
+    async def _keep_publishing(self) -> None:
+        while True:
+            with trio.move_on_after(min(self._config.publish_s, RETRY_S) if self._view.health().store_down_s else self._config.publish_s):
+                await self._changed.wait()
+            self._changed = trio.Event()  # before publishing: what changes meanwhile is told next
+            try:
+                await self._publish()
+            finally:
+                self._tried.set()
+            await trio.sleep(min(MIN_PAUSE_S, self._config.publish_s))
 
     async def _publish(self) -> None:
         if not self._is_leaving:  # otherwise there is no time to measure
@@ -132,12 +144,12 @@ class Publisher:
             return
         self._view.know(text)  # this node knows itself, also while the store is away
         try:
-            self._view.store_said(await self._threads.run(lambda: self._store.put(SERVERS, self._config.server_id, text)))
+            self._view.store_took(await self._threads.run(lambda: self._store.put(SERVERS, self._config.server_id, text)))
             self.published += 1
             self.last_error = ""
         except StoreError as exc:
             self.last_error = str(exc)
-            self._view.store_failed(str(exc))
+            self._view.store_refused(str(exc))
         try:
             await self._threads.run(lambda: self._transporter.publish(SERVERS, text))
         except TransporterError as exc:

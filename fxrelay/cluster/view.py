@@ -47,6 +47,7 @@ class ClusterView:
         self._clock_offset_ms = int(time.time() * 1000 - monotonic() * 1000)
         self._synced = False
         self._store_down_since: float | None = None
+        self._is_refused = False
         self._blind_since: float | None = None
         self._blind_s = 0.0
         self._heard_at = -1.0
@@ -77,13 +78,25 @@ class ClusterView:
         return self.members.members(self.now)
 
     def store_said(self, clock_ms: int) -> None:
-        """The store answered, and told its clock."""
+        """The store answered, and told its clock. While it takes nothing it counts as down all the same: nobody could report."""
         self._said_at = self._monotonic()
         self._clock_offset_ms = clock_ms - int(self._said_at * 1000)
+        if self._is_refused:
+            return
         if self._store_down_since is not None:
             logger.warning("the store answers again after %.1f s", self._monotonic() - self._store_down_since)
         self._store_down_since = None
         self._look()
+
+    def store_took(self, clock_ms: int) -> None:
+        """The store took what this node says about itself, and told its clock."""
+        self._is_refused = False
+        self.store_said(clock_ms)
+
+    def store_refused(self, error: str) -> None:
+        """The store did not take it: it is away, or full."""
+        self._is_refused = True
+        self.store_failed(error)
 
     def store_failed(self, error: str) -> None:
         """The store did not answer: what is known stays in use."""

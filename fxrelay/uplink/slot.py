@@ -69,7 +69,7 @@ class Slot:
         wait_s = 0.0
         while self.session is not None or self._home.wants_sessions:
             try:
-                is_up = await self._try_once(wait_s)
+                wait_s = await self._live() if await self._try_once(wait_s) else self._backoff.next_s()
             except FxError as exc:
                 if self._home.ends_with(exc):
                     return
@@ -77,8 +77,6 @@ class Slot:
             except Exception:  # a bug of ours must not take the other slots along
                 logger.exception("a data link to %s failed", self._home.gateway_id)
                 wait_s = self._backoff.next_s()
-            else:
-                wait_s = await self._live() if is_up else self._backoff.next_s()
             if self._goodbye is not None and self._home.ends_with(self._goodbye):
                 return
 
@@ -146,9 +144,11 @@ class Slot:
         """Wait until the link is lost or the session over; the seconds to wait before the next attempt."""
         session, began = self.session, trio.current_time()
         before = 0 if session is None else session.received
-        await self._down.wait()
-        now = trio.current_time()
-        self._hold_until = now + self._home.hold_s
+        try:
+            await self._down.wait()
+        finally:
+            now = trio.current_time()
+            self._hold_until = now + self._home.hold_s
         is_settled = now - began >= self._settled_s
         if is_settled or (session is not None and session.received > before):
             self._backoff.reset()

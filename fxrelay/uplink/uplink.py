@@ -190,10 +190,12 @@ class Uplink:
         backoff = FullJitter(base_s=config.min_backoff_s, cap_s=config.max_backoff_s, rng=rng)
         flaps = FullJitter(base_s=config.min_backoff_s, cap_s=min(config.max_backoff_s, FLAP_CAP_S), rng=rng)
         failures = Doubling()
+        wait_s = 0.0
         while not self._is_stopping:
             welcomes = self._welcomes
             at_least_s = 0.0
             try:
+                await trio.sleep(wait_s)
                 await self._use_control_link(task_status)
             except FxError as exc:
                 if self._is_stopping or self.ends_with(exc):
@@ -204,6 +206,7 @@ class Uplink:
                 logger.exception("the control link to %s failed", self.gateway_id)
                 self._last_error = "internal error"
             else:
+                wait_s = 0.0
                 continue
             if self._welcomes == welcomes:
                 self._url_number += 1
@@ -219,7 +222,6 @@ class Uplink:
                     "no control link to %s: %s; attempt %d in %.1f s", self.gateway_id, self._last_error, failures.count + 1, wait_s
                 )
             self._enter(UplinkState.WAITING)
-            await trio.sleep(wait_s)
 
     async def _use_control_link(self, task_status: trio.TaskStatus[None]) -> None:
         """One control link from dial to end, after enrolment if need be. Returns only when it should be called again at once."""

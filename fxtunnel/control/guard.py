@@ -1,7 +1,8 @@
 """Task: a stream that lets trio-websocket see nothing it could trip over.
 
 The HTTP head is replaced by one of our own making, because the WebSocket library decodes some headers outside its error handling.
-After it only unfragmented, small frames pass: the control link never needs others, and tiny fragments cost many times their size.
+After it only unfragmented, small frames pass, and no pings: the control link never needs others, and tiny fragments cost many times their
+size.
 """
 
 import logging
@@ -15,6 +16,7 @@ from fxtunnel.errors import RemoteProtocolError
 logger = logging.getLogger(__name__)
 
 _CONTINUATION: Final = 0x0
+_PING: Final = 0x9
 _FIN: Final = 0x80
 _MASKED: Final = 0x80
 _OPCODE: Final = 0x0F
@@ -34,7 +36,7 @@ class FrameScanner:
         """Look at the next bytes.
 
         Raises:
-            RemoteProtocolError: a fragment, or a frame above the limit.
+            RemoteProtocolError: a fragment, a ping, or a frame above the limit.
         """
         at = 0
         while at < len(data):
@@ -58,6 +60,9 @@ class FrameScanner:
         payload_bytes = int.from_bytes(header[2:4]) if short == 126 else int.from_bytes(header[2:10]) if short == 127 else short
         if not header[0] & _FIN or header[0] & _OPCODE == _CONTINUATION:
             raise RemoteProtocolError(Code.PROTOCOL_ERROR, "a fragmented WebSocket message on the control link")
+        if header[0] & _OPCODE == _PING:
+            # The library answers it, also behind our close, where it finds that it must not (RFC 6455, 5.5.1), and raises.
+            raise RemoteProtocolError(Code.PROTOCOL_ERROR, "a WebSocket ping: control links have pings of their own")
         if payload_bytes > self._max_payload_bytes:
             raise RemoteProtocolError(Code.FRAME_SIZE, f"a control message of {payload_bytes} bytes")
         self._skip_bytes = payload_bytes

@@ -317,6 +317,8 @@ class Session:
         if link is None:
             return
         self._reactor.unregister(link)
+        if self.state is State.CLOSED:
+            self.mux.dispose()
         if not after_s:
             link.close()
             return
@@ -367,6 +369,8 @@ class Session:
             for _ in self.mux.streams:  # an endpoint raised: it must not keep the others from their end; each call gets one further
                 self._reactor.call_later(0, lambda: self.mux.reset_all(code))
             self._owner.on_closed(self, code, text)
+            if self._link is None:
+                self.mux.dispose()
 
 
 def _reason(exc: Exception) -> str:

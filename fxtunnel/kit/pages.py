@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 MAX_CONNECTIONS: Final = 64
 MAX_HEAD_BYTES: Final = 8192
 IDLE_S: Final = 5
+ERROR_S: Final = 1.0
 # 4,096 relays in JSON are about 3 MB.
 MAX_ANSWER_BYTES: Final = 64 << 20
 
@@ -43,19 +44,22 @@ async def serve_pages(app: Starlette, address: Address, *, task_status: trio.Tas
         ListenError: the address is in use, not permitted, or not one of this machine.
     """
     config, context = _config(), WorkerContext(None)
-    asgi = wrap_app(cast(ASGIFramework, _ending_quietly(app)), config.wsgi_max_body_size, "asgi")
     connections: set[trio.SocketStream] = set()
 
     async def serve_one(stream: trio.SocketStream) -> None:
+        scope = trio.CancelScope()
+        asgi = wrap_app(cast(ASGIFramework, _ending_quietly(app, scope)), config.wsgi_max_body_size, "asgi")
         try:
-            if len(connections) < MAX_CONNECTIONS:
-                connections.add(stream)
-                await TCPServer(asgi, config, context, ConnectionState({}), stream).run()  # type: ignore[arg-type]  # says SSLStream, takes both
+            try:
+                if len(connections) < MAX_CONNECTIONS:
+                    connections.add(stream)
+                    with scope:
+                        await TCPServer(asgi, config, context, ConnectionState({}), stream).run()  # type: ignore[arg-type]  # takes both streams
+            finally:
+                connections.discard(stream)
+                await trio.aclose_forcefully(stream)
         except Exception:
             logger.exception("a connection to the pages failed")
-        finally:
-            connections.discard(stream)
-            await trio.aclose_forcefully(stream)
 
     async def hang_up_when_cancelled() -> None:
         # hypercorn shields what it sends; only closing the socket under it ends a send that nobody receives.
@@ -74,14 +78,20 @@ async def serve_pages(app: Starlette, address: Address, *, task_status: trio.Tas
             await trio.serve_listeners(serve_one, [listener], handler_nursery=nursery)
 
 
-def _ending_quietly(app: Starlette) -> ASGIApp:
-    """`app`, for which a client that is gone is no error. hypercorn itself hangs up on one whose request turns out to be malformed."""
+def _ending_quietly(app: Starlette, connection: trio.CancelScope) -> ASGIApp:
+    """`app`, for which a client that is gone is no error. hypercorn itself hangs up on one whose request turns out to be malformed.
+
+    After any other error hypercorn may wait for ever, for the end of an answer that will not come; it has ERROR_S to send what it has.
+    """
 
     async def serve(scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await app(scope, receive, send)
         except (trio.BusyResourceError, trio.BrokenResourceError, trio.ClosedResourceError):
             logger.warning("a client of the pages was gone before it had its answer")
+        except Exception:
+            connection.deadline = trio.current_time() + ERROR_S
+            raise
 
     return serve
 

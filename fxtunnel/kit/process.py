@@ -17,6 +17,8 @@ from fxtunnel.kit.notify import Notifier
 logger = logging.getLogger(__name__)
 
 POLL_S: Final = 0.1
+PAUSE_S: Final = 1.0
+"""After a failure of ours, which may come again at once."""
 GC_THRESHOLD: Final = (50_000, 20, 20)
 """The data plane makes no reference cycles; frequent collections would only cost latency."""
 THREAD_SWITCH_S: Final = 0.0005
@@ -84,7 +86,23 @@ class Reloads:
             except FxError as exc:
                 for problem in exc.problems if isinstance(exc, ConfigError) else (exc,):
                     logger.error("reload refused, the old configuration stays: %s", problem)
+            except Exception:
+                logger.exception("the reload failed, the old configuration stays as far as it was not replaced")
             notifier.ready()
+
+
+async def keep_going(what: str, call: Callable[[], Awaitable[object]]) -> NoReturn:
+    """Await `call` again and again, until cancelled. An error that nobody expected out of it is logged, and followed by a pause.
+
+    For loops that a daemon cannot do without, and that hold nothing which a fresh start would not make good.
+    """
+    while True:
+        try:
+            await call()
+            await trio.lowlevel.checkpoint()
+        except Exception:
+            logger.exception("%s failed, and begins again in %g s", what, PAUSE_S)
+            await trio.sleep(PAUSE_S)
 
 
 async def wait_until(condition: Callable[[], bool]) -> None:

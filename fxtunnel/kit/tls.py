@@ -172,7 +172,10 @@ class TlsStream(trio.abc.HalfCloseableStream):
             self._can_send = False
             sent_bytes = 0
             while sent_bytes < len(view):
-                sent_bytes += await self._when_ready(self._sock.send, view[sent_bytes : sent_bytes + _SEND_CHUNK_BYTES])
+                try:
+                    sent_bytes += await self._when_ready(self._sock.send, view[sent_bytes : sent_bytes + _SEND_CHUNK_BYTES])
+                except ssl.SSLZeroReturnError as exc:
+                    raise trio.BrokenResourceError("the peer has closed the connection") from exc
             self._can_send = True
 
     async def wait_send_all_might_not_block(self) -> None:

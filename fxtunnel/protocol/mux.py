@@ -205,6 +205,16 @@ class Mux:
         if self.streams.pop(stream.id, None) is not None:
             stream.window.close()
 
+    def dispose(self) -> None:
+        """The session is over and nothing is sent any more: give memory back, and let go of the session. May be repeated.
+
+        The three know each other, and the garbage collector is lazy by choice (fxtunnel/kit/process.py).
+        """
+        self.ring.dispose()
+        self.parser.dispose()
+        self._wake = _asleep
+        self._on_open = None
+
     def receive(self, data: memoryview, now: float) -> None:
         """Take the next bytes of the peer's sequence.
 
@@ -377,3 +387,7 @@ class Mux:
         if 0 <= rtt < 60:
             self._rtts.append(max(rtt, 1e-6))
             self.min_rtt_s = min(self._rtts)
+
+
+def _asleep() -> None:
+    """Nobody is left to be woken."""

@@ -20,6 +20,19 @@ class FrameSink(Protocol):
         """Any other frame, whole."""
 
 
+class _Nobody:
+    """Takes the frames of a session that is over."""
+
+    def on_data_header(self, stream_id: int, length: int) -> None:
+        """See `FrameSink`."""
+
+    def on_data(self, stream_id: int, data: memoryview) -> None:
+        """See `FrameSink`."""
+
+    def on_frame(self, kind: int, stream_id: int, payload: memoryview) -> None:
+        """See `FrameSink`."""
+
+
 class FrameParser:
     """Feed it whatever arrived; it calls the sink. DATA passes through without being copied or held.
 
@@ -30,11 +43,15 @@ class FrameParser:
     __slots__ = ("_data_left", "_data_stream", "_held", "_sink", "received")
 
     def __init__(self, sink: FrameSink) -> None:
-        self._sink = sink
+        self._sink: FrameSink = sink
         self._held = bytearray()
         self._data_left = 0
         self._data_stream = 0
         self.received = 0
+
+    def dispose(self) -> None:
+        """Let go of the sink, which most likely owns this parser."""
+        self._sink = _Nobody()
 
     @property
     def mid_frame(self) -> bool:

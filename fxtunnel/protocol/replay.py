@@ -10,6 +10,7 @@ lost link costs nothing: `sent` goes back to what the peer has. (A deque of buff
 pinned by a 5 KiB frame made the replay memory unbounded in practice.)
 """
 
+from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
 from typing import Final
 
 from fxtunnel.codes import Code
@@ -31,7 +32,7 @@ class ReplayRing:
 
     def __init__(self, size_bytes: int, *, keep: bool = True) -> None:
         self._size = size_bytes
-        self._buffer = bytearray(size_bytes + SLACK_BYTES)
+        self._buffer: mmap | bytearray = _untouched(size_bytes + SLACK_BYTES)
         self._view = memoryview(self._buffer)
         self._peer_ack = 0
         self.keep = keep
@@ -140,7 +141,7 @@ class ReplayRing:
             return
         old_view, old_size = self._view, self._size
         self._size = size_bytes
-        self._buffer = bytearray(size_bytes + SLACK_BYTES)
+        self._buffer = _untouched(size_bytes + SLACK_BYTES)
         self._view = memoryview(self._buffer)
         at = self.acked
         while at < self.head:
@@ -148,3 +149,13 @@ class ReplayRing:
             step = min(self.head - at, old_size - source, size_bytes - target)
             self._view[target : target + step] = old_view[source : source + step]
             at += step
+
+    def dispose(self) -> None:
+        """Give the memory back: nothing is written or sent any more. May be repeated."""
+        self._buffer = bytearray()
+        self._view = memoryview(self._buffer)
+
+
+def _untouched(size_bytes: int) -> mmap:
+    """Memory that costs nothing until it is written to; a bytearray is filled with zeros, page by page."""
+    return mmap(-1, size_bytes, flags=MAP_PRIVATE | MAP_ANONYMOUS)

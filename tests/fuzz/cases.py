@@ -216,7 +216,7 @@ def payloads(rng: random.Random, tally: Tally) -> None:
         tally.frames += 4
         _judged(tally, decode_open, odd_open(rng))
         _judged(tally, parse_header, rng.randbytes(8))
-        text = _odd_json(rng)
+        text = odd_json(rng)
         _judged(tally, decode_hello, text)
         _judged(tally, lambda raw: decode_reply(rng.choice((frames.WELCOME, frames.DENIED)), raw), text)
         _judged(tally, decode_message, text[:MESSAGE_BYTES])
@@ -265,7 +265,7 @@ LAWFUL: Final = (
 )
 
 
-def _odd_json(rng: random.Random) -> bytes:
+def odd_json(rng: random.Random) -> bytes:
     fields: dict[str, object] = dict(rng.choice(LAWFUL))
     for _ in range(rng.randrange(4)):
         fields[rng.choice(KEYS)] = rng.choice(ODD_VALUES)

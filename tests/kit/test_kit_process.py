@@ -1,5 +1,6 @@
 """What both daemons do when they are told to reload, or to stop."""
 
+import itertools
 import logging
 from collections.abc import Awaitable, Callable
 
@@ -9,7 +10,7 @@ from trio.testing import wait_all_tasks_blocked
 
 from fxtunnel.errors import ConfigError, ConfigProblem, FxError
 from fxtunnel.kit.notify import Notifier
-from fxtunnel.kit.process import Reloads, let_finish
+from fxtunnel.kit.process import PAUSE_S, Reloads, keep_going, let_finish
 
 
 class NotifierSpy(Notifier):
@@ -103,3 +104,36 @@ async def test_draining_ends_with_the_time(autojump_clock: object, caplog: pytes
     await let_finish("clients", lambda: 2, 30)
     assert trio.current_time() - began == pytest.approx(30)
     assert caplog.records[-1].getMessage() == "2 clients did not finish in time and are reset"
+
+
+async def test_what_must_go_on_begins_again_after_an_error(autojump_clock: object, caplog: pytest.LogCaptureFixture) -> None:
+    began: list[float] = []
+
+    async def fails_twice() -> None:
+        began.append(trio.current_time())
+        await trio.sleep(1)
+        if len(began) < 3:
+            raise MemoryError
+        await trio.sleep_forever()
+
+    with trio.move_on_after(60):
+        await keep_going("thinking", fails_twice)
+    assert [later - earlier for earlier, later in itertools.pairwise(began)] == pytest.approx([1 + PAUSE_S, 1 + PAUSE_S])
+    assert [record.getMessage() for record in caplog.records] == ["thinking failed, and begins again in 1 s"] * 2
+    assert all(record.exc_info for record in caplog.records)
+
+
+async def test_an_error_in_a_reload_ends_nothing(autojump_clock: object, caplog: pytest.LogCaptureFixture) -> None:
+    reloads = Reloads()
+
+    async def bug() -> None:
+        raise UnicodeDecodeError("utf-8", b"\xff", 0, 1, "odd")
+
+    with trio.move_on_after(10):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(reloads.run, bug, NotifierSpy())
+            for _ in range(2):
+                reloads.ask()
+                await trio.sleep(1)
+            nursery.cancel_scope.cancel()
+    assert len(caplog.records) == 2

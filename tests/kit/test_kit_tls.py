@@ -270,6 +270,8 @@ async def test_only_close_notify_is_an_end(tls: Any) -> None:
     await TlsStream(server).aclose()
     assert await stream.receive_some() == b""
     assert await stream.receive_some() == b""
+    with pytest.raises(trio.BrokenResourceError):
+        await stream.send_all(b"x")
     await stream.aclose()
 
     client, server = await tls.pair()

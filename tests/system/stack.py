@@ -31,7 +31,14 @@ def wait_until(condition, timeout_s: float = 20.0, what: str = "the condition") 
 class Daemon:
     """One of our daemons. It prints one line when it is ready."""
 
-    def __init__(self, arguments: list[str], log: Path, env: dict[str, str] | None = None, prefix: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        arguments: list[str],
+        log: Path,
+        env: dict[str, str] | None = None,
+        prefix: tuple[str, ...] = (),
+        pass_fds: tuple[int, ...] = (),
+    ) -> None:
         self.log = log
         with log.open("ab") as stderr:
             self.process = subprocess.Popen(
@@ -41,6 +48,7 @@ class Daemon:
                 text=True,
                 env={**os.environ, **(env or {})},
                 start_new_session=True,
+                pass_fds=pass_fds,
             )
         self.ready_line = ""
 
@@ -102,6 +110,7 @@ class Stack:
     gateway: Daemon | None = None
     relays: dict[str, Daemon] = field(default_factory=dict)
     daemons: list[Daemon] = field(default_factory=list)
+    relay_prefix: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         self.cutter.start(self.tunnel_port)
@@ -120,11 +129,15 @@ class Stack:
             f'{doors}[admin]\nlisten = "127.0.0.1:{self.admin_port}"\n{self.gateway_extra}\n'
         )
 
-    def start_gateway(self, env: dict[str, str] | None = None, prefix: tuple[str, ...] = ()) -> Daemon:
+    def start_gateway(self, env: dict[str, str] | None = None, prefix: tuple[str, ...] = (), pass_fds: tuple[int, ...] = ()) -> Daemon:
+        return self.launch_gateway(env, prefix, pass_fds).wait_ready()
+
+    def launch_gateway(self, env: dict[str, str] | None = None, prefix: tuple[str, ...] = (), pass_fds: tuple[int, ...] = ()) -> Daemon:
+        """For one that is not ready by itself."""
         arguments = ["fxgateway.cli", "run", "--config", str(self.gateway_config)]
-        self.gateway = Daemon(arguments, self.directory / "gateway.log", env, prefix)
+        self.gateway = Daemon(arguments, self.directory / "gateway.log", env, prefix, pass_fds)
         self.daemons.append(self.gateway)
-        return self.gateway.wait_ready()
+        return self.gateway
 
     def relay_config(self, name: str) -> Path:
         return self.directory / name / "relay.toml"
@@ -147,7 +160,8 @@ class Stack:
 
     def launch_relay(self, name: str, env: dict[str, str] | None = None) -> Daemon:
         """For a relay that does not get as far, or not soon."""
-        self.relays[name] = Daemon(["fxrelay.cli", "run", "--config", str(self.relay_config(name))], self.directory / f"{name}.log", env)
+        arguments = ["fxrelay.cli", "run", "--config", str(self.relay_config(name))]
+        self.relays[name] = Daemon(arguments, self.directory / f"{name}.log", env, self.relay_prefix)
         self.daemons.append(self.relays[name])
         return self.relays[name]
 
