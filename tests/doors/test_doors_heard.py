@@ -5,13 +5,13 @@ import ssl
 
 import pytest
 import trio
-from fxtunnel.kit.client_hello import UNRECOGNIZED_NAME
 from peers import Serve, connect, echo, receive_all, receive_exactly, reset, until_reset
 from plane import SERVICE, Contexts, Plane, RelaySide, open_plane
 
 from fxgateway.routing.admission import AdmissionLimits
 from fxgateway.routing.hosts import HostTable, Route
 from fxgateway.routing.reception import Kind, Receptionist
+from fxtunnel.kit.client_hello import UNRECOGNIZED_NAME
 from fxtunnel.model import Offer, ServiceName
 from fxtunnel.protocol.opening import Opening
 
