@@ -2,7 +2,9 @@
 
 import logging
 import os
+import ssl
 import sys
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -10,6 +12,7 @@ from typing import Final
 import trio
 
 from fxgateway import settings as config
+from fxgateway.access_log import AccessLog
 from fxgateway.admin.live import LiveView
 from fxgateway.admin.pages import make_app
 from fxgateway.door_settings import DoorSettings
@@ -26,7 +29,7 @@ from fxgateway.tunnels.registry import Registry, RegistryLimits
 from fxtunnel.codes import Code
 from fxtunnel.engine.ports import SessionConfig
 from fxtunnel.engine.reactor import Reactor
-from fxtunnel.kit import logs
+from fxtunnel.kit import logs, web_tls
 from fxtunnel.kit.listeners import Inherited, bound_address, listen
 from fxtunnel.kit.notify import Notifier
 from fxtunnel.kit.pages import serve_pages
@@ -91,6 +94,7 @@ class Gateway:
         self._admission = Admission(self._admission_limits(settings))
         budget = WindowBudget(settings.limits.memory_bytes)
         self._registry = Registry(reactor, session_config(settings), budget, registry_limits(settings))
+        self._access = AccessLog()
         self._doors = Doors(reactor, self._registry, self._admission)
         self._identities = Identities(settings.tunnel.identities_path)
         self._view = LiveView(GatewayId(settings.tunnel.gateway_id), self._registry, self._doors, settings.limits.memory_bytes)
@@ -118,7 +122,9 @@ class Gateway:
         inherited = Inherited.from_environ(os.environ, os.getpid())
         await trio.to_thread.run_sync(self._identities.load)
         tunnel_socket = listen(self._settings.tunnel.listen, inherited)
-        self._doors.apply(door_configs(self._settings), inherited)
+        await trio.to_thread.run_sync(self._access.open, self._settings.log.access)
+        contexts = await trio.to_thread.run_sync(web_contexts, self._settings)
+        self._doors.apply(door_configs(self._settings, contexts, self._access), inherited)
         inherited.close()
         async with trio.open_nursery() as nursery:
             await nursery.start(watch_signals, self._reloads.ask, self._stop.set)
@@ -132,6 +138,7 @@ class Gateway:
             settle()
             await self._stop.wait()
             await self._drain()
+            await trio.to_thread.run_sync(self._access.close)
             nursery.cancel_scope.cancel()
 
     def _announce(self, tunnel: str, admin: str) -> None:
@@ -161,13 +168,15 @@ class Gateway:
 
     async def _load_again(self) -> None:
         fresh = await trio.to_thread.run_sync(config.load, self._config_path, os.environ)
-        self._apply(fresh)
+        contexts = await trio.to_thread.run_sync(web_contexts, fresh)
+        await trio.to_thread.run_sync(self._access.open, fresh.log.access)
+        self._apply(fresh, contexts)
         logger.info("reloaded %s", self._config_path)
 
-    def _apply(self, fresh: GatewaySettings) -> None:
+    def _apply(self, fresh: GatewaySettings, contexts: Mapping[str, ssl.SSLContext]) -> None:
         """Doors and limits of a reloaded configuration; what needs a restart is named, and stays."""
         context = server_context(fresh.tunnel.certificate, fresh.tunnel.key, ALPN)
-        self._doors.apply(door_configs(fresh))
+        self._doors.apply(door_configs(fresh, contexts, self._access))
         self._admission.apply(self._admission_limits(fresh))
         self._registry.apply(registry_limits(fresh), session_config(fresh))
         self._port.apply(context, port_limits(fresh))
@@ -194,7 +203,16 @@ class Gateway:
         )
 
 
-def door_configs(settings: GatewaySettings) -> list[DoorConfig]:
+def web_contexts(settings: GatewaySettings) -> dict[str, ssl.SSLContext]:
+    """TLS of the doors that end it, by the doors' labels. Blocking: reads files.
+
+    Raises:
+        ConfigError: a certificate or key cannot be used.
+    """
+    return {door.label: web_tls.server_context(settings.certificates_of(door)) for door in settings.doors if door.kind is Kind.HTTPS}
+
+
+def door_configs(settings: GatewaySettings, contexts: Mapping[str, ssl.SSLContext], access: AccessLog) -> list[DoorConfig]:
     """The doors of a configuration."""
     limits = settings.limits
     routes = HostTable(Route(route.host, route.path, ServiceName(route.service)) for route in settings.routes)
@@ -209,6 +227,8 @@ def door_configs(settings: GatewaySettings) -> list[DoorConfig]:
             limits.hello_timeout_s,
             receptionist(door, routes),
             door.sniff_s,
+            contexts.get(door.label),
+            access if settings.log.access != "off" else None,
         )
         for door in settings.doors
     ]

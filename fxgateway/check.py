@@ -11,9 +11,11 @@ from typing import Final
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
+from fxgateway.routing.reception import Kind
 from fxgateway.settings import GatewaySettings
 from fxgateway.tunnels.identities import Identities
 from fxtunnel.errors import ConfigError, ConfigProblem
+from fxtunnel.kit import web_tls
 from fxtunnel.kit.files import read_secret
 from fxtunnel.kit.listeners import ListenError, listen
 from fxtunnel.kit.tls import server_context
@@ -40,6 +42,9 @@ def verify_files(settings: GatewaySettings, config_path: Path, now: dt.datetime)
         problems.append(ConfigProblem(str(config_path), "tunnel.state_dir", f"{tunnel.state_dir} cannot be written by uid {os.geteuid()}"))
     if os.path.lexists(tunnel.identities_path):
         problems += _collect(Identities(tunnel.identities_path).load)
+    for door in settings.doors:
+        if door.kind is Kind.HTTPS:
+            problems += _collect(lambda door=door: web_tls.server_context(settings.certificates_of(door)))  # type: ignore[misc]
     for path in (config_path.parent / name for name in _BESIDE):
         if os.path.lexists(path):
             problems += _collect(lambda path=path: read_secret(path))  # type: ignore[misc]
@@ -71,6 +76,11 @@ def warnings(settings: GatewaySettings) -> list[str]:
     found = []
     if not settings.doors:
         found.append("there is no [[door]]: no client can come in")
+    found += [
+        f"door {door.label} ends TLS: this host sees what its clients say; kind sni leaves that to the relays"
+        for door in settings.doors
+        if door.kind is Kind.HTTPS
+    ]
     host = settings.admin.listen.host
     if host is not None and not _is_loopback(host):
         found.append(f"admin.listen {settings.admin.listen} can be reached from other machines, and asks nobody for a password")

@@ -9,12 +9,25 @@ from pydantic import Field, field_validator, model_validator
 from pydantic_core import InitErrorDetails
 
 from fxgateway.routing.reception import Kind
-from fxtunnel.kit.sections import Seconds, Section, clash, tables
-from fxtunnel.kit.settings import AddressField, NameField
+from fxtunnel.kit.sections import LogSettings, Seconds, Section, clash, tables
+from fxtunnel.kit.settings import AddressField, ConfigPath, NameField, OptionalPath
 
 _LABEL: Final = r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)"
 _HOST: Final = re.compile(rf"\*|(?:\*\.)?{_LABEL}(?:\.{_LABEL})*")
 _PATH: Final = re.compile(r"/[!-~]{0,1023}")
+
+
+class CertificateSettings(Section):
+    """A certificate of doors that end TLS; clients that ask for one of its names get it."""
+
+    certificate: ConfigPath = Field(description="TLS certificate, with its chain, in PEM.")
+    key: ConfigPath = Field(description="The private key of the certificate; mode 0600.")
+
+
+class GatewayLogSettings(LogSettings):
+    """What is logged."""
+
+    access: str = Field("off", description='A line of JSON for each client that has ended: "stderr", the path of a file, or "off".')
 
 
 class DoorSettings(Section):
@@ -23,12 +36,15 @@ class DoorSettings(Section):
     listen: AddressField = Field(description="Address for clients, host:port; or unix:/path.")
     kind: Kind = Field(
         Kind.TCP,
-        description="tcp: all get `service`. sni: TLS, unread, by the name asked for. http: by Host and path. auto: by the first bytes.",
+        description="tcp: all get `service`. sni: TLS, unread, by the name asked for. http: by Host and path. auto: by the first bytes. "
+        "https: TLS ends here, and this host sees what clients say; then as http.",
     )
+    certificate: OptionalPath | None = Field(None, description="At a door of kind https: TLS certificate, with its chain, in PEM.")
+    key: OptionalPath | None = Field(None, description="The private key of the certificate; mode 0600.")
     service: NameField = Field("", description="Name of the service, as relays offer it; at other kinds than tcp, where no route leads.")
     ssh: NameField = Field("", description="Service of SSH clients at a door of kind auto, instead of `service`.")
     streams: tuple[NameField, ...] = Field(
-        (), max_length=1024, description="Services that `fxgateway connect` may ask for at a door of kind http or auto."
+        (), max_length=1024, description="Services that `fxgateway connect` may ask for at a door of kind http, https or auto."
     )
     sniff_s: Seconds = Field(
         0.3, ge=0.01, le=5, description="Seconds of silence at a door of kind auto after which a client waits for the server: `service`."
@@ -51,6 +67,10 @@ class DoorSettings(Section):
             raise ValueError("expected `service`: at a door of kind tcp every client gets the same")
         if self.streams and self.kind not in (Kind.HTTP, Kind.HTTPS, Kind.AUTO):
             raise ValueError("streams: only for a door that speaks HTTP")
+        if (self.certificate is None) != (self.key is None):
+            raise ValueError("certificate and key belong together: one of them is missing")
+        if self.certificate is not None and self.kind is not Kind.HTTPS:
+            raise ValueError("certificate: only a door of kind https ends TLS; at the others the certificate is the service's")
         if self.kind is not Kind.AUTO:
             only_auto = sorted({"ssh", "sniff_s"} & self.model_fields_set)
             if only_auto:
@@ -106,4 +126,15 @@ def doors_without_way(raw: Mapping[str, object]) -> list[InitErrorDetails]:
         clash("leads nowhere: it has no `service`, and there is no [[route]]", ("door", index), str(door.get("kind")))
         for index, door in tables(raw, "door")
         if door.get("kind", "tcp") != "tcp" and not door.get("service") and not door.get("streams")
+    ]
+
+
+def doors_without_certificate(raw: Mapping[str, object]) -> list[InitErrorDetails]:
+    """Doors that are to end TLS and cannot."""
+    if any(True for _ in tables(raw, "certificate")):
+        return []
+    return [
+        clash("needs `certificate` and `key`, or a [[certificate]]", ("door", index), "https")
+        for index, door in tables(raw, "door")
+        if door.get("kind") == "https" and not door.get("certificate")
     ]

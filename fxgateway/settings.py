@@ -11,8 +11,16 @@ from urllib.parse import SplitResult, urlsplit
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import InitErrorDetails
 
-from fxgateway.door_settings import DoorSettings, RouteSettings, doors_without_way, route_clashes
-from fxtunnel.kit.sections import LogSettings, ResumeSettings, Seconds, Section, Size, WholeFile, clash, tables
+from fxgateway.door_settings import (
+    CertificateSettings,
+    DoorSettings,
+    GatewayLogSettings,
+    RouteSettings,
+    doors_without_certificate,
+    doors_without_way,
+    route_clashes,
+)
+from fxtunnel.kit.sections import ResumeSettings, Seconds, Section, Size, WholeFile, clash, tables
 from fxtunnel.kit.settings import Address, AddressField, ConfigPath, NameField, load_settings
 
 ENVIRON_PREFIX: Final = "FXGATEWAY"
@@ -128,7 +136,10 @@ class GatewaySettings(WholeFile):
     limits: LimitSettings = Field(default_factory=LimitSettings, description="What clients and relays may take.")
     resume: ResumeSettings = Field(default_factory=ResumeSettings, description="Carrying streams over a cut of the tunnel.")
     liveness: LivenessSettings = Field(default_factory=LivenessSettings, description="Finding dead paths.")
-    log: LogSettings = Field(default_factory=LogSettings, description="What is logged.")
+    certificates: tuple[CertificateSettings, ...] = Field(
+        (), alias="certificate", max_length=1024, description="Certificates for all doors of kind https, chosen by the name asked for."
+    )
+    log: GatewayLogSettings = Field(default_factory=GatewayLogSettings, description="What is logged.")
 
     @classmethod
     def find_clashes(cls, raw: Mapping[str, object]) -> list[InitErrorDetails]:
@@ -148,7 +159,12 @@ class GatewaySettings(WholeFile):
                 found.append(clash(f"{addresses[listen]} already listens on {listen}", (*loc, "listen"), listen))
             if isinstance(name, str) and name and names.setdefault(name, where) != where:
                 found.append(clash(f"{names[name]} is already named {name!r}", (*loc, "name"), name))
-        return found + route_clashes(raw) + doors_without_way(raw)
+        return found + route_clashes(raw) + doors_without_way(raw) + doors_without_certificate(raw)
+
+    def certificates_of(self, door: DoorSettings) -> list[tuple[Path, Path]]:
+        """Certificates and keys of a door that ends TLS, its own first."""
+        own = [(door.certificate, door.key)] if door.certificate is not None and door.key is not None else []
+        return own + [(entry.certificate, entry.key) for entry in self.certificates]
 
     def listens(self) -> list[tuple[str, Address]]:
         """Every address the gateway listens on, with the key that names it."""

@@ -11,6 +11,7 @@ from fxtunnel.protocol.opening import MAX_AVOIDED, TAG_CLIENT, encode_redirects,
 
 if TYPE_CHECKING:
     from fxgateway.doors.door import Door
+    from fxgateway.doors.recorded import Diary
 
 MAX_ATTEMPTS: Final = 8
 """Streams opened for one client, at most; a cluster whose relays all refuse or redirect should not keep the gateway busy."""
@@ -31,12 +32,14 @@ class Client(Splice):
         "_target",
         "address",
         "admitted_by",
+        "diary",
         "door",
         "last_bytes",
         "moved_at",
         "named",
         "service",
         "tags",
+        "trace",
     )
 
     def __init__(self, door: "Door", sock: socket.socket, address: str, service: ServiceName, tags: bytes) -> None:
@@ -46,6 +49,10 @@ class Client(Splice):
         self.service = service
         self.tags = tags
         """OPEN's tags but for the client's own address."""
+        self.trace = ""
+        """Its mark in the logs of gateway and relay, if it has one."""
+        self.diary: Diary
+        """Only if the access log is on."""
         self.admitted_by = door.name
         self.named = ""
         """The client's ip:port if somebody else told it (PROXY protocol); else the socket knows it."""
@@ -67,6 +74,11 @@ class Client(Splice):
         """Nobody serves it."""
         self.door.refused(reason)
         self.abort()
+
+    @property
+    def relay_name(self) -> str:
+        """The relay that was asked last; empty before any was."""
+        return self._target or (self._asked[-1] if self._asked else "")
 
     @property
     def moved_bytes(self) -> int:

@@ -5,17 +5,18 @@ import itertools
 import logging
 import secrets
 import socket
+import ssl
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, Protocol, TypeVar
 
 from fxgateway.doors.client import Client, peer_text
-from fxgateway.doors.farewell import Farewell
+from fxgateway.doors.hall import Hall, until
 from fxgateway.doors.proxied import Network, Proxied, is_within
-from fxgateway.doors.visitor import Visitor
-from fxgateway.doors.web_client import WebClient, error_words
+from fxgateway.doors.recorded import AccessSink, Diary, RecordedClient
+from fxgateway.doors.web_client import error_words
 from fxgateway.routing.admission import Admission, Verdict
-from fxgateway.routing.reception import Kind, Lead, Receptionist, TurnAway
+from fxgateway.routing.reception import Kind, Lead, Receptionist
 from fxgateway.routing.table import RouteTable
 from fxtunnel.codes import Code
 from fxtunnel.engine.reactor import LISTENER_EVENTS, Reactor, Timer
@@ -23,7 +24,7 @@ from fxtunnel.engine.splice import RESET_ON_CLOSE, abort
 from fxtunnel.kit.answers import Refused
 from fxtunnel.kit.settings import Address
 from fxtunnel.model import RelayId, ServiceName
-from fxtunnel.protocol.opening import Opening, encode_tags
+from fxtunnel.protocol.opening import TAG_TRACE, Opening, encode_tag, encode_tags
 
 if TYPE_CHECKING:
     from fxgateway.tunnels.registry import LiveRelay
@@ -36,8 +37,6 @@ PAUSE_S: Final = 0.25
 SWEEP_S: Final = 0.5
 MAX_HEADERS_AWAITED: Final = 1_024
 """Connections of one door that may owe their PROXY header at once. Headers come with the first packet, so more of them are no clients."""
-MAX_FAREWELLS: Final = 512
-"""Clients of one door that may be told at once why they are turned away; the others get a RST."""
 CLIENT_NOTSENT_BYTES: Final = 32_768
 """Unsent bytes the kernel holds for one client. This bounds what readers that never read fill, without limiting the path's own window."""
 CLIENT_OPTIONS: Final = (
@@ -48,6 +47,7 @@ CLIENT_OPTIONS: Final = (
 )
 """Set on listeners: accepted sockets inherit them, which saves the calls for each of them."""
 _TOO_MANY: Final = Refused(429, "TooMany", "There are too many connections from your address, or in all.", retry_after_s=5)
+_UNHEARD: Final = Lead(ServiceName(""))
 _NOBODY: Final = ""
 """The source as which admission counts a connection that owes its PROXY header: in all and per door, but of no source yet."""
 _EXHAUSTED: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
@@ -68,7 +68,8 @@ class Relays(Protocol):
 class DoorConfig:
     """What a door is. Two doors with the same `listen` are the same door, before and after a reload.
 
-    Without a `receptionist` every client gets `service`, at once. With one it is heard first, and `service` may be empty.
+    Without a `receptionist` every client gets `service`, at once. With one it is heard first, and `service` may be empty; with `tls`, its
+    TLS ends here before that. `access` is told of every client that has ended.
     Connections from `proxy_from` must begin with a PROXY header, within `header_timeout_s`; nobody else's header means anything.
     """
 
@@ -81,6 +82,8 @@ class DoorConfig:
     header_timeout_s: float = 5.0
     receptionist: Receptionist | None = None
     sniff_s: float = 0.3
+    tls: ssl.SSLContext | None = None
+    access: AccessSink | None = None
 
 
 @dataclass(slots=True)
@@ -100,14 +103,13 @@ class Door:
         self.reactor = reactor
         self.config = config
         self._tags = _tags_of(config)
-        self._traces = _traces()
-        self._farewells = 0
+        self.traces = _traces()
         self.relays = relays
         self.admission = admission
         self.clients: set[Client] = set()
         self.opening: dict[Client, float] = {}
         self.proxied: dict[Proxied, float] = {}
-        self.visitors: dict[Visitor, float] = {}
+        self.hall = Hall(self)
         self.counters = DoorCounters()
         self._listener: socket.socket | None = None
         self._paused = False
@@ -119,10 +121,17 @@ class Door:
         return self.config.service
 
     @property
+    def is_open(self) -> bool:
+        """Whether it takes clients."""
+        return self._listener is not None
+
+    @property
     def leads_to(self) -> str:
         """For people: its service, or how clients choose one."""
         receptionist = self.config.receptionist
-        return self.config.service if receptionist is None else f"routes by {receptionist.kind.value}"
+        if receptionist is None:
+            return self.config.service
+        return f"routes by {receptionist.kind.value}{' (decrypted here)' if self.config.tls is not None else ''}"
 
     @property
     def services(self) -> frozenset[ServiceName]:
@@ -155,8 +164,7 @@ class Door:
             listener.close()
         for proxied in list(self.proxied):
             proxied.fail("closed", "the door is closed")
-        for visitor in list(self.visitors):
-            visitor.turn_away(TurnAway("closed", "the door is closed"))
+        self.hall.close()
 
     def abort_all(self) -> None:
         """End every client, with RST."""
@@ -206,9 +214,9 @@ class Door:
             self._await_header(sock, peer[0], peer[1])  # type: ignore[index]  # who has an address has a port
         elif self._admit(sock, address):
             if self.config.receptionist is None:
-                self._let_in(Client(self, sock, address, self.config.service, self._tags), peer_text(peer))
+                self.let_in(self._client(sock, address), peer_text(peer))
             else:
-                self._hear(sock, address, "", self.config.receptionist)
+                self.hall.hear(sock, address, "", self.config.receptionist)
 
     def _admit(self, sock: socket.socket, address: str) -> bool:
         verdict = self.admission.admit(self.name, address, self.reactor.now)
@@ -216,7 +224,7 @@ class Door:
             return True
         receptionist = self.config.receptionist
         if receptionist is not None and receptionist.kind is Kind.HTTP:
-            self.say_farewell(sock, error_words(_TOO_MANY, next(self._traces), b""))
+            self.hall.say_farewell(sock, error_words(_TOO_MANY, next(self.traces), b""))
         else:
             abort(sock)
         self.refused(verdict.value)
@@ -224,9 +232,21 @@ class Door:
             self._pause("the connection limit is reached")
         return False
 
-    def _let_in(self, client: Client, peer: str) -> None:
+    def _client(self, sock: socket.socket, address: str) -> Client:
+        """One that is let in at once."""
+        if self.config.access is None:
+            return Client(self, sock, address, self.config.service, self._tags)
+        trace = next(self.traces)
+        client = RecordedClient(self, sock, address, self.config.service, self._tags + encode_tag(TAG_TRACE, trace))
+        client.trace = trace
+        return client
+
+    def let_in(self, client: Client, peer: str, lead: Lead = _UNHEARD) -> None:
+        """Serve an admitted client; `peer` is its ip:port, `lead` what it said first."""
         self.clients.add(client)
         self.counters.accepted += 1
+        if self.config.access is not None:
+            client.diary = Diary(peer, self.reactor.now, lead.host, lead.scheme)
         try:
             client.begin(peer)
         except BaseException:
@@ -249,11 +269,11 @@ class Door:
         if not self._admit(proxied.sock, client[0]):
             return
         if self.config.receptionist is None:
-            admitted = Client(self, proxied.sock, client[0], self.config.service, self._tags)
+            admitted = self._client(proxied.sock, client[0])
             admitted.named = peer_text(client)
-            self._let_in(admitted, admitted.named)
+            self.let_in(admitted, admitted.named)
         else:
-            self._hear(proxied.sock, client[0], peer_text(client), self.config.receptionist)
+            self.hall.hear(proxied.sock, client[0], peer_text(client), self.config.receptionist)
 
     def header_failed(self, proxied: Proxied, reason: str, text: str) -> None:
         """A connection owed its PROXY header, and has been reset."""
@@ -261,50 +281,6 @@ class Door:
         self.admission.release(proxied.admitted_by, _NOBODY)
         self.refused(reason)
         logger.warning("door %s: no PROXY header from %s: %s", self.name, proxied.peer[0], text)
-
-    def _hear(self, sock: socket.socket, address: str, named: str, receptionist: Receptionist) -> None:
-        visitor = Visitor(self, sock, address, named, receptionist)
-        self.visitors[visitor] = self.reactor.now
-        visitor.start()
-
-    def visitor_led(self, visitor: Visitor, lead: Lead) -> None:
-        """It is clear where a connection goes."""
-        self.visitors.pop(visitor, None)
-        trace = next(self._traces)
-        opening = Opening(lead.service, door=self.name, trace=trace, host=lead.host, scheme=lead.scheme, node=lead.node, ticket=lead.ticket)
-        client = (
-            Client(self, visitor.sock, visitor.address, lead.service, encode_tags(opening))
-            if lead.head is None
-            else WebClient(self, visitor.sock, visitor.address, lead, opening)
-        )
-        client.named = visitor.named
-        self._let_in(client, visitor.named or client.peer())
-
-    def visitor_turned_away(self, visitor: Visitor, away: TurnAway) -> None:
-        """A connection leads nowhere. The door owns its socket again."""
-        self.visitors.pop(visitor, None)
-        self.admission.release(visitor.admitted_by, visitor.address)
-        self.refused(away.reason)
-        if away.status:
-            trace = next(self._traces)
-            logger.info("door %s: %d for %s: %s (trace %s)", self.name, away.status, visitor.address, away.text, trace)
-            refusal = Refused(away.status, away.reason, f"{away.text[:1].upper()}{away.text[1:]}.")
-            self.say_farewell(visitor.sock, error_words(refusal, trace, away.accept))
-        elif away.farewell:
-            self.say_farewell(visitor.sock, away.farewell)
-        else:
-            abort(visitor.sock)
-
-    def say_farewell(self, sock: socket.socket, words: bytes) -> None:
-        """Close a socket after these words, if they can be said."""
-        if self._farewells >= MAX_FAREWELLS:
-            abort(sock)
-            return
-        self._farewells += 1
-        Farewell(self.reactor, sock, words, self._farewell_over)
-
-    def _farewell_over(self) -> None:
-        self._farewells -= 1
 
     def _pause(self, why: str) -> None:
         if self._listener is None or self._paused:
@@ -327,13 +303,12 @@ class Door:
             return
         self._sweep_later()
         now = self.reactor.now
-        for client in _until(self.opening, now - self.config.open_timeout_s):
+        for client in until(self.opening, now - self.config.open_timeout_s):
             self.opening.pop(client, None)
             client.open_timed_out()
-        for proxied in _until(self.proxied, now - self.config.header_timeout_s):
+        for proxied in until(self.proxied, now - self.config.header_timeout_s):
             proxied.fail("proxy-header-timeout", f"nothing complete within {self.config.header_timeout_s:g} s")
-        for visitor in _until(self.visitors, now - self.config.header_timeout_s):
-            visitor.turn_away(TurnAway("first-words-timeout", "it did not say in time what it wants", visitor.timeout_status))
+        self.hall.turn_away_late(now - self.config.header_timeout_s)
 
     def end_idle(self) -> None:
         """End clients on whose stream nothing has moved for the idle time. Call now and then."""
@@ -345,16 +320,6 @@ class Door:
             elif now - client.moved_at > self.config.idle_timeout_s:
                 self.refused("idle-timeout")
                 client.end_idle()
-
-
-def _until(waiting: dict[T, float], oldest: float) -> list[T]:
-    """The entries from before `oldest`; the dict is in order of time."""
-    found = []
-    for entry, since in waiting.items():
-        if since > oldest:
-            break
-        found.append(entry)
-    return found
 
 
 def _tags_of(config: DoorConfig) -> bytes:

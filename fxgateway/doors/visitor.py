@@ -5,25 +5,27 @@ from typing import TYPE_CHECKING
 
 from fxgateway.routing.reception import MAX_FIRST_BYTES, Kind, Lead, Receptionist, TurnAway, Wait
 from fxtunnel.engine.reactor import ERROR, HANGUP, STREAM_EVENTS, Timer
+from fxtunnel.engine.tls_socket import TlsSocket
 
 if TYPE_CHECKING:
-    from fxgateway.doors.door import Door
+    from fxgateway.doors.hall import Hall
 
 
 class Visitor:
-    """Owns the socket until the door hears of `visitor_led` or `visitor_turned_away`, once. The door also ends it when it takes too long.
+    """Owns the socket until the hall hears of `visitor_led` or `visitor_turned_away`, once. The hall also ends it when it takes too long.
 
     `named` is the client's ip:port if somebody else told it.
     """
 
-    __slots__ = ("_receptionist", "_silence", "_wanted_bytes", "address", "admitted_by", "door", "is_over", "named", "sock")
+    __slots__ = ("_receptionist", "_silence", "_wanted_bytes", "address", "admitted_by", "door", "hall", "is_over", "named", "sock")
 
-    def __init__(self, door: "Door", sock: socket.socket, address: str, named: str, receptionist: Receptionist) -> None:
-        self.door = door
+    def __init__(self, hall: "Hall", sock: socket.socket, address: str, named: str, receptionist: Receptionist) -> None:
+        self.hall = hall
+        self.door = hall.door
         self.sock = sock
         self.address = address
         self.named = named
-        self.admitted_by = door.name
+        self.admitted_by = self.door.name
         self.is_over = False
         self._receptionist = receptionist
         self._wanted_bytes = 1
@@ -71,11 +73,11 @@ class Visitor:
         """It does not come in. Does nothing once it is over."""
         if not self.is_over:
             self._end()
-            self.door.visitor_turned_away(self, away)
+            self.hall.visitor_turned_away(self, away)
 
     def _lead(self, lead: Lead) -> None:
         self._end()
-        self.door.visitor_led(self, lead)
+        self.hall.visitor_led(self, lead)
 
     def _end(self) -> None:
         self.is_over = True
@@ -94,3 +96,32 @@ class Visitor:
 
     def _peek(self) -> bytes:
         return self.sock.recv(MAX_FIRST_BYTES, socket.MSG_PEEK)
+
+
+class SecureVisitor(Visitor):
+    """One whose TLS has ended here: what it says has left the kernel, and waits in the socket."""
+
+    __slots__ = ()
+
+    sock: TlsSocket
+
+    def start(self) -> None:
+        """See `Visitor`."""
+        super().start()
+        self.door.reactor.again(self)  # the first request may have come with the end of the handshake
+
+    def on_event(self, events: int) -> None:
+        """From the reactor."""
+        if self.is_over:
+            return  # an event and `again` in one turn
+        super().on_event(events)
+        if not self.is_over and self.sock.at_end:
+            self.turn_away(TurnAway("gone", "the client left before it was clear what it wants"))
+
+    def _peek(self) -> bytes:
+        data = self.sock.peek(MAX_FIRST_BYTES)
+        if self.sock.has_more:
+            self.door.reactor.again(self)
+        if not data and not self.sock.at_end:
+            raise BlockingIOError
+        return data

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final
 from fxgateway.doors.client import Client
 from fxgateway.routing.reception import Lead
 from fxtunnel.codes import Code
+from fxtunnel.engine.tls_splice import TlsSplice
 from fxtunnel.kit.answers import Refused, render
 from fxtunnel.protocol.opening import Opening, encode_tags
 
@@ -26,12 +27,12 @@ _BY_CODE: Final = {Code.CONNECT_FAILED: _UNREACHED, Code.CONNECT_TIMEOUT: _TOO_L
 class WebClient(Client):
     """A client whose first request has been looked at. With `lead.instead` that is sent in place of the request's head."""
 
-    __slots__ = ("_accept", "_greeting", "_instead", "_refusal", "_trace")
+    __slots__ = ("_accept", "_greeting", "_instead", "_refusal")
 
     def __init__(self, door: "Door", sock: socket.socket, address: str, lead: Lead, opening: Opening) -> None:
         super().__init__(door, sock, address, opening.service, encode_tags(opening))
         head = lead.head
-        self._trace = opening.trace
+        self.trace = opening.trace
         self._accept = head.accept if head is not None else b""
         self._instead = lead.instead or b""
         self._greeting = lead.greeting
@@ -90,12 +91,18 @@ class WebClient(Client):
         if self.closed or (stream is not None and (stream.accepted or stream.bytes_in)):
             super().turn_away(reason)
             return
-        logger.info("door %s: %d for %s: %s (trace %s)", self.door.name, self._refusal.status, self.address, reason, self._trace)
+        logger.info("door %s: %d for %s: %s (trace %s)", self.door.name, self._refusal.status, self.address, reason, self.trace)
         self.door.refused(reason)
         self.closed = True
         self.reactor.unregister(self.sock)  # it stays open for what is to be said
-        self.door.say_farewell(self.sock, error_words(self._refusal, self._trace, self._accept))
+        self.door.hall.say_farewell(self.sock, error_words(self._refusal, self.trace, self._accept))
         self.released()
+
+
+class TlsWebClient(TlsSplice, WebClient):
+    """The same, when TLS has ended here."""
+
+    __slots__ = ()
 
 
 def error_words(refusal: Refused, trace: str, accept: bytes) -> bytes:

@@ -16,6 +16,7 @@ _READ_TO_THE_END: Final = HANGUP | URGENT
 RESET_ON_CLOSE: Final = struct.pack("ii", 1, 0)
 """SO_LINGER for every spliced socket from its first moment: if this process is killed, the kernel's close is a RST, not a clean end."""
 CLOSE_CLEANLY: Final = struct.pack("ii", 0, 0)
+"""SO_LINGER for a socket whose conversation has ended in order: what the kernel still holds is delivered."""
 
 
 def abort(sock: socket.socket) -> None:

@@ -140,7 +140,7 @@ async def test_first_words_cut_at_every_byte(contexts: Contexts, kind: Kind) -> 
         for cut, stream in zip(cuts, streams, strict=True):
             await stream.send_all(words[:cut])
         with trio.fail_after(5):
-            while len(plane.doors[0].visitors) < len(streams):
+            while len(plane.doors[0].hall.visitors) < len(streams):
                 await trio.sleep(0.01)
         for cut, stream in zip(cuts, streams, strict=True):
             await stream.send_all(words[cut:])
@@ -248,7 +248,7 @@ async def test_visitors_that_leave_or_reset_are_forgotten(contexts: Contexts) ->
             await stream.send_eof()
             assert await until_reset(stream, 3) == b""
         await plane.quiet()
-        assert not plane.doors[0].visitors
+        assert not plane.doors[0].hall.visitors
 
 
 async def test_too_many_are_told_so_where_http_is_spoken(contexts: Contexts) -> None:
@@ -258,7 +258,7 @@ async def test_too_many_are_told_so_where_http_is_spoken(contexts: Contexts) -> 
         port = plane.add_door(AdmissionLimits(connections_per_source=1, exempt=()), receptionist=receptionist)  # type: ignore[arg-type]
         async with await connect(port):
             with trio.fail_after(3):
-                while not plane.doors[0].visitors:
+                while not plane.doors[0].hall.visitors:
                     await trio.sleep(0.01)
             async with await connect(port) as stream:
                 with trio.fail_after(5):
@@ -270,7 +270,7 @@ async def test_a_door_that_closes_turns_its_visitors_away(contexts: Contexts) ->
         await two_services(plane)
         async with await connect(door(plane, Kind.SNI)) as stream:
             with trio.fail_after(3):
-                while not plane.doors[0].visitors:
+                while not plane.doors[0].hall.visitors:
                     await trio.sleep(0.01)
             plane.doors[0].close()
             assert await until_reset(stream, 3) == b""

@@ -1,0 +1,107 @@
+"""Pump: clients of which the access log is told when they have ended."""
+
+from collections.abc import Mapping
+from typing import Any, Final, Protocol
+
+from fxgateway.doors.client import Client
+from fxgateway.doors.web_client import TlsWebClient, WebClient
+from fxtunnel.codes import Code
+
+
+class AccessSink(Protocol):
+    """Where records go."""
+
+    def put(self, record: dict[str, Any]) -> None:
+        """Take one; at once, or not at all."""
+
+
+class Diary:
+    """What is remembered of a client until it ends. Times are the reactor's; 0 until it happens."""
+
+    __slots__ = ("accepted_at", "came_at", "first_at", "host", "peer", "scheme", "why")
+
+    def __init__(self, peer: str, now: float, host: str = "", scheme: str = "") -> None:
+        self.peer = peer
+        self.came_at = now
+        self.host = host
+        self.scheme = scheme
+        self.accepted_at = 0.0
+        self.first_at = 0.0
+        self.why = ""
+
+
+class Recorded(Client):
+    """A client that keeps a diary. Mixed in before the client's own class: it only looks on."""
+
+    __slots__ = ()
+
+    def on_accept(self) -> None:
+        """See `Endpoint`."""
+        self.diary.accepted_at = self.reactor.now
+        self.diary.why = ""
+        super().on_accept()
+
+    def on_data(self, data: memoryview) -> None:
+        """See `Endpoint`."""
+        if not self.diary.first_at:
+            self.diary.first_at = self.reactor.now
+        super().on_data(data)
+
+    def on_reset(self, code: Code) -> None:
+        """See `Endpoint`."""
+        self.diary.why = f"relay: {code.label}"
+        super().on_reset(code)
+
+    def fail(self, code: Code) -> None:
+        """See `Splice`."""
+        self.diary.why = f"{'client' if code is Code.PEER_RESET else 'gateway'}: {code.label}"
+        super().fail(code)
+
+    def turn_away(self, reason: str) -> None:
+        """See `Client`."""
+        self.diary.why = f"gateway: {reason}"
+        super().turn_away(reason)
+
+    def released(self) -> None:
+        """See `Splice`."""
+        sink, diary, stream = self.door.config.access, self.diary, self.stream
+        if sink is not None:
+            sink.put(
+                {
+                    "trace": self.trace,
+                    "door": self.door.name,
+                    "client": diary.peer,
+                    "host": diary.host,
+                    "scheme": diary.scheme,
+                    "service": self.service,
+                    "relay": self.relay_name,
+                    "bytes_in": stream.bytes_out if stream is not None else 0,
+                    "bytes_out": stream.bytes_in if stream is not None else 0,
+                    "accepted_s": round(diary.accepted_at - diary.came_at, 6) if diary.accepted_at else None,
+                    "first_byte_s": round(diary.first_at - diary.came_at, 6) if diary.first_at else None,
+                    "duration_s": round(self.reactor.now - diary.came_at, 6),
+                    "end": diary.why or "closed",
+                }
+            )
+        super().released()
+
+
+class RecordedClient(Recorded):
+    """See `Client`."""
+
+    __slots__ = ()
+
+
+class RecordedWebClient(Recorded, WebClient):
+    """See `WebClient`."""
+
+    __slots__ = ()
+
+
+class RecordedTlsWebClient(Recorded, TlsWebClient):
+    """See `TlsWebClient`."""
+
+    __slots__ = ()
+
+
+RECORDED: Final[Mapping[type[WebClient], type[WebClient]]] = {WebClient: RecordedWebClient, TlsWebClient: RecordedTlsWebClient}
