@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 PYTEST_ARGS ?=
 WORKERS ?= 2
 
-.PHONY: help demo test check lint types bench fuzz requirements clean
+.PHONY: help demo test check lint types bench fuzz conformance requirements clean
 
 help:
 	@echo "make demo    a gateway, two relays and a small service; traffic; a tunnel cut on purpose   (KEEP=1 leaves it up)"
@@ -14,6 +14,7 @@ help:
 	@echo "make check   ruff, mypy --strict and make test: what CI runs"
 	@echo "make bench   side by side with nginx and ssh   (BENCH_ARGS='--quick --only bulk')"
 	@echo "make fuzz    a million malformed frames   (FRAMES=1000000); LIVE=100000 sends them to running daemons"
+	@echo "make conformance  TLS scanners that are installed, against a gateway of its own"
 
 $(READY): requirements/dev.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "python 3.11 or newer is needed (PYTHON=python3.12 make ...)"; exit 2; }
@@ -45,6 +46,9 @@ bench: $(READY)
 FRAMES ?= 1000000
 fuzz: $(READY)
 	$(BIN)/python -m tests.fuzz $(if $(LIVE),--live $(LIVE),--frames $(FRAMES))
+
+conformance: $(READY)
+	@$(BIN)/python -m tests.conformance
 
 requirements: $(READY)
 	$(BIN)/python -m pip install --quiet pip-tools

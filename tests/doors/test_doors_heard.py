@@ -2,9 +2,12 @@
 
 import json
 import ssl
+from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
+import trustme
 from peers import Serve, connect, echo, receive_all, receive_exactly, reset, until_reset
 from plane import SERVICE, Contexts, Plane, RelaySide, open_plane
 
@@ -12,6 +15,7 @@ from fxgateway.routing.admission import AdmissionLimits
 from fxgateway.routing.hosts import HostTable, Route
 from fxgateway.routing.reception import Kind, Receptionist
 from fxtunnel.kit.client_hello import UNRECOGNIZED_NAME
+from fxtunnel.kit.web_tls import server_context
 from fxtunnel.model import Offer, ServiceName
 from fxtunnel.protocol.opening import Opening
 
@@ -79,6 +83,38 @@ async def two_services(plane: Plane) -> tuple[RelaySide, list[Opening]]:
 def door(plane: Plane, kind: Kind, default: str = "", ssh: str = "", **changes: float) -> int:
     receptionist = Receptionist(kind, ROUTES, ServiceName(default) or None, ServiceName(ssh) or None)
     return plane.add_door(service=ServiceName(default), receptionist=receptionist, **changes)  # type: ignore[arg-type]
+
+
+def secure_door(plane: Plane, tmp_path: Path, **changes: object) -> tuple[int, ssl.SSLContext]:
+    """A door that ends TLS, and the context of its clients."""
+    authority = trustme.CA()
+    certificate = authority.issue_cert("a.test", "b.test", "gone.test")
+    key, chain = tmp_path / "key.pem", tmp_path / "cert.pem"
+    certificate.private_key_pem.write_to_path(str(key))
+    key.chmod(0o600)
+    certificate.cert_chain_pems[0].write_to_path(str(chain))
+    client = ssl.create_default_context()
+    authority.configure_trust(client)
+    return door(plane, Kind.HTTPS, tls=server_context([(chain, key)]), **changes), client  # type: ignore[arg-type]
+
+
+async def ask_secure(port: int, context: ssl.SSLContext, host: str, data: bytes) -> bytes:
+    stream = trio.SSLStream(await connect(port), context, server_hostname=host)
+    with trio.fail_after(5):
+        await stream.send_all(data)
+        received = b""
+        async for chunk in stream:
+            received += chunk
+        await stream.aclose()
+    return received
+
+
+class Sink:
+    def __init__(self) -> None:
+        self.records: list[dict[str, Any]] = []
+
+    def put(self, record: dict[str, Any]) -> None:
+        self.records.append(record)
 
 
 async def ask(port: int, data: bytes) -> bytes:
@@ -275,3 +311,56 @@ async def test_a_door_that_closes_turns_its_visitors_away(contexts: Contexts) ->
             plane.doors[0].close()
             assert await until_reset(stream, 3) == b""
         await plane.quiet()
+
+
+async def test_tls_that_ends_at_the_door(contexts: Contexts, tmp_path: Path) -> None:
+    async with open_plane(contexts) as plane:
+        _, openings = await two_services(plane)
+        port, client = secure_door(plane, tmp_path)
+        for host, word in (("a.test", b"one"), ("b.test", b"two")):
+            assert await ask_secure(port, client, host, get(host)) == word + b":" + get(host)
+        assert {opening.scheme for opening in openings} == {"https"}
+        assert (await ask_secure(port, client, "gone.test", get("gone.test"))).startswith(b"HTTP/1.1 503 ")
+        assert (await ask_secure(port, client, "a.test", get("nobody.test"))).startswith(b"HTTP/1.1 404 ")
+        assert (await ask(port, get("a.test"))).startswith(b"HTTP/1.1 400 ")
+        async with await connect(port) as stream:
+            await stream.send_all(b"\x16\x03\x01\x00\x02garbage")
+            with trio.fail_after(5):
+                await receive_all(stream)
+        await plane.quiet()
+        assert plane.doors[0].counters.refused == {"no-relay": 1, "no-route": 1, "tls-failed": 2}
+
+
+async def test_a_handshake_that_takes_too_long(contexts: Contexts, tmp_path: Path) -> None:
+    async with open_plane(contexts) as plane:
+        await two_services(plane)
+        port, _ = secure_door(plane, tmp_path, header_timeout_s=0.3)
+        for words in (b"", hello_for("a.test")):
+            async with await connect(port) as stream:
+                if words:
+                    await stream.send_all(words)
+                with trio.fail_after(5), pytest.raises(trio.BrokenResourceError):
+                    await receive_all(stream)
+        await plane.quiet()
+        assert plane.doors[0].counters.refused == {"first-words-timeout": 2}
+
+
+@pytest.mark.parametrize("kind", [Kind.TCP, Kind.HTTP, Kind.HTTPS])
+async def test_the_access_log_is_told_of_every_client(contexts: Contexts, tmp_path: Path, kind: Kind) -> None:
+    sink = Sink()
+    async with open_plane(contexts) as plane:
+        _, openings = await two_services(plane)
+        if kind is Kind.TCP:
+            await ask(plane.add_door(access=sink), get("a.test"))  # type: ignore[arg-type]
+        elif kind is Kind.HTTP:
+            await ask(door(plane, kind, access=sink), get("a.test"))  # type: ignore[arg-type]
+        else:
+            port, client = secure_door(plane, tmp_path, access=sink)
+            await ask_secure(port, client, "a.test", get("a.test"))
+        await plane.quiet()
+    (record,) = sink.records
+    (opening,) = openings
+    assert (record["trace"], record["service"], record["relay"], record["end"]) == (opening.trace, SERVICE, "a", "closed")
+    assert (record["bytes_in"], record["bytes_out"]) == (len(get("a.test")), len(get("a.test")) + 4)
+    assert 0 <= record["accepted_s"] <= record["first_byte_s"] <= record["duration_s"]
+    assert record["host"] == ("" if kind is Kind.TCP else "a.test")

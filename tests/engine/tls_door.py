@@ -50,7 +50,7 @@ class Head:
             self.is_over = True
             self.door.heads.append(head)
             self.door.reactor.unregister(self.sock)
-            self.door.let_in(self.sock)
+            self.door.take(self.sock)
         elif self.sock.has_more:
             self.door.reactor.again(self)
 
@@ -95,15 +95,15 @@ class TlsDoor(Door):
             self.reactor.register(sock, head, STREAM_EVENTS)
             self.reactor.again(head)
         else:
-            self.let_in(sock)
+            self.take(sock)
 
     def on_failed(self, handshake: Handshake, reason: str) -> None:
         self.seen.failed.append(reason)
         self.seen.under_way.remove(handshake)
 
-    def let_in(self, sock: TlsSocket) -> None:
+    def take(self, sock: TlsSocket) -> None:
         assert self._admit(sock, LOOPBACK)
-        self._let_in(TlsClient(self, sock, LOOPBACK), "192.0.2.1:1")
+        super().let_in(TlsClient(self, sock, LOOPBACK, SERVICE, self._tags), "192.0.2.1:1")
 
 
 def add_tls_door(plane: Plane, context: ssl.SSLContext, *, head_bytes: int = 0, http_answer: bytes = b"") -> tuple[TlsDoor, int]:
@@ -158,12 +158,12 @@ class WebClient:
             return b""
 
     def until_broken(self) -> bytes:
-        """What comes before a RST or a FIN without close_notify; fails if close_notify comes."""
+        """What comes before a RST, a fatal alert or a FIN without close_notify; fails if close_notify comes."""
         data = b""
         while True:
             try:
                 more = self.read()
-            except (ConnectionResetError, ssl.SSLEOFError):
+            except (ConnectionResetError, ssl.SSLError):
                 return data
             assert more, f"a clean end after {len(data)} bytes"
             data += more

@@ -218,3 +218,23 @@ class WindowMachine(RuleBasedStateMachine):
 
 TestWindows = WindowMachine.TestCase
 TestWindows.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
+
+
+def test_the_shares_are_those_of_the_documents() -> None:
+    """docs/dos.md, Memory."""
+    budget = WindowBudget(256 * MIB)
+    given_out: list[int] = []
+    while window := budget.take_first():
+        given_out.append(window)
+    assert {size: given_out.count(size) for size in set(given_out)} == {32_768: 1_536, 8_192: 3_072, 4_096: 6_144}
+    assert budget.take_growth(1 << 40) == 64 * MIB
+    assert budget.take_growth(1) == 0
+    assert LOCAL_WINDOW_BYTES == 1 << 20
+
+
+@pytest.mark.parametrize("wanted", [0, -1])
+def test_who_wants_no_growth_changes_nothing(wanted: int) -> None:
+    budget = WindowBudget(MIB)
+    assert budget.take_growth(wanted) == 0
+    assert budget.grown_bytes == 0
+    assert budget.take_growth(1) == 1

@@ -98,3 +98,7 @@ def test_integers_survive_the_wire(large: int, small: int) -> None:
     assert frames.decode_u64(parse(frames.encode_u64(frames.PING, large))[2]) == large
     assert frames.decode_u32(parse(frames.encode_accept(1, small))[2]) == small
     assert frames.decode_u32(parse(frames.encode_credit(1, small))[2]) == small
+
+
+def test_the_frames_of_a_hello_have_the_numbers_of_the_document() -> None:
+    assert (frames.HELLO, frames.WELCOME, frames.DENIED) == (0xF0, 0xF1, 0xF2)

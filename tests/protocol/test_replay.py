@@ -200,3 +200,13 @@ def test_growing_never_shortens_a_blocked_write(size: int, shift: int, waiting: 
     before = len(ring.unsent(1_000))
     ring.grow(size + more)
     assert len(ring.unsent(1_000)) >= before
+
+
+def test_a_ring_that_is_given_back_may_be_given_back_again() -> None:
+    ring = ReplayRing(1 << 16)
+    assert len(ring._buffer) == (1 << 16) + SLACK_BYTES
+    ring.append(b"frame")
+    for _ in range(2):
+        ring.dispose()
+        assert len(ring._buffer) == 0
+    assert ring.unsent_bytes == 5

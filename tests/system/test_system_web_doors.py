@@ -2,6 +2,7 @@
 
 import hashlib
 import http.client
+import json
 import shlex
 import socket
 import ssl
@@ -18,7 +19,7 @@ from tests.ports import free_port
 from tests.system.conftest import MakeStack
 from tests.system.peers import Service, dial, echo, read_exactly
 from tests.system.servers import Ssh, file_digest, need, nginx_server, program, random_file, running, ssh_server
-from tests.system.stack import Stack
+from tests.system.stack import Stack, wait_until
 
 pytestmark = [pytest.mark.system, pytest.mark.xdist_group("web")]
 MIB = 1 << 20
@@ -30,6 +31,7 @@ class Site:
 
     stack: Stack
     port: int
+    secure_port: int
     authority: trustme.CA
     files: Path
     ssh: Ssh
@@ -49,7 +51,8 @@ def site(make_shared_stack: MakeStack, tmp_path_factory: pytest.TempPathFactory)
     certificate.private_key_pem.write_to_path(str(home / "key.pem"))
     for pem in certificate.cert_chain_pems:
         pem.write_to_path(str(home / "cert.pem"), append=True)
-    port, tls_port = free_port(), free_port()
+    port, tls_port, secure_port = free_port(), free_port(), free_port()
+    (home / "key.pem").chmod(0o600)
     vnc = Service(greets)
     with nginx_server(home / "plain") as (plain_port, files), ssh_server(home / "ssh") as ssh:
         (home / "tls.conf").write_text(
@@ -65,6 +68,8 @@ def site(make_shared_stack: MakeStack, tmp_path_factory: pytest.TempPathFactory)
             stack = make_shared_stack(
                 extra=f'[[door]]\nlisten = "127.0.0.1:{port}"\nkind = "auto"\nservice = "vnc"\n'
                 'ssh = "ssh"\nstreams = ["ssh", "vnc", "away"]\n'
+                f'[[door]]\nlisten = "127.0.0.1:{secure_port}"\nkind = "https"\nservice = "plain"\n'
+                f'certificate = "{home}/cert.pem"\nkey = "{home}/key.pem"\n[log]\naccess = "{home}/access.log"\n'
                 '[[route]]\nhost = "secure.test"\nservice = "tls"\n'
                 '[[route]]\nhost = "plain.test"\nservice = "plain"\n'
                 '[[route]]\nhost = "away.test"\nservice = "away"\n'
@@ -73,7 +78,7 @@ def site(make_shared_stack: MakeStack, tmp_path_factory: pytest.TempPathFactory)
             targets = {"tls": tls_port, "plain": plain_port, "ssh": ssh.port}
             services = {name: f"127.0.0.1:{target}" for name, target in targets.items()} | {"vnc": vnc.target}
             stack.start_relay("node-a", services)
-            yield Site(stack, port, authority, files, ssh)
+            yield Site(stack, port, secure_port, authority, files, ssh)
             stack.stop()
     vnc.close()
 
@@ -96,6 +101,26 @@ def test_a_name_without_a_route_is_led_to_the_default(site: Site) -> None:
     context = ssl.create_default_context()
     with dial(site.port) as sock, pytest.raises(ssl.SSLError):
         context.wrap_socket(sock, server_hostname="nobody.test")  # the service of the door is no TLS server
+
+
+def test_tls_that_ends_at_the_gateway(site: Site) -> None:
+    digest = random_file(site.files / "through", 64 * MIB)
+    context = ssl.create_default_context()
+    site.authority.configure_trust(context)
+    with dial(site.secure_port) as sock, context.wrap_socket(sock, server_hostname="secure.test") as client:
+        client.sendall(b"GET /through HTTP/1.1\r\nHost: elsewhere.test\r\nConnection: close\r\n\r\n")
+        response = http.client.HTTPResponse(client)
+        response.begin()
+        found = hashlib.sha256()
+        while block := response.read(1 << 18):
+            found.update(block)
+        client.unwrap()
+    assert (response.status, found.hexdigest()) == (200, digest)
+    log = site.files.parent.parent / "access.log"
+    wait_until(lambda: "elsewhere.test" in log.read_text(), 5, "the access log")
+    records = [json.loads(line) for line in log.read_text().splitlines()]
+    record = next(record for record in records if record["host"] == "elsewhere.test")
+    assert (record["service"], record["end"], record["bytes_out"] > 64 * MIB) == ("plain", "closed", True)
 
 
 def test_plain_http_at_the_same_port(site: Site) -> None:
