@@ -17,7 +17,8 @@ _READ_TO_THE_END: Final = HANGUP | URGENT
 """After these a short read does not mean that the socket is empty: an end of file is behind it, or it stopped at an urgent byte."""
 RESET_ON_CLOSE: Final = struct.pack("ii", 1, 0)
 """SO_LINGER for every spliced socket from its first moment: if this process is killed, the kernel's close is a RST, not a clean end."""
-_CLOSE_CLEANLY: Final = struct.pack("ii", 0, 0)
+CLOSE_CLEANLY: Final = struct.pack("ii", 0, 0)
+"""SO_LINGER for a socket whose conversation has ended in order: what the kernel still holds is delivered."""
 
 
 def abort(sock: socket.socket) -> None:
@@ -258,7 +259,7 @@ class Splice:
             self._let_go()
             try:
                 # Both directions have ended in order, so what the kernel still holds may be delivered.
-                self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _CLOSE_CLEANLY)
+                self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, CLOSE_CLEANLY)
             finally:
                 self.sock.close()
                 self.released()

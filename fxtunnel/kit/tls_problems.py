@@ -49,12 +49,12 @@ class HandshakeFailed(TunnelError):
         super().__init__(message)
 
 
-def explain_to_server(exc: OSError) -> HandshakeFailed:
-    """What went wrong with a client's handshake."""
+def explain_to_server(exc: OSError, versions: str = "TLS 1.3") -> HandshakeFailed:
+    """What went wrong with a client's handshake; `versions` says what it should have spoken."""
     reason = _reason(exc)
     if "ALERT" in reason:
         return HandshakeFailed(HandshakeProblem.REFUSED_BY_PEER, f"the client refused the handshake: {_words(reason)}")
-    return _explain_common(exc, "the client")
+    return _explain_common(exc, "the client", versions)
 
 
 def explain_to_client(exc: OSError, host: str) -> HandshakeFailed:
@@ -76,15 +76,15 @@ def explain_to_client(exc: OSError, host: str) -> HandshakeFailed:
     reason = _reason(exc)
     if "ALERT" in reason and "PROTOCOL_VERSION" not in reason and "NO_APPLICATION_PROTOCOL" not in reason:
         return HandshakeFailed(HandshakeProblem.REFUSED_BY_PEER, f"{host} refused the handshake: {_words(reason)}")
-    return _explain_common(exc, host)
+    return _explain_common(exc, host, "TLS 1.3")
 
 
-def _explain_common(exc: OSError, peer: str) -> HandshakeFailed:
+def _explain_common(exc: OSError, peer: str, versions: str) -> HandshakeFailed:
     reason = _reason(exc)
     if isinstance(exc, (ssl.SSLEOFError, ssl.SSLZeroReturnError, ConnectionError)):
         return HandshakeFailed(HandshakeProblem.CLOSED_BY_PEER, f"{peer} closed the connection during the TLS handshake")
     if "PROTOCOL_VERSION" in reason or reason == "UNSUPPORTED_PROTOCOL":
-        return HandshakeFailed(HandshakeProblem.NO_COMMON_VERSION, f"{peer} does not speak TLS 1.3")
+        return HandshakeFailed(HandshakeProblem.NO_COMMON_VERSION, f"{peer} does not speak {versions}")
     if "NO_APPLICATION_PROTOCOL" in reason:
         return HandshakeFailed(HandshakeProblem.NO_COMMON_PROTOCOL, f"{peer} speaks none of our protocols (ALPN)")
     if reason in _NOT_TLS_REASONS:

@@ -1,0 +1,135 @@
+"""Pump: the server's half of a TLS handshake on an accepted socket, and the goodbye when it fails."""
+
+import socket
+import ssl
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Final, Protocol
+
+from fxtunnel.engine.reactor import INCOMING, STREAM_EVENTS, Reactor, Timer
+from fxtunnel.engine.splice import CLOSE_CLEANLY, abort
+from fxtunnel.engine.tls_socket import TlsSocket
+from fxtunnel.kit.tls_problems import explain_to_server
+
+FAREWELL_S: Final = 1.0
+"""How long a client that has been sent an alert may take to close, before it gets a RST, which may make it forget the alert."""
+MAX_DISCARDED_BYTES: Final = 65_536
+"""What such a client may still send meanwhile."""
+
+
+class SecureOwner(Protocol):
+    """Who wants a TLS connection. Exactly one of these is called, once, and never from within `Handshake.start`."""
+
+    def on_secure(self, handshake: "Handshake", sock: TlsSocket) -> None:
+        """The socket is the owner's, and not registered. The first request may have arrived already: `peek` before waiting."""
+
+    def on_failed(self, handshake: "Handshake", reason: str) -> None:
+        """The socket is closed. `reason` is for the log; nothing of it was written by the client."""
+
+
+class Handshake:
+    """Owns the socket until its owner hears. Sets no deadline: the owner calls `fail` for those that take too long.
+
+    What a client can make us keep before it is done is bounded by OpenSSL: a ClientHello of more than 131,396 bytes, or any other
+    message of more than it may have (at most 100 KiB), is refused before it is read; 32 empty records or 5 warnings in a row are, too.
+    Everything else stays in the kernel. Each handshake costs about 1 ms in the reactor's thread.
+
+    `http_answer` is sent, in the clear, to a client that begins with a plain HTTP request.
+    """
+
+    __slots__ = ("_answer", "_context", "_discarded", "_leaving", "_owner", "_sock", "_timer", "is_over", "reactor")
+
+    def __init__(
+        self, reactor: Reactor, sock: socket.socket, context: ssl.SSLContext, owner: SecureOwner, *, http_answer: bytes = b""
+    ) -> None:
+        self.reactor = reactor
+        self.is_over = False
+        self._owner = owner
+        self._context = context
+        self._sock = sock
+        self._answer = http_answer
+        self._leaving = ""
+        self._discarded = 0
+        self._timer: Timer | None = None
+
+    def start(self) -> None:
+        """Begin: the socket is accepted, non-blocking and not registered; nothing of TLS has been taken from it."""
+        self._context.sslsocket_class = TlsSocket
+        try:
+            self._sock = self._context.wrap_socket(self._sock, True, False, suppress_ragged_eofs=False)
+        except (OSError, ValueError):  # gone already, and closed by this
+            self._timer = self.reactor.call_later(0, lambda: self.fail("the client closed the connection during the TLS handshake"))
+        else:
+            self.reactor.register(self._sock, self, STREAM_EVENTS)
+
+    def on_event(self, events: int) -> None:
+        """From the reactor."""
+        tls = self._sock
+        if self.is_over or not isinstance(tls, TlsSocket):
+            return
+        if self._leaving:
+            if events & INCOMING:
+                self._discard()
+            return
+        try:
+            tls.do_handshake()  # also sends the alert, before it raises
+        except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            pass
+        except OSError as exc:
+            self._leave(exc)
+        else:
+            self.is_over = True
+            self.reactor.unregister(tls)
+            self._owner.on_secure(self, tls)
+
+    def on_crash(self) -> None:
+        """From the reactor: a bug of ours; this connection ends, nothing else does."""
+        self.fail("internal error")
+
+    def fail(self, reason: str) -> None:
+        """Give up: RST, and the owner hears. Does nothing once the owner has heard."""
+        self._end(self._leaving or reason, abort)
+
+    def _leave(self, exc: OSError) -> None:
+        """The handshake has failed. If that is news to the client, it gets the alert, a FIN, and a moment to read them."""
+        reason = str(explain_to_server(exc, "TLS 1.2 or 1.3"))
+        if not isinstance(exc, ssl.SSLError) or isinstance(exc, (ssl.SSLEOFError, ssl.SSLZeroReturnError)):
+            self.fail(reason)
+            return
+        self._leaving = reason
+        try:
+            if self._answer and exc.reason == "HTTP_REQUEST":
+                socket.socket.send(self._sock, self._answer)
+            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, CLOSE_CLEANLY)
+            socket.socket.shutdown(self._sock, socket.SHUT_WR)
+        except OSError:
+            self.fail(reason)
+            return
+        self._timer = self.reactor.call_later(FAREWELL_S, lambda: self.fail(reason))
+        self._discard()
+
+    def _discard(self) -> None:
+        scratch = self.reactor.read_buffer[:MAX_DISCARDED_BYTES]
+        try:
+            while self._discarded <= MAX_DISCARDED_BYTES:
+                count = socket.socket.recv_into(self._sock, scratch)  # the raw bytes, whatever they are
+                if not count:
+                    self._end(self._leaving, socket.socket.close)
+                    return
+                self._discarded += count
+        except BlockingIOError:
+            return
+        except OSError:
+            pass
+        self.fail(self._leaving)
+
+    def _end(self, reason: str, close: Callable[[socket.socket], None]) -> None:
+        if self.is_over:
+            return
+        self.is_over = True
+        if self._timer is not None:
+            self._timer.cancel()
+        self.reactor.forget(self._sock)
+        with suppress(OSError):  # it may be closed already
+            close(self._sock)
+        self._owner.on_failed(self, reason)
