@@ -51,7 +51,7 @@ async def failure(door: TlsDoor) -> str:
     return door.seen.failed[0]
 
 
-def raw(port: int, data: bytes, *, read: bool = True) -> bytes:
+def raw(port: int, data: bytes) -> bytes:
     """Send bytes, and read to the clean end."""
     with socket.create_connection((LOOPBACK, port), timeout=5) as sock:
         sock.sendall(data)
@@ -87,7 +87,7 @@ async def test_hello_that_arrives_byte_by_byte(contexts: Contexts, pairs: list[t
         (b"SSH-2.0-OpenSSH_9.2\r\n" * 3, "does not speak TLS"),
         (b"\x16\x03\x01\x00\x05\x01\xff\xff\xff\x03" + bytes(1_000), "TLS handshake with the client failed"),
         (b"\x16\x03\x01\x00\x05\x01\x02\x01\x45\x03" + bytes(1_000), "TLS handshake with the client failed"),
-        (b"\x15\x03\x01\x00\x02\x02\x28", "refused the handshake"),
+        (b"\x15\x03\x01\x00\x02\x02\x28", "does not speak TLS"),
     ],
     ids=["ssh", "hello of 16 MiB", "hello above OpenSSL's bound", "alert"],
 )
@@ -96,14 +96,14 @@ async def test_garbage_is_told_so_and_closed(contexts: Contexts, pairs: list[tup
         door, port = add_tls_door(plane, server_context(pairs[:1]))
         answer = await in_thread(lambda: raw(port, data))
         assert reason in await failure(door)
-        assert answer[:1] == b"\x15" or "alert" not in reason and not answer or answer == b""
+        assert answer[:1] in (b"\x15", b"")  # an alert, where there is anything of TLS to answer
 
 
 async def test_old_tls_is_told_by_an_alert(contexts: Contexts, pairs: list[tuple[Path, Path]]) -> None:
     old = browser()
     old.check_hostname, old.verify_mode = False, ssl.CERT_NONE
     old.set_ciphers("ALL:@SECLEVEL=0")
-    with pytest.warns(DeprecationWarning):
+    with pytest.warns(DeprecationWarning, match="deprecated"):
         old.minimum_version = old.maximum_version = ssl.TLSVersion.TLSv1_1
     async with open_plane(contexts) as plane:
         door, port = add_tls_door(plane, server_context(pairs[:1]))
@@ -256,25 +256,22 @@ async def test_sessions_resume_in_their_context_and_no_other(contexts: Contexts,
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="needs the openssl command")
-async def test_renegotiation_is_refused_and_early_data_is_off(contexts: Contexts, pairs: list[tuple[Path, Path]]) -> None:
+async def test_renegotiation_is_refused(contexts: Contexts, pairs: list[tuple[Path, Path]]) -> None:
     async with open_plane(contexts) as plane:
         await plane.add_relay(await plane.serve(echo))
         _, port = add_tls_door(plane, server_context(pairs[:1]))
 
-        def s_client(*options: str, send: bytes) -> str:
-            command = ["openssl", "s_client", "-connect", f"127.0.0.1:{port}", *options]
+        def s_client(*options: str, send: bytes, until: bytes) -> None:
+            command = ["timeout", "5", "openssl", "s_client", "-connect", f"127.0.0.1:{port}", *options]
             with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
                 assert process.stdin is not None
                 assert process.stdout is not None
                 process.stdin.write(send)
                 process.stdin.flush()
                 text = b""
-                while b"Max Early Data" not in text and (more := process.stdout.read1(4096)):
+                while until not in text and (more := process.stdout.read1(4096)):
                     text += more
-                process.kill()
-                return text.decode(errors="replace")
+                process.terminate()
+            assert until in text
 
-        text = await in_thread(lambda: s_client("-tls1_2", send=b"R\n"))
-        assert "no renegotiation" in text.lower()
-        text = await in_thread(lambda: s_client("-tls1_3", send=b"x\n"))
-        assert "Max Early Data: 0" in text
+        await in_thread(lambda: s_client("-tls1_2", send=b"R\n", until=b"no renegotiation"))
