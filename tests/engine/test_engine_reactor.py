@@ -191,6 +191,8 @@ HOSTED = """
     import trio
     from fxtunnel.engine.reactor import Reactor
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever started the tests may have it ignored
+
     async def main():
         with trio.open_signal_receiver(signal.SIGTERM) as signals:
             print("ready", flush=True)
@@ -209,12 +211,15 @@ HOSTED = """
 def test_signals_reach_hosted_trio(number: signal.Signals, answer: str) -> None:
     environ = {**os.environ, "PYTHONPATH": str(ROOT)}
     with subprocess.Popen([sys.executable, "-c", textwrap.dedent(HOSTED)], stdout=subprocess.PIPE, text=True, env=environ) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline().strip() == "ready"
-        time.sleep(0.1)  # it sleeps in epoll now
-        process.send_signal(number)
-        assert process.communicate(timeout=5)[0].strip() == answer
-        assert process.returncode == 0
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline().strip() == "ready"
+            time.sleep(0.1)  # it sleeps in epoll now
+            process.send_signal(number)
+            assert process.communicate(timeout=5)[0].strip() == answer
+            assert process.returncode == 0
+        finally:
+            process.kill()
 
 
 def test_idle_loop_does_not_spin(reactor: Reactor) -> None:
