@@ -158,8 +158,11 @@ class PoolChooser:
         since = wanted.since or time.monotonic()
         with line.place(since) as place, trio.move_on_after(max(0.0, since + queue.wait_s - time.monotonic())):
             while True:
-                await place.turn.wait()
-                changed = self.seating.changed if self.seating is not None else trio.Event()
+                if not place.turn.is_set():
+                    await place.turn.wait()
+                    # Who stood before has been given a server and does not hold it yet: trying now could take it from him.
+                    await self._next_change()
+                changed = self._changed()
                 answer, decision = await self._choose(balancing, wanted, excluded)
                 if answer is not None:
                     return answer
@@ -168,6 +171,13 @@ class PoolChooser:
                 with trio.move_on_after(LOOK_AGAIN_S):
                     await changed.wait()
         return NoNode(Code.BUSY, f"no reserved server was free within {queue.wait_s:g} s")
+
+    def _changed(self) -> trio.Event:
+        return self.seating.changed if self.seating is not None else trio.Event()
+
+    async def _next_change(self) -> None:
+        with trio.move_on_after(LOOK_AGAIN_S):
+            await self._changed().wait()
 
     async def _choose(self, balancing: Balancing, wanted: Wanted, excluded: frozenset[RelayId]) -> tuple[Node | NoNode | None, Decision]:
         """The node, or None and a decision that says why there is none."""
