@@ -9,9 +9,9 @@ from fxrelay.service_settings import ServiceSection
 from fxrelay.settings import LimitSettings, RelaySettings
 from fxrelay.web.affinity import KEY_BYTES, Affinity, ClaimAffinity, CookieAffinity
 from fxrelay.web.ports import WebLimits, WebRules
-from fxrelay.web.secure import web_context
 from fxtunnel.errors import ConfigError, ConfigProblem
 from fxtunnel.kit.files import make_private_dir, read_secret, write_secret
+from fxtunnel.kit.web_tls import server_context
 from fxtunnel.model import ServiceName
 
 KEY_FILE: Final = "cookies.key"
@@ -43,7 +43,7 @@ def verify_web_files(settings: RelaySettings) -> list[ConfigProblem]:
     for section in settings.services:
         try:
             if section.tls is not None:
-                web_context(section.tls.cert, section.tls.key)
+                server_context([(section.tls.cert, section.tls.key)])
             if section.cookie_key is not None:
                 _read_key(section.cookie_key)
         except ConfigError as exc:
@@ -71,7 +71,7 @@ def _rules(section: ServiceSection, state_dir: Path) -> WebRules:
         affinity,
         section.response_timeout_s,
         section.max_body,
-        web_context(section.tls.cert, section.tls.key) if section.tls is not None else None,
+        server_context([(section.tls.cert, section.tls.key)]) if section.tls is not None else None,
     )
 
 

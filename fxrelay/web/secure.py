@@ -2,16 +2,12 @@
 
 import ssl
 from contextlib import suppress
-from pathlib import Path
 from typing import Final
 
 import trio
 
 from fxtunnel.engine.stream import TunnelStream
-from fxtunnel.errors import ConfigError
-from fxtunnel.kit.files import read_secret
 
-ALPN: Final = ("http/1.1",)
 GOODBYE_S: Final = 1.0
 
 
@@ -41,30 +37,6 @@ class EndingTransport(trio.abc.Stream):
         """See `TunnelStream.end`."""
         self._tunnel.end()
         await trio.lowlevel.checkpoint()
-
-
-def web_context(cert_path: Path, key_path: Path) -> ssl.SSLContext:
-    """TLS for browsers. Blocks on files.
-
-    Raises:
-        ConfigError: a file is missing, is not PEM, or the key is readable by others.
-    """
-    if b"ENCRYPTED" in read_secret(key_path):
-        raise ConfigError.one(key_path, "", "is encrypted with a passphrase; run: openssl pkey -in OLD -out NEW")
-    if not cert_path.is_file():
-        raise ConfigError.one(cert_path, "", "does not exist")
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.options |= ssl.OP_NO_RENEGOTIATION | ssl.OP_CIPHER_SERVER_PREFERENCE
-    context.set_alpn_protocols(list(ALPN))
-    try:
-        context.load_cert_chain(cert_path, key_path)
-    except (ssl.SSLError, OSError) as exc:
-        why = (
-            "does not belong to the key" if "MISMATCH" in (getattr(exc, "reason", "") or "") else "certificate or key is not in PEM format"
-        )
-        raise ConfigError.one(cert_path, "", f"{why} ({key_path})") from exc
-    return context
 
 
 async def end_tls(tunnel: TunnelStream, context: ssl.SSLContext, timeout_s: float) -> trio.SSLStream[EndingTransport]:

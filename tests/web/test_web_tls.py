@@ -13,8 +13,8 @@ from plane import SERVICE, Contexts, open_plane
 from web_rig import Canned, add_web_relay, read_head
 
 from fxrelay.web.ports import WebRules
-from fxrelay.web.secure import web_context
 from fxtunnel.errors import ConfigError
+from fxtunnel.kit.web_tls import server_context
 
 HOST = "site.example"
 SWITCH = b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
@@ -33,7 +33,7 @@ class Site:
         authority.configure_trust(self.trust)
 
     def rules(self) -> WebRules:
-        return WebRules(SERVICE, tls=web_context(self.cert, self.key))
+        return WebRules(SERVICE, tls=server_context([(self.cert, self.key)]))
 
 
 @pytest.fixture
@@ -142,9 +142,9 @@ def test_certificates_that_cannot_be_used(site: Site, tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     other = Site(tmp_path / "other")
     with pytest.raises(ConfigError, match="does not belong to the key"):
-        web_context(site.cert, other.key)
+        server_context([(site.cert, other.key)])
     with pytest.raises(ConfigError, match="does not exist"):
-        web_context(tmp_path / "nothing", site.key)
+        server_context([(tmp_path / "nothing", site.key)])
     site.key.chmod(0o644)
     with pytest.raises(ConfigError, match="chmod 600"):
-        web_context(site.cert, site.key)
+        server_context([(site.cert, site.key)])
