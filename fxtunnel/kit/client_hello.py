@@ -95,23 +95,36 @@ def read_client_hello(data: bytes) -> ClientHello | NeedMore | NotTls:
         if header[1:2] and header[1] != 3:
             return NotTls("it is no TLS record")
         if len(header) < _RECORD_HEADER_BYTES:
-            return NeedMore(at + _RECORD_HEADER_BYTES)
+            return _need(len(data), _RECORD_HEADER_BYTES - len(header), message)
         length = int.from_bytes(header[3:])
         if not 1 <= length <= _MAX_RECORD_BYTES:
             return NotTls(f"a record of {length} bytes")
         begin, at = at + _RECORD_HEADER_BYTES, at + _RECORD_HEADER_BYTES + length
-        if at > MAX_RECORDS_BYTES:
-            return NotTls("the hello is too long")
         message += data[begin:at]
         if message[:1] and message[0] != _CLIENT_HELLO:
             return NotTls("the first message is no ClientHello")
-        size = int.from_bytes(message[1:_MESSAGE_HEADER_BYTES]) + _MESSAGE_HEADER_BYTES
-        if len(message) >= _MESSAGE_HEADER_BYTES and size > MAX_HELLO_BYTES:
+        size = _size_of(message)
+        if size > MAX_HELLO_BYTES:
             return NotTls("the hello is too long")
-        if len(data) < at:
-            return NeedMore(at)
-        if len(message) >= _MESSAGE_HEADER_BYTES and len(message) >= size:
+        if size and len(message) >= size:
             return _read(bytes(message[_MESSAGE_HEADER_BYTES:size]))
+        if len(data) < at:
+            left = at - len(data)
+            return _need(len(data), _RECORD_HEADER_BYTES if left < size - len(message) else 0, message)
+
+
+def _size_of(message: bytearray) -> int:
+    """Of the whole message; 0 as long as that cannot be known."""
+    return int.from_bytes(message[1:_MESSAGE_HEADER_BYTES]) + _MESSAGE_HEADER_BYTES if len(message) >= _MESSAGE_HEADER_BYTES else 0
+
+
+def _need(have_bytes: int, headers_bytes: int, message: bytearray) -> NeedMore | NotTls:
+    """The fewest bytes with which the message could be whole, or its size be known: who sends a byte a record makes us look no more often
+    than its logarithm, instead of once for each.
+    """
+    missing = (_size_of(message) or _MESSAGE_HEADER_BYTES) - len(message)
+    at_least = have_bytes + headers_bytes + missing
+    return NeedMore(at_least) if at_least <= MAX_RECORDS_BYTES else NotTls("the hello is too long")
 
 
 def _read(body: bytes) -> ClientHello | NotTls:
