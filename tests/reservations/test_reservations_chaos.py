@@ -13,7 +13,7 @@ pytestmark = [pytest.mark.system, pytest.mark.slow, pytest.mark.xdist_group("cha
 @pytest.mark.parametrize(
     ("options", "seconds"),
     [
-        pytest.param(None, 4.0, id="sqlite"),
+        pytest.param(None, 8.0, id="sqlite"),
         pytest.param(DURABLE, 5.0, id="redis", marks=NEEDS_REDIS),
         pytest.param(FORGETFUL, 6.0, id="redis without AOF", marks=NEEDS_REDIS),
     ],
@@ -27,5 +27,6 @@ def test_relays_and_stores_are_killed_while_users_come_and_go(tmp_path: Path, op
     finally:
         chaos.close()
     assert not outcome.problems, (outcome, chaos.errors())
-    assert outcome.counts["in"] > 10, (outcome.counts, chaos.errors())
-    assert outcome.counts["no reserved"] > 10
+    # Enough to tell from nothing, on a machine whose disk is slow as well.
+    assert outcome.counts["in"] > 3, (outcome.counts, chaos.errors())
+    assert outcome.counts["no reserved"] > 3
