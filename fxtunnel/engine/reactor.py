@@ -172,15 +172,18 @@ class Reactor:
 
     def run_once(self, timeout_s: float) -> None:
         """One turn: wait for events, call their handlers, then due timers and calls, then flush what was marked."""
-        again, self._again = self._again, []
+        again = self._again
+        if again:
+            self._again = []
         events = self._epoll.poll(timeout_s, MAX_EVENTS)
-        self.now = time.monotonic()
+        self.now = now = time.monotonic()
         handlers, gone = self._handlers, self._gone
-        gone.clear()
+        if gone:
+            gone.clear()
         for fd, flags in events:
             handler = handlers.get(fd)
             if handler is not None:
-                if fd in gone:
+                if gone and fd in gone:
                     continue  # the number was given away in this turn: this event was its former owner's
                 try:
                     handler.on_event(flags)
@@ -193,11 +196,13 @@ class Reactor:
                 handler.on_event(READ)
             except Exception:
                 self._crashed(handler)
-        if self._timers and self._timers[0][0] <= self.now:
+        if self._timers and self._timers[0][0] <= now:
             self._run_timers()
-        for _ in range(len(self._calls)):
-            self._calls.popleft()()
-        self._flush()
+        if self._calls:
+            for _ in range(len(self._calls)):
+                self._calls.popleft()()
+        if self._dirty:
+            self._flush()
 
     def close(self) -> None:
         """Release the loop's own descriptors."""

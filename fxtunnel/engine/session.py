@@ -15,6 +15,7 @@ from fxtunnel.codes import Code
 from fxtunnel.engine.ports import SessionConfig, SessionOwner, SessionStatistics, State, TurnTaker
 from fxtunnel.engine.reactor import ERROR, INCOMING, LINK_EVENTS, READ, READ_BUFFER_BYTES, WRITE, Reactor, Timer
 from fxtunnel.engine.splice import Splice
+from fxtunnel.engine.tls_calls import RecvInto, Send, tls_calls
 from fxtunnel.errors import RemoteProtocolError
 from fxtunnel.model import SessionId
 from fxtunnel.protocol import frames
@@ -35,6 +36,7 @@ MIN_TURN_BYTES: Final = 4_096
 NOTSENT_LOWAT_BYTES: Final = 131_072
 """Unsent bytes the kernel may hold for a link: interactive frames queue behind these."""
 GOODBYE_S: Final = 1.0
+_LAST_RECORD_AT: Final = READ_BUFFER_BYTES - RECORD_BYTES
 
 
 class Session:
@@ -59,6 +61,8 @@ class Session:
         self._owner = owner
         self._config = config
         self._link: ssl.SSLSocket | None = None
+        self._recv: RecvInto = _no_link
+        self._send: Send = _no_link
         self._links = 0
         self._blocked = False
         self._read_blocked = False
@@ -121,6 +125,7 @@ class Session:
         self._reactor.register(link, self, LINK_EVENTS)
         self._interest = LINK_EVENTS
         self._link = link
+        self._recv, self._send = tls_calls(link)
         self._links += 1
         self.resumed = self._links - 1
         self.state = State.UP
@@ -157,7 +162,8 @@ class Session:
     def want_turn(self, taker: TurnTaker) -> None:
         """A socket or a task has bytes; it gets its turn. The taker keeps itself from asking twice."""
         self._ready.append(taker)
-        self.wake()
+        if not self._dirty:
+            self.wake()
 
     def has_room(self, limit_bytes: int) -> int:
         """See `Carrier`."""
@@ -198,18 +204,18 @@ class Session:
     def flush(self) -> None:
         """From the reactor, at the end of a turn: write what waits, and read more from sockets while the link takes it."""
         self._dirty = False
-        link = self._link
-        if self.mux.overrun:
+        link, mux = self._link, self.mux
+        if mux.overflow and mux.overrun:
             self.close(Code.OVERLOAD, "too many unacknowledged control frames")
             return
         if link is None or self._blocked:
             return
-        ring = self.mux.ring
-        if (ring.sent != ring.head or self.mux.must_refill) and not self._write(link):
+        ring = mux.ring
+        if (ring.sent != ring.head or mux.overflow) and not self._write(link):
             return
         if self._ready:
             self._fill()
-            if self._write(link) and self._ready and self.mux.data_room >= MIN_TURN_BYTES + frames.HEADER_BYTES:
+            if self._write(link) and self._ready and mux.data_room >= MIN_TURN_BYTES + frames.HEADER_BYTES:
                 self.wake()  # the rest in the next turn: others' events come between
         elif self.state is State.CLOSED:
             self._drop_link(GOODBYE_S)
@@ -239,11 +245,12 @@ class Session:
         ring = mux.ring
         while True:
             if ring.sent == ring.head:
-                mux.refill()
+                if mux.overflow:
+                    mux.refill()
                 if ring.sent == ring.head:
                     return True
             try:
-                count = link.send(ring.unsent(WRITE_BYTES))
+                count = self._send(ring.unsent(WRITE_BYTES))
             except (ssl.SSLWantWriteError, ssl.SSLWantReadError):
                 self._blocked = True
                 self._listen(link)
@@ -267,8 +274,8 @@ class Session:
         filled = 0
         lost: str | None = None
         try:
-            while filled <= READ_BUFFER_BYTES - RECORD_BYTES:
-                count = link.recv_into(buffer[filled:], RECORD_BYTES)
+            while filled <= _LAST_RECORD_AT:
+                count = self._recv(RECORD_BYTES, buffer[filled:] if filled else buffer)
                 if not count:
                     lost = "closed by the peer"
                     break
@@ -295,7 +302,7 @@ class Session:
                 self._drop_link()
                 self._finish(*self.mux.goaway)
                 return
-            if self._ready or self.mux.ring.sent != self.mux.ring.head:
+            if not self._dirty and (self._ready or self.mux.ring.sent != self.mux.ring.head):
                 self.wake()
         if lost is not None:
             self._lost(lost)
@@ -314,6 +321,7 @@ class Session:
 
     def _drop_link(self, after_s: float = 0.0) -> None:
         link, self._link = self._link, None
+        self._recv = self._send = _no_link
         if link is None:
             return
         self._reactor.unregister(link)
@@ -377,3 +385,7 @@ def _reason(exc: Exception) -> str:
     if isinstance(exc, ssl.SSLError):
         return f"TLS: {exc.reason or exc}"
     return str(exc.strerror) if isinstance(exc, OSError) and exc.strerror else str(exc)
+
+
+def _no_link(*_: object) -> int:
+    raise OSError("no link")

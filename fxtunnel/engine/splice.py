@@ -132,11 +132,11 @@ class Splice:
                     self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
             self._readable = True
             stream = self.stream
-            stalled = self._read_done or stream is None or stream.send_credit <= 0
-            if not stalled:
+            if self._read_done or stream is None or stream.send_credit <= 0:
+                if events & ERROR:
+                    self._fail_if_reset()
+            elif not self._queued:
                 self._queue_read()
-            elif events & ERROR:
-                self._fail_if_reset()
 
     def on_crash(self) -> None:
         """From the reactor: a bug of ours; this stream ends, nothing else does."""

@@ -146,6 +146,8 @@ class Mux:
         on_open: Callable[[Stream, Opening], None] | None = None,
     ) -> None:
         self.ring = ring
+        self.overflow = bytearray()
+        """Control frames that wait for room in the ring; `refill` moves them there."""
         self.parser = FrameParser(self)
         self.streams: dict[int, Stream] = {}
         self.now = 0.0
@@ -160,28 +162,28 @@ class Mux:
         self._on_open = on_open
         self._last_id = 0
         self._acked_to_peer = 0
-        self._overflow = bytearray()
         self._rtts: deque[float] = deque(maxlen=RTT_SAMPLES)
 
     @property
     def data_room(self) -> int:
         """How many payload bytes a DATA frame written now may have; 0 or less: wait for ACKs."""
-        if self._overflow:
+        if self.overflow:
             return 0
-        return self.ring.free_bytes - RING_RESERVE_BYTES
+        ring = self.ring
+        return ring.size_bytes - ring.head + ring.acked - RING_RESERVE_BYTES
 
     def queue(self, frame: bytes) -> None:
         """Queue a control frame behind everything queued so far. See `overrun`."""
         self._wake()
-        if not self._overflow and self.ring.free_bytes >= len(frame):
+        if not self.overflow and self.ring.free_bytes >= len(frame):
             self.ring.append(frame)
         elif not self.overrun:
-            self._overflow += frame
+            self.overflow += frame
 
     @property
     def overrun(self) -> bool:
         """The peer makes us answer without ever acknowledging: close the session with `overload`."""
-        return len(self._overflow) > MAX_OVERFLOW_BYTES
+        return len(self.overflow) > MAX_OVERFLOW_BYTES
 
     def open(self, tags: bytes, endpoint: Endpoint) -> Stream | None:
         """Open a stream (gateway). `tags` come from `encode_tags`. None when a limit is reached."""
@@ -233,18 +235,13 @@ class Mux:
         self._queue_ack()
         self.queue(frames.encode_u64(frames.PING, int(now * 1e6)))
 
-    @property
-    def must_refill(self) -> bool:
-        """Whether control frames wait for room."""
-        return bool(self._overflow)
-
     def refill(self) -> None:
         """Move control frames that waited for room into the ring. Call after ACKs or `advance`."""
-        if self._overflow:
-            step = min(len(self._overflow), self.ring.free_bytes)
+        if self.overflow:
+            step = min(len(self.overflow), self.ring.free_bytes)
             if step > 0:
-                self.ring.append(self._overflow[:step])
-                del self._overflow[:step]
+                self.ring.append(self.overflow[:step])
+                del self.overflow[:step]
 
     def reset_all(self, code: Code) -> None:
         """The session is over: every endpoint hears `on_reset`."""
@@ -294,7 +291,7 @@ class Mux:
                 raise RemoteProtocolError(Code.PROTOCOL_ERROR, f"frame 0x{kind:02x} on stream {stream_id} that was never opened")
         elif kind == frames.ACK:
             self.ring.acknowledge(frames.decode_u64(payload))
-            if self._overflow:
+            if self.overflow:
                 self._wake()
         elif kind == frames.PING:
             self._queue_ack()

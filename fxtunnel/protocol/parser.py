@@ -2,7 +2,7 @@
 
 from typing import Final, Protocol
 
-from fxtunnel.protocol.frames import DATA, HEADER, HEADER_BYTES, check_header
+from fxtunnel.protocol.frames import DATA, HEADER, HEADER_BYTES, MAX_DATA_BYTES, check_header
 
 _LENGTH_MASK: Final = 0xFF_FFFF
 
@@ -70,36 +70,34 @@ class FrameParser:
         position = 0
         end = len(view)
         sink = self._sink
-        unpack = HEADER.unpack_from
         left = self._data_left
-        while position < end:
-            if left:
-                step = end - position
-                if step > left:
-                    step = left
-                left -= step
-                self._data_left = left
-                sink.on_data(self._data_stream, view[position : position + step])
-                position += step
-                continue
-            if end - position < HEADER_BYTES:
-                break
+        if left and end:
+            position = left if left < end else end
+            self._data_left = left - position
+            sink.on_data(self._data_stream, view[:position])
+        unpack = HEADER.unpack_from
+        while (start := position + HEADER_BYTES) <= end:
             word, stream_id = unpack(view, position)
-            kind = word >> 24
             length = word & _LENGTH_MASK
-            if kind == DATA:
-                check_header(kind, length, stream_id)
+            stop = start + length
+            if word == length:  # DATA is type 0; nearly everything is
+                if not (stream_id and 0 < length <= MAX_DATA_BYTES):
+                    check_header(DATA, length, stream_id)
                 sink.on_data_header(stream_id, length)
-                self._data_stream = stream_id
-                self._data_left = left = length
-                position += HEADER_BYTES
-                continue
-            check_header(kind, length, stream_id)
-            start = position + HEADER_BYTES
-            if end - start < length:
-                break
-            position = start + length
-            sink.on_frame(kind, stream_id, view[start:position])
+                if stop > end:
+                    self._data_stream = stream_id
+                    self._data_left = stop - end
+                    if start < end:
+                        sink.on_data(stream_id, view[start:end])
+                    return
+                sink.on_data(stream_id, view[start:stop])
+            else:
+                kind = word >> 24
+                check_header(kind, length, stream_id)
+                if stop > end:
+                    break
+                sink.on_frame(kind, stream_id, view[start:stop])
+            position = stop
         if position < end:
             self._held += view[position:end]
 

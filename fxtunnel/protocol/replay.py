@@ -28,10 +28,10 @@ class ReplayRing:
     Memory is `size_bytes` + 256 KiB, touched only as far as it is used.
     """
 
-    __slots__ = ("_buffer", "_peer_ack", "_size", "_view", "acked", "head", "keep", "sent")
+    __slots__ = ("_buffer", "_peer_ack", "_view", "acked", "head", "keep", "sent", "size_bytes")
 
     def __init__(self, size_bytes: int, *, keep: bool = True) -> None:
-        self._size = size_bytes
+        self.size_bytes = size_bytes
         self._buffer: mmap | bytearray = _untouched(size_bytes + SLACK_BYTES)
         self._view = memoryview(self._buffer)
         self._peer_ack = 0
@@ -41,14 +41,9 @@ class ReplayRing:
         self.head = 0
 
     @property
-    def size_bytes(self) -> int:
-        """How much may be unacknowledged."""
-        return self._size
-
-    @property
     def free_bytes(self) -> int:
         """How much may be written now."""
-        return self._size - (self.head - self.acked)
+        return self.size_bytes - (self.head - self.acked)
 
     @property
     def unsent_bytes(self) -> int:
@@ -58,15 +53,15 @@ class ReplayRing:
     def append(self, frame: bytes | bytearray) -> None:
         """Queue whole frames. The caller has checked `free_bytes`."""
         length = len(frame)
-        if length > self._size - (self.head - self.acked):
+        if length > self.size_bytes - (self.head - self.acked):
             raise LocalProtocolError("replay ring overrun")
-        position = self.head % self._size
+        position = self.head % self.size_bytes
         end = position + length
-        if end <= self._size:
+        if end <= self.size_bytes:
             self._buffer[position:end] = frame
         else:
-            first = self._size - position
-            self._buffer[position : self._size] = frame[:first]
+            first = self.size_bytes - position
+            self._buffer[position : self.size_bytes] = frame[:first]
             self._buffer[: length - first] = frame[first:]
         self.head += length
 
@@ -75,26 +70,26 @@ class ReplayRing:
 
         The caller keeps `limit_bytes` within `free_bytes - 8` and within 256 KiB.
         """
-        start = self.head % self._size + HEADER_BYTES
+        start = self.head % self.size_bytes + HEADER_BYTES
         return self._view[start : start + limit_bytes]
 
     def commit_data(self, stream_id: int, length: int) -> None:
         """Turn the first `length` bytes of the slot into a DATA frame."""
-        position = self.head % self._size
+        position = self.head % self.size_bytes
         HEADER.pack_into(self._buffer, position, DATA << 24 | length, stream_id)
-        over = position + HEADER_BYTES + length - self._size
+        over = position + HEADER_BYTES + length - self.size_bytes
         if over > 0:
-            self._buffer[:over] = self._buffer[self._size : self._size + over]
+            self._buffer[:over] = self._buffer[self.size_bytes : self.size_bytes + over]
         self.head += HEADER_BYTES + length
 
     def unsent(self, limit_bytes: int) -> memoryview:
         """The next bytes to send, in one piece. The same call later starts with the same bytes and is never shorter."""
-        position = self.sent % self._size
+        position = self.sent % self.size_bytes
         length = self.head - self.sent
         if length > limit_bytes:
             length = limit_bytes
-        if position + length > self._size:
-            length = self._size - position
+        if position + length > self.size_bytes:
+            length = self.size_bytes - position
         return self._view[position : position + length]
 
     def advance(self, length: int) -> None:
@@ -136,11 +131,11 @@ class ReplayRing:
         While bytes wait to be sent the size becomes a multiple of the old one, or stays, so that `unsent` does not become shorter.
         """
         if self.sent != self.head:
-            size_bytes -= size_bytes % self._size
-        if size_bytes <= self._size:
+            size_bytes -= size_bytes % self.size_bytes
+        if size_bytes <= self.size_bytes:
             return
-        old_view, old_size = self._view, self._size
-        self._size = size_bytes
+        old_view, old_size = self._view, self.size_bytes
+        self.size_bytes = size_bytes
         self._buffer = _untouched(size_bytes + SLACK_BYTES)
         self._view = memoryview(self._buffer)
         at = self.acked

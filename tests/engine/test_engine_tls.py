@@ -4,7 +4,6 @@ import shutil
 import socket
 import ssl
 import subprocess
-from typing import Any
 
 import pytest
 import trio
@@ -14,6 +13,7 @@ from plane import Contexts, open_plane
 from fxtunnel.codes import Code
 from fxtunnel.engine.ports import SessionConfig, State
 from fxtunnel.engine.session import Session
+from fxtunnel.engine.tls_calls import RecvInto, tls_calls
 from fxtunnel.kit.tls import handshake_server
 from fxtunnel.model import SessionId
 from fxtunnel.protocol.credit import WindowBudget
@@ -62,20 +62,17 @@ async def test_key_update_by_the_peer(contexts: Contexts) -> None:
 
 
 class Rekeying:
-    """A link whose next read cannot go on before something has been written."""
+    """A link's read that cannot go on, once, before something has been written."""
 
-    def __init__(self, link: ssl.SSLSocket) -> None:
-        self.link = link
+    def __init__(self, read: RecvInto) -> None:
+        self.read = read
         self.wants_write = True
 
-    def recv_into(self, *args: Any) -> int:
+    def __call__(self, limit_bytes: int, buffer: memoryview) -> int:
         if self.wants_write:
             self.wants_write = False
             raise ssl.SSLWantWriteError
-        return self.link.recv_into(*args)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.link, name)
+        return self.read(limit_bytes, buffer)
 
 
 async def test_read_that_waits_for_a_write_is_taken_up_again(contexts: Contexts) -> None:
@@ -85,14 +82,32 @@ async def test_read_that_waits_for_a_write_is_taken_up_again(contexts: Contexts)
             await stream.send_all(b"x")
             await receive_exactly(stream, 1)
             far = relay.far_session
-            link = far._link
-            assert link is not None
-            rekeying = Rekeying(link)
-            far._link = rekeying  # type: ignore[assignment]
+            rekeying = far._recv = Rekeying(far._recv)
             await stream.send_all(b"y")
             with trio.fail_after(1):
                 while rekeying.wants_write:
                     await trio.sleep(0.01)
             with trio.fail_after(1):
                 assert await receive_exactly(stream, 1) == b"y"
-            far._link = link
+
+
+class Opaque:
+    """A link whose private calls are somewhere else than they are now."""
+
+    _sslobj = None
+
+    def __init__(self, link: ssl.SSLSocket) -> None:
+        self.recv_into = link.recv_into
+        self.send = link.send
+
+
+async def test_a_link_works_by_its_public_calls_as_well(contexts: Contexts) -> None:
+    async with open_plane(contexts, SessionConfig()) as plane:
+        relay = await plane.add_relay(await plane.serve(echo))
+        for session in (relay.session, relay.far_session):
+            assert session._link is not None
+            session._recv, session._send = tls_calls(Opaque(session._link))  # type: ignore[arg-type]
+        async with await connect(plane.add_door()) as stream:
+            with trio.fail_after(2):
+                await stream.send_all(b"x" * 100_000)
+                assert await receive_exactly(stream, 100_000) == b"x" * 100_000

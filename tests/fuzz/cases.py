@@ -121,7 +121,7 @@ class Target:
     def check(self) -> None:
         mux = self.mux
         assert len(mux.parser._held) <= MAX_HELD_BYTES
-        assert len(mux._overflow) <= MAX_OVERFLOW_BYTES + MAX_HELD_BYTES
+        assert len(mux.overflow) <= MAX_OVERFLOW_BYTES + MAX_HELD_BYTES
         assert len(mux.streams) <= MAX_STREAMS
         assert 0 <= mux.ring.free_bytes <= RING_BYTES
         assert mux.ring.acked <= mux.ring.sent <= mux.ring.head

@@ -348,7 +348,7 @@ def test_a_peer_that_makes_us_answer_for_ever_is_cut_off_in_bounded_memory(relay
     pings = frames.encode_u64(frames.PING, 1) * 10_000
     for _ in range(60):
         arrive(relay, pings)
-        assert len(relay.mux._overflow) <= MAX_OVERFLOW_BYTES + 16
+        assert len(relay.mux.overflow) <= MAX_OVERFLOW_BYTES + 16
     assert relay.mux.overrun
 
 

@@ -1,0 +1,23 @@
+"""Pump: the two calls a TLS link is read and written with, by the shortest way Python has."""
+
+import ssl
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+RecvInto: TypeAlias = Callable[[int, memoryview], int]
+"""Reads at most so many bytes, of one TLS record, into the front of the buffer; 0 is the end. Raises as `SSLSocket.recv_into` does."""
+Send: TypeAlias = Callable[[memoryview], int]
+"""Writes a part of the buffer; returns how much. Raises as `SSLSocket.send` does."""
+
+
+def tls_calls(link: ssl.SSLSocket) -> tuple[RecvInto, Send]:
+    """`link.recv_into` and `link.send`, without the three or four Python frames that the ssl module puts around each of them.
+
+    The object below an SSLSocket is private, so the public methods stand in where it is missing. What they add is of no use here: a look
+    whether the socket is plain or closed, and EOF instead of an error for a link that ends without close_notify, which is lost either way.
+    Let go of both calls when the link is closed: they hold its TLS state. (docs/adr/0013 has what it saves.)
+    """
+    below: Any = getattr(link, "_sslobj", None)
+    if below is not None:
+        return below.read, below.write
+    return lambda limit_bytes, buffer: link.recv_into(buffer, limit_bytes), link.send
