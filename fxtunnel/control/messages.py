@@ -9,6 +9,8 @@ from fxtunnel.errors import LocalProtocolError, RemoteProtocolError
 from fxtunnel.model import NAME_PATTERN, GatewayId, InstanceId, Offer, SessionId, is_name
 
 PROTOCOL_VERSION: Final = 1
+CAP_LEAVING: Final = "leaving"
+"""Of a relay's hello: this instance drains. It wants to be let in only where it has sessions."""
 MESSAGE_BYTES: Final = 16 * 1024  # PROTOCOL.md, 3; protects memory, and the reader from long stalls
 TEXT_CHARS: Final = 512  # of a message for people: ends up in a log line
 
@@ -137,10 +139,14 @@ class Pong(_Message):
 
 
 class Drain(_Message):
-    """No new streams, please; the open ones may finish until the deadline."""
+    """No new streams, please; the open ones may finish until the deadline.
+
+    With `handover`, from a relay: another instance will follow, and until then what no other relay can take is still welcome.
+    """
 
     type: Literal["drain"] = "drain"
     deadline_s: Seconds
+    handover: bool = False
 
 
 class Closing(_Message):

@@ -121,6 +121,15 @@ async def let_finish(what: str, count: Callable[[], int], drain_s: float) -> Non
         logger.warning("%d %s did not finish in time and are reset", left, what)
 
 
+async def watch_launcher(notifier: Notifier, on_stop: Callable[[], None]) -> None:
+    """Call `on_stop` when the launcher is gone; returns then, or at once where there is none."""
+    if notifier.launcher is None:
+        return
+    # It says nothing to us: what can be read is its end.
+    await trio.lowlevel.wait_readable(notifier.launcher)
+    on_stop()
+
+
 async def feed_watchdog(notifier: Notifier) -> None:
     """Tell systemd's watchdog that the loop turns; returns at once if systemd did not ask."""
     interval_s = notifier.watchdog_interval_s
