@@ -38,13 +38,13 @@ from fxtunnel.kit.process import (
     POLL_S,
     Reloads,
     feed_watchdog,
+    follow_launcher,
     keep_going,
     let_finish,
     open_files,
     raise_file_limit,
     settle,
     wait_until,
-    watch_launcher,
     watch_signals,
 )
 from fxtunnel.kit.settings import Address
@@ -137,10 +137,10 @@ class Gateway:
             self._doors.wait_for_relays(self._settings.limits.relay_wait_s)
         async with trio.open_nursery() as nursery:
             await nursery.start(watch_signals, self._reloads.ask, self._stop.set)
+            await nursery.start(follow_launcher, self._notifier, self._stop.set)
             await nursery.start(partial(self._port.run, [trio.SocketListener(trio.socket.from_stdlib_socket(tunnel_socket))]))
             admin = await nursery.start(self._serve_pages)
             inherited.close()
-            nursery.start_soon(watch_launcher, self._notifier, self._stop.set)
             nursery.start_soon(keep_going, "watching identities", partial(self._identities.watch, self._registry.revoke))
             nursery.start_soon(keep_going, "ending idle clients", self._sweep)
             nursery.start_soon(self._reloads.run, self._load_again, self._notifier)

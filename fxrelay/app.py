@@ -39,12 +39,12 @@ from fxtunnel.kit.process import (
     POLL_S,
     Reloads,
     feed_watchdog,
+    follow_launcher,
     keep_going,
     let_finish,
     raise_file_limit,
     settle,
     wait_until,
-    watch_launcher,
     watch_signals,
 )
 from fxtunnel.kit.settings import Address
@@ -125,12 +125,12 @@ class Relay:
         view = LiveView(identity.relay_id, identity.instance, lambda: self._uplinks, self._desk, brain, self._settings.limits.memory_bytes)
         async with trio.open_nursery() as nursery:
             await nursery.start(watch_signals, self._reloads.ask, self._stop.set)
+            await nursery.start(follow_launcher, self._notifier, self._stop.set)
             await nursery.start(brain.run)
             await nursery.start(placer.run)
             await nursery.start(web.run)
             await nursery.start(self._serve_pages, view)
             self._inherited.close()
-            nursery.start_soon(watch_launcher, self._notifier, self._stop.set)
             nursery.start_soon(keep_going, "ending idle streams", self._sweep)
             nursery.start_soon(keep_going, "resolving targets", self._keep_resolved)
             nursery.start_soon(self._reloads.run, self._load_again, self._notifier)

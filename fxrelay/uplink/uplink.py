@@ -295,14 +295,14 @@ class Uplink:
         self._enter(UplinkState.UP)
         ties.set_link(link)
         if self._drain_until is not None:
-            ties.send(self._departure(self._drain_until))
+            ties.send(self._departure(self._drain_until - trio.current_time()))
 
     def _go_away(self, deadline_s: float, *, makes_way: bool) -> None:
         self._drain_until, self._makes_way = trio.current_time() + deadline_s, makes_way
-        self._send(self._departure(self._drain_until))
+        self._send(self._departure(deadline_s))
 
-    def _departure(self, until: float) -> Drain:
-        return Drain(deadline_s=min(max(0.0, until - trio.current_time()), MAX_DEADLINE_S), handover=self._makes_way)
+    def _departure(self, deadline_s: float) -> Drain:
+        return Drain(deadline_s=min(max(0.0, deadline_s), MAX_DEADLINE_S), handover=self._makes_way)
 
     def _send(self, message: Drain | Services) -> None:
         """Send it if there is a control link; the next one begins with the same news."""

@@ -1,14 +1,14 @@
 """Task: a small parent for a daemon, so that a restart or an upgrade loses nothing: the old process finishes while the new one works.
 
 It blocks, and imports next to nothing: what it does not do cannot go wrong. It speaks sd_notify(3) both ways. Its daemons tell it on a
-socket of their own that they are ready, which listening sockets to keep, and, with STOPPING=1, that they have let go of everything a
-successor needs. What the present one says is passed on to the service manager, which knows the launcher only.
+socket of their own which listening sockets to keep, that they are prepared, and, with STOPPING=1, that they have let go of everything a
+successor needs; that one begins then. What the present one says is passed on to the service manager, which knows the launcher only.
 
 | signal | what happens |
 |---|---|
 | SIGTERM, SIGINT | the daemon lets go and drains; the launcher ends then if a service manager started it, else with the last daemon |
 | SIGHUP | passed on |
-| SIGUSR2 | a successor is started; once it is ready, the daemon before it lets go and drains. If it does not get ready, nothing changes |
+| SIGUSR2 | a successor is started; once it is prepared, the daemon before it lets go and drains; if it fails, nothing changes |
 | SIGABRT | the daemon is killed: systemd's watchdog has missed it |
 
 A daemon whose launcher is gone without a word drains as well.
@@ -27,16 +27,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, NoReturn
 
-from fxtunnel.kit.notify import LAUNCHER_FD, Notifier
+from fxtunnel.kit.notify import GO, LAUNCHER_FD, PREPARED, Notifier
 
 FIRST_FD: Final = 3
-READY_S: Final = 60.0
-"""For a successor to say that it is ready."""
+PREPARE_S: Final = 60.0
+"""For a successor to say that it is prepared."""
 RELEASE_S: Final = 10.0
 """For a daemon to let go of its listening sockets after SIGTERM, which takes it milliseconds: one that does not is stuck, and killed."""
 MAX_KEPT: Final = 4_200
 _MESSAGE_BYTES: Final = 4_096
 _FD_BYTES: Final = struct.calcsize("i")
+_PREPARED: Final = PREPARED.partition("=")[0]
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2, signal.SIGABRT, signal.SIGCHLD)
 
 
@@ -86,6 +87,7 @@ class Launcher:
             signal.set_wakeup_fd(send.fileno(), warn_on_full_buffer=False)
             self._selector.register(receive, selectors.EVENT_READ)
             self._current = self._start()
+            _send_go(self._current)
             while self._code is None:
                 for key, _ in self._selector.select(self._patience_s()):
                     if key.fileobj is receive:
@@ -177,16 +179,16 @@ class Launcher:
             self._keep(fields.get("FDNAME", ""), fds)
         elif "FDSTOREREMOVE" in fields and daemon not in self._draining:
             self._drop(fields.get("FDNAME", ""))
-        elif daemon is self._successor and "READY" in fields:
+        elif daemon is self._successor and _PREPARED in fields:
             self._promote()
         elif daemon is self._current:
             if "STOPPING" in fields:
                 daemon.has_let_go = True
-            if "STOPPING" not in fields or self._is_stopping:
+            if _PREPARED not in fields and ("STOPPING" not in fields or self._is_stopping):
                 self._notifier.pass_on(data)
             self._end_if_done()
         elif "STOPPING" in fields:
-            daemon.has_let_go = True
+            self._has_let_go(daemon)
 
     def _keep(self, name: str, fds: list[int]) -> None:
         self._drop(name)
@@ -214,6 +216,13 @@ class Launcher:
             self._draining.append(old)
             self._let_go(old)
 
+    def _has_let_go(self, daemon: _Daemon) -> None:
+        """One that drains, or is gone: it is its successor's turn."""
+        if not daemon.has_let_go:
+            daemon.has_let_go = True
+            if self._current is not None:
+                _send_go(self._current)
+
     def _let_go(self, daemon: _Daemon) -> None:
         if daemon.told_to_stop is None:
             daemon.told_to_stop = time.monotonic()
@@ -233,10 +242,12 @@ class Launcher:
                 code = os.waitstatus_to_exitcode(status)
                 is_told = code == -signal.SIGTERM and daemon.told_to_stop is not None  # before it could listen to signals
                 daemon.exit_code = 0 if is_told else code if code >= 0 else 128 - code
+                if daemon in self._draining:
+                    self._has_let_go(daemon)
                 if daemon is self._successor:
                     self._successor = None
                     if not self._is_stopping:
-                        self._say(f"the successor ended with exit code {daemon.exit_code} before it was ready; nothing changes")
+                        self._say(f"the successor ended with exit code {daemon.exit_code} before it was prepared; nothing changes")
         self._draining = [daemon for daemon in self._draining if daemon.exit_code is None]
         self._end_if_done()
 
@@ -253,13 +264,13 @@ class Launcher:
     def _look_at_clock(self) -> None:
         now = time.monotonic()
         late = self._successor
-        if late is not None and now - late.started > READY_S:
-            self._say(f"the successor did not get ready within {READY_S:g} s")
+        if late is not None and now - late.started > PREPARE_S:
+            self._say(f"the successor was not prepared within {PREPARE_S:g} s")
             self._tell(late, signal.SIGKILL)
         for daemon in (*self._draining, self._current):
             if daemon is not None and daemon.told_to_stop is not None and not daemon.has_let_go and now - daemon.told_to_stop > RELEASE_S:
                 self._say(f"process {daemon.pid} does not let go, and is killed")
-                daemon.has_let_go = True
+                daemon.told_to_stop = None
                 self._tell(daemon, signal.SIGKILL)
 
     def _patience_s(self) -> float | None:
@@ -275,6 +286,11 @@ class Launcher:
 
 
 _OURS: Final = frozenset({"NOTIFY_SOCKET", "WATCHDOG_PID", "LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", LAUNCHER_FD})
+
+
+def _send_go(daemon: _Daemon) -> None:
+    with contextlib.suppress(OSError):
+        daemon.link.send(GO)
 
 
 def _note(number: int, frame: object) -> None:

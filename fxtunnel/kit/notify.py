@@ -10,6 +10,9 @@ from typing import Final
 
 LAUNCHER_FD: Final = "FX_LAUNCHER_FD"
 """The environment variable in which a launcher (fxtunnel.kit.launcher) names the socket that leads to it."""
+PREPARED: Final = "X_FX_PREPARED=1"
+GO: Final = b"GO"
+"""What a launcher says to a daemon whose turn it is."""
 _MAX_STATUS: Final = 500
 
 
@@ -42,6 +45,11 @@ class Notifier:
     def watchdog_interval_s(self) -> float | None:
         """Seconds within which systemd wants to hear `watchdog()`, call it twice as often; None if it does not ask."""
         return self._watchdog_interval_s
+
+    def prepared(self) -> None:
+        """To a launcher: what could be wrong with our configuration is not; we begin when the process before us has let go."""
+        if self.launcher is not None:
+            self._send(PREPARED)
 
     def ready(self, status: str = "") -> None:
         """Start-up, or a reload, is over."""

@@ -4,6 +4,7 @@ import gc
 import logging
 import resource
 import signal
+import socket
 import sys
 from collections.abc import Awaitable, Callable
 from typing import Final, NoReturn
@@ -12,7 +13,7 @@ import psutil
 import trio
 
 from fxtunnel.errors import ConfigError, FxError
-from fxtunnel.kit.notify import Notifier
+from fxtunnel.kit.notify import GO, Notifier
 
 logger = logging.getLogger(__name__)
 
@@ -121,13 +122,29 @@ async def let_finish(what: str, count: Callable[[], int], drain_s: float) -> Non
         logger.warning("%d %s did not finish in time and are reset", left, what)
 
 
-async def watch_launcher(notifier: Notifier, on_stop: Callable[[], None]) -> None:
-    """Call `on_stop` when the launcher is gone; returns then, or at once where there is none."""
-    if notifier.launcher is None:
+async def follow_launcher(notifier: Notifier, on_stop: Callable[[], None], *, task_status: trio.TaskStatus[None]) -> None:
+    """Started when it is this process's turn: at once, or when the one before has let go. Calls `on_stop` when the launcher is gone.
+
+    Without a launcher it returns at once.
+    """
+    launcher = notifier.launcher
+    if launcher is None:
+        task_status.started()
         return
-    # It says nothing to us: what can be read is its end.
-    await trio.lowlevel.wait_readable(notifier.launcher)
+    notifier.prepared()
+    await trio.lowlevel.wait_readable(launcher)
+    is_ours = _heard(launcher) == GO
+    task_status.started()
+    if is_ours:
+        await trio.lowlevel.wait_readable(launcher)  # it says no more: what can be read is its end
     on_stop()
+
+
+def _heard(launcher: socket.socket) -> bytes:
+    try:
+        return launcher.recv(len(GO))
+    except OSError:
+        return b""
 
 
 async def feed_watchdog(notifier: Notifier) -> None:

@@ -1,13 +1,18 @@
 """System: restarts, reloads and upgrades of both daemons as a service manager does them: nobody is cut off, nobody is turned away."""
 
+import hashlib
 import os
+import random
+import signal
+import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 
 import pytest
 
-from tests.system.peers import MIB, Outcome, Service, dial, exchanges, is_served, say
+from tests.system.peers import MIB, Service, dial, is_served
 from tests.system.stack import Stack, wait_until
 from tests.system.test_system_activation import Visitors
 from tests.system.units import Unit
@@ -15,7 +20,7 @@ from tests.system.units import Unit
 pytestmark = [pytest.mark.system, pytest.mark.xdist_group("systemd")]
 
 RESTARTS = int(os.environ.get("FX_UPGRADES", "5"))
-TRANSFERS = 6
+FLOWS = 8
 BACK_S = 5.0
 GATEWAY_LIMITS = "[limits]\ndrain_s = 60\n"
 RELAY_LIMITS = "[limits]\ndrain_s = 60\n"
@@ -47,40 +52,80 @@ class Managed:
 
 
 @pytest.fixture
-def managed(make_stack: Callable[..., Stack], echo_service: Service, swap_service: Service) -> Iterator[Managed]:
-    managed = Managed(make_stack("echo", "swap", extra=GATEWAY_LIMITS), {"echo": echo_service.target, "swap": swap_service.target})
+def managed(make_stack: Callable[..., Stack], echo_service: Service) -> Iterator[Managed]:
+    managed = Managed(make_stack("echo", extra=GATEWAY_LIMITS), {"echo": echo_service.target})
     managed.start()
     yield managed
     managed.close()
 
 
-def through(managed: Managed, happening: Callable[[], None]) -> None:
-    """Transfers and 50 visits a second while something happens RESTARTS times; nothing may be lost or refused."""
-    stack = managed.stack
-    with dial(stack.doors["echo"]) as kept:
-        say(kept)
-        transfers = exchanges(stack.doors["swap"], TRANSFERS, 6 * MIB, rate_bytes_per_s=0.5 * MIB, timeout_s=90)
-        visitors = Visitors(stack.doors["echo"])
-        began = time.monotonic()
+class Flow:
+    """A steady transfer through the echo, both ways at once, that lasts until `finish`."""
+
+    def __init__(self, port: int, seed: int) -> None:
+        self._sock = dial(port, 60)
+        self._blocks = random.Random(seed)
+        self._sent, self._received = hashlib.sha256(), hashlib.sha256()
+        self._stop = threading.Event()
+        self.problem = ""
+        self.sent_bytes = 0
+        self.received_bytes = 0
+        self._threads = [threading.Thread(target=self._guarded, args=(work,)) for work in (self._send, self._receive)]
+        for thread in self._threads:
+            thread.start()
+
+    def finish(self) -> str:
+        """End it; empty if what came back is what was sent, else what went wrong."""
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+        self._sock.close()
+        is_right = self._sent.digest() == self._received.digest()
+        return self.problem or ("" if is_right else f"sent {self.sent_bytes} bytes, {self.received_bytes} came back")
+
+    def _send(self) -> None:
+        while not self._stop.is_set():
+            block = self._blocks.randbytes(8_192)
+            self._sent.update(block)
+            self._sock.sendall(block)
+            self.sent_bytes += len(block)
+            time.sleep(0.02)
+        self._sock.shutdown(socket.SHUT_WR)
+
+    def _receive(self) -> None:
+        while block := self._sock.recv(1 << 16):
+            self._received.update(block)
+            self.received_bytes += len(block)
+
+    def _guarded(self, work: Callable[[], None]) -> None:
         try:
-            for _ in range(RESTARTS):
-                time.sleep(0.3)
-                happening()
-            took_s = time.monotonic() - began
-            say(kept)
-            running = transfers.running
-            outcomes = transfers.outcomes()
-        finally:
-            visitors.stop()
-        say(kept)
+            work()
+        except OSError as exc:
+            self.problem = f"{type(exc).__name__} after {self.sent_bytes} bytes sent, {self.received_bytes} received"
+
+
+def through(managed: Managed, happening: Callable[[], None], times: int = RESTARTS) -> None:
+    """Transfers and 50 visits a second while something happens several times; nothing may be lost or refused."""
+    port = managed.stack.doors["echo"]
+    flows = [Flow(port, seed) for seed in range(FLOWS)]
+    visitors = Visitors(port)
+    began = time.monotonic()
+    try:
+        for _ in range(times):
+            time.sleep(0.3)
+            happening()
+        time.sleep(0.3)
+        took_s = time.monotonic() - began
+    finally:
+        visitors.stop()
+        problems = [problem for flow in flows if (problem := flow.finish())]
     figures = (
-        f"{RESTARTS} in {took_s:.1f} s, {running} transfers ran on: {dict((o.value, outcomes.count(o)) for o in set(outcomes))}; "
-        f"visits {dict(visitors.ends)}, the longest {visitors.longest_s:.2f} s"
+        f"{times} times in {took_s:.1f} s: {len(flows)} transfers of {sum(flow.sent_bytes for flow in flows) / MIB:.1f} MiB in all, "
+        f"{len(problems)} lost {problems}; visits {dict(visitors.ends)}, the longest {visitors.longest_s:.2f} s"
     )
     sys.stdout.write(f"\n{figures}\n")
-    assert set(outcomes) == {Outcome.RIGHT}, figures
+    assert problems == [], figures
     assert set(visitors.ends) == {"served"}, figures
-    assert running, figures
     assert visitors.ends["served"] > took_s * 10, figures
 
 
@@ -94,3 +139,22 @@ def test_restarts_of_the_relay(managed: Managed) -> None:
     wait_until(lambda: not managed.relay.left_over(), 30, "the end of the old processes")
     assert "fenced" not in managed.stack.logs()
     assert is_served(managed.stack.doors["echo"])
+
+
+def test_reloads_of_both(managed: Managed) -> None:
+    through(managed, lambda: (managed.gateway.reload(), managed.relay.reload())[0], 3)
+
+
+def test_a_gateway_that_is_killed_has_its_relays_back_at_once(managed: Managed) -> None:
+    managed.gateway.listen()
+    managed.gateway.daemon().kill()
+    assert managed.gateway.main is not None
+    assert managed.gateway.main.wait(5) == 128 + signal.SIGKILL
+    managed.gateway.start()
+    ready = time.monotonic()
+    # It waits in the door's queue until the relay is back: nobody is turned away, even now.
+    assert is_served(managed.stack.doors["echo"])
+    managed.stack.wait_for_relays("node-a")
+    back_s = time.monotonic() - ready
+    sys.stdout.write(f"\nthe relay was back after {back_s:.2f} s\n")
+    assert back_s < BACK_S
