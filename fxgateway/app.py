@@ -2,6 +2,7 @@
 
 import logging
 import os
+import secrets
 import ssl
 import sys
 from collections.abc import Mapping
@@ -113,6 +114,7 @@ class Gateway:
                 settings.liveness.dead_after_s,
                 settings.resume.hold_s,
                 settings.limits.hello_timeout_s,
+                secrets.token_hex(8),
             ),
         )
         self._view.relays_refused = self._port.refused

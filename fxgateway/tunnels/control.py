@@ -42,12 +42,13 @@ RETRY_AFTER_S: Final = 5.0
 
 @dataclass(frozen=True, slots=True)
 class ControlConfig:
-    """What the gateway tells relays, and keeps to itself. Seconds."""
+    """What the gateway tells relays, and keeps to itself. Seconds. `process` tells one run of the gateway from the next."""
 
     heartbeat_s: float = 3.0
     dead_after_s: float = 10.0
     hold_s: float = 30.0
     hello_timeout_s: float = 5.0
+    process: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +158,7 @@ class ControlDesk:
                     dead_after_s=config.dead_after_s,
                     hold_s=config.hold_s,
                     caps=CAPS,
+                    process=config.process,
                 )
             )
             await channel.run(

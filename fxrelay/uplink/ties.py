@@ -46,6 +46,8 @@ class Ties:
         self.link: ControlLink | None = None
         self.hold_s = 0.0
         """How long the gateway keeps a session without a link, in seconds."""
+        self.process = ""
+        """Which run of the gateway; empty before the first welcome, and for gateways that do not say."""
         self.departs = trio.Event()
         """The gateway's process goes away: no new sessions, and none of them can be resumed."""
         self._home = home

@@ -259,6 +259,12 @@ class Uplink:
         hello = control_hello(self._identity, self._offers, (*self._config.caps, *leaving))
         try:
             async with open_control_link(self._dialler, url, self._gateway, hello, self._bearer, self._config) as link:
+                if ties.process not in ("", link.welcome.process) and link.welcome.process:
+                    # It has been restarted, and its word of that missed us: what is open at the old process must not be in the way.
+                    logger.info("gateway %s is another process now", self.gateway_id)
+                    self._lost_at = trio.current_time()
+                    ties.depart()
+                    return
                 self._welcomed(ties, link, url)
                 if self._welcomes == 1:
                     task_status.started()
@@ -289,6 +295,7 @@ class Uplink:
     def _welcomed(self, ties: Ties, link: ControlLink, url: GatewayUrl) -> None:
         self._welcomes += 1
         self._welcome_at = trio.current_time()
+        ties.process = link.welcome.process
         self._epoch, ties.hold_s = link.welcome.epoch, link.welcome.hold_s
         logger.info("connected to gateway %s at %s, epoch %d", self.gateway_id, url, self._epoch)
         self._last_error = ""

@@ -71,7 +71,10 @@ class Hello(_Message):
 
 
 class Welcome(_Message):
-    """The gateway's answer to `Hello`; its times govern both ends."""
+    """The gateway's answer to `Hello`; its times govern both ends.
+
+    `process` is random in each run of the gateway: another one than before has none of the sessions, and does not know of them.
+    """
 
     type: Literal["welcome"] = "welcome"
     v: Counter = PROTOCOL_VERSION
@@ -82,6 +85,7 @@ class Welcome(_Message):
     dead_after_s: Annotated[float, Field(gt=0, le=3_600, allow_inf_nan=False)]
     hold_s: Seconds
     caps: Labels = ()
+    process: Label = ""
 
 
 class Refused(_Message):

@@ -17,6 +17,7 @@ from fxtunnel.kit.listeners import Inherited, kept_name, listen
 from fxtunnel.kit.notify import GO, PREPARED, Notifier
 from fxtunnel.kit.process import follow_launcher
 from fxtunnel.kit.settings import Address
+from tests.ports import free_port
 
 ROOT = Path(__file__).parents[2]
 DEADLINE_S = 30.0
@@ -72,8 +73,7 @@ class Launched:
 
     def __init__(self, home: Path, *, managed: bool) -> None:
         self.home = home
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            self.port = probe.getsockname()[1]
+        self.port = free_port()
         (home / "port").write_text(str(self.port))
         self.manager = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self.manager.bind(str(home / "n"))
@@ -93,7 +93,9 @@ class Launched:
     def until(self, condition: Callable[[], bool], what: str) -> None:
         deadline = time.monotonic() + DEADLINE_S
         while not condition():
-            assert time.monotonic() < deadline, f"no {what}: {sorted(path.name for path in self.home.iterdir())}"
+            assert time.monotonic() < deadline, (
+                self.home / "stderr"
+            ).read_text() + f"no {what}: {sorted(path.name for path in self.home.iterdir())}"
             time.sleep(0.01)
 
     def touch(self, what: str) -> None:

@@ -5,15 +5,19 @@ import os
 import random
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
 
+import psutil
 import pytest
 
-from tests.system.peers import MIB, Service, dial, is_served
-from tests.system.stack import Stack, wait_until
+from tests.system.peers import MIB, Service, dial, is_served, say, visit
+from tests.system.stack import Daemon, Stack, wait_until
 from tests.system.test_system_activation import Visitors
 from tests.system.units import Unit
 
@@ -158,3 +162,99 @@ def test_a_gateway_that_is_killed_has_its_relays_back_at_once(managed: Managed) 
     back_s = time.monotonic() - ready
     sys.stdout.write(f"\nthe relay was back after {back_s:.2f} s\n")
     assert back_s < BACK_S
+
+
+def test_without_a_service_manager_a_signal_brings_in_a_successor(make_stack: Callable[..., Stack], echo_service: Service) -> None:
+    stack = make_stack("echo", extra=GATEWAY_LIMITS)
+    relay = stack.write_relay_config("node-a", {"echo": echo_service.target}, RELAY_LIMITS)
+    commands = [["fxgateway.cli", "launch", "--config", str(stack.gateway_config)], ["fxrelay.cli", "launch", "--config", str(relay)]]
+    launchers = []
+    try:
+        for command, name in zip(commands, ("gateway", "node-a"), strict=True):
+            launchers.append(Daemon(command, stack.directory / f"{name}.log"))
+            stack.daemons.append(launchers[-1])
+            launchers[-1].wait_ready()
+        stack.wait_for_relays("node-a")
+        port = stack.doors["echo"]
+        flows, visitors = [Flow(port, seed) for seed in range(2)], Visitors(port)
+        try:
+            for launcher in launchers:
+                before = {child.pid for child in psutil.Process(launcher.pid).children()}
+                launcher.signal(signal.SIGUSR2)
+                wait_until(lambda: f"launcher: process {newest(launcher)} has taken over" in stack.logs(), 30, "a successor")  # noqa: B023
+                assert newest(launcher) not in before
+                time.sleep(1)
+            # One that cannot start changes nothing.
+            stack.gateway_config.rename(stack.directory / "away")
+            launchers[0].signal(signal.SIGUSR2)
+            wait_until(lambda: "before it was prepared" in stack.logs(), 30, "a successor that fails")
+        finally:
+            visitors.stop()
+            problems = [flow.finish() for flow in flows]
+        assert problems == ["", ""]
+        assert set(visitors.ends) == {"served"}, visitors.ends
+        assert "fenced" not in stack.logs()
+        for launcher in reversed(launchers):
+            assert launcher.stop() == 0
+    finally:
+        for launcher in launchers:
+            for child in psutil.Process(launcher.pid).children() if launcher.process.poll() is None else []:
+                child.kill()
+
+
+def newest(launcher: Daemon) -> int:
+    """The pid of the daemon that it has started last."""
+    return max(psutil.Process(launcher.pid).children(), key=lambda child: child.create_time()).pid
+
+
+def test_planned_drains_show_what_is_left(make_stack: Callable[..., Stack], echo_service: Service) -> None:
+    stack = make_stack("echo", extra=GATEWAY_LIMITS)
+    stack.start_gateway()
+    stack.start_relay("node-a", {"echo": echo_service.target})
+    port = stack.doors["echo"]
+    unknown = stack.gateway_cli("drain", "node-b", check=False)
+    assert (unknown.returncode, "no relay node-b is here" in unknown.stderr) == (1, True)
+    with dial(port) as kept:
+        say(kept)
+        watched = stack.gateway_cli("drain", "node-a", "--timeout", "0.2", check=False)
+        assert (watched.returncode, watched.stdout.splitlines()[0].split(",")[0]) == (1, "1 streams of node-a left")
+        assert visit(port)[0] == "reset"
+        say(kept)
+        assert stack.live_relays()["node-a"]["state"] == "draining"
+        stack.gateway_cli("drain", "node-a", "--undo")
+        assert is_served(port)
+        say(kept)
+    watching = start_cli(["fxrelay.cli", "drain", "--config", str(stack.relay_config("node-a"))])
+    assert watching.communicate(timeout=30)[0].splitlines()[-1].startswith("0 streams left")
+    assert visit(port)[0] == "reset"
+    stack.relays["node-a"].stop()
+    stack.start_relay("node-a")
+    wait_until(lambda: is_served(port), 15, "service after a restart")
+    with dial(port) as kept:
+        say(kept)
+        watching = start_cli(["fxgateway.cli", "drain", "--config", str(stack.gateway_config)])
+        assert watching.stdout is not None
+        assert watching.stdout.readline().startswith("1 clients left")
+        with pytest.raises(ConnectionRefusedError):
+            dial(port)
+        say(kept)
+        assert watching.poll() is None
+        assert '"the gateway is draining"' in refused_page(stack)
+    assert watching.communicate(timeout=30)[0].splitlines()[-1].startswith("0 clients left")
+    assert watching.returncode == 0
+    assert stack.gateway.stop() == 0
+
+
+def start_cli(arguments: list[str]) -> subprocess.Popen[str]:
+    """A command that goes on for a while."""
+    return subprocess.Popen([sys.executable, "-u", "-m", *arguments], stdout=subprocess.PIPE, text=True)
+
+
+def refused_page(stack: Stack) -> str:
+    """/readyz, which answers with 503."""
+    try:
+        urllib.request.urlopen(f"http://127.0.0.1:{stack.admin_port}/readyz", timeout=5)
+    except urllib.error.HTTPError as answer:
+        with answer:
+            return answer.read().decode()
+    return ""
