@@ -160,7 +160,6 @@ class Registry:
             relay.link.close(Code.NORMAL, "a newer control link replaces this one")
         relay.link = link
         if self._relays.get(relay_id) is relay:
-            relay.draining = False
             self._offer(relay, offers)
         return relay.epoch
 
