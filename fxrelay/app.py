@@ -217,15 +217,17 @@ class Relay:
     async def _make_way(self) -> bool:
         """Let a successor have this node's name; serve until it does. Returns whether it does at all gateways."""
         limits = self._settings.limits
-        if self._brain is not None:
-            self._brain.publisher.hush()
-        for uplink in self._uplinks:
-            uplink.make_way(limits.handover_s + limits.drain_s)
+        serves = not self._desk.is_draining
+        if serves:
+            if self._brain is not None:
+                self._brain.publisher.hush()
+            for uplink in self._uplinks:
+                uplink.make_way(limits.handover_s + limits.drain_s)
         self._pages.cancel()
         with trio.move_on_after(PAGES_END_S):
             await self._pages_ended.wait()
         self._notifier.stopping()
-        with trio.move_on_after(limits.handover_s):
+        with trio.move_on_after(limits.handover_s if serves else 0):
             await wait_until(lambda: all(uplink.is_relieved for uplink in self._uplinks))
             if self._web is not None:
                 self._web.drain()  # clients' connections would otherwise stay for their next request

@@ -46,6 +46,8 @@ class Doors:
                     fresh[key] = listen(config.listen, inherited, CLIENT_OPTIONS)
         except BaseException:
             for sock in fresh.values():
+                if inherited is not None:
+                    inherited.forget(str(bound_address(sock)))
                 sock.close()
             raise
         for key in [key for key in self._open if key not in wanted]:

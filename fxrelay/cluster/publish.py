@@ -125,7 +125,7 @@ class Publisher:
         return member is not None and member.server.instance != self._config.instance
 
     async def _send(self, measured: Facts) -> None:
-        if self._is_silent:
+        if self._is_silent and self._has_successor():
             return
         self._seq += 1
         measured_ms = self._view.now_ms if self._measured_ms is None else self._measured_ms
@@ -155,6 +155,8 @@ class Publisher:
             self.last_error = error
             return
         self._view.know(text)  # this node knows itself, also while the store is away
+        if self._is_silent:
+            return
         try:
             self._view.store_took(await self._threads.run(lambda: self._store.put(SERVERS, self._config.server_id, text)))
             self.published += 1

@@ -27,7 +27,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, NoReturn
 
-from fxtunnel.kit.notify import GO, LAUNCHER_FD, PREPARED, Notifier
+from fxtunnel.kit.notify import END, GO, LAUNCHER_FD, PREPARED, Notifier
 
 FIRST_FD: Final = 3
 PREPARE_S: Final = 60.0
@@ -87,7 +87,7 @@ class Launcher:
             signal.set_wakeup_fd(send.fileno(), warn_on_full_buffer=False)
             self._selector.register(receive, selectors.EVENT_READ)
             self._current = self._start()
-            _send_go(self._current)
+            _say_to(self._current, GO)
             while self._code is None:
                 for key, _ in self._selector.select(self._patience_s()):
                     if key.fileobj is receive:
@@ -153,6 +153,8 @@ class Launcher:
         if self._successor is not None:
             self._tell(self._successor, signal.SIGKILL)
         if self._current is not None:
+            if not self._is_managed:
+                _say_to(self._current, END)
             self._let_go(self._current)
         self._end_if_done()
 
@@ -221,7 +223,7 @@ class Launcher:
         if not daemon.has_let_go:
             daemon.has_let_go = True
             if self._current is not None:
-                _send_go(self._current)
+                _say_to(self._current, GO)
 
     def _let_go(self, daemon: _Daemon) -> None:
         if daemon.told_to_stop is None:
@@ -288,9 +290,9 @@ class Launcher:
 _OURS: Final = frozenset({"NOTIFY_SOCKET", "WATCHDOG_PID", "LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", LAUNCHER_FD})
 
 
-def _send_go(daemon: _Daemon) -> None:
+def _say_to(daemon: _Daemon, word: bytes) -> None:
     with contextlib.suppress(OSError):
-        daemon.link.send(GO)
+        daemon.link.send(word)
 
 
 def _note(number: int, frame: object) -> None:

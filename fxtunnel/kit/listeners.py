@@ -62,8 +62,11 @@ class Inherited:
 
     @property
     def is_handed_on(self) -> bool:
-        """Whether a successor goes on with these sockets while this process drains: it has a launcher, which starts one."""
-        return self._notifier is not None and self._notifier.launcher is not None
+        """Whether a successor goes on with these sockets while this process drains: it has a launcher, which did not say otherwise."""
+        if self._notifier is None or self._notifier.launcher is None:
+            return False
+        self._notifier.hear()
+        return not self._notifier.is_last
 
     def take(self, address: Address) -> socket.socket | None:
         """The socket that listens on `address`, if one was handed over."""

@@ -13,6 +13,9 @@ LAUNCHER_FD: Final = "FX_LAUNCHER_FD"
 PREPARED: Final = "X_FX_PREPARED=1"
 GO: Final = b"GO"
 """What a launcher says to a daemon whose turn it is."""
+END: Final = b"END"
+"""What it says before the SIGTERM of a daemon that nobody will follow."""
+_WORD_BYTES: Final = 16
 _MAX_STATUS: Final = 500
 
 
@@ -27,6 +30,8 @@ class Notifier:
         self._watchdog_interval_s = watchdog_interval_s
         self.launcher = launcher
         """The end of which means that the launcher is gone, and that it is time to go; None without one."""
+        self.is_last = False
+        """Whether the launcher has said that nobody follows."""
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str], pid: int | None = None) -> "Notifier":
@@ -70,6 +75,15 @@ class Notifier:
     def watchdog(self) -> None:
         """Still alive."""
         self._send("WATCHDOG=1")
+
+    def hear(self) -> bytes:
+        """What the launcher says next; empty if it says nothing, or is gone. Never blocks."""
+        try:
+            word = self.launcher.recv(_WORD_BYTES) if self.launcher is not None else b""
+        except OSError:
+            word = b""
+        self.is_last = self.is_last or word == END
+        return word
 
     def keep(self, name: str, sock: socket.socket) -> None:
         """Have a copy of a listening socket kept, and handed to whoever runs after us: its queue is never closed in between."""

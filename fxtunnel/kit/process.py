@@ -4,7 +4,6 @@ import gc
 import logging
 import resource
 import signal
-import socket
 import sys
 from collections.abc import Awaitable, Callable
 from typing import Final, NoReturn
@@ -133,18 +132,12 @@ async def follow_launcher(notifier: Notifier, on_stop: Callable[[], None], *, ta
         return
     notifier.prepared()
     await trio.lowlevel.wait_readable(launcher)
-    is_ours = _heard(launcher) == GO
+    is_ours = notifier.hear() == GO
     task_status.started()
     if is_ours:
-        await trio.lowlevel.wait_readable(launcher)  # it says no more: what can be read is its end
+        await trio.lowlevel.wait_readable(launcher)  # its end, or its word that it is ours too
+        notifier.hear()
     on_stop()
-
-
-def _heard(launcher: socket.socket) -> bytes:
-    try:
-        return launcher.recv(len(GO))
-    except OSError:
-        return b""
 
 
 async def feed_watchdog(notifier: Notifier) -> None:

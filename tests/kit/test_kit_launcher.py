@@ -14,7 +14,7 @@ import trio
 from trio.testing import wait_all_tasks_blocked
 
 from fxtunnel.kit.listeners import Inherited, kept_name, listen
-from fxtunnel.kit.notify import GO, PREPARED, Notifier
+from fxtunnel.kit.notify import END, GO, PREPARED, Notifier
 from fxtunnel.kit.process import follow_launcher
 from fxtunnel.kit.settings import Address
 from tests.ports import free_port
@@ -239,6 +239,22 @@ async def test_a_daemon_waits_for_its_turn_and_goes_with_its_launcher(link: tupl
             assert not stop.is_set()
             ours.close()
             await stop.wait()
+
+
+async def test_the_last_daemon_hears_that_nobody_follows(link: tuple[socket.socket, Notifier]) -> None:
+    ours, notifier = link
+    inherited, stop = Inherited({}, notifier), trio.Event()
+    with trio.fail_after(5):
+        async with trio.open_nursery() as nursery:
+            ours.send(GO)
+            await nursery.start(follow_launcher, notifier, stop.set)
+            assert inherited.is_handed_on
+            ours.send(END)
+            # SIGTERM may have been heard before: whoever asks now gets the answer.
+            assert not inherited.is_handed_on
+            ours.close()
+            await stop.wait()
+            assert not inherited.is_handed_on
 
 
 async def test_a_launcher_that_is_gone_before_our_turn_ends_us(link: tuple[socket.socket, Notifier]) -> None:
