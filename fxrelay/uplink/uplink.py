@@ -14,7 +14,7 @@ import trio
 
 from fxrelay.uplink.control_link import ControlLink, control_hello, open_control_link
 from fxrelay.uplink.datalink import open_data_link
-from fxrelay.uplink.dial import Dialler
+from fxrelay.uplink.dial import Dialler, Unreachable
 from fxrelay.uplink.enrol import enrol
 from fxrelay.uplink.gateway_file import GatewayFile, GatewayUrl
 from fxrelay.uplink.identity import Identity
@@ -36,7 +36,9 @@ SETTLED_S: Final = 1.0
 """A control link that lasted this long was no failure: the next one is dialled without the waits that earlier failures had earned."""
 RECENT_S: Final = 120.0
 """For so long after a loss the gateway is most likely being restarted, and is looked for often: it should have its relays back at once."""
-RECENT_CAP_S: Final = 2.0
+RECENT_CAP_S: Final = 4.0
+ABSENT_CAP_S: Final = 2.0
+"""The same where nobody even listens: an attempt costs the gateway nothing then."""
 DEPARTURE_SPREAD_S: Final = 0.2
 """Relays that are told to look for another process of their gateway do so within this time, not all at the same moment."""
 MAX_DEADLINE_S: Final = 86_400.0  # of a Drain message
@@ -211,11 +213,12 @@ class Uplink:
         backoff = FullJitter(base_s=config.min_backoff_s, cap_s=config.max_backoff_s, rng=rng)
         flaps = FullJitter(base_s=config.min_backoff_s, cap_s=min(config.max_backoff_s, FLAP_CAP_S), rng=rng)
         recent = FullJitter(base_s=config.min_backoff_s, cap_s=min(config.max_backoff_s, RECENT_CAP_S), rng=rng)
+        absent = FullJitter(base_s=config.min_backoff_s, cap_s=min(config.max_backoff_s, ABSENT_CAP_S), rng=rng)
         failures = Doubling()
         wait_s = 0.0
         while not (self._is_stopping or ties.departs.is_set()):
             welcomes = self._welcomes
-            at_least_s = 0.0
+            at_least_s, is_absent = 0.0, False
             try:
                 await trio.sleep(wait_s)
                 await self._use_control_link(ties, task_status)
@@ -223,7 +226,7 @@ class Uplink:
                 if self._is_stopping or ties.departs.is_set() or self.ends_with(exc):
                     return
                 self._last_error = str(exc)
-                at_least_s = retry_after_s(exc)
+                at_least_s, is_absent = retry_after_s(exc), isinstance(exc, Unreachable)
             except Exception:  # whatever a peer's bytes did to a library, the relay and its sessions live on
                 logger.exception("the control link to %s failed", self.gateway_id)
                 self._last_error = "internal error"
@@ -233,10 +236,11 @@ class Uplink:
             if self._welcomes == welcomes:
                 self._url_number += 1
                 is_recent = trio.current_time() - self._lost_at < RECENT_S
-                wait_s = (recent if is_recent else backoff).next_s(at_least_s=at_least_s)
+                wait_s = (backoff if not is_recent else absent if is_absent else recent).next_s(at_least_s=at_least_s)
             else:
                 backoff.reset()
                 recent.reset()
+                absent.reset()
                 if trio.current_time() - self._welcome_at >= SETTLED_S:
                     flaps.reset()
                     failures.reset()
