@@ -73,7 +73,7 @@ def run(settings: GatewaySettings, config_path: Path) -> int:
         FxError: it cannot work here; alone, or in a group.
     """
     logs.configure(settings.log.level, settings.log.style, sys.stderr)
-    notifier = Notifier.from_environ(os.environ)
+    notifier = Notifier.of_this_process()
     reactor = Reactor()
     gateway = Gateway(reactor, settings, config_path, notifier, raise_file_limit())
     try:

@@ -71,7 +71,7 @@ def run(settings: RelaySettings, config_path: Path) -> int:
     configure_logs(settings)
     raise_file_limit()
     reactor = Reactor()
-    notifier = Notifier.from_environ(os.environ)
+    notifier = Notifier.of_this_process()
     relay = Relay(reactor, settings, config_path, notifier)
     try:
         return reactor.host_trio(relay.serve)

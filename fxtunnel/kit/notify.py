@@ -46,6 +46,13 @@ class Notifier:
         address = f"\0{path[1:]}" if path.startswith("@") and len(path) > 1 else path if path.startswith("/") else None
         return cls(address, _watchdog_interval_s(environ, os.getpid() if pid is None else pid) if address else None)
 
+    @classmethod
+    def of_this_process(cls) -> "Notifier":
+        """As the environment says. The launcher's socket is taken out of it: it is not for processes that we start."""
+        notifier = cls.from_environ(os.environ)
+        os.environ.pop(LAUNCHER_FD, None)
+        return notifier
+
     @property
     def watchdog_interval_s(self) -> float | None:
         """Seconds within which systemd wants to hear `watchdog()`, call it twice as often; None if it does not ask."""

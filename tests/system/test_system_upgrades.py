@@ -26,6 +26,7 @@ pytestmark = [pytest.mark.system, pytest.mark.xdist_group("systemd")]
 RESTARTS = int(os.environ.get("FX_UPGRADES", "5"))
 FLOWS = 8
 BACK_S = 5.0
+AWAY_S = 6.0
 GATEWAY_LIMITS = "[limits]\ndrain_s = 60\n"
 RELAY_LIMITS = "[limits]\ndrain_s = 60\n"
 
@@ -143,6 +144,36 @@ def test_restarts_of_the_relay(managed: Managed) -> None:
     wait_until(lambda: not managed.relay.left_over(), 30, "the end of the old processes")
     assert "fenced" not in managed.stack.logs()
     assert is_served(managed.stack.doors["echo"])
+
+
+def test_without_kept_sockets_addresses_are_free_in_time_and_streams_go_on(make_stack: Callable[..., Stack], echo_service: Service) -> None:
+    stack = make_stack("echo", extra=GATEWAY_LIMITS)
+    managed = Managed(stack, {"echo": echo_service.target}, with_store=False)
+    try:
+        managed.start()
+        flow, visitors = Flow(stack.doors["echo"], 1), Visitors(stack.doors["echo"])
+        try:
+            managed.gateway.restart()
+            wait_until(lambda: is_served(stack.doors["echo"]), 15, "a new client served")
+        finally:
+            visitors.stop()
+            problem = flow.finish()
+        assert problem == ""
+        # Nobody listened for a moment. Kept sockets are what saves these.
+        assert visitors.ends["refused"] > 0
+        assert set(visitors.ends) <= {"served", "refused", "reset"}, visitors.ends
+        managed.gateway.daemon().kill()
+        assert managed.gateway.main is not None
+        managed.gateway.main.wait(5)
+        time.sleep(AWAY_S)
+        managed.gateway.start()
+        ready = time.monotonic()
+        stack.wait_for_relays("node-a")
+        back_s = time.monotonic() - ready
+        sys.stdout.write(f"\nafter {AWAY_S:g} s of absence the relay was back in {back_s:.2f} s\n")
+        assert back_s < BACK_S
+    finally:
+        managed.close()
 
 
 def test_reloads_of_both(managed: Managed) -> None:

@@ -1,5 +1,6 @@
 """System: a node of a cluster is restarted: others never see two nodes with its name, nor none."""
 
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,11 +17,16 @@ pytestmark = [pytest.mark.system, pytest.mark.xdist_group("cluster")]
 SETTINGS = "publish_s = 0.3\nstale_s = 12\ndown_s = 20\nresync_s = 1"
 
 
+def close_all(clients: list[socket.socket]) -> None:
+    for client in clients:
+        client.close()
+
+
 def test_a_node_is_one_node_while_it_has_two_processes(make_stack: Callable[..., Stack], home: Path) -> None:
     stack = make_stack("desk")
     stack.start_gateway()
     cluster = Cluster(stack, f'store = "sqlite:{home / "cluster.db"}"\n{SETTINGS}')
-    unit = None
+    unit, clients = None, []
     try:
         cluster.node(2)
         stack.relays["node-2"].stop()
@@ -40,7 +46,7 @@ def test_a_node_is_one_node_while_it_has_two_processes(make_stack: Callable[...,
                 known = cluster.status("node-3")["cluster"]
                 assert known["quarrels"] == [], known
                 assert known["nodes"].get("up") == 2, known
-                node = cluster.nodes("node-3")["node-2"]
+                node = cluster.nodes("node-3")["node-2"]["server"]
                 seen.add((node["agent"]["startedAt"], bool(node.get("draining"))))
             for client in clients:
                 say(client)
@@ -50,11 +56,11 @@ def test_a_node_is_one_node_while_it_has_two_processes(make_stack: Callable[...,
             with dial(stack.doors["desk"], 15) as client:
                 served.append(read_exactly(client, NAME_BYTES).decode().strip())
         assert set(served[8:]) == {"node-2", "node-3"}
-        for client in clients:
-            client.close()
+        close_all(clients)
         wait_until(lambda: not unit.left_over(), 30, "the end of the old processes")
-        assert cluster.nodes("node-3")["node-2"].get("draining") is not True
+        assert cluster.nodes("node-3")["node-2"]["server"].get("draining") is not True
     finally:
+        close_all(clients)
         if unit is not None:
             unit.close()
         cluster.close()
