@@ -2,6 +2,7 @@
 
 import logging
 import os
+import secrets
 import ssl
 import sys
 from collections.abc import Mapping
@@ -22,6 +23,7 @@ from fxgateway.routing.admission import Admission, AdmissionLimits
 from fxgateway.routing.hosts import HostTable, Route
 from fxgateway.routing.reception import Kind, Receptionist
 from fxgateway.settings import GatewaySettings
+from fxgateway.steering import Steering
 from fxgateway.tunnels.control import ControlConfig
 from fxgateway.tunnels.identities import Identities
 from fxgateway.tunnels.port import PortLimits, TunnelPort
@@ -37,6 +39,7 @@ from fxtunnel.kit.process import (
     POLL_S,
     Reloads,
     feed_watchdog,
+    follow_launcher,
     keep_going,
     let_finish,
     open_files,
@@ -45,6 +48,7 @@ from fxtunnel.kit.process import (
     wait_until,
     watch_signals,
 )
+from fxtunnel.kit.settings import Address
 from fxtunnel.kit.tls import server_context
 from fxtunnel.model import GatewayId, ServiceName
 from fxtunnel.protocol.credit import WindowBudget
@@ -69,13 +73,14 @@ def run(settings: GatewaySettings, config_path: Path) -> int:
         FxError: it cannot work here; alone, or in a group.
     """
     logs.configure(settings.log.level, settings.log.style, sys.stderr)
-    notifier = Notifier.from_environ(os.environ)
+    notifier = Notifier.of_this_process()
     reactor = Reactor()
     gateway = Gateway(reactor, settings, config_path, notifier, raise_file_limit())
     try:
         reactor.host_trio(gateway.serve)
     finally:
         reactor.close()
+        notifier.close()
     return 0
 
 
@@ -109,9 +114,14 @@ class Gateway:
                 settings.liveness.dead_after_s,
                 settings.resume.hold_s,
                 settings.limits.hello_timeout_s,
+                secrets.token_hex(8),
             ),
         )
         self._view.relays_refused = self._port.refused
+        self._inherited = Inherited.from_environ(os.environ, os.getpid(), notifier)
+        self._steering = Steering(self._registry, self._doors, self._view.note_drain)
+        self._pages = trio.CancelScope()
+        self._pages_ended = trio.Event()
 
     async def serve(self) -> None:
         """Listen, serve, and return when everything has ended after SIGTERM.
@@ -119,17 +129,20 @@ class Gateway:
         Raises:
             FxError: an address cannot be listened on, or the state cannot be read.
         """
-        inherited = Inherited.from_environ(os.environ, os.getpid())
+        inherited = self._inherited
         await trio.to_thread.run_sync(self._identities.load)
         tunnel_socket = listen(self._settings.tunnel.listen, inherited)
         await trio.to_thread.run_sync(self._access.open, self._settings.log.access)
         contexts = await trio.to_thread.run_sync(web_contexts, self._settings)
         self._doors.apply(door_configs(self._settings, contexts, self._access), inherited)
-        inherited.close()
+        if any(relay.revoked_unix is None for relay in self._identities.known()):
+            self._doors.wait_for_relays(self._settings.limits.relay_wait_s)
         async with trio.open_nursery() as nursery:
             await nursery.start(watch_signals, self._reloads.ask, self._stop.set)
+            await nursery.start(follow_launcher, self._notifier, self._stop.set)
             await nursery.start(partial(self._port.run, [trio.SocketListener(trio.socket.from_stdlib_socket(tunnel_socket))]))
-            admin = await nursery.start(serve_pages, make_app(self._view), self._settings.admin.listen)
+            admin = await nursery.start(self._serve_pages)
+            inherited.close()
             nursery.start_soon(keep_going, "watching identities", partial(self._identities.watch, self._registry.revoke))
             nursery.start_soon(keep_going, "ending idle clients", self._sweep)
             nursery.start_soon(self._reloads.run, self._load_again, self._notifier)
@@ -141,6 +154,17 @@ class Gateway:
             await trio.to_thread.run_sync(self._access.close)
             nursery.cancel_scope.cancel()
 
+    async def _serve_pages(self, *, task_status: trio.TaskStatus[Address]) -> None:
+        """What administrators ask, until there is a successor to ask."""
+        with self._pages:
+            async with trio.open_nursery() as nursery:
+                steering = Address(path=self._settings.tunnel.steering_path)
+                nursery.start_soon(self._steering.serve, steering, self._inherited)
+                task_status.started(
+                    await nursery.start(serve_pages, make_app(self._view), self._settings.admin.listen, self._inherited),
+                )
+        self._pages_ended.set()
+
     def _announce(self, tunnel: str, admin: str) -> None:
         doors = ", ".join(f"{door.leads_to} on {self._doors.bound[str(door.config.listen)]}" for door in self._doors.open_doors())
         self._view.listening = (tunnel, *self._doors.bound.values(), admin)
@@ -150,8 +174,11 @@ class Gateway:
 
     async def _drain(self) -> None:
         drain_s = self._settings.limits.drain_s
-        self._notifier.stopping()
-        self._doors.close()
+        if self._inherited.is_handed_on:
+            await self._hand_over(drain_s)
+        else:
+            self._notifier.stopping()
+            self._doors.close()
         self._registry.begin_drain(drain_s)
         await let_finish("clients", lambda: self._doors.clients, drain_s)
         self._doors.abort_all()
@@ -160,9 +187,20 @@ class Gateway:
             await wait_until(lambda: all(relay.link is None for relay in self._registry.relays()))
             await trio.sleep(POLL_S)  # goodbyes that were just queued still have to leave
 
+    async def _hand_over(self, drain_s: float) -> None:
+        """Let go of everything a successor listens on, and send relays there; clients and tunnels that are in stay."""
+        self._doors.release()
+        self._port.stop_accepting()
+        self._pages.cancel()
+        with trio.move_on_after(GOODBYE_S):
+            await self._pages_ended.wait()
+        self._notifier.stopping()
+        self._registry.send_on(drain_s)
+
     async def _sweep(self) -> None:
         while True:
             await trio.sleep(SWEEP_S)
+            self._registry.sweep()
             self._admission.sweep(self._reactor.now)
             self._doors.end_idle()
 

@@ -22,6 +22,8 @@ from fxtunnel.kit.console import (
     print_table,
     reasons,
     refuse,
+    timeout_option,
+    watch_drain,
 )
 from fxtunnel.model import RelayId
 
@@ -125,6 +127,20 @@ def run(config_path: Path) -> None:
 
 @main.command()
 @_config_option
+def launch(config_path: Path) -> None:
+    """Run the gateway below a small launcher: for service managers, and for upgrades that lose nothing.
+
+    SIGTERM ends the launcher as soon as the gateway has let go of its addresses, if NOTIFY_SOCKET is set; what is open finishes beside the
+    next one. Without a service manager SIGUSR2 starts a successor, and the old process finishes once that is ready.
+    """
+    from fxtunnel.kit.launcher import Launcher
+
+    command = [sys.executable, "-m", "fxgateway.cli", "run", "--config", str(config_path)]
+    sys.exit(Launcher("fxgateway", command, os.environ).run())
+
+
+@main.command()
+@_config_option
 @click.option("--no-bind", is_flag=True, help="Do not try the addresses: for ports that a systemd .socket unit holds.")
 def check(config_path: Path, no_bind: bool) -> None:
     """Check configuration, keys, certificate and addresses.
@@ -189,6 +205,38 @@ def forget(config_path: Path, relay_id: RelayId) -> None:
     if not _identities(_load(config_path)).forget(relay_id):
         raise FxError(_unknown(relay_id))
     click.echo(f"{relay_id} is forgotten; it can enrol again with a fresh gateway.json (fxgateway invite)")
+
+
+@main.command()
+@_config_option
+@click.argument("relay_id", required=False)
+@click.option("--undo", is_flag=True, help="Give RELAY_ID streams again.")
+@timeout_option
+def drain(config_path: Path, relay_id: str | None, undo: bool, timeout_s: float | None) -> None:
+    """Take nothing new, and show what is left until nothing is: the whole gateway, or RELAY_ID only.
+
+    For planned work. Nothing is cut, however long it takes: Ctrl-C only ends the watching. A restart of the gateway ends the drain.
+    """
+    from fxtunnel.kit.pages import fetch_json
+    from fxtunnel.kit.settings import Address
+    from fxtunnel.model import is_name
+
+    if relay_id is not None and not is_name(relay_id):
+        raise click.UsageError(f"{relay_id!r} is no relay's id")
+    if undo and relay_id is None:
+        raise click.UsageError("--undo needs RELAY_ID; a gateway that was drained is restarted")
+    control = Address(path=_load(config_path).tunnel.steering_path)
+
+    def ask(method: str) -> int:
+        return int(fetch_json(control, f"/drain/{relay_id}" if relay_id is not None else "/drain", ASK_TIMEOUT_S, method)["left"])
+
+    if relay_id is not None and ask("GET") < 0:
+        raise FxError(f"no relay {relay_id} is here; `fxgateway relays` shows them")
+    ask("DELETE" if undo else "POST")
+    if undo:
+        click.echo(f"{relay_id} gets streams again")
+    else:
+        watch_drain(lambda: max(0, ask("GET")), "clients" if relay_id is None else f"streams of {relay_id}", timeout_s)
 
 
 def _load(config_path: Path) -> "GatewaySettings":

@@ -63,6 +63,11 @@ class TunnelSettings(Section):
         return split_public_url(self.public_url)[0]
 
     @property
+    def steering_path(self) -> Path:
+        """The socket of `fxgateway drain`."""
+        return self.state_dir / "control.sock"
+
+    @property
     def identities_path(self) -> Path:
         """relays.json."""
         return self.state_dir / "relays.json"
@@ -100,6 +105,9 @@ class LimitSettings(Section):
         86_400.0, ge=1, le=31_536_000, description="Seconds without a byte in either direction before a stream ends."
     )
     drain_s: Seconds = Field(30.0, ge=0, le=86_400, description="Seconds that open streams have left after SIGTERM.")
+    relay_wait_s: Seconds = Field(
+        3.0, ge=0, le=60, description="Seconds after start that clients wait in a door's queue until its services have relays again."
+    )
     memory_bytes: Size = Field(
         256 << 20, ge=32 << 20, le=1 << 44, description="Memory for buffers, the kernel's socket buffers included; at least 32MiB."
     )

@@ -32,9 +32,21 @@ from fxtunnel.engine.reactor import Reactor
 from fxtunnel.engine.session import Session
 from fxtunnel.errors import FxError
 from fxtunnel.kit import logs
+from fxtunnel.kit.listeners import Inherited
 from fxtunnel.kit.notify import Notifier
 from fxtunnel.kit.pages import serve_pages
-from fxtunnel.kit.process import POLL_S, Reloads, feed_watchdog, keep_going, let_finish, raise_file_limit, settle, watch_signals
+from fxtunnel.kit.process import (
+    POLL_S,
+    Reloads,
+    feed_watchdog,
+    follow_launcher,
+    keep_going,
+    let_finish,
+    raise_file_limit,
+    settle,
+    wait_until,
+    watch_signals,
+)
 from fxtunnel.kit.settings import Address
 from fxtunnel.model import GatewayId, RelayId, ServiceName, SessionId
 from fxtunnel.protocol.credit import WindowBudget
@@ -45,6 +57,9 @@ logger = logging.getLogger(__name__)
 SWEEP_S: Final = 5.0
 RESOLVE_EVERY_S: Final = 30.0
 READY_POLL_S: Final = 0.02
+PAGES_END_S: Final = 1.0
+PLANNED_DRAIN_S: Final = 86_400.0
+"""For streams to end after `fxrelay drain`: as long as whoever plans the work likes to wait, a day at most."""
 
 
 def run(settings: RelaySettings, config_path: Path) -> int:
@@ -56,11 +71,13 @@ def run(settings: RelaySettings, config_path: Path) -> int:
     configure_logs(settings)
     raise_file_limit()
     reactor = Reactor()
-    relay = Relay(reactor, settings, config_path, Notifier.from_environ(os.environ))
+    notifier = Notifier.of_this_process()
+    relay = Relay(reactor, settings, config_path, notifier)
     try:
         return reactor.host_trio(relay.serve)
     finally:
         reactor.close()
+        notifier.close()
 
 
 def configure_logs(settings: RelaySettings) -> None:
@@ -77,6 +94,9 @@ class Relay:
         self._settings = settings
         self._config_path = config_path
         self._notifier = notifier
+        self._inherited = Inherited.from_environ(os.environ, os.getpid(), notifier)
+        self._pages = trio.CancelScope()
+        self._pages_ended = trio.Event()
         self._stop = trio.Event()
         self._reloads = Reloads()
         self._services = ServiceTable()
@@ -105,10 +125,12 @@ class Relay:
         view = LiveView(identity.relay_id, identity.instance, lambda: self._uplinks, self._desk, brain, self._settings.limits.memory_bytes)
         async with trio.open_nursery() as nursery:
             await nursery.start(watch_signals, self._reloads.ask, self._stop.set)
+            await nursery.start(follow_launcher, self._notifier, self._stop.set)
             await nursery.start(brain.run)
             await nursery.start(placer.run)
             await nursery.start(web.run)
-            await nursery.start(serve_pages, make_app(view), self._settings.relay.status_address)
+            await nursery.start(self._serve_pages, view)
+            self._inherited.close()
             nursery.start_soon(keep_going, "ending idle streams", self._sweep)
             nursery.start_soon(keep_going, "resolving targets", self._keep_resolved)
             nursery.start_soon(self._reloads.run, self._load_again, self._notifier)
@@ -120,7 +142,10 @@ class Relay:
             settle()
             await self._stop.wait()
             if not self._has_failed:
-                await self._drain()
+                if not (self._inherited.is_handed_on and await self._make_way()):
+                    self._notifier.stopping()
+                    self._take_nothing_more(self._settings.limits.drain_s)
+                await self._let_finish()
             nursery.cancel_scope.cancel()
         return 1 if self._has_failed else 0
 
@@ -177,9 +202,39 @@ class Relay:
                     return
             await trio.sleep(READY_POLL_S)
 
-    async def _drain(self) -> None:
-        drain_s = self._settings.limits.drain_s
+    async def _serve_pages(self, view: LiveView, *, task_status: trio.TaskStatus[Address]) -> None:
+        """What administrators ask, until there is a successor to ask."""
+        with self._pages:
+            status = self._settings.relay.status_address
+            await serve_pages(make_app(view, self._drain_as_planned), status, self._inherited, task_status=task_status)
+        self._pages_ended.set()
+
+    def _drain_as_planned(self) -> None:
+        """Nothing new from now on; the process stays until it is stopped."""
+        logger.info("draining, as an administrator wished: no more streams until the next restart")
+        self._take_nothing_more(PLANNED_DRAIN_S)
+
+    async def _make_way(self) -> bool:
+        """Let a successor have this node's name; serve until it does. Returns whether it does at all gateways."""
+        limits = self._settings.limits
+        serves = not self._desk.is_draining
+        if serves:
+            if self._brain is not None:
+                self._brain.publisher.hush()
+            for uplink in self._uplinks:
+                uplink.make_way(limits.handover_s + limits.drain_s)
+        self._pages.cancel()
+        with trio.move_on_after(PAGES_END_S):
+            await self._pages_ended.wait()
         self._notifier.stopping()
+        with trio.move_on_after(limits.handover_s if serves else 0):
+            await wait_until(lambda: all(uplink.is_relieved for uplink in self._uplinks))
+            if self._web is not None:
+                self._web.drain()  # clients' connections would otherwise stay for their next request
+            return True
+        return False
+
+    def _take_nothing_more(self, drain_s: float) -> None:
         self._desk.is_draining = True
         if self._brain is not None:
             self._brain.publisher.leave()
@@ -187,6 +242,9 @@ class Relay:
             self._web.drain()
         for uplink in self._uplinks:
             uplink.drain(drain_s)
+
+    async def _let_finish(self) -> None:
+        drain_s = self._settings.limits.drain_s
         await let_finish("streams", lambda: self._desk.streams, drain_s)
         self._desk.abort_all()
         await trio.sleep(POLL_S)  # FINs and RESETs that were just queued still have to leave

@@ -80,6 +80,20 @@ def run(config_path: Path) -> None:
 
 @main.command()
 @_config_option
+def launch(config_path: Path) -> None:
+    """Run the relay below a small launcher: for service managers, and for upgrades that lose nothing.
+
+    SIGTERM ends the launcher as soon as the relay has made way, if NOTIFY_SOCKET is set; what is open finishes beside the next one.
+    Without a service manager SIGUSR2 starts a successor, and the old process finishes once that is ready.
+    """
+    from fxtunnel.kit.launcher import Launcher
+
+    command = [sys.executable, "-m", "fxrelay.cli", "run", "--config", str(config_path)]
+    sys.exit(Launcher("fxrelay", command, os.environ).run())
+
+
+@main.command()
+@_config_option
 def check(config_path: Path) -> None:
     """Check configuration, enrolment files and keys.
 

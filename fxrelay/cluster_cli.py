@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 import click
 
 from fxtunnel.errors import FxError
-from fxtunnel.kit.console import config_option, duration, print_table
+from fxtunnel.kit.console import ASK_TIMEOUT_S, config_option, duration, print_table, timeout_option, watch_drain
 
 if TYPE_CHECKING:
     from fxrelay.cluster.members import Control, Member
@@ -102,9 +102,17 @@ def pick(
 
 @click.command()
 @_config_option
-@click.argument("node")
-def drain(config_path: Path, node: str) -> None:
-    """Send nothing new to NODE, on any relay. What it has stays. `fxrelay enable NODE` ends it."""
+@click.argument("node", required=False)
+@timeout_option
+def drain(config_path: Path, node: str | None, timeout_s: float | None) -> None:
+    """Send nothing new to NODE, on any relay. What it has stays. `fxrelay enable NODE` ends it.
+
+    Without NODE: this relay's own process takes nothing new, and what it has left is shown until nothing is. For planned work: nothing is
+    cut, however long it takes; Ctrl-C only ends the watching, and a restart of the relay ends the drain.
+    """
+    if node is None:
+        _drain_process(config_path, timeout_s)
+        return
     from fxrelay.cluster.members import Control
 
     _change(config_path, node, Control(draining=True))
@@ -226,6 +234,14 @@ def _object(text: str) -> dict[str, object]:
     if not isinstance(found, dict):
         raise click.BadParameter("--data: expected a JSON object")
     return found
+
+
+def _drain_process(config_path: Path, timeout_s: float | None) -> None:
+    from fxtunnel.kit.pages import fetch_json
+
+    status = _load(config_path).relay.status_address
+    fetch_json(status, "/drain", ASK_TIMEOUT_S, "POST")
+    watch_drain(lambda: int(fetch_json(status, "/drain", ASK_TIMEOUT_S)["left"]), "streams", timeout_s)
 
 
 def _change(config_path: Path, node: str, change: "Control | None") -> None:

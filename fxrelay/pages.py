@@ -1,6 +1,6 @@
-"""Task: the relay's status socket: /healthz, /status and /metrics. It only tells; nothing can be changed here."""
+"""Task: the relay's status socket: /healthz, /status and /metrics, which only tell, and /drain, for planned work."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Literal, Protocol
 
@@ -119,12 +119,12 @@ class RelayView(Protocol):
         """Who has what, as far as this relay is concerned."""
 
 
-def make_app(view: RelayView) -> Starlette:
-    """The pages, for `serve_pages`. GET and HEAD only; every answer is made from one look at `view`.
+def make_app(view: RelayView, drain: Callable[[], None] | None = None) -> Starlette:
+    """The pages, for `serve_pages`. Every answer is made from one look at `view`.
 
     /healthz: 200 while the process answers. /status: JSON object with `relay` (see `Totals`), `uplinks`, `services`, `cluster` and
     `reservations`.
-    /metrics: Prometheus text.
+    /metrics: Prometheus text. POST /drain calls `drain`, if there is one, and tells how many streams are left. All others: GET and HEAD.
     """
     registry = CollectorRegistry()
     registry.register(RelayCollector(view))
@@ -148,8 +148,14 @@ def make_app(view: RelayView) -> Starlette:
     async def metrics(request: Request) -> Response:
         return Response(generate_latest(registry), media_type=CONTENT_TYPE_PLAIN_0_0_4, headers=_HEADERS)
 
+    async def planned(request: Request) -> Response:
+        if drain is not None and request.method == "POST":
+            drain()
+        return JSONResponse({"left": view.totals().streams}, headers=_HEADERS)
+
     return Starlette(
         routes=[
+            Route("/drain", planned, methods=["GET", "POST"]),
             Route("/healthz", healthz, methods=["GET"]),
             Route("/status", status, methods=["GET"]),
             Route("/metrics", metrics, methods=["GET"]),

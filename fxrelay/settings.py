@@ -94,6 +94,12 @@ class LimitSettings(Section):
         60.0, ge=1, le=86_400, description="Seconds without a byte of an HTTP request's body, or taken of a response, before it ends."
     )
     drain_s: Seconds = Field(30.0, ge=0, le=86_400, description="Seconds that open streams have left after SIGTERM.")
+    handover_s: Seconds = Field(
+        10.0,
+        ge=0,
+        le=300,
+        description="Seconds that a relay which is restarted still takes what nobody else can, until its successor is there.",
+    )
     memory_bytes: Size = Field(
         256 << 20, ge=32 << 20, le=1 << 44, description="Memory for buffers, the kernel's socket buffers included; at least 32MiB."
     )

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from fxgateway import setup
+from fxtunnel.kit import launcher
 
 ROOT = Path(__file__).parent.parent
 UNITS = sorted((ROOT / "deploy" / "systemd").glob("*.service"))
@@ -31,11 +32,15 @@ def test_exposure_is_at_most_1_5(unit: Path):
 
 
 @pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.name)
-def test_units_wait_longer_than_the_drain(unit: Path):
+def test_units_let_the_old_process_finish(unit: Path):
     settings = dict(line.split("=", 1) for line in unit.read_text().splitlines() if "=" in line and not line.startswith("#"))
-    assert int(settings["TimeoutStopSec"]) > 30
-    assert settings["Type"] == "notify"
+    assert " launch --config " in settings["ExecStart"]
+    # Only the launcher is signalled; it alone speaks to systemd, and keeps sockets there.
+    assert (settings["Type"], settings["KillMode"], settings["NotifyAccess"]) == ("notify", "process", "main")
     assert settings["ExecReload"] == "/bin/kill -HUP $MAINPID"
+    assert int(settings["TimeoutStopSec"]) > launcher.RELEASE_S
+    most = launcher.MAX_KEPT if unit.name == "fxgateway.service" else 16
+    assert int(settings["FileDescriptorStoreMax"]) == most
 
 
 def test_issue_renews_the_certificate_from_the_same_authority(tmp_path: Path):

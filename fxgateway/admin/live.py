@@ -23,11 +23,16 @@ class LiveView:
         self._registry = registry
         self._doors = doors
         self._started = time.monotonic()
+        self._is_drained = False
+
+    def note_drain(self) -> None:
+        """An administrator wants no more clients here."""
+        self._is_drained = True
 
     def relays(self) -> list[RelayStatus]:
         """See `GatewayView`."""
         now = time.monotonic()
-        return [_relay(relay, now) for relay in self._registry.relays()]
+        return [_relay(relay, self._registry.leaving(relay.relay_id), now) for relay in self._registry.relays()]
 
     def doors(self) -> list[DoorStatus]:
         """See `GatewayView`."""
@@ -47,7 +52,7 @@ class LiveView:
 
     def ready(self) -> tuple[bool, list[str]]:
         """See `GatewayView`."""
-        if self._registry.is_draining:
+        if self._registry.is_draining or self._is_drained:
             return False, ["the gateway is draining"]
         able = [relay for relay in self._registry.relays() if relay.readiness is not Readiness.NONE]
         served = {offer.name for relay in able for offer in relay.offers}
@@ -60,7 +65,8 @@ class LiveView:
 
     def totals(self) -> Totals:
         """See `GatewayView`."""
-        sessions = [session.statistics() for relay in self._registry.relays() for session in relay.sessions.values()]
+        instances = [one for relay in self._registry.relays() for one in (relay, *self._registry.leaving(relay.relay_id))]
+        sessions = [session.statistics() for relay in instances for session in relay.sessions.values()]
         return Totals(
             gateway_id=self._gateway_id,
             version=__version__,
@@ -75,9 +81,9 @@ class LiveView:
         )
 
 
-def _relay(relay: LiveRelay, now: float) -> RelayStatus:
+def _relay(relay: LiveRelay, leaving: tuple[LiveRelay, ...], now: float) -> RelayStatus:
     state: RelayState
-    if relay.draining:
+    if relay.draining or relay.is_drained:
         state = "draining"
     elif relay.readiness is Readiness.UP:
         state = "up"
@@ -92,4 +98,5 @@ def _relay(relay: LiveRelay, now: float) -> RelayStatus:
         round(now - relay.since, 1),
         tuple(offer.name for offer in relay.offers),
         tuple(link_status(session.statistics()) for session in relay.sessions.values()),
+        sum(instance.open_streams for instance in leaving),
     )

@@ -11,7 +11,10 @@ RelayState = Literal["up", "held", "draining", "connecting"]
 
 @dataclass(frozen=True, slots=True)
 class RelayStatus:
-    """One relay that is here, or whose sessions are held. `connected_s` counts from when this instance came."""
+    """One relay that is here, or whose sessions are held. `connected_s` counts from when this instance came.
+
+    `leaving_streams` are those that earlier instances of it still have.
+    """
 
     relay_id: str
     instance: str
@@ -21,6 +24,7 @@ class RelayStatus:
     connected_s: float
     services: tuple[str, ...]
     links: tuple[LinkStatus, ...]
+    leaving_streams: int = 0
 
 
 @dataclass(frozen=True, slots=True)

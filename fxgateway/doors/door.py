@@ -6,7 +6,7 @@ import logging
 import secrets
 import socket
 import ssl
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, Protocol, TypeVar
 
@@ -35,6 +35,7 @@ T = TypeVar("T")
 ACCEPTS_PER_TURN: Final = 64
 PAUSE_S: Final = 0.25
 SWEEP_S: Final = 0.5
+WAIT_POLL_S: Final = 0.02
 MAX_HEADERS_AWAITED: Final = 1_024
 """Connections of one door that may owe their PROXY header at once. Headers come with the first packet, so more of them are no clients."""
 CLIENT_NOTSENT_BYTES: Final = 32_768
@@ -121,11 +122,6 @@ class Door:
         return self.config.service
 
     @property
-    def is_open(self) -> bool:
-        """Whether it takes clients."""
-        return self._listener is not None
-
-    @property
     def leads_to(self) -> str:
         """For people: its service, or how clients choose one."""
         receptionist = self.config.receptionist
@@ -144,6 +140,11 @@ class Door:
         """What logs and status call it."""
         return self.config.name
 
+    @property
+    def occupants(self) -> int:
+        """Clients, and those of whom it is not yet clear what they want."""
+        return len(self.clients) + len(self.proxied) + len(self.hall.visitors)
+
     def open(self, listener: socket.socket) -> None:
         """Take clients from `listener`, a bound, listening, non-blocking socket. The door owns it."""
         self._listener = listener
@@ -155,13 +156,27 @@ class Door:
         self.config = config
         self._tags = _tags_of(config)
 
-    def close(self) -> None:
-        """Stop listening. Who has not yet said which client it speaks for is no client, and is turned away."""
+    def wait_until(self, is_time: Callable[[], bool], deadline: float) -> None:
+        """Leave clients in the listener's queue until `is_time`, or the reactor's clock shows `deadline`. Right after `open`."""
+        if not self._paused and self._listener is not None:
+            self._paused = True
+            self.reactor.unregister(self._listener)
+        if is_time() or self.reactor.now >= deadline:
+            self._resume()
+        else:
+            self.reactor.call_later(WAIT_POLL_S, lambda: self.wait_until(is_time, deadline))
+
+    def release(self) -> None:
+        """Stop listening. Everybody who is in stays, and whoever is about to say what he wants may do so."""
         listener, self._listener = self._listener, None
         if listener is not None:
             if not self._paused:
                 self.reactor.unregister(listener)
             listener.close()
+
+    def close(self) -> None:
+        """Stop listening. Who has not yet said which client it speaks for is no client, and is turned away."""
+        self.release()
         for proxied in list(self.proxied):
             proxied.fail("closed", "the door is closed")
         self.hall.close()
@@ -299,7 +314,7 @@ class Door:
         self._sweep = self.reactor.call_later(SWEEP_S, self._sweep_now)
 
     def _sweep_now(self) -> None:
-        if self._listener is None and not self.clients:
+        if self._listener is None and not self.occupants:
             return
         self._sweep_later()
         now = self.reactor.now

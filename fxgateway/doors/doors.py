@@ -1,9 +1,11 @@
 """Pump: all doors of a gateway, and how a reload changes them: all of it, or nothing."""
 
 from collections.abc import Sequence
+from functools import partial
 
 from fxgateway.doors.door import CLIENT_OPTIONS, Door, DoorConfig, Relays
 from fxgateway.routing.admission import Admission
+from fxgateway.routing.table import Forward
 from fxtunnel.engine.reactor import Reactor
 from fxtunnel.kit.listeners import Inherited, bound_address, listen
 
@@ -17,6 +19,7 @@ class Doors:
         self._admission = admission
         self._open: dict[str, Door] = {}
         self._closed: list[Door] = []
+        self._inherited: Inherited | None = None
         self.bound: dict[str, str] = {}
 
     def open_doors(self) -> list[Door]:
@@ -26,14 +29,15 @@ class Doors:
     @property
     def clients(self) -> int:
         """Clients in all doors, closed ones included."""
-        return sum(len(door.clients) for door in (*self._open.values(), *self._closed))
+        return sum(door.occupants for door in (*self._open.values(), *self._closed))
 
     def apply(self, configs: Sequence[DoorConfig], inherited: Inherited | None = None) -> None:
-        """Have exactly these doors open. Those that stay keep their sockets and clients.
+        """Have exactly these doors open. Those that stay keep their sockets and clients. `inherited` need be given once only.
 
         Raises:
             ListenError: one of them cannot be opened. Nothing has changed.
         """
+        self._inherited = inherited = inherited or self._inherited
         wanted = {str(config.listen): config for config in configs}
         fresh = {}
         try:
@@ -42,6 +46,8 @@ class Doors:
                     fresh[key] = listen(config.listen, inherited, CLIENT_OPTIONS)
         except BaseException:
             for sock in fresh.values():
+                if inherited is not None:
+                    inherited.forget(str(bound_address(sock)))
                 sock.close()
             raise
         for key in [key for key in self._open if key not in wanted]:
@@ -55,10 +61,29 @@ class Doors:
                 self._open[key].reconfigure(config)
         self._closed = [door for door in self._closed if door.clients]
 
+    def wait_for_relays(self, wait_s: float) -> None:
+        """Let clients in when every service of their door has a relay, or after `wait_s`: after a restart relays need a moment to be back.
+
+        Until then clients wait in the queues of the listening sockets.
+        """
+        for door in self._open.values():
+            door.wait_until(partial(self._is_served, door), self._reactor.now + wait_s)
+
+    def release(self) -> None:
+        """Take no more clients: a successor has the sockets. Whoever is in stays."""
+        for key in list(self._open):
+            door = self._open.pop(key)
+            door.release()
+            self._closed.append(door)
+
     def close(self) -> None:
         """Take no more clients; those that are in stay."""
         for key in list(self._open):
             self._close(key)
+
+    def _is_served(self, door: Door) -> bool:
+        decisions = (self._relays.routes.decide(service) for service in door.services)
+        return all(isinstance(decision, Forward) for decision in decisions)
 
     def abort_all(self) -> None:
         """End every client, with RST."""
@@ -72,6 +97,8 @@ class Doors:
 
     def _close(self, key: str) -> None:
         door = self._open.pop(key)
-        self.bound.pop(key, None)
+        bound = self.bound.pop(key, None)
+        if bound is not None and self._inherited is not None:
+            self._inherited.forget(bound)
         door.close()
         self._closed.append(door)

@@ -45,7 +45,7 @@ class Hall:
         """A client's TLS handshake is done."""
         self.visitors.pop(securing, None)
         receptionist = self.door.config.receptionist
-        if receptionist is None or not self.door.is_open:  # the door has become another one, or closed
+        if receptionist is None:  # the door has become another one
             self.door.admission.release(securing.admitted_by, securing.address)
             abort(sock)
             return

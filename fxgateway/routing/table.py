@@ -12,9 +12,11 @@ class Readiness(IntEnum):
     """How well a relay could take a stream now; lower is better."""
 
     UP = 0
-    HELD = 1
+    LEAVING = 1
+    """It makes way for a successor of its own that is not there yet: still better than nobody."""
+    HELD = 2
     """Its links are lost but may be resumed; a stream would wait."""
-    NONE = 2
+    NONE = 3
 
 
 class Candidate(Protocol):

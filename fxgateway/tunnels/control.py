@@ -9,12 +9,13 @@ from typing import Final, assert_never
 import trio
 from trio_websocket import WebSocketConnection
 
-from fxgateway.tunnels.ports import Registry
+from fxgateway.tunnels.ports import Departure, Registry
 from fxgateway.tunnels.tickets import LIFETIME_S, TicketBook
 from fxtunnel import __version__
 from fxtunnel.codes import Code, Refusal
 from fxtunnel.control.channel import Channel
 from fxtunnel.control.messages import (
+    CAP_LEAVING,
     PROTOCOL_VERSION,
     TEXT_CHARS,
     Closing,
@@ -41,12 +42,13 @@ RETRY_AFTER_S: Final = 5.0
 
 @dataclass(frozen=True, slots=True)
 class ControlConfig:
-    """What the gateway tells relays, and keeps to itself. Seconds."""
+    """What the gateway tells relays, and keeps to itself. Seconds. `process` tells one run of the gateway from the next."""
 
     heartbeat_s: float = 3.0
     dead_after_s: float = 10.0
     hold_s: float = 30.0
     hello_timeout_s: float = 5.0
+    process: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +67,13 @@ class ControlLink:
         self._channel = channel
         self.remote_address = remote_address
         self.connected_at = trio.current_time()
+
+    def drain(self, deadline_s: float) -> None:
+        """See `ControlHandle`."""
+        try:
+            self._channel.send_nowait(Drain(deadline_s=deadline_s))
+        except TunnelClosed:
+            logger.debug("the link ended before its relay could be told of the drain")
 
     def close(self, code: Code, text: str, retry_after_s: float = 0) -> None:
         """Tell the relay why, then end the link, soon. Never blocks; only the first call counts."""
@@ -128,6 +137,9 @@ class ControlDesk:
         # Revoked since the assertion was checked? From here on the registry would be told.
         if not caller.is_trusted():
             raise PeerRefused(Refusal.REVOKED, f"relay {caller.relay_id} was revoked by the gateway's administrator")
+        if CAP_LEAVING in hello.caps and not self._registry.knows(caller.relay_id, hello.instance):
+            # It has nothing here, and must not push a successor out.
+            raise PeerRefused(Refusal.DRAINING, "this relay drains, and has no sessions here", retry_after_s=RETRY_AFTER_S)
         self.check_room(caller.relay_id)
         return hello
 
@@ -146,6 +158,7 @@ class ControlDesk:
                     dead_after_s=config.dead_after_s,
                     hold_s=config.hold_s,
                     caps=CAPS,
+                    process=config.process,
                 )
             )
             await channel.run(
@@ -172,9 +185,9 @@ class ControlDesk:
                 self._registry.update_services(relay_id, instance, services)
             case Load(streams=streams):
                 self._registry.note_load(relay_id, instance, streams)
-            case Drain():
+            case Drain(deadline_s=deadline_s, handover=handover):
                 logger.info("relay %s is draining", relay_id)
-                self._registry.mark_draining(relay_id, instance)
+                self._registry.mark_draining(relay_id, instance, Departure(deadline_s, handover))
             case Closing() | Ping() | Pong():
                 pass
             case Hello() | Welcome() | Refused() | Ticket():

@@ -77,6 +77,7 @@ class TunnelPort:
         self._replays = ReplayGuard()
         self.refused: dict[str, int] = {}
         self._lobby = Lobby()
+        self._accepting = trio.CancelScope()
         tickets = TicketBook(lambda: f"fxt_{secrets.token_urlsafe(32)}")
         self._control = ControlDesk(gateway_id, registry, tickets, control)
         self._data = DataDesk(registry, tickets)
@@ -92,11 +93,20 @@ class TunnelPort:
         self._context, self._limits = context, limits
 
     async def run(self, listeners: list[trio.SocketListener], *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Accept until cancelled; then control links say goodbye, which takes at most a second. Closes the listeners."""
-        async with trio.open_nursery() as handlers, trio.open_nursery() as accepting:
-            for listener in listeners:
-                accepting.start_soon(self._accept, listener, handlers)
-            task_status.started()
+        """Accept until cancelled, or until `stop_accepting` and the last link's end. Closes the listeners.
+
+        When it is cancelled, control links say goodbye, which takes at most a second.
+        """
+        async with trio.open_nursery() as handlers:
+            with self._accepting:
+                async with trio.open_nursery() as accepting:
+                    for listener in listeners:
+                        accepting.start_soon(self._accept, listener, handlers)
+                    task_status.started()
+
+    def stop_accepting(self) -> None:
+        """Close the listeners, soon: a successor has them. Whoever is in stays."""
+        self._accepting.cancel()
 
     async def _accept(self, listener: trio.SocketListener, handlers: trio.Nursery) -> None:
         async with listener:

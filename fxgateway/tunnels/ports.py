@@ -1,10 +1,19 @@
 """Port: what the tunnel port needs of the rest of the gateway."""
 
 import ssl
+from dataclasses import dataclass
 from typing import Protocol
 
 from fxtunnel.codes import Code
 from fxtunnel.model import InstanceId, Offer, RelayId, SessionId
+
+
+@dataclass(frozen=True, slots=True)
+class Departure:
+    """An instance goes away within `deadline_s`. `hands_over`: until its successor is there it still takes what nobody else can."""
+
+    deadline_s: float
+    hands_over: bool = False
 
 
 class ControlHandle(Protocol):
@@ -17,6 +26,9 @@ class ControlHandle(Protocol):
     @property
     def connected_at(self) -> float:
         """Since when, on the monotonic clock."""
+
+    def drain(self, deadline_s: float) -> None:
+        """Tell the relay that no new streams come from here, and that it should look for another process of the gateway. Never blocks."""
 
     def close(self, code: Code, text: str, retry_after_s: float = 0) -> None:
         """Tell the relay why, then end the link, soon. Never blocks; only the first call counts."""
@@ -66,8 +78,11 @@ class Registry(Protocol):
     def update_services(self, relay_id: RelayId, instance: InstanceId, offers: tuple[Offer, ...]) -> None:
         """What the relay offers from now on."""
 
-    def mark_draining(self, relay_id: RelayId, instance: InstanceId) -> None:
-        """No new streams for this relay."""
+    def knows(self, relay_id: RelayId, instance: InstanceId) -> bool:
+        """Whether this instance is here, or held."""
+
+    def mark_draining(self, relay_id: RelayId, instance: InstanceId, departure: Departure) -> None:
+        """This instance goes away."""
 
     def note_load(self, relay_id: RelayId, instance: InstanceId, streams: int) -> None:
         """How many streams the relay says it carries."""

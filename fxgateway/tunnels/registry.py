@@ -3,9 +3,10 @@
 import logging
 import secrets
 from dataclasses import dataclass
+from typing import Final
 
 from fxgateway.routing.table import Readiness, RouteTable
-from fxgateway.tunnels.ports import ControlHandle
+from fxgateway.tunnels.ports import ControlHandle, Departure
 from fxtunnel.codes import Code
 from fxtunnel.engine.ports import SessionConfig
 from fxtunnel.engine.reactor import Reactor
@@ -14,6 +15,11 @@ from fxtunnel.model import InstanceId, Offer, RelayId, SessionId
 from fxtunnel.protocol.credit import WindowBudget
 
 logger = logging.getLogger(__name__)
+
+MAX_LEAVING: Final = 8
+"""Instances of one relay that may drain beside the present one: a relay that is restarted in a tight loop must not fill the memory."""
+DEPARTURE_GRACE_S: Final = 10.0
+"""Beyond the deadline that a draining instance has named itself, before it is fenced off."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +33,21 @@ class RegistryLimits:
 class LiveRelay:
     """One instance of a relay, from its first control link until its last session has ended."""
 
-    __slots__ = ("draining", "epoch", "instance", "link", "offers", "relay_id", "reported_streams", "sessions", "since")
+    __slots__ = (
+        "draining",
+        "epoch",
+        "hands_over",
+        "instance",
+        "is_drained",
+        "leave_by",
+        "link",
+        "offers",
+        "predecessor",
+        "relay_id",
+        "reported_streams",
+        "sessions",
+        "since",
+    )
 
     def __init__(self, relay_id: RelayId, instance: InstanceId, epoch: int, now: float) -> None:
         self.relay_id = relay_id
@@ -38,6 +58,14 @@ class LiveRelay:
         self.link: ControlHandle | None = None
         self.sessions: dict[SessionId, Session] = {}
         self.draining = False
+        """It has said that it goes away."""
+        self.hands_over = False
+        """It said so to make way for a successor, and serves until that one does."""
+        self.is_drained = False
+        """An administrator here wants nothing new to go there."""
+        self.leave_by = 0.0
+        self.predecessor: LiveRelay | None = None
+        """The instance that makes way for this one, while it has streams."""
         self.reported_streams = 0
 
     @property
@@ -47,16 +75,24 @@ class LiveRelay:
 
     @property
     def readiness(self) -> Readiness:
-        """See `Candidate`."""
-        if self.draining or not self.sessions:
+        """See `Candidate`. Until its own first session is up, a predecessor stands in."""
+        own, older = self._readiness, self.predecessor
+        return own if older is None or own is Readiness.UP or self.is_drained else min(own, older.readiness)
+
+    @property
+    def _readiness(self) -> Readiness:
+        if self.is_drained or not self.sessions or (self.draining and not self.hands_over):
             return Readiness.NONE
         for session in self.sessions.values():
             if session.is_up:
-                return Readiness.UP
+                return Readiness.LEAVING if self.draining else Readiness.UP
         return Readiness.HELD
 
     def session_for_stream(self) -> Session | None:
         """The session a new stream should go on: one that is up, with the fewest streams."""
+        older = self.predecessor
+        if older is not None and older.readiness < self._readiness:
+            return older.session_for_stream()
         if len(self.sessions) == 1:
             (only,) = self.sessions.values()
             return only
@@ -64,7 +100,9 @@ class LiveRelay:
 
 
 class Registry:
-    """Who is here. One entry per relay id; a new instance takes the name over and fences the old one off."""
+    """Who is here. One entry per relay id; a new instance takes the name over and fences the old one off, unless that one has said that it
+    goes away: then it keeps its sessions until their streams have ended.
+    """
 
     def __init__(self, reactor: Reactor, config: SessionConfig, budget: WindowBudget, limits: RegistryLimits) -> None:
         self.routes: RouteTable[LiveRelay] = RouteTable()
@@ -75,11 +113,17 @@ class Registry:
         self._budget = budget
         self._limits = limits
         self._relays: dict[RelayId, LiveRelay] = {}
+        self._leaving: dict[RelayId, dict[InstanceId, LiveRelay]] = {}
+        self._drained: set[RelayId] = set()
         self._epochs: dict[RelayId, int] = {}
 
     def relays(self) -> tuple[LiveRelay, ...]:
-        """Everyone, for status pages."""
+        """Everyone, for status pages. See `leaving`."""
         return tuple(self._relays.values())
+
+    def leaving(self, relay_id: RelayId) -> tuple[LiveRelay, ...]:
+        """Earlier instances of a relay that still have streams to end."""
+        return tuple(self._leaving.get(relay_id, {}).values())
 
     def named(self, relay_id: RelayId) -> LiveRelay | None:
         """The relay with this name, if it could take a stream."""
@@ -96,32 +140,66 @@ class Registry:
 
     def enter(self, relay_id: RelayId, instance: InstanceId, offers: tuple[Offer, ...], link: ControlHandle) -> int:
         """A control link is up. Returns the epoch. The same instance keeps its sessions; any other one is fenced off at once."""
-        relay = self._relays.get(relay_id)
+        self.sweep()
+        older: LiveRelay | None = None
+        relay = self._leaving.get(relay_id, {}).get(instance) or self._relays.get(relay_id)
         if relay is not None and relay.instance != instance:
-            logger.warning("relay %s was taken over by a new instance", relay_id)
-            self._expel(relay, Code.FENCED, "another instance has this relay's name now")
+            if relay.draining:
+                logger.info("relay %s has a new instance; the one before ends its streams", relay_id)
+                older = self._step_aside(relay)
+            else:
+                logger.warning("relay %s was taken over by a new instance", relay_id)
+                self._expel(relay, Code.FENCED, "another instance has this relay's name now")
             relay = None
         if relay is None:
             epoch = self._epochs[relay_id] = self._epochs.get(relay_id, 0) + 1
             relay = self._relays[relay_id] = LiveRelay(relay_id, instance, epoch, self._reactor.now)
+            relay.predecessor = older
+            relay.is_drained = relay_id in self._drained
         elif relay.link is not None:
             relay.link.close(Code.NORMAL, "a newer control link replaces this one")
         relay.link = link
-        relay.draining = False
-        self._offer(relay, offers)
+        if self._relays.get(relay_id) is relay:
+            self._offer(relay, offers)
         return relay.epoch
 
     def update_services(self, relay_id: RelayId, instance: InstanceId, offers: tuple[Offer, ...]) -> None:
         """The relay has reloaded its configuration."""
         relay = self._instance(relay_id, instance)
-        if relay is not None:
+        if relay is not None and self._relays.get(relay_id) is relay:
             self._offer(relay, offers)
 
-    def mark_draining(self, relay_id: RelayId, instance: InstanceId) -> None:
-        """No new streams for this relay."""
+    def knows(self, relay_id: RelayId, instance: InstanceId) -> bool:
+        """Whether this instance is here, or held."""
+        return self._instance(relay_id, instance) is not None
+
+    def mark_draining(self, relay_id: RelayId, instance: InstanceId, departure: Departure = Departure(0.0)) -> None:  # noqa: B008 - frozen
+        """This instance goes away: nothing new for it, or only what nobody else can take (`Departure.hands_over`)."""
         relay = self._instance(relay_id, instance)
         if relay is not None:
             relay.draining = True
+            relay.hands_over = departure.hands_over
+            relay.leave_by = self._reactor.now + departure.deadline_s + DEPARTURE_GRACE_S
+
+    def drain(self, relay_id: RelayId) -> None:
+        """Give this relay nothing new, whichever of its instances is here, until `undrain`."""
+        self._drained.add(relay_id)
+        if relay_id in self._relays:
+            self._relays[relay_id].is_drained = True
+
+    def undrain(self, relay_id: RelayId) -> None:
+        """`drain` is over."""
+        self._drained.discard(relay_id)
+        if relay_id in self._relays:
+            self._relays[relay_id].is_drained = False
+
+    def sweep(self) -> None:
+        """Fence off instances that drain for longer than they have said. Call now and then."""
+        for instances in list(self._leaving.values()):
+            for relay in list(instances.values()):
+                if self._reactor.now > relay.leave_by:
+                    logger.warning("an earlier instance of relay %s has not ended in time", relay.relay_id)
+                    self._expel(relay, Code.FENCED, "it was to end by now")
 
     def note_load(self, relay_id: RelayId, instance: InstanceId, streams: int) -> None:
         """What the relay says it carries, for status pages."""
@@ -131,10 +209,10 @@ class Registry:
 
     def leave(self, relay_id: RelayId, link: ControlHandle) -> None:
         """A control link has ended. Sessions stay: they live and die by their own links."""
-        relay = self._relays.get(relay_id)
-        if relay is not None and relay.link is link:
-            relay.link = None
-            self._forget_if_gone(relay)
+        for relay in (*self.leaving(relay_id), self._relays.get(relay_id)):
+            if relay is not None and relay.link is link:
+                relay.link = None
+                self._forget_if_gone(relay)
 
     def new_session(self, relay_id: RelayId, instance: InstanceId) -> Session | None:
         """A session for a data link that has shown its ticket; None when the relay is not here or has enough."""
@@ -143,6 +221,8 @@ class Registry:
             return None
         session = Session(self._reactor, SessionId(secrets.token_hex(16)), _Owner(self, relay), self._config, self._budget)
         relay.sessions[session.id] = session
+        if relay.predecessor is not None and relay.predecessor.link is not None:
+            relay.predecessor.link.drain(0)  # its successor serves: it need not wait any longer
         return session
 
     def find_session(self, relay_id: RelayId, instance: InstanceId, session_id: SessionId) -> Session | None:
@@ -152,23 +232,31 @@ class Registry:
 
     def revoke(self, relay_id: RelayId) -> None:
         """End everything this relay has here."""
-        relay = self._relays.get(relay_id)
-        if relay is not None:
-            logger.warning("relay %s is revoked; its tunnels are closed", relay_id)
-            self._expel(relay, Code.REVOKED, "the administrator revoked this relay")
+        for relay in (*self.leaving(relay_id), self._relays.get(relay_id)):
+            if relay is not None:
+                logger.warning("relay %s is revoked; its tunnels are closed", relay_id)
+                self._expel(relay, Code.REVOKED, "the administrator revoked this relay")
 
     def begin_drain(self, deadline_s: float) -> None:
-        """The gateway is going away: relays are told; nothing new is routed."""
+        """The gateway is going away: nobody new comes in."""
         self.is_draining = True
         logger.info("draining %d relays for at most %g s", len(self._relays), deadline_s)
 
+    def send_on(self, deadline_s: float) -> None:
+        """Another process of the gateway is about to serve: relays are told to look for it, beside the links they have here."""
+        for relay in self._relays.values():
+            if relay.link is not None:
+                relay.link.drain(deadline_s)
+
     def close_all(self, code: Code, text: str, retry_after_s: float) -> None:
         """Say goodbye to everyone."""
-        for relay in list(self._relays.values()):
+        leaving = [relay for relay_id in self._leaving for relay in self.leaving(relay_id)]
+        for relay in [*self._relays.values(), *leaving]:
             if relay.link is not None:
                 relay.link.close(code, text, retry_after_s)
             self._close_sessions(relay, code, text)
         self._relays.clear()
+        self._leaving.clear()
 
     def session_closed(self, relay: LiveRelay, session: Session, code: Code, text: str) -> None:
         """A session has ended by itself."""
@@ -186,7 +274,21 @@ class Registry:
 
     def _instance(self, relay_id: RelayId, instance: InstanceId) -> LiveRelay | None:
         relay = self._relays.get(relay_id)
-        return relay if relay is not None and relay.instance == instance else None
+        if relay is not None and relay.instance == instance:
+            return relay
+        return self._leaving[relay_id].get(instance) if relay_id in self._leaving else None
+
+    def _step_aside(self, relay: LiveRelay) -> LiveRelay | None:
+        """Keep a draining instance beside the one that follows it; None if it has nothing left to end."""
+        self._relays.pop(relay.relay_id, None)
+        if relay.link is None and not relay.sessions:
+            return None
+        leaving = self._leaving.setdefault(relay.relay_id, {})
+        if len(leaving) >= MAX_LEAVING:
+            self._expel(next(iter(leaving.values())), Code.FENCED, "too many instances of this relay drain at once")
+        leaving[relay.instance] = relay
+        self._leaving[relay.relay_id] = leaving
+        return relay
 
     def _offer(self, relay: LiveRelay, offers: tuple[Offer, ...]) -> None:
         relay.offers = offers
@@ -194,8 +296,10 @@ class Registry:
 
     def _expel(self, relay: LiveRelay, code: Code, text: str) -> None:
         # Out of the table first: streams that may be tried again must not find this relay.
-        self.routes.remove(relay.relay_id)
-        self._relays.pop(relay.relay_id, None)
+        if self._relays.get(relay.relay_id) is relay:
+            self.routes.remove(relay.relay_id)
+            del self._relays[relay.relay_id]
+        self._forget_leaving(relay)
         if relay.link is not None:
             relay.link.close(code, text)
         self._close_sessions(relay, code, text)
@@ -205,9 +309,22 @@ class Registry:
             session.close(code, text)
 
     def _forget_if_gone(self, relay: LiveRelay) -> None:
-        if relay.link is None and not relay.sessions and self._relays.get(relay.relay_id) is relay:
+        if relay.link is not None or relay.sessions:
+            return
+        if self._relays.get(relay.relay_id) is relay:
             del self._relays[relay.relay_id]
             self.routes.remove(relay.relay_id)
+        self._forget_leaving(relay)
+
+    def _forget_leaving(self, relay: LiveRelay) -> None:
+        leaving = self._leaving.get(relay.relay_id, {})
+        if leaving.get(relay.instance) is relay:
+            del leaving[relay.instance]
+            if not leaving:
+                del self._leaving[relay.relay_id]
+        for later in (*leaving.values(), self._relays.get(relay.relay_id)):
+            if later is not None and later.predecessor is relay:
+                later.predecessor = None
 
 
 class _Owner:

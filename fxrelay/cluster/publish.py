@@ -66,6 +66,7 @@ class Publisher:
         self._measured: Facts = {}
         self._measured_ms: int | None = None
         self._is_leaving = False
+        self._is_silent = False
         self.published = 0
         self.last_error = ""
 
@@ -73,8 +74,13 @@ class Publisher:
         """Something others should know of has changed: publish soon."""
         self._changed.set()
 
+    def hush(self) -> None:
+        """Another process of this node is about to publish: say nothing more, or others would see two nodes with one id."""
+        self._is_silent = True
+
     def leave(self) -> None:
-        """This node takes nothing new from now on: say so at once."""
+        """This node takes nothing new from now on: say so at once. Not if `hush` was called and the other process has been heard since."""
+        self._is_silent = self._is_silent and self._has_successor()
         self._is_leaving = True
         self._changed.set()
 
@@ -114,7 +120,13 @@ class Publisher:
             self._measured_ms = began_ms
         await self._send(self._measured)
 
+    def _has_successor(self) -> bool:
+        member = self._view.members.get(self._config.server_id, self._view.now)
+        return member is not None and member.server.instance != self._config.instance
+
     async def _send(self, measured: Facts) -> None:
+        if self._is_silent and self._has_successor():
+            return
         self._seq += 1
         measured_ms = self._view.now_ms if self._measured_ms is None else self._measured_ms
         text = json.dumps(
@@ -143,6 +155,8 @@ class Publisher:
             self.last_error = error
             return
         self._view.know(text)  # this node knows itself, also while the store is away
+        if self._is_silent:
+            return
         try:
             self._view.store_took(await self._threads.run(lambda: self._store.put(SERVERS, self._config.server_id, text)))
             self.published += 1

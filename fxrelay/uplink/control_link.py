@@ -52,6 +52,7 @@ class ControlLink:
         self._waiting: dict[int, _Answer] = {}
         self._closing: Closing | None = None
         self._is_over = False
+        self._on_drain: Callable[[float], None] = lambda deadline_s: None
 
     def send_nowait(self, message: Message) -> None:
         """Queue a message. Raises TunnelClosed when the link is ending."""
@@ -81,12 +82,15 @@ class ControlLink:
             raise TunnelClosed(Code.LINK_LOST, "the control link ended before a ticket came")
         return answer.ticket
 
-    async def run(self, count_streams: Callable[[], int]) -> None:
+    async def run(self, count_streams: Callable[[], int], on_drain: Callable[[float], None]) -> None:
         """Carry messages until the link ends. Run it once; cancelling it is a goodbye.
+
+        `on_drain` is called with the seconds that are left when the gateway wants no new streams to come this way any more.
 
         Raises:
             TunnelClosed: always, when it ends by itself; GatewayClosing when the gateway said why.
         """
+        self._on_drain = on_drain
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._report_load, count_streams)
@@ -114,7 +118,7 @@ class ControlLink:
             case Closing():
                 self._closing = message
             case Drain(deadline_s=deadline_s):
-                logger.info("gateway %s is going away within %g s", self.welcome.gateway_id, deadline_s)
+                self._on_drain(deadline_s)
             case _:
                 raise RemoteProtocolError(Code.PROTOCOL_ERROR, f"a gateway does not send {message.type} here")
 

@@ -57,6 +57,10 @@ class Proxy:
         return f"the proxy {self.host}:{self.port}"
 
 
+class Unreachable(TunnelError):
+    """Nothing listens there, or no way leads there. Trying again soon costs nobody anything."""
+
+
 @contextmanager
 def within(limit_s: float, what: str) -> Iterator[None]:
     """A deadline whose passing is a TunnelError: "`what` within N s"."""
@@ -106,7 +110,7 @@ async def _connect(host: str, port: int, name: str) -> trio.SocketStream:
     except socket.gaierror as exc:
         raise TunnelError(f"cannot find {name}: {exc.strerror or exc}") from exc
     except OSError as exc:
-        raise TunnelError(f"cannot connect to {name}: {_reason(exc)}") from exc
+        raise Unreachable(f"cannot connect to {name}: {_reason(exc)}") from exc
     except ValueError as exc:  # a name that no DNS label can hold
         raise TunnelError(f"cannot find {name}: not a host name") from exc
 

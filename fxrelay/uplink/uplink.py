@@ -1,28 +1,31 @@
 """Task: the way up to one gateway: its control link kept up, its data sessions kept alive, whatever the network does."""
 
 import logging
+import math
 import random
 import ssl
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Final
 
 import trio
 
 from fxrelay.uplink.control_link import ControlLink, control_hello, open_control_link
 from fxrelay.uplink.datalink import open_data_link
-from fxrelay.uplink.dial import Dialler, within
+from fxrelay.uplink.dial import Dialler, Unreachable
 from fxrelay.uplink.enrol import enrol
 from fxrelay.uplink.gateway_file import GatewayFile, GatewayUrl
 from fxrelay.uplink.identity import Identity
 from fxrelay.uplink.ports import LinkSession, SessionFactory, UplinkConfig, UplinkSessionOwner, UplinkState, UplinkStatistics
 from fxrelay.uplink.slot import Slot
+from fxrelay.uplink.ties import Ties
 from fxrelay.uplink.verdicts import Doubling, final_error, retry_after_s
 from fxtunnel.codes import Code, Refusal
 from fxtunnel.control.channel import GOODBYE_S
-from fxtunnel.control.messages import Closing, Drain, Services
-from fxtunnel.errors import FxError, PeerRefused, TunnelClosed
+from fxtunnel.control.messages import CAP_LEAVING, Drain, Services
+from fxtunnel.errors import FxError, PeerRefused
 from fxtunnel.kit.backoff import FullJitter
 from fxtunnel.model import GatewayId, Offer, SessionId
 from fxtunnel.protocol.hello import Hello, Welcome
@@ -31,6 +34,14 @@ logger = logging.getLogger(__name__)
 
 SETTLED_S: Final = 1.0
 """A control link that lasted this long was no failure: the next one is dialled without the waits that earlier failures had earned."""
+RECENT_S: Final = 120.0
+"""For so long after a loss the gateway is most likely being restarted, and is looked for often: it should have its relays back at once."""
+RECENT_CAP_S: Final = 4.0
+ABSENT_CAP_S: Final = 2.0
+"""The same where nobody even listens: an attempt costs the gateway nothing then."""
+DEPARTURE_SPREAD_S: Final = 0.2
+"""Relays that are told to look for another process of their gateway do so within this time, not all at the same moment."""
+MAX_DEADLINE_S: Final = 86_400.0  # of a Drain message
 FLAP_CAP_S: Final = 1.0
 """Longest wait after a control link that came up and broke at once. The way exists, and streams wait for tickets."""
 
@@ -47,6 +58,7 @@ class Uplink:
     """One gateway's uplink. `run` it once; everything else may be called while it runs, from the same thread.
 
     Data sessions outlive the control link. What heals by itself is tried again for as long as `run` lives; what needs a person ends it.
+    When the gateway's process goes away its successor is tied to at once; what is open ends at the old one, in its own time.
     """
 
     def __init__(
@@ -66,17 +78,19 @@ class Uplink:
         self._config = config
         self._around = surroundings or Surroundings()
         self._dialler = Dialler(gateway.ca_pem, config.proxy, timeout_s=config.dial_timeout_s, dead_after_s=config.dead_after_s)
-        self._slots = [Slot(self, config, self._around.rng) for _ in range(config.links)]
+        self._ties = [self._new_ties()]
+        """To the gateway's processes; the last is the present one."""
         self._url_number = 0
-        self._link: ControlLink | None = None
-        self._link_changed = trio.Event()
         self._must_enrol = False
         self._has_enrolled = False
         self._welcomes = 0
         self._welcome_at = 0.0
+        self._lost_at = -math.inf
         self._epoch = 0
-        self._hold_s = 0.0
         self._drain_until: float | None = None
+        self._makes_way = False
+        self.is_relieved = False
+        """After `make_way`: a successor serves at the gateway."""
         self._is_stopping = False
         self._scope = trio.CancelScope()
         self._ended = trio.Event()
@@ -84,11 +98,6 @@ class Uplink:
         self._state = UplinkState.STOPPED
         self._since_unix = self._around.now_unix()
         self._last_error = ""
-
-    @property
-    def hold_s(self) -> float:
-        """How long the gateway keeps a session without a link, in seconds."""
-        return self._hold_s
 
     @property
     def wants_sessions(self) -> bool:
@@ -108,9 +117,12 @@ class Uplink:
         try:
             with self._scope:
                 async with trio.open_nursery() as nursery:
-                    for slot in self._slots:
-                        nursery.start_soon(slot.run)
-                    nursery.start_soon(self._keep_control_link, task_status)
+                    while True:
+                        ties = self._ties[-1]
+                        nursery.start_soon(self._hold, ties, task_status)
+                        await ties.departs.wait()
+                        self._ties.append(self._new_ties())
+                        await trio.sleep(self._around.rng.uniform(0, DEPARTURE_SPREAD_S))
         finally:
             self._is_stopping = True
             self._close_sessions(Code.SHUTDOWN, "the relay stops")
@@ -122,20 +134,22 @@ class Uplink:
     async def shutdown(self, code: Code, text: str = "") -> None:
         """Close the sessions and tell the gateway why, then end `run`, which returns. Takes at most about a second; idempotent."""
         self._is_stopping = True
-        if self._link is not None:
-            self._link.end_soon(Closing(code=code, message=text))
-        self._close_sessions(code, text)
         with trio.move_on_after(GOODBYE_S):
-            while self._link is not None:
-                await self._link_changed.wait()
+            async with trio.open_nursery() as nursery:
+                for ties in self._ties:
+                    nursery.start_soon(ties.say_goodbye, code, text)
+                self._close_sessions(code, text)
         self._scope.cancel()
         if self._state is not UplinkState.STOPPED:
             await self._ended.wait()
 
     def drain(self, deadline_s: float) -> None:
         """Ask the gateway for no more streams; the open ones have `deadline_s`. Sessions are resumed, but not made anew."""
-        self._drain_until = trio.current_time() + deadline_s
-        self._send(Drain(deadline_s=deadline_s))
+        self._go_away(deadline_s, makes_way=False)
+
+    def make_way(self, deadline_s: float) -> None:
+        """As `drain`, but until a successor of this process serves the gateway may send what no other relay can take."""
+        self._go_away(deadline_s, makes_way=True)
 
     def update_services(self, offers: tuple[Offer, ...]) -> None:
         """Offer these services from now on.
@@ -156,22 +170,19 @@ class Uplink:
             self._last_error,
             self._epoch,
             self._drain_until is not None,
-            tuple(slot.session.statistics() for slot in self._slots if slot.session is not None),
+            tuple(slot.session.statistics() for ties in reversed(self._ties) for slot in ties.slots if slot.session is not None),
         )
 
-    async def open_link(self, session: LinkSession | None) -> tuple[ssl.SSLSocket, Welcome]:
-        """For slots: see `SlotHome`. `session` must be detached."""
-        session_id = None if session is None else session.id
-        ticket = await self._ticket(session_id)
-        received = 0 if session is None else session.received
-        return await open_data_link(self._dialler, self._url, Hello(ticket, session_id, received, caps=self._config.caps))
+    async def dial_data(self, hello: Hello) -> tuple[ssl.SSLSocket, Welcome]:
+        """For ties: see `TiesHome`."""
+        return await open_data_link(self._dialler, self._url, hello)
 
     def new_session(self, owner: UplinkSessionOwner, session_id: SessionId) -> LinkSession:
-        """For slots: see `SlotHome`."""
+        """For ties: see `TiesHome`."""
         return self._factory.new_session(owner, session_id)
 
     def ends_with(self, exc: FxError) -> bool:
-        """For slots, and ourselves: see `SlotHome`."""
+        """For ties, and ourselves: see `TiesHome`."""
         final = final_error(exc, self._identity.relay_id, self.gateway_id, was_welcome=self._welcomes > 0)
         if final is None:
             return False
@@ -185,23 +196,37 @@ class Uplink:
     def _url(self) -> GatewayUrl:
         return self._gateway.urls[self._url_number % len(self._gateway.urls)]
 
-    async def _keep_control_link(self, task_status: trio.TaskStatus[None]) -> None:
+    def _new_ties(self) -> Ties:
+        return Ties(self, self._config, lambda ties: Slot(ties, self._config, self._around.rng))
+
+    async def _hold(self, ties: Ties, task_status: trio.TaskStatus[None]) -> None:
+        """Keep the links to one process of the gateway, until it is gone."""
+        async with trio.open_nursery() as nursery:
+            for slot in ties.slots:
+                nursery.start_soon(slot.run)
+            nursery.start_soon(self._keep_control_link, ties, task_status)
+        if ties is not self._ties[-1]:
+            self._ties.remove(ties)
+
+    async def _keep_control_link(self, ties: Ties, task_status: trio.TaskStatus[None]) -> None:
         config, rng = self._config, self._around.rng
         backoff = FullJitter(base_s=config.min_backoff_s, cap_s=config.max_backoff_s, rng=rng)
         flaps = FullJitter(base_s=config.min_backoff_s, cap_s=min(config.max_backoff_s, FLAP_CAP_S), rng=rng)
+        recent = FullJitter(base_s=config.min_backoff_s, cap_s=min(config.max_backoff_s, RECENT_CAP_S), rng=rng)
+        absent = FullJitter(base_s=config.min_backoff_s, cap_s=min(config.max_backoff_s, ABSENT_CAP_S), rng=rng)
         failures = Doubling()
         wait_s = 0.0
-        while not self._is_stopping:
+        while not (self._is_stopping or ties.departs.is_set()):
             welcomes = self._welcomes
-            at_least_s = 0.0
+            at_least_s, is_absent = 0.0, False
             try:
                 await trio.sleep(wait_s)
-                await self._use_control_link(task_status)
+                await self._use_control_link(ties, task_status)
             except FxError as exc:
-                if self._is_stopping or self.ends_with(exc):
+                if self._is_stopping or ties.departs.is_set() or self.ends_with(exc):
                     return
                 self._last_error = str(exc)
-                at_least_s = retry_after_s(exc)
+                at_least_s, is_absent = retry_after_s(exc), isinstance(exc, Unreachable)
             except Exception:  # whatever a peer's bytes did to a library, the relay and its sessions live on
                 logger.exception("the control link to %s failed", self.gateway_id)
                 self._last_error = "internal error"
@@ -210,9 +235,12 @@ class Uplink:
                 continue
             if self._welcomes == welcomes:
                 self._url_number += 1
-                wait_s = backoff.next_s(at_least_s=at_least_s)
+                is_recent = trio.current_time() - self._lost_at < RECENT_S
+                wait_s = (backoff if not is_recent else absent if is_absent else recent).next_s(at_least_s=at_least_s)
             else:
                 backoff.reset()
+                recent.reset()
+                absent.reset()
                 if trio.current_time() - self._welcome_at >= SETTLED_S:
                     flaps.reset()
                     failures.reset()
@@ -223,7 +251,7 @@ class Uplink:
                 )
             self._enter(UplinkState.WAITING)
 
-    async def _use_control_link(self, task_status: trio.TaskStatus[None]) -> None:
+    async def _use_control_link(self, ties: Ties, task_status: trio.TaskStatus[None]) -> None:
         """One control link from dial to end, after enrolment if need be. Returns only when it should be called again at once."""
         url = self._url
         if self._must_enrol or not await self._identity.is_enrolled(self.gateway_id):
@@ -231,16 +259,25 @@ class Uplink:
             await enrol(self._dialler, url, self._gateway, self._identity, self._around.now_unix)
             self._must_enrol, self._has_enrolled = False, True
         self._enter(UplinkState.CONNECTING)
-        hello = control_hello(self._identity, self._offers, self._config.caps)
+        leaving = (CAP_LEAVING,) if self._drain_until is not None else ()
+        hello = control_hello(self._identity, self._offers, (*self._config.caps, *leaving))
         try:
             async with open_control_link(self._dialler, url, self._gateway, hello, self._bearer, self._config) as link:
-                self._welcomed(link, url)
+                if ties.process not in ("", link.welcome.process) and link.welcome.process:
+                    # It has been restarted, and its word of that missed us: what is open at the old process must not be in the way.
+                    logger.info("gateway %s is another process now", self.gateway_id)
+                    self._lost_at = trio.current_time()
+                    ties.depart()
+                    return
+                self._welcomed(ties, link, url)
                 if self._welcomes == 1:
                     task_status.started()
                 try:
-                    await link.run(self._count_streams)
+                    await link.run(lambda: ties.streams, partial(self._on_drain, ties))
                 finally:
-                    self._set_link(None)
+                    if not ties.departs.is_set():
+                        self._lost_at = trio.current_time()
+                    ties.set_link(None)
         except PeerRefused as exc:
             # Only until the first welcome: a relay that is forgotten while it runs must not take its name back by itself.
             if exc.refusal is not Refusal.UNKNOWN_RELAY or self._welcomes or self._has_enrolled or self._gateway.enrolment is None:
@@ -251,50 +288,42 @@ class Uplink:
     def _bearer(self) -> str:
         return self._identity.assertion(self.gateway_id, self._around.now_unix())
 
-    def _welcomed(self, link: ControlLink, url: GatewayUrl) -> None:
+    def _on_drain(self, ties: Ties, deadline_s: float) -> None:
+        if self._drain_until is not None:
+            self.is_relieved = True
+            return
+        logger.info("gateway %s goes away within %g s; looking for its successor", self.gateway_id, deadline_s)
+        self._lost_at = trio.current_time()
+        ties.depart()
+
+    def _welcomed(self, ties: Ties, link: ControlLink, url: GatewayUrl) -> None:
         self._welcomes += 1
         self._welcome_at = trio.current_time()
-        self._epoch, self._hold_s = link.welcome.epoch, link.welcome.hold_s
+        ties.process = link.welcome.process
+        self._epoch, ties.hold_s = link.welcome.epoch, link.welcome.hold_s
         logger.info("connected to gateway %s at %s, epoch %d", self.gateway_id, url, self._epoch)
         self._last_error = ""
         self._enter(UplinkState.UP)
-        self._set_link(link)
+        ties.set_link(link)
         if self._drain_until is not None:
-            self._send(Drain(deadline_s=max(0.0, self._drain_until - trio.current_time())))
+            ties.send(self._departure(self._drain_until - trio.current_time()))
 
-    def _set_link(self, link: ControlLink | None) -> None:
-        self._link = link
-        self._link_changed.set()
-        self._link_changed = trio.Event()
+    def _go_away(self, deadline_s: float, *, makes_way: bool) -> None:
+        self._drain_until, self._makes_way = trio.current_time() + deadline_s, makes_way
+        self._send(self._departure(deadline_s))
 
-    async def _ticket(self, session_id: SessionId | None) -> str:
-        """A ticket, over this control link or a later one."""
-        while True:
-            link = self._link
-            if link is None:
-                await self._link_changed.wait()
-                continue
-            try:
-                with within(self._dialler.timeout_s, f"{self.gateway_id} gave no ticket"):
-                    return await link.ticket(session_id)
-            except TunnelClosed:
-                if self._link is link:
-                    await self._link_changed.wait()
+    def _departure(self, deadline_s: float) -> Drain:
+        return Drain(deadline_s=min(max(0.0, deadline_s), MAX_DEADLINE_S), handover=self._makes_way)
 
     def _send(self, message: Drain | Services) -> None:
         """Send it if there is a control link; the next one begins with the same news."""
-        if self._link is not None:
-            try:
-                self._link.send_nowait(message)
-            except TunnelClosed:
+        for ties in self._ties:
+            if not ties.send(message):
                 logger.debug("a %s message waits for the next control link", message.type)
 
-    def _count_streams(self) -> int:
-        return sum(slot.session.statistics().mux.streams for slot in self._slots if slot.session is not None)
-
     def _close_sessions(self, code: Code, text: str) -> None:
-        for slot in self._slots:
-            slot.close(code, text)
+        for ties in self._ties:
+            ties.close_sessions(code, text)
 
     def _enter(self, state: UplinkState) -> None:
         if state is not self._state:

@@ -9,6 +9,8 @@ from fxtunnel.errors import LocalProtocolError, RemoteProtocolError
 from fxtunnel.model import NAME_PATTERN, GatewayId, InstanceId, Offer, SessionId, is_name
 
 PROTOCOL_VERSION: Final = 1
+CAP_LEAVING: Final = "leaving"
+"""Of a relay's hello: this instance drains. It wants to be let in only where it has sessions."""
 MESSAGE_BYTES: Final = 16 * 1024  # PROTOCOL.md, 3; protects memory, and the reader from long stalls
 TEXT_CHARS: Final = 512  # of a message for people: ends up in a log line
 
@@ -69,7 +71,10 @@ class Hello(_Message):
 
 
 class Welcome(_Message):
-    """The gateway's answer to `Hello`; its times govern both ends."""
+    """The gateway's answer to `Hello`; its times govern both ends.
+
+    `process` is random in each run of the gateway: another one than before has none of the sessions, and does not know of them.
+    """
 
     type: Literal["welcome"] = "welcome"
     v: Counter = PROTOCOL_VERSION
@@ -80,6 +85,7 @@ class Welcome(_Message):
     dead_after_s: Annotated[float, Field(gt=0, le=3_600, allow_inf_nan=False)]
     hold_s: Seconds
     caps: Labels = ()
+    process: Label = ""
 
 
 class Refused(_Message):
@@ -137,10 +143,14 @@ class Pong(_Message):
 
 
 class Drain(_Message):
-    """No new streams, please; the open ones may finish until the deadline."""
+    """No new streams, please; the open ones may finish until the deadline.
+
+    With `handover`, from a relay: another instance will follow, and until then what no other relay can take is still welcome.
+    """
 
     type: Literal["drain"] = "drain"
     deadline_s: Seconds
+    handover: bool = False
 
 
 class Closing(_Message):

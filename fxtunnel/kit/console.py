@@ -4,6 +4,7 @@ Imports nothing heavy: it is loaded for `--version` and for completion as well.
 """
 
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -14,6 +15,7 @@ from fxtunnel.errors import ConfigError, ConfigProblem, FxError, leaves
 
 ASK_TIMEOUT_S: Final = 2.0
 """How long a command waits for the running daemon's answer."""
+DRAIN_POLL_S: Final = 0.5
 CONTEXT: Final = {"help_option_names": ["-h", "--help"]}
 LINK_COLUMNS: Final = ("up", "cuts", "rtt", "streams")
 """The headings of `link_cells`."""
@@ -72,6 +74,12 @@ def config_option(file: str, variable: str, help_text: str) -> Callable[[_Functi
     )
 
 
+timeout_option = click.option(
+    "--timeout", "timeout_s", type=click.FloatRange(min=0), metavar="SECONDS", help="Stop watching after so long, with exit code 1."
+)
+"""The decorator that gives a command --timeout, as `timeout_s`."""
+
+
 def refuse(problems: Sequence[ConfigProblem]) -> None:
     """Nothing if there are none.
 
@@ -80,6 +88,31 @@ def refuse(problems: Sequence[ConfigProblem]) -> None:
     """
     if problems:
         raise ConfigError(problems)
+
+
+def watch_drain(count: Callable[[], int], what: str, timeout_s: float | None) -> None:
+    """Show how many are left until none is: a line that renews itself on a terminal, else a line for each change.
+
+    Raises:
+        FxError: some are left after `timeout_s`.
+    """
+    began = time.monotonic()
+    shown = -1
+    is_terminal = sys.stdout.isatty()
+    while True:
+        left = count()
+        if left != shown or is_terminal:
+            text = f"{left} {what} left, {duration(time.monotonic() - began)}"
+            click.echo(f"\r{text:<60}" if is_terminal else text, nl=not is_terminal)
+            sys.stdout.flush()
+            shown = left
+        if not left or (timeout_s is not None and time.monotonic() - began >= timeout_s):
+            break
+        time.sleep(DRAIN_POLL_S)
+    if is_terminal:
+        click.echo()
+    if left:
+        raise FxError(f"{left} {what} are left after {timeout_s:g} s; they go on, and nothing new comes")
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -1,14 +1,19 @@
-"""Task: listening sockets: bound here, or handed over by systemd (sd_listen_fds(3)): how an unprivileged daemon gets a low port."""
+"""Task: listening sockets: bound here, or handed over by systemd or the process before us (sd_listen_fds(3)).
+
+It is how an unprivileged daemon gets a low port, and how a new process goes on with the queues of the old one.
+"""
 
 import errno
+import hashlib
 import os
 import socket
 import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
 from fxtunnel.errors import FxError
+from fxtunnel.kit.notify import Notifier
 from fxtunnel.kit.settings import Address
 
 BACKLOG: Final = 4_096
@@ -21,35 +26,76 @@ class ListenError(FxError):
 
 
 class Inherited:
-    """Sockets that were open when the process started, by address. Each is handed out once; `close` closes the rest."""
+    """Sockets that were open when the process started, by address, and those that shall outlive it.
 
-    def __init__(self, sockets: Mapping[str, socket.socket]) -> None:
+    Each is handed out once; `close` closes what nobody wanted. With a notifier, what `listen` binds is kept by whoever started us, until
+    `forget`, and handed to our successor. Sockets of a systemd .socket unit are kept by that unit, and left to it.
+    """
+
+    def __init__(self, sockets: Mapping[str, socket.socket], notifier: Notifier | None = None, kept: Iterable[str] = ()) -> None:
         self._sockets = dict(sockets)
+        self._notifier = notifier
+        self._kept = set(kept)
 
     @classmethod
-    def from_environ(cls, environ: Mapping[str, str], pid: int) -> "Inherited":
+    def from_environ(cls, environ: Mapping[str, str], pid: int, notifier: Notifier | None = None) -> "Inherited":
         """What LISTEN_PID and LISTEN_FDS announce for this process; nothing otherwise."""
         if environ.get("LISTEN_PID") != str(pid):
-            return cls({})
+            return cls({}, notifier)
         count = int(environ.get("LISTEN_FDS", "0"))
-        found = {}
-        for fd in range(FIRST_INHERITED_FD, FIRST_INHERITED_FD + count):
+        names = environ.get("LISTEN_FDNAMES", "").split(":")
+        found: dict[str, socket.socket] = {}
+        kept = set()
+        for number, fd in enumerate(range(FIRST_INHERITED_FD, FIRST_INHERITED_FD + count)):
             if stat.S_ISSOCK(os.fstat(fd).st_mode):
                 os.set_inheritable(fd, False)
                 sock = socket.socket(fileno=fd)
                 sock.setblocking(False)
-                found[str(bound_address(sock))] = sock
-        return cls(found)
+                address = str(bound_address(sock))
+                if number < len(names) and names[number] == kept_name(address):
+                    kept.add(address)
+                if address in found:  # of a .socket unit and kept as well: two descriptors of one queue
+                    sock.close()
+                else:
+                    found[address] = sock
+        return cls(found, notifier, kept)
+
+    @property
+    def is_handed_on(self) -> bool:
+        """Whether a successor goes on with these sockets while this process drains: it has a launcher, which did not say otherwise."""
+        if self._notifier is None or self._notifier.launcher is None:
+            return False
+        self._notifier.hear()
+        return not self._notifier.is_last
 
     def take(self, address: Address) -> socket.socket | None:
         """The socket that listens on `address`, if one was handed over."""
         return self._sockets.pop(str(address), None)
 
+    def keep(self, sock: socket.socket) -> None:
+        """Have our successor go on with a socket that was bound here."""
+        if self._notifier is not None:
+            address = str(bound_address(sock))
+            self._kept.add(address)
+            self._notifier.keep(kept_name(address), sock)
+
+    def forget(self, address: str) -> None:
+        """Nobody shall listen there after us."""
+        if self._notifier is not None and address in self._kept:
+            self._kept.discard(address)
+            self._notifier.drop(kept_name(address))
+
     def close(self) -> None:
         """Close what nobody wanted."""
-        for sock in self._sockets.values():
+        for address, sock in self._sockets.items():
+            self.forget(address)
             sock.close()
         self._sockets.clear()
+
+
+def kept_name(address: str) -> str:
+    """What a kept socket is called: colons and most else are not allowed (FDNAME in sd_notify(3)), and at most 255 bytes."""
+    return f"fx-{hashlib.sha256(address.encode()).hexdigest()[:24]}"
 
 
 def bound_address(sock: socket.socket) -> Address:
@@ -62,7 +108,7 @@ def bound_address(sock: socket.socket) -> Address:
 
 
 def listen(address: Address, inherited: Inherited | None = None, options: Sequence[SocketOption] = ()) -> socket.socket:
-    """A non-blocking listening socket on `address`: handed over, or bound now. The caller owns it.
+    """A non-blocking listening socket on `address`: handed over, or bound now and kept for our successor. The caller owns it.
 
     `options` are for TCP; they are set before the first connection can arrive, so that every accepted socket has them.
 
@@ -76,7 +122,7 @@ def listen(address: Address, inherited: Inherited | None = None, options: Sequen
         return given
     try:
         if address.path is not None:
-            return _listen_unix(Path(address.path))
+            return _kept(_listen_unix(Path(address.path)), inherited)
         family = socket.AF_INET6 if ":" in str(address.host) else socket.AF_INET
         sock = socket.socket(family, socket.SOCK_STREAM)
         try:
@@ -92,6 +138,12 @@ def listen(address: Address, inherited: Inherited | None = None, options: Sequen
             raise
     except OSError as exc:
         raise ListenError(_explain(address, exc)) from exc
+    return _kept(sock, inherited)
+
+
+def _kept(sock: socket.socket, inherited: Inherited | None) -> socket.socket:
+    if inherited is not None:
+        inherited.keep(sock)
     return sock
 
 

@@ -1,5 +1,6 @@
-"""Task: telling systemd how we are (sd_notify(3)). Without systemd every call does nothing."""
+"""Task: telling systemd, or our launcher, how we are (sd_notify(3)). Without either every call does nothing."""
 
+import array
 import contextlib
 import os
 import socket
@@ -7,28 +8,60 @@ import time
 from collections.abc import Mapping
 from typing import Final
 
+LAUNCHER_FD: Final = "FX_LAUNCHER_FD"
+"""The environment variable in which a launcher (fxtunnel.kit.launcher) names the socket that leads to it."""
+PREPARED: Final = "X_FX_PREPARED=1"
+GO: Final = b"GO"
+"""What a launcher says to a daemon whose turn it is."""
+END: Final = b"END"
+"""What it says before the SIGTERM of a daemon that nobody will follow."""
+_WORD_BYTES: Final = 16
 _MAX_STATUS: Final = 500
 
 
 class Notifier:
-    """Sends state to the service manager's socket. Never blocks, never fails: a lost message costs a line in `systemctl status`."""
+    """Sends state to the service manager's socket. Never blocks, never fails: a lost message costs a line in `systemctl status`.
 
-    def __init__(self, address: str | None = None, watchdog_interval_s: float | None = None) -> None:
+    Below a launcher it is told instead, on a socket of our own (`launcher`): it passes on what the present process says.
+    """
+
+    def __init__(self, address: str | None = None, watchdog_interval_s: float | None = None, launcher: socket.socket | None = None) -> None:
         self._address = address
         self._watchdog_interval_s = watchdog_interval_s
+        self.launcher = launcher
+        """The end of which means that the launcher is gone, and that it is time to go; None without one."""
+        self.is_last = False
+        """Whether the launcher has said that nobody follows."""
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str], pid: int | None = None) -> "Notifier":
         """As NOTIFY_SOCKET, WATCHDOG_USEC and WATCHDOG_PID say; `pid` is this process."""
+        if LAUNCHER_FD in environ:
+            launcher = socket.socket(fileno=int(environ[LAUNCHER_FD]))
+            os.set_inheritable(launcher.fileno(), False)
+            launcher.setblocking(False)
+            return cls(None, _interval_s(environ), launcher)
         path = environ.get("NOTIFY_SOCKET", "")
         # "@" stands for the zero byte of an abstract socket; vsock: and other kinds are not for services on this machine.
         address = f"\0{path[1:]}" if path.startswith("@") and len(path) > 1 else path if path.startswith("/") else None
         return cls(address, _watchdog_interval_s(environ, os.getpid() if pid is None else pid) if address else None)
 
+    @classmethod
+    def of_this_process(cls) -> "Notifier":
+        """As the environment says. The launcher's socket is taken out of it: it is not for processes that we start."""
+        notifier = cls.from_environ(os.environ)
+        os.environ.pop(LAUNCHER_FD, None)
+        return notifier
+
     @property
     def watchdog_interval_s(self) -> float | None:
         """Seconds within which systemd wants to hear `watchdog()`, call it twice as often; None if it does not ask."""
         return self._watchdog_interval_s
+
+    def prepared(self) -> None:
+        """To a launcher: what could be wrong with our configuration is not; we begin when the process before us has let go."""
+        if self.launcher is not None:
+            self._send(PREPARED)
 
     def ready(self, status: str = "") -> None:
         """Start-up, or a reload, is over."""
@@ -50,13 +83,45 @@ class Notifier:
         """Still alive."""
         self._send("WATCHDOG=1")
 
-    def _send(self, *fields: str) -> None:
+    def hear(self) -> bytes:
+        """What the launcher says next; empty if it says nothing, or is gone. Never blocks."""
+        try:
+            word = self.launcher.recv(_WORD_BYTES) if self.launcher is not None else b""
+        except OSError:
+            word = b""
+        self.is_last = self.is_last or word == END
+        return word
+
+    def keep(self, name: str, sock: socket.socket) -> None:
+        """Have a copy of a listening socket kept, and handed to whoever runs after us: its queue is never closed in between."""
+        self._send("FDSTORE=1", f"FDNAME={name}", fd=sock.fileno())
+
+    def drop(self, name: str) -> None:
+        """A socket given to `keep` is not to be kept any more."""
+        self._send("FDSTOREREMOVE=1", f"FDNAME={name}")
+
+    def pass_on(self, fields: bytes) -> None:
+        """What a daemon below us said, as it said it."""
+        self._send(*fields.decode("utf-8", "replace").splitlines())
+
+    def close(self) -> None:
+        """Nothing is told any more."""
+        if self.launcher is not None:
+            self.launcher.close()
+
+    def _send(self, *fields: str, fd: int | None = None) -> None:
+        text = "\n".join(fields).encode("utf-8", "replace")
+        rights = [] if fd is None else [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))]
+        if self.launcher is not None:
+            with contextlib.suppress(OSError):
+                self.launcher.sendmsg([text], rights)
+            return
         if self._address is None:
             return
         # A socket per message: these are rare, and one kept open would have to survive every restart of the manager.
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
             sock.setblocking(False)
-            sock.sendto("\n".join(fields).encode("utf-8", "replace"), self._address)
+            sock.sendmsg([text], rights, 0, self._address)
 
 
 def _status(text: str) -> str:
@@ -67,6 +132,10 @@ def _status(text: str) -> str:
 def _watchdog_interval_s(environ: Mapping[str, str], pid: int) -> float | None:
     if environ.get("WATCHDOG_PID", str(pid)) != str(pid):
         return None
+    return _interval_s(environ)
+
+
+def _interval_s(environ: Mapping[str, str]) -> float | None:
     try:
         interval_s = int(environ.get("WATCHDOG_USEC", "0")) / 1e6
     except ValueError:

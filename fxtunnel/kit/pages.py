@@ -19,7 +19,7 @@ from starlette.applications import Starlette
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from fxtunnel.errors import FxError
-from fxtunnel.kit.listeners import bound_address, listen
+from fxtunnel.kit.listeners import Inherited, bound_address, listen
 from fxtunnel.kit.settings import Address
 
 logger = logging.getLogger(__name__)
@@ -33,8 +33,14 @@ ERROR_S: Final = 1.0
 MAX_ANSWER_BYTES: Final = 64 << 20
 
 
-async def serve_pages(app: Starlette, address: Address, *, task_status: trio.TaskStatus[Address] = trio.TASK_STATUS_IGNORED) -> None:
-    """Serve `app` on `address` until cancelled; a unix socket gets mode 0600 and is removed at the end.
+async def serve_pages(
+    app: Starlette,
+    address: Address,
+    inherited: Inherited | None = None,
+    *,
+    task_status: trio.TaskStatus[Address] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Serve `app` on `address` until cancelled; a unix socket gets mode 0600 and is removed at the end, unless a successor has it.
 
     `started()` tells the address that is listened on, with the port the kernel chose for port 0. Whatever goes wrong in a connection
     is logged and ends that connection only. Cancelling hangs up at once, also on a client that does not read its answer. The app is
@@ -70,7 +76,7 @@ async def serve_pages(app: Starlette, address: Address, *, task_status: trio.Tas
                 stream.socket.close()
 
     # Not hypercorn's own serve(): there, one connection's unexpected error would end all of them, and the daemon.
-    with _listening(address) as sock:
+    with _listening(address, inherited) as sock:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(hang_up_when_cancelled)
             listener = trio.SocketListener(trio.socket.from_stdlib_socket(sock))
@@ -96,7 +102,7 @@ def _ending_quietly(app: Starlette, connection: trio.CancelScope) -> ASGIApp:
     return serve
 
 
-def fetch_json(address: Address, path: str, timeout_s: float) -> dict[str, Any]:
+def fetch_json(address: Address, path: str, timeout_s: float, method: str = "GET") -> dict[str, Any]:
     """The JSON object that `path` answers with, asked for at most `timeout_s` between two pieces of the answer. Blocks.
 
     Raises:
@@ -104,7 +110,7 @@ def fetch_json(address: Address, path: str, timeout_s: float) -> dict[str, Any]:
     """
     connection = _Connection(address, timeout_s)
     try:
-        connection.request("GET", path, headers={"Accept": "application/json", "Connection": "close"})
+        connection.request(method, path, headers={"Accept": "application/json", "Connection": "close"})
         response = connection.getresponse()
         body = response.read(MAX_ANSWER_BYTES)
         if response.length:
@@ -143,18 +149,18 @@ class _Connection(http.client.HTTPConnection):
 
 
 @contextlib.contextmanager
-def _listening(address: Address) -> Iterator[socket.socket]:
+def _listening(address: Address, inherited: Inherited | None) -> Iterator[socket.socket]:
     # A unix socket has its mode from the moment it exists; a chmod afterwards would leave a gap.
     before = os.umask(0o177)
     try:
-        sock = listen(address)
+        sock = listen(address, inherited)
     finally:
         os.umask(before)
     with sock:
         try:
             yield sock
         finally:
-            if address.path is not None:
+            if address.path is not None and (inherited is None or not inherited.is_handed_on):
                 address.path.unlink(missing_ok=True)
 
 

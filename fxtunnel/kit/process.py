@@ -12,7 +12,7 @@ import psutil
 import trio
 
 from fxtunnel.errors import ConfigError, FxError
-from fxtunnel.kit.notify import Notifier
+from fxtunnel.kit.notify import GO, Notifier
 
 logger = logging.getLogger(__name__)
 
@@ -119,6 +119,25 @@ async def let_finish(what: str, count: Callable[[], int], drain_s: float) -> Non
         await wait_until(lambda: not count())
     if left := count():
         logger.warning("%d %s did not finish in time and are reset", left, what)
+
+
+async def follow_launcher(notifier: Notifier, on_stop: Callable[[], None], *, task_status: trio.TaskStatus[None]) -> None:
+    """Started when it is this process's turn: at once, or when the one before has let go. Calls `on_stop` when the launcher is gone.
+
+    Without a launcher it returns at once.
+    """
+    launcher = notifier.launcher
+    if launcher is None:
+        task_status.started()
+        return
+    notifier.prepared()
+    await trio.lowlevel.wait_readable(launcher)
+    is_ours = notifier.hear() == GO
+    task_status.started()
+    if is_ours:
+        await trio.lowlevel.wait_readable(launcher)  # its end, or its word that it is ours too
+        notifier.hear()
+    on_stop()
 
 
 async def feed_watchdog(notifier: Notifier) -> None:

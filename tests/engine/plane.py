@@ -97,6 +97,10 @@ class ControlLink:
     remote_address: str = "192.0.2.1:1"
     connected_at: float = 0.0
     closed: list[Code] = field(default_factory=list)
+    drained: list[float] = field(default_factory=list)
+
+    def drain(self, deadline_s: float) -> None:
+        self.drained.append(deadline_s)
 
     def close(self, code: Code, text: str, retry_after_s: float = 0) -> None:
         self.closed.append(code)
@@ -214,9 +218,11 @@ class Plane:
         limits: DeliveryLimits | None = None,
         config: SessionConfig | None = None,
         linked: bool = True,
+        run: int = 1,
     ) -> RelaySide:
-        """A relay that serves SERVICE."""
+        """A relay that serves SERVICE; each `run` of it is another instance."""
         relay = RelaySide(self, name, limits or DeliveryLimits(), config or self.config)
+        relay.instance = InstanceId(f"{name}-{run}")
         self.relays.append(relay)
         relay.serves(*ports_or_paths)
         self.registry.enter(relay.id, relay.instance, (Offer(SERVICE),), relay.control)

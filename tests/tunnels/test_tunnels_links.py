@@ -1,5 +1,6 @@
 """Control and data links through the port, with real TLS on loopback: the way in, resuming, what is denied."""
 
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +180,7 @@ async def test_revoking_closes_the_live_link(tmp_path: Path) -> None:
     [
         (encode(hello(v=2)), Refusal.VERSION_MISMATCH),
         (encode(hello(need=("teleport",))), Refusal.UNSUPPORTED),
+        (encode(hello(caps=("resume", "leaving"))), Refusal.DRAINING),
         (encode(Load(streams=1)), Refusal.BAD_REQUEST),
         ("garbage", Refusal.BAD_REQUEST),
         (None, Refusal.TOO_MANY),
@@ -198,6 +200,39 @@ async def test_first_messages_that_are_refused(tmp_path: Path, first: str | None
                 with pytest.raises(TunnelClosed):
                     await channel.receive()
         assert rig.registry.calls == []
+
+
+async def test_an_instance_that_drains_comes_back_only_where_it_is_known(tmp_path: Path) -> None:
+    async with running(tmp_path) as rig:
+        await rig.enrol()
+        async with rig.control("i1") as (_, welcome):
+            assert isinstance(welcome, Welcome)
+            async with rig.websocket() as ws:
+                await ws.send_message(encode(hello("i1", caps=("resume", "leaving"))))
+                assert isinstance(await Channel(ws).receive(), Welcome)
+            async with rig.websocket() as ws:
+                await ws.send_message(encode(hello("i0", caps=("resume", "leaving"))))
+                assert isinstance(await Channel(ws).receive(), Refused)
+
+
+def is_listened_at(address: tuple[str, int]) -> bool:
+    with socket.socket() as client:
+        return client.connect_ex(address) == 0
+
+
+async def test_letting_go_of_the_address_leaves_links_alone(tmp_path: Path) -> None:
+    async with running(tmp_path) as rig:
+        await rig.enrol()
+        async with rig.websocket() as ws:
+            await ws.send_message(encode(hello()))
+            assert isinstance(await Channel(ws).receive(), Welcome)
+            rig.port.stop_accepting()
+            with trio.fail_after(5):
+                while is_listened_at(rig.address):
+                    await trio.sleep(0.01)
+            await ws.send_message(encode(Load(streams=1)))
+            await until(lambda: ("load", NODE, "i1", 1) in rig.registry.calls)
+            rig.stop.cancel()
 
 
 async def test_a_relay_revoked_between_assertion_and_hello_stays_out(tmp_path: Path) -> None:

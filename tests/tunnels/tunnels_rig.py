@@ -19,6 +19,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from fxgateway.tunnels.control import ControlConfig
 from fxgateway.tunnels.identities import Identities
 from fxgateway.tunnels.port import PortLimits, TunnelPort
+from fxgateway.tunnels.ports import Departure
 from fxtunnel.codes import Code
 from fxtunnel.control.channel import Channel
 from fxtunnel.control.messages import Hello, Message, Ticket, TicketRequest, encode
@@ -99,7 +100,10 @@ class FakeRegistry:
     def update_services(self, relay_id: RelayId, instance: InstanceId, offers: tuple[Offer, ...]) -> None:
         self._note("services", relay_id, instance, offers)
 
-    def mark_draining(self, relay_id: RelayId, instance: InstanceId) -> None:
+    def knows(self, relay_id: RelayId, instance: InstanceId) -> bool:
+        return self.here.get(relay_id, (None, None))[0] == instance
+
+    def mark_draining(self, relay_id: RelayId, instance: InstanceId, departure: Departure) -> None:
         self._note("draining", relay_id, instance)
 
     def note_load(self, relay_id: RelayId, instance: InstanceId, streams: int) -> None:

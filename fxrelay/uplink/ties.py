@@ -1,0 +1,150 @@
+"""Task: the links to one process of a gateway: the control link, which gives tickets, and the data sessions that are dialled with them."""
+
+import ssl
+from typing import Protocol
+
+import trio
+
+from fxrelay.uplink.control_link import ControlLink
+from fxrelay.uplink.dial import within
+from fxrelay.uplink.ports import LinkSession, UplinkConfig, UplinkSessionOwner
+from fxrelay.uplink.slot import Slot
+from fxtunnel.codes import Code, Refusal
+from fxtunnel.control.messages import Closing, Message
+from fxtunnel.errors import FxError, PeerRefused, TunnelClosed
+from fxtunnel.model import GatewayId, SessionId
+from fxtunnel.protocol.hello import Hello, Welcome
+
+
+class TiesHome(Protocol):
+    """What ties need of their uplink."""
+
+    @property
+    def gateway_id(self) -> GatewayId:
+        """For log lines."""
+
+    @property
+    def wants_sessions(self) -> bool:
+        """Whether a session that is over should be made anew."""
+
+    async def dial_data(self, hello: Hello) -> tuple[ssl.SSLSocket, Welcome]:
+        """A welcomed data link. Raises TunnelError."""
+
+    def new_session(self, owner: UplinkSessionOwner, session_id: SessionId) -> LinkSession:
+        """A session that the gateway has begun."""
+
+    def ends_with(self, exc: FxError) -> bool:
+        """Whether this failure is final; if so, the uplink has begun to end."""
+
+
+class Ties:
+    """Implements `SlotHome`. A gateway that is restarted has two processes for a while, and each has ties of its own: the one that departs
+    until its last stream has ended.
+    """
+
+    def __init__(self, home: TiesHome, config: UplinkConfig, slots: "SlotMaker") -> None:
+        self.link: ControlLink | None = None
+        self.hold_s = 0.0
+        """How long the gateway keeps a session without a link, in seconds."""
+        self.process = ""
+        """Which run of the gateway; empty before the first welcome, and for gateways that do not say."""
+        self.departs = trio.Event()
+        """The gateway's process goes away: no new sessions, and none of them can be resumed."""
+        self._home = home
+        self._config = config
+        self._link_changed = trio.Event()
+        self._dialling: set[trio.CancelScope] = set()
+        self.slots: list[Slot] = [slots(self) for _ in range(config.links)]
+
+    @property
+    def gateway_id(self) -> GatewayId:
+        """See `SlotHome`."""
+        return self._home.gateway_id
+
+    @property
+    def wants_sessions(self) -> bool:
+        """See `SlotHome`."""
+        return self._home.wants_sessions and not self.departs.is_set()
+
+    @property
+    def streams(self) -> int:
+        """Open streams."""
+        return sum(slot.session.statistics().mux.streams for slot in self.slots if slot.session is not None)
+
+    async def open_link(self, session: LinkSession | None) -> tuple[ssl.SSLSocket, Welcome]:
+        """See `SlotHome`. `session` must be detached."""
+        with trio.CancelScope() as scope:
+            if self.departs.is_set():
+                scope.cancel()
+            self._dialling.add(scope)
+            try:
+                session_id = None if session is None else session.id
+                ticket = await self._ticket(session_id)
+                received = 0 if session is None else session.received
+                return await self._home.dial_data(Hello(ticket, session_id, received, caps=self._config.caps))
+            finally:
+                self._dialling.discard(scope)
+        raise PeerRefused(Refusal.UNKNOWN_SESSION, "its process of the gateway goes away")
+
+    def new_session(self, owner: UplinkSessionOwner, session_id: SessionId) -> LinkSession:
+        """See `SlotHome`."""
+        return self._home.new_session(owner, session_id)
+
+    def ends_with(self, exc: FxError) -> bool:
+        """See `SlotHome`. What a process that goes away says concerns nobody but its own sessions."""
+        return not self.departs.is_set() and self._home.ends_with(exc)
+
+    def depart(self) -> None:
+        """The gateway's process goes away; whoever dials reaches another one. What is open lives on while its links do."""
+        self.departs.set()
+        for scope in self._dialling:
+            scope.cancel()
+
+    def set_link(self, link: ControlLink | None) -> None:
+        """A control link is up, or lost."""
+        self.link = link
+        self._link_changed.set()
+        self._link_changed = trio.Event()
+
+    def send(self, message: Message) -> bool:
+        """Send it if there is a control link; whether there was."""
+        if self.link is None:
+            return False
+        try:
+            self.link.send_nowait(message)
+        except TunnelClosed:
+            return False
+        return True
+
+    def close_sessions(self, code: Code, text: str) -> None:
+        """End every session, with a goodbye."""
+        for slot in self.slots:
+            slot.close(code, text)
+
+    async def say_goodbye(self, code: Code, text: str) -> None:
+        """End the control link with a last message, if there is one; returns when it has ended. Set a deadline around it."""
+        if self.link is not None:
+            self.link.end_soon(Closing(code=code, message=text))
+        while self.link is not None:
+            await self._link_changed.wait()
+
+    async def _ticket(self, session_id: SessionId | None) -> str:
+        """A ticket, over this control link or a later one."""
+        while True:
+            link = self.link
+            if link is None:
+                await self._link_changed.wait()
+                continue
+            try:
+                with within(self._config.dial_timeout_s, f"{self.gateway_id} gave no ticket"):
+                    return await link.ticket(session_id)
+            except TunnelClosed:
+                if self.link is link:
+                    await self._link_changed.wait()
+
+
+class SlotMaker(Protocol):
+    """Makes the slots of ties."""
+
+    def __call__(self, home: Ties) -> Slot:
+        """One of them."""

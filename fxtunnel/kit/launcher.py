@@ -1,0 +1,320 @@
+"""Task: a small parent for a daemon, so that a restart or an upgrade loses nothing: the old process finishes while the new one works.
+
+It blocks, and imports next to nothing: what it does not do cannot go wrong. It speaks sd_notify(3) both ways. Its daemons tell it on a
+socket of their own which listening sockets to keep, that they are prepared, and, with STOPPING=1, that they have let go of everything a
+successor needs; that one begins then. What the present one says is passed on to the service manager, which knows the launcher only.
+
+| signal | what happens |
+|---|---|
+| SIGTERM, SIGINT | the daemon lets go and drains; the launcher ends then if a service manager started it, else with the last daemon |
+| SIGHUP | passed on |
+| SIGUSR2 | a successor is started; once it is prepared, the daemon before it lets go and drains; if it fails, nothing changes |
+| SIGABRT | the daemon is killed: systemd's watchdog has missed it |
+
+A daemon whose launcher is gone without a word drains as well.
+"""
+
+import contextlib
+import fcntl
+import os
+import selectors
+import signal
+import socket
+import struct
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final, NoReturn
+
+from fxtunnel.kit.notify import END, GO, LAUNCHER_FD, PREPARED, Notifier
+
+FIRST_FD: Final = 3
+PREPARE_S: Final = 60.0
+"""For a successor to say that it is prepared."""
+RELEASE_S: Final = 10.0
+"""For a daemon to let go of its listening sockets after SIGTERM, which takes it milliseconds: one that does not is stuck, and killed."""
+MAX_KEPT: Final = 4_200
+_MESSAGE_BYTES: Final = 4_096
+_FD_BYTES: Final = struct.calcsize("i")
+_PREPARED: Final = PREPARED.partition("=")[0]
+_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2, signal.SIGABRT, signal.SIGCHLD)
+
+
+@dataclass(slots=True, eq=False)
+class _Daemon:
+    pid: int
+    link: socket.socket
+    started: float
+    told_to_stop: float | None = None
+    has_let_go: bool = False
+    exit_code: int | None = None
+
+
+@dataclass(slots=True)
+class _Kept:
+    """A listening socket, by the name under which it was given to keep. Those of .socket units share a name."""
+
+    name: str
+    fd: int = field(repr=False)
+
+
+class Launcher:
+    """Runs one daemon at a time, besides those that drain. `command` is what is executed for each of them."""
+
+    def __init__(self, program: str, command: Sequence[str], environ: Mapping[str, str]) -> None:
+        self._program = program
+        self._command = list(command)
+        self._environ = {name: text for name, text in environ.items() if name not in _OURS}
+        self._notifier = Notifier.from_environ({**environ, "WATCHDOG_USEC": ""})
+        self._is_managed = "NOTIFY_SOCKET" in environ
+        self._kept = _inherited(environ)
+        self._selector = selectors.DefaultSelector()
+        self._current: _Daemon | None = None
+        self._successor: _Daemon | None = None
+        self._draining: list[_Daemon] = []
+        self._is_stopping = False
+        self._code: int | None = None
+
+    def run(self) -> int:
+        """Run until told to stop, or until the daemon ends by itself; the exit code. Blocks; call it from the main thread."""
+        receive, send = socket.socketpair()
+        with receive, send:
+            for end in (receive, send):
+                end.setblocking(False)
+            for number in _SIGNALS:
+                signal.signal(number, _note)
+            signal.set_wakeup_fd(send.fileno(), warn_on_full_buffer=False)
+            self._selector.register(receive, selectors.EVENT_READ)
+            self._current = self._start()
+            _say_to(self._current, GO)
+            while self._code is None:
+                for key, _ in self._selector.select(self._patience_s()):
+                    if key.fileobj is receive:
+                        self._on_signals(receive.recv(4_096))
+                    else:
+                        self._hear(key.data)
+                self._look_at_clock()
+            signal.set_wakeup_fd(-1)
+        return self._code
+
+    def _start(self) -> _Daemon:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # none may be taken for ours on the way to the daemon's program
+            pid = os.fork()
+            if pid == 0:
+                self._become(theirs.fileno(), before)
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        ours.setblocking(False)
+        daemon = _Daemon(pid, ours, time.monotonic())
+        self._selector.register(ours, selectors.EVENT_READ, daemon)
+        return daemon
+
+    def _become(self, link_fd: int, mask: set[int | signal.Signals]) -> NoReturn:
+        """In the child: the kept sockets from descriptor 3 on (sd_listen_fds(3)), our link behind them, then the daemon's program."""
+        try:
+            fds = [*(kept.fd for kept in self._kept), link_fd]
+            # First out of the way: a descriptor may stand where another one has to go.
+            above = [_moved(fd, FIRST_FD + len(fds)) for fd in fds]
+            for number, fd in enumerate(above):
+                os.dup2(fd, FIRST_FD + number, inheritable=True)
+            environ = {**self._environ, LAUNCHER_FD: str(FIRST_FD + len(fds) - 1)}
+            if self._kept:
+                names = ":".join(kept.name for kept in self._kept)
+                environ |= {"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": str(len(self._kept)), "LISTEN_FDNAMES": names}
+            signal.set_wakeup_fd(-1)
+            for number in _SIGNALS:
+                signal.signal(number, signal.SIG_DFL)
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            os.execve(self._command[0], self._command, environ)  # noqa: S606 - our own program, with arguments of our own
+        except OSError as exc:
+            self._say(f"cannot run {self._command[0]}: {exc.strerror or exc}")
+        finally:
+            os._exit(1)
+
+    def _on_signals(self, numbers: bytes) -> None:
+        for number in numbers:
+            match number:
+                case signal.SIGCHLD:
+                    self._reap()
+                case signal.SIGHUP:
+                    self._tell(self._current, signal.SIGHUP)
+                case signal.SIGUSR2:
+                    self._succeed()
+                case signal.SIGABRT:
+                    self._tell(self._current, signal.SIGKILL)
+                    self._code = 128 + signal.SIGABRT
+                case _:
+                    self._stop()
+
+    def _stop(self) -> None:
+        self._is_stopping = True
+        if self._successor is not None:
+            self._tell(self._successor, signal.SIGKILL)
+        if self._current is not None:
+            if not self._is_managed:
+                _say_to(self._current, END)
+            self._let_go(self._current)
+        self._end_if_done()
+
+    def _succeed(self) -> None:
+        if self._is_stopping or self._successor is not None:
+            return
+        self._say("starting a successor")
+        self._successor = self._start()
+
+    def _hear(self, daemon: _Daemon) -> None:
+        try:
+            data, ancillary, _, _ = daemon.link.recvmsg(_MESSAGE_BYTES, socket.CMSG_SPACE(_FD_BYTES))
+        except BlockingIOError:
+            return
+        except OSError:
+            data, ancillary = b"", []
+        fds = [fd for level, kind, raw in ancillary if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS) for fd in _fds(raw)]
+        if not data:
+            self._selector.unregister(daemon.link)
+            daemon.link.close()
+            return
+        fields = dict(line.partition("=")[::2] for line in data.decode("utf-8", "replace").splitlines())
+        if "FDSTORE" in fields and daemon not in self._draining:
+            self._keep(fields.get("FDNAME", ""), fds)
+        elif "FDSTOREREMOVE" in fields and daemon not in self._draining:
+            self._drop(fields.get("FDNAME", ""))
+        elif daemon is self._successor and _PREPARED in fields:
+            self._promote()
+        elif daemon is self._current:
+            if "STOPPING" in fields:
+                daemon.has_let_go = True
+            if _PREPARED not in fields and ("STOPPING" not in fields or self._is_stopping):
+                self._notifier.pass_on(data)
+            self._end_if_done()
+        elif "STOPPING" in fields:
+            self._has_let_go(daemon)
+
+    def _keep(self, name: str, fds: list[int]) -> None:
+        self._drop(name)
+        for fd in fds[:1] if name and len(self._kept) < MAX_KEPT else []:
+            self._kept.append(_Kept(name, fd))
+            with socket.socket(fileno=os.dup(fd)) as copy:
+                self._notifier.keep(name, copy)
+            fds = fds[1:]
+        for fd in fds:
+            os.close(fd)
+
+    def _drop(self, name: str) -> None:
+        gone = [kept for kept in self._kept if kept.name == name]
+        if gone:
+            self._kept = [kept for kept in self._kept if kept.name != name]
+            self._notifier.drop(name)
+            for kept in gone:
+                os.close(kept.fd)
+
+    def _promote(self) -> None:
+        old, self._current, self._successor = self._current, self._successor, None
+        if self._current is not None:
+            self._say(f"process {self._current.pid} has taken over")
+        if old is not None:
+            self._draining.append(old)
+            self._let_go(old)
+
+    def _has_let_go(self, daemon: _Daemon) -> None:
+        """One that drains, or is gone: it is its successor's turn."""
+        if not daemon.has_let_go:
+            daemon.has_let_go = True
+            if self._current is not None:
+                _say_to(self._current, GO)
+
+    def _let_go(self, daemon: _Daemon) -> None:
+        if daemon.told_to_stop is None:
+            daemon.told_to_stop = time.monotonic()
+            self._tell(daemon, signal.SIGTERM)
+
+    def _tell(self, daemon: _Daemon | None, number: int) -> None:
+        if daemon is not None and daemon.exit_code is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(daemon.pid, number)
+
+    def _reap(self) -> None:
+        for daemon in [*self._draining, self._successor, self._current]:
+            if daemon is None or daemon.exit_code is not None:
+                continue
+            pid, status = os.waitpid(daemon.pid, os.WNOHANG)
+            if pid:
+                code = os.waitstatus_to_exitcode(status)
+                is_told = code == -signal.SIGTERM and daemon.told_to_stop is not None  # before it could listen to signals
+                daemon.exit_code = 0 if is_told else code if code >= 0 else 128 - code
+                if daemon in self._draining:
+                    self._has_let_go(daemon)
+                if daemon is self._successor:
+                    self._successor = None
+                    if not self._is_stopping:
+                        self._say(f"the successor ended with exit code {daemon.exit_code} before it was prepared; nothing changes")
+        self._draining = [daemon for daemon in self._draining if daemon.exit_code is None]
+        self._end_if_done()
+
+    def _end_if_done(self) -> None:
+        daemon = self._current
+        if daemon is None or self._code is not None:
+            return
+        if daemon.exit_code is not None:
+            if not (self._is_stopping and self._draining and not self._is_managed):
+                self._code = daemon.exit_code
+        elif self._is_stopping and self._is_managed and daemon.has_let_go:
+            self._code = 0  # it drains on; whoever manages us may start the next one
+
+    def _look_at_clock(self) -> None:
+        now = time.monotonic()
+        late = self._successor
+        if late is not None and now - late.started > PREPARE_S:
+            self._say(f"the successor was not prepared within {PREPARE_S:g} s")
+            self._tell(late, signal.SIGKILL)
+        for daemon in (*self._draining, self._current):
+            if daemon is not None and daemon.told_to_stop is not None and not daemon.has_let_go and now - daemon.told_to_stop > RELEASE_S:
+                self._say(f"process {daemon.pid} does not let go, and is killed")
+                daemon.told_to_stop = None
+                self._tell(daemon, signal.SIGKILL)
+
+    def _patience_s(self) -> float | None:
+        """How long nothing need be looked at."""
+        waits = self._successor is not None or any(
+            daemon is not None and daemon.told_to_stop is not None and not daemon.has_let_go for daemon in (*self._draining, self._current)
+        )
+        return 0.5 if waits else None
+
+    def _say(self, text: str) -> None:
+        sys.stderr.write(f"{self._program}: launcher: {text}\n")
+        sys.stderr.flush()
+
+
+_OURS: Final = frozenset({"NOTIFY_SOCKET", "WATCHDOG_PID", "LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", LAUNCHER_FD})
+
+
+def _say_to(daemon: _Daemon, word: bytes) -> None:
+    with contextlib.suppress(OSError):
+        daemon.link.send(word)
+
+
+def _note(number: int, frame: object) -> None:
+    """The wake-up descriptor tells of the signal; a handler there must be."""
+
+
+def _inherited(environ: Mapping[str, str]) -> list[_Kept]:
+    """What systemd hands over: sockets of .socket units, and what we gave it to keep before."""
+    if environ.get("LISTEN_PID") != str(os.getpid()):
+        return []
+    names = environ.get("LISTEN_FDNAMES", "").split(":")
+    kept = []
+    for number in range(int(environ.get("LISTEN_FDS", "0"))):
+        os.set_inheritable(FIRST_FD + number, False)
+        kept.append(_Kept(names[number] if number < len(names) and names[number] else "unknown", FIRST_FD + number))
+    return kept
+
+
+def _moved(fd: int, lowest: int) -> int:
+    return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, lowest)
+
+
+def _fds(raw: bytes) -> tuple[int, ...]:
+    count = len(raw) // _FD_BYTES
+    return struct.unpack(f"{count}i", raw[: count * _FD_BYTES])

@@ -1,0 +1,291 @@
+"""System: restarts, reloads and upgrades of both daemons as a service manager does them: nobody is cut off, nobody is turned away."""
+
+import hashlib
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+
+import psutil
+import pytest
+
+from tests.system.peers import MIB, Service, dial, is_served, say, visit
+from tests.system.stack import Daemon, Stack, wait_until
+from tests.system.test_system_activation import Visitors
+from tests.system.units import Unit
+
+pytestmark = [pytest.mark.system, pytest.mark.xdist_group("systemd")]
+
+RESTARTS = int(os.environ.get("FX_UPGRADES", "5"))
+FLOWS = 8
+BACK_S = 5.0
+AWAY_S = 6.0
+GATEWAY_LIMITS = "[limits]\ndrain_s = 60\n"
+RELAY_LIMITS = "[limits]\ndrain_s = 60\n"
+
+
+class Managed:
+    """A stack whose daemons are units."""
+
+    def __init__(self, stack: Stack, services: dict[str, str], *, with_store: bool = True) -> None:
+        self.stack = stack
+        relay = stack.write_relay_config("node-a", services, RELAY_LIMITS)
+        self.gateway = Unit(
+            ["fxgateway.cli", "launch", "--config", str(stack.gateway_config)],
+            stack.directory / "gateway.log",
+            stack.directory,
+            with_store=with_store,
+        )
+        self.relay = Unit(["fxrelay.cli", "launch", "--config", str(relay)], stack.directory / "node-a.log", stack.directory)
+
+    def start(self) -> None:
+        """Until a client would be served."""
+        self.gateway.start()
+        self.relay.start()
+        self.stack.wait_for_relays("node-a")
+
+    def close(self) -> None:
+        self.relay.close()
+        self.gateway.close()
+
+
+@pytest.fixture
+def managed(make_stack: Callable[..., Stack], echo_service: Service) -> Iterator[Managed]:
+    managed = Managed(make_stack("echo", extra=GATEWAY_LIMITS), {"echo": echo_service.target})
+    managed.start()
+    yield managed
+    managed.close()
+
+
+class Flow:
+    """A steady transfer through the echo, both ways at once, that lasts until `finish`."""
+
+    def __init__(self, port: int, seed: int) -> None:
+        self._sock = dial(port, 60)
+        self._blocks = random.Random(seed)
+        self._sent, self._received = hashlib.sha256(), hashlib.sha256()
+        self._stop = threading.Event()
+        self.problem = ""
+        self.sent_bytes = 0
+        self.received_bytes = 0
+        self._threads = [threading.Thread(target=self._guarded, args=(work,)) for work in (self._send, self._receive)]
+        for thread in self._threads:
+            thread.start()
+
+    def finish(self) -> str:
+        """End it; empty if what came back is what was sent, else what went wrong."""
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+        self._sock.close()
+        is_right = self._sent.digest() == self._received.digest()
+        return self.problem or ("" if is_right else f"sent {self.sent_bytes} bytes, {self.received_bytes} came back")
+
+    def _send(self) -> None:
+        while not self._stop.is_set():
+            block = self._blocks.randbytes(8_192)
+            self._sent.update(block)
+            self._sock.sendall(block)
+            self.sent_bytes += len(block)
+            time.sleep(0.02)
+        self._sock.shutdown(socket.SHUT_WR)
+
+    def _receive(self) -> None:
+        while block := self._sock.recv(1 << 16):
+            self._received.update(block)
+            self.received_bytes += len(block)
+
+    def _guarded(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except OSError as exc:
+            self.problem = f"{type(exc).__name__} after {self.sent_bytes} bytes sent, {self.received_bytes} received"
+
+
+def through(managed: Managed, happening: Callable[[], None], times: int = RESTARTS) -> None:
+    """Transfers and 50 visits a second while something happens several times; nothing may be lost or refused."""
+    port = managed.stack.doors["echo"]
+    flows = [Flow(port, seed) for seed in range(FLOWS)]
+    visitors = Visitors(port)
+    began = time.monotonic()
+    try:
+        for _ in range(times):
+            time.sleep(0.3)
+            happening()
+        time.sleep(0.3)
+        took_s = time.monotonic() - began
+    finally:
+        visitors.stop()
+        problems = [problem for flow in flows if (problem := flow.finish())]
+    figures = (
+        f"{times} times in {took_s:.1f} s: {len(flows)} transfers of {sum(flow.sent_bytes for flow in flows) / MIB:.1f} MiB in all, "
+        f"{len(problems)} lost {problems}; visits {dict(visitors.ends)}, the longest {visitors.longest_s:.2f} s"
+    )
+    sys.stdout.write(f"\n{figures}\n")
+    assert problems == [], figures
+    assert set(visitors.ends) == {"served"}, figures
+    assert visitors.ends["served"] > took_s * 10, figures
+
+
+def test_restarts_of_the_gateway(managed: Managed) -> None:
+    through(managed, managed.gateway.restart)
+    wait_until(lambda: not managed.gateway.left_over(), 30, "the end of the old processes")
+
+
+def test_restarts_of_the_relay(managed: Managed) -> None:
+    through(managed, managed.relay.restart)
+    wait_until(lambda: not managed.relay.left_over(), 30, "the end of the old processes")
+    assert "fenced" not in managed.stack.logs()
+    assert is_served(managed.stack.doors["echo"])
+
+
+def test_without_kept_sockets_addresses_are_free_in_time_and_streams_go_on(make_stack: Callable[..., Stack], echo_service: Service) -> None:
+    stack = make_stack("echo", extra=GATEWAY_LIMITS)
+    managed = Managed(stack, {"echo": echo_service.target}, with_store=False)
+    try:
+        managed.start()
+        flow, visitors = Flow(stack.doors["echo"], 1), Visitors(stack.doors["echo"])
+        try:
+            managed.gateway.restart()
+            wait_until(lambda: is_served(stack.doors["echo"]), 15, "a new client served")
+        finally:
+            visitors.stop()
+            problem = flow.finish()
+        assert problem == ""
+        # Nobody listened for a moment. Kept sockets are what saves these.
+        assert visitors.ends["refused"] > 0
+        assert set(visitors.ends) <= {"served", "refused", "reset"}, visitors.ends
+        managed.gateway.daemon().kill()
+        assert managed.gateway.main is not None
+        managed.gateway.main.wait(5)
+        time.sleep(AWAY_S)
+        managed.gateway.start()
+        ready = time.monotonic()
+        stack.wait_for_relays("node-a")
+        back_s = time.monotonic() - ready
+        sys.stdout.write(f"\nafter {AWAY_S:g} s of absence the relay was back in {back_s:.2f} s\n")
+        assert back_s < BACK_S
+    finally:
+        managed.close()
+
+
+def test_reloads_of_both(managed: Managed) -> None:
+    through(managed, lambda: (managed.gateway.reload(), managed.relay.reload())[0], 3)
+
+
+def test_a_gateway_that_is_killed_has_its_relays_back_at_once(managed: Managed) -> None:
+    managed.gateway.listen()
+    managed.gateway.daemon().kill()
+    assert managed.gateway.main is not None
+    assert managed.gateway.main.wait(5) == 128 + signal.SIGKILL
+    managed.gateway.start()
+    ready = time.monotonic()
+    # It waits in the door's queue until the relay is back: nobody is turned away, even now.
+    assert is_served(managed.stack.doors["echo"])
+    managed.stack.wait_for_relays("node-a")
+    back_s = time.monotonic() - ready
+    sys.stdout.write(f"\nthe relay was back after {back_s:.2f} s\n")
+    assert back_s < BACK_S
+
+
+def test_without_a_service_manager_a_signal_brings_in_a_successor(make_stack: Callable[..., Stack], echo_service: Service) -> None:
+    stack = make_stack("echo", extra=GATEWAY_LIMITS)
+    relay = stack.write_relay_config("node-a", {"echo": echo_service.target}, RELAY_LIMITS)
+    commands = [["fxgateway.cli", "launch", "--config", str(stack.gateway_config)], ["fxrelay.cli", "launch", "--config", str(relay)]]
+    launchers = []
+    try:
+        for command, name in zip(commands, ("gateway", "node-a"), strict=True):
+            launchers.append(Daemon(command, stack.directory / f"{name}.log"))
+            stack.daemons.append(launchers[-1])
+            launchers[-1].wait_ready()
+        stack.wait_for_relays("node-a")
+        port = stack.doors["echo"]
+        flows, visitors = [Flow(port, seed) for seed in range(2)], Visitors(port)
+        try:
+            for launcher in launchers:
+                before = {child.pid for child in psutil.Process(launcher.pid).children()}
+                launcher.signal(signal.SIGUSR2)
+                wait_until(lambda: f"launcher: process {newest(launcher)} has taken over" in stack.logs(), 30, "a successor")  # noqa: B023
+                assert newest(launcher) not in before
+                time.sleep(1)
+            # One that cannot start changes nothing.
+            stack.gateway_config.rename(stack.directory / "away")
+            launchers[0].signal(signal.SIGUSR2)
+            wait_until(lambda: "before it was prepared" in stack.logs(), 30, "a successor that fails")
+        finally:
+            visitors.stop()
+            problems = [flow.finish() for flow in flows]
+        assert problems == ["", ""]
+        assert set(visitors.ends) == {"served"}, visitors.ends
+        assert "fenced" not in stack.logs()
+        for launcher in reversed(launchers):
+            assert launcher.stop() == 0
+    finally:
+        for launcher in launchers:
+            for child in psutil.Process(launcher.pid).children() if launcher.process.poll() is None else []:
+                child.kill()
+
+
+def newest(launcher: Daemon) -> int:
+    """The pid of the daemon that it has started last."""
+    return max(psutil.Process(launcher.pid).children(), key=lambda child: child.create_time()).pid
+
+
+def test_planned_drains_show_what_is_left(make_stack: Callable[..., Stack], echo_service: Service) -> None:
+    stack = make_stack("echo", extra=GATEWAY_LIMITS)
+    stack.start_gateway()
+    stack.start_relay("node-a", {"echo": echo_service.target})
+    port = stack.doors["echo"]
+    unknown = stack.gateway_cli("drain", "node-b", check=False)
+    assert (unknown.returncode, "no relay node-b is here" in unknown.stderr) == (1, True)
+    with dial(port) as kept:
+        say(kept)
+        watched = stack.gateway_cli("drain", "node-a", "--timeout", "0.2", check=False)
+        assert (watched.returncode, watched.stdout.splitlines()[0].split(",")[0]) == (1, "1 streams of node-a left")
+        assert visit(port)[0] == "reset"
+        say(kept)
+        assert stack.live_relays()["node-a"]["state"] == "draining"
+        stack.gateway_cli("drain", "node-a", "--undo")
+        assert is_served(port)
+        say(kept)
+    watching = start_cli(["fxrelay.cli", "drain", "--config", str(stack.relay_config("node-a"))])
+    assert watching.communicate(timeout=30)[0].splitlines()[-1].startswith("0 streams left")
+    assert visit(port)[0] == "reset"
+    stack.relays["node-a"].stop()
+    stack.start_relay("node-a")
+    wait_until(lambda: is_served(port), 15, "service after a restart")
+    with dial(port) as kept:
+        say(kept)
+        watching = start_cli(["fxgateway.cli", "drain", "--config", str(stack.gateway_config)])
+        assert watching.stdout is not None
+        assert watching.stdout.readline().startswith("1 clients left")
+        with pytest.raises(ConnectionRefusedError):
+            dial(port)
+        say(kept)
+        assert watching.poll() is None
+        assert '"the gateway is draining"' in refused_page(stack)
+    assert watching.communicate(timeout=30)[0].splitlines()[-1].startswith("0 clients left")
+    assert watching.returncode == 0
+    assert stack.gateway.stop() == 0
+
+
+def start_cli(arguments: list[str]) -> subprocess.Popen[str]:
+    """A command that goes on for a while."""
+    return subprocess.Popen([sys.executable, "-u", "-m", *arguments], stdout=subprocess.PIPE, text=True)
+
+
+def refused_page(stack: Stack) -> str:
+    """/readyz, which answers with 503."""
+    try:
+        urllib.request.urlopen(f"http://127.0.0.1:{stack.admin_port}/readyz", timeout=5)
+    except urllib.error.HTTPError as answer:
+        with answer:
+            return answer.read().decode()
+    return ""

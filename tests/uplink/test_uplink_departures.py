@@ -1,0 +1,119 @@
+"""An uplink whose gateway changes its process, and one that makes way for a successor of its own."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import trio
+from uplink_fakes import QUICK, FakeGateway, running, session_id, until
+
+from fxrelay.uplink import uplink
+from fxrelay.uplink.ports import UplinkState
+from fxtunnel.codes import Code
+from fxtunnel.control.messages import CAP_LEAVING, Closing, Drain
+
+
+async def test_it_makes_before_it_breaks(gateway: FakeGateway, state_dir: Path) -> None:
+    async with running(gateway, state_dir) as it:
+        await until(lambda: it.is_carrying)
+        old, channel = it.session, gateway.controls[0][0]
+        channel.send_nowait(Drain(deadline_s=30))
+        await until(lambda: len(it.factory.sessions) == 2 and it.is_carrying)
+        assert old.link is not None
+        assert old.closed is None
+        assert gateway.data_hellos[1].session is None
+        assert gateway.hellos[0].instance == gateway.hellos[1].instance
+        snapshot = it.uplink.statistics()
+        assert [session.id for session in snapshot.sessions] == [session_id(2), session_id(1)]
+        assert (snapshot.state, snapshot.is_draining) == (UplinkState.UP, False)
+        channel.end_soon(Closing(code=Code.SHUTDOWN, message="all streams have ended"))
+        await trio.sleep(0.2)
+        assert len(gateway.controls) == 2, "nobody looks for the old process"
+        assert it.uplink.statistics().state is UplinkState.UP
+        old.close(Code.SHUTDOWN)
+        await until(lambda: len(it.uplink.statistics().sessions) == 1)
+        await trio.sleep(0.1)
+        assert (len(it.factory.sessions), len(gateway.controls)) == (2, 2)
+        it.session.cut()
+        await until(lambda: it.is_carrying)
+        assert gateway.data_hellos[2].session == session_id(2)
+        await it.uplink.shutdown(Code.SHUTDOWN)
+        await it.ended.wait()
+        assert it.error is None
+
+
+async def test_what_is_lost_at_a_process_that_goes_away_is_not_resumed_at_another(gateway: FakeGateway, state_dir: Path) -> None:
+    async with running(gateway, state_dir) as it:
+        await until(lambda: it.is_carrying)
+        old = it.session
+        gateway.controls[0][0].send_nowait(Drain(deadline_s=30))
+        await until(lambda: len(it.factory.sessions) == 2 and it.is_carrying)
+        old.cut()
+        await until(lambda: old.closed is not None)
+        assert old.closed is not None
+        assert old.closed[0] is Code.LINK_LOST
+        assert [hello.session for hello in gateway.data_hellos] == [None, None]
+
+
+async def test_a_departure_while_no_ticket_comes(gateway: FakeGateway, state_dir: Path) -> None:
+    async with running(gateway, state_dir) as it:
+        gateway.gives_tickets = False
+        await gateway.wait_controls(1)
+        await trio.sleep(0.05)
+        gateway.controls[0][0].send_nowait(Drain(deadline_s=30))
+        gateway.gives_tickets = True
+        await until(lambda: it.is_carrying)
+        assert len(gateway.controls) == 2
+
+
+async def test_another_process_that_nobody_announced(gateway: FakeGateway, state_dir: Path) -> None:
+    gateway.greeting = [gateway.welcome(process="p1")]
+    async with running(gateway, state_dir) as it:
+        await until(lambda: it.is_carrying)
+        old = it.session
+        gateway.greeting = [gateway.welcome(process="p1"), gateway.welcome(process="p2"), gateway.welcome(process="p2")]
+        gateway.cut_control()
+        await gateway.wait_controls(2)
+        await trio.sleep(0.1)
+        assert it.session is old, "the same process again"
+        gateway.cut_control()
+        await until(lambda: len(it.factory.sessions) == 2 and it.is_carrying)
+        assert old.closed is None
+        assert old.link is not None
+
+
+async def test_making_way(gateway: FakeGateway, state_dir: Path) -> None:
+    async with running(gateway, state_dir) as it:
+        await until(lambda: it.is_carrying)
+        it.uplink.make_way(60)
+        await until(lambda: Drain(deadline_s=60, handover=True) in gateway.heard)
+        gateway.cut_control()
+        await until(lambda: sum(isinstance(message, Drain) and message.handover for message in gateway.heard) == 2)
+        assert [CAP_LEAVING in hello.caps for hello in gateway.hellos] == [False, True]
+        assert not it.uplink.is_relieved
+        gateway.controls[-1][0].send_nowait(Drain(deadline_s=0))
+        await until(lambda: it.uplink.is_relieved)
+        it.session.cut()
+        await until(lambda: it.is_carrying)  # what is open is still resumed
+        await trio.sleep(0.1)
+        assert (len(gateway.controls), len(it.factory.sessions)) == (2, 1)
+        it.uplink.drain(30)
+        await until(lambda: Drain(deadline_s=30) in gateway.heard)
+
+
+@pytest.mark.parametrize(("recent_s", "is_quick"), [(120.0, True), (0.0, False)])
+async def test_a_gateway_that_was_there_a_moment_ago_is_looked_for_often(
+    gateway: FakeGateway, state_dir: Path, monkeypatch: pytest.MonkeyPatch, recent_s: float, is_quick: bool
+) -> None:
+    monkeypatch.setattr(uplink, "RECENT_S", recent_s)
+    monkeypatch.setattr(uplink, "RECENT_CAP_S", 0.1)
+    config = replace(QUICK, min_backoff_s=0.1, max_backoff_s=30.0)
+    async with running(gateway, state_dir, config) as it:
+        await until(lambda: it.is_carrying)
+        gateway.greeting = [Closing(code=Code.SHUTDOWN) for _ in range(6)]
+        dialled = len(gateway.hellos)
+        gateway.cut_control()
+        # LongestWaits: 0.1 s each while it is recent, else 0.1, 0.2, 0.4, 0.8 ... 3.1 s in all.
+        with trio.move_on_after(1.8) as scope:
+            await until(lambda: len(gateway.hellos) >= dialled + 7)
+        assert scope.cancelled_caught is not is_quick
