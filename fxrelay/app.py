@@ -109,6 +109,7 @@ class Relay:
         porter.reconfigure(await trio.to_thread.run_sync(entry_rules, self._settings, self._owners, self._directory))
         placer.entries = StreamEntries(porter, lambda name: isinstance(self._services.get(name), PoolService))
         self._desk.web = self._web = web = WebDesk(self._desk, brain.chooser, identity.relay_id, web_limits(self._settings.limits))
+        web.porter = porter
         web.reconfigure(await trio.to_thread.run_sync(web_rules, self._settings))
         self._services.replace(await resolved(self._settings.services))
         self._uplinks = self._make_uplinks(files, identity)

@@ -14,7 +14,7 @@ import trio
 from fxrelay.admitting.memory import TicketMemory, Use
 from fxrelay.admitting.owner import Owner, Question
 from fxrelay.admitting.quotas import NO_LIMITS, Quotas, StreamLimits, source_of
-from fxrelay.admitting.ticket import BadTicket, Objection, Ticket, TicketRules, read_ticket
+from fxrelay.admitting.ticket import BadTicket, Caller, Objection, Ticket, TicketRules, read_ticket
 from fxrelay.delivery.identity import identity_of
 from fxrelay.delivery.ports import NotAdmitted
 from fxtunnel.codes import Code
@@ -42,16 +42,6 @@ class EntryRules:
     ticket: TicketRules | None = None
     owner: Owner | None = None
     limits: StreamLimits = NO_LIMITS
-
-
-@dataclass(frozen=True, slots=True)
-class Caller:
-    """Whose stream or request it is. `node` is the only one that he may have; `ticket` the one that has to be used first."""
-
-    user: str = ""
-    groups: tuple[str, ...] = ()
-    node: RelayId | None = None
-    ticket: Ticket | None = None
 
 
 class Porter:

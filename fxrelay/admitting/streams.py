@@ -4,7 +4,8 @@ from collections.abc import Callable
 
 import trio
 
-from fxrelay.admitting.porter import Caller, Guest, Porter
+from fxrelay.admitting.porter import Guest, Porter
+from fxrelay.admitting.ticket import Caller
 from fxrelay.delivery.ports import Admitted, NotAdmitted
 from fxtunnel.codes import Code
 from fxtunnel.model import RelayId, ServiceName

@@ -27,6 +27,8 @@ from fxtunnel.model import RelayId, ServiceName, is_name
 
 MAX_USER_CHARS: Final = 128
 MAX_GROUPS: Final = 64
+MAX_GROUP_BYTES: Final = 2_048
+"""Of all groups: they travel in a cookie as well."""
 MIN_ID_CHARS: Final = 8
 MAX_ID_CHARS: Final = 128
 # 2100-01-01: beyond it a time is a mistake or an attack.
@@ -84,6 +86,16 @@ class Ticket:
     issued_unix: int
     expires_unix: int
     """When it cannot be used any more, leeway included."""
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Whose stream or request it is. `node` is the only one that he may have; `ticket` the one that has to be used first."""
+
+    user: str = ""
+    groups: tuple[str, ...] = ()
+    node: RelayId | None = None
+    ticket: Ticket | None = None
 
 
 def read_ticket(token: str, rules: TicketRules, service: ServiceName, now_unix: float) -> Ticket:
@@ -181,6 +193,8 @@ def _groups(claims: Mapping[str, object]) -> tuple[str, ...]:
     found = tuple(group for group in groups if isinstance(group, str) and 0 < len(group) <= MAX_USER_CHARS and group.isprintable())
     if len(found) < len(groups):
         raise BadTicket(Objection.BAD_CLAIMS, "groups must be printable texts")
+    if sum(len(group.encode()) for group in found) > MAX_GROUP_BYTES:
+        raise BadTicket(Objection.BAD_CLAIMS, f"groups have more than {MAX_GROUP_BYTES} bytes")
     return found
 
 

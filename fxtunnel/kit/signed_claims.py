@@ -32,7 +32,8 @@ _COMPACT: Final = re.compile(r"[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+")
 _KID: Final = re.compile(r"[!-~]{1,128}")
 # x5t names a certificate by its digest: some issuers always send it, and it is not looked at.
 _HEADERS: Final = frozenset({"alg", "kid", "typ", "x5t", "x5t#S256"})
-_TYPES: Final = frozenset({"jwt", "at+jwt"})
+JWT_TYPES: Final = frozenset({"jwt"})
+"""What a header's typ may be, in lower case. It may also be missing."""
 _PEM: Final = re.compile(r"-----BEGIN ([A-Z0-9 ]+)-----\n.*?\n-----END \1-----", re.DOTALL)
 _PRIVATE_MEMBERS: Final = frozenset({"d", "p", "q", "dp", "dq", "qi", "oth", "k"})
 # The library would compare with its own clock and its own idea of types; claims are checked by whoever knows what they are for.
@@ -116,13 +117,15 @@ class KeySet:
         return fitting[0] if len(fitting) == 1 else None
 
 
-def verified_claims(token: str, keys: KeySet, algorithms: Collection[Algorithm] = (Algorithm.EDDSA,)) -> SignedClaims:
+def verified_claims(
+    token: str, keys: KeySet, algorithms: Collection[Algorithm] = (Algorithm.EDDSA,), types: Collection[str] = JWT_TYPES
+) -> SignedClaims:
     """The claims of `token`, if one of `keys` has signed it with one of `algorithms`. Times, audience and all else is not looked at.
 
     Raises:
         BadToken: anything else.
     """
-    algorithm, kid = _read_header(token, algorithms)
+    algorithm, kid = _read_header(token, algorithms, types)
     key = keys.find(kid, algorithm)
     if key is None:
         raise BadToken(Flaw.UNKNOWN_KEY, f"it is signed with the key {kid}, which is not known here" if kid else "it does not name its key")
@@ -182,7 +185,7 @@ def signing_key(public: PublicKey, kid: str = "") -> SigningKey:
     return SigningKey(kid or thumbprint, thumbprint, algorithm, public)
 
 
-def _read_header(token: str, algorithms: Collection[Algorithm]) -> tuple[Algorithm, str | None]:
+def _read_header(token: str, algorithms: Collection[Algorithm], types: Collection[str]) -> tuple[Algorithm, str | None]:
     """Algorithm and key id of a token whose outer form is as it must be. Nothing else in a header is obeyed: no crit, jku, jwk, x5u."""
     if len(token) > MAX_TOKEN_BYTES:
         raise BadToken(Flaw.TOO_LONG, f"it is longer than {MAX_TOKEN_BYTES} bytes")
@@ -191,9 +194,9 @@ def _read_header(token: str, algorithms: Collection[Algorithm]) -> tuple[Algorit
     try:
         header = jwt.get_unverified_header(token)
     except (jwt.InvalidTokenError, RecursionError, ValueError):
-        raise BadToken(Flaw.MALFORMED, "its header is malformed") from None
+        raise BadToken(Flaw.MALFORMED, "it cannot be read as a JWT") from None
     kind, kid, name = header.get("typ", "JWT"), header.get("kid"), header.get("alg")
-    if not header.keys() <= _HEADERS or not isinstance(kind, str) or kind.lower() not in _TYPES:
+    if not header.keys() <= _HEADERS or not isinstance(kind, str) or kind.lower() not in types:
         raise BadToken(Flaw.BAD_HEADER, "its header holds more than alg, kid and typ")
     if not isinstance(name, str) or name not in {algorithm.value for algorithm in algorithms}:
         raise BadToken(Flaw.WRONG_ALGORITHM, f"its alg is not {' or '.join(sorted(algorithms))}")
