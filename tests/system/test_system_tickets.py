@@ -104,7 +104,7 @@ def site(make_shared_stack: MakeStack, tmp_path_factory: pytest.TempPathFactory)
         service_port = service.target.rpartition(":")[2]
         for name in ("node-a", "node-b"):
             keys = f'ticket = {{keys = "{home}/tickets.pub"}}\n'
-            extra = f'[cluster]\nstore = "sqlite:{store}"\npaths = ["local", "redirect"]\n'
+            extra = f'[cluster]\nlease_s = 2\nstore = "sqlite:{store}"\npaths = ["local", "redirect"]\n'
             extra += f'[[service]]\nname = "desk"\nhost = "127.0.0.1"\nport = {service.target.rpartition(":")[2]}\n{keys}'
             extra += 'owner = "python:owners:may"\nlimits = {per_user_streams = 2}\n'
             extra += f'[[service]]\nname = "both"\ntarget = "{service.target}"\n{keys}'
@@ -215,7 +215,7 @@ def test_a_reserved_node_is_its_users_wherever_he_is(site: Site) -> None:
 
     def holders() -> dict[str, str]:
         found = json.loads(site.stack.relay_cli("node-a", "reservations", "--json").stdout)
-        return {line["serverId"]: line["user"] for line in found["reservations"] if line["user"]}
+        return {line["serverId"]: line["user"] for line in found if line["user"]}
 
     def opened(user: str, source: str) -> socket.socket:
         found: list[socket.socket] = []
