@@ -1,6 +1,8 @@
 """Streams of guarded services, on a whole data plane: what gets in, what is told, and what is given back."""
 
 import logging
+from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import trio
@@ -12,6 +14,8 @@ from plane import SERVICE, Contexts, open_plane
 from fxrelay.admitting.quotas import Quotas, StreamLimits, source_of
 from fxrelay.admitting.ticket import TicketRules
 from fxrelay.delivery.delivery import DeliveryLimits
+from fxrelay.delivery.ports import Node, NoNode, Taken, Wanted
+from fxtunnel.model import RelayId
 
 A, B = "127.0.0.11", "127.0.0.12"
 
@@ -142,6 +146,51 @@ async def test_the_owner_says_no_before_anything_is_used(contexts: Contexts, cap
         assert nodes.got[A] == []
         assert relay.desk.counters.refused_by_service == {SERVICE: {"forbidden": 1}}
         assert "not for alice" in caplog.text
+
+
+class CountedSeat:
+    """Implements `Seat`."""
+
+    def __init__(self) -> None:
+        self.taken = 0
+        self.released = 0
+
+    async def take(self) -> Taken:
+        await trio.lowlevel.checkpoint()
+        self.taken += 1
+        return Taken()
+
+    def watch(self, lost: Callable[[], None]) -> None: ...
+
+    def release(self) -> None:
+        self.released += 1
+
+
+class SeatedChooser(ScriptedChooser):
+    """Its nodes are for one user each."""
+
+    def __init__(self, *nodes: Spec) -> None:
+        super().__init__(*nodes)
+        self.seat = CountedSeat()
+
+    async def choose(self, wanted: Wanted, excluded: frozenset[RelayId]) -> Node | NoNode:
+        answer = await super().choose(wanted, excluded)
+        return replace(answer, seat=self.seat) if isinstance(answer, Node) else answer
+
+
+@pytest.mark.parametrize("reason", [None, "not hers"])
+async def test_who_may_not_have_a_node_does_not_reserve_it(contexts: Contexts, reason: str | None) -> None:
+    async with open_plane(contexts) as plane:
+        nodes, chooser = serve_nodes(plane, A), SeatedChooser(Spec("a", is_local=True))
+        porter = porter_of(Memory(), owner=ScriptedOwner(lambda question: reason))
+        await add_guarded_relay(plane, porter, nodes.port, mint, chooser=chooser, host=A)
+        port = plane.add_door()
+        if reason is None:
+            assert await ask(port) == A.encode()
+        else:
+            await refused(port)
+        assert chooser.seat.taken == (1 if reason is None else 0)
+        await chooser.settled()
 
 
 @pytest.mark.parametrize("refuses", [True, False])

@@ -209,6 +209,19 @@ async def test_limits_count_connections(contexts: Contexts) -> None:
                 await trio.sleep(0.01)
 
 
+async def test_a_connection_counts_for_the_user_who_asked_last(contexts: Contexts) -> None:
+    """A proxy in front sends everybody's requests by one connection."""
+    async with open_plane(contexts) as plane:
+        port = await guarded(plane, Canned(), porter_of(Memory(), limits=StreamLimits(per_user=1)))
+        shared = await connect(port)
+        for user in ("alice", "bob"):
+            await shared.send_all(request("/", bearer(mint(user)), close=False))
+            assert statuses((await read_head(shared))[0]) == [200]
+        assert statuses(await ask(port, request("/", bearer(mint("bob"))))) == [429]
+        assert statuses(await ask(port, request("/", bearer(mint("alice"))))) == [200]
+        await shared.aclose()
+
+
 async def test_an_upgrade_with_a_pass(contexts: Contexts) -> None:
     async with open_plane(contexts) as plane:
         switching = b"HTTP/1.1 101 Switching Protocols\r\nConnection: upgrade\r\nUpgrade: websocket\r\n\r\n"
