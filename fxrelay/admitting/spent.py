@@ -13,7 +13,7 @@ MAX_HERE: Final = 65_536
 BUCKET_CHARS: Final = 2
 """Of an id, in hexadecimal: 256 buckets."""
 MAX_IN_BUCKET: Final = 512
-"""With 256 of them 131,072 tickets, or 1,000 a second of two minutes; a full document is 25 KiB, and takes a millisecond or two to change."""
+"""With 256 of them 131,072 tickets, or 1,000 a second of two minutes; a full document is 25 KiB, changed in a millisecond or two."""
 _ID: Final = re.compile(r"[0-9a-f]{32}")
 
 
