@@ -254,18 +254,22 @@ def _load(config_path: Path) -> "GatewaySettings":
 @click.option(
     "--ca", "ca_file", type=click.Path(exists=True, dir_okay=False), help="Authorities for https, in PEM, instead of the system's."
 )
-def connect(service: str, via: str, node: str, direct: str | None, listen: str | None, ca_file: str | None) -> None:
+@click.option(
+    "--ticket", default="", metavar="FILE|-|env", help="Where a ticket is: a file, standard input's first line, or FXGATEWAY_TICKET."
+)
+def connect(service: str, via: str, node: str, direct: str | None, listen: str | None, ca_file: str | None, ticket: str) -> None:
     """Connect to SERVICE through a gateway, from a client's machine.
 
     \b
     ssh -o ProxyCommand='fxgateway connect ssh --node %h --via https://gw.example.com' node-a
     fxgateway connect desk --via https://gw.example.com --listen 127.0.0.1:5901
 
-    A ticket, where the service asks for one, is taken from the environment: FXGATEWAY_TICKET.
+    A ticket, where the service asks for one, is good for one connection. A file is read for each, so whatever renews it can go on. Without
+    --ticket the one in the environment is shown, if there is one: FXGATEWAY_TICKET.
     """
     import trio
 
-    from fxgateway.connect import Wanted, forward, join_terminal
+    from fxgateway.connect import Wanted, forward, join_terminal, ticket_source
     from fxtunnel.kit.settings import Address
 
     def address(text: str, option: str) -> Address:
@@ -279,8 +283,10 @@ def connect(service: str, via: str, node: str, direct: str | None, listen: str |
 
     if not via.startswith(("http://", "https://")):
         raise click.UsageError("--via: expected http://HOST:PORT or https://HOST:PORT")
+    if ticket == "-" and listen is not None:
+        raise click.UsageError("--ticket -: one ticket is for one connection; give --listen a file, which is read for each")
     target = address(direct, "direct") if direct is not None else None
-    wanted = Wanted(service, via, node, target, os.environ.get("FXGATEWAY_TICKET", ""), ca_file)
+    wanted = Wanted(service, via, node, target, ticket_source(ticket), ca_file)
     if listen is None:
         trio.run(join_terminal, wanted)
         return

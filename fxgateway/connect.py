@@ -1,10 +1,12 @@
 """Task: `fxgateway connect`: a client's end of a stream that is asked for by name: for ssh's ProxyCommand, or as a local port."""
 
+import json
 import os
+import re
 import socket
 import ssl
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -22,20 +24,60 @@ from fxtunnel.kit.tls import TlsStream, handshake_client
 DIRECT_TIMEOUT_S: Final = 2.0
 """For the node itself to answer: from outside it usually cannot, and a user waits."""
 GATEWAY_TIMEOUT_S: Final = 15.0
+TICKET_VARIABLE: Final = "FXGATEWAY_TICKET"
+MAX_TICKET_FILE_BYTES: Final = 16_384
+_TICKET: Final = re.compile(r"[!-~]{1,8192}")
 _BLOCK_BYTES: Final = 65_536
 _MAX_HEAD_BYTES: Final = 16_384
 
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """A stream to `service`, at `node` if one is named. `direct` is tried first, then the door at `via` (http:// or https://)."""
+    """A stream to `service`, at `node` if one is named. `direct` is tried first, then the door at `via` (http:// or https://). `ticket` is
+    asked for one for each stream.
+    """
 
     service: str
     via: str
     node: str = ""
     direct: Address | None = None
-    ticket: str = ""
+    ticket: Callable[[], str] = str
     ca_file: str | None = None
+
+
+def ticket_source(given: str) -> Callable[[], str]:
+    """Where tickets come from: a file, which is read for each stream; `-`, the first line of standard input, for one stream; `env`, the
+    variable FXGATEWAY_TICKET. Empty: `env`, if it is set. What it returns raises FxError.
+    """
+
+    def from_environ() -> str:
+        ticket = os.environ.get(TICKET_VARIABLE, "")
+        if given and not ticket:
+            raise FxError(f"there is no ticket in {TICKET_VARIABLE}")
+        return _checked(ticket, TICKET_VARIABLE) if ticket else ""
+
+    def from_input() -> str:
+        line = bytearray()
+        # A byte at a time: what follows the line is the stream's.
+        while len(line) <= MAX_TICKET_FILE_BYTES and (byte := os.read(sys.stdin.fileno(), 1)) not in (b"", b"\n"):
+            line += byte
+        return _checked(line.decode("latin-1"), "standard input")
+
+    def from_file() -> str:
+        try:
+            with open(given, "rb") as file:
+                return _checked(file.read(MAX_TICKET_FILE_BYTES).decode("latin-1"), given)
+        except OSError as exc:
+            raise FxError(f"{given}: {exc.strerror or exc}") from exc
+
+    return {"": from_environ, "env": from_environ, "-": from_input}.get(given, from_file)
+
+
+def _checked(text: str, source: str) -> str:
+    ticket = text.strip()
+    if not _TICKET.fullmatch(ticket):  # it becomes a line of an HTTP head
+        raise FxError(f"{source}: holds no ticket")
+    return ticket
 
 
 async def connect(wanted: Wanted) -> trio.abc.HalfCloseableStream:
@@ -139,8 +181,9 @@ async def _through_gateway(wanted: Wanted) -> trio.abc.HalfCloseableStream:
 async def _upgraded(stream: trio.abc.HalfCloseableStream, wanted: Wanted, host: str) -> trio.abc.HalfCloseableStream:
     query = f"?{urlencode({'node': wanted.node})}" if wanted.node else ""
     headers = [("Host", host), ("Connection", "Upgrade"), ("Upgrade", STREAM_PROTOCOL), ("Accept", "application/json")]
-    if wanted.ticket:
-        headers.append(("Authorization", f"Bearer {wanted.ticket}"))
+    ticket = await trio.to_thread.run_sync(wanted.ticket)
+    if ticket:
+        headers.append(("Authorization", f"Bearer {ticket}"))
     parser = h11.Connection(h11.CLIENT, max_incomplete_event_size=_MAX_HEAD_BYTES)
     request = h11.Request(method="GET", target=f"{STREAM_PATH}{quote(wanted.service)}{query}", headers=headers)
     await stream.send_all((parser.send(request) or b"") + (parser.send(h11.EndOfMessage()) or b""))
@@ -153,11 +196,23 @@ async def _upgraded(stream: trio.abc.HalfCloseableStream, wanted: Wanted, host: 
         return _Begun(stream, parser.trailing_data[0])
     status = getattr(event, "status_code", 0)
     message = {
+        401: "the ticket is missing, too old, used before, or not for this; get a fresh one",
+        403: "you may not have this",
         404: "it does not give out this stream; see `streams` of the door",
         429: "too many connections",
         503: "no relay offers it now",
     }
-    raise FxError(f"{wanted.via}: {wanted.service}: {message.get(status, f'refused with status {status}')}")
+    raise FxError(f"{wanted.via}: {wanted.service}: {message.get(status, f'refused with status {status}')}{_trace_in(parser)}")
+
+
+def _trace_in(parser: h11.Connection) -> str:
+    """The mark under which the logs of gateway and relay tell more, if it came along with the answer's head."""
+    try:
+        event = parser.next_event()
+        trace = json.loads(bytes(event.data))["error"]["trace"] if isinstance(event, h11.Data) else ""
+    except (h11.RemoteProtocolError, ValueError, KeyError, TypeError, RecursionError):
+        return ""
+    return f" (trace {trace[:32]})" if isinstance(trace, str) and trace.isalnum() else ""
 
 
 class _Begun(trio.abc.HalfCloseableStream):

@@ -10,6 +10,10 @@ from typing import Final
 import trio
 
 from fxrelay import settings as config
+from fxrelay.admitting.composing import entry_rules
+from fxrelay.admitting.porter import Porter
+from fxrelay.admitting.streams import StreamEntries
+from fxrelay.balance.workers import ScriptLimits, Workers
 from fxrelay.brain import Brain, Whose
 from fxrelay.delivery.delivery import DeliveryDesk, DeliveryLimits
 from fxrelay.delivery.placing import Placer
@@ -76,6 +80,7 @@ def run(settings: RelaySettings, config_path: Path) -> int:
     try:
         return reactor.host_trio(relay.serve)
     finally:
+        relay.close()
         reactor.close()
         notifier.close()
 
@@ -105,6 +110,8 @@ class Relay:
         self._uplinks: list[Uplink] = []
         self._brain: Brain | None = None
         self._web: WebDesk | None = None
+        self._porter: Porter | None = None
+        self._owners = Workers(owner_limits(settings), config_path.absolute().parent)
         self._failed = 0
 
     async def serve(self) -> int:
@@ -116,9 +123,13 @@ class Relay:
         files = [await trio.to_thread.run_sync(load_gateway_file, gateway.file) for gateway in self._settings.gateways]
         identity = await load_identity(self._settings.relay.state_dir, RelayId(self._settings.relay.id))
         whose = Whose(identity.relay_id, identity.instance, lambda: [uplink.statistics() for uplink in self._uplinks])
-        self._brain = brain = Brain(self._settings, self._config_path.absolute().parent, whose)
+        self._brain = brain = Brain(self._settings, self._directory, whose)
         self._desk.placer = placer = Placer(brain.chooser, self._settings.cluster.paths, brain.chooser)
+        self._porter = porter = Porter(brain.tickets, identity.relay_id)
+        porter.reconfigure(await trio.to_thread.run_sync(entry_rules, self._settings, self._owners, self._directory))
+        placer.entries = StreamEntries(porter, lambda name: isinstance(self._services.get(name), PoolService))
         self._desk.web = self._web = web = WebDesk(self._desk, brain.chooser, identity.relay_id, web_limits(self._settings.limits))
+        web.porter = porter
         web.reconfigure(await trio.to_thread.run_sync(web_rules, self._settings))
         self._services.replace(await resolved(self._settings.services))
         self._uplinks = self._make_uplinks(files, identity)
@@ -148,6 +159,15 @@ class Relay:
                 await self._let_finish()
             nursery.cancel_scope.cancel()
         return 1 if self._has_failed else 0
+
+    def close(self) -> None:
+        """End the processes of owner scripts."""
+        self._owners.close()
+
+    @property
+    def _directory(self) -> Path:
+        """Where the configuration is."""
+        return self._config_path.absolute().parent
 
     @property
     def _has_failed(self) -> bool:
@@ -269,11 +289,14 @@ class Relay:
         fresh = await trio.to_thread.run_sync(config.load, self._config_path, os.environ)
         services = await resolved(fresh.services, self._services)
         rules = await trio.to_thread.run_sync(web_rules, fresh)
+        entries = await trio.to_thread.run_sync(entry_rules, fresh, self._owners, self._directory)
         if self._brain is not None:
             self._brain.reconfigure(fresh)  # first: a script that cannot be used refuses the whole configuration
         if self._web is not None:
             self._web.limits = web_limits(fresh.limits)
             self._web.reconfigure(rules)
+        if self._porter is not None:
+            self._porter.reconfigure(entries)
         self._apply(fresh, services)
         logger.info("reloaded %s", self._config_path)
 
@@ -319,9 +342,10 @@ async def resolved(sections: tuple[ServiceSection, ...], known: ServiceTable | N
             logger.warning("target %s of service %s does not resolve: %s", target, section.name, exc.strerror or exc)
         if section.port is not None:
             wait_s = section.queue.wait_s if section.queue is not None else 0.0
-            services.append(PoolService(name, section.host, section.port, endpoints, section.protocol, section.proxy_protocol, wait_s))
+            carried = (section.protocol, section.proxy_protocol)
+            services.append(PoolService(name, section.host, section.port, endpoints, *carried, wait_s, section.is_guarded))
         else:
-            services.append(Service(name, target, endpoints, section.protocol, section.proxy_protocol))
+            services.append(Service(name, target, endpoints, section.protocol, section.proxy_protocol, section.is_guarded))
     return services
 
 
@@ -334,6 +358,11 @@ def session_config(settings: RelaySettings) -> SessionConfig:
         hold_s=settings.resume.hold_s,
         dead_after_s=settings.liveness.dead_after_s,
     )
+
+
+def owner_limits(settings: RelaySettings) -> ScriptLimits:
+    """What an owner script may take: as much as a balancing script."""
+    return ScriptLimits(settings.cluster.script_timeout_s, settings.cluster.script_memory_bytes)
 
 
 def delivery_limits(settings: RelaySettings) -> DeliveryLimits:

@@ -11,6 +11,7 @@ from typing import Any, Final
 
 import trio
 
+from fxrelay.admitting.memory import SharedMemory
 from fxrelay.balance.chooser import Balancing, ClusterEnvironment, PoolChooser
 from fxrelay.balance.entries import Scripts
 from fxrelay.balance.filters import Pool
@@ -77,6 +78,7 @@ class Brain:
         environment = ClusterEnvironment(whose.relay_id, self._store, self._threads)
         self.chooser = PoolChooser(self.view, ways(settings), environment, self._transporter, self._threads, whose.instance)
         self.chooser.reconfigure(balancing(settings, self._scripts))
+        self.tickets = SharedMemory(self._store, self._threads)
         self.reservations: Reservations | None = None
         if any(section.is_pool and (section.is_login or section.guard_start) for section in settings.services):
             reserving = ReservingConfig(whose.relay_id, cluster.lease_s, cluster.on_lost_lease)

@@ -22,7 +22,13 @@ def verify_files(settings: RelaySettings, config_path: Path) -> list[ConfigProbl
             load_gateway_file(gateway.file)
         except ConfigError as exc:
             problems += exc.problems
-    return problems + _cluster_problems(settings, config_path) + _web_problems(settings) + _state_problems(settings, config_path)
+    return (
+        problems
+        + _cluster_problems(settings, config_path)
+        + _web_problems(settings)
+        + _entry_problems(settings, config_path)
+        + _state_problems(settings, config_path)
+    )
 
 
 def _web_problems(settings: RelaySettings) -> list[ConfigProblem]:
@@ -30,6 +36,20 @@ def _web_problems(settings: RelaySettings) -> list[ConfigProblem]:
     from fxrelay.web.composing import verify_web_files
 
     return verify_web_files(settings)
+
+
+def _entry_problems(settings: RelaySettings, config_path: Path) -> list[ConfigProblem]:
+    """Keys of tickets and owner scripts. Imported here as well."""
+    from fxrelay.admitting.composing import entry_rules
+    from fxrelay.balance.workers import ScriptLimits, Workers
+
+    directory = config_path.absolute().parent
+    workers = Workers(ScriptLimits(), directory)  # starts nothing by itself
+    try:
+        entry_rules(settings, workers, directory)
+    except ConfigError as exc:
+        return list(exc.problems)
+    return []
 
 
 def _cluster_problems(settings: RelaySettings, config_path: Path) -> list[ConfigProblem]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from fxrelay.cluster_cli import COMMANDS
+from fxrelay.ticket_cli import ticket
 from fxtunnel import __version__
 from fxtunnel.errors import FxError
 from fxtunnel.kit.console import (
@@ -196,7 +197,7 @@ def _next_try(seconds: float | None) -> str:
     return "-" if seconds is None else f"next in {seconds:.0f} s"
 
 
-for _command in COMMANDS:
+for _command in (*COMMANDS, ticket):
     main.add_command(_command)
 
 if __name__ == "__main__":

@@ -49,6 +49,34 @@ class QueueSection(Section):
     wait_s: Seconds = Field(30.0, ge=0.1, le=3_600, description="Seconds a stream waits.")
 
 
+class TicketSection(Section):
+    """Tickets without which a stream or a request is not served: JWTs that somebody else makes, each for one stream."""
+
+    keys: OptionalPath = Field(description="Public keys of those who may make tickets: PEM, or a JWK set; read again at a reload.")
+    audience: str = Field("", max_length=256, description="What `aud` must be; default: the service's name.")
+    issuer: str = Field("", max_length=256, description="What `iss` must be; empty: it is not looked at.")
+    algorithms: tuple[Literal["EdDSA", "ES256", "RS256"], ...] = Field(("EdDSA",), min_length=1, description="Signatures that are taken.")
+    max_life_s: Seconds = Field(60.0, ge=1, le=3_600, description="Longest life of a ticket, from iat to exp.")
+    leeway_s: Seconds = Field(10.0, ge=0, le=300, description="How far the clocks of those who make tickets may be off.")
+    required: bool = Field(True, description="Whether everybody needs one; if not, who shows none is served by his address.")
+    session_s: Seconds = Field(
+        28_800.0,
+        ge=0,
+        le=604_800,
+        description="HTTP: how long the cookie holds that a ticket is changed for; 0: each request needs a ticket.",
+    )
+    without_store: Literal["refuse", "local"] = Field(
+        "refuse", description="While the store is away: refuse tickets, or take those that this relay itself has not seen."
+    )
+
+
+class StreamLimitsSection(Section):
+    """How many streams of the service one user or one address may have at this relay."""
+
+    per_user_streams: int = Field(0, ge=0, le=1_000_000, description="Of a ticket's user; 0: no limit.")
+    per_address_streams: int = Field(0, ge=0, le=1_000_000, description="Of an IPv4 address or an IPv6 /64; 0: no limit.")
+
+
 class ServiceSection(Section):
     """A service. With `target` it is one address. With `port` it is a pool: the same port on every node of the pool, one of which is
     chosen for each stream. A relay never connects to anything that is not written here.
@@ -77,6 +105,10 @@ class ServiceSection(Section):
     guard_start: bool = Field(False, description="Nodes reserved for others get no session/start either.")
     hold_while_sessions: bool = Field(False, description="A node stays its user's while it has sessions of his.")
     queue: QueueSection | None = Field(None, description="Wait for a reserved node: {max = 100, wait_s = 30}.")
+
+    ticket: TicketSection | None = Field(None, description='Tickets: {keys = "FILE", audience = "…", issuer = "…"}.')
+    owner: str | None = Field(None, description="Who may have what: python:MODULE:FUNCTION or exec:FILE, asked about every stream.")
+    limits: StreamLimitsSection | None = Field(None, description="{per_user_streams = 8, per_address_streams = 64}.")
 
     tls: TlsSection | None = Field(
         None, description='End TLS here: {cert = "FILE", key = "FILE"}. Without it the stream carries plain HTTP.'
@@ -127,18 +159,31 @@ class ServiceSection(Section):
         return self
 
     @model_validator(mode="after")
+    def _check_entry(self) -> Self:
+        if self.ticket is None and self.limits is not None and self.limits.per_user_streams:
+            raise ValueError("limits.per_user_streams: only with `ticket`; without one nobody says who the user is")
+        if self.ticket is not None and self.protocol != "http" and "session_s" in self.ticket.model_fields_set:
+            raise ValueError('ticket.session_s: only for protocol = "http"')
+        return self
+
+    @model_validator(mode="after")
     def _check_protocol(self) -> Self:
         http_only = _HTTP_ONLY & self.model_fields_set
         if self.protocol != "http" and http_only:
             raise ValueError(f'{", ".join(sorted(http_only))}: only for protocol = "http"')
-        if self.cookie_key is not None and (self.affinity is None or self.affinity.cookie is None):
-            raise ValueError("cookie_key: only with affinity = {cookie = …}")
+        if self.cookie_key is not None and (self.affinity is None or self.affinity.cookie is None) and self.ticket is None:
+            raise ValueError("cookie_key: only with affinity = {cookie = …} or ticket")
         return self
 
     @property
     def is_login(self) -> bool:
         """Whether its streams are logins."""
         return self.reservations or self.action == "user/login"
+
+    @property
+    def is_guarded(self) -> bool:
+        """Whether not everybody may have it."""
+        return self.ticket is not None or self.owner is not None or self.limits is not None
 
     @property
     def is_pool(self) -> bool:

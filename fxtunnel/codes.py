@@ -17,6 +17,9 @@ class Code(IntEnum):
     BUSY = 19
     DRAINING = 20
     UNSUPPORTED = 21
+    BAD_TICKET = 22
+    FORBIDDEN = 23
+    OVER_LIMIT = 24
     PEER_RESET = 32
     IDLE_TIMEOUT = 33
     LINK_LOST = 34
@@ -30,6 +33,11 @@ class Code(IntEnum):
     def label(self) -> str:
         """The name as PROTOCOL.md writes it, for logs and metrics: `connect-failed`."""
         return self.name.lower().replace("_", "-")
+
+    @property
+    def is_final(self) -> bool:
+        """Whether a REFUSE with it holds for all relays: the client itself is not to have the stream."""
+        return Code.BAD_TICKET <= self <= Code.OVER_LIMIT
 
     @classmethod
     def from_wire(cls, number: int) -> "Code":

@@ -91,7 +91,10 @@ class Client(Splice):
 
     def on_refuse(self, code: Code, text: str) -> None:
         """See `Endpoint`."""
-        self._try_another()
+        if code.is_final:
+            self.turn_away(code.label)  # it concerns the client: what one relay says, another one must not be asked to overrule
+        else:
+            self._try_another()
 
     def on_redirect(self, relay: str) -> None:
         """See `Endpoint`."""

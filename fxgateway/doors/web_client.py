@@ -21,7 +21,14 @@ RETRY_AFTER_S: Final = (1.0, 10.0)
 """Clients of a service that is away come back spread over this time."""
 _UNREACHED: Final = Refused(502, "NotReached", "The service cannot be reached at the moment.")
 _TOO_LATE: Final = Refused(504, "TooLate", "The service did not answer in time.")
-_BY_CODE: Final = {Code.CONNECT_FAILED: _UNREACHED, Code.CONNECT_TIMEOUT: _TOO_LATE, Code.CANCELLED: _TOO_LATE}
+_BY_CODE: Final = {
+    Code.CONNECT_FAILED: _UNREACHED,
+    Code.CONNECT_TIMEOUT: _TOO_LATE,
+    Code.CANCELLED: _TOO_LATE,
+    Code.BAD_TICKET: Refused(401, "BadTicket", "This needs a fresh ticket that is meant for it; tickets are good for one connection."),
+    Code.FORBIDDEN: Refused(403, "Forbidden", "You may not have this."),
+    Code.OVER_LIMIT: Refused(429, "TooMany", "You have too many connections to this service.", retry_after_s=5),
+}
 
 
 class WebClient(Client):

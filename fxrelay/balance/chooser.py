@@ -182,7 +182,8 @@ class PoolChooser:
     async def _choose(self, balancing: Balancing, wanted: Wanted, excluded: frozenset[RelayId]) -> tuple[Node | NoNode | None, Decision]:
         """The node, or None and a decision that says why there is none."""
         is_login = balancing.action is Action.LOGIN
-        request = Request(balancing.action, wanted.service, wanted.user if is_login else "")
+        user = wanted.user if is_login or wanted.is_proven else ""
+        request = Request(balancing.action, wanted.service, user, groups=wanted.groups)
         decision = await self._decide(balancing, request, wanted, excluded)
         member = self._view.members.get(decision.server_id, self._view.now) if decision.server_id is not None else None
         if member is None:

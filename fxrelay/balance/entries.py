@@ -103,7 +103,7 @@ class Scripts:
         path = self._directory / rest
         if kind == "js" and find_spec("quickjs") is None:
             raise ValueError(f"{spec} needs a JavaScript engine: pip install 'fx-gateway[js]'")
-        _verify(path, kind)
+        verify_file(path, kind)
         return Script(spec, kind, str(path), self._workers)
 
 
@@ -117,8 +117,8 @@ def _from_environ(environ: Mapping[str, str]) -> tuple[str, ...]:
     return (f"builtin:{_FASTX4_NAMES.get(name.replace('-', ''), name)}",)
 
 
-def _verify(path: Path, kind: str) -> None:
-    """Raises ValueError for a file that somebody else could change, or that cannot be used."""
+def verify_file(path: Path, kind: str) -> None:
+    """Look at a script: nobody else may change it, and it can be run. Raises ValueError."""
     try:
         facts = path.stat()
     except OSError as exc:

@@ -1,4 +1,4 @@
-"""Task: runs one FastX 4 balancing executable, in the script process: JSON on stdin, a node id on stdout."""
+"""Task: runs one executable of an administrator, in the script process: JSON on stdin, an answer on stdout."""
 
 import math
 import os
@@ -15,15 +15,14 @@ from typing import Any, Final
 
 from fxrelay.balance.answers import failed
 from fxrelay.balance.forked import RelayGone, die_with, wait_readable
-from fxrelay.balance.script_input import ScriptInput, fastx4_input
 
 MAX_OUTPUT_BYTES: Final = 65_536
 LOOK_S: Final = 0.01
 _ENVIRONMENT: Final = ("PATH", "LANG", "LC_ALL", "HOME", "TZ")
 
 
-def run_executable(path: str, given: ScriptInput, limit_s: float, relay: socket.socket) -> dict[str, Any]:
-    """Run the file with the FastX 4 form of the input; the answer is as `worker_main` describes it.
+def run_executable(path: str, given: str, limit_s: float, relay: socket.socket) -> dict[str, Any]:
+    """Run the file with that on its stdin; the answer is as `worker_main` describes it.
 
     Its output goes through files, so that one that prints for ever fills no memory and one that reads nothing holds nobody up.
 
@@ -31,7 +30,7 @@ def run_executable(path: str, given: ScriptInput, limit_s: float, relay: socket.
         RelayGone: the other end of `relay` was closed meanwhile.
     """
     with tempfile.TemporaryFile() as stdin, tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
-        stdin.write(fastx4_input(given).encode())
+        stdin.write(given.encode())
         stdin.seek(0)
         try:
             process = subprocess.Popen(  # noqa: S603 - the administrator's own program, checked when the chain was made

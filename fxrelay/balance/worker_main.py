@@ -27,7 +27,7 @@ from fxrelay.balance.answers import Answer, failed
 from fxrelay.balance.executable import run_executable
 from fxrelay.balance.forked import RelayGone, collect_children
 from fxrelay.balance.javascript import Engine
-from fxrelay.balance.script_input import Count, ScriptInput
+from fxrelay.balance.script_input import Count, ScriptInput, fastx4_input
 from fxrelay.balance.sent_texts import ReceivedTexts
 
 READY: Final = b"\n"
@@ -75,7 +75,11 @@ class _Server:
                 self._engine = self._engine or Engine()
                 return self._engine.run(request["spec"], given, (request["limit_s"], request["memory_bytes"]), self._channel)
             case "exec":
-                return run_executable(request["spec"], given, request["limit_s"], self._channel)
+                return run_executable(request["spec"], fastx4_input(given), request["limit_s"], self._channel)
+            case "owner-exec":
+                return run_executable(request["spec"], given.base, request["limit_s"], self._channel)
+            case "owner-python":
+                return _call(request["spec"], given.base)
             case _:
                 return _call(request["spec"], given.whole())
 

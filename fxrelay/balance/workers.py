@@ -54,7 +54,9 @@ class Workers:
         """Processes so far."""
 
     async def call(self, kind: str, spec: str, given: ScriptInput) -> Answer:
-        """Run a script; `kind` is "js", "exec" or "python". Every failure is an answer of its own kind. Cancelling kills the process."""
+        """Run a script; `kind` is "js", "exec" or "python"; "owner-exec" and "owner-python" get `given.base` alone. Every failure is an
+        answer of its own kind. Cancelling kills the process.
+        """
         limits = self.limits
         counts = [[count.index, count.sessions, count.in_flight] for count in given.counts]
         head = {"kind": kind, "spec": spec, "limit_s": limits.timeout_s, "memory_bytes": limits.memory_bytes}
@@ -133,7 +135,7 @@ class _Worker:
 
     def call(self, head: Mapping[str, Any], servers: Sequence[str], timeout_s: float) -> Answer:
         """Send one request and wait for its answer."""
-        self._grace_s = GRACE_S if head["kind"] == "exec" else 0.0
+        self._grace_s = GRACE_S if head["kind"].endswith("exec") else 0.0
         self.is_usable = False
         try:
             answer = self._answer(json.dumps(head).encode(), self._texts.pack(servers), timeout_s)

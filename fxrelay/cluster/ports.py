@@ -18,6 +18,8 @@ RESERVATIONS: Final = "reservations"
 """Collection and topic of who has which server, by server id."""
 RESERVATION_MARKS: Final = "reservation-marks"
 """Collection of one document: what tells relays that the store has forgotten something."""
+TICKETS: Final = "tickets"
+"""Collection of the tickets that were used, until they expire."""
 TOPICS: Final = (SERVERS, CONTROLS, PLACEMENTS, RESERVATIONS)
 
 MAX_DOCUMENT_BYTES: Final = 262_144

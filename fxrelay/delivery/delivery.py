@@ -191,6 +191,8 @@ class DeliveryDesk:
                 self.turn_down(stream, service, Code.NO_SERVICE, "this relay serves no HTTP")
             else:
                 self.web.take(session, stream, service, opening, gateway_id)
+        elif service.is_guarded:
+            self._serve_guarded(session, stream, service, opening, gateway_id)
         elif isinstance(service, PoolService) and opening.via is None:
             if self.placer is None:
                 self.turn_down(stream, service, Code.NO_SERVICE, "this relay chooses no nodes")
@@ -259,6 +261,16 @@ class DeliveryDesk:
             self.placer.abort_all()
         if self.web is not None:
             self.web.abort_all()
+
+    def _serve_guarded(self, session: "Session", stream: Stream, service: AnyService, opening: Opening, gateway_id: GatewayId) -> None:
+        """A stream that has to be admitted before anything is done for it."""
+        placer = self.placer
+        if placer is None:
+            self.turn_down(stream, service, Code.NO_SERVICE, "this relay admits nobody")
+        elif isinstance(service, PoolService) and opening.via is not None and "local" not in placer.paths:
+            self.turn_down(stream, service, Code.NO_SERVICE, "this node does not serve it itself")
+        else:
+            placer.place_guarded(self, session, stream, service, opening, gateway_id)
 
     def _is_placed_here(self, session: "Session", stream: Stream, service: AnyService, opening: Opening, gateway_id: GatewayId) -> bool:
         """Whether the placer has taken a redirected stream on, since its user has to get this node first."""

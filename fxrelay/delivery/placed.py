@@ -6,8 +6,8 @@ import trio
 
 from fxrelay.cluster.settings import PathKind
 from fxrelay.delivery.delivery import Delivery, DeliveryDesk
-from fxrelay.delivery.ports import Claim, Seat, Wanted
-from fxrelay.delivery.services import Endpoint, PoolService
+from fxrelay.delivery.ports import Claim, Entry, Seat, Wanted
+from fxrelay.delivery.services import AnyService, Endpoint, PoolService
 from fxtunnel.codes import Code
 from fxtunnel.model import RelayId
 from fxtunnel.protocol.mux import Stream
@@ -26,7 +26,9 @@ class Placing:
         "claim",
         "desk",
         "early",
+        "entry",
         "fin",
+        "is_final",
         "is_over",
         "opening",
         "problem",
@@ -41,7 +43,7 @@ class Placing:
     )
 
     def __init__(
-        self, desk: DeliveryDesk, session: "Session", stream: Stream, service: PoolService, opening: Opening, wanted: Wanted
+        self, desk: DeliveryDesk, session: "Session", stream: Stream, service: AnyService, opening: Opening, wanted: Wanted
     ) -> None:
         self.desk = desk
         self.session = session
@@ -53,13 +55,21 @@ class Placing:
         self.fin = False
         self.claim: Claim | None = None
         self.seat: Seat | None = None
+        self.entry: Entry | None = None
         self.is_over = False
+        self.is_final = False
+        """Whether `problem` is the answer, whatever else could be tried."""
         self.scope = trio.CancelScope()
         self.settled = trio.Event()
         self.problem: tuple[Code, str] | None = None
         self.quicker = False
         """Whether the last node went to somebody who was quicker."""
         stream.endpoint = self
+
+    @property
+    def wait_s(self) -> float:
+        """How long it may wait for a node that is somebody else's."""
+        return self.service.wait_s if isinstance(self.service, PoolService) else 0.0
 
     def on_accept(self) -> None:
         """Not for a relay."""
@@ -125,11 +135,27 @@ class Placing:
         if seat is not None:
             seat.release()
 
+    def release_entry(self) -> None:
+        """Its place among its user's streams is free."""
+        entry, self.entry = self.entry, None
+        if entry is not None:
+            entry.release()
+
+    async def leave(self) -> None:
+        """Nobody serves the stream: its ticket is as if it had not been shown, and its place is free. Does nothing if it is served."""
+        entry, self.entry = self.entry, None
+        if entry is not None:
+            try:
+                if not self.stream.accepted:
+                    await entry.give_back()
+            finally:
+                entry.release()
+
 
 class PlacedDelivery(Delivery):
     """A delivery to a chosen node. If it does not come to stand, its stream goes back to where it came from, with all that had arrived."""
 
-    __slots__ = ("_claim", "_placing", "_seat", "path")
+    __slots__ = ("_claim", "_entry", "_placing", "_seat", "path")
 
     def __init__(self, placing: Placing, sock: "socket.socket", rest: tuple[Endpoint, ...], path: PathKind) -> None:
         super().__init__(placing.desk, sock, placing.service, rest, placing.opening)
@@ -137,6 +163,7 @@ class PlacedDelivery(Delivery):
         self._placing: Placing | None = placing
         self._claim: Claim | None = None
         self._seat: Seat | None = None
+        self._entry: Entry | None = None
         self._pending = placing.early or None
         self._fin_wanted = placing.fin
         placing.early = bytearray()
@@ -148,6 +175,7 @@ class PlacedDelivery(Delivery):
         if placing is not None:
             self._claim, placing.claim = placing.claim, None
             self._seat, placing.seat = placing.seat, None
+            self._entry, placing.entry = placing.entry, None
             placing.end()
             if self._claim is not None:
                 self._claim.connected()
@@ -181,10 +209,13 @@ class PlacedDelivery(Delivery):
             placing.end()
         claim, self._claim = self._claim, None
         seat, self._seat = self._seat, None
+        entry, self._entry = self._entry, None
         if claim is not None:
             claim.release()
         if seat is not None:
             seat.release()
+        if entry is not None:
+            entry.release()
 
     def _lost(self) -> None:
         """The node is somebody else's now."""

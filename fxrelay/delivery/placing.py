@@ -7,6 +7,7 @@ The reactor hands an OPEN over through a bounded channel; a task asks the choose
 import logging
 import secrets
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 import trio
@@ -15,8 +16,8 @@ from fxrelay.cluster.settings import PathKind
 from fxrelay.delivery.delivery import DeliveryDesk, connect_first
 from fxrelay.delivery.identity import identity_of
 from fxrelay.delivery.placed import PlacedDelivery, Placing
-from fxrelay.delivery.ports import Chooser, Node, NoNode, NotTaken, Seat, Seats, Then, Wanted
-from fxrelay.delivery.services import Endpoint, PoolService
+from fxrelay.delivery.ports import Chooser, Entries, Node, NoNode, NotAdmitted, NotTaken, Seat, Seats, Then, Wanted
+from fxrelay.delivery.services import AnyService, Endpoint, PoolService
 from fxtunnel.codes import Code
 from fxtunnel.model import GatewayId, RelayId
 from fxtunnel.protocol.mux import Stream
@@ -42,12 +43,14 @@ ALL_PATHS: Final[tuple[PathKind, ...]] = ("local", "redirect", "direct")
 class Placer:
     """Finds nodes for streams. `place` is for the reactor, `run` is the task that serves it; `paths` may be replaced at any time.
 
-    `seats` says which streams have to take a seat on this node when they were redirected here.
+    `seats` says which streams have to take a seat on this node when they were redirected here. `entries` admits the streams of guarded
+    services; without it nobody gets one.
     """
 
     def __init__(self, chooser: Chooser, paths: tuple[PathKind, ...] = ALL_PATHS, seats: Seats | None = None) -> None:
         self.paths = paths
         self._seats = seats
+        self.entries: Entries | None = None
         self.placings: set[Placing] = set()
         self._chooser = chooser
         self._orders, self._ordered = trio.open_memory_channel[Placing](MAX_PLACINGS)
@@ -71,6 +74,18 @@ class Placer:
         self._order(placing)
         return True
 
+    def place_guarded(
+        self, desk: DeliveryDesk, session: "Session", stream: Stream, service: AnyService, opening: Opening, gateway_id: GatewayId
+    ) -> None:
+        """Take on a stream of a guarded service: it is admitted first, and then placed, or connected to the service's one address."""
+        wanted = _wanted(service, opening, gateway_id)
+        placing = Placing(desk, session, stream, service, opening, wanted)
+        if self.entries is None:
+            placing.give_up(Code.NO_SERVICE, "this relay admits nobody")
+            return
+        placing.entry = self.entries.entry(service.name, opening, wanted.trace_id)
+        self._order(placing)
+
     def _order(self, placing: Placing) -> None:
         try:
             if len(self.placings) >= MAX_PLACINGS:
@@ -78,9 +93,11 @@ class Placer:
             self._orders.send_nowait(placing)
         except trio.WouldBlock:
             placing.give_up(Code.BUSY, "too many streams wait for a node")
+            placing.release_entry()
             return
         except trio.BrokenResourceError:
             placing.give_up(Code.DRAINING, "this relay is going away")
+            placing.release_entry()
             return
         self.placings.add(placing)
         placing.desk.count_opening(placing.service)
@@ -104,12 +121,11 @@ class Placer:
     async def _serve(self, placing: Placing) -> None:
         try:
             with placing.scope as scope:
-                scope.deadline = trio.current_time() + placing.desk.limits.place_timeout_s + placing.service.wait_s
-                if placing.seat is not None:
-                    await self._seat_here(placing, placing.seat)
-                else:
-                    await self._find(placing)
-            placing.give_up(Code.CONNECT_TIMEOUT, "no node in time")
+                scope.deadline = trio.current_time() + placing.desk.limits.place_timeout_s + placing.wait_s
+                await self._serve_admitted(placing)
+            await placing.leave()
+            problem = placing.problem if not scope.cancelled_caught else None
+            placing.give_up(*(problem or (Code.CONNECT_TIMEOUT, "no node in time")))
         except Exception:
             logger.exception("a stream's node could not be chosen (trace %s)", placing.wanted.trace_id)
             placing.fail(Code.INTERNAL_ERROR)
@@ -117,6 +133,25 @@ class Placer:
             self.placings.discard(placing)
             placing.fail(Code.SHUTDOWN)
             placing.release()
+            placing.release_entry()
+
+    async def _serve_admitted(self, placing: Placing) -> None:
+        """Serve, redirect, or leave a `problem` that says why not."""
+        entry, service, opening = placing.entry, placing.service, placing.opening
+        if entry is not None:
+            answer = entry.admit()
+            if isinstance(answer, NotAdmitted):
+                placing.problem = (answer.code, answer.text)
+                return
+            wanted = placing.wanted
+            user = answer.user or wanted.user
+            placing.wanted = replace(wanted, node=answer.node, user=user, groups=answer.groups, is_proven=bool(answer.user))
+            if isinstance(service, PoolService) and opening.via is not None and self._seats is not None:
+                placing.seat = self._seats.seat_here(placing.wanted)
+        if isinstance(service, PoolService) and opening.via is None:
+            await self._find(placing)
+        else:
+            await self._serve_here(placing)
 
     async def _find(self, placing: Placing) -> None:
         excluded: frozenset[RelayId] = frozenset()
@@ -124,14 +159,14 @@ class Placer:
         while len(excluded) < MAX_NODES and lost < MAX_LOST:
             answer = await self._choose(placing, excluded)
             if isinstance(answer, NoNode):
-                placing.give_up(*(placing.problem or (answer.code, answer.text)))
+                placing.problem = placing.problem or (answer.code, answer.text)
                 return
             placing.claim, placing.seat = answer.claim, answer.seat
             then = await self._reach(placing, answer)
-            if placing.is_over:
+            if placing.is_over or placing.is_final:
                 return
             placing.release()
-            if then is Then.AGAIN and (answer.server_id != last or placing.service.wait_s):
+            if then is Then.AGAIN and (answer.server_id != last or placing.wait_s):
                 lost += 1
                 placing.problem = None
                 if answer.server_id == last:
@@ -139,11 +174,11 @@ class Placer:
                 last = answer.server_id
             else:
                 excluded |= {answer.server_id}
-        placing.give_up(*(placing.problem or (Code.CONNECT_FAILED, "no path to the nodes chosen")))
+        placing.problem = placing.problem or (Code.CONNECT_FAILED, "no path to the nodes chosen")
 
     async def _choose(self, placing: Placing, excluded: frozenset[RelayId]) -> Node | NoNode:
         """Ask the chooser. A stream that waits longer than the gateway would is accepted meanwhile: what it sends waits here."""
-        if not placing.service.wait_s or placing.stream.accepted:
+        if not placing.wait_s or placing.stream.accepted:
             return await self._chooser.choose(placing.wanted, excluded)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_accept_later, placing, max(0.0, placing.wanted.since + ACCEPT_AFTER_S - time.monotonic()))
@@ -151,18 +186,27 @@ class Placer:
             nursery.cancel_scope.cancel()
         return answer
 
-    async def _seat_here(self, placing: Placing, seat: Seat) -> None:
-        """Serve a stream that was redirected here, on this node or not at all: the relay that redirected it knows where else it can go."""
-        if await self._sit(placing, seat) and not await self._connect(placing, placing.service.endpoints, "local"):
-            placing.give_up(*(placing.problem or (Code.CONNECT_FAILED, "the service's host name does not resolve")))
+    async def _serve_here(self, placing: Placing) -> None:
+        """Serve a stream on this node or not at all: one that was redirected here, whose relay knows where else it can go, or one of a
+        service with one address.
+        """
+        is_free = await self._use(placing, None) and (placing.seat is None or await self._sit(placing, placing.seat))
+        if is_free and not await self._connect(placing, placing.service.endpoints, "local"):
+            placing.problem = placing.problem or (Code.CONNECT_FAILED, "the service's host name does not resolve")
+
+    async def _use(self, placing: Placing, node: RelayId | None) -> bool:
+        """Whether the stream may have `node`, or this one, after all that was asked at its beginning. False: it is refused, or gone."""
+        refused = await placing.entry.use(node) if placing.entry is not None else None
+        if refused is not None:
+            placing.problem, placing.is_final = (refused.code, refused.text), True
+        return refused is None and not placing.is_over
 
     async def _sit(self, placing: Placing, seat: Seat) -> bool:
         """Make the node the stream's user's. False: it is not, or the stream is gone."""
         taken = await seat.take()
         if isinstance(taken, NotTaken):
             placing.problem = (Code.CONNECT_FAILED, taken.text)
-            if taken.then is Then.GIVE_UP or placing.opening.via is not None:
-                placing.give_up(*placing.problem)
+            placing.is_final = taken.then is Then.GIVE_UP or placing.opening.via is not None
             placing.quicker = taken.then is Then.AGAIN
             return False
         return not placing.is_over
@@ -170,6 +214,7 @@ class Placer:
     async def _reach(self, placing: Placing, node: Node) -> Then:
         """Try the paths to the node, until the stream is served, redirected or gone; otherwise says what to do."""
         service = placing.service
+        assert isinstance(service, PoolService)
         for path in self.paths:
             if path == "local":
                 endpoints = service.endpoints if node.is_local else ()
@@ -184,6 +229,8 @@ class Placer:
                 continue
             if not endpoints:
                 continue
+            if not await self._use(placing, node.server_id):
+                return Then.GIVE_UP
             if placing.seat is not None and not await self._sit(placing, placing.seat):
                 return Then.AGAIN if placing.quicker else Then.ELSEWHERE
             if await self._connect(placing, endpoints, path):
@@ -217,7 +264,7 @@ async def _accept_later(placing: Placing, after_s: float) -> None:
         placing.stream.accept()
 
 
-def _wanted(service: PoolService, opening: Opening, gateway_id: GatewayId) -> Wanted:
+def _wanted(service: AnyService, opening: Opening, gateway_id: GatewayId) -> Wanted:
     return Wanted(
         service.name,
         opening.client,

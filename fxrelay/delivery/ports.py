@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 class Wanted:
     """A stream that needs a node. `client` is the client's ip:port as the gateway saw it, or empty; `node` the only node that will do.
 
-    `user` is whom a reserved node would belong to; empty if that is not known. `since` is monotonic seconds.
+    `user` is whom a reserved node would belong to; empty if that is not known. `since` is monotonic seconds. `is_proven`: somebody we know
+    says that it is this user, of these `groups`; otherwise `user` is just where the stream comes from.
     """
 
     service: ServiceName
@@ -29,6 +30,8 @@ class Wanted:
     node: RelayId | None = None
     user: str = ""
     since: float = 0.0
+    groups: tuple[str, ...] = ()
+    is_proven: bool = False
 
 
 class Claim(Protocol):
@@ -129,6 +132,48 @@ class StreamTaker(Protocol):
 
     def abort_all(self) -> None:
         """End every stream, with RST."""
+
+
+@dataclass(frozen=True, slots=True)
+class Admitted:
+    """A stream that may be served. `user` is empty where nobody said who it is; `node` is the only one that it may go to."""
+
+    user: str = ""
+    groups: tuple[str, ...] = ()
+    node: RelayId | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class NotAdmitted:
+    """A stream that is not served. `text` goes to the gateway, and names no user."""
+
+    code: Code
+    text: str
+
+
+class Entry(Protocol):
+    """One stream of a service that not everybody may have. `release` once, whatever happens."""
+
+    def admit(self) -> Admitted | NotAdmitted:
+        """Look at what the stream shows, before a node is chosen. Uses nothing up."""
+
+    async def use(self, node: RelayId | None) -> NotAdmitted | None:
+        """Before anything is connected to at `node` (None: this one): may the user have it, and was his ticket not used before? May be
+        repeated, also for other nodes. Safe to cancel. Raises nothing.
+        """
+
+    async def give_back(self) -> None:
+        """The stream came to nothing, and may be tried at another relay. Does nothing if nothing was used."""
+
+    def release(self) -> None:
+        """The stream has ended."""
+
+
+class Entries(Protocol):
+    """Who is asked about the streams of guarded services."""
+
+    def entry(self, service: ServiceName, opening: Opening, trace: str) -> Entry:
+        """For one stream."""
 
 
 class Seats(Protocol):

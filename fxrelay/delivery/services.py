@@ -31,6 +31,8 @@ class Service:
     endpoints: tuple[Endpoint, ...]
     protocol: str = "tcp"
     proxy_protocol: ProxyVersion | None = None
+    is_guarded: bool = False
+    """Whether every stream has to be admitted first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +51,7 @@ class PoolService:
     proxy_protocol: ProxyVersion | None = None
     wait_s: float = 0.0
     """How long a stream may wait for a node that is somebody else's."""
+    is_guarded: bool = False
 
     @property
     def target(self) -> Address:

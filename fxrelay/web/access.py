@@ -25,6 +25,8 @@ class Visit:
     first_byte_at: float = 0.0
     upgraded: bool = False
     why: str = ""
+    user: str = ""
+    """A ticket's."""
 
     def log(self, now: float) -> None:
         """Write the event, if the access log is on."""
@@ -34,6 +36,7 @@ class Visit:
             "trace": self.trace,
             "service": self.service,
             "client": self.client,
+            "user": self.user,
             "method": self.method,
             "host": self.host,
             "path": self.path,

@@ -8,6 +8,7 @@ from typing import Final
 from fxrelay.service_settings import ServiceSection
 from fxrelay.settings import LimitSettings, RelaySettings
 from fxrelay.web.affinity import KEY_BYTES, Affinity, ClaimAffinity, CookieAffinity
+from fxrelay.web.passes import Passes
 from fxrelay.web.ports import WebLimits, WebRules
 from fxtunnel.errors import ConfigError, ConfigProblem
 from fxtunnel.kit.files import make_private_dir, read_secret, write_secret
@@ -63,6 +64,9 @@ def _rules(section: ServiceSection, state_dir: Path) -> WebRules:
         affinity = ClaimAffinity(section.affinity.claim)
     elif section.affinity is not None and section.affinity.cookie is not None:
         affinity = CookieAffinity(section.affinity.cookie, name, _cookie_key(section.cookie_key, state_dir))
+    passes = None
+    if section.ticket is not None and section.ticket.session_s:
+        passes = Passes(name, section.ticket.session_s, _cookie_key(section.cookie_key, state_dir))
     return WebRules(
         name,
         section.hosts,
@@ -72,6 +76,9 @@ def _rules(section: ServiceSection, state_dir: Path) -> WebRules:
         section.response_timeout_s,
         section.max_body,
         server_context([(section.tls.cert, section.tls.key)]) if section.tls is not None else None,
+        section.is_guarded,
+        passes,
+        section.ticket is not None and section.ticket.required,
     )
 
 

@@ -1,17 +1,21 @@
 """Task: one client's HTTP connection from its first byte to its last: requests in their order, each to its node."""
 
 import logging
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Final
 
 import trio
 
+from fxrelay.admitting.porter import Porter
 from fxrelay.delivery.delivery import DeliveryDesk
 from fxrelay.delivery.ports import Wanted
 from fxrelay.delivery.services import AnyService, PoolService
 from fxrelay.web.access import Visit
 from fxrelay.web.affinity import CookieAffinity
 from fxrelay.web.client import ClientGone, ClientSide
+from fxrelay.web.entrance import Entrance, Shown
 from fxrelay.web.exchange import REPEATABLE, CutOff, Exchange, Order, StaleLink
 from fxrelay.web.forwarding import Onward, Origin, request_onward, wanted_upgrade
 from fxrelay.web.heads import BadHead, RequestHead, ResponseHead, parse_request
@@ -42,6 +46,8 @@ class Surroundings:
     gate: RequestGate | None
     given_back: set["WebConnection"]
     """Those whose stream the pump carries by now."""
+    own_id: RelayId
+    porter: Porter | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +59,7 @@ class Asked:
     onward: Onward
     wish: Wish
     facts: RequestFacts
+    shown: Shown | None
 
 
 class WebConnection:
@@ -76,6 +83,7 @@ class WebConnection:
         self._reacher = Reacher(around.desk, around.chooser, service, opening, wanted)
         is_tls = rules.tls is not None or opening.scheme in ("https", "tls")
         self._origin = Origin.of(opening.client, "https" if is_tls else "http")
+        self._entrance = self._new_entrance() if rules.is_guarded else None
         self._visit = self._new_visit()
         tunnel.on_broken = self.scope.cancel
 
@@ -99,6 +107,8 @@ class WebConnection:
             elif not self.is_given_back:
                 self.tunnel.reset(self.tunnel.broken or Code.CANCELLED)
             self._reacher.close()
+            if self._entrance is not None:
+                self._entrance.close()
 
     def drain(self) -> None:
         """End when the request that is being answered is; at once, if there is none."""
@@ -158,6 +168,7 @@ class WebConnection:
     async def _forward(self, head: RequestHead) -> bool:
         asked = await self._consider(head)
         visit, rules, gate = self._visit, self._rules, self._around.gate
+        head = asked.head
         wire = request_onward(
             head,
             asked.target,
@@ -170,9 +181,13 @@ class WebConnection:
             while True:
                 link, is_chosen = await self._reacher.reach(asked.wish, held)
                 visit.node, visit.way = link.node or "", link.way
+                await self._use(asked, link)
                 cookies: tuple[bytes, ...] = ()
                 if is_chosen and isinstance(rules.affinity, CookieAffinity) and link.node is not None:
                     cookies = (rules.affinity.set_cookie(link.node, secure=self._origin.scheme == "https"),)
+                if asked.shown is not None and asked.shown.is_new and rules.passes is not None:
+                    secure = self._origin.scheme == "https"
+                    cookies = (*cookies, rules.passes.set_cookie(asked.shown.caller, time.time(), secure=secure))
 
                 async def answered(found: ResponseHead, node: RelayId | None = link.node) -> None:
                     if gate is not None:
@@ -192,6 +207,15 @@ class WebConnection:
                     return await self._exchange(link, order)
                 except StaleLink:
                     continue  # it has been taken out; a fresh one cannot be stale
+
+    async def _use(self, asked: Asked, link: ServiceLink) -> None:
+        """The last questions, now that the node is known. Raises Refused."""
+        if self._entrance is not None and asked.shown is not None:
+            try:
+                await self._entrance.use(asked.shown.caller, link.node or self._around.own_id)
+            except BaseException:
+                link.abort()
+                raise
 
     async def _exchange(self, link: ServiceLink, order: Order) -> bool:
         assert self._client is not None
@@ -225,6 +249,9 @@ class WebConnection:
             raise Refused(421, "WrongHost", "This service does not go by that name.")
         if rules.max_body_bytes and (head.length or 0) > rules.max_body_bytes:
             raise Refused(413, "TooLarge", "The request's body is larger than this service takes.")
+        shown = self._identified(head, target)
+        if shown is not None:
+            head, target = shown.head, replace(target, path=shown.path)
         upgrade = wanted_upgrade(head)
         again = head.method in REPEATABLE and not head.has_body
         onward, wish = Onward(target.path, upgrade=upgrade), Wish(self._only, is_repeatable=again)
@@ -236,12 +263,28 @@ class WebConnection:
             elif self._only is None and rules.affinity is not None:
                 wish = Wish(may=rules.affinity.node_of(head), is_repeatable=again)
         path, host = target.path, target.host
-        facts = RequestFacts(rules.name, visit.trace, self._opening.client, head.method, path, host, head.fields, wish.must or wish.may)
+        client, node = self._opening.client, wish.must or wish.may
+        facts = RequestFacts(rules.name, visit.trace, client, head.method, path, host, head.fields, node, visit.user)
         if gate is not None:
             passed: Pass = await gate.admit(facts)
             if passed.node is not None:
                 wish = Wish(passed.node, is_repeatable=again)
-        return Asked(head, target, onward, wish, facts)
+        if self._entrance is not None and shown is not None:
+            is_pool = isinstance(self._service, PoolService)
+            only = self._entrance.bind(shown.caller, wish.must if is_pool else self._around.own_id)
+            wish = replace(wish, must=only) if is_pool else wish
+        return Asked(head, target, onward, wish, facts, shown)
+
+    def _identified(self, head: RequestHead, target: Target) -> Shown | None:
+        """Who asks, where not everybody may. Raises Refused."""
+        if not self._rules.is_guarded:
+            return None
+        if self._entrance is None:
+            raise Refused(503, "NoService", "The service is not available at the moment.", detail="nobody here admits anyone")
+        shown = self._entrance.identify(head, target.path, time.time())
+        self._visit.user = shown.caller.user
+        self._reacher.for_user(shown.caller.user, shown.caller.groups)
+        return shown
 
     def _named(self, path: NodePath) -> RelayId:
         if path.node is None or (self._only is not None and path.node != self._only):
@@ -299,6 +342,14 @@ class WebConnection:
         visit.bytes_out = len(body)
         if head is None:
             visit.log(trio.current_time())
+
+    def _new_entrance(self) -> Entrance | None:
+        porter, opening, rules = self._around.porter, self._opening, self._rules
+        if porter is None:
+            return None
+        guest = porter.receive(rules.name, opening.client, opening.trace)
+        count = partial(self._around.desk.count_refusal, self._service)
+        return Entrance(guest, rules.passes, opening.ticket, count, takes_bearers=rules.takes_bearers)
 
     def _new_visit(self) -> Visit:
         opening = self._opening

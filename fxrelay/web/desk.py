@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 import trio
 
+from fxrelay.admitting.porter import Porter
 from fxrelay.delivery.delivery import DeliveryDesk
 from fxrelay.delivery.services import AnyService, PoolService
 from fxrelay.web.connection import Surroundings, WebConnection
@@ -47,6 +48,8 @@ class WebDesk:
         self._chooser = chooser
         self._own_id = own_id
         self._gate = gate
+        self.porter: Porter | None = None
+        """Who admits the requests of guarded services; without one nobody gets in."""
         self._rules: Mapping[ServiceName, WebRules] = {}
         self._given_back: set[WebConnection] = set()
         self._is_draining = False
@@ -116,7 +119,7 @@ class WebDesk:
         only = opening.node
         if opening.via is not None and isinstance(service, PoolService):
             only = self._own_id  # PROTOCOL.md, 6: whoever was redirected to serves the stream itself
-        around = Surroundings(self._desk, self._chooser, self.limits, self._gate, self._given_back)
+        around = Surroundings(self._desk, self._chooser, self.limits, self._gate, self._given_back, self._own_id, self.porter)
         connection = WebConnection(around, arrival.tunnel, service, arrival.rules, opening, only)
         self.connections.add(connection)
         self._waiting -= 1

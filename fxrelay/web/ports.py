@@ -8,6 +8,7 @@ from typing import Protocol
 from fxrelay.delivery.ports import Chooser, Node, NoNode, Wanted
 from fxrelay.web.affinity import Affinity
 from fxrelay.web.heads import Field
+from fxrelay.web.passes import Passes
 from fxtunnel.model import RelayId, ServiceName
 
 
@@ -38,6 +39,12 @@ class WebRules:
     response_timeout_s: float = 60.0
     max_body_bytes: int = 0
     tls: ssl.SSLContext | None = None
+    is_guarded: bool = False
+    """Whether every request has to be admitted first."""
+    passes: Passes | None = None
+    """What tickets are changed for. None: each request needs one."""
+    takes_bearers: bool = False
+    """Whether a token in Authorization is a ticket."""
 
 
 class NodeChooser(Chooser, Protocol):
@@ -61,6 +68,8 @@ class RequestFacts:
     host: str
     fields: Sequence[Field]
     node: RelayId | None
+    user: str = ""
+    """The ticket's user; empty where there is none."""
 
 
 @dataclass(frozen=True, slots=True)

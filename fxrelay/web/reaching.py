@@ -1,7 +1,7 @@
 """Task: from a request to a connection with the service that is to answer it: which node, by which way, and what is tried next."""
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, Self
 
 import trio
@@ -73,6 +73,10 @@ class Reacher:
         self._wanted = wanted
         self._idle: dict[RelayId | None, ServiceLink] = {}
         self._greeting = encode_proxy_header(service.proxy_protocol, opening.client, opening.door) if service.proxy_protocol else b""
+
+    def for_user(self, user: str, groups: tuple[str, ...]) -> None:
+        """Whose requests come from here on, as a ticket says."""
+        self._wanted = replace(self._wanted, user=user, groups=groups, is_proven=bool(user))
 
     async def reach(self, wish: Wish, held: Held) -> tuple[ServiceLink, bool]:
         """A link to the service, idle or new; and whether its node was chosen just now. `held` gets the claim.

@@ -51,10 +51,12 @@ def render(refused: Refused, trace: str, accept: bytes) -> Answer:
             trace=html.escape(trace),
         ).encode("utf-8", "replace")
     retry = f"Retry-After: {max(1, round(refused.retry_after_s))}\r\n" if refused.retry_after_s else ""
-    allow = "Allow: GET, HEAD, POST, PUT, DELETE, PATCH, OPTIONS\r\n" if refused.status == 405 else ""
+    more = "Allow: GET, HEAD, POST, PUT, DELETE, PATCH, OPTIONS\r\n" if refused.status == 405 else ""
+    if refused.status == 401:
+        more = "WWW-Authenticate: Bearer\r\n"  # RFC 9110, 11.6.1: a 401 has to say what is wanted
     head = (
         f"HTTP/1.1 {refused.status} {text}\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\nCache-Control: no-store\r\n"
-        f"X-Content-Type-Options: nosniff\r\nContent-Security-Policy: default-src 'none'; style-src 'unsafe-inline'\r\n{retry}{allow}"
+        f"X-Content-Type-Options: nosniff\r\nContent-Security-Policy: default-src 'none'; style-src 'unsafe-inline'\r\n{retry}{more}"
     )
     return Answer(head.encode("ascii"), body)
 

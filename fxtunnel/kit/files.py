@@ -40,6 +40,31 @@ def read_secret(path: Path, *, max_bytes: int = MAX_FILE_BYTES) -> bytes:
     return data
 
 
+def read_public(path: Path) -> bytes:
+    """The content of a file that others may read, and nobody but its owner may change: public keys, which decide who is let in.
+
+    Raises:
+        ConfigError: missing, not a regular file, owned by somebody else than us or root, larger than 1 MiB, or writable by group or others.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as exc:
+        raise ConfigError.one(path, "", _why_not_opened(exc)) from exc
+    with os.fdopen(fd, "rb") as file:
+        facts = os.fstat(fd)
+        mode = stat.S_IMODE(facts.st_mode)
+        if not stat.S_ISREG(facts.st_mode):
+            raise ConfigError.one(path, "", "is not a regular file")
+        if facts.st_uid not in (os.geteuid(), 0):
+            raise ConfigError.one(path, "", f"belongs to uid {facts.st_uid}; run: chown {os.geteuid()} {path}")
+        if mode & 0o022:
+            raise ConfigError.one(path, "", f"others may change it (mode {mode:04o}); run: chmod go-w {path}")
+        data = file.read(MAX_FILE_BYTES + 1)
+    if len(data) > MAX_FILE_BYTES:
+        raise ConfigError.one(path, "", "is larger than 1 MiB")
+    return data
+
+
 def write_secret(path: Path, data: bytes) -> None:
     """Replace or create `path` with mode 0600, all or nothing.
 

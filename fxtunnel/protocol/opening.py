@@ -27,7 +27,7 @@ TAG_TICKET: Final = 0x88
 MAX_AVOIDED: Final = 4
 """Relay ids that one OPEN can rule out as targets of a REDIRECT."""
 MAX_HOST_BYTES: Final = 253
-MAX_TICKET_BYTES: Final = 512
+MAX_TICKET_BYTES: Final = 1_024
 _OPTIONAL_TAG: Final = 0x80
 _KNOWN_TAGS: Final = frozenset({TAG_SERVICE, TAG_NODE, TAG_CLIENT, TAG_DOOR, TAG_VIA, TAG_NOT, TAG_TRACE, TAG_HOST, TAG_SCHEME, TAG_TICKET})
 _SCHEMES: Final = frozenset({"", "http", "https", "tls"})

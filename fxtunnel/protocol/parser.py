@@ -36,7 +36,7 @@ class _Nobody:
 class FrameParser:
     """Feed it whatever arrived; it calls the sink. DATA passes through without being copied or held.
 
-    Only an incomplete header or an incomplete short frame is kept, at most 1,032 bytes.
+    Only an incomplete header or an incomplete short frame is kept, at most 2,056 bytes.
     `received` counts every byte ever fed: the receive counter of PROTOCOL.md, 7.
     """
 

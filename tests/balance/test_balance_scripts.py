@@ -15,7 +15,7 @@ from fxrelay.balance.entries import Scripts
 from fxrelay.balance.executable import run_executable
 from fxrelay.balance.forked import RelayGone
 from fxrelay.balance.model import Chosen, Narrowed, Passed
-from fxrelay.balance.script_input import script_input
+from fxrelay.balance.script_input import fastx4_input, script_input
 from fxrelay.balance.workers import ScriptLimits
 from fxtunnel.errors import ConfigError
 from fxtunnel.model import RelayId
@@ -192,7 +192,7 @@ async def test_where_a_process_cannot_be_waited_for_by_descriptor(tmp_path: Path
     (path := tmp_path / "f.do").write_text("#!/bin/sh\necho a\n")
     for each in (tmp_path / "f", path):
         each.chmod(0o755)
-    given = script_input(LOGIN, [candidate("a")], RelayId("a"))
+    given = fastx4_input(script_input(LOGIN, [candidate("a")], RelayId("a")))
     ours, theirs = socket.socketpair()
     with ours, theirs:
         assert run_executable(str(tmp_path / "f"), given, 20.0, ours)["text"] == "a\n"

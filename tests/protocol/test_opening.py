@@ -39,8 +39,8 @@ def test_an_opening_survives_the_wire(opening: Opening, window: int) -> None:
 
 
 def test_an_opening_that_does_not_fit_is_our_own_mistake() -> None:
-    fits = Opening(ServiceName("ssh"), "c" * (1_024 - 4 - 6 - 3))
-    assert len(encode_tags(fits)) == 1_020
+    fits = Opening(ServiceName("ssh"), "c" * (2_048 - 4 - 6 - 3))
+    assert len(encode_tags(fits)) == 2_044
     with pytest.raises(LocalProtocolError):
         encode_tags(Opening(ServiceName("ssh"), fits.client + "c"))
 
@@ -95,7 +95,7 @@ MALFORMED = {
     "host too long": SERVICE + tag(0x86, b"h" * 254),
     "host with a newline": SERVICE + tag(0x86, b"a\nb"),
     "scheme unknown": SERVICE + tag(0x87, b"gopher"),
-    "ticket too long": SERVICE + tag(0x88, b"t" * 513),
+    "ticket too long": SERVICE + tag(0x88, b"t" * 1_025),
     "ticket with an escape": SERVICE + tag(0x88, b"t\x1b["),
 }
 

@@ -11,7 +11,7 @@ from fxtunnel.protocol.frames import MAX_LENGTH, MIN_LENGTH
 from fxtunnel.protocol.parser import FrameParser
 from tests.protocol.recording import CollectingSink, Frame
 
-MAX_HELD_BYTES = 1_032
+MAX_HELD_BYTES = frames.HEADER_BYTES + frames.MAX_CONTROL_BYTES
 SHORT_KINDS = sorted(set(MAX_LENGTH) - {frames.DATA})
 OPTIONAL_KINDS = (0x80, 0xC3, 0xEF)
 

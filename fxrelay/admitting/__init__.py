@@ -1,0 +1,1 @@
+"""Who may have a stream: tickets, owners, and how many at once."""
