@@ -1,4 +1,4 @@
-"""Programs with a page to look at: noVNC before TigerVNC's Xvnc, Jupyter, shellinabox and xpra, each on loopback as it comes with Debian."""
+"""Programs with a page to look at: noVNC before TigerVNC's Xvnc, Jupyter, shellinabox and xpra, each on loopback, as Debian has them."""
 
 import os
 import subprocess
@@ -26,10 +26,6 @@ class Desktop:
     def visits(self) -> int:
         """How many VNC clients there have been."""
         return (self.home / "xvnc.log").read_text().count("accepted:")
-
-    def visible_part(self) -> tuple[int, int]:
-        """Width and height of the xterm, in pixels of the screen."""
-        return 6 * 100, 13 * 30
 
 
 @contextmanager
