@@ -22,6 +22,8 @@ from tests.system.servers import need, program, running
 from tests.system.stack import wait_until
 
 COMMAND_S = 60.0
+SHIFT = "\ue008"
+ENTER = "\ue007"
 _FLAGS = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"),
     *("--disable-component-update", "--disable-sync", "--disable-dev-shm-usage", "--window-size=900,700", "--no-proxy-server"),
@@ -56,6 +58,14 @@ class Browser:
         """Until the expression is true in the page."""
         wait_until(lambda: self.run(f"return !!({script});"), timeout_s, script)
 
+    def click_on(self, selector: str) -> None:
+        """Click into the middle of an element."""
+        seen = "const part = document.querySelector(arguments[0]); part.scrollIntoView({block: 'center'});"
+        x, y = self.run(
+            f"{seen} const box = part.getBoundingClientRect(); return [box.x + box.width / 2, box.y + box.height / 2];", selector
+        )
+        self.click(int(x), int(y))
+
     def click(self, x: int, y: int) -> None:
         """Press and release the mouse there, in CSS pixels of the window."""
         steps = [
@@ -67,8 +77,13 @@ class Browser:
 
     def type(self, text: str) -> None:
         """One key after the other, as a keyboard would; \\n is Enter."""
-        keys = text.replace("\n", "\ue007")
+        keys = text.replace("\n", ENTER)
         steps = [{"type": kind, "value": key} for key in keys for kind in ("keyDown", "keyUp")]
+        self._call("POST", "/actions", {"actions": [{"type": "key", "id": "keyboard", "actions": steps}]})
+
+    def press(self, *keys: str) -> None:
+        """These keys at once."""
+        steps = [{"type": "keyDown", "value": key} for key in keys] + [{"type": "keyUp", "value": key} for key in reversed(keys)]
         self._call("POST", "/actions", {"actions": [{"type": "key", "id": "keyboard", "actions": steps}]})
 
     def screenshot(self) -> bytes:

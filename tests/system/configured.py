@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+import trustme
+
 from tests.system.stack import Stack
 
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
@@ -27,3 +29,13 @@ def example(stack: Stack, name: str, changes: Mapping[str, str], more: str = "",
     id_line = next(line for line in stack.gateway_config.read_text().splitlines() if line.startswith("gateway_id"))
     text = text.replace("[tunnel]\n", f"[tunnel]\n{id_line}\n")
     stack.gateway_config.write_text(f'{text}\n{more}\n[admin]\nlisten = "127.0.0.1:{stack.admin_port}"\n')
+
+
+def issue(directory: Path, name: str) -> Path:
+    """A certificate for NAME.test with its key beside it; nobody knows who signed it."""
+    issued = trustme.CA().issue_cert(f"{name}.test")
+    certificate, key = directory / f"{name}.pem", directory / f"{name}.key"
+    certificate.write_bytes(issued.cert_chain_pems[0].bytes())
+    key.write_bytes(issued.private_key_pem.bytes())
+    key.chmod(0o600)
+    return certificate

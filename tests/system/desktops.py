@@ -1,6 +1,9 @@
 """Programs with a page to look at: noVNC before TigerVNC's Xvnc, Jupyter, shellinabox and xpra, each on loopback, as Debian has them."""
 
+import json
 import os
+import secrets
+import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -51,3 +54,37 @@ def desktop(home: Path) -> Iterator[Desktop]:
         finally:
             xterm.terminate()
             xterm.wait(10)
+
+
+@dataclass(frozen=True, slots=True)
+class Jupyter:
+    """A Jupyter server; its pages begin with `base`."""
+
+    port: int
+    home: Path
+    base: str
+    token: str
+    is_lab: bool
+
+
+@contextmanager
+def jupyter(home: Path, base: str) -> Iterator[Jupyter]:
+    """JupyterLab where it is installed (FX_JUPYTERLAB, or on PATH), else Debian's notebook. Its only document is new.ipynb."""
+    lab = os.environ.get("FX_JUPYTERLAB") or shutil.which("jupyter-lab")
+    if not lab:
+        need("jupyter-notebook")
+    port, token = free_port(), secrets.token_hex(16)
+    home.mkdir(parents=True, exist_ok=True)
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3"}}
+    cell = {"cell_type": "code", "execution_count": None, "id": "one", "metadata": {}, "outputs": [], "source": []}
+    (home / "new.ipynb").write_text(json.dumps({"cells": [cell], "metadata": kernel, "nbformat": 4, "nbformat_minor": 5}))
+    application = "ServerApp" if lab else "NotebookApp"
+    arguments = [
+        *(lab or program("jupyter-notebook"), "--allow-root", "--no-browser", "--ip=127.0.0.1", f"--port={port}"),
+        *(f"--{application}.{key}={value}" for key, value in (("base_url", base), ("token", token), ("allow_remote_access", "True"))),
+        *(f"--{application}.port_retries=0", f"--{application}.terminals_enabled=False"),
+        *("--LabApp.news_url=None", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate") * bool(lab),
+    ]
+    environment = {"PATH": os.environ["PATH"], "HOME": str(home), "LANG": "C.UTF-8", "JUPYTER_PLATFORM_DIRS": "1"}
+    with running(arguments, port, home / "jupyter.log", environment, home):
+        yield Jupyter(port, home, base, token, bool(lab))

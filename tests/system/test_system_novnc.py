@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import trustme
 
 from tests.ports import free_port
 from tests.system.browser import Browser, chromium
-from tests.system.configured import example
+from tests.system.configured import example, issue
 from tests.system.conftest import MakeStack
 from tests.system.desktops import Desktop, desktop
 from tests.system.stack import Stack, wait_until
@@ -39,16 +38,6 @@ class Office:
     desktop: Desktop
     ports: dict[str, int]
     certificates: dict[str, Path]
-
-
-def issue(directory: Path, name: str) -> Path:
-    """A certificate for NAME.test with its key beside it; nobody knows who signed it."""
-    issued = trustme.CA().issue_cert(f"{name}.test")
-    certificate, key = directory / f"{name}.pem", directory / f"{name}.key"
-    certificate.write_bytes(issued.cert_chain_pems[0].bytes())
-    key.write_bytes(issued.private_key_pem.bytes())
-    key.chmod(0o600)
-    return certificate
 
 
 @pytest.fixture(scope="module")
