@@ -58,12 +58,11 @@ class Browser:
         """Until the expression is true in the page."""
         wait_until(lambda: self.run(f"return !!({script});"), timeout_s, script)
 
-    def click_on(self, selector: str) -> None:
-        """Click into the middle of an element."""
-        seen = "const part = document.querySelector(arguments[0]); part.scrollIntoView({block: 'center'});"
-        x, y = self.run(
-            f"{seen} const box = part.getBoundingClientRect(); return [box.x + box.width / 2, box.y + box.height / 2];", selector
-        )
+    def click_on(self, element: str) -> None:
+        """Click into the middle of what this expression is in the page."""
+        part = f"const part = {element}; part.scrollIntoView({{block: 'center'}});"
+        middle = "const box = part.getBoundingClientRect(); return [box.x + box.width / 2, box.y + box.height / 2];"
+        x, y = self.run(part + middle)
         self.click(int(x), int(y))
 
     def click(self, x: int, y: int) -> None:

@@ -88,3 +88,29 @@ def jupyter(home: Path, base: str) -> Iterator[Jupyter]:
     environment = {"PATH": os.environ["PATH"], "HOME": str(home), "LANG": "C.UTF-8", "JUPYTER_PLATFORM_DIRS": "1"}
     with running(arguments, port, home / "jupyter.log", environment, home):
         yield Jupyter(port, home, base, token, bool(lab))
+
+
+@contextmanager
+def shellinabox(home: Path) -> Iterator[int]:
+    """A shell in a page, by long polls; works in `home`. Its port."""
+    need("shellinaboxd")
+    home.mkdir(parents=True, exist_ok=True)
+    port = free_port()
+    # As root it becomes somebody else for its pages, and whom the service names for the shell.
+    shell = f"/:{os.getuid()}:{os.getgid()}:{home}:/bin/sh"
+    arguments = [program("shellinaboxd"), "-t", "--disable-ssl-menu", "-p", str(port), "--localhost-only", "-s", shell]
+    with running(arguments, port, home / "shellinabox.log"):
+        yield port
+
+
+@contextmanager
+def xpra(home: Path) -> Iterator[int]:
+    """An xterm shown by xpra, with its HTML5 client; its port speaks HTTP, WebSocket and a protocol of its own."""
+    need("xpra", "xterm")
+    home.mkdir(parents=True, exist_ok=True)
+    port = free_port()
+    environment = {"PATH": os.environ["PATH"], "HOME": str(home), "LANG": "C.UTF-8", "XPRA_ALLOW_ROOT": "1", "XDG_RUNTIME_DIR": str(home)}
+    options = ("html=on", "daemon=no", "mdns=no", "pulseaudio=no", "systemd-run=no", "notifications=no", "dbus-launch=", "webcam=no")
+    arguments = [program("xpra"), "start", f":{port}", f"--bind-tcp=127.0.0.1:{port}", "--start=xterm -e /bin/sh"]
+    with running([*arguments, *(f"--{option}" for option in options)], port, home / "xpra.log", environment, home):
+        yield port

@@ -1,5 +1,6 @@
 """Jupyter in the browser: Chromium logs in, runs cells over a WebSocket, and does not notice that the tunnel is cut."""
 
+import json
 from collections.abc import Iterator
 
 import pytest
@@ -13,7 +14,7 @@ from tests.system.stack import Stack, wait_until
 
 pytestmark = [pytest.mark.system, pytest.mark.xdist_group("browser")]
 
-_CELL = ".code_cell.selected .CodeMirror, .jp-CodeCell.jp-mod-selected .cm-content"
+_CELLS = "document.querySelectorAll('.code_cell .CodeMirror, .jp-CodeCell .cm-content')"
 _READY = (
     "window.Jupyter ? Jupyter.notebook?._fully_loaded && Jupyter.notebook.kernel?.is_connected()"
     """ : document.querySelector('.jp-Notebook-ExecutionIndicator[data-status="idle"]')"""
@@ -37,11 +38,14 @@ def lab(make_stack: MakeStack, tmp_path_factory: pytest.TempPathFactory) -> Iter
             yield stack, server, f"https://lab.test:{port}/node/node-a/", window
 
 
-def run_cell(window: Browser, code: str) -> None:
-    """Type into the cell that is selected, and run it."""
-    window.wait(f"document.querySelector('{_CELL}')")
-    window.click_on(_CELL)
+def run_cell(window: Browser, number: int, code: str) -> None:
+    """Type into this cell, the last there is, and run it."""
+    cell = f"{_CELLS}[{number}]"
+    window.wait(f"{_CELLS}.length == {number + 1}")
+    window.click_on(cell)
+    window.wait(f"{cell}.contains(document.activeElement)")
     window.type(code)
+    window.wait(f"{cell}.innerText.includes({json.dumps(code)})")
     window.press(SHIFT, ENTER)
 
 
@@ -53,14 +57,14 @@ def test_log_in_and_run_cells_across_a_cut(lab: tuple[Stack, Jupyter, str, Brows
     window.run("document.querySelector('input[type=password]').focus()")
     window.type(f"{server.token}\n")
     window.wait(_READY, 60)
-    run_cell(window, "import time; print(6*7)")
+    run_cell(window, 0, "import time; print(6*7)")
     wait_until(lambda: window.run(_OUTPUT) == ["42"], 60, "the first cell's output")
-    run_cell(window, "for number in range(30): print(number, time.sleep(0.05))")
+    run_cell(window, 1, "for number in range(30): print(number, time.sleep(0.05))")
     wait_until(lambda: len(window.run(_OUTPUT)) == 2, 60, "the beginning of the second cell's output")
     assert stack.cutter.cut() >= 1
     expected = "\n".join(f"{number} None" for number in range(30))
     wait_until(lambda: window.run(_OUTPUT)[1] == expected, 60, "the whole of the second cell's output")
-    run_cell(window, "open('written', 'w').write('by a cell')")
+    run_cell(window, 2, "open('written', 'w').write('by a cell')")
     wait_until((server.home / "written").exists, 60, "what the third cell writes")
     log = (server.home / "jupyter.log").read_text()
     assert log.count("Starting buffering") == 0, log  # its word for a WebSocket that has gone
