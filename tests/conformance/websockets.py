@@ -6,21 +6,23 @@ from pathlib import Path
 
 from tests.ports import free_port
 from tests.system.stack import Stack
-from tests.system.websocket_echo import WebSocketEcho
+from tests.system.websocket_echo import websocket_echo
 
 LIMIT_S = 900
 
 
 def compare(tool: str, directory: Path) -> tuple[str, list[str]]:
     """What was asked, and each case whose verdict differs. `tool` is kosoku, which has Autobahn's cases for Python 3."""
-    server, door = WebSocketEcho(), free_port()
+    server, door = websocket_echo(), free_port()
     extra = f'[[door]]\nlisten = "127.0.0.1:{door}"\nkind = "http"\nservice = "web"\n'
     stack = Stack(directory / "ws", {}, extra)
     try:
         stack.start_gateway()
-        service = f'[[service]]\nname = "web"\nprotocol = "http"\ntarget = "127.0.0.1:{server.port}"\n'
+        service = f'[[service]]\nname = "web"\nprotocol = "http"\ntarget = "{server.target}"\n'
         stack.start_relay("a", {}, extra=service)
-        direct, through = (verdicts(tool, port, directory / name) for name, port in (("direct", server.port), ("through", door)))
+        direct, through = (
+            verdicts(tool, port, directory / name) for name, port in (("direct", int(server.target.rpartition(":")[2])), ("through", door))
+        )
     finally:
         stack.stop()
         server.close()

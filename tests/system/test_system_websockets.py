@@ -11,7 +11,7 @@ import pytest
 from tests.ports import free_port
 from tests.system.conftest import MakeStack
 from tests.system.peers import dial, payload
-from tests.system.websocket_echo import WebSocketEcho
+from tests.system.websocket_echo import websocket_echo
 
 pytestmark = [pytest.mark.system, pytest.mark.xdist_group("web")]
 MASK = b"\x37\xfa\x21\x3d"
@@ -118,12 +118,12 @@ CASES: dict[str, list[bytes]] = {
 
 @pytest.fixture(scope="module")
 def ways(make_shared_stack: MakeStack) -> Iterator[dict[str, int]]:
-    server, door = WebSocketEcho(), free_port()
+    server, door = websocket_echo(), free_port()
     stack = make_shared_stack("raw", "web", extra=f'[[door]]\nlisten = "127.0.0.1:{door}"\nkind = "http"\nservice = "web"\n')
     stack.start_gateway()
-    web = f'[[service]]\nname = "web"\nprotocol = "http"\ntarget = "127.0.0.1:{server.port}"\n'
-    stack.start_relay("a", {"raw": f"127.0.0.1:{server.port}"}, extra=web)
-    yield {"direct": server.port, "raw": stack.doors["raw"], "web": stack.doors["web"], "both": door}
+    web = f'[[service]]\nname = "web"\nprotocol = "http"\ntarget = "{server.target}"\n'
+    stack.start_relay("a", {"raw": server.target}, extra=web)
+    yield {"direct": int(server.target.rpartition(":")[2]), "raw": stack.doors["raw"], "web": stack.doors["web"], "both": door}
     stack.stop()
     server.close()
 

@@ -1,48 +1,60 @@
-"""A WebSocket server that sends back each message, in a thread."""
+"""A WebSocket server that sends back each message, one thing after the other: its answer depends on what it gets, not on how that comes."""
 
-import contextlib
-import threading
-from functools import partial
-from typing import Final
+import socket
 
-import trio
-import trio_websocket
+from wsproto import ConnectionType, WSConnection
+from wsproto.events import AcceptConnection, BytesMessage, CloseConnection, Message, Ping, RejectConnection, RejectData, Request
+from wsproto.utilities import RemoteProtocolError
 
-from tests.ports import free_port
-
-MAX_MESSAGE_BYTES: Final = 32 << 20
+from tests.system.peers import Service
 
 
-class WebSocketEcho:
-    """From its making until `close`; turns down a handshake at /no with 403."""
+def websocket_echo() -> Service:
+    """The server, until it is closed. A handshake for /no is answered with 403."""
+    return Service(_serve)
 
-    def __init__(self) -> None:
-        self.port = free_port()
-        self._token: trio.lowlevel.TrioToken | None = None
-        self._ready = threading.Event()
-        self._scope = trio.CancelScope()
-        self._thread = threading.Thread(target=trio.run, args=(self._run,), daemon=True)
-        self._thread.start()
-        assert self._ready.wait(10)
 
-    def close(self) -> None:
-        with contextlib.suppress(trio.RunFinishedError):
-            trio.from_thread.run_sync(self._scope.cancel, trio_token=self._token)
-        self._thread.join(10)
-
-    async def _run(self) -> None:
-        self._token = trio.lowlevel.current_trio_token()
-        with self._scope:
-            async with trio.open_nursery() as nursery:
-                serve = partial(trio_websocket.serve_websocket, max_message_size=MAX_MESSAGE_BYTES)
-                await nursery.start(serve, self._serve, "127.0.0.1", self.port, None)
-                self._ready.set()
-
-    async def _serve(self, request: trio_websocket.WebSocketRequest) -> None:
-        if request.path == "/no":
-            await request.reject(403, body=b"no\n")
+def _serve(sock: socket.socket) -> None:
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    link = WSConnection(ConnectionType.SERVER)
+    parts: list[str | bytes | bytearray] = []
+    while True:
+        data = sock.recv(1 << 18)
+        if not data:
             return
-        link = await request.accept()
-        with contextlib.suppress(trio_websocket.ConnectionClosed):
-            while True:
-                await link.send_message(await link.get_message())
+        try:
+            link.receive_data(data)
+            for event in link.events():
+                match event:
+                    case Request(target="/no"):
+                        sock.sendall(
+                            link.send(RejectConnection(403, [(b"content-length", b"3")], has_body=True)) + link.send(RejectData(b"no\n"))
+                        )
+                        return
+                    case Request():
+                        sock.sendall(link.send(AcceptConnection()))
+                    case Ping():
+                        sock.sendall(link.send(event.response()))
+                    case CloseConnection():
+                        sock.sendall(link.send(event.response()))
+                        _end(sock)
+                        return
+                    case Message():
+                        parts.append(event.data)
+                        if event.message_finished:
+                            whole = (b"" if isinstance(event, BytesMessage) else "").join(parts)  # type: ignore[arg-type]
+                            parts.clear()
+                            sock.sendall(link.send(Message(data=whole)))
+        except RemoteProtocolError as exc:
+            if exc.event_hint is not None:
+                sock.sendall(link.send(exc.event_hint))
+            _end(sock)
+            return
+
+
+def _end(sock: socket.socket) -> None:
+    """Take what is still coming, so that what was said is no victim of a RST."""
+    sock.shutdown(socket.SHUT_WR)
+    sock.settimeout(5)
+    while sock.recv(1 << 18):
+        pass
