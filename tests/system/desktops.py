@@ -40,7 +40,19 @@ def desktop(home: Path) -> Iterator[Desktop]:
     home.mkdir(parents=True, exist_ok=True)
     rfb_port, web_port = free_port(), free_port()
     display = f":{rfb_port}"  # unix sockets only, so any number will do
-    xvnc = [program("Xvnc"), display, "-rfbport", str(rfb_port), "-localhost", "-nolisten", "tcp", "-SecurityTypes", "None"]
+    xvnc = [
+        program("Xvnc"),
+        display,
+        "-rfbport",
+        str(rfb_port),
+        "-localhost",
+        "-nolisten",
+        "tcp",
+        "-SecurityTypes",
+        "None",
+        "-desktop",
+        "node-a",
+    ]
     environment = {"PATH": os.environ["PATH"], "HOME": str(home), "LANG": "C", "DISPLAY": display, "PS1": "$ "}
     with running([*xvnc, "-geometry", "640x480", "-depth", "24", "-AlwaysShared"], rfb_port, home / "xvnc.log"):
         with (home / "xterm.log").open("ab") as log:
