@@ -1,6 +1,6 @@
-"""Outside judges of the tunnel port's TLS: `python -m tests.conformance`. What is not installed is skipped, with a reason.
+"""Outside judges of TLS and WebSockets: `python -m tests.conformance`. What is not installed is skipped, with a reason.
 
-Programs are looked for on PATH, or where FX_SSLYZE, FX_SSLSCAN, FX_TESTSSL say; FX_TLSFUZZER names a checkout of tlsfuzzer, and
+Programs are looked for on PATH, or where FX_SSLYZE, FX_SSLSCAN, FX_TESTSSL, FX_KOSOKU say; FX_TLSFUZZER names a checkout of tlsfuzzer, and
 FX_TLSFUZZER_PYTHON the interpreter that has tlslite-ng.
 """
 
@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,11 +20,14 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from tests.conformance import websockets
+from tests.ports import free_port
 from tests.system.stack import Stack
 
 LIMIT_S = 300
 OLD_VERSIONS = ("ssl_2_0", "ssl_3_0", "tls_1_0", "tls_1_1", "tls_1_2")
 SUITES_13 = {"TLS_AES_256_GCM_SHA384", "TLS_AES_128_GCM_SHA256", "TLS_CHACHA20_POLY1305_SHA256"}
+SUITES_12 = re.compile(r"TLS_ECDHE_(RSA|ECDSA)_WITH_(AES_(128|256)_GCM|CHACHA20_POLY1305)_SHA(256|384)$")
 SSLYZE_SCANS = (
     *("--sslv2", "--sslv3", "--tlsv1", "--tlsv1_1", "--tlsv1_2", "--tlsv1_3", "--certinfo", "--elliptic_curves"),
     *("--heartbleed", "--openssl_ccs", "--reneg", "--compression", "--early_data", "--resum", "--robot"),
@@ -92,6 +95,15 @@ def openssl(address: str, directory: Path) -> Verdict:
 
 def sslyze(address: str, directory: Path) -> Verdict:
     """No old version, no weak suite, no tickets, no renegotiation, no known hole."""
+    return _sslyze("sslyze", address, directory, OLD_VERSIONS)
+
+
+def sslyze_door(address: str, directory: Path) -> Verdict:
+    """The same of a door where TLS ends for browsers: TLS 1.2 as well, with suites that have forward secrecy and authenticate."""
+    return _sslyze("sslyze, https door", address, directory, OLD_VERSIONS[:-1])
+
+
+def _sslyze(judge: str, address: str, directory: Path, old_versions: Sequence[str]) -> Verdict:
     tool = program("sslyze", "FX_SSLYZE", "pip install sslyze in an environment of its own, and FX_SSLYZE=…/bin/sslyze")
     report = directory / "sslyze.json"
     run(tool, *SSLYZE_SCANS, "--mozilla_config=disable", f"--json_out={report}", address)
@@ -106,10 +118,12 @@ def sslyze(address: str, directory: Path) -> Verdict:
     def result(name: str) -> dict[str, object]:
         return scan.get(name, {}).get("result") or {}
 
-    findings += [f"{version} is accepted" for version in OLD_VERSIONS if result(f"{version}_cipher_suites").get("accepted_cipher_suites")]
+    findings += [f"{version} is accepted" for version in old_versions if result(f"{version}_cipher_suites").get("accepted_cipher_suites")]
     accepted = {suite["cipher_suite"]["name"] for suite in result("tls_1_3_cipher_suites").get("accepted_cipher_suites", [])}  # type: ignore[attr-defined,index]
     if not accepted or accepted - SUITES_13:
         findings.append(f"TLS 1.3 suites: {sorted(accepted)}")
+    suites_12 = {suite["cipher_suite"]["name"] for suite in result("tls_1_2_cipher_suites").get("accepted_cipher_suites", [])}  # type: ignore[attr-defined,index]
+    findings += [f"TLS 1.2 suite {name}" for name in sorted(suites_12) if not SUITES_12.match(name)]
     for name, field, good in (
         ("heartbleed", "is_vulnerable_to_heartbleed", False),
         ("openssl_ccs_injection", "is_vulnerable_to_ccs_injection", False),
@@ -120,7 +134,9 @@ def sslyze(address: str, directory: Path) -> Verdict:
         if result(name).get(field, good) is not good:
             findings.append(f"{field}: {result(name).get(field)}")
     version = run(tool, "--version").strip() or told.get("sslyze_version", "")
-    return Verdict("sslyze", str(told.get("sslyze_version", version)), findings, f"{len(scan)} scans, suites {', '.join(sorted(accepted))}")
+    return Verdict(
+        judge, str(told.get("sslyze_version", version)), findings, f"{len(scan)} scans, suites {', '.join(sorted(accepted | suites_12))}"
+    )
 
 
 def sslscan(address: str, directory: Path) -> Verdict:
@@ -170,7 +186,18 @@ def tlsfuzzer(address: str, directory: Path) -> Verdict:
     return Verdict("tlsfuzzer", "", findings, f"{passed} conversations passed")
 
 
-JUDGES: tuple[Callable[[str, Path], Verdict], ...] = (openssl, sslscan, sslyze, testssl, tlsfuzzer)
+def autobahn(address: str, directory: Path) -> Verdict:
+    """A WebSocket server gets the same verdicts behind a gateway and a relay as without them; see `websockets`."""
+    tool = program("kosoku", "FX_KOSOKU", "pip install kosoku in an environment of its own, and FX_KOSOKU=…/bin/kosoku")
+    detail, findings = websockets.compare(tool, directory)
+    return Verdict("Autobahn's cases (kosoku)", run(tool, "--version").strip()[:20], findings, detail)
+
+
+Judge = Callable[[str, Path], Verdict]
+JUDGES: tuple[Judge, ...] = (openssl, sslscan, sslyze, testssl, tlsfuzzer)
+DOOR_JUDGES: tuple[Judge, ...] = (sslyze_door,)
+OWN_JUDGES: tuple[Judge, ...] = (autobahn,)
+"""They start what they need."""
 
 
 @click.command()
@@ -178,20 +205,25 @@ JUDGES: tuple[Callable[[str, Path], Verdict], ...] = (openssl, sslscan, sslyze, 
 def main(only: tuple[str, ...]) -> None:
     """Start a gateway of its own, ask every judge that is installed, and print what they say."""
     console = Console()
-    table = Table("judge", "version", "verdict", "detail", title="TLS of the tunnel port")
+    table = Table("judge", "version", "verdict", "detail", title="TLS and WebSockets")
     directory = Path(tempfile.mkdtemp(prefix="fx-"))
     bad = False
     try:
         # Scanners open many connections and say little on them.
-        stack = Stack(directory / "s", {"echo": 0}, "[limits]\npending_handshakes_per_source = 512\n")
+        door = free_port()
+        extra = (
+            f'[[door]]\nlisten = "127.0.0.1:{door}"\nkind = "https"\nservice = "echo"\ncertificate = "server.pem"\nkey = "server.key"\n'
+            "[limits]\npending_handshakes_per_source = 512\n"
+        )
+        stack = Stack(directory / "s", {"echo": 0}, extra)
         try:
             stack.start_gateway()
-            for judge in JUDGES:
+            for judge in (*JUDGES, *DOOR_JUDGES, *OWN_JUDGES):
                 if only and judge.__name__ not in only:
                     continue
                 try:
                     with console.status(f"asking {judge.__name__} …"):
-                        verdict = judge(f"127.0.0.1:{stack.tunnel_port}", stack.directory)
+                        verdict = judge(f"127.0.0.1:{door if judge in DOOR_JUDGES else stack.tunnel_port}", stack.directory)
                 except NotThere as exc:
                     verdict = Verdict(judge.__name__, "", None, str(exc))
                 except Exception as exc:

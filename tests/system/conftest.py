@@ -110,7 +110,7 @@ def check_logs(stack: Stack) -> None:
     text = stack.logs()
     leak = _SECRETS.search(text)
     assert leak is None, f"a secret in the log: {leak}"
-    assert "Traceback" not in text, text[-6000:]
+    assert "Traceback" not in text, text[max(0, text.find("Traceback") - 1000) :][:6000]
     for line in text.split("\n"):
         if line and not _CLI_LINE.match(line):
             assert set(json.loads(line)) >= {"ts", "level", "event", "logger"}, line

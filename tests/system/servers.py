@@ -9,7 +9,7 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ import pytest
 from tests.ports import free_port
 from tests.system.stack import wait_until
 
-START_S = 15.0
+START_S = 60.0
 
 
 def need(*programs: str) -> None:
@@ -38,10 +38,14 @@ def program(name: str) -> str:
 
 
 @contextmanager
-def running(arguments: Sequence[str], port: int, log: Path) -> Iterator[subprocess.Popen[bytes]]:
+def running(
+    arguments: Sequence[str], port: int, log: Path, env: Mapping[str, str] | None = None, cwd: Path | None = None
+) -> Iterator[subprocess.Popen[bytes]]:
     """A server in the foreground, from the moment it listens on `port`."""
     with log.open("ab") as output:
-        process = subprocess.Popen(arguments, stdout=output, stderr=output, stdin=subprocess.DEVNULL, start_new_session=True)
+        process = subprocess.Popen(
+            arguments, stdout=output, stderr=output, stdin=subprocess.DEVNULL, start_new_session=True, env=env, cwd=cwd
+        )
     try:
 
         def listens() -> bool:

@@ -2,6 +2,7 @@
 
 import hashlib
 import http.client
+import os
 import subprocess
 import urllib.request
 
@@ -12,6 +13,8 @@ from tests.system.stack import Stack
 
 pytestmark = pytest.mark.system
 MIB = 1 << 20
+BULK_BYTES = int(os.environ.get("FX_BULK_MIB", "256")) * MIB
+BULK_S = 60 + BULK_BYTES // (8 * MIB)
 UPLOADS = "client_max_body_size 0; location /up/ { dav_methods PUT; create_full_put_path on; }"
 
 
@@ -52,14 +55,14 @@ def test_requests_of_one_connection(web):
 
 def test_bulk_both_ways(web):
     _, port, files = web
-    digest = random_file(files / "large", 256 * MIB)
+    digest = random_file(files / "large", BULK_BYTES)
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/large", timeout=60) as answer:
         found = hashlib.sha256()
         while block := answer.read(1 << 20):
             found.update(block)
     assert found.hexdigest() == digest
     need("curl")
-    curl = ["curl", "-sS", "--max-time", "60", "-o", "/dev/null", "-w", "%{http_code}"]
+    curl = ["curl", "-sS", "--max-time", str(BULK_S), "-o", "/dev/null", "-w", "%{http_code}"]
     sent = subprocess.run([*curl, "-T", str(files / "large"), f"http://127.0.0.1:{port}/up/again"], capture_output=True, text=True)
     assert (sent.returncode, sent.stdout, sent.stderr) == (0, "201", "")
     assert file_digest(files / "up" / "again") == digest
