@@ -1,6 +1,9 @@
 """All faults, in the order in which they are played; and those whose short form guards the main branch."""
 
 from tests.chaos.fault_cuts import CUTS, SILENCE
+from tests.chaos.fault_kills import KILLS
+from tests.chaos.fault_links import GATEWAYS, LINKS_FAULT
+from tests.chaos.fault_stops import STOPS
 
-FAULTS = (CUTS, SILENCE)
-SHORT = (CUTS,)
+FAULTS = (CUTS, SILENCE, KILLS, STOPS, LINKS_FAULT, GATEWAYS)
+SHORT = (CUTS, KILLS, STOPS, LINKS_FAULT, GATEWAYS)

@@ -27,13 +27,15 @@ BLOCK_BYTES: Final = 1 << 16
 PIECES: Final = 1_000_003
 """So many different pieces of the random block, before the first comes again."""
 PAUSE_S: Final = 0.1
+STALL_S: Final = 2.0
 
 
 class End(StrEnum):
-    """How a stream ended, as the client saw it. The last three must never be."""
+    """How a stream ended, as the client saw it. TURNED_AWAY: RST before the first byte. The last three must never be."""
 
     RIGHT = "right"
     RESET = "reset"
+    TURNED_AWAY = "turned_away"
     REFUSED = "refused"
     CUT_SHORT = "cut_short"
     WRONG = "wrong"
@@ -56,12 +58,14 @@ class Order:
 
 @dataclass
 class Tally:
-    """What clients have seen so far. `stalled_s` is the longest that any stream has waited for its next byte in either direction."""
+    """What clients have seen so far. `stalled_s` is the longest that any stream has waited for its next byte, `stalled` how many streams
+    have waited for more than STALL_S."""
 
     running: int = 0
     begun: int = 0
     ends: dict[str, int] = field(default_factory=dict)
     bytes_right: int = 0
+    stalled: int = 0
     stalled_s: float = 0.0
 
 
@@ -89,8 +93,9 @@ class Exchange:
         self._order = order
         self._seed = seed
         self._tally = tally
-        self._moved_at = 0.0
+        self._moved_at = self._heard_at = 0.0
         self._was_reset = False
+        self._has_stalled = False
 
     async def run(self) -> End:
         order = self._order
@@ -98,7 +103,7 @@ class Exchange:
             try:
                 await sock.connect((order.host, order.port))
             except OSError as exc:
-                return End.RESET if exc.errno == errno.ECONNRESET else End.REFUSED
+                return End.TURNED_AWAY if exc.errno == errno.ECONNRESET else End.REFUSED
             self._tally.running += 1
             try:
                 return await self._watched(sock)
@@ -107,7 +112,7 @@ class Exchange:
 
     async def _watched(self, sock: trio.socket.SocketType) -> End:
         end = End.STUCK
-        self._moved_at = trio.current_time()
+        self._moved_at = self._heard_at = trio.current_time()
         async with trio.open_nursery() as nursery:
 
             async def watch() -> None:
@@ -121,10 +126,14 @@ class Exchange:
             nursery.cancel_scope.cancel()
         return end
 
-    def _moved(self) -> None:
+    def _heard(self) -> None:
         now = trio.current_time()
-        self._tally.stalled_s = max(self._tally.stalled_s, now - self._moved_at)
-        self._moved_at = now
+        waited_s = now - self._heard_at
+        self._tally.stalled_s = max(self._tally.stalled_s, waited_s)
+        if waited_s > STALL_S and not self._has_stalled:
+            self._has_stalled = True
+            self._tally.stalled += 1
+        self._moved_at = self._heard_at = now
 
     async def _send(self, sock: trio.socket.SocketType) -> None:
         order = self._order
@@ -133,7 +142,7 @@ class Exchange:
             await send_all(sock, HEAD.pack(self._seed, order.size_bytes, order.rate_bytes_per_s))
             async for part in paced(order.size_bytes, order.rate_bytes_per_s):
                 await send_all(sock, piece[part])
-                self._moved()
+                self._moved_at = trio.current_time()
             sock.shutdown(trio.socket.SHUT_WR)
         except OSError as exc:
             # A RST is told to one system call only; the reader sees a clean end then.
@@ -145,14 +154,14 @@ class Exchange:
         digest = b""
         try:
             while block := await sock.recv(BLOCK_BYTES):
-                self._moved()
+                self._heard()
                 inside = block[: size_bytes - got]
                 if inside != wanted[got : got + len(inside)]:
                     return End.WRONG
                 got += len(inside)
                 digest += block[len(inside) :]
         except OSError:
-            return End.RESET
+            return End.RESET if got else End.TURNED_AWAY
         if len(digest) < DIGEST_BYTES:
             return End.RESET if self._was_reset else End.CUT_SHORT
         if digest != hashlib.sha256(payload(self._seed, size_bytes)).digest():

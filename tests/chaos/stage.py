@@ -193,14 +193,17 @@ class Plain:
         return self.stack.doors["echo"]
 
 
-def judge(outcome: Outcome, tally: dict[str, Any], services: Helper, *, lost: str = "= 0") -> None:
+def judge(outcome: Outcome, tally: dict[str, Any], services: Helper, *, lost: str = "= 0", title: str = "") -> None:
     """The figures that every load has: none of its streams may have ended wrongly; `lost` bounds those that were reset."""
+    problems = services.ask()["problems"]
     ends = tally["ends"]
-    outcome.add("streams right", ends.get(End.RIGHT, 0), "> 0")
-    outcome.add("reset", ends.get(End.RESET, 0), lost)
-    outcome.add("wrong bytes", ends.get(End.WRONG, 0), "= 0")
-    outcome.add("clean ends too early", ends.get(End.CUT_SHORT, 0) + len(services.ask()["problems"]), "= 0")
-    outcome.add("stuck", ends.get(End.STUCK, 0), "= 0")
+    if problems:
+        outcome.error = "; ".join(problems)
+    outcome.add(f"{title}streams right", ends.get(End.RIGHT, 0), "> 0" if lost == "= 0" else "")
+    outcome.add(f"{title}reset in transfer", ends.get(End.RESET, 0), lost)
+    outcome.add(f"{title}wrong bytes", ends.get(End.WRONG, 0), "= 0")
+    outcome.add(f"{title}clean ends too early", ends.get(End.CUT_SHORT, 0) + len(problems), "= 0")
+    outcome.add(f"{title}stuck", ends.get(End.STUCK, 0), "= 0")
 
 
 def served_again_s(port: int, limit_s: float = 60.0) -> float:
