@@ -33,4 +33,6 @@ def kills(stage: Stage, outcome: Outcome) -> None:
     outcome.add("MiB compared", tally["bytes_right"] / MIB)
 
 
-KILLS = Fault("kills", "gateway, relays and store killed in turn under load: ready again in 5 s; right bytes or RST, never a clean end", kills)
+KILLS = Fault(
+    "kills", "gateway, relays and store killed in turn under load: ready again in 5 s; right bytes or RST, never a clean end", kills
+)

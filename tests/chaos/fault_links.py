@@ -57,6 +57,7 @@ def gateways(stage: Stage, outcome: Outcome) -> None:
     loads = [stage.load(stack.doors["swap"], 20, size_bytes=MIB, rate_bytes_per_s=SLOW, repeat=True) for stack in (north, south)]
     for load in loads:
         load.wait_running(19)
+    time.sleep(1)  # so that something has moved
     stage.show("one gateway killed", 0.2)
     north.gateway.kill()
     with timed() as since:

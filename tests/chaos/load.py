@@ -163,7 +163,10 @@ class Exchange:
         except OSError:
             return End.RESET if got else End.TURNED_AWAY
         if len(digest) < DIGEST_BYTES:
-            return End.RESET if self._was_reset else End.CUT_SHORT
+            await trio.sleep(PAUSE_S)  # the sender may have been told of a RST, and not have had its turn
+            if self._was_reset:
+                return End.RESET if got else End.TURNED_AWAY
+            return End.CUT_SHORT
         if digest != hashlib.sha256(payload(self._seed, size_bytes)).digest():
             return End.WRONG
         self._tally.bytes_right += 2 * size_bytes
