@@ -1,6 +1,7 @@
 """Task: from a gateway's URL to a TLS socket: TCP with happy eyeballs, on request through an HTTP proxy, then TLS under the pinned CA."""
 
 import base64
+import errno
 import os
 import socket
 import ssl
@@ -24,6 +25,10 @@ PROXY_HEAD_BYTES: Final = 8192
 """A proxy's whole answer to CONNECT, interim answers included; protects memory."""
 _RECEIVE_BYTES: Final = 4096
 _DEFAULT_PROXY_PORT: Final = 3128
+
+
+class NobodyListens(TunnelError):
+    """The gateway's host refused the connection: the gateway is not running, as during a restart. Asking again costs it nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,18 +111,23 @@ async def _connect(host: str, port: int, name: str) -> trio.SocketStream:
     except socket.gaierror as exc:
         raise TunnelError(f"cannot find {name}: {exc.strerror or exc}") from exc
     except OSError as exc:
-        raise TunnelError(f"cannot connect to {name}: {_reason(exc)}") from exc
+        kind = NobodyListens if _cause(exc).errno == errno.ECONNREFUSED else TunnelError
+        raise kind(f"cannot connect to {name}: {_reason(exc)}") from exc
     except ValueError as exc:  # a name that no DNS label can hold
         raise TunnelError(f"cannot find {name}: not a host name") from exc
 
 
-def _reason(exc: BaseException) -> str:
-    """Why connecting failed, where several addresses may each have failed in their own way."""
-    if isinstance(exc.__cause__, BaseException):
-        exc = exc.__cause__
-    while isinstance(exc, BaseExceptionGroup):
-        exc = exc.exceptions[0]
-    return os.strerror(exc.errno) if isinstance(exc, OSError) and exc.errno else str(exc)
+def _cause(exc: OSError) -> OSError:
+    """Why connecting failed, where several addresses may each have failed in their own way: the first."""
+    cause: BaseException = exc.__cause__ or exc
+    while isinstance(cause, BaseExceptionGroup):
+        cause = cause.exceptions[0]
+    return cause if isinstance(cause, OSError) else exc
+
+
+def _reason(exc: OSError) -> str:
+    cause = _cause(exc)
+    return os.strerror(cause.errno) if cause.errno else str(cause)
 
 
 async def _ask_proxy(stream: trio.SocketStream, proxy: Proxy, url: GatewayUrl) -> None:

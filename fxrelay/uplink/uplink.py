@@ -1,6 +1,7 @@
 """Task: the way up to one gateway: its control link kept up, its data sessions kept alive, whatever the network does."""
 
 import logging
+import math
 import random
 import ssl
 import time
@@ -12,7 +13,7 @@ import trio
 
 from fxrelay.uplink.control_link import ControlLink, control_hello, open_control_link
 from fxrelay.uplink.datalink import open_data_link
-from fxrelay.uplink.dial import Dialler, within
+from fxrelay.uplink.dial import Dialler, NobodyListens, within
 from fxrelay.uplink.enrol import enrol
 from fxrelay.uplink.gateway_file import GatewayFile, GatewayUrl
 from fxrelay.uplink.identity import Identity
@@ -33,6 +34,8 @@ SETTLED_S: Final = 1.0
 """A control link that lasted this long was no failure: the next one is dialled without the waits that earlier failures had earned."""
 FLAP_CAP_S: Final = 1.0
 """Longest wait after a control link that came up and broke at once. The way exists, and streams wait for tickets."""
+RESTART_S: Final = 15.0
+"""How long after the loss of a settled control link a gateway that nobody listens for is taken to be restarting, and asked once a second."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +77,7 @@ class Uplink:
         self._has_enrolled = False
         self._welcomes = 0
         self._welcome_at = 0.0
+        self._restarts_until = -math.inf
         self._epoch = 0
         self._hold_s = 0.0
         self._drain_until: float | None = None
@@ -194,6 +198,7 @@ class Uplink:
         while not self._is_stopping:
             welcomes = self._welcomes
             at_least_s = 0.0
+            is_restarting = False
             try:
                 await trio.sleep(wait_s)
                 await self._use_control_link(task_status)
@@ -202,6 +207,7 @@ class Uplink:
                     return
                 self._last_error = str(exc)
                 at_least_s = retry_after_s(exc)
+                is_restarting = isinstance(exc, NobodyListens) and trio.current_time() < self._restarts_until
             except Exception:  # whatever a peer's bytes did to a library, the relay and its sessions live on
                 logger.exception("the control link to %s failed", self.gateway_id)
                 self._last_error = "internal error"
@@ -210,12 +216,13 @@ class Uplink:
                 continue
             if self._welcomes == welcomes:
                 self._url_number += 1
-                wait_s = backoff.next_s(at_least_s=at_least_s)
+                wait_s = (flaps if is_restarting else backoff).next_s(at_least_s=at_least_s)
             else:
                 backoff.reset()
                 if trio.current_time() - self._welcome_at >= SETTLED_S:
                     flaps.reset()
                     failures.reset()
+                    self._restarts_until = trio.current_time() + RESTART_S
                 wait_s = flaps.next_s(at_least_s=at_least_s)
             if failures.is_due():
                 logger.warning(

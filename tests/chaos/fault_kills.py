@@ -33,6 +33,4 @@ def kills(stage: Stage, outcome: Outcome) -> None:
     outcome.add("MiB compared", tally["bytes_right"] / MIB)
 
 
-KILLS = Fault(
-    "kills", "gateway, relays and store killed in turn under load: ready again in 5 s; right bytes or RST, never a clean end", kills
-)
+KILLS = Fault("kills", "gateway, relays and store killed in turn under load: ready in 5 s; right bytes or RST, never a clean end", kills)

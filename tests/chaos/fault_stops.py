@@ -53,6 +53,4 @@ def ready_again_s(pools: Pools) -> float:
     return time.monotonic() - began
 
 
-STOPS = Fault(
-    "stops", "relay, gateway and store stopped for 20 s: nothing lost; past every lease and hold: RST, and back by themselves", stops
-)
+STOPS = Fault("stops", "relay, gateway and store stopped for 20 s: nothing lost; past every hold: RST, and back by themselves", stops)

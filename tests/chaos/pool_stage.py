@@ -26,7 +26,7 @@ class Pools:
         stage.later(self._end_store)
         self.redis.start()
         broker = write_broker(self.redis.directory, broker_content(self.redis))
-        self.stack = stage.stack("desk", "echo", extra=gateway_extra)
+        self.stack = stage.straight("desk", "echo", extra=gateway_extra)
         self.stack.start_gateway()
         self.cluster = Cluster(self.stack, f'broker = "{broker}"\n{TIMES}')
         echo_port = free_port()

@@ -132,7 +132,13 @@ async def run(order: Order, reactor: Reactor) -> None:
         async for _ in words():
             statistics = [uplink.statistics() for uplink in uplinks]
             up = [entry for entry in statistics if entry.state is UplinkState.UP and any(session.is_up for session in entry.sessions)]
-            say({"up": len(up), "failures": failures[:3], "states": sorted({entry.last_error for entry in statistics if entry not in up})[:5]})
+            say(
+                {
+                    "up": len(up),
+                    "failures": failures[:3],
+                    "states": sorted({entry.last_error for entry in statistics if entry not in up})[:5],
+                }
+            )
         nursery.cancel_scope.cancel()
 
 

@@ -16,6 +16,7 @@ from typing import Any, Self, TypeVar
 
 import psutil
 
+from examples.cutter import Cutter
 from tests.chaos.figures import Outcome, today
 from tests.chaos.load import End, Order
 from tests.ports import free_port
@@ -110,6 +111,19 @@ class Load(Helper):
         return self.ask("finish")
 
 
+class Straight(Cutter):
+    """In a cutter's place: relays dial the gateway itself, and are refused as soon as nobody listens there."""
+
+    def __init__(self, port: int) -> None:
+        self.port = port
+
+    def start(self, target_port: int) -> None:
+        """Nothing is between."""
+
+    def close(self) -> None:
+        """Nothing was."""
+
+
 @dataclass
 class Stage:
     """Everything one fault has started; ended when the block ends, and the logs looked through."""
@@ -142,7 +156,15 @@ class Stage:
 
     def stack(self, *services: str, extra: str = "") -> Stack:
         """A gateway's directory with a door for each service; nothing runs yet."""
-        stack = Stack(self.directory / f"s{len(self.stacks)}", {service: free_port() for service in services}, extra)
+        return self._add({service: free_port() for service in services}, extra, Cutter(), free_port())
+
+    def straight(self, *services: str, extra: str = "") -> Stack:
+        """As `stack`, with nothing between relays and gateway."""
+        port = free_port()
+        return self._add({service: free_port() for service in services}, extra, Straight(port), port)
+
+    def _add(self, doors: dict[str, int], extra: str, between: Cutter, tunnel_port: int) -> Stack:
+        stack = Stack(self.directory / f"s{len(self.stacks)}", doors, extra, between, tunnel_port)
         self.stacks.append(stack)
         return stack
 
