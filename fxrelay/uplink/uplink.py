@@ -35,7 +35,7 @@ SETTLED_S: Final = 1.0
 FLAP_CAP_S: Final = 1.0
 """Longest wait after a control link that came up and broke at once. The way exists, and streams wait for tickets."""
 RESTART_S: Final = 15.0
-"""How long after the loss of a settled control link a gateway that nobody listens for is taken to be restarting, and asked once a second."""
+"""How long after the loss of a settled control link a gateway where nobody listens is taken to be restarting, and asked once a second."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,8 +2,8 @@
 
     python -m tests.chaos.relays '{"gateway_file": "gateway.json", "port": 5000, "first": 0, "count": 1000, "sources": 250}'
 
-Prints a line of JSON when all have begun to dial, and another for each line on its standard input. The keys come from the relays' names, so that
-whoever makes the gateway's relays.json knows them too.
+Prints a line of JSON when all have begun to dial, and another for each line on its standard input. The keys come from the relays' names, so
+that whoever makes the gateway's relays.json knows them too.
 """
 
 import hashlib
