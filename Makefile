@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 PYTEST_ARGS ?=
 WORKERS ?= 2
 
-.PHONY: help demo test check lint types bench fuzz conformance requirements clean
+.PHONY: help demo test check lint types bench fuzz chaos conformance requirements clean
 
 help:
 	@echo "make demo    a gateway, two relays and a small service; traffic; a tunnel cut on purpose   (KEEP=1 leaves it up)"
@@ -14,6 +14,7 @@ help:
 	@echo "make check   ruff, mypy --strict and make test: what CI runs"
 	@echo "make bench   side by side with nginx and ssh   (BENCH_ARGS='--quick --only bulk')"
 	@echo "make fuzz    a million malformed frames   (FRAMES=1000000); LIVE=100000 sends them to running daemons"
+	@echo "make chaos   cuts, kills, stops, storms: everything we promise to survive, with figures   (CHAOS_ARGS='--short --only cuts')"
 	@echo "make conformance  TLS scanners that are installed, against a gateway of its own"
 
 $(READY): requirements/dev.txt pyproject.toml
@@ -46,6 +47,9 @@ bench: $(READY)
 FRAMES ?= 1000000
 fuzz: $(READY)
 	$(BIN)/python -m tests.fuzz $(if $(LIVE),--live $(LIVE),--frames $(FRAMES))
+
+chaos: $(READY)
+	@$(BIN)/python -m tests.chaos $(CHAOS_ARGS)
 
 conformance: $(READY)
 	@$(BIN)/python -m tests.conformance

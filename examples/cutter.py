@@ -14,7 +14,7 @@ class Cutter:
     def __init__(self) -> None:
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=128)
         self.port: int = self._listener.getsockname()[1]
-        self._ways: set[_Way] = set()
+        self._ways: list[_Way] = []
         self._lock = threading.Lock()
         self._is_cut_off = False
 
@@ -25,7 +25,7 @@ class Cutter:
     def cut(self) -> int:
         """End every connection with RST on both sides; returns how many there were."""
         with self._lock:
-            ways, self._ways = self._ways, set()
+            ways, self._ways = self._ways, []
         for way in ways:
             way.reset()
         return len(ways)
@@ -36,6 +36,11 @@ class Cutter:
             for way in self._ways:
                 way.flows.clear()
             return len(self._ways)
+
+    def freeze_one(self, number: int) -> None:
+        """As `freeze`, for the connection that is this one by age, the oldest being 0."""
+        with self._lock:
+            self._ways[number].flows.clear()
 
     def thaw(self) -> None:
         """What was frozen flows again."""
@@ -71,7 +76,7 @@ class Cutter:
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             way = _Way(inner, outer)
             with self._lock:
-                self._ways.add(way)
+                self._ways.append(way)
                 if self._is_cut_off:
                     way.flows.clear()
             for source, sink in ((inner, outer), (outer, inner)):
@@ -91,7 +96,7 @@ class Cutter:
             if not way.ended(source):
                 return
         with self._lock:
-            self._ways.discard(way)
+            self._ways = [other for other in self._ways if other is not way]
 
 
 class _Way:

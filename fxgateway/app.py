@@ -22,6 +22,7 @@ from fxgateway.doors.doors import Doors
 from fxgateway.routing.admission import Admission, AdmissionLimits
 from fxgateway.routing.hosts import HostTable, Route
 from fxgateway.routing.reception import Kind, Receptionist
+from fxgateway.sandbox import Sandbox
 from fxgateway.settings import GatewaySettings
 from fxgateway.steering import Steering
 from fxgateway.tunnels.control import ControlConfig
@@ -74,8 +75,10 @@ def run(settings: GatewaySettings, config_path: Path) -> int:
     """
     logs.configure(settings.log.level, settings.log.style, sys.stderr)
     notifier = Notifier.of_this_process()
+    sandbox = Sandbox(settings, config_path)
+    sandbox.enter(os.environ.get("NOTIFY_SOCKET", ""))  # while there is one thread only
     reactor = Reactor()
-    gateway = Gateway(reactor, settings, config_path, notifier, raise_file_limit())
+    gateway = Gateway(reactor, settings, config_path, notifier, raise_file_limit(), sandbox)
     try:
         reactor.host_trio(gateway.serve)
     finally:
@@ -87,7 +90,10 @@ def run(settings: GatewaySettings, config_path: Path) -> int:
 class Gateway:
     """Everything one fxgateway process consists of."""
 
-    def __init__(self, reactor: Reactor, settings: GatewaySettings, config_path: Path, notifier: Notifier, file_limit: int) -> None:
+    def __init__(
+        self, reactor: Reactor, settings: GatewaySettings, config_path: Path, notifier: Notifier, file_limit: int, sandbox: Sandbox
+    ) -> None:
+        self._sandbox = sandbox
         self._reactor = reactor
         self._settings = settings
         self._config_path = config_path
@@ -206,6 +212,7 @@ class Gateway:
 
     async def _load_again(self) -> None:
         fresh = await trio.to_thread.run_sync(config.load, self._config_path, os.environ)
+        self._sandbox.check(fresh)
         contexts = await trio.to_thread.run_sync(web_contexts, fresh)
         await trio.to_thread.run_sync(self._access.open, fresh.log.access)
         self._apply(fresh, contexts)
@@ -219,7 +226,7 @@ class Gateway:
         self._registry.apply(registry_limits(fresh), session_config(fresh))
         self._port.apply(context, port_limits(fresh))
         logs.configure(fresh.log.level, fresh.log.style, sys.stderr)
-        for section in ("tunnel", "admin"):
+        for section in ("tunnel", "admin", "sandbox"):
             if getattr(fresh, section) != getattr(self._settings, section):
                 logger.warning("changes in [%s] take effect at the next restart", section)
         self._settings = fresh

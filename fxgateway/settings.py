@@ -3,6 +3,7 @@
 import hashlib
 import re
 from collections.abc import Mapping
+from enum import Enum
 from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
 from typing import Final
@@ -21,7 +22,7 @@ from fxgateway.door_settings import (
     route_clashes,
 )
 from fxtunnel.kit.sections import ResumeSettings, Seconds, Section, Size, WholeFile, clash, tables
-from fxtunnel.kit.settings import Address, AddressField, ConfigPath, NameField, load_settings
+from fxtunnel.kit.settings import Address, AddressField, ConfigPath, NameField, OptionalPath, load_settings
 
 ENVIRON_PREFIX: Final = "FXGATEWAY"
 DEFAULT_PORT: Final = 443
@@ -132,6 +133,23 @@ class LivenessSettings(Section):
         return value
 
 
+class SandboxMode(Enum):
+    """Whether the gateway gives up, once it runs, what it does not need."""
+
+    AUTO = "auto"
+    REQUIRED = "required"
+    OFF = "off"
+
+
+class SandboxSettings(Section):
+    """What the gateway gives up when it starts (Landlock): opening other files, running programs, connecting to anything."""
+
+    mode: SandboxMode = Field(
+        SandboxMode.AUTO, description="auto: as far as the kernel can. required: no start without files and connections. off: nothing."
+    )
+    read: tuple[OptionalPath, ...] = Field((), max_length=64, description="More directories to read from: certificates of later reloads.")
+
+
 class GatewaySettings(WholeFile):
     """A whole gateway.toml. `doors` and `routes` are written [[door]] and [[route]], once for each."""
 
@@ -148,6 +166,7 @@ class GatewaySettings(WholeFile):
         (), alias="certificate", max_length=1024, description="Certificates for all doors of kind https, chosen by the name asked for."
     )
     log: GatewayLogSettings = Field(default_factory=GatewayLogSettings, description="What is logged.")
+    sandbox: SandboxSettings = Field(default_factory=SandboxSettings, description="What is given up at the start.")
 
     @classmethod
     def find_clashes(cls, raw: Mapping[str, object]) -> list[InitErrorDetails]:

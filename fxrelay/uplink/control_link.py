@@ -123,11 +123,15 @@ class ControlLink:
                 raise RemoteProtocolError(Code.PROTOCOL_ERROR, f"a gateway does not send {message.type} here")
 
     async def _report_load(self, count_streams: Callable[[], int]) -> None:
+        told = -1
         while True:
-            try:
-                self._channel.send_nowait(Load(streams=count_streams()))
-            except TunnelClosed:
-                return
+            streams = count_streams()
+            if streams != told:
+                try:
+                    self._channel.send_nowait(Load(streams=streams))
+                except TunnelClosed:
+                    return
+                told = streams
             await trio.sleep(self._heartbeat_s)
 
 

@@ -34,6 +34,7 @@ class Clock:
             "FAKETIME_NO_CACHE": "1",
             "FAKETIME_DONT_FAKE_MONOTONIC": "1",
             "DONT_FAKE_MONOTONIC": "1",
+            "FXGATEWAY__SANDBOX__MODE": "off",  # the library opens the file below again and again
         }
 
     def step(self, offset_s: int) -> None:

@@ -5,15 +5,17 @@ import ssl
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
-from uplink_fakes import OFFERS, QUICK, FakeGateway, deny, running, session_id, until
+from uplink_fakes import OFFERS, QUICK, FakeGateway, deny, make_context, running, session_id, until
 
 from fxrelay.uplink.ports import UplinkState
 from fxtunnel.codes import Code, Refusal
 from fxtunnel.control.messages import Closing, Drain, Load, Refused, Services, TicketRequest
 from fxtunnel.errors import PeerRefused
+from fxtunnel.kit.certificates import new_authority
 from fxtunnel.model import Offer, ServiceName, SessionId
 from fxtunnel.protocol.hello import Denied, Hello, Welcome
 
@@ -313,3 +315,35 @@ async def test_cancelling_says_goodbye_too(gateway: FakeGateway, state_dir: Path
         await it.ended.wait()
         assert it.session.closed is not None
         await until(lambda: any(isinstance(m, Closing) for m in gateway.heard))
+
+
+class RestartingGateway(FakeGateway):
+    """Goes away for `AWAY_S` when it is told to; nobody listens then."""
+
+    AWAY_S = 2.0
+    back_at = 0.0
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.life = trio.CancelScope()
+
+    async def serve(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        with self.life:
+            await super().serve(task_status=task_status)
+        await trio.sleep(self.AWAY_S)
+        self.back_at = trio.current_time()
+        await super().serve()
+
+
+async def test_a_gateway_that_restarts_is_soon_found_again(state_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fxrelay.uplink.uplink.SETTLED_S", 0.0)
+    monkeypatch.setattr("fxrelay.uplink.uplink.FLAP_CAP_S", 0.05)
+    authority = new_authority("test authority")
+    gateway = RestartingGateway(authority, make_context(tmp_path, authority))
+    async with running(gateway, state_dir, replace(QUICK, min_backoff_s=0.05, max_backoff_s=30.0)) as it:
+        await until(lambda: it.is_carrying)
+        gateway.life.cancel()
+        await gateway.wait_controls(2)
+        # Uncapped waits would be 0.05 + 0.1 + … + 1.6 s, and the last of them end 1.1 s after the gateway is back.
+        assert gateway.dialled_at[-1] - gateway.back_at < 0.8
+    gateway.close()

@@ -1,0 +1,107 @@
+"""Task: giving up what a running gateway does not need of its machine: whoever breaks in finds nothing to open, and nobody to call."""
+
+import logging
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Final
+
+import fxgateway
+import fxtunnel
+from fxgateway.settings import GatewaySettings, SandboxMode
+from fxtunnel.errors import ConfigError
+from fxtunnel.kit.landlock import ABI_NETWORK, CHANGE, READ, Access, Grant, InForce, Unavailable, restrict, supported_abi
+from fxtunnel.kit.settings import Address
+
+logger = logging.getLogger(__name__)
+
+_LIBRARIES: Final = ("/usr", "/lib", "/lib64")
+_SOCKETS: Final = Access.MAKE_SOCK | Access.REMOVE_FILE
+_APPEND: Final = Access.WRITE_FILE | Access.MAKE_REG
+
+
+class Sandbox:
+    """The files that stay within reach. `enter` it before there is a second thread; `check` every configuration that is read later."""
+
+    def __init__(self, settings: GatewaySettings, config_path: Path) -> None:
+        self._settings = settings
+        self._grants = [*_of_python(), *_of_configuration(settings, config_path)]
+        self._pinned: int | None = None
+        self.in_force: InForce | None = None
+
+    def enter(self, environ_notify: str) -> None:
+        """Give up what is not granted, as far as `[sandbox] mode` and the kernel say; log what holds. `environ_notify` is NOTIFY_SOCKET.
+
+        Raises:
+            ConfigError: the mode is "required", and the kernel cannot do it.
+        """
+        mode = self._settings.sandbox.mode
+        if mode is SandboxMode.OFF:
+            logger.info("sandbox: off, as configured")
+            return
+        if mode is SandboxMode.REQUIRED and supported_abi() < ABI_NETWORK:
+            raise ConfigError.one(
+                "sandbox", "sandbox.mode", f"this kernel offers Landlock ABI {supported_abi()}, and {ABI_NETWORK} is needed"
+            )
+        # The directory is kept open: the kernel may otherwise drop what the rule is bound to, and make it anew when it is asked for.
+        self._pinned = os.open(f"/proc/{os.getpid()}", os.O_PATH | os.O_CLOEXEC)
+        itself = [Grant(Path(f"/proc/{os.getpid()}"), READ), Grant(Path("/proc/stat"), READ)]
+        try:
+            # A service manager may listen on an abstract socket.
+            self.in_force = restrict([*self._grants, *itself], scopes=not environ_notify.startswith("@"))
+        except Unavailable as exc:
+            if mode is SandboxMode.REQUIRED:
+                raise ConfigError.one("sandbox", "sandbox.mode", str(exc.strerror)) from exc
+            logger.warning("sandbox: none: %s", exc.strerror)
+            return
+        logger.info("sandbox: in force (Landlock ABI %d), given up until the end: %s", self.in_force.abi, self.in_force)
+
+    def check(self, fresh: GatewaySettings) -> None:
+        """Whether what a configuration names can be opened from in here.
+
+        Raises:
+            ConfigError: not without a restart; holds every such path.
+        """
+        if self.in_force is None:
+            return
+        allowed = [grant.path for grant in self._grants if grant.access & Access.READ_FILE]
+        problems = [path for path in _read(fresh) if not any(path.is_relative_to(beneath) for beneath in allowed)]
+        if problems:
+            paths = ", ".join(map(str, problems))
+            raise ConfigError.one("sandbox", "sandbox.read", f"out of reach since the start: {paths}; add its directory, and restart")
+
+
+def _of_python() -> Iterator[Grant]:
+    """What an interpreter that runs may still load: modules, and libraries of theirs."""
+    packages = [Path(str(package.__file__)).parent for package in (fxgateway, fxtunnel)]
+    for path in {*map(Path, (sys.prefix, sys.base_prefix, *_LIBRARIES)), *packages}:
+        yield Grant(path.resolve(), READ)
+    yield Grant(Path(os.devnull), Access.READ_FILE | Access.WRITE_FILE)
+    yield Grant(Path("/dev/urandom"), Access.READ_FILE)
+
+
+def _of_configuration(settings: GatewaySettings, config_path: Path) -> Iterator[Grant]:
+    """Directories, not files: whoever renews a certificate or edits a configuration replaces the file."""
+    for path in (config_path.absolute(), *_read(settings)):
+        yield Grant(path.parent, READ)
+        yield Grant(path.resolve().parent, READ)  # where a symbolic link leads
+    for extra in settings.sandbox.read:
+        yield Grant(extra, READ)
+    yield Grant(settings.tunnel.state_dir, CHANGE)
+    if settings.log.access not in ("off", "stderr"):
+        yield Grant(Path(settings.log.access).absolute().parent, _APPEND)
+    for socket_path in _sockets(address for _, address in settings.listens()):
+        yield Grant(socket_path.parent, _SOCKETS)
+
+
+def _read(settings: GatewaySettings) -> list[Path]:
+    """Every file that a reload reads."""
+    tunnel = settings.tunnel
+    pairs = [pair for door in settings.doors for pair in settings.certificates_of(door)]
+    pairs += [(entry.certificate, entry.key) for entry in settings.certificates]
+    return list(dict.fromkeys(path.absolute() for path in (tunnel.certificate, tunnel.key, *(path for pair in pairs for path in pair))))
+
+
+def _sockets(addresses: Iterable[Address]) -> Iterator[Path]:
+    return (Path(address.path).absolute() for address in addresses if address.path is not None)
