@@ -15,6 +15,9 @@ from fxrelay.delivery.delivery import DeliveryDesk, DeliveryLimits
 from fxrelay.delivery.placing import Placer
 from fxrelay.delivery.services import AnyService, Endpoint, PoolService, Service, ServiceTable, resolve
 from fxrelay.live import LiveView
+from fxrelay.logins.composing import login_services
+from fxrelay.logins.gate import LoginGate
+from fxrelay.logins.login import HeldLogin
 from fxrelay.pages import make_app
 from fxrelay.service_settings import ServiceSection
 from fxrelay.settings import RelaySettings
@@ -85,6 +88,7 @@ class Relay:
         self._uplinks: list[Uplink] = []
         self._brain: Brain | None = None
         self._web: WebDesk | None = None
+        self._gate: LoginGate | None = None
         self._failed = 0
 
     async def serve(self) -> int:
@@ -98,7 +102,10 @@ class Relay:
         whose = Whose(identity.relay_id, identity.instance, lambda: [uplink.statistics() for uplink in self._uplinks])
         self._brain = brain = Brain(self._settings, self._config_path.absolute().parent, whose)
         self._desk.placer = placer = Placer(brain.chooser, self._settings.cluster.paths, brain.chooser)
-        self._desk.web = self._web = web = WebDesk(self._desk, brain.chooser, identity.relay_id, web_limits(self._settings.limits))
+        self._gate = gate = LoginGate(brain.chooser, brain.view, HeldLogin, self._settings.cluster.lease_s)
+        gate.reservations = brain.reservations
+        gate.reconfigure(await trio.to_thread.run_sync(login_services, self._settings))
+        self._desk.web = self._web = web = WebDesk(self._desk, brain.chooser, identity.relay_id, web_limits(self._settings.limits), gate)
         web.reconfigure(await trio.to_thread.run_sync(web_rules, self._settings))
         self._services.replace(await resolved(self._settings.services))
         self._uplinks = self._make_uplinks(files, identity)
@@ -107,6 +114,7 @@ class Relay:
             await nursery.start(watch_signals, self._reloads.ask, self._stop.set)
             await nursery.start(brain.run)
             await nursery.start(placer.run)
+            await nursery.start(gate.run)
             await nursery.start(web.run)
             await nursery.start(serve_pages, make_app(view), self._settings.relay.status_address)
             nursery.start_soon(keep_going, "ending idle streams", self._sweep)
@@ -211,11 +219,14 @@ class Relay:
         fresh = await trio.to_thread.run_sync(config.load, self._config_path, os.environ)
         services = await resolved(fresh.services, self._services)
         rules = await trio.to_thread.run_sync(web_rules, fresh)
+        logins = await trio.to_thread.run_sync(login_services, fresh)
         if self._brain is not None:
             self._brain.reconfigure(fresh)  # first: a script that cannot be used refuses the whole configuration
         if self._web is not None:
             self._web.limits = web_limits(fresh.limits)
             self._web.reconfigure(rules)
+        if self._gate is not None:
+            self._gate.reconfigure(logins)
         self._apply(fresh, services)
         logger.info("reloaded %s", self._config_path)
 

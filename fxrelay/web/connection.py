@@ -1,6 +1,8 @@
 """Task: one client's HTTP connection from its first byte to its last: requests in their order, each to its node."""
 
 import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final
 
@@ -15,8 +17,9 @@ from fxrelay.web.client import ClientGone, ClientSide
 from fxrelay.web.exchange import REPEATABLE, CutOff, Exchange, Order, StaleLink
 from fxrelay.web.forwarding import Onward, Origin, request_onward, wanted_upgrade
 from fxrelay.web.heads import BadHead, RequestHead, ResponseHead, parse_request
+from fxrelay.web.holding import WholeSender, answer_whole, read_whole, while_there
 from fxrelay.web.link import ServiceLink
-from fxrelay.web.ports import NodeChooser, Pass, RequestFacts, RequestGate, WebLimits, WebRules
+from fxrelay.web.ports import HeldRequest, NodeChooser, Pass, RequestFacts, RequestGate, WebLimits, WebRules
 from fxrelay.web.reaching import Held, Reacher, Wish
 from fxrelay.web.secure import HandshakeFailed, end_tls
 from fxrelay.web.targets import NodePath, Target, is_served, read_target, split_node_path
@@ -53,6 +56,7 @@ class Asked:
     onward: Onward
     wish: Wish
     facts: RequestFacts
+    passed: Pass
 
 
 class WebConnection:
@@ -158,15 +162,10 @@ class WebConnection:
     async def _forward(self, head: RequestHead) -> bool:
         asked = await self._consider(head)
         visit, rules, gate = self._visit, self._rules, self._around.gate
-        wire = request_onward(
-            head,
-            asked.target,
-            self._origin,
-            asked.onward,
-            trusts_forwarded=rules.trusts_forwarded,
-            own_host=self._opening.host or rules.name,
-        )
-        with Held() as held:
+        if asked.passed.held is not None:
+            return await self._hold(head, asked, asked.passed.held)
+        wire = self._wire(head, asked)
+        with Held() as held, _watched(asked.passed, self.scope):
             while True:
                 link, is_chosen = await self._reacher.reach(asked.wish, held)
                 visit.node, visit.way = link.node or "", link.way
@@ -174,9 +173,8 @@ class WebConnection:
                 if is_chosen and isinstance(rules.affinity, CookieAffinity) and link.node is not None:
                     cookies = (rules.affinity.set_cookie(link.node, secure=self._origin.scheme == "https"),)
 
-                async def answered(found: ResponseHead, node: RelayId | None = link.node) -> None:
-                    if gate is not None:
-                        await gate.answered(asked.facts, node, found.status, found.fields)
+                async def answered(found: ResponseHead, node: RelayId | None = link.node) -> Sequence[bytes]:
+                    return await gate.answered(asked.facts, node, found.status, found.fields) if gate is not None else ()
 
                 order = Order(
                     head,
@@ -192,6 +190,36 @@ class WebConnection:
                     return await self._exchange(link, order)
                 except StaleLink:
                     continue  # it has been taken out; a fresh one cannot be stale
+
+    def _wire(self, head: RequestHead, asked: Asked) -> bytes:
+        """The request's head for the service."""
+        rules = self._rules
+        own_host = self._opening.host or rules.name
+        return request_onward(head, asked.target, self._origin, asked.onward, trusts_forwarded=rules.trusts_forwarded, own_host=own_host)
+
+    async def _hold(self, head: RequestHead, asked: Asked, held: HeldRequest) -> bool:
+        """Serve a request that is held until it is decided."""
+        client, visit = self._client, self._visit
+        assert client is not None
+        body = await read_whole(client, head, held.max_body_bytes)
+        visit.bytes_in = len(body)
+        sender = WholeSender(self._reacher, head, lambda found: self._wire(found, asked), body, self._rules.response_timeout_s)
+        sender.visit = visit
+        try:
+            reply = await while_there(client, lambda: held.run(body, sender))
+        except Refused as exc:
+            keeps_client = _keeps_alive(head) and not self.is_draining
+            await self._answer_alone(exc, head, keeps_on=keeps_client)
+            return keeps_client
+        keeps_client, is_given = _keeps_alive(head) and not self.is_draining, False
+        try:
+            visit.status, visit.first_byte_at = reply.answer.status, trio.current_time()
+            await client.send(answer_whole(head, reply, keeps_client=keeps_client))
+            visit.bytes_out, is_given = len(reply.answer.body), True
+        finally:
+            if not is_given:
+                reply.undone()
+        return keeps_client
 
     async def _exchange(self, link: ServiceLink, order: Order) -> bool:
         assert self._client is not None
@@ -235,13 +263,34 @@ class WebConnection:
                 wish = Wish(self._named(named), is_repeatable=again)
             elif self._only is None and rules.affinity is not None:
                 wish = Wish(may=rules.affinity.node_of(head), is_repeatable=again)
-        path, host = target.path, target.host
-        facts = RequestFacts(rules.name, visit.trace, self._opening.client, head.method, path, host, head.fields, wish.must or wish.may)
-        if gate is not None:
-            passed: Pass = await gate.admit(facts)
-            if passed.node is not None:
-                wish = Wish(passed.node, is_repeatable=again)
-        return Asked(head, target, onward, wish, facts)
+        facts = self._facts(head, target, wish)
+        passed = await gate.admit(facts) if gate is not None else Pass()
+        if passed.node is not None:
+            wish = Wish(passed.node, is_repeatable=again)
+        elif wish.must in passed.closed:
+            raise Refused(403, "Reserved", "This node is reserved for another user.")
+        elif wish.may in passed.closed:
+            wish = Wish(is_repeatable=again)
+        return Asked(head, target, onward, wish, facts, passed)
+
+    def _facts(self, head: RequestHead, target: Target, wish: Wish) -> RequestFacts:
+        inner = target.path
+        if self._rules.node_paths and split_node_path(inner) is not None:
+            inner = b"/" + b"".join(inner.split(b"/", 3)[3:])
+        opening, is_secure = self._opening, self._origin.scheme == "https"
+        return RequestFacts(
+            self._rules.name,
+            self._visit.trace,
+            opening.client,
+            head.method,
+            target.path,
+            target.host,
+            head.fields,
+            wish.must or wish.may,
+            wish.must is not None,
+            inner,
+            is_secure,
+        )
 
     def _named(self, path: NodePath) -> RelayId:
         if path.node is None or (self._only is not None and path.node != self._only):
@@ -303,6 +352,19 @@ class WebConnection:
     def _new_visit(self) -> Visit:
         opening = self._opening
         return Visit(opening.trace, self._rules.name, opening.client, trio.current_time())
+
+
+@contextmanager
+def _watched(passed: Pass, scope: trio.CancelScope) -> Iterator[None]:
+    """While the block runs, the connection ends when what it leads to has to."""
+    if passed.watch is None:
+        yield
+        return
+    unwatch = passed.watch(scope.cancel)
+    try:
+        yield
+    finally:
+        unwatch()
 
 
 def _keeps_alive(head: RequestHead) -> bool:

@@ -1,0 +1,146 @@
+"""System: reserved nodes of HTTP services, where the application on the nodes says who has logged in."""
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.system.cluster import Cluster
+from tests.system.login_nodes import Browser, LoginNode, public_pem
+from tests.system.stack import Stack, wait_until
+
+pytestmark = [pytest.mark.system, pytest.mark.xdist_group("cluster")]
+
+FAST = "publish_s = 0.5\nstale_s = 2\ndown_s = 4\nresync_s = 1\nlease_s = 2"
+FORM = '[service.login]\npreset = "form"\nsuccess_status = [302]\nsuccess_cookie = "session"\nretry = "replay"\n'
+FASTX = '[service.login]\npreset = "fastx3"\njwt = {keys = "jwt.pem"}\n'
+
+
+class Site:
+    """A cluster with the application on its nodes; only the first node has a tunnel."""
+
+    def __init__(self, stack: Stack, store: Path) -> None:
+        self.cluster = Cluster(stack, f'store = "sqlite:{store}"\n{FAST}', service="site")
+        self.nodes: dict[str, LoginNode] = {}
+        self.store = store
+
+    def start(self, count: int, login: str, service: str = "", lifetime_s: float = 3_600) -> list[str]:
+        for number in range(2, 2 + count):
+            name = f"node-{number}"
+            self.nodes[name] = LoginNode(f"127.0.0.{number}", self.cluster.port, name, lifetime_s)
+            home = self.cluster.stack.directory / name
+            home.mkdir(mode=0o700, exist_ok=True)
+            (home / "jwt.pem").write_bytes(public_pem())
+            text = f'protocol = "http"\nreservations = true\n{service}\n{login}'
+            self.cluster.node(number, gateway=number == 2, service=text, serve=False)
+        self.cluster.wait_until_known(list(self.nodes), ["node-2"])
+        wait_until(lambda: self.is_settled(login), 20, "the first login")
+        return list(self.nodes)
+
+    def is_settled(self, login: str) -> bool:
+        """A store that is new gives nothing out for one lease."""
+        scout = self.browser(99, "scout")
+        if FASTX[:30] in login:
+            told = scout.log_in()
+            return told.status == 200 and scout.ask("POST", "/v3/api/auth/logout").status == 200 and self.is_free()
+        told = scout.log_in_by_form()
+        return told.status == 302 and scout.ask("POST", "/logout").status == 200 and self.is_free()
+
+    def is_free(self) -> bool:
+        wait_until(lambda: not self.reserved(), 10, "nobody has a node")
+        return True
+
+    def browser(self, number: int, user: str = "") -> Browser:
+        return Browser(self.cluster.stack.doors["site"], number, user)
+
+    def reserved(self) -> dict[str, str]:
+        return {line["serverId"]: line["user"] for line in self.cluster.reservations("node-2") if line["user"]}
+
+    def entries(self) -> int:
+        return sum(line["entries"] for line in self.cluster.reservations("node-2"))
+
+    def log(self) -> str:
+        return (self.cluster.stack.directory / "node-2.log").read_text()
+
+    def close(self) -> None:
+        for node in self.nodes.values():
+            node.close()
+        self.cluster.close()
+
+
+@pytest.fixture
+def make_site(make_stack: Callable[..., Stack], home: Path) -> Iterator[Callable[[], Site]]:
+    made: list[Site] = []
+
+    def make() -> Site:
+        stack = make_stack("site")
+        stack.start_gateway()
+        made.append(Site(stack, home / "cluster.db"))
+        return made[-1]
+
+    yield make
+    for site in made:
+        site.close()
+
+
+def test_every_user_has_a_node_alone_by_a_form(make_site: Callable[[], Site]) -> None:
+    site = make_site()
+    names = site.start(3, FORM)
+    users = [site.browser(number) for number in range(1, 5)]
+    assert users[0].log_in_by_form("nonsense").status == 200
+    assert site.reserved() == {}
+    for user in users[:3]:
+        assert user.log_in_by_form().status == 302
+    held = site.reserved()
+    assert sorted(held) == names
+    for user in users[:3]:
+        assert held[user.where()] == user.user
+    late = users[3].log_in_by_form()
+    assert (late.status, late.error) == (503, "NoServerAvailable")
+    assert late.fields["Retry-After"] is not None
+    own = held_by(site, users[0].user)
+    again = site.browser(1)  # another browser of the same user
+    assert again.log_in_by_form().status == 302
+    assert again.where() == own
+    assert users[0].ask("POST", "/logout").status == 200
+    assert "fxlogin" not in users[0].cookies
+    assert site.reserved()[own] == again.user
+    assert again.ask("POST", "/logout").status == 200
+    wait_until(lambda: own not in site.reserved(), 10, "the logout")
+    assert users[3].log_in_by_form().status == 302
+    assert users[3].where() == own
+    wait_until(lambda: site.entries() == 0, 10, "no entries")
+    events = [json.loads(line) for line in site.log().splitlines() if line.startswith("{")]
+    told = [event["reservation"] for event in events if "reservation" in event]
+    assert {"entered", "committed", "released"} <= set(told)
+
+
+def held_by(site: Site, user: str) -> str:
+    return next(name for name, holder in site.reserved().items() if holder == user)
+
+
+def test_of_two_who_race_for_one_node_one_is_replayed_to_another(make_site: Callable[[], Site]) -> None:
+    site = make_site()
+    site.start(2, FORM)
+    ann, bob = site.browser(1, "ann"), site.browser(2, "bob")
+    cli = site.cluster.stack.relay_cli
+    cli("node-2", "disable", "node-3", "login")  # both can only go to node-2
+    site.nodes["node-2"].hold = True
+    answers: dict[str, int] = {}
+
+    def come(user: Browser) -> None:
+        answers[user.user] = user.log_in_by_form().status
+
+    threads = [threading.Thread(target=come, args=(user,)) for user in (ann, bob)]
+    for thread in threads:
+        thread.start()
+    wait_until(lambda: len([path for path, user in site.nodes["node-2"].asked if user in ("ann", "bob")]) == 2, 20, "both logins")
+    cli("node-2", "enable", "node-3", "login")
+    site.nodes["node-2"].go.set()
+    for thread in threads:
+        thread.join(30)
+    assert answers == {"ann": 302, "bob": 302}
+    assert {ann.where(), bob.where()} == {"node-2", "node-3"}
+    assert sorted(site.reserved().values()) == ["ann", "bob"]
