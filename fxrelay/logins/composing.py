@@ -4,6 +4,7 @@ from fxrelay.brain import seat_rules
 from fxrelay.login_settings import JwtSection, LoginSection
 from fxrelay.logins.gate import LoginService
 from fxrelay.logins.passes import PassCookies
+from fxrelay.logins.recognising import plain_path
 from fxrelay.logins.rules import PRESETS, Bounds, Calls, LoginRules, Retry, Signs, Spot, Stages
 from fxrelay.settings import RelaySettings
 from fxrelay.web.composing import cookie_key
@@ -62,7 +63,7 @@ def login_rules(section: LoginSection) -> LoginRules:
         side, _, spot = section.token.partition(":")
         token, in_request = Spot.parse(spot), side == "request"
     return LoginRules(
-        _calls(preset.login, section.paths, section.methods),
+        _calls(preset.login, tuple(plain_path(path.encode()) for path in section.paths or ()) or None, section.methods),
         _calls(preset.logout, section.logout_paths, section.logout_methods),
         section.user or preset.user,
         signs,

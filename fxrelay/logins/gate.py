@@ -126,9 +126,11 @@ class LoginGate:
         service, reservations = self._services.get(request.service), self.reservations
         if service is None or reservations is None or self._kind(service, request) is not Kind.LOGOUT:
             return ()
-        if not (200 <= status < 400 or status == 401):
-            return ()  # whatever it was, nobody was logged out by it
         live = self._find(service, request, reservations)
+        is_token = live is not None and live.login_id in map(login_id_of, shown_tokens(service.rules, request.fields))
+        # 401 to the login's own token: it was over before. Whatever else it is, nobody was logged out by it.
+        if not (200 <= status < 400 or (status == 401 and is_token)):
+            return ()
         if live is not None:
             reservations.end_login(live.server_id, live.login_id, service.terms(0))
             self._is_gone(live.login_id)

@@ -1,7 +1,8 @@
 """Pure: recognises logins in HTTP messages: requests that begin, go on with, or end one, and answers that let somebody in.
 
 A request counts as a login's when any reading of its path is one: services decode, fold and case paths in their own ways, and a login that
-goes by unrecognised would be one without a reservation.
+goes by unrecognised would be one without a reservation. A logout's path has to be exact: a server must not get free while its user
+is still logged in.
 """
 
 import hashlib
@@ -70,7 +71,7 @@ def kind_of(rules: LoginRules, method: bytes, path: bytes) -> Kind:
     plain = plain_path(path)
     if _is_meant(rules.login, method, plain):
         return Kind.LOGIN
-    if _is_meant(rules.logout, method, plain):
+    if _is_meant(rules.logout, method, path.partition(b"?")[0].decode("latin-1")):
         return Kind.LOGOUT
     return Kind.ORDINARY
 
@@ -177,14 +178,11 @@ def set_cookies(fields: Sequence[Field]) -> dict[str, str]:
     return found
 
 
-def _is_meant(calls: Calls, method: bytes, plain: str) -> bool:
-    if method.decode("latin-1").upper() not in calls.methods:
+def _is_meant(calls: Calls, method: bytes, path: str) -> bool:
+    name = method.decode("latin-1").upper()
+    if ("GET" if name == "HEAD" else name) not in calls.methods:
         return False
-    for path in calls.paths:
-        wanted = plain_path(path.removesuffix("*").encode())
-        if plain == wanted or (path.endswith("*") and plain.startswith(wanted)):
-            return True
-    return False
+    return any(path == wanted or (wanted.endswith("*") and path.startswith(wanted[:-1])) for wanted in calls.paths)
 
 
 def _parameters(path: bytes, fields: Sequence[Field], body: bytes) -> list[tuple[str, str]]:

@@ -49,7 +49,9 @@ class Spot:
 
 @dataclass(frozen=True, slots=True)
 class Calls:
-    """Requests that are meant: methods, and paths in lower case; one that ends in `*` means all that begin so."""
+    """Requests that are meant, by method and path; a path that ends in `*` means all that begin so. Those of logins are as `plain_path`
+    makes them.
+    """
 
     paths: tuple[str, ...] = ()
     methods: frozenset[str] = frozenset({"POST"})

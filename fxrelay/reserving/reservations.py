@@ -6,7 +6,7 @@ Every call to the store is made in a worker thread and has a deadline. While the
 import logging
 import secrets
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, Literal, TypeVar
 
 import trio
@@ -172,9 +172,9 @@ class Reservations:
         login = find_login(standing.record, login_id) if standing is not None else None
         hold = self.leases.get(login_id)
         if hold is None and standing is not None and login is not None:
-            hold = hold_of(server_id, standing.record, login, terms)
+            hold = hold_of(server_id, standing.record, login, replace(terms, lifetime_ms=login.ttl_ms))
         if hold is not None:
-            hold.terms = terms
+            hold.terms = replace(terms, lifetime_ms=hold.terms.lifetime_ms)
             self.leases.end(hold)
 
     async def extend(self, server_id: RelayId, login_id: str, ttl_ms: int) -> None:
@@ -223,8 +223,9 @@ class Reservations:
         finally:
             if not isinstance(outcome, tuple):
                 # It may have been let in all the same, and nobody will use it.
-                ghost = Hold(server_id, user, attempt, Terms(), Record().token, 0, began, not_before=self.leases.now + CALL_S)
-                ghost.known_as = known_as
+                unseen = Terms(lifetime_ms=terms.lifetime_ms)
+                ghost = Hold(server_id, user, attempt, unseen, Record().token, 0, began, not_before=self.leases.now + CALL_S)
+                ghost.known_as, ghost.ends_ms = known_as, self._view.now_ms + terms.lifetime_ms
                 self.leases.end(ghost)
         if isinstance(outcome, StoreError):
             return self._without_store(server_id, user, attempt, outcome)
@@ -342,8 +343,9 @@ class Reservations:
                 return
             outcome = await self._ask(lambda: self._ledger.release(hold.server_id, hold.login_id, hold.terms.linger_ms))
             if isinstance(outcome, StoreError):
-                if self.leases.now - hold.confirmed_at > 2 * self._config.lease_s:
-                    self.leases.ended(hold)  # by its lease
+                is_long_ago = self.leases.now - hold.confirmed_at > 2 * self._config.lease_s
+                if hold.ends_ms <= self._view.now_ms if hold.is_kept else is_long_ago:
+                    self.leases.ended(hold)  # by its lease, or by its time
                 return
             self.leases.ended(hold)
             self._learn(hold.server_id, outcome)
