@@ -62,7 +62,7 @@ class LoginSection(Section):
     logout_methods: tuple[str, ...] | None = Field(None, min_length=1, description="Their methods.")
     token: str | None = Field(
         None,
-        description='Where the login\'s token stands: "response:json:a.b", "response:cookie:NAME", "request:bearer"…',
+        description='Where the login\'s token stands: "response:json:a.b", "response:cookie:NAME", "request:bearer", and others.',
     )
     token_headers: tuple[str, ...] | None = Field(None, description="Fields that show the token later, besides Authorization: Bearer.")
     jwt: JwtSection | None = Field(None, description="How that token is verified; none: users are whom the service lets in by name.")
@@ -110,9 +110,11 @@ class LoginSection(Section):
     def _check_token(cls, value: str | None) -> str | None:
         if value is not None:
             side, _, spot = value.partition(":")
+            if side not in ("request", "response"):
+                raise ValueError("expected request: or response: before it")
             where = Spot.parse(spot).where
-            if side not in ("request", "response") or (where is Where.JSON and side == "request"):
-                raise ValueError("expected request: or response: before it; parameters of a request are field:NAME")
+            if where is Where.JSON and side == "request":
+                raise ValueError("a request has no json: its parameters are field:NAME")
             if side == "response" and where in (Where.BEARER, Where.FIELD):
                 raise ValueError("a response has no bearer and no field: expected json, cookie or header")
         return value

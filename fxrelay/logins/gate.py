@@ -33,6 +33,7 @@ LOOK_S: Final = 1.0
 MAX_LATER: Final = 1_024
 """Entries and extensions that wait for the store. What finds no room expires, or is tried with the next request."""
 AT_ONCE: Final = 4
+_ANY: Final = Pass()
 MAX_GONE: Final = 4_096
 GONE_S: Final = 10.0
 """For so long a login that is known to have ended is not looked for again."""
@@ -101,7 +102,7 @@ class LoginGate:
         """See `RequestGate`."""
         service = self._services.get(request.service)
         if service is None:
-            return Pass()
+            return _ANY
         reservations = self.reservations
         if reservations is None:
             raise unavailable("this relay takes no part in reservations until it is restarted")

@@ -145,8 +145,12 @@ def fetch_page(source: KeySource) -> bytes:
     """
     context = ssl.create_default_context(cafile=source.ca)
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=context), NoRedirects())
-    with opener.open(source.url, timeout=FETCH_S) as answer:
-        data: bytes = answer.read(MAX_PAGE_BYTES + 1)
+    try:
+        with opener.open(source.url, timeout=FETCH_S) as answer:
+            data: bytes = answer.read(MAX_PAGE_BYTES + 1)
+    except urllib.error.HTTPError as exc:
+        exc.close()
+        raise OSError(f"status {exc.code}") from None
     if len(data) > MAX_PAGE_BYTES:
         raise OSError(f"longer than {MAX_PAGE_BYTES} bytes")
     return data

@@ -1,7 +1,9 @@
 """Tokens of applications: good ones, and everything that must not be taken for one; where their keys come from."""
 
 import base64
+import http.server
 import json
+import threading
 from pathlib import Path
 
 import jwt
@@ -14,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fxtunnel.errors import ConfigError
-from fxtunnel.kit.jwt_keys import AGAIN_S, KEEP_S, KeySource, TokenVerifier, is_key_url
+from fxtunnel.kit.jwt_keys import AGAIN_S, KEEP_S, MAX_PAGE_BYTES, KeySource, TokenVerifier, is_key_url
 from fxtunnel.kit.jwt_verifying import BadKeys, BadToken, KeySet, TokenRules, UnknownKey, read_keys, verify_token
 
 ED = ed25519.Ed25519PrivateKey.generate()
@@ -195,3 +197,32 @@ async def test_many_wait_for_one_fetch() -> None:
         for _ in range(20):
             nursery.start_soon(verifier.verify, sign(GOOD))
     assert page.fetches == 1
+
+
+@pytest.mark.parametrize(("path", "is_good"), [("/keys", True), ("/elsewhere", False), ("/long", False), ("/none", False)])
+async def test_a_page_of_this_host_is_fetched(path: str, is_good: bool) -> None:
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            page = {"/keys": jwks(jwk(ED)), "/long": b"{" + b" " * MAX_PAGE_BYTES}.get(self.path, b"")
+            self.send_response(200 if page else 302 if self.path == "/elsewhere" else 404)
+            self.send_header("Location", "/keys")
+            self.end_headers()
+            self.wfile.write(page)
+
+        def log_message(self, format: str, *args: object) -> None:
+            """Nothing."""
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+        thread.start()
+        try:
+            source = KeySource(url=f"http://127.0.0.1:{server.server_port}{path}")
+            verifier = TokenVerifier(RULES, source, wall_clock=lambda: NOW)
+            if is_good:
+                assert await verifier.verify(sign(GOOD)) == GOOD
+            else:
+                with pytest.raises(UnknownKey):
+                    await verifier.verify(sign(GOOD))
+        finally:
+            server.shutdown()
+            thread.join()

@@ -161,7 +161,7 @@ async def test_what_becomes_of_a_login(tmp_path: Path) -> None:
         await rig.nothing_is_left()
         await rig.refused(Service([Refused(502, "BadGateway", "no")]), 502, "BadGateway")
         await rig.nothing_is_left()
-        await rig.refused(Service([GONE, GONE]), 503, "NoServerFree")
+        await rig.refused(Service([GONE, GONE]), 502, "Unreachable")
         await rig.nothing_is_left()
         await rig.refused(Service([]), 400, "NoUser", b"password=x")
         await rig.refused(Service([]), 400, "BadLogin", b"username=a&username=b")

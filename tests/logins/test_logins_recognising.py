@@ -146,7 +146,7 @@ def test_no_answer_that_does_not_say_so_lets_anybody_in(status: int, body: bytes
 VALUES = st.none() | st.booleans() | st.floats() | st.text(max_size=5)
 
 
-@given(st.recursive(VALUES, lambda found: st.dictionaries(st.text(max_size=6), found)))
+@given(st.recursive(VALUES, lambda found: st.dictionaries(st.text(max_size=6), found), max_leaves=6))
 def test_any_json_is_read(document: object) -> None:
     body = json.dumps({"result": document}).encode()
     assert not isinstance(judge(FASTX3, 200, (), body), Succeeded)

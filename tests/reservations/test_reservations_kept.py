@@ -14,6 +14,7 @@ from tests.reservations.test_reservations_service import LEASE_S, S1, S2, Relay,
 
 KEPT = Terms(lifetime_ms=60_000)
 NOW = 1_000_000_000
+ANOTHER = "ab" * 16
 
 
 def at(now_ms: int = NOW, number: int = 1) -> Moment:
@@ -57,9 +58,9 @@ async def test_a_store_that_forgot_is_told_of_logins_again(tmp_path: Path) -> No
     async with relays(tmp_path, "a", "b") as (first, second):
         hold = await logged_in(first, S1, "ann")
         with sqlite3.connect(tmp_path / "cluster.db", timeout=10) as database:
-            database.execute("UPDATE facts SET value = 'another' WHERE name = 'epoch'")
+            database.execute(f"UPDATE facts SET value = '{ANOTHER}' WHERE name = 'epoch'")
         database.close()
-        await until(lambda: hold.token.epoch == "another")
+        await until(lambda: hold.token.epoch == ANOTHER)
         refused = await second.reservations.take(S1, "bob", "192.0.2.2", Terms())
         assert isinstance(refused, Refused)
         await second.taken(S2, "bob")  # it has settled
