@@ -16,7 +16,7 @@ from fxrelay.delivery.placing import Placer
 from fxrelay.delivery.services import AnyService, Endpoint, PoolService, Service, ServiceTable, resolve
 from fxrelay.live import LiveView
 from fxrelay.logins.composing import login_services
-from fxrelay.logins.gate import LoginGate
+from fxrelay.logins.gate import LoginGate, Timing
 from fxrelay.logins.login import HeldLogin
 from fxrelay.pages import make_app
 from fxrelay.service_settings import ServiceSection
@@ -102,7 +102,9 @@ class Relay:
         whose = Whose(identity.relay_id, identity.instance, lambda: [uplink.statistics() for uplink in self._uplinks])
         self._brain = brain = Brain(self._settings, self._config_path.absolute().parent, whose)
         self._desk.placer = placer = Placer(brain.chooser, self._settings.cluster.paths, brain.chooser)
-        self._gate = gate = LoginGate(brain.chooser, brain.view, HeldLogin, self._settings.cluster.lease_s)
+        self._gate = gate = LoginGate(
+            brain.chooser, brain.view, HeldLogin, Timing(self._settings.cluster.lease_s, self._settings.cluster.down_s)
+        )
         gate.reservations = brain.reservations
         gate.reconfigure(await trio.to_thread.run_sync(login_services, self._settings))
         self._desk.web = self._web = web = WebDesk(self._desk, brain.chooser, identity.relay_id, web_limits(self._settings.limits), gate)

@@ -64,6 +64,14 @@ class Live:
     until_unix: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """`cluster.lease_s` and `cluster.down_s`."""
+
+    lease_s: float = 15.0
+    down_s: float = 90.0
+
+
 MakeHeld = Callable[["LoginGate", LoginService, RequestFacts], HeldRequest]
 
 
@@ -71,7 +79,7 @@ class LoginGate:
     """Implements `RequestGate`. `run` it once, as long as requests come."""
 
     def __init__(
-        self, chooser: NodeChooser, view: ClusterView, make_held: MakeHeld, lease_s: float, wall_clock: Callable[[], float] = time.time
+        self, chooser: NodeChooser, view: ClusterView, make_held: MakeHeld, timing: Timing, wall_clock: Callable[[], float] = time.time
     ) -> None:
         self.chooser = chooser
         self.reservations: Reservations | None = None
@@ -80,7 +88,9 @@ class LoginGate:
         self.wall_clock = wall_clock
         self._view = view
         self._make_held = make_held
-        self._lease_ms = int(lease_s * 1000)
+        self._timing = timing
+        self._silent_since: dict[RelayId, float | None] = {}
+        """None: this relay has heard of it; else when it was first seen to be down."""
         self._services: Mapping[ServiceName, LoginService] = {}
         self._watchers: dict[str, set[Callable[[], None]]] = {}
         self._gone: dict[str, float] = {}
@@ -239,13 +249,23 @@ class LoginGate:
             self._free_dead_servers(reservations)
 
     def _free_dead_servers(self, reservations: Reservations) -> None:
-        """A server that has said nothing for `cluster.down_s`, while this relay could hear it, has no logins any more."""
+        """A server that has said nothing for `cluster.down_s`, while this relay could hear it, has no logins any more.
+
+        One that was silent before this relay began gets as long again: after a rest of all relays the first one must not end everything.
+        """
+        now = self._view.now
         for server_id, standing in list(reservations.holders.standings().items()):
-            member = self._view.members.get(server_id, self._view.now)
-            if member is None or member.state is not MemberState.DOWN:
+            member = self._view.members.get(server_id, now)
+            if member is None:
+                continue
+            if member.state is not MemberState.DOWN:
+                self._silent_since[server_id] = None
+                continue
+            since = self._silent_since.setdefault(server_id, now)
+            if since is not None and now - since < self._timing.down_s:
                 continue
             for login in standing.record.logins:
-                if is_kept(login, self._lease_ms) and not reservations.leases.is_ending(login.login_id):
+                if is_kept(login, int(self._timing.lease_s * 1000)) and not reservations.leases.is_ending(login.login_id):
                     logger.warning("%s is down: the login of %s there ends", server_id, login.user)
                     reservations.end_login(server_id, login.login_id, Terms())
 

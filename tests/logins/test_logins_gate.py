@@ -12,10 +12,10 @@ import trio
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fxrelay.balance.seating import SeatRules
-from fxrelay.cluster.members import Ages
+from fxrelay.cluster.members import Ages, MemberState
 from fxrelay.cluster.view import ClusterView
 from fxrelay.delivery.ports import Node, NoNode, Wanted
-from fxrelay.logins.gate import LoginGate, LoginService
+from fxrelay.logins.gate import LoginGate, LoginService, Timing
 from fxrelay.logins.login import HeldLogin
 from fxrelay.logins.passes import PassCookies
 from fxrelay.logins.rules import FASTX3, FORM, Bounds, LoginRules, Retry, Signs, Spot, Where
@@ -141,7 +141,7 @@ class Rig:
 async def open_rig(tmp_path: Path, rules: LoginRules, *nodes: RelayId, is_reserving: bool = True) -> AsyncIterator[Rig]:
     async with relays(tmp_path, "a", "b") as (relay, rival):
         chooser = Chooser(relay.reservations, *nodes, is_reserving=is_reserving)
-        gate = LoginGate(chooser, ClusterView(Ages()), HeldLogin, 1.0)
+        gate = LoginGate(chooser, ClusterView(Ages()), HeldLogin, Timing(1.0, 3.0))
         gate.reservations = relay.reservations
         async with trio.open_nursery() as nursery:
             await nursery.start(gate.run)
@@ -366,3 +366,36 @@ async def test_a_relay_that_takes_no_part_refuses(tmp_path: Path) -> None:
         other = replace(rig.request("/"), service=ServiceName("other"))
         assert (await rig.gate.admit(other)).held is None
         assert await rig.gate.answered(other, N1, 200, ()) == ()
+
+
+class Silence:
+    """What the cluster's view says of servers: `state` of them all, at `now`."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.now_ms = 0
+        self.state = MemberState.DOWN
+        self.members = self
+
+    def get(self, server_id: RelayId, now: float) -> "Silence":
+        return self
+
+
+@pytest.mark.parametrize("was_heard", [True, False])
+async def test_a_dead_server_has_no_logins(tmp_path: Path, was_heard: bool) -> None:
+    async with open_rig(tmp_path, SIMPLE, N1) as rig:
+        silence = Silence()
+        gate = LoginGate(rig.gate.chooser, silence, HeldLogin, Timing(1.0, 90.0))  # type: ignore[arg-type]
+        await rig.ask(Service([answer(302)]))
+        if was_heard:
+            silence.state = MemberState.UP
+            gate._free_dead_servers(rig.relay.reservations)
+            silence.state = MemberState.DOWN
+        else:  # after a rest of all relays everybody looks dead
+            for silence.now in (0.0, 89.0):
+                gate._free_dead_servers(rig.relay.reservations)
+                await trio.sleep(0.3)
+                assert rig.users == {N1: "ann"}
+            silence.now = 91.0
+        gate._free_dead_servers(rig.relay.reservations)
+        await rig.nothing_is_left()
