@@ -64,7 +64,7 @@ class HeldLogin:
         request, service = self._request, self._service
         self._said = said = read_parameters(service.rules, request.path, request.fields, body)
         if said.is_ambiguous:
-            raise Refused(400, "BadLogin", "This login names more than one user.")
+            raise Refused(400, "BadLogin", "This login names more than one user, or cannot be read.")
         with self._gate.quota.place(self._address, service.rules.bounds.per_address):
             key, ongoing = self._ongoing()
             if ongoing is not None:
@@ -139,8 +139,6 @@ class HeldLogin:
         """One more request of a login: to the server where it began, as long as its entry is there."""
         if ongoing.is_busy:
             raise Refused(409, "LoginBusy", "Another request of this login is under way.")
-        if self._said.user and ongoing.user and self._said.user != ongoing.user and self._service.verifier is None:
-            raise Refused(400, "BadLogin", "This login was begun by another user.")
         ongoing.is_busy = True
         try:
             if ongoing.entered is not None:
@@ -149,7 +147,8 @@ class HeldLogin:
                     self._gate.attempts.drop(key)
                     if gone_on.is_final or gone_on.reason == NO_STORE:
                         raise unavailable(gone_on.text)
-                    raise _lost("The server was given to another user in the meantime, or the login took too long. Please log in again.")
+                    text = "The server was given to another user in the meantime, or the login took too long. Please log in again."
+                    raise _lost(text, self._end_try())
                 ongoing.entered = gone_on
                 ongoing.user = ongoing.user or self._entry_user(gone_on)
             elif ongoing.reserves:
@@ -157,6 +156,8 @@ class HeldLogin:
                 if isinstance(began, NotEntered):
                     raise unavailable(began.text)
                 ongoing.entered = replace(began, attempt=began.attempt.after(Happening.FORWARD))
+            if self._said.user and self._said.user != ongoing.user and self._service.verifier is None:
+                raise Refused(400, "BadLogin", "This login was begun by another user.")
             wanted = Wanted(self._request.service, self._request.client, GatewayId(""), self._request.trace)
             node = await self._gate.chooser.named(wanted, ongoing.server_id)
             if isinstance(node, NoNode):
@@ -202,8 +203,10 @@ class HeldLogin:
 
     def _failed(self, key: str, ongoing: Ongoing, answer: WholeAnswer) -> Reply:
         """Some services let a wrong password be corrected within the same login: it stays at its server, and enters anew."""
-        if key:
-            ongoing.touched = time.monotonic()
+        if not self._service.rules.stages.returned:
+            self._gate.attempts.drop(key)
+            return Reply(answer, self._end_try())
+        ongoing.touched = time.monotonic()
         return Reply(answer)
 
     def _expect_more(self, key: str, ongoing: Ongoing, answer: WholeAnswer, token: str) -> Reply:
@@ -281,7 +284,7 @@ class HeldLogin:
             age_s = now_unix - shown.until_unix
             if found is None and 0 <= age_s <= ENTRY_HARD_MS / 1000:
                 found = self._elsewhere_begun(shown, now - age_s, now)
-            if found is not None:
+            if found is not None and self._said.user in ("", found.user or self._said.user):
                 return shown.login_id, found
         return "", None
 
@@ -319,8 +322,8 @@ class HeldLogin:
         return Refused(503, node.name or "NoServerFree", message, retry_after_s=5.0 + 2.0 * node.position, detail=node.text, fields=fields)
 
 
-def _lost(message: str) -> Refused:
-    return Refused(409, "Reserved", message, retry_after_s=2.0)
+def _lost(message: str, fields: tuple[bytes, ...] = ()) -> Refused:
+    return Refused(409, "Reserved", message, retry_after_s=2.0, fields=fields)
 
 
 def _bad_token(why: str) -> Refused:

@@ -35,7 +35,8 @@ class Kind(Enum):
 @dataclass(frozen=True, slots=True)
 class Parameters:
     """What a request of a login says. `user` is only what the client claims. `repeats` is what an earlier answer gave, in the order of the
-    rules; empty: the login begins. `is_ambiguous`: it names two users, and who knows which of them the service takes.
+    rules; empty: the login begins. `is_ambiguous`: it names two users, or has a body that cannot be read here: who knows whom the service
+    finds in it.
     """
 
     user: str = ""
@@ -96,17 +97,19 @@ def plain_path(path: bytes) -> str:
 
 def read_parameters(rules: LoginRules, path: bytes, fields: Sequence[Field], body: bytes) -> Parameters:
     """What a request of a login says, from its query, its form or JSON, and its head. What cannot be read is not there."""
-    pairs = _parameters(path, fields, body)
+    in_body = _in_body(fields, body)
+    is_read = in_body is not None
+    pairs = (_pairs(path.partition(b"?")[2]) or []) + (in_body or [])
     found = dict(pairs)
-    users = {value for name, value in pairs if name == rules.user}
-    user = found.get(rules.user, "")
+    users = {value for name, value in pairs if name.lower() == rules.user.lower()}
+    user = next(iter(users), "")
     if not is_user(user):
         user = ""
     token = ""
     if rules.token is not None and rules.token_in_request:
         token = _in_request(rules.token, fields, found)
     repeats = tuple(found[name] for name in rules.stages.returned if found.get(name))
-    return Parameters(user, repeats, token, len(users) > 1)
+    return Parameters(user, repeats, token, len(users) > 1 or not is_read)
 
 
 def judge(rules: LoginRules, status: int, fields: Sequence[Field], body: bytes) -> Verdict:
@@ -185,23 +188,24 @@ def _is_meant(calls: Calls, method: bytes, path: str) -> bool:
     return any(path == wanted or (wanted.endswith("*") and path.startswith(wanted[:-1])) for wanted in calls.paths)
 
 
-def _parameters(path: bytes, fields: Sequence[Field], body: bytes) -> list[tuple[str, str]]:
-    found = _pairs(path.partition(b"?")[2])
+def _in_body(fields: Sequence[Field], body: bytes) -> list[tuple[str, str]] | None:
+    """The parameters of a form or a JSON object; None for anything else."""
+    if not body.strip():
+        return []
     kind = next((each.value for each in fields if each.name == b"content-type"), b"").lower()
-    if body.lstrip()[:1] in (b"{", b"["):
+    if b"json" in kind or body.lstrip()[:1] == b"{":
         document = _loads(body)
-        if isinstance(document, dict):
-            found += [(str(name), value) for name, value in document.items() if isinstance(value, str)]
-    elif b"json" not in kind:
-        found += _pairs(body)
-    return found
+        if not isinstance(document, dict):
+            return None
+        return [(str(name), value) for name, value in document.items() if isinstance(value, str)]
+    return _pairs(body) if not kind or kind.startswith(b"application/x-www-form-urlencoded") else None
 
 
-def _pairs(text: bytes) -> list[tuple[str, str]]:
+def _pairs(text: bytes) -> list[tuple[str, str]] | None:
     try:
         return parse_qsl(text.decode("ascii"), keep_blank_values=True, max_num_fields=MAX_PARAMETERS)
     except (UnicodeDecodeError, ValueError):
-        return []
+        return None
 
 
 def _loads(body: bytes) -> Any:

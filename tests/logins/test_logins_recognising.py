@@ -79,9 +79,15 @@ def test_any_path_has_one_plain_form_which_is_its_own(path: bytes) -> None:
         (b"/", fields(Content_Type="application/x-www-form-urlencoded"), b"username=a%20b&password=x", Parameters("a b")),
         (b"/", fields(Content_Type="application/json"), b'{"username": "ann", "password": "x"}', Parameters("ann")),
         (b"/", fields(), b' {"username": "ann"}', Parameters("ann")),
-        (b"/", fields(Content_Type="application/json"), b"username=ann", Parameters()),
+        (b"/", fields(Content_Type="application/json"), b"username=ann", Parameters(is_ambiguous=True)),
+        (b"/?username=bob", fields(Content_Type="multipart/form-data; boundary=x"), b"--x", Parameters("bob", is_ambiguous=True)),
+        (b"/?username=bob", fields(), "username=\u00e4nn".encode(), Parameters("bob", is_ambiguous=True)),
+        (b"/?username=bob", fields(Content_Encoding="gzip"), b"\x1f\x8b\x08", Parameters("bob", is_ambiguous=True)),
+        (b"/", fields(), b"Username=ann", Parameters("ann")),
+        (b"/", fields(), b"Username=ann&username=ann", Parameters("ann")),
         (b"/", fields(), b'{"username": ["ann"]}', Parameters()),
-        (b"/", fields(), b"[[[[", Parameters()),
+        (b"/", fields(Content_Type="application/json"), b"[[[[", Parameters(is_ambiguous=True)),
+        (b"/", fields(), b'{"username": ', Parameters(is_ambiguous=True)),
         (b"/", fields(), b"username=" + b"x" * 300, Parameters()),
         (b"/", fields(), b"username=a%0ab", Parameters()),
         (b"/", fields(), b'{"authtoken": "T", "password": "x"}', Parameters("", ("T",))),
@@ -151,6 +157,10 @@ def test_any_json_is_read(document: object) -> None:
     body = json.dumps({"result": document}).encode()
     assert not isinstance(judge(FASTX3, 200, (), body), Succeeded)
     read_parameters(FASTX3, b"/", (), body)
+
+
+def test_two_users_in_any_case_are_ambiguous() -> None:
+    assert read_parameters(FORM, b"/?USERNAME=bob", (), b"username=ann").is_ambiguous
 
 
 def test_tokens_a_request_shows() -> None:
