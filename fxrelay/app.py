@@ -19,6 +19,9 @@ from fxrelay.delivery.delivery import DeliveryDesk, DeliveryLimits
 from fxrelay.delivery.placing import Placer
 from fxrelay.delivery.services import AnyService, Endpoint, PoolService, Service, ServiceTable, resolve
 from fxrelay.live import LiveView
+from fxrelay.logins.composing import login_services
+from fxrelay.logins.gate import LoginGate, Timing
+from fxrelay.logins.login import HeldLogin
 from fxrelay.pages import make_app
 from fxrelay.service_settings import ServiceSection
 from fxrelay.settings import RelaySettings
@@ -112,6 +115,7 @@ class Relay:
         self._web: WebDesk | None = None
         self._porter: Porter | None = None
         self._owners = Workers(owner_limits(settings), config_path.absolute().parent)
+        self._gate: LoginGate | None = None
         self._failed = 0
 
     async def serve(self) -> int:
@@ -128,7 +132,12 @@ class Relay:
         self._porter = porter = Porter(brain.tickets, identity.relay_id)
         porter.reconfigure(await trio.to_thread.run_sync(entry_rules, self._settings, self._owners, self._directory))
         placer.entries = StreamEntries(porter, lambda name: isinstance(self._services.get(name), PoolService))
-        self._desk.web = self._web = web = WebDesk(self._desk, brain.chooser, identity.relay_id, web_limits(self._settings.limits))
+        self._gate = gate = LoginGate(
+            brain.chooser, brain.view, HeldLogin, Timing(self._settings.cluster.lease_s, self._settings.cluster.down_s)
+        )
+        gate.reservations = brain.reservations
+        gate.reconfigure(await trio.to_thread.run_sync(login_services, self._settings))
+        self._desk.web = self._web = web = WebDesk(self._desk, brain.chooser, identity.relay_id, web_limits(self._settings.limits), gate)
         web.porter = porter
         web.reconfigure(await trio.to_thread.run_sync(web_rules, self._settings))
         self._services.replace(await resolved(self._settings.services))
@@ -139,6 +148,7 @@ class Relay:
             await nursery.start(follow_launcher, self._notifier, self._stop.set)
             await nursery.start(brain.run)
             await nursery.start(placer.run)
+            await nursery.start(gate.run)
             await nursery.start(web.run)
             await nursery.start(self._serve_pages, view)
             self._inherited.close()
@@ -290,6 +300,7 @@ class Relay:
         services = await resolved(fresh.services, self._services)
         rules = await trio.to_thread.run_sync(web_rules, fresh)
         entries = await trio.to_thread.run_sync(entry_rules, fresh, self._owners, self._directory)
+        logins = await trio.to_thread.run_sync(login_services, fresh)
         if self._brain is not None:
             self._brain.reconfigure(fresh)  # first: a script that cannot be used refuses the whole configuration
         if self._web is not None:
@@ -297,6 +308,8 @@ class Relay:
             self._web.reconfigure(rules)
         if self._porter is not None:
             self._porter.reconfigure(entries)
+        if self._gate is not None:
+            self._gate.reconfigure(logins)
         self._apply(fresh, services)
         logger.info("reloaded %s", self._config_path)
 

@@ -194,7 +194,7 @@ def balancing(settings: RelaySettings, scripts: Scripts) -> dict[ServiceName, Ba
         ServiceName(section.name): Balancing(
             pool_of(section),
             scripts.chain(section.balance, section.name, os.environ),
-            Action.LOGIN if section.is_login else Action.START,
+            Action.LOGIN if section.is_login and section.login is None else Action.START,
             seat_rules(section),
         )
         for section in settings.services

@@ -32,10 +32,11 @@ def verify_files(settings: RelaySettings, config_path: Path) -> list[ConfigProbl
 
 
 def _web_problems(settings: RelaySettings) -> list[ConfigProblem]:
-    """Certificates and cookie keys of HTTP services. Imported here as well."""
+    """Certificates, cookie keys and token keys of HTTP services. Imported here as well."""
+    from fxrelay.logins.composing import verify_login_files
     from fxrelay.web.composing import verify_web_files
 
-    return verify_web_files(settings)
+    return verify_web_files(settings) + verify_login_files(settings)
 
 
 def _entry_problems(settings: RelaySettings, config_path: Path) -> list[ConfigProblem]:

@@ -5,11 +5,16 @@ from typing import Any, Final, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from fxrelay.login_settings import LoginSection
 from fxtunnel.kit.sections import Seconds, Section, Size
 from fxtunnel.kit.settings import NameField, OptionalAddress, OptionalPath
 
-_HTTP_ONLY: Final = frozenset({"tls", "hosts", "trust_forwarded", "node_paths", "affinity", "cookie_key", "response_timeout_s", "max_body"})
-_POOL_ONLY: Final = frozenset({"host", "nodes", "where", "balance", "action", "node_paths", "affinity", "reservations", "guard_start"})
+_HTTP_ONLY: Final = frozenset(
+    {"tls", "hosts", "trust_forwarded", "node_paths", "affinity", "cookie_key", "response_timeout_s", "max_body", "login"}
+)
+_POOL_ONLY: Final = frozenset(
+    {"host", "nodes", "where", "balance", "action", "node_paths", "affinity", "reservations", "guard_start", "login"}
+)
 _RESERVING: Final = frozenset({"linger_s", "owner_relogin", "hold_while_sessions", "queue"})
 _HOST: Final = re.compile(r"(\*\.)?[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*\.?|\[[0-9A-Fa-f:.]+\]")
 _COOKIE: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
@@ -109,6 +114,7 @@ class ServiceSection(Section):
     ticket: TicketSection | None = Field(None, description='Tickets: {keys = "FILE", audience = "…", issuer = "…"}.')
     owner: str | None = Field(None, description="Who may have what: python:MODULE:FUNCTION or exec:FILE, asked about every stream.")
     limits: StreamLimitsSection | None = Field(None, description="{per_user_streams = 8, per_address_streams = 64}.")
+    login: LoginSection | None = Field(None, description="Where logins of an HTTP service happen: needed for its reservations.")
 
     tls: TlsSection | None = Field(
         None, description='End TLS here: {cert = "FILE", key = "FILE"}. Without it the stream carries plain HTTP.'
@@ -146,11 +152,13 @@ class ServiceSection(Section):
 
     @model_validator(mode="after")
     def _check_reservations(self) -> Self:
-        if self.reservations and self.protocol != "tcp":
-            raise ValueError('reservations: only for protocol = "tcp"; a request over HTTP does not tell whose login it is')
+        if self.reservations and self.protocol == "http" and self.login is None:
+            raise ValueError("reservations: an HTTP service needs [service.login], which says where its logins happen")
+        if self.login is not None and "action" in self.model_fields_set:
+            raise ValueError("action: with [service.login] requests tell themselves which of them are logins; leave `action` out")
         if self.reservations and self.action == "session/start" and "action" in self.model_fields_set:
             raise ValueError("reservations: a stream that reserves a node is a user/login; leave `action` out")
-        if self.guard_start and self.is_login:
+        if self.guard_start and self.is_login and self.login is None:
             raise ValueError("guard_start: only for a pool whose action is session/start; logins are always kept off")
         if not self.is_login and _RESERVING & self.model_fields_set:
             raise ValueError(
@@ -171,14 +179,17 @@ class ServiceSection(Section):
         http_only = _HTTP_ONLY & self.model_fields_set
         if self.protocol != "http" and http_only:
             raise ValueError(f'{", ".join(sorted(http_only))}: only for protocol = "http"')
-        if self.cookie_key is not None and (self.affinity is None or self.affinity.cookie is None) and self.ticket is None:
-            raise ValueError("cookie_key: only with affinity = {cookie = …} or ticket")
+        takes_key = self.ticket is not None or self.login is not None or (self.affinity is not None and self.affinity.cookie is not None)
+        if self.cookie_key is not None and not takes_key:
+            raise ValueError("cookie_key: only with affinity = {cookie = …}, ticket or [service.login]")
+        if self.login is not None and self.is_guarded:
+            raise ValueError("login: not together with ticket, owner or limits: its requests are sent to nodes before anybody asked those")
         return self
 
     @property
     def is_login(self) -> bool:
-        """Whether its streams are logins."""
-        return self.reservations or self.action == "user/login"
+        """Whether its streams are logins, or it has requests that are."""
+        return self.reservations or self.action == "user/login" or self.login is not None
 
     @property
     def is_guarded(self) -> bool:

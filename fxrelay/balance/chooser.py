@@ -141,7 +141,7 @@ class PoolChooser:
         """See `Seats`."""
         balancing = self._balancing.get(wanted.service)
         member = self._view.members.get(self._environment.local_id, self._view.now)
-        if balancing is None or not _reserves(balancing, member.server if member is not None else None):
+        if balancing is None or not _reserves(balancing, member.server if member is not None else None, balancing.action):
             return None
         if self.seating is None:
             return ClosedSeat()
@@ -154,23 +154,27 @@ class PoolChooser:
     async def _wait(self, balancing: Balancing, queue: Queueing, wanted: Wanted, excluded: frozenset[RelayId]) -> Node | NoNode:
         line = self._lines[wanted.service]
         if len(line) >= queue.most:
-            return NoNode(Code.BUSY, "too many wait for a reserved server")
+            return NoNode(Code.BUSY, "too many wait for a reserved server", position=len(line) + 1)
         since = wanted.since or time.monotonic()
+        position = 0
         with line.place(since) as place, trio.move_on_after(max(0.0, since + queue.wait_s - time.monotonic())):
-            while True:
-                if not place.turn.is_set():
-                    await place.turn.wait()
-                    # Who stood before has been given a server and does not hold it yet: trying now could take it from him.
-                    await self._next_change()
-                changed = self._changed()
-                answer, decision = await self._choose(balancing, wanted, excluded)
-                if answer is not None:
-                    return answer
-                if not _may_wait(decision):
-                    return self._refusal(wanted, decision)
-                with trio.move_on_after(LOOK_AGAIN_S):
-                    await changed.wait()
-        return NoNode(Code.BUSY, f"no reserved server was free within {queue.wait_s:g} s")
+            try:
+                while True:
+                    if not place.turn.is_set():
+                        await place.turn.wait()
+                        # Who stood before has been given a server and does not hold it yet: trying now could take it from him.
+                        await self._next_change()
+                    changed = self._changed()
+                    answer, decision = await self._choose(balancing, wanted, excluded)
+                    if answer is not None:
+                        return answer
+                    if not _may_wait(decision):
+                        return self._refusal(wanted, decision)
+                    with trio.move_on_after(LOOK_AGAIN_S):
+                        await changed.wait()
+            finally:
+                position = place.position
+        return NoNode(Code.BUSY, f"no reserved server was free within {queue.wait_s:g} s", position=position)
 
     def _changed(self) -> trio.Event:
         return self.seating.changed if self.seating is not None else trio.Event()
@@ -181,16 +185,17 @@ class PoolChooser:
 
     async def _choose(self, balancing: Balancing, wanted: Wanted, excluded: frozenset[RelayId]) -> tuple[Node | NoNode | None, Decision]:
         """The node, or None and a decision that says why there is none."""
-        is_login = balancing.action is Action.LOGIN
+        action = Action(wanted.action) if wanted.action else balancing.action
+        is_login = action is Action.LOGIN
         user = wanted.user if is_login or wanted.is_proven else ""
-        request = Request(balancing.action, wanted.service, user, groups=wanted.groups)
+        request = Request(action, wanted.service, user, groups=wanted.groups)
         decision = await self._decide(balancing, request, wanted, excluded)
         member = self._view.members.get(decision.server_id, self._view.now) if decision.server_id is not None else None
         if member is None:
             return None, decision
         server = member.server
         seat = None
-        if _reserves(balancing, server):
+        if _reserves(balancing, server, action):
             if self.seating is None or not wanted.user:
                 why = "whose stream it is cannot be told" if self.seating is not None else "this relay takes no part in reservations"
                 return NoNode(Code.CONNECT_FAILED, f"{server.server_id} is for one user only, and {why}"), decision
@@ -209,7 +214,7 @@ class PoolChooser:
         )
         sieve = self._sieve(balancing.pool, request.action, wanted.gateway_id)
         candidates, dropped = sieve.sift(self._view.everyone(), request.user, around)
-        if self.seating is not None and any(_reserves(balancing, candidate.server) for candidate in candidates):
+        if self.seating is not None and any(_reserves(balancing, candidate.server, request.action) for candidate in candidates):
             candidates = prefer(candidates, request.user, holders, self.seating.holders.wanted(now_ms), seats.relogin)
         self.decisions += 1
         return await decide(balancing.chain, request, candidates, dropped, self._environment)
@@ -319,8 +324,8 @@ class PlacementClaim:
             self._tell(ENDED, self._placement)
 
 
-def _reserves(balancing: Balancing, server: ServerObject | None) -> bool:
-    if balancing.action is not Action.LOGIN:
+def _reserves(balancing: Balancing, server: ServerObject | None, action: Action) -> bool:
+    if action is not Action.LOGIN:
         return False
     return balancing.seats.always or (server is not None and server.enable_reservations)
 

@@ -21,6 +21,7 @@ class Holders:
 
     def __init__(self) -> None:
         self._standings: dict[RelayId, Standing] = {}
+        self._servers: dict[str, RelayId] = {}
 
     def __len__(self) -> int:
         return len(self._standings)
@@ -31,12 +32,31 @@ class Holders:
         if known is not None and known.record.epoch == record.epoch and record.revision <= known.record.revision:
             return False
         self._standings[server_id] = Standing(record, max((login.expires_ms for login in record.logins), default=0))
+        if known is None or known.record.logins != record.logins:
+            self._index(server_id, known.record if known is not None else Record(), record)
         return known is None or (known.record.holder, known.record.entries) != (record.holder, record.entries)
 
     def forget_unless(self, server_ids: frozenset[str]) -> None:
         """The store was read to its end, and has these."""
         for server_id in [known for known in self._standings if known not in server_ids]:
-            del self._standings[server_id]
+            self._index(server_id, self._standings.pop(server_id).record, Record())
+
+    def _index(self, server_id: RelayId, before: Record, after: Record) -> None:
+        for login in before.logins:
+            if self._servers.get(login.login_id) == server_id:
+                del self._servers[login.login_id]
+        for login in after.logins:
+            self._servers[login.login_id] = server_id
+
+    def server_of(self, login_id: str, now_ms: int) -> RelayId | None:
+        """The server on which this login counts."""
+        server_id = self._servers.get(login_id)
+        standing = self._standings.get(server_id) if server_id is not None else None
+        if standing is None or not any(
+            login.login_id == login_id and now_ms < login.expires_ms and not login.is_lingering for login in standing.record.logins
+        ):
+            return None
+        return server_id
 
     def standings(self) -> Mapping[RelayId, Standing]:
         """Everything known."""

@@ -200,6 +200,14 @@ def touch(record: Record, entry_id: str, at: Moment) -> Record:
     return replace(record, entries=entries)
 
 
+def go_on(record: Record, entry_id: str, at: Moment) -> Record | Rejected:
+    """Step 4, where a login is known to have begun: as `touch`, but not without its entry. Somebody's commit cleared it, or it expired."""
+    record = touch(record, entry_id, at)
+    if all(entry.entry_id != entry_id for entry in record.entries):
+        return Rejected(record, Reason.RESERVED if record.holder else Reason.NO_ENTRY, record.holder)
+    return record
+
+
 def abandon(record: Record, entry_id: str, at: Moment) -> Record:
     """The login failed, was given up, or was rejected."""
     record = purge(record, at)
@@ -247,6 +255,16 @@ def renew(record: Record, login: Login, token: Token, since_ms: int, at: Moment)
     if record.was.fence < token.fence:
         return _granted(Record(at.epoch, at.number, since_ms, (login,), (), token, record.revision))
     return _granted(replace(record, logins=(*others, login)))
+
+
+def extend(record: Record, login_id: str, ttl_ms: int, at: Moment) -> Record:
+    """Step 6, for a login that the store keeps by itself: it lasts for `ttl_ms` from now. One that has ended does not come back."""
+    record = purge(record, at)
+    logins = tuple(
+        replace(login, expires_ms=at.now_ms + ttl_ms, ttl_ms=ttl_ms) if login.login_id == login_id and not login.is_lingering else login
+        for login in record.logins
+    )
+    return replace(record, logins=logins)
 
 
 def release(record: Record, login_id: str, linger_ms: int, at: Moment) -> Record:

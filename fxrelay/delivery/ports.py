@@ -20,7 +20,8 @@ class Wanted:
     """A stream that needs a node. `client` is the client's ip:port as the gateway saw it, or empty; `node` the only node that will do.
 
     `user` is whom a reserved node would belong to; empty if that is not known. `since` is monotonic seconds. `is_proven`: somebody we know
-    says that it is this user, of these `groups`; otherwise `user` is just where the stream comes from.
+    says that it is this user, of these `groups`; otherwise `user` is just where the stream comes from. `action` is what it is wanted
+    for (`user/login`, `session/start`) where that differs from what the pool's streams count as.
     """
 
     service: ServiceName
@@ -32,6 +33,7 @@ class Wanted:
     since: float = 0.0
     groups: tuple[str, ...] = ()
     is_proven: bool = False
+    action: str = ""
 
 
 class Claim(Protocol):
@@ -101,13 +103,14 @@ class Node:
 @dataclass(frozen=True, slots=True)
 class NoNode:
     """Nobody can take it. `text` goes to the gateway's log; it names no user and no other server. `name` and `message` are the chain's
-    words for a user, if there are any.
+    words for a user, if there are any. `position` is the place in a line at which waiting came to nothing; 0: nobody waited.
     """
 
     code: Code
     text: str
     name: str = ""
     message: str = ""
+    position: int = 0
 
 
 class Chooser(Protocol):

@@ -13,10 +13,14 @@ from fxtunnel.model import RelayId
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """What a service asks of its reservations. `linger_ms`: how long a server stays its user's after his last login."""
+    """What a service asks of its reservations. `linger_ms`: how long a server stays its user's after his last login.
+
+    `lifetime_ms`: the store keeps the login for so long, whoever runs or dies; 0: as long as this relay renews it.
+    """
 
     linger_ms: int = 0
     hold_while_sessions: bool = False
+    lifetime_ms: int = 0
 
 
 @dataclass(eq=False, slots=True)
@@ -36,11 +40,20 @@ class Hold:
     not_before: float = 0.0
     """When it may be released: a commit whose answer did not come may still be under way."""
     on_lost: list[Callable[[], None]] = field(default_factory=list)
+    known_as: str = ""
+    """The id of its login, if it is not the attempt's."""
+    ends_ms: int = 0
+    """The store's clock when a login that the store keeps ends by itself."""
 
     @property
     def login_id(self) -> str:
         """The id of its login in the record."""
-        return self.attempt.attempt_id
+        return self.known_as or self.attempt.attempt_id
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether the store keeps it by itself."""
+        return self.terms.lifetime_ms > 0
 
     def watch(self, lost: Callable[[], None]) -> None:
         """Call `lost` when the server is the user's no more; at once, if that is so."""
@@ -73,8 +86,25 @@ class Leases:
         self._holds[hold.login_id] = hold
 
     def holds(self) -> list[Hold]:
-        """Those to be renewed."""
-        return list(self._holds.values())
+        """Those to be renewed by this relay."""
+        return [hold for hold in self._holds.values() if not hold.is_kept]
+
+    def kept(self) -> list[Hold]:
+        """Those that the store keeps."""
+        return [hold for hold in self._holds.values() if hold.is_kept]
+
+    def get(self, login_id: str) -> Hold | None:
+        """The hold of this login, if this relay has it."""
+        return self._holds.get(login_id)
+
+    def is_ending(self, login_id: str) -> bool:
+        """Whether it is on its way out of its record."""
+        return login_id in self._ending
+
+    def forget(self, hold: Hold) -> None:
+        """It has ended, and its record knows."""
+        hold.is_ending = True
+        self._holds.pop(hold.login_id, None)
 
     def end(self, hold: Hold) -> None:
         """The login is over: it has to be taken out of its record. May be repeated."""

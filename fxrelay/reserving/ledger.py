@@ -40,6 +40,11 @@ class Ledger:
         self._relay_id = relay_id
         self._evidence: Evidence | None = None
 
+    @property
+    def epoch(self) -> str:
+        """The store's, as it was when it was last looked at; empty before."""
+        return self._evidence.mark.epoch if self._evidence is not None else ""
+
     def look(self) -> Evidence:
         """Beat the mark, and see whether the store has forgotten anything."""
         self._store.epoch()  # asks a Redis whether it still keeps what it is told
@@ -59,13 +64,27 @@ class Ledger:
         """Step 2, and each request of step 4."""
         return self._apply(server_id, lambda record, at: rule.enter(record, entry_id, user, address, self._relay_id, at), _record_of)
 
+    def go_on(self, server_id: str, entry_id: str) -> tuple[Record | Rejected, Written]:
+        """Step 4, for a login that must have its entry."""
+        return self._apply(server_id, lambda record, at: rule.go_on(record, entry_id, at), _record_of)
+
+    def extend(self, server_id: str, login_id: str, ttl_ms: int) -> Written:
+        """Step 6, for a login that the store keeps by itself."""
+        return self._apply(server_id, lambda record, at: rule.extend(record, login_id, ttl_ms, at), _itself)[1]
+
     def abandon(self, server_id: str, entry_id: str) -> Written:
         """The login came to nothing."""
         return self._apply(server_id, lambda record, at: rule.abandon(record, entry_id, at), _itself)[1]
 
-    def commit(self, server_id: str, entry_id: str, login_id: str, user: str, relogin: OwnerRelogin) -> tuple[Granted | Rejected, Written]:
-        """Step 5, for an entry that was made before."""
-        return self._grant(server_id, lambda record, at: rule.commit(record, entry_id, self._login(login_id, user, at), relogin, at))
+    def commit(
+        self, server_id: str, entry_id: str, login_id: str, user: str, relogin: OwnerRelogin, ttl_ms: int = 0
+    ) -> tuple[Granted | Rejected, Written]:
+        """Step 5, for an entry that was made before. `ttl_ms`: how long the store keeps the login by itself; 0: a lease."""
+
+        def apply(record: Record, at: Moment) -> Granted | Rejected:
+            return rule.commit(record, entry_id, self._login(login_id, user, at, ttl_ms), relogin, at)
+
+        return self._grant(server_id, apply)
 
     def take(self, server_id: str, login_id: str, user: str, address: str, relogin: OwnerRelogin) -> tuple[Granted | Rejected, Written]:
         """Steps 2 and 5 at once, for a login that has nothing in between: its entry is gone when others could see it."""
@@ -78,11 +97,13 @@ class Ledger:
 
         return self._grant(server_id, both)
 
-    def renew(self, server_id: str, login_id: str, user: str, token: Token, since_ms: int) -> tuple[Granted | Rejected, Written]:
-        """Step 6: keep what is held, or say after a loss of memory that it is."""
+    def renew(
+        self, server_id: str, login_id: str, user: str, token: Token, since_ms: int, ttl_ms: int = 0
+    ) -> tuple[Granted | Rejected, Written]:
+        """Step 6: keep what is held, or say after a loss of memory that it is. `ttl_ms` as for `commit`."""
 
         def again(record: Record, at: Moment) -> Granted | Rejected:
-            return rule.renew(record, self._login(login_id, user, at), token, since_ms, at)
+            return rule.renew(record, self._login(login_id, user, at, ttl_ms), token, since_ms, at)
 
         return self._apply(server_id, again, _record_of)
 
@@ -142,8 +163,9 @@ class Ledger:
 
         return checked
 
-    def _login(self, login_id: str, user: str, at: Moment) -> Login:
-        return Login(login_id, user, self._relay_id, at.now_ms + self.lease_ms, self.lease_ms)
+    def _login(self, login_id: str, user: str, at: Moment, ttl_ms: int = 0) -> Login:
+        ttl_ms = ttl_ms or self.lease_ms
+        return Login(login_id, user, self._relay_id, at.now_ms + ttl_ms, ttl_ms)
 
     def _apply(self, server_id: str, apply: Callable[[Record, Moment], T], record_of: Callable[[T], Record]) -> tuple[T, Written]:
         evidence = self._evidence

@@ -6,7 +6,7 @@ Every call to the store is made in a worker thread and has a deadline. While the
 import logging
 import secrets
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, Literal, TypeVar
 
 import trio
@@ -17,9 +17,10 @@ from fxrelay.balance.reservations import Granted, OwnerRelogin, Reason, Record, 
 from fxrelay.cluster.ports import Store, Transporter
 from fxrelay.cluster.threads import Threads
 from fxrelay.cluster.view import ClusterView
+from fxrelay.reserving.kept import adopt_kept, find_login, hold_of, learn_kept
 from fxrelay.reserving.leases import Hold, Leases, Terms
 from fxrelay.reserving.ledger import Ledger, Written
-from fxrelay.reserving.tidings import COMMITTED, ENTERED, EXPIRED, LOST, REASSERTED, RELEASED, Tidings, read_tidings
+from fxrelay.reserving.tidings import COMMITTED, ENTERED, EXPIRED, LOST, REASSERTED, RELEASED, Tidings, read_tidings, refusal_text
 from fxtunnel.errors import StoreError
 from fxtunnel.model import RelayId, is_name
 
@@ -79,6 +80,8 @@ class Reservations:
         self.has_sessions: Callable[[RelayId, str], bool] = lambda server_id, user: False
         """Whether a user has sessions on a server, for `Terms.hold_while_sessions`."""
         self.last_error = ""
+        self.has_read = False
+        """Whether all records have been read once."""
         self._config = config
         self._store = store
         self._view = view
@@ -110,11 +113,34 @@ class Reservations:
             self.tidings.happened(ENTERED, server_id, user, attempt.attempt_id)
         return Entered(server_id, attempt.after(Happening.ENTER))
 
-    async def commit(self, entered: Entered, user: str, terms: Terms, relogin: OwnerRelogin = OwnerRelogin.PREFER) -> Hold | Refused:
-        """Step 5: let an authenticated login in, or not. `user` is who it has proved to be. The attempt must be AUTHENTICATED."""
+    async def go_on(self, entered: Entered, user: str) -> Entered | Refused:
+        """Step 4: one more request of a login whose entry must still be there."""
         server_id, attempt = entered.server_id, entered.attempt
+        outcome = await self._ask(lambda: self._ledger.go_on(server_id, attempt.attempt_id))
+        if isinstance(outcome, StoreError):
+            return self._without_store(server_id, user, attempt, outcome)
+        gone_on, written = outcome
+        self._learn(server_id, written)
+        if isinstance(gone_on, Rejected):
+            return self._refused(server_id, user, attempt, gone_on)
+        return Entered(server_id, attempt.after(Happening.REQUEST))
+
+    async def commit(
+        self, entered: Entered, user: str, terms: Terms, relogin: OwnerRelogin = OwnerRelogin.PREFER, known_as: str = ""
+    ) -> Hold | Refused:
+        """Step 5: let an authenticated login in, or not. `user` is who it has proved to be. The attempt must be AUTHENTICATED.
+
+        `known_as` is the id of the login, where it is not the attempt's.
+        """
+        server_id, attempt = entered.server_id, entered.attempt
+        entry_id, login_id = attempt.attempt_id, known_as or attempt.attempt_id
         return await self._granted(
-            server_id, user, terms, attempt, lambda: self._ledger.commit(server_id, attempt.attempt_id, attempt.attempt_id, user, relogin)
+            server_id,
+            user,
+            terms,
+            attempt,
+            lambda: self._ledger.commit(server_id, entry_id, login_id, user, relogin, terms.lifetime_ms),
+            known_as,
         )
 
     async def take(
@@ -140,6 +166,31 @@ class Reservations:
         """Step 7: the login has ended. Never waits; may be repeated."""
         self.leases.end(hold)
 
+    def end_login(self, server_id: RelayId, login_id: str, terms: Terms) -> None:
+        """Step 7, for a login that the store keeps, whichever relay committed it. Never waits; may be repeated."""
+        standing = self.holders.standings().get(server_id)
+        login = find_login(standing.record, login_id) if standing is not None else None
+        hold = self.leases.get(login_id)
+        if hold is None and standing is not None and login is not None:
+            hold = hold_of(server_id, standing.record, login, replace(terms, lifetime_ms=login.ttl_ms))
+        if hold is not None:
+            hold.terms = replace(terms, lifetime_ms=hold.terms.lifetime_ms)
+            self.leases.end(hold)
+
+    async def extend(self, server_id: RelayId, login_id: str, ttl_ms: int) -> None:
+        """A login that the store keeps lasts for `ttl_ms` from now, if it has not ended. Without the store it stays as it is."""
+        outcome = await self._ask(lambda: self._ledger.extend(server_id, login_id, ttl_ms))
+        if not isinstance(outcome, StoreError):
+            self._learn(server_id, outcome)
+
+    async def look_at(self, server_id: RelayId) -> bool:
+        """Read a server's record now. False: the store does not answer."""
+        outcome = await self._ask(lambda: self._ledger.sweep(server_id))
+        if isinstance(outcome, StoreError):
+            return False
+        self._learn(server_id, outcome)
+        return True
+
     def hear(self, text: str) -> bool:
         """A message of another relay's. False: it is malformed."""
         found = read_tidings(text)
@@ -149,7 +200,7 @@ class Reservations:
         return True
 
     async def close(self) -> None:
-        """Release what this relay still holds, as far as the store answers within two seconds."""
+        """Release what this relay still holds, as far as the store answers within two seconds; not what the store keeps."""
         for hold in self.leases.holds():
             self.release(hold)
         with trio.move_on_after(2.0):
@@ -162,6 +213,7 @@ class Reservations:
         terms: Terms,
         attempt: Attempt,
         call: Callable[[], tuple[Granted | Rejected, Written]],
+        known_as: str = "",
     ) -> Hold | Refused:
         began = self.leases.now
         hold: Hold | None = None
@@ -171,7 +223,9 @@ class Reservations:
         finally:
             if not isinstance(outcome, tuple):
                 # It may have been let in all the same, and nobody will use it.
-                ghost = Hold(server_id, user, attempt, Terms(), Record().token, 0, began, not_before=self.leases.now + CALL_S)
+                unseen = Terms(lifetime_ms=terms.lifetime_ms)
+                ghost = Hold(server_id, user, attempt, unseen, Record().token, 0, began, not_before=self.leases.now + CALL_S)
+                ghost.known_as, ghost.ends_ms = known_as, self._view.now_ms + terms.lifetime_ms
                 self.leases.end(ghost)
         if isinstance(outcome, StoreError):
             return self._without_store(server_id, user, attempt, outcome)
@@ -180,6 +234,7 @@ class Reservations:
         if isinstance(granted, Rejected):
             return self._refused(server_id, user, attempt, granted)
         hold = Hold(server_id, user, attempt.after(Happening.GRANT), terms, granted.token, granted.record.since_ms, began)
+        hold.known_as, hold.ends_ms = known_as, self._view.now_ms + terms.lifetime_ms
         self.leases.add(hold)
         self.tidings.happened(COMMITTED, server_id, user, hold.login_id, granted.record)
         return hold
@@ -206,13 +261,7 @@ class Reservations:
     def _refused(self, server_id: RelayId, user: str, attempt: Attempt, rejected: Rejected) -> Refused:
         self.tidings.rejected(server_id, user, attempt.attempt_id, rejected.reason)
         is_final = rejected.reason in (Reason.UNSETTLED, Reason.STALE)
-        text = {
-            Reason.RESERVED: "the server chosen is reserved for another user",
-            Reason.OWN_LOGIN: "the server chosen is reserved, and its user has a login there",
-            Reason.NO_ENTRY: "the server chosen was reserved by another user meanwhile",
-            Reason.TOO_MANY: "too many logins to the server chosen",
-        }.get(rejected.reason, "reserved servers cannot be given out yet: the cluster's store is new, or has forgotten who has which")
-        return Refused(rejected.reason, text, is_final, attempt, rejected.holder)
+        return Refused(rejected.reason, refusal_text(rejected.reason), is_final, attempt, rejected.holder)
 
     async def _keep_renewing(self, *, task_status: trio.TaskStatus[None]) -> None:
         # Five times a lease: after an outage that nobody notices, every holder is back before his lease is over (settling.py).
@@ -229,16 +278,23 @@ class Reservations:
             began = trio.current_time()
             limiter = trio.CapacityLimiter(AT_ONCE)
             async with trio.open_nursery() as nursery:
-                for hold in self.leases.holds():
+                for hold in self.leases.holds() + self._forgotten():
                     nursery.start_soon(self._renew, hold, limiter)
             await trio.sleep(max(every_s / 3, every_s - (trio.current_time() - began)))
+
+    def _forgotten(self) -> list[Hold]:
+        """Logins that the store kept, before it forgot."""
+        return [hold for hold in self.leases.kept() if hold.token.epoch != self._ledger.epoch and hold.ends_ms > self._view.now_ms]
 
     async def _renew(self, hold: Hold, limiter: trio.CapacityLimiter) -> None:
         async with limiter, hold.lock:
             if hold.is_ending or hold.is_lost:
                 return
             began = self.leases.now
-            outcome = await self._ask(lambda: self._ledger.renew(hold.server_id, hold.login_id, hold.user, hold.token, hold.since_ms))
+            ttl_ms = max(1, hold.ends_ms - self._view.now_ms) if hold.is_kept else 0
+            outcome = await self._ask(
+                lambda: self._ledger.renew(hold.server_id, hold.login_id, hold.user, hold.token, hold.since_ms, ttl_ms)
+            )
             if isinstance(outcome, StoreError):
                 return
             granted, written = outcome
@@ -287,8 +343,9 @@ class Reservations:
                 return
             outcome = await self._ask(lambda: self._ledger.release(hold.server_id, hold.login_id, hold.terms.linger_ms))
             if isinstance(outcome, StoreError):
-                if self.leases.now - hold.confirmed_at > 2 * self._config.lease_s:
-                    self.leases.ended(hold)  # by its lease
+                is_long_ago = self.leases.now - hold.confirmed_at > 2 * self._config.lease_s
+                if hold.ends_ms <= self._view.now_ms if hold.is_kept else is_long_ago:
+                    self.leases.ended(hold)  # by its lease, or by its time
                 return
             self.leases.ended(hold)
             self._learn(hold.server_id, outcome)
@@ -304,8 +361,12 @@ class Reservations:
                     for server_id, record in found[start : start + SLICE]:
                         if is_name(server_id):
                             self._know(RelayId(server_id), record)
+                            adopt_kept(self.leases, self._config.relay_id, RelayId(server_id), record, self._ledger.lease_ms)
                     await trio.lowlevel.checkpoint()
                 self.holders.forget_unless(frozenset(server_id for server_id, _ in found))
+                records = {server_id: standing.record for server_id, standing in self.holders.standings().items()}
+                learn_kept(self.leases, records, self._view.now_ms)
+                self.has_read = True
                 await self._sweep()
             await trio.sleep(self._config.lease_s / 3)
 

@@ -68,6 +68,16 @@ class Tidings:
         logger.info("reservation rejected: %s for %s: %s", server_id, user or "nobody", reason, extra=extra)
 
 
+def refusal_text(reason: Reason) -> str:
+    """What whoever wanted in may be told."""
+    return {
+        Reason.RESERVED: "the server chosen is reserved for another user",
+        Reason.OWN_LOGIN: "the server chosen is reserved, and its user has a login there",
+        Reason.NO_ENTRY: "the server chosen was reserved by another user meanwhile",
+        Reason.TOO_MANY: "too many logins to the server chosen",
+    }.get(reason, "reserved servers cannot be given out yet: the cluster's store is new, or has forgotten who has which")
+
+
 def encode_tidings(server_id: str, record: Record) -> str:
     """The message about a server's record."""
     return json.dumps({"serverId": server_id, "record": encode_record(record)})

@@ -4,7 +4,7 @@ from typing import Final
 
 import trio
 
-from fxrelay.web.heads import BadHead, HeadScanner
+from fxrelay.web.heads import MAX_HEAD_BYTES, BadHead, HeadScanner
 from fxrelay.web.ports import WebLimits
 from fxtunnel.engine.stream import TunnelStream
 from fxtunnel.kit.answers import Refused
@@ -77,6 +77,18 @@ class ClientSide:
                 raise ClientGone("left in the middle of a request's body")
             return data
         raise Refused(408, "BodyTimeout", "The request's body did not arrive in time.")
+
+    async def wait_until_gone(self) -> None:
+        """Until the client leaves, or says so much that is not asked for yet that nothing more is read. Safe to cancel.
+
+        Raises:
+            ClientGone: the client left. Saying nothing more (a half-closed connection) is leaving, too: browsers that give up do that.
+        """
+        while len(self.scanner.rest) <= MAX_HEAD_BYTES:
+            data = await self._receive()
+            if not data:
+                raise ClientGone("left before it had its answer")
+            self.scanner.feed(data)
 
     async def send(self, data: bytes) -> None:
         """Send all of it. No checkpoint if it goes at once: between two requests there are others.

@@ -63,10 +63,10 @@ def _rules(section: ServiceSection, state_dir: Path) -> WebRules:
     if section.affinity is not None and section.affinity.claim is not None:
         affinity = ClaimAffinity(section.affinity.claim)
     elif section.affinity is not None and section.affinity.cookie is not None:
-        affinity = CookieAffinity(section.affinity.cookie, name, _cookie_key(section.cookie_key, state_dir))
+        affinity = CookieAffinity(section.affinity.cookie, name, cookie_key(section.cookie_key, state_dir))
     passes = None
     if section.ticket is not None and section.ticket.session_s:
-        passes = Passes(name, section.ticket.session_s, _cookie_key(section.cookie_key, state_dir))
+        passes = Passes(name, section.ticket.session_s, cookie_key(section.cookie_key, state_dir))
     return WebRules(
         name,
         section.hosts,
@@ -82,7 +82,8 @@ def _rules(section: ServiceSection, state_dir: Path) -> WebRules:
     )
 
 
-def _cookie_key(path: Path | None, state_dir: Path) -> bytes:
+def cookie_key(path: Path | None, state_dir: Path) -> bytes:
+    """The key of a service's cookies; made, if there is no file of its own. Raises ConfigError."""
     if path is None:
         path = state_dir / KEY_FILE
         if not os.path.lexists(path):

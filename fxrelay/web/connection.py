@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Final
@@ -11,19 +12,20 @@ import trio
 from fxrelay.admitting.porter import Porter
 from fxrelay.delivery.delivery import DeliveryDesk
 from fxrelay.delivery.ports import Wanted
-from fxrelay.delivery.services import AnyService, PoolService
+from fxrelay.delivery.services import AnyService
 from fxrelay.web.access import Visit
 from fxrelay.web.affinity import CookieAffinity
 from fxrelay.web.client import ClientGone, ClientSide
-from fxrelay.web.entrance import Entrance, Shown
-from fxrelay.web.exchange import REPEATABLE, CutOff, Exchange, Order, StaleLink
-from fxrelay.web.forwarding import Onward, Origin, request_onward, wanted_upgrade
+from fxrelay.web.entrance import Entrance
+from fxrelay.web.exchange import CutOff, Exchange, Order, StaleLink
+from fxrelay.web.forwarding import Origin
 from fxrelay.web.heads import BadHead, RequestHead, ResponseHead, parse_request
+from fxrelay.web.holding import WholeSender, answer_whole, read_whole, while_there
+from fxrelay.web.judging import Asked, Judge, admitted, watched
 from fxrelay.web.link import ServiceLink
-from fxrelay.web.ports import NodeChooser, Pass, RequestFacts, RequestGate, WebLimits, WebRules
-from fxrelay.web.reaching import Held, Reacher, Wish
+from fxrelay.web.ports import HeldRequest, NodeChooser, RequestGate, WebLimits, WebRules
+from fxrelay.web.reaching import Held, Reacher
 from fxrelay.web.secure import HandshakeFailed, end_tls
-from fxrelay.web.targets import NodePath, Target, is_served, read_target, split_node_path
 from fxrelay.web.upgrade import UpgradedDelivery, copy_both_ways
 from fxtunnel.codes import Code
 from fxtunnel.engine.stream import TunnelStream
@@ -50,18 +52,6 @@ class Surroundings:
     porter: Porter | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """A request that may be served."""
-
-    head: RequestHead
-    target: Target
-    onward: Onward
-    wish: Wish
-    facts: RequestFacts
-    shown: Shown | None
-
-
 class WebConnection:
     """Serves one stream. `run` it once; `scope` ends it."""
 
@@ -77,13 +67,13 @@ class WebConnection:
         self._service = service
         self._rules = rules
         self._opening = opening
-        self._only = only
         self._client: ClientSide | None = None
         wanted = Wanted(rules.name, opening.client, GatewayId(""), opening.trace)
         self._reacher = Reacher(around.desk, around.chooser, service, opening, wanted)
         is_tls = rules.tls is not None or opening.scheme in ("https", "tls")
         self._origin = Origin.of(opening.client, "https" if is_tls else "http")
         self._entrance = self._new_entrance() if rules.is_guarded else None
+        self._judge = Judge(rules, service, opening, self._origin, only, around.own_id, self._entrance)
         self._visit = self._new_visit()
         tunnel.on_broken = self.scope.cancel
 
@@ -166,18 +156,17 @@ class WebConnection:
             visit.log(trio.current_time())
 
     async def _forward(self, head: RequestHead) -> bool:
-        asked = await self._consider(head)
         visit, rules, gate = self._visit, self._rules, self._around.gate
+        asked = self._judge.judge(head, visit)
+        if asked.shown is not None:
+            self._reacher.for_user(asked.shown.caller.user, asked.shown.caller.groups)
+        if gate is not None:
+            asked = await admitted(gate, asked)
+        if asked.passed.held is not None:
+            return await self._hold(head, asked, asked.passed.held)
         head = asked.head
-        wire = request_onward(
-            head,
-            asked.target,
-            self._origin,
-            asked.onward,
-            trusts_forwarded=rules.trusts_forwarded,
-            own_host=self._opening.host or rules.name,
-        )
-        with Held() as held:
+        wire = self._judge.wire(asked)
+        with Held() as held, watched(asked.passed, self.scope):
             while True:
                 link, is_chosen = await self._reacher.reach(asked.wish, held)
                 visit.node, visit.way = link.node or "", link.way
@@ -189,9 +178,8 @@ class WebConnection:
                     secure = self._origin.scheme == "https"
                     cookies = (*cookies, rules.passes.set_cookie(asked.shown.caller, time.time(), secure=secure))
 
-                async def answered(found: ResponseHead, node: RelayId | None = link.node) -> None:
-                    if gate is not None:
-                        await gate.answered(asked.facts, node, found.status, found.fields)
+                async def answered(found: ResponseHead, node: RelayId | None = link.node) -> Sequence[bytes]:
+                    return await gate.answered(asked.facts, node, found.status, found.fields) if gate is not None else ()
 
                 order = Order(
                     head,
@@ -217,6 +205,35 @@ class WebConnection:
                 link.abort()
                 raise
 
+    async def _hold(self, head: RequestHead, asked: Asked, held: HeldRequest) -> bool:
+        """Serve a request that is held until it is decided."""
+        client, visit = self._client, self._visit
+        assert client is not None
+        body = await read_whole(client, head, held.max_body_bytes)
+        visit.bytes_in = len(body)
+        sender = WholeSender(
+            self._reacher, head, lambda found: self._judge.wire(replace(asked, head=found)), body, self._rules.response_timeout_s
+        )
+        sender.visit = visit
+        try:
+            reply = await while_there(client, lambda: held.run(body, sender))
+        except Refused as exc:
+            keeps_client = _keeps_alive(head) and not self.is_draining
+            await self._answer_alone(exc, head, keeps_on=keeps_client)
+            return keeps_client
+        keeps_client, is_given = _keeps_alive(head) and not self.is_draining, False
+        try:
+            visit.status, visit.first_byte_at = reply.answer.status, trio.current_time()
+            await client.send(answer_whole(head, reply, keeps_client=keeps_client))
+            visit.bytes_out, is_given = len(reply.answer.body), True
+        finally:
+            if not is_given:
+                reply.undone()
+        return keeps_client
+
+    def _wire_of(self, asked: Asked, head: RequestHead) -> bytes:
+        return self._judge.wire(replace(asked, head=head))
+
     async def _exchange(self, link: ServiceLink, order: Order) -> bool:
         assert self._client is not None
         is_kept = False
@@ -233,63 +250,6 @@ class WebConnection:
         finally:
             if not is_kept:
                 link.abort()
-
-    async def _consider(self, head: RequestHead) -> Asked:
-        """What to do with a request, before anything is sent.
-
-        Raises:
-            BadHead, Refused: nothing.
-        """
-        rules, visit, gate = self._rules, self._visit, self._around.gate
-        target = read_target(head)
-        visit.method = head.method.decode("ascii", "replace")
-        visit.host = target.host
-        visit.path = target.path.partition(b"?")[0].decode("ascii", "replace")
-        if not is_served(target.host, rules.hosts):
-            raise Refused(421, "WrongHost", "This service does not go by that name.")
-        if rules.max_body_bytes and (head.length or 0) > rules.max_body_bytes:
-            raise Refused(413, "TooLarge", "The request's body is larger than this service takes.")
-        shown = self._identified(head, target)
-        if shown is not None:
-            head, target = shown.head, replace(target, path=shown.path)
-        upgrade = wanted_upgrade(head)
-        again = head.method in REPEATABLE and not head.has_body
-        onward, wish = Onward(target.path, upgrade=upgrade), Wish(self._only, is_repeatable=again)
-        if isinstance(self._service, PoolService):
-            named = split_node_path(target.path) if rules.node_paths else None
-            if named is not None:
-                onward = Onward(named.path, named.prefix, upgrade)
-                wish = Wish(self._named(named), is_repeatable=again)
-            elif self._only is None and rules.affinity is not None:
-                wish = Wish(may=rules.affinity.node_of(head), is_repeatable=again)
-        path, host = target.path, target.host
-        client, node = self._opening.client, wish.must or wish.may
-        facts = RequestFacts(rules.name, visit.trace, client, head.method, path, host, head.fields, node, visit.user)
-        if gate is not None:
-            passed: Pass = await gate.admit(facts)
-            if passed.node is not None:
-                wish = Wish(passed.node, is_repeatable=again)
-        if self._entrance is not None and shown is not None:
-            is_pool = isinstance(self._service, PoolService)
-            only = self._entrance.bind(shown.caller, wish.must if is_pool else self._around.own_id)
-            wish = replace(wish, must=only) if is_pool else wish
-        return Asked(head, target, onward, wish, facts, shown)
-
-    def _identified(self, head: RequestHead, target: Target) -> Shown | None:
-        """Who asks, where not everybody may. Raises Refused."""
-        if not self._rules.is_guarded:
-            return None
-        if self._entrance is None:
-            raise Refused(503, "NoService", "The service is not available at the moment.", detail="nobody here admits anyone")
-        shown = self._entrance.identify(head, target.path, time.time())
-        self._visit.user = shown.caller.user
-        self._reacher.for_user(shown.caller.user, shown.caller.groups)
-        return shown
-
-    def _named(self, path: NodePath) -> RelayId:
-        if path.node is None or (self._only is not None and path.node != self._only):
-            raise Refused(404, "NoSuchNode", "This service has no node of that name.")
-        return path.node
 
     async def _switch(self, link: ServiceLink, wire: bytes) -> None:
         """The service agreed to the upgrade: tell the client, and carry what comes."""

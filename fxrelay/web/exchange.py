@@ -39,7 +39,7 @@ class Order:
     response_timeout_s: float
     max_body_bytes: int
     cookies: Sequence[bytes]
-    answered: Callable[[ResponseHead], Awaitable[None]] | None
+    answered: Callable[[ResponseHead], Awaitable[Sequence[bytes]]] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,13 +160,14 @@ class Exchange:
             body = response_body(order.head.method, head)
         except BadHead as exc:
             raise _bad_gateway(str(exc)) from exc
+        extra = order.cookies
         if order.answered is not None:
-            await order.answered(head)
+            extra = (*extra, *await order.answered(head))
         has_end = isinstance(body, LengthBody)
         is_old = order.head.version == b"1.0"
         keeps_client = order.keeps_alive and self._is_sent and not order.upgrade and (has_end or not is_old)
         connection = b"close" if not keeps_client else b"keep-alive" if is_old else b""
-        wire = response_back(head, Backward(not has_end and not is_old, connection, order.cookies))
+        wire = response_back(head, Backward(not has_end and not is_old, connection, extra))
         self._visit.status = head.status
         await self._stream(wire, body, is_chunked=not has_end and not is_old)
         keeps_link = (

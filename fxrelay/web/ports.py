@@ -1,7 +1,7 @@
 """Port: what an HTTP service is made of, what bounds it, and who is asked about its requests."""
 
 import ssl
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -68,15 +68,72 @@ class RequestFacts:
     host: str
     fields: Sequence[Field]
     node: RelayId | None
+    is_named: bool = False
+    """Whether path or stream name `node`: no other will do."""
+    inner_path: bytes = b""
+    """The path without the node that it names."""
+    is_secure: bool = False
+    """Whether the client's side is TLS."""
     user: str = ""
     """The ticket's user; empty where there is none."""
 
 
 @dataclass(frozen=True, slots=True)
+class WholeAnswer:
+    """A response that was received to its end. `status` and `fields` are its head's, `body` is its payload."""
+
+    status: int
+    reason: bytes
+    fields: tuple[Field, ...]
+    body: bytes
+
+
+class Sender(Protocol):
+    """Sends one request, whole, to one node after the other."""
+
+    async def send(self, node: Node, most_bytes: int) -> WholeAnswer:
+        """The node's answer, of which at most `most_bytes` are taken. Releases the node's claim when it has come. Safe to cancel.
+
+        Raises:
+            NodeError: the node cannot be reached; it has got nothing of the request.
+            Refused: it gave no valid answer, or none in time.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What the client gets: an answer and fields to add to it. `undone` is called if it could not be given to him."""
+
+    answer: WholeAnswer
+    extra: tuple[bytes, ...] = ()
+    undone: Callable[[], None] = lambda: None
+
+
+class HeldRequest(Protocol):
+    """A request that is not passed on as it comes, but held until it is decided: one of a login."""
+
+    max_body_bytes: int
+
+    async def run(self, body: bytes, sender: Sender) -> Reply:
+        """The answer to it. Safe to cancel.
+
+        Raises:
+            Refused: there is none but this.
+        """
+
+
+@dataclass(frozen=True, slots=True)
 class Pass:
-    """Go on. With `node`: to that one, whatever path and affinity say."""
+    """Go on. With `node`: to that one, whatever path and affinity say. Never to those of `closed`: affinity to one of them is forgotten,
+    a path that names one is refused. `held`: it is held, and this decides about it. `watch` gets what is to be called when what the request
+    leads to has to end.
+    """
 
     node: RelayId | None = None
+    closed: frozenset[RelayId] = frozenset()
+    held: HeldRequest | None = None
+    watch: Callable[[Callable[[], None]], Callable[[], None]] | None = None
+    """Returns what takes the watcher away again."""
 
 
 class RequestGate(Protocol):
@@ -87,5 +144,7 @@ class RequestGate(Protocol):
     async def admit(self, request: RequestFacts) -> Pass:
         """Before anything is sent to a node."""
 
-    async def answered(self, request: RequestFacts, node: RelayId | None, status: int, fields: Sequence[Field]) -> None:
-        """The final response's head has arrived and nothing of it is sent yet. `node` None: the service has one address."""
+    async def answered(self, request: RequestFacts, node: RelayId | None, status: int, fields: Sequence[Field]) -> Sequence[bytes]:
+        """The final response's head has arrived and nothing of it is sent yet: the fields to add to it. `node` None: the service has one
+        address.
+        """

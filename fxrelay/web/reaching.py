@@ -140,7 +140,7 @@ class Reacher:
         if isinstance(node, NoNode):
             return node
         held.take(node.claim)
-        return await self._to_node(node, held)
+        return await self.to_node(node, held)
 
     async def _chosen(self, wish: Wish, held: Held) -> ServiceLink:
         excluded = frozenset() if wish.may is None else frozenset({wish.may})
@@ -152,7 +152,7 @@ class Reacher:
             held.take(node.claim)
             if node.seat is not None:
                 raise _nobody(NoNode(Code.CONNECT_FAILED, f"{node.server_id} is for one user only, whom a request over HTTP does not tell"))
-            link = self._take_idle(node.server_id, wish) or await self._to_node(node, held)
+            link = self._take_idle(node.server_id, wish) or await self.to_node(node, held)
             if isinstance(link, ServiceLink):
                 return link
             held.take(None)
@@ -160,7 +160,8 @@ class Reacher:
             excluded |= {node.server_id}
         raise _unreachable(problem.text if problem is not None else "no node")
 
-    async def _to_node(self, node: Node, held: Held) -> ServiceLink | NoNode:
+    async def to_node(self, node: Node, held: Held) -> ServiceLink | NoNode:
+        """A new link to this node, by the first way that works, or why there is none. `held` has the node's claim."""
         problem = "no way to the node"
         for way, endpoints in self._ways(node):
             try:

@@ -2,6 +2,7 @@
 
 import html
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Final
@@ -17,12 +18,16 @@ _PAGE: Final = """<!DOCTYPE html>
 class Refused(Exception):
     """A request that is answered here. `name` is one word, `str()` a sentence; both are shown to the client."""
 
-    def __init__(self, status: int, name: str, message: str, *, retry_after_s: float = 0.0, detail: str = "") -> None:
+    def __init__(
+        self, status: int, name: str, message: str, *, retry_after_s: float = 0.0, detail: str = "", fields: Sequence[bytes] = ()
+    ) -> None:
         self.status = status
         self.name = name
         self.message = message
         self.retry_after_s = retry_after_s
         self.detail = detail
+        self.fields = tuple(fields)
+        """Header fields to add to the answer, each with its line's end."""
         super().__init__(message)
 
 
@@ -58,7 +63,7 @@ def render(refused: Refused, trace: str, accept: bytes) -> Answer:
         f"HTTP/1.1 {refused.status} {text}\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\nCache-Control: no-store\r\n"
         f"X-Content-Type-Options: nosniff\r\nContent-Security-Policy: default-src 'none'; style-src 'unsafe-inline'\r\n{retry}{more}"
     )
-    return Answer(head.encode("ascii"), body)
+    return Answer(head.encode("ascii") + b"".join(refused.fields), body)
 
 
 def status_text(status: int) -> str:

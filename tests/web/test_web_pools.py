@@ -180,10 +180,11 @@ async def test_a_gate_is_asked_before_and_after(contexts: Contexts) -> None:
                 raise Refused(429, "TooMany", "Not so <fast>.")
             return Pass(RelayId("n3")) if request.path == b"/steer" else Pass()
 
-        async def answered(self, request: RequestFacts, node: RelayId | None, status: int, fields: tuple[Field, ...]) -> None:
+        async def answered(self, request: RequestFacts, node: RelayId | None, status: int, fields: tuple[Field, ...]) -> tuple[bytes, ...]:
             self.seen.append((request.path.decode(), node))
             if request.path == b"/hide":
                 raise Refused(409, "Taken", "Somebody else has it.")
+            return ()
 
     async with open_plane(contexts) as plane:
         port, got = serve_names(plane, "127.0.0.2", "127.0.0.3")

@@ -1,0 +1,50 @@
+"""Pump: logins that the store keeps until they end: logins of HTTP services, which no stream stands for.
+
+They outlive the relay that committed them. What relays remember of them is for one case only: a store that has forgotten is told again.
+"""
+
+from fxrelay.balance.login_attempt import Attempt, Happening
+from fxrelay.balance.reservations import Login, Record
+from fxrelay.reserving.leases import Hold, Leases, Terms
+from fxtunnel.model import RelayId
+
+_COMMITTED = (Happening.ENTER, Happening.FORWARD, Happening.SUCCESS, Happening.GRANT)
+
+
+def hold_of(server_id: RelayId, record: Record, login: Login, terms: Terms) -> Hold:
+    """The hold of a login that some relay has committed."""
+    attempt = Attempt(login.login_id)
+    for happening in _COMMITTED:
+        attempt = attempt.after(happening)
+    return Hold(server_id, login.user, attempt, terms, record.token, record.since_ms, 0.0, ends_ms=login.expires_ms)
+
+
+def learn_kept(leases: Leases, standings: dict[RelayId, Record], now_ms: int) -> None:
+    """Forget what has ended, as the newest records say; of another epoch's records nothing is believed."""
+    for hold in leases.kept():
+        record = standings.get(hold.server_id)
+        if record is not None and record.epoch == hold.token.epoch:
+            login = find_login(record, hold.login_id)
+            if login is None:
+                leases.forget(hold)
+                continue
+            hold.ends_ms = login.expires_ms
+        if hold.ends_ms <= now_ms:
+            leases.forget(hold)
+
+
+def adopt_kept(leases: Leases, relay_id: RelayId, server_id: RelayId, record: Record, lease_ms: int) -> None:
+    """Remember again what this relay committed before it was restarted."""
+    for login in record.logins:
+        if login.relay == relay_id and is_kept(login, lease_ms) and leases.get(login.login_id) is None:
+            leases.add(hold_of(server_id, record, login, Terms(lifetime_ms=login.ttl_ms)))
+
+
+def find_login(record: Record, login_id: str) -> Login | None:
+    """The login of that id, if it is one that counts."""
+    return next((login for login in record.logins if login.login_id == login_id and not login.is_lingering), None)
+
+
+def is_kept(login: Login, lease_ms: int) -> bool:
+    """Whether the store keeps it by itself: nobody renews it."""
+    return login.ttl_ms > lease_ms and not login.is_lingering

@@ -1,0 +1,401 @@
+"""Logins at one relay with a real store: what becomes of each, and of its entry, when the service, the client or a rival does something."""
+
+import json
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import jwt
+import pytest
+import trio
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from fxrelay.balance.seating import SeatRules
+from fxrelay.cluster.members import Ages, MemberState
+from fxrelay.cluster.view import ClusterView
+from fxrelay.delivery.ports import Node, NoNode, Wanted
+from fxrelay.logins.gate import LoginGate, LoginService, Timing
+from fxrelay.logins.login import HeldLogin
+from fxrelay.logins.passes import PassCookies
+from fxrelay.logins.rules import FASTX3, FORM, Bounds, LoginRules, Retry, Signs, Spot, Where
+from fxrelay.reserving.leases import Hold
+from fxrelay.reserving.reservations import Reservations
+from fxrelay.web.heads import Field
+from fxrelay.web.ports import Reply, RequestFacts, WholeAnswer
+from fxtunnel.codes import Code
+from fxtunnel.errors import NodeError
+from fxtunnel.kit.answers import Refused
+from fxtunnel.kit.jwt_keys import KeySource, TokenVerifier
+from fxtunnel.kit.jwt_verifying import TokenRules
+from fxtunnel.model import RelayId, ServiceName
+from tests.reservations.test_reservations_service import Relay, relays, until
+from tests.system.login_nodes import KEY, public_pem
+
+SITE = ServiceName("site")
+N1, N2 = RelayId("n1"), RelayId("n2")
+SIMPLE = replace(FORM, signs=Signs(frozenset({302})), retry=Retry.REPLAY)
+GONE = NodeError("connection refused")
+
+
+class Claim:
+    def connected(self) -> None: ...
+    def release(self) -> None: ...
+    def hand_over(self) -> None: ...
+
+
+class Chooser:
+    """Gives the nodes in their order, without those that this relay knows to be somebody else's."""
+
+    def __init__(self, reservations: Reservations, *nodes: RelayId, is_reserving: bool = True) -> None:
+        self.reservations = reservations
+        self.nodes = nodes
+        self.asked: list[Wanted] = []
+        self._seat = object() if is_reserving else None
+
+    async def choose(self, wanted: Wanted, excluded: frozenset[RelayId]) -> Node | NoNode:
+        await trio.lowlevel.checkpoint()
+        self.asked.append(wanted)
+        holders = self.reservations.holders.users(0)
+        for name in self.nodes:
+            if name not in excluded and holders.get(name, wanted.user) == wanted.user:
+                return self._node(name)
+        return NoNode(Code.BUSY, "nobody", position=3)
+
+    async def named(self, wanted: Wanted, server_id: RelayId) -> Node | NoNode:
+        await trio.lowlevel.checkpoint()
+        return self._node(server_id)
+
+    def _node(self, name: RelayId) -> Node:
+        return Node(name, False, "", False, Claim(), self._seat)  # type: ignore[arg-type]
+
+
+@dataclass
+class Service:
+    """Answers with the next of these; `meanwhile` is awaited before each."""
+
+    answers: list[WholeAnswer | Exception]
+    meanwhile: Callable[[], object] | None = None
+    sent_to: list[RelayId] = field(default_factory=list)
+
+    async def send(self, node: Node, most_bytes: int) -> WholeAnswer:
+        self.sent_to.append(node.server_id)
+        await trio.lowlevel.checkpoint()
+        if self.meanwhile is not None:
+            await self.meanwhile()  # type: ignore[misc]
+        answer = self.answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+def answer(status: int, body: bytes = b"", **named: str) -> WholeAnswer:
+    fields = tuple(Field(name.replace("_", "-").lower().encode(), name.encode(), value.encode()) for name, value in named.items())
+    return WholeAnswer(status, b"", fields, body)
+
+
+def success(**claims: object) -> WholeAnswer:
+    token = jwt.encode({"sub": "ann", "exp": 4_000_000_000, **claims}, KEY, algorithm="EdDSA")
+    return answer(200, json.dumps({"result": {"stage": "success", "token": token}}).encode())
+
+
+def stage(token: str) -> WholeAnswer:
+    return answer(200, json.dumps({"result": {"stage": "password", "authtoken": token}}).encode())
+
+
+class Rig:
+    def __init__(self, relay: Relay, rival: Relay, gate: LoginGate, rules: LoginRules, tmp_path: Path) -> None:
+        self.relay, self.rival, self.gate = relay, rival, gate
+        self.service = LoginService(rules, PassCookies("fxlogin", "site", b"k" * 32), SeatRules(always=True))
+        if rules is FASTX3:
+            (tmp_path / "keys.pem").write_bytes(public_pem())
+            verifier = TokenVerifier(TokenRules(("EdDSA",)), KeySource(tmp_path / "keys.pem"))
+            self.service = replace(self.service, verifier=verifier)
+        self.gate.reconfigure({SITE: self.service})
+
+    async def ask(self, service: Service, body: bytes = b"username=ann&password=x", client: str = "192.0.2.1:5", cookie: str = "") -> Reply:
+        request = self.request("/login" if self.service.verifier is None else "/v3/api/auth/ssh", "POST", client, cookie)
+        passed = await self.gate.admit(request)
+        assert passed.held is not None
+        return await passed.held.run(body, service)
+
+    def request(self, path: str, method: str = "GET", client: str = "192.0.2.1:5", cookie: str = "") -> RequestFacts:
+        fields = (Field(b"cookie", b"Cookie", cookie.encode()),) if cookie else ()
+        return RequestFacts(SITE, "trace", client, method.encode(), path.encode(), "a", fields, None)
+
+    async def refused(self, service: Service, status: int, name: str, body: bytes = b"username=ann&password=x") -> Refused:
+        with pytest.raises(Refused) as caught:
+            await self.ask(service, body)
+        assert (caught.value.status, caught.value.name) == (status, name)
+        return caught.value
+
+    @property
+    def users(self) -> dict[RelayId, str]:
+        return {name: user for name, user in self.relay.reservations.holders.users(0).items() if user != "nobody"}
+
+    async def nothing_is_left(self) -> None:
+        await until(lambda: not self.users and not self.relay.reservations.holders.wanted(0))
+
+
+@asynccontextmanager
+async def open_rig(tmp_path: Path, rules: LoginRules, *nodes: RelayId, is_reserving: bool = True) -> AsyncIterator[Rig]:
+    async with relays(tmp_path, "a", "b") as (relay, rival):
+        chooser = Chooser(relay.reservations, *nodes, is_reserving=is_reserving)
+        gate = LoginGate(chooser, ClusterView(Ages()), HeldLogin, Timing(1.0, 3.0))
+        gate.reservations = relay.reservations
+        async with trio.open_nursery() as nursery:
+            await nursery.start(gate.run)
+            yield Rig(relay, rival, gate, rules, tmp_path)
+            nursery.cancel_scope.cancel()
+
+
+def pass_of(reply: Reply) -> str:
+    line = next(line for line in reply.extra if line.startswith(b"Set-Cookie: fxlogin="))
+    return line.removeprefix(b"Set-Cookie: ").partition(b";")[0].decode()
+
+
+async def test_what_becomes_of_a_login(tmp_path: Path) -> None:
+    async with open_rig(tmp_path, SIMPLE, N1, N2) as rig:
+        reply = await rig.ask(Service([answer(200)]))
+        assert (reply.answer.status, reply.extra) == (200, ())
+        await rig.nothing_is_left()
+        await rig.refused(Service([Refused(502, "BadGateway", "no")]), 502, "BadGateway")
+        await rig.nothing_is_left()
+        await rig.refused(Service([GONE, GONE]), 502, "Unreachable")
+        await rig.nothing_is_left()
+        await rig.refused(Service([]), 400, "NoUser", b"password=x")
+        await rig.refused(Service([]), 400, "BadLogin", b"username=a&username=b")
+
+        service = Service([GONE, answer(302)])
+        reply = await rig.ask(service)
+        assert service.sent_to == [N1, N2]
+        assert rig.users == {N2: "ann"}
+        assert rig.gate.chooser.asked[-1].user == "ann"  # type: ignore[attr-defined]
+        live = await rig.gate.admit(rig.request("/", cookie=pass_of(reply)))
+        assert (live.node, live.held) == (N2, None)
+        named = replace(rig.request("/", cookie=pass_of(reply)), node=N1, is_named=True)
+        assert (await rig.gate.admit(named)).node is None
+        lost = trio.Event()
+        assert live.watch is not None
+        live.watch(lost.set)
+
+        logout = rig.request("/logout", "POST", cookie=pass_of(reply))
+        assert await rig.gate.answered(logout, N2, 403, ()) == ()
+        assert await rig.gate.answered(rig.request("/", cookie=pass_of(reply)), N2, 200, ()) == ()
+        assert rig.users == {N2: "ann"}
+        assert b"Max-Age=0" in (await rig.gate.answered(logout, N2, 302, ()))[0]
+        await rig.nothing_is_left()
+        with trio.fail_after(10):
+            await lost.wait()
+        for _ in range(2):
+            with pytest.raises(Refused, match="ended") as caught:
+                await rig.gate.admit(rig.request("/", cookie=pass_of(reply)))
+            assert caught.value.fields
+
+
+async def test_an_answer_that_cannot_be_given_ends_the_login(tmp_path: Path) -> None:
+    async with open_rig(tmp_path, SIMPLE, N1) as rig:
+        reply = await rig.ask(Service([answer(302)]))
+        assert rig.users == {N1: "ann"}
+        reply.undone()
+        await rig.nothing_is_left()
+        with trio.move_on_after(0.2) as scope:
+            await rig.ask(Service([answer(302)], trio.sleep_forever))
+        assert scope.cancelled_caught
+        await rig.nothing_is_left()
+        assert len(rig.gate.quota) == 0
+
+
+async def test_who_loses_his_server_is_moved_or_told(tmp_path: Path) -> None:
+    async with open_rig(tmp_path, SIMPLE, N1, N2) as rig:
+        taken: list[Hold] = []
+
+        async def rival_comes() -> None:
+            if not taken:
+                taken.append(await rig.rival.taken(N1, "bob"))
+
+        service = Service([answer(302), answer(302)], rival_comes)
+        reply = await rig.ask(service)
+        assert service.sent_to == [N1, N2]
+        assert rig.users == {N1: "bob", N2: "ann"}
+        reply.undone()
+        rig.rival.reservations.release(taken.pop())
+        await rig.nothing_is_left()
+        rig.gate.reconfigure({SITE: replace(rig.service, rules=replace(SIMPLE, retry=Retry.TELL))})
+        service = Service([answer(302)], rival_comes)
+        refused = await rig.refused(service, 409, "Reserved")
+        assert "bob" not in str(refused)
+        assert service.sent_to == [N1]
+        assert rig.users == {N1: "bob"}
+
+
+async def test_tokens_decide_whose_login_it_is(tmp_path: Path) -> None:
+    async with open_rig(tmp_path, FASTX3, N1) as rig:
+        body = b'{"username": "whoever", "password": "x", "basic": true}'
+        forged = jwt.encode({"sub": "ann", "exp": 4_000_000_000}, Ed25519PrivateKey.generate(), algorithm="EdDSA")
+        for bad in (
+            answer(200, b'{"result": {"stage": "success"}}'),
+            answer(200, json.dumps({"result": {"stage": "success", "token": forged}}).encode()),
+            success(exp=1_000_000_000),
+            success(sub=""),
+            success(sub=7),
+            success(sub="a\nb"),
+        ):
+            await rig.refused(Service([bad]), 502, "BadLogin", body)
+            await rig.nothing_is_left()
+        for value in (True, False, None, {}):
+            reply = await rig.ask(Service([success(**{"fastx/daemon": value})]), body)
+            assert reply.extra == ()
+            await rig.nothing_is_left()
+        good = success()
+        await rig.ask(Service([good]), body)
+        assert rig.users == {N1: "ann"}
+        token = json.loads(good.body)["result"]["token"]
+        for name, value in ((b"authorization", b"Bearer " + token.encode()), (b"x-fastx-token", token.encode())):
+            shown = replace(rig.request("/"), fields=(Field(name, name, value),))
+            assert (await rig.gate.admit(shown)).node == N1
+        stranger = replace(rig.request("/"), fields=(Field(b"authorization", b"Authorization", b"Bearer x.y.z"),))
+        assert (await rig.gate.admit(stranger)).node is None
+        # A login that says nothing of its user until it has succeeded
+        await rig.refused(Service([]), 503, "NoServerFree", b'{"code": "x"}')
+
+
+async def test_a_login_of_several_requests(tmp_path: Path) -> None:
+    async with open_rig(tmp_path, FASTX3, N1, N2) as rig:
+        first = await rig.ask(Service([stage("T1")]), b'{"username": "ann"}')
+        assert b"fxlogin-try=" in first.extra[0]
+        assert rig.relay.reservations.holders.wanted(0) == {N1}
+        service = Service([stage("T2")])
+        await rig.ask(service, b'{"authtoken": "T1"}')
+        assert service.sent_to == [N1]
+        await rig.refused(Service([]), 409, "Reserved", b'{"authtoken": "T1"}')  # an old one
+        await rig.refused(Service([]), 409, "Reserved", b'{"authtoken": "unknown"}')
+        # A wrong password; this service lets it be corrected
+        await rig.ask(Service([answer(200, b'{"error": {}}')]), b'{"authtoken": "T2", "password": "wrong"}')
+        await rig.nothing_is_left()
+        service = Service([success()])
+        await rig.ask(service, b'{"authtoken": "T2", "password": "right"}')
+        assert service.sent_to == [N1]
+        assert rig.users == {N1: "ann"}
+        await rig.refused(Service([]), 409, "Reserved", b'{"authtoken": "T2"}')
+        assert len(rig.gate.attempts) == 0
+
+
+async def test_two_requests_of_one_login_at_once(tmp_path: Path) -> None:
+    async with open_rig(tmp_path, FASTX3, N1) as rig:
+        await rig.ask(Service([stage("T1")]), b'{"username": "ann"}')
+        go = trio.Event()
+        async with trio.open_nursery() as nursery:
+            service = Service([success()], go.wait)
+            nursery.start_soon(rig.ask, service, b'{"authtoken": "T1"}')
+            await until(lambda: bool(service.sent_to))
+            await rig.refused(Service([]), 409, "LoginBusy", b'{"authtoken": "T1"}')
+            go.set()
+        assert rig.users == {N1: "ann"}
+
+
+async def test_servers_that_are_nobodys_alone(tmp_path: Path) -> None:
+    async with open_rig(tmp_path, FASTX3, N1, is_reserving=False) as rig:
+        await rig.ask(Service([stage("T1")]), b'{"username": "ann"}')
+        service = Service([success()])
+        await rig.ask(service, b'{"authtoken": "T1"}')
+        assert service.sent_to == [N1]
+        await rig.nothing_is_left()
+
+
+async def test_starts_are_kept_off_others_servers_if_that_is_wanted(tmp_path: Path) -> None:
+    async with open_rig(tmp_path, SIMPLE, N1, N2) as rig:
+        reply = await rig.ask(Service([answer(302)]))
+        assert (await rig.gate.admit(rig.request("/"))).closed == frozenset()
+        rig.gate.reconfigure({SITE: replace(rig.service, seats=SeatRules(always=True, guard_start=True))})
+        assert N1 in (await rig.gate.admit(rig.request("/"))).closed
+        own = await rig.gate.admit(rig.request("/", cookie=pass_of(reply)))
+        assert own.node == N1
+        assert N1 not in own.closed
+
+
+async def test_without_the_store(tmp_path: Path) -> None:
+    async with open_rig(tmp_path, SIMPLE, N1, N2) as rig:
+        reply = await rig.ask(Service([answer(302)]))
+        rig.relay.store.is_cut = True
+        await rig.refused(Service([answer(302)]), 503, "ReservationsUnavailable")
+        assert (await rig.gate.admit(rig.request("/", cookie=pass_of(reply)))).node == N1
+
+        async def breaks() -> None:
+            rig.relay.store.is_cut = True
+
+        rig.relay.store.is_cut = False
+        await rig.refused(Service([answer(302)], breaks), 503, "ReservationsUnavailable", b"username=bob")
+        rig.relay.store.is_cut = False
+
+
+async def test_one_address_may_hold_so_many(tmp_path: Path) -> None:
+    rules = replace(SIMPLE, bounds=Bounds(per_address=2), token=Spot(Where.COOKIE, "s"))
+    async with open_rig(tmp_path, rules, N1) as rig, trio.open_nursery() as nursery:
+        for _ in range(2):
+            nursery.start_soon(rig.ask, Service([], trio.sleep_forever))
+        await until(lambda: len(rig.gate.quota) == 2)
+        await rig.refused(Service([]), 429, "TooManyLogins")
+        reply = await rig.ask(Service([answer(302, set_cookie="s=1")]), b"username=bob", "192.0.2.2:7")
+        assert reply.answer.status == 302
+        assert rig.users == {N1: "bob"}
+        nursery.cancel_scope.cancel()
+
+
+async def test_an_idle_login_ends_sooner_than_one_that_is_used(tmp_path: Path) -> None:
+    async with open_rig(tmp_path, replace(SIMPLE, bounds=Bounds(lifetime_s=100, idle_s=40)), N1) as rig:
+        reply = await rig.ask(Service([answer(302)]))
+
+        def left_ms() -> int:
+            login = rig.relay.reservations.holders.standings()[N1].record.logins[0]
+            return login.expires_ms - rig.relay.store.now_ms()
+
+        assert 30_000 < left_ms() <= 40_000
+        login_id = rig.relay.reservations.holders.standings()[N1].record.logins[0].login_id
+        await rig.relay.reservations.extend(N1, login_id, 20_000)
+        assert left_ms() <= 20_000
+        await rig.gate.admit(rig.request("/", cookie=pass_of(reply)))
+        await until(lambda: left_ms() > 30_000)
+
+
+async def test_a_relay_that_takes_no_part_refuses(tmp_path: Path) -> None:
+    async with open_rig(tmp_path, SIMPLE, N1) as rig:
+        rig.gate.reservations = None
+        with pytest.raises(Refused, match="cannot be given out"):
+            await rig.gate.admit(rig.request("/"))
+        other = replace(rig.request("/"), service=ServiceName("other"))
+        assert (await rig.gate.admit(other)).held is None
+        assert await rig.gate.answered(other, N1, 200, ()) == ()
+
+
+class Silence:
+    """What the cluster's view says of servers: `state` of them all, at `now`."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.now_ms = 0
+        self.state = MemberState.DOWN
+        self.members = self
+
+    def get(self, server_id: RelayId, now: float) -> "Silence":
+        return self
+
+
+@pytest.mark.parametrize("was_heard", [True, False])
+async def test_a_dead_server_has_no_logins(tmp_path: Path, was_heard: bool) -> None:
+    async with open_rig(tmp_path, SIMPLE, N1) as rig:
+        silence = Silence()
+        gate = LoginGate(rig.gate.chooser, silence, HeldLogin, Timing(1.0, 90.0))  # type: ignore[arg-type]
+        await rig.ask(Service([answer(302)]))
+        if was_heard:
+            silence.state = MemberState.UP
+            gate._free_dead_servers(rig.relay.reservations)
+            silence.state = MemberState.DOWN
+        else:  # after a rest of all relays everybody looks dead
+            for silence.now in (0.0, 89.0):
+                gate._free_dead_servers(rig.relay.reservations)
+                await trio.sleep(0.3)
+                assert rig.users == {N1: "ann"}
+            silence.now = 91.0
+        gate._free_dead_servers(rig.relay.reservations)
+        await rig.nothing_is_left()
