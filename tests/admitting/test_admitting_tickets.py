@@ -206,7 +206,9 @@ def test_takes_the_true_one(token: str) -> None:
     assert ticket.expires_unix >= NOW + 60 + 10
 
 
-@pytest.mark.parametrize(("key", "algorithm", "kid"), [(EC_KEY, "ES256", "ec"), (RSA_KEY, "RS256", "rsa"), (KEY, "EdDSA", KNOWN.kid)])
+@pytest.mark.parametrize(
+    ("key", "algorithm", "kid"), [(EC_KEY, "ES256", "ec"), (RSA_KEY, "RS256", "rsa"), (KEY, "EdDSA", KNOWN.kid)], ids=["ec", "rsa", "ed"]
+)
 def test_takes_each_algorithm_where_it_is_pinned(key: Any, algorithm: str, kid: str) -> None:
     token = mint_ticket(Wish("alice", SSH, "node-a", ("cad", "gpu")), key, Algorithm(algorithm), kid, NOW)
     ticket = read(token, ANY_ALGORITHM)
@@ -221,7 +223,7 @@ def test_takes_each_algorithm_where_it_is_pinned(key: Any, algorithm: str, kid: 
         assert caught.value.why is flaw
 
 
-@pytest.mark.parametrize("secret", [PUBLIC_PEM, RSA_PEM, b"", KEY.public_key().public_bytes_raw()])
+@pytest.mark.parametrize("secret", [PUBLIC_PEM, RSA_PEM, b"", KEY.public_key().public_bytes_raw()], ids=["pem", "rsa", "empty", "raw"])
 def test_no_public_key_is_ever_an_hmac_secret(secret: bytes) -> None:
     for kid in (KNOWN.kid, "rsa", "ec"):
         with pytest.raises(BadTicket) as caught:
