@@ -102,7 +102,7 @@ def read_parameters(rules: LoginRules, path: bytes, fields: Sequence[Field], bod
     pairs = (_pairs(path.partition(b"?")[2]) or []) + (in_body or [])
     found = dict(pairs)
     users = {value for name, value in pairs if name.lower() == rules.user.lower()}
-    user = next(iter(users), "")
+    user = next(iter(users)) if len(users) == 1 else ""
     if not is_user(user):
         user = ""
     token = ""
