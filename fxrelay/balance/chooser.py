@@ -5,7 +5,7 @@ import logging
 import secrets
 import time
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -34,6 +34,8 @@ from fxtunnel.model import GatewayId, RelayId, ServiceName
 logger = logging.getLogger(__name__)
 
 PUBLISH_QUEUE: Final = 1_024
+GATHER_S: Final = 0.05
+"""Pause after placements were told: what changes meanwhile goes out together, each placement as it is then."""
 NEXT_NUMBER_S: Final = 1.0
 LOOK_AGAIN_S: Final = 1.0
 """Who waits for a server looks again after this long, whatever is heard: servers also get free by time."""
@@ -92,7 +94,7 @@ class PoolChooser:
         self._lines: defaultdict[ServiceName, Line] = defaultdict(Line)
         self.seating: Seating | None = None
         """Reservations. None: this relay knows of none, and gives nobody a server for himself."""
-        self._news_in, self._news_out = trio.open_memory_channel[str](PUBLISH_QUEUE)
+        self._news_in, self._news_out = trio.open_memory_channel[tuple[str, Placement]](PUBLISH_QUEUE)
         self.decisions = 0
         self.failures: dict[str, int] = {}
 
@@ -103,11 +105,14 @@ class PoolChooser:
 
     async def run(self) -> None:
         """Tell the other relays about placements until cancelled. What they do not hear they learn from the servers' updates."""
-        async for text in self._news_out:
+        async for first in self._news_out:
+            news = [first, *_waiting_in(self._news_out)]
+            latest = {placement.placement_id: encode_placement(event, placement) for event, placement in news}
             try:
-                await self._threads.run(lambda text=text: self._transporter.publish(PLACEMENTS, text))  # type: ignore[misc]
+                await self._threads.run(partial(self._transporter.publish, PLACEMENTS, *latest.values()))
             except TransporterError as exc:
-                logger.debug("a placement was not told: %s", exc)
+                logger.debug("%d placements were not told: %s", len(latest), exc)
+            await trio.sleep(GATHER_S)
 
     async def choose(self, wanted: Wanted, excluded: frozenset[RelayId]) -> Node | NoNode:
         """See `Chooser`."""
@@ -260,7 +265,13 @@ class PoolChooser:
 
     def _tell(self, event: str, placement: Placement) -> None:
         with suppress(trio.WouldBlock, trio.BrokenResourceError):  # then the servers' own updates will tell
-            self._news_in.send_nowait(encode_placement(event, placement))
+            self._news_in.send_nowait((event, placement))
+
+
+def _waiting_in(channel: trio.MemoryReceiveChannel[tuple[str, Placement]]) -> Iterator[tuple[str, Placement]]:
+    with suppress(trio.WouldBlock):
+        while True:
+            yield channel.receive_nowait()
 
 
 class _NoClaim:

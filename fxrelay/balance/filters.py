@@ -1,12 +1,14 @@
 """Pure: which servers a chain is asked about at all, and why the others are not."""
 
+from bisect import bisect_left
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from operator import attrgetter
+from operator import attrgetter, itemgetter
 from typing import Any, Final
 
 from fxrelay.balance.model import Action, Candidate, Dropped
 from fxrelay.cluster.members import Member, MemberState
+from fxrelay.cluster.roster import Mark, Roster
 from fxrelay.cluster.server import ServerObject
 from fxtunnel.model import RelayId
 
@@ -23,6 +25,8 @@ RESERVED: Final = "reserved"
 NOT_ASKED_FOR: Final = "not-asked-for"
 
 _ID: Final = attrgetter("server.server_id")
+_SORT_FROM: Final = 8
+"""When more than one member in this many has changed, all are sorted anew."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +70,7 @@ class _Known:
 
 class Sieve:
     """The filters of one pool for one action. What they say of a member is remembered for as long as nothing about it changes, so that a
-    decision over a thousand servers costs little more than a walk along them.
+    decision over a thousand servers of a `Roster` looks only at those that have changed.
 
     The order is: pool, state (stale, down, draining), reachability, the switches for login or start (clustering guide, "The Server List");
     then what no server says of itself: not asked for, tried before, reserved for somebody else, full. Reservations concern logins
@@ -78,35 +82,102 @@ class Sieve:
         self._action = action
         self._reaches = reaches
         self._known: dict[RelayId, _Known] = {}
+        self._mark: Mark | None = None
+        self._ids: list[RelayId] = []  # of those below, in order
+        self._candidates: list[Candidate] = []
+        self._dropped: dict[RelayId, Dropped] = {}
+        self._full: set[RelayId] = set()
 
     def sift(self, members: Collection[Member], user: str, around: Circumstances) -> tuple[list[Candidate], list[Dropped]]:
         """The candidates in order of id, and everyone else with the first reason that applied."""
-        candidates: list[Candidate] = []
-        dropped: list[Dropped] = []
-        known_members, in_flight, excluded, only = self._known, around.in_flight, around.excluded, around.only
+        self._catch_up(members)
+        candidates, dropped = self._candidates.copy(), list(self._dropped.values())
         holders = around.holders if around.holders and (self._action is Action.LOGIN or around.guards_start) else {}
-        if len(known_members) > 2 * len(members) + 100:
-            known_members.clear()  # mostly of servers that are no more
-        for member in members:
-            server_id = member.server.server_id
-            known = known_members.get(server_id)
-            if known is None or known.member is not member:
-                known = known_members[server_id] = self._look_at(member)
-            coming = in_flight.get(server_id, 0)
-            if known.dropped is not None:
-                dropped.append(known.dropped)
-            elif only is not None and server_id != only:
-                dropped.append(Dropped(server_id, NOT_ASKED_FOR))
-            elif server_id in excluded:
-                dropped.append(Dropped(server_id, EXCLUDED))
-            elif server_id in holders and holders[server_id] != user:
-                dropped.append(Dropped(server_id, RESERVED))
-            elif known.room is not None and known.room <= coming:
-                dropped.append(Dropped(server_id, FULL))
-            else:
-                candidates.append(Candidate(member.server, coming) if coming else known.candidate)
-        candidates.sort(key=_ID)
+        if around.only is not None:
+            dropped += [Dropped(server_id, NOT_ASKED_FOR) for server_id in self._ids if server_id != around.only]
+            candidates = [candidate for candidate in candidates if candidate.server_id == around.only]
+            return self._sift_each(candidates, dropped, holders, user, around)
+        gone: list[tuple[int, Dropped]] = []
+        for server_id in {*around.excluded, *holders, *around.in_flight, *self._full}:
+            place = bisect_left(self._ids, server_id)
+            if place == len(self._ids) or self._ids[place] != server_id:
+                continue
+            coming = around.in_flight.get(server_id, 0)
+            reason = self._reason_now(server_id, coming, holders, user, around)
+            if reason is not None:
+                gone.append((place, Dropped(server_id, reason)))
+            elif coming:
+                candidates[place] = Candidate(candidates[place].server, coming)
+        gone.sort(key=itemgetter(0))
+        dropped += [each for _, each in gone]
+        for place, _ in reversed(gone):
+            del candidates[place]
         return candidates, dropped
+
+    def _sift_each(
+        self, candidates: list[Candidate], dropped: list[Dropped], holders: Mapping[RelayId, str], user: str, around: Circumstances
+    ) -> tuple[list[Candidate], list[Dropped]]:
+        left = []
+        for candidate in candidates:
+            coming = around.in_flight.get(candidate.server_id, 0)
+            reason = self._reason_now(candidate.server_id, coming, holders, user, around)
+            if reason is not None:
+                dropped.append(Dropped(candidate.server_id, reason))
+            else:
+                left.append(Candidate(candidate.server, coming) if coming else candidate)
+        return left, dropped
+
+    def _reason_now(self, server_id: RelayId, coming: int, holders: Mapping[RelayId, str], user: str, around: Circumstances) -> str | None:
+        if server_id in around.excluded:
+            return EXCLUDED
+        if server_id in holders and holders[server_id] != user:
+            return RESERVED
+        room = self._known[server_id].room
+        return FULL if room is not None and room <= coming else None
+
+    def _catch_up(self, members: Collection[Member]) -> None:
+        changed = None
+        if isinstance(members, Roster):
+            changed = members.since(self._mark)
+            self._mark = members.mark
+        if changed is None or len(changed) * _SORT_FROM > len(members):
+            self._look_at_all(members)
+            return
+        for member in changed:
+            self._look_again(member)
+
+    def _look_at_all(self, members: Collection[Member]) -> None:
+        before = self._known
+        self._known = {member.server.server_id: self._known_of(member, before) for member in members}
+        candidates = sorted((known.candidate for known in self._known.values() if known.dropped is None), key=_ID)
+        self._candidates, self._ids = candidates, [candidate.server_id for candidate in candidates]
+        self._dropped = {server_id: known.dropped for server_id, known in self._known.items() if known.dropped is not None}
+        self._full = {server_id for server_id, known in self._known.items() if known.room is not None and known.room <= 0}
+
+    def _look_again(self, member: Member) -> None:
+        server_id = member.server.server_id
+        known = self._known[server_id] = self._look_at(member)
+        place = bisect_left(self._ids, server_id)
+        is_there = place < len(self._ids) and self._ids[place] == server_id
+        if known.dropped is not None:
+            self._dropped[server_id] = known.dropped
+            if is_there:
+                del self._ids[place], self._candidates[place]
+        else:
+            self._dropped.pop(server_id, None)
+            if is_there:
+                self._candidates[place] = known.candidate
+            else:
+                self._ids.insert(place, server_id)
+                self._candidates.insert(place, known.candidate)
+        if known.room is not None and known.room <= 0:
+            self._full.add(server_id)
+        else:
+            self._full.discard(server_id)
+
+    def _known_of(self, member: Member, before: Mapping[RelayId, _Known]) -> _Known:
+        known = before.get(member.server.server_id)
+        return known if known is not None and known.member is member else self._look_at(member)
 
     def _look_at(self, member: Member) -> _Known:
         server, reason = member.server, self._reason(member)

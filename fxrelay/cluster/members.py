@@ -2,11 +2,12 @@
 
 import json
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Final
 
+from fxrelay.cluster.roster import Roster
 from fxrelay.cluster.server import BadServer, ServerObject, parse_server
 from fxtunnel.model import InstanceId, RelayId, is_name
 
@@ -103,7 +104,7 @@ class Members:
         self._ages = ages
         self._records: dict[RelayId, _Record] = {}
         self._controls: dict[RelayId, Control] = {}
-        self._members: dict[RelayId, Member] = {}
+        self._members: Roster[Member] = Roster()
         self._looked_at = 0.0
         self._next_change_at = math.inf
         self.outcomes: dict[Outcome, int] = dict.fromkeys(Outcome, 0)
@@ -158,8 +159,9 @@ class Members:
         record = self._records.get(RelayId(server_id))
         if record is not None:
             record.control = control
-            known = self._members[RelayId(server_id)]
-            self._members[RelayId(server_id)] = replace(known, is_drained=control.draining, disabled=control.disable)
+            known = self._members.get(RelayId(server_id))
+            if known is not None:
+                self._members.put(RelayId(server_id), replace(known, is_drained=control.draining, disabled=control.disable))
 
     def replace_controls(self, controls: Mapping[str, Control]) -> None:
         """What is switched off is exactly this: from reading the whole store."""
@@ -173,17 +175,17 @@ class Members:
         for server_id, record in list(self._records.items()):
             if server_id not in still_there and now - record.heard_at > self._ages.down_s:
                 del self._records[server_id]
-                del self._members[server_id]
+                self._members.remove(server_id)
 
     def get(self, server_id: RelayId, now: float) -> Member | None:
         """One member."""
         self._look(now)
         return self._members.get(server_id)
 
-    def members(self, now: float) -> Collection[Member]:
+    def members(self, now: float) -> Roster[Member]:
         """All of them, down ones too; to be read before anything else is heard."""
         self._look(now)
-        return self._members.values()
+        return self._members
 
     def statistics(self, now: float) -> dict[MemberState, int]:
         """How many are in which state."""
@@ -198,21 +200,24 @@ class Members:
             return
         self._looked_at, self._next_change_at = now, math.inf
         for server_id, record in self._records.items():
-            known = self._members[server_id]
-            if known.rivals or known.state is not self._state(now - record.heard_at):
+            known = self._members.get(server_id)
+            if known is None or known.rivals or known.state is not self._state(now - record.heard_at):
                 self._describe(record, now)
             else:
                 self._note_next_change(record, now)
 
     def _describe(self, record: _Record, now: float) -> None:
         record.rivals = {instance: heard_at for instance, heard_at in record.rivals.items() if now - heard_at < QUARREL_S}
-        self._members[record.server.server_id] = Member(
-            record.server,
-            self._state(now - record.heard_at),
-            record.heard_at,
-            record.control.draining,
-            record.control.disable,
-            tuple(record.rivals),
+        self._members.put(
+            record.server.server_id,
+            Member(
+                record.server,
+                self._state(now - record.heard_at),
+                record.heard_at,
+                record.control.draining,
+                record.control.disable,
+                tuple(record.rivals),
+            ),
         )
         self._note_next_change(record, now)
 

@@ -118,8 +118,10 @@ class Subscription(Protocol):
 class Transporter(Protocol):
     """Tells the other members at once. Nothing is kept for those who do not listen: the store is what counts."""
 
-    def publish(self, topic: str, text: str) -> None:
-        """Tell everyone who has subscribed, this relay included. Raises TransporterError."""
+    def publish(self, topic: str, *texts: str) -> None:
+        """Tell everyone who has subscribed, this relay included, in this order. Many at once cost little more than one. Raises
+        TransporterError: none, some or all were told.
+        """
 
     def subscribe(self, topics: tuple[str, ...]) -> Subscription:
         """Listen. Raises TransporterError."""

@@ -26,11 +26,11 @@ class RedisTransporter:
         self._client = client
         self._subscribers = Subscribers[RedisSubscription](client.name)
 
-    def publish(self, topic: str, text: str) -> None:
+    def publish(self, topic: str, *texts: str) -> None:
         """Tell everyone who listens. Raises TransporterError."""
         try:
-            channel, data = self._client.key(encode_collection(topic)), encode_text(text)
-            self._client.ask(lambda redis: redis.publish(channel, data))
+            channel, bodies = self._client.key(encode_collection(topic)), [encode_text(text) for text in texts]
+            self._client.ask(lambda redis: _publish(redis, channel, bodies))
         except StoreError as exc:
             raise TransporterError(str(exc)) from exc
 
@@ -47,6 +47,16 @@ class RedisTransporter:
         """End all connections; subscriptions end."""
         self._subscribers.close()
         self._client.close()
+
+
+def _publish(redis: Any, channel: str, bodies: list[bytes]) -> None:
+    if len(bodies) == 1:
+        redis.publish(channel, bodies[0])
+        return
+    pipeline = redis.pipeline(transaction=False)
+    for body in bodies:
+        pipeline.publish(channel, body)
+    pipeline.execute()
 
 
 class RedisSubscription:

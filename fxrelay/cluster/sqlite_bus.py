@@ -23,6 +23,7 @@ KEPT_MS: Final = 60_000
 MAX_KEPT: Final = 20_000
 """Messages; a member that never stops talking must not fill the disk."""
 _CLEAN_S: Final = 5.0
+_ADD: Final = "INSERT INTO messages (sent_ms, topic, body) VALUES (?, ?, ?)"
 _NEW: Final = """
 SELECT id, CASE WHEN typeof(topic) = 'text' THEN CAST(substr(topic, 1, 65) AS BLOB) END,
 CASE WHEN typeof(body) = 'blob' AND length(body) <= ? THEN body END
@@ -39,13 +40,15 @@ class SqliteTransporter:
         self._clean_at = 0.0
         self._subscribers = Subscribers[SqliteSubscription](str(path))
 
-    def publish(self, topic: str, text: str) -> None:
-        """Tell everyone who listens. Raises TransporterError."""
+    def publish(self, topic: str, *texts: str) -> None:
+        """Tell everyone who listens. Raises TransporterError: nobody was told."""
 
         def write(database: sqlite3.Connection) -> None:
             now_ms = time.time_ns() // 1_000_000
             database.execute("BEGIN IMMEDIATE")
-            sent = database.execute("INSERT INTO messages (sent_ms, topic, body) VALUES (?, ?, ?)", (now_ms, name, body)).lastrowid or 0
+            sent = 0
+            for body in bodies:
+                sent = database.execute(_ADD, (now_ms, name, body)).lastrowid or 0
             if time.monotonic() >= self._clean_at:
                 # A clock that was set back must not make messages eternal.
                 database.execute(
@@ -56,7 +59,7 @@ class SqliteTransporter:
             database.execute("COMMIT")
 
         try:
-            name, body = encode_collection(topic), encode_text(text)
+            name, bodies = encode_collection(topic), [encode_text(text) for text in texts]
             self._file.run(write)
         except StoreError as exc:
             raise TransporterError(str(exc)) from exc

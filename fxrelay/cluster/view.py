@@ -6,13 +6,14 @@ Belongs to the trio thread. The follower writes it, decisions and status read it
 import json
 import logging
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Final
 
 from fxrelay.cluster.inflight import InFlight, Placement, PlacementId
 from fxrelay.cluster.members import Ages, Control, Member, Members, Outcome
 from fxrelay.cluster.ports import CONTROLS, MAX_DOCUMENT_BYTES, PLACEMENTS, RESERVATIONS, SERVERS, Document, Message
+from fxrelay.cluster.roster import Roster
 from fxtunnel.model import RelayId, is_name
 
 logger = logging.getLogger(__name__)
@@ -73,7 +74,7 @@ class ClusterView:
         down_s = 0.0 if self._store_down_since is None else self._monotonic() - self._store_down_since
         return Health(self._synced, down_s, self._live, self._last_error)
 
-    def everyone(self) -> Collection[Member]:
+    def everyone(self) -> Roster[Member]:
         """All members, down ones too; to be read before anything else is heard."""
         return self.members.members(self.now)
 

@@ -4,6 +4,7 @@ import json
 import logging
 from collections import Counter
 from contextlib import suppress
+from functools import partial
 from typing import Any, Final
 
 import trio
@@ -35,20 +36,27 @@ class Tidings:
         self.rejections: Counter[str] = Counter()
         self._transporter = transporter
         self._threads = threads
-        self._news_in, self._news_out = trio.open_memory_channel[str](QUEUE)
+        self._news_in, self._news_out = trio.open_memory_channel[tuple[str, Record]](QUEUE)
 
     async def run(self) -> None:
         """Tell the other relays until cancelled. What they do not hear they read in the store."""
-        async for text in self._news_out:
+        async for first in self._news_out:
+            news = [first]
+            with suppress(trio.WouldBlock):
+                while True:
+                    news.append(self._news_out.receive_nowait())
+            # Threads finish in any order: the last one told is not always the latest.
+            news.sort(key=lambda told: told[1].revision)
+            latest = {(server_id, record.epoch): encode_tidings(server_id, record) for server_id, record in news}
             try:
-                await self._threads.run(lambda text=text: self._transporter.publish(RESERVATIONS, text))  # type: ignore[misc]
+                await self._threads.run(partial(self._transporter.publish, RESERVATIONS, *latest.values()))
             except TransporterError as exc:
-                logger.debug("a reservation was not told: %s", exc)
+                logger.debug("%d reservations were not told: %s", len(latest), exc)
 
     def publish(self, server_id: str, record: Record) -> None:
         """To the other relays."""
         with suppress(trio.WouldBlock, trio.BrokenResourceError):
-            self._news_in.send_nowait(encode_tidings(server_id, record))
+            self._news_in.send_nowait((server_id, record))
 
     def happened(self, event: str, server_id: str, user: str, login_id: str, record: Record | None = None) -> None:
         """A step of a login, for the audit. Only entries, which cost strangers nothing, are left out of the log where there are many."""

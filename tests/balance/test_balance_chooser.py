@@ -81,6 +81,7 @@ class Surroundings:
         self.hang_s = 0.0
         self.number = 40
         self.said: list[tuple[str, dict[str, Any]]] = []
+        self.batches = 0
 
     def add(self, counter: str, amount: int) -> int:
         time.sleep(self.hang_s)
@@ -89,10 +90,11 @@ class Surroundings:
         self.number += amount
         return self.number
 
-    def publish(self, topic: str, text: str) -> None:
+    def publish(self, topic: str, *texts: str) -> None:
         if self.error:
             raise TransporterError("away")
-        self.said.append((topic, json.loads(text)))
+        self.said += [(topic, json.loads(text)) for text in texts]
+        self.batches += 1
 
 
 def make(around: Surroundings, *entries: Any) -> tuple[PoolChooser, ClusterView]:
@@ -151,12 +153,29 @@ async def test_claims_are_counted_here_and_told_to_others() -> None:
         second.claim.release()
         assert view.in_flight.counts(view.now) == {"b": 1}
         with trio.fail_after(20):
-            while len(around.said) < 5:
+            while {said["serverId"]: said["event"] for _, said in around.said} != {"a": "ended", "b": "placed"}:
                 await trio.sleep(0.01)
         nursery.cancel_scope.cancel()
-    told = [(topic, said["serverId"], said["event"]) for topic, said in around.said]
-    assert told == [(PLACEMENTS, *each) for each in (("a", "placed"), ("b", "placed"), ("a", "placed"), ("a", "ended"), ("b", "placed"))]
-    assert around.said[0][1]["id"] == around.said[3][1]["id"]
+    assert {topic for topic, _ in around.said} == {PLACEMENTS}
+    assert len({said["id"] for _, said in around.said}) == 2
+
+
+async def test_what_changes_while_others_are_told_goes_out_together_as_it_is_then() -> None:
+    around = Surroundings()
+    chooser, _ = make(around)
+    for _ in range(50):
+        node = await chooser.choose(WANTED, frozenset())
+        assert isinstance(node, Node)
+        node.claim.connected()
+        node.claim.release()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(chooser.run)
+        with trio.fail_after(20):
+            while len(around.said) < 50:
+                await trio.sleep(0.01)
+        nursery.cancel_scope.cancel()
+    assert {said["event"] for _, said in around.said} == {"ended"}
+    assert around.batches == 1
 
 
 async def test_claims_work_while_nobody_can_be_told() -> None:

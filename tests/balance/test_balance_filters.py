@@ -27,6 +27,7 @@ from fxrelay.balance.filters import (
 )
 from fxrelay.balance.model import Request
 from fxrelay.cluster.members import Member, MemberState
+from fxrelay.cluster.roster import Roster
 from fxrelay.cluster.server import ServerObject
 from fxtunnel.model import RelayId
 
@@ -203,3 +204,62 @@ def test_servers_that_are_no_more_are_not_remembered_for_ever() -> None:
     for number in range(1_000):
         sieve.sift([member(f"n{number}")], LOGIN.user, QUIET)
     assert len(sieve._known) < 200
+
+
+CHANGES = st.lists(
+    st.tuples(
+        st.sampled_from("abcdefgh"),
+        st.sampled_from(["up", "stale", "full", "drained", "gone"]),
+        st.dictionaries(st.sampled_from("abc"), st.integers(1, 3)),
+    ),
+    max_size=30,
+)
+
+
+@given(CHANGES, st.booleans())
+def test_a_sieve_that_looks_at_changes_alone_says_what_one_says_that_looks_at_everything(
+    changes: list[tuple[str, str, dict[str, int]]], is_guided: bool
+) -> None:
+    roster: Roster[Member] = Roster()
+    for each in "abcdefgh":
+        roster.put(RelayId(each), member(each, sessions=3, maxSessions=5))
+    sieve = Sieve(DESK, LOGIN.action)
+    for server_id, change, counts in changes:
+        state = MemberState.STALE if change == "stale" else MemberState.UP
+        if change == "gone":
+            roster.remove(RelayId(server_id))
+        else:
+            roster.put(
+                RelayId(server_id),
+                member(server_id, state, is_drained=change == "drained", sessions=5 if change == "full" else 3, maxSessions=5),
+            )
+        around = Circumstances(
+            {RelayId(key): value for key, value in counts.items()},
+            ids("d"),
+            {RelayId("e"): "bob", RelayId("f"): "ann"},
+            only=RelayId("a") if is_guided else None,
+        )
+        candidates, dropped = sieve.sift(roster, LOGIN.user, around)
+        expected, others = Sieve(DESK, LOGIN.action).sift(list(roster), LOGIN.user, around)
+        assert candidates == expected
+        assert sorted(dropped, key=lambda each: each.server_id) == sorted(others, key=lambda each: each.server_id)
+
+
+def test_a_roster_tells_what_has_changed_since_somebody_looked() -> None:
+    roster: Roster[str] = Roster()
+    roster.put(RelayId("a"), "a1")
+    roster.put(RelayId("b"), "b1")
+    assert roster.since(None) is None
+    mark = roster.mark
+    assert roster.since(mark) == []
+    roster.put(RelayId("a"), "a2")
+    roster.put(RelayId("c"), "c1")
+    roster.put(RelayId("a"), "a3")
+    assert roster.since(mark) == ["a3", "c1"]
+    assert list(roster) == ["b1", "c1", "a3"]
+    assert "c1" in roster
+    roster.remove(RelayId("x"))
+    assert roster.since(mark) is not None
+    roster.remove(RelayId("b"))
+    assert roster.since(mark) is None
+    assert (roster.get(RelayId("b")), len(roster)) == (None, 2)

@@ -122,14 +122,15 @@ class FakeTransporter:
         self.said: list[tuple[str, str]] = []
         self.at: list[float] = []
 
-    def publish(self, topic: str, text: str) -> None:
+    def publish(self, topic: str, *texts: str) -> None:
         if self.error:
             raise TransporterError(self.error)
-        self.said.append((topic, text))
-        self.at.append(trio.current_time())
-        for subscription in self.subscriptions:
-            subscription.queue.append(Message(topic, text))
-            subscription.news.set()
+        for text in texts:
+            self.said.append((topic, text))
+            self.at.append(trio.current_time())
+            for subscription in self.subscriptions:
+                subscription.queue.append(Message(topic, text))
+                subscription.news.set()
 
     def subscribe(self, topics: tuple[str, ...]) -> FakeSubscription:
         if self.error:

@@ -32,8 +32,10 @@ def test_everyone_hears_what_was_published_since_they_subscribed(backend: Backen
     messages = [Message(SERVERS, "a"), Message(PLACEMENTS, ""), Message(CONTROLS, "ä€😀\0"), Message(SERVERS, "x" * MAX_DOCUMENT_BYTES)]
     for message in messages:
         one.publish(message.topic, message.text)
-    assert hear(own, 4) == messages
-    assert hear(others, 4) == messages
+    one.publish(PLACEMENTS, *[str(number) for number in range(50)])
+    messages += [Message(PLACEMENTS, str(number)) for number in range(50)]
+    assert hear(own, 54) == messages
+    assert hear(others, 54) == messages
     assert hear(partly, 1) == [messages[2]]
     assert own.next_batch(0) == []
 
