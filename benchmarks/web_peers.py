@@ -1,4 +1,4 @@
-"""Task: what carries the web: FX Gateway with a door of each kind, and nginx as two hops with TLS 1.3 between. Set up from outside, as by hand."""
+"""Task: what carries the web: FX Gateway with a door of each kind, and nginx as two hops with TLS 1.3 between."""
 
 import tempfile
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from benchmarks.peers import Interpose, Running, nothing_between
 
 WEB: Final = frozenset({"get", "socket", "sni", "https", "slow"})
 KINDS: Final = ("tcp", "http", "sni", "https", "https-web")
-"""The doors of FX Gateway. `tcp`, `sni` and `https` lead to the service as a stream, `http` and `https-web` to a relay that reads requests."""
+"""FX Gateway's doors. `tcp`, `sni` and `https` lead to the service as a stream, `http` and `https-web` to a relay that reads requests."""
 
 
 class FxWeb:

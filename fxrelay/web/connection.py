@@ -1,7 +1,7 @@
 """Task: one client's HTTP connection from its first byte to its last: requests in their order, each to its node."""
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import trio
@@ -10,9 +10,11 @@ from fxrelay.delivery.delivery import DeliveryDesk
 from fxrelay.delivery.ports import Wanted
 from fxrelay.delivery.services import AnyService, PoolService
 from fxrelay.web.access import Visit
+from fxrelay.web.access import logger as access_log
 from fxrelay.web.affinity import CookieAffinity
 from fxrelay.web.client import ClientGone, ClientSide
 from fxrelay.web.exchange import REPEATABLE, CutOff, Exchange, Order, StaleLink
+from fxrelay.web.express import Express, Handed, Plan, Served, Terms
 from fxrelay.web.forwarding import Onward, Origin, request_onward, wanted_upgrade
 from fxrelay.web.heads import BadHead, RequestHead, ResponseHead, parse_request
 from fxrelay.web.link import ServiceLink
@@ -72,6 +74,7 @@ class WebConnection:
         self._opening = opening
         self._only = only
         self._client: ClientSide | None = None
+        self._express: Express | None = None
         wanted = Wanted(rules.name, opening.client, GatewayId(""), opening.trace)
         self._reacher = Reacher(around.desk, around.chooser, service, opening, wanted)
         is_tls = rules.tls is not None or opening.scheme in ("https", "tls")
@@ -98,6 +101,8 @@ class WebConnection:
                 self.tunnel.end()
             elif not self.is_given_back:
                 self.tunnel.reset(self.tunnel.broken or Code.CANCELLED)
+            if self._express is not None:
+                self._express.stop()
             self._reacher.close()
 
     def drain(self) -> None:
@@ -105,6 +110,8 @@ class WebConnection:
         self.is_draining = True
         if self._client is not None:
             self._client.stop_waiting()
+        if self._express is not None:
+            self._express.drain()
 
     async def _serve(self) -> None:
         limits, stream = self._around.limits, self.tunnel
@@ -112,11 +119,20 @@ class WebConnection:
         if self._rules.tls is not None:
             tls = await end_tls(stream, self._rules.tls, limits.head_timeout_s)
         self._client = client = ClientSide(tls or stream, limits)
+        if tls is None and self._around.gate is None:
+            self._express = self._new_express(client)
         keeps_on, is_first = True, True
         while keeps_on and not self.is_draining:
+            handed = Handed() if self._express is None or is_first else await self._express.wait()
+            if handed.unsent:
+                await client.send(handed.unsent)
+            if handed.is_over:
+                break
+            if handed.unsent:
+                continue
             self._visit = self._new_visit()
             try:
-                raw = await client.next_head(is_first=is_first)
+                raw = handed.raw or await client.next_head(is_first=is_first)
             except BadHead as exc:
                 await self._answer_alone(_refusal(exc), None, keeps_on=False)
                 break
@@ -124,18 +140,50 @@ class WebConnection:
                 break
             is_first = False
             self._visit = self._new_visit()
-            keeps_on = await self._answer(raw)
+            keeps_on = await self._answer(raw, handed)
         if tls is not None and not self.is_given_back:
             with trio.move_on_after(limits.head_timeout_s):
                 await tls.aclose()
 
-    async def _answer(self, raw: bytes) -> bool:
+    def _new_express(self, client: ClientSide) -> Express:
+        rules, limits = self._rules, self._around.limits
+        has_node_paths = rules.node_paths and isinstance(self._service, PoolService)
+        terms = Terms(self._plan, self._served, has_node_paths, rules.response_timeout_s, limits.keep_alive_s)
+        return Express(self._around.desk.reactor, self.tunnel, client, self._reacher, terms)
+
+    def _plan(self, raw: bytes) -> Plan | None:
+        """What holds for all requests with the fields of this one, if they can be served without a task."""
+        try:
+            head = parse_request(raw)
+            asked = self._judge(head)
+        except (BadHead, Refused):
+            return None
+        node = asked.wish.must or asked.wish.may
+        if head.has_body or asked.onward.upgrade or (node is None and isinstance(self._service, PoolService)):
+            return None
+        wire = self._wire(asked)
+        return Plan(head, asked.target.host, wire[wire.index(b"\r\n") :], node, _keeps_alive(head))
+
+    def _served(self, served: Served) -> None:
+        """From the reactor: a request was answered."""
+        if not access_log.isEnabledFor(logging.INFO):
+            return
+        visit = Visit(self._opening.trace, self._rules.name, self._opening.client, served.began)
+        visit.method, visit.host = served.method.decode(), served.plan.host
+        visit.path = served.path.partition(b"?")[0].decode()
+        visit.status, visit.node, visit.way = served.status, served.link.node or "", served.link.way
+        visit.bytes_out, visit.first_byte_at = served.body_bytes, self._around.desk.reactor.now
+        visit.log(visit.first_byte_at)
+
+    async def _answer(self, raw: bytes, handed: Handed) -> bool:
         """Serve one request. Returns whether there may be another."""
         head, visit = None, self._visit
+        visit.began -= handed.waited_s
+        begun = (handed.link, handed.waited_s) if handed.link is not None else None
         try:
             try:
                 head = parse_request(raw)
-                return await self._forward(head)
+                return await self._forward(head, begun)
             except BadHead as exc:
                 await self._answer_alone(_refusal(exc), head, keeps_on=False)
             except Refused as exc:
@@ -155,20 +203,16 @@ class WebConnection:
         finally:
             visit.log(trio.current_time())
 
-    async def _forward(self, head: RequestHead) -> bool:
-        asked = await self._consider(head)
+    async def _forward(self, head: RequestHead, begun: tuple[ServiceLink, float] | None) -> bool:
+        """`begun`: the request was sent on this link, so many seconds ago."""
+        asked = self._judge(head)
         visit, rules, gate = self._visit, self._rules, self._around.gate
-        wire = request_onward(
-            head,
-            asked.target,
-            self._origin,
-            asked.onward,
-            trusts_forwarded=rules.trusts_forwarded,
-            own_host=self._opening.host or rules.name,
-        )
+        if gate is not None:
+            asked = await _admitted(gate, asked)
+        wire = self._wire(asked)
         with Held() as held:
             while True:
-                link, is_chosen = await self._reacher.reach(asked.wish, held)
+                link, is_chosen = (begun[0], False) if begun is not None else await self._reacher.reach(asked.wish, held)
                 visit.node, visit.way = link.node or "", link.way
                 cookies: tuple[bytes, ...] = ()
                 if is_chosen and isinstance(rules.affinity, CookieAffinity) and link.node is not None:
@@ -188,16 +232,24 @@ class WebConnection:
                     cookies,
                     answered if gate is not None else None,
                 )
+                waited_s, begun = begun[1] if begun is not None else None, None
                 try:
-                    return await self._exchange(link, order)
+                    return await self._exchange(link, order, waited_s)
                 except StaleLink:
                     continue  # it has been taken out; a fresh one cannot be stale
 
-    async def _exchange(self, link: ServiceLink, order: Order) -> bool:
+    def _wire(self, asked: Asked) -> bytes:
+        """The request's head for the service."""
+        own_host = self._opening.host or self._rules.name
+        trusts = self._rules.trusts_forwarded
+        return request_onward(asked.head, asked.target, self._origin, asked.onward, trusts_forwarded=trusts, own_host=own_host)
+
+    async def _exchange(self, link: ServiceLink, order: Order, waited_s: float | None) -> bool:
         assert self._client is not None
         is_kept = False
         try:
-            outcome = await Exchange(self._client, link, order, self._visit).run()
+            exchange = Exchange(self._client, link, order, self._visit)
+            outcome = await (exchange.run() if waited_s is None else exchange.resume(waited_s))
             if outcome.switched:
                 is_kept = True
                 await self._switch(link, outcome.switched)
@@ -210,13 +262,13 @@ class WebConnection:
             if not is_kept:
                 link.abort()
 
-    async def _consider(self, head: RequestHead) -> Asked:
-        """What to do with a request, before anything is sent.
+    def _judge(self, head: RequestHead) -> Asked:
+        """What to do with a request, before anybody is asked and anything is sent.
 
         Raises:
             BadHead, Refused: nothing.
         """
-        rules, visit, gate = self._rules, self._visit, self._around.gate
+        rules, visit = self._rules, self._visit
         target = read_target(head)
         visit.method = head.method.decode("ascii", "replace")
         visit.host = target.host
@@ -237,10 +289,6 @@ class WebConnection:
                 wish = Wish(may=rules.affinity.node_of(head), is_repeatable=again)
         path, host = target.path, target.host
         facts = RequestFacts(rules.name, visit.trace, self._opening.client, head.method, path, host, head.fields, wish.must or wish.may)
-        if gate is not None:
-            passed: Pass = await gate.admit(facts)
-            if passed.node is not None:
-                wish = Wish(passed.node, is_repeatable=again)
         return Asked(head, target, onward, wish, facts)
 
     def _named(self, path: NodePath) -> RelayId:
@@ -266,6 +314,7 @@ class WebConnection:
         except BaseException:
             link.abort()
             raise
+        link.unwatch()
         delivery = UpgradedDelivery(self._around.desk, link.sock, self._service, self._opening)
         before_in, before_out = tunnel.stream.bytes_in, tunnel.stream.bytes_out
         delivery.carry(tunnel, client)
@@ -303,6 +352,13 @@ class WebConnection:
     def _new_visit(self) -> Visit:
         opening = self._opening
         return Visit(opening.trace, self._rules.name, opening.client, trio.current_time())
+
+
+async def _admitted(gate: RequestGate, asked: Asked) -> Asked:
+    passed: Pass = await gate.admit(asked.facts)
+    if passed.node is None:
+        return asked
+    return replace(asked, wish=Wish(passed.node, is_repeatable=asked.wish.is_repeatable))
 
 
 def _keeps_alive(head: RequestHead) -> bool:
