@@ -1,7 +1,7 @@
 """Task: `python -m benchmarks.slow_clients PORT N [tls]`: clients that take their time, each kind a third of N.
 
-Heads a byte a second, bodies a byte a second, and answers that are never read. Who is turned away comes back at once. Prints a line when all
-stand, another when stdin ends.
+Heads a byte a second, bodies a byte a second, and answers that are never read. Who is turned away comes back at once. Prints a line when
+all stand, another when stdin ends.
 """
 
 import json
