@@ -166,7 +166,7 @@ def beside(folder: Path, rounds: int) -> Numbers:
     load = LoadGenerator.build(120)
     with load.service() as service_port:
         door = processes.free_port()
-        peer = FxGateway("fx", "FX Gateway", _pool_environ(folder, door, service_port), None)
+        peer = FxGateway("fx", "FX Gateway", _pool_environ(folder, door, service_port))
         nodes = None
         try:
             running = peer.start(service_port)

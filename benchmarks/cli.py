@@ -19,9 +19,9 @@ import psutil
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks import loadgen, peer_fx, peer_nginx, peer_ssh, plot, report
+from benchmarks import loadgen, measures, peer_fx, peer_nginx, peer_ssh, plot, report, web, web_peers
 from benchmarks.loadgen import LoadGenerator
-from benchmarks.measures import FULL, MEASURES, QUICK, Bench, Measure
+from benchmarks.measures import FULL, QUICK, Bench, Measure
 from benchmarks.peers import Direct, Peer
 from benchmarks.processes import BenchmarkError
 
@@ -31,7 +31,10 @@ PEERS: Final[list[Callable[[], Peer]]] = [
     peer_ssh.with_tty,
     peer_ssh.plain,
     peer_fx.without_resumption,
+    web_peers.FxWeb,
+    web_peers.NginxWeb,
 ]
+MEASURES: Final = (*measures.MEASURES, *web.MEASURES)
 RESULTS: Final = Path(__file__).resolve().parent / "results"
 CLIENT_LIMIT_S: Final = 90
 FILES_WANTED: Final = 16_000
@@ -75,11 +78,11 @@ def _one(bench: Bench, measure: Measure, peer: Peer, round_: int) -> Sample:
     return sample
 
 
-def _interleaved(bench: Bench, measures: Sequence[Measure], peers: Sequence[Peer], rounds: int, console: Console) -> list[Sample]:
+def _interleaved(bench: Bench, chosen: Sequence[Measure], peers: Sequence[Peer], rounds: int, console: Console) -> list[Sample]:
     """Each measure on the load generator alone, then A B C A B C … so that a machine that drifts drifts for all."""
     direct = Direct()
     cells = []
-    for measure in measures:
+    for measure in chosen:
         cells += [(measure, peer, 0) for peer in measure.peers([direct])]
         cells += [(measure, peer, number) for number in range(1, rounds + 1) for peer in measure.peers(peers)]
     samples = []
@@ -141,11 +144,11 @@ def main(rounds: int, only: str | None, peer: str | None, quick: bool, results: 
     if (files := _raise_file_limit()) < FILES_WANTED:
         console.print(f"only {files} open files are allowed (ulimit -Hn): crowds of clients may fail; {FILES_WANTED} are needed")
     sizes, rounds = (QUICK, 1) if quick else (FULL, rounds)
-    measures = [measure for measure in MEASURES if measure.name in names]
+    chosen = [measure for measure in MEASURES if measure.name in names]
     date, machine = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"), _machine()
-    load = LoadGenerator.build(CLIENT_LIMIT_S)
-    with load.service() as service_port:
-        samples = _interleaved(Bench(load, service_port, sizes), measures, peers, rounds, console)
+    load, requests = LoadGenerator.build(CLIENT_LIMIT_S), LoadGenerator.build(CLIENT_LIMIT_S, "webgen")
+    with load.service() as service_port, requests.service() as web_port:
+        samples = _interleaved(Bench(load, service_port, sizes, requests, web_port), chosen, peers, rounds, console)
     medians = report.medians_of(samples)
     shown = [Direct(), *peers] if any("direct" in by_peer for by_peer in medians.values()) else peers
     full: dict[str, Any] = {
@@ -160,7 +163,7 @@ def main(rounds: int, only: str | None, peer: str | None, quick: bool, results: 
         "targets": report.judge(medians),
         "samples": samples,
     }
-    is_whole = len(measures) == len(MEASURES) and len(wanted) == len(everyone)
+    is_whole = len(chosen) == len(MEASURES) and len(wanted) == len(everyone)
     name = "quick" if quick else "latest" if is_whole else "partial"
     _write(results, name, full)
     console.print(report.markdown(full), markup=False, highlight=False, soft_wrap=True)

@@ -25,21 +25,21 @@ def why_not() -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class LoadGenerator:
-    """The built program. Every run ends by itself after `limit_s` at the latest."""
+    """A built program. Every run ends by itself after `limit_s` at the latest."""
 
     program: Path
     limit_s: int
 
     @classmethod
-    def build(cls, limit_s: int) -> "LoadGenerator":
-        """Compile loadgen.c into benchmarks/build/ if it is not there or older."""
-        source, program = HERE / "loadgen.c", HERE / "build" / "loadgen"
+    def build(cls, limit_s: int, name: str = "loadgen") -> "LoadGenerator":
+        """Compile NAME.c into benchmarks/build/ if it is not there or older."""
+        source, program = HERE / f"{name}.c", HERE / "build" / name
         if not program.exists() or program.stat().st_mtime < source.stat().st_mtime:
             program.parent.mkdir(exist_ok=True)
             command = ["cc", "-O2", "-Wall", "-Wextra", "-pthread", "-o", str(program), str(source)]
             done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
             if done.returncode:
-                raise BenchmarkError(f"loadgen.c does not compile:\n{done.stderr}")
+                raise BenchmarkError(f"{source.name} does not compile:\n{done.stderr}")
         return cls(program, limit_s)
 
     def _command(self, limit_s: int, *words: object) -> list[str]:

@@ -40,6 +40,10 @@ class Sizes:
     fill_s: float
     cut_streams: int
     cut_bytes: int
+    web_s: float
+    web_wide: int
+    web_bytes: int
+    slow_clients: int
 
 
 FULL: Final = Sizes(
@@ -57,6 +61,10 @@ FULL: Final = Sizes(
     fill_s=25,
     cut_streams=20,
     cut_bytes=16 * MIB,
+    web_s=4,
+    web_wide=16,
+    web_bytes=GIB,
+    slow_clients=1000,
 )
 QUICK: Final = Sizes(
     bulk_bytes=256 * MIB,
@@ -73,16 +81,22 @@ QUICK: Final = Sizes(
     fill_s=8,
     cut_streams=20,
     cut_bytes=4 * MIB,
+    web_s=1,
+    web_wide=16,
+    web_bytes=256 * MIB,
+    slow_clients=100,
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Bench:
-    """What every measure gets besides the peer."""
+    """What every measure gets besides the peer. `web` speaks HTTP, with a service of its own."""
 
     load: LoadGenerator
     service_port: int
     sizes: Sizes
+    web: LoadGenerator
+    web_port: int
 
 
 def _moved(load: LoadGenerator, running: Running, direction: str, streams: int, stream_bytes: int) -> Numbers:
@@ -262,7 +276,7 @@ class Measure:
 
     def peers(self, peers: Iterable[Peer]) -> list[Peer]:
         """Those that take part in it."""
-        return [peer for peer in peers if peer.measures is None or self.name in peer.measures]
+        return [peer for peer in peers if self.name in peer.measures]
 
 
 MEASURES: Final = (

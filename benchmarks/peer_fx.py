@@ -6,12 +6,12 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
 from benchmarks import processes
-from benchmarks.peers import Interpose, Running, nothing_between
+from benchmarks.peers import STREAMS, Interpose, Running, nothing_between
 from benchmarks.processes import BenchmarkError
 
 ROOT: Final = Path(__file__).resolve().parent.parent
@@ -36,7 +36,7 @@ target = "127.0.0.1:{service_port}"
 class FxGateway:
     """One fxgateway with one door and one fxrelay with one service, with their defaults: loopback is exempt from limits by source."""
 
-    def __init__(self, name: str, label: str, environ: Mapping[str, str], measures: frozenset[str] | None) -> None:
+    def __init__(self, name: str, label: str, environ: Mapping[str, str], measures: frozenset[str] = STREAMS) -> None:
         self.name = name
         self.label = label
         self.measures = measures
@@ -82,8 +82,12 @@ class FxGateway:
             "gateway": self._daemon("fxgateway", folder / "gateway" / "gateway.toml", environ),
             "relay": self._daemon("fxrelay", relay / "relay.toml", environ),
         }
-        processes.wait_for_echo(door, self._running, [folder / "fxgateway.log", folder / "fxrelay.log"])
+        self.wait(door, [folder / "fxgateway.log", folder / "fxrelay.log"])
         return Running(door, pids)
+
+    def wait(self, door: int, logs: Sequence[Path]) -> None:
+        """Until the service answers through the tunnel."""
+        processes.wait_for_echo(door, self._running, logs)
 
     def stop(self) -> None:
         """End both daemons."""
@@ -109,7 +113,7 @@ def _environ() -> dict[str, str]:
 
 def usual() -> FxGateway:
     """With its defaults."""
-    return FxGateway("fx", "FX Gateway", {}, None)
+    return FxGateway("fx", "FX Gateway", {})
 
 
 def without_resumption() -> FxGateway:

@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from benchmarks import processes
-from benchmarks.peers import Interpose, Running, nothing_between
+from benchmarks.peers import STREAMS, Interpose, Running, nothing_between
 
 _MODULE: Final = "ngx_stream_module.so"
 
@@ -56,7 +56,7 @@ class Nginx:
 
     name = "nginx"
     label = "nginx stream, two hops"
-    measures: frozenset[str] | None = None
+    measures: frozenset[str] = STREAMS
 
     def __init__(self) -> None:
         self._folder: Path | None = None
@@ -78,7 +78,7 @@ class Nginx:
         """Start both hops. Both run as the caller; no file outside a temporary folder is touched."""
         self._folder = Path(tempfile.mkdtemp(prefix="fxbench-nginx-"))
         door, tunnel = processes.free_port(), processes.free_port()
-        _write_certificate(self._folder)
+        write_certificate(self._folder)
         near = self._hop("near", door, interpose(tunnel), tls_in="", tls=_TLS_OUT)
         far = self._hop("far", tunnel, service_port, tls_in=" ssl", tls=_TLS_IN)
         processes.wait_for_echo(door, self._running, [self._folder / "near.log", self._folder / "far.log"])
@@ -97,6 +97,10 @@ class Nginx:
         config = self._folder / f"{name}.conf"
         load = self._load_line()
         config.write_text(_CONFIG.format(load=load, name=name, listen=listen, tls_in=tls_in, target=target, tls=tls))
+        return self._run_hop(name, config)
+
+    def _run_hop(self, name: str, config: Path) -> int:
+        assert self._folder is not None
         command = [self._program() or "nginx", "-e", "stderr", "-p", str(self._folder), "-c", str(config)]
         process = processes.start(command, self._folder / f"{name}.log")
         self._running.append(process)
@@ -118,7 +122,8 @@ class Nginx:
         return f"load_module {module};" if module.exists() else None
 
 
-def _write_certificate(folder: Path) -> None:
+def write_certificate(folder: Path) -> None:
+    """server.pem and server.key for 127.0.0.1."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "benchmark")])
     now = datetime.datetime.now(datetime.UTC)

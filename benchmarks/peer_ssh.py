@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from benchmarks import processes
-from benchmarks.peers import Interpose, Running, nothing_between
+from benchmarks.peers import STREAMS, Interpose, Running, nothing_between
 from benchmarks.processes import BenchmarkError
 
 _SSHD: Final = """\
@@ -42,7 +42,7 @@ class Ssh:
     each other (Nagle). Both are measured: the tty is the fair one, plain `-N` the usual one.
     """
 
-    measures: frozenset[str] | None = None
+    measures: frozenset[str] = STREAMS
 
     def __init__(self, name: str, label: str, options: tuple[str, ...], command: tuple[str, ...]) -> None:
         self.name = name

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Final, Protocol
 
 Interpose = Callable[[int], int]
 
@@ -12,23 +12,28 @@ def nothing_between(port: int) -> int:
     return port
 
 
+STREAMS: Final = frozenset({"bulk", "bulk16", "conn", "echo", "idle", "stalled", "cut"})
+"""The measures of streams."""
+
+
 @dataclass(frozen=True, slots=True)
 class Running:
-    """A started peer: where clients connect, and the root pid of each daemon by what it is called."""
+    """A started peer: where clients connect, the root pid of each daemon by what it is called, and other doors by their kind."""
 
     port: int
     daemons: Mapping[str, int] = field(default_factory=dict)
+    doors: Mapping[str, int] = field(default_factory=dict)
 
 
 class Peer(Protocol):
     """A way from a client to a service over two processes. One object is one peer; it is started and stopped many times.
 
-    `measures` names the measures it takes part in; None: all.
+    `measures` names the measures it takes part in.
     """
 
     name: str
     label: str
-    measures: frozenset[str] | None
+    measures: frozenset[str]
 
     def why_not(self) -> str | None:
         """The reason why it cannot run here, or None."""
@@ -54,7 +59,7 @@ class Direct:
 
     name = "direct"
     label = "load generator alone"
-    measures: frozenset[str] | None = frozenset({"bulk", "bulk16", "conn", "echo"})
+    measures: frozenset[str] = frozenset({"bulk", "bulk16", "conn", "echo", "get"})
 
     def why_not(self) -> str | None:
         """Always there."""

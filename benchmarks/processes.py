@@ -142,22 +142,32 @@ def tcp_kernel_bytes() -> int:
     return 0
 
 
-def wait_for_echo(port: int, processes: Sequence[subprocess.Popen[bytes]], logs: Sequence[Path], *, within_s: float = 20.0) -> None:
-    """Wait until a message sent to `port` comes back from the service behind it.
+ECHO: Final = b"E" + bytes(15) + b"are you there", b"are you there"
+SMALL_GET: Final = b"GET /small HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n", b"HTTP/1.1 200 "
+
+
+def wait_for_echo(
+    port: int,
+    processes: Sequence[subprocess.Popen[bytes]],
+    logs: Sequence[Path],
+    *,
+    within_s: float = 20.0,
+    says: tuple[bytes, bytes] = ECHO,
+) -> None:
+    """Wait until the service behind `port` answers the first of `says` with what begins with the second.
 
     Raises:
         BenchmarkError: a process ended, or nothing came back in time; the text holds the end of the logs.
     """
     deadline_s = time.monotonic() + within_s
-    message = b"E" + bytes(15) + b"are you there"
     while time.monotonic() < deadline_s:
         ended = [process for process in processes if process.poll() is not None]
         if ended:
             break
         try:
             with socket.create_connection(("127.0.0.1", port), timeout=2) as probe:
-                probe.sendall(message)
-                if probe.recv(64) == message[16:]:
+                probe.sendall(says[0])
+                if probe.recv(64).startswith(says[1]):
                     return
         except OSError:
             pass

@@ -41,6 +41,17 @@ ROWS: Final = (
     Row("stalled", "worst_daemon_mib", "stalled clients, larger daemon MiB", 0),
     Row("stalled", "goodput_ratio", "goodput beside stalled clients, × without", 2, False, compared=False),
     Row("cut", "survived", "streams of 20 that survive 2 cuts", 0, False, compared=False),
+    Row("get", "requests_per_s", "short GETs/s, 16 connections", 0, False),
+    Row("get", "cpu_us_per_request", "CPU µs per short GET", 0),
+    Row("get", "alone_p50_us", "short GET p50, one connection, µs", 0, plotted=False),
+    Row("socket", "upgraded_p50_us", "WebSocket echo p50, µs", 0, compared=False),
+    Row("socket", "raw_p50_us", "the same echo by a raw stream, µs", 0, plotted=False),
+    Row("sni", "sni_cpu_ms", "CPU ms per connection led by SNI", 3, plotted=False),
+    Row("sni", "raw_cpu_ms", "the same by a raw door", 3, plotted=False),
+    Row("https", "cpu_s_per_gib", "TLS ended at the gateway, CPU s/GiB", 2),
+    Row("https", "mb_per_s", "TLS ended at the gateway, MB/s", 0, False, plotted=False),
+    Row("slow", "p99_ratio", "p99 beside slow clients, × without", 2, compared=False),
+    Row("slow", "worst_daemon_mib", "slow clients, larger daemon MiB", 0),
 )
 
 

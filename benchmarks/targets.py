@@ -79,6 +79,18 @@ def _resumption() -> list[Target]:
     return targets
 
 
+def _web() -> list[Target]:
+    rate, bulk = Metric("get", "requests_per_s", "fx-web"), Metric("https", "cpu_s_per_gib", "fx-web")
+    return [
+        Target("short GETs on kept connections", rate, 0.25, "× nginx", Metric("get", rate.name, "nginx-web"), at_least=True),
+        Target("WebSocket echo p50", Metric("socket", "ratio", "fx-web"), 1.2, "× a raw stream's"),
+        Target("connections led by SNI, CPU", Metric("sni", "ratio", "fx-web"), 1.15, "× a raw door's"),
+        Target("TLS ended at the gateway, CPU s/GiB", bulk, 1.3, "× nginx", Metric("https", bulk.name, "nginx-web")),
+        Target("GET p99 beside slow clients", Metric("slow", "p99_ratio", "fx-web"), 2, "× without them"),
+        Target("memory of the larger daemon, slow clients", Metric("slow", "worst_daemon_mib", "fx-web"), 256, "MiB"),
+    ]
+
+
 _BULK16: Final = Metric("bulk16", "cpu_s_per_gib")
 _CONN_CPU: Final = Metric("conn", "cpu_ms_per_conn")
 _CONN_RATE: Final = Metric("conn", "conn_per_s")
@@ -100,4 +112,5 @@ TARGETS: Final = (
     Target("goodput of active streams beside them", Metric("stalled", "goodput_ratio"), 0.9, "× without them", at_least=True),
     *_resumption(),
     Target("streams that survive two cuts", Metric("cut", "survived"), 1, "× all", Metric("cut", "streams"), at_least=True),
+    *_web(),
 )

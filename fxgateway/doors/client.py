@@ -55,7 +55,7 @@ class Client(Splice):
         """Only if the access log is on."""
         self.admitted_by = door.name
         self.named = ""
-        """The client's ip:port if somebody else told it (PROXY protocol); else the socket knows it."""
+        """The client's ip:port if it was told (at first by accept, or a PROXY header); else the socket knows it."""
         self.last_bytes = 0
         self.moved_at = door.reactor.now
         self._attempts = 0

@@ -231,7 +231,7 @@ class Door:
             if self.config.receptionist is None:
                 self.let_in(self._client(sock, address), peer_text(peer))
             else:
-                self.hall.hear(sock, address, "", self.config.receptionist)
+                self.hall.hear(sock, address, peer_text(peer), self.config.receptionist)
 
     def _admit(self, sock: socket.socket, address: str) -> bool:
         verdict = self.admission.admit(self.name, address, self.reactor.now)

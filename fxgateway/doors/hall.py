@@ -2,6 +2,7 @@
 
 import logging
 import socket
+from functools import lru_cache
 from typing import TYPE_CHECKING, Final, TypeVar
 
 from fxgateway.doors.client import Client
@@ -14,7 +15,8 @@ from fxgateway.routing.reception import Lead, Receptionist, TurnAway
 from fxtunnel.engine.splice import abort
 from fxtunnel.engine.tls_socket import TlsSocket
 from fxtunnel.kit.answers import Refused
-from fxtunnel.protocol.opening import Opening, encode_tags
+from fxtunnel.model import ServiceName
+from fxtunnel.protocol.opening import TAG_TRACE, Opening, encode_tag, encode_tags
 
 if TYPE_CHECKING:
     from fxgateway.doors.door import Door
@@ -35,7 +37,7 @@ class Hall:
         self._farewells = 0
 
     def hear(self, sock: socket.socket, address: str, named: str, receptionist: Receptionist) -> None:
-        """Take in an admitted client. `named` is its ip:port if somebody else told it."""
+        """Take in an admitted client. `named` is its ip:port, whoever told it."""
         context = self.door.config.tls
         visitor = Visitor(self, sock, address, named, receptionist) if context is None else Securing(self, sock, address, named, context)
         self.visitors[visitor] = self.door.reactor.now
@@ -64,21 +66,22 @@ class Hall:
         """It is clear where a connection goes."""
         self.visitors.pop(visitor, None)
         trace = next(self.door.traces)
-        opening = Opening(
-            lead.service,
-            door=self.door.name,
-            trace=trace,
-            host=lead.host,
-            scheme=lead.scheme,
-            node=lead.node,
-            ticket=lead.ticket,
-        )
         client: Client
         if lead.head is None:
             plain = Client if self.door.config.access is None else RecordedClient
-            client = plain(self.door, visitor.sock, visitor.address, lead.service, encode_tags(opening))
+            tags = _led_tags(lead.service, self.door.name, lead.host, lead.scheme) + encode_tag(TAG_TRACE, trace)
+            client = plain(self.door, visitor.sock, visitor.address, lead.service, tags)
             client.trace = trace
         else:
+            opening = Opening(
+                lead.service,
+                door=self.door.name,
+                trace=trace,
+                host=lead.host,
+                scheme=lead.scheme,
+                node=lead.node,
+                ticket=lead.ticket,
+            )
             kind = TlsWebClient if isinstance(visitor.sock, TlsSocket) else WebClient
             client = (kind if self.door.config.access is None else RECORDED[kind])(self.door, visitor.sock, visitor.address, lead, opening)
         client.named = visitor.named
@@ -119,6 +122,11 @@ class Hall:
         """Nobody comes in any more."""
         for visitor in list(self.visitors):
             visitor.turn_away(TurnAway("closed", "the door is closed"))
+
+
+@lru_cache(maxsize=1_024)
+def _led_tags(service: ServiceName, door: str, host: str, scheme: str) -> bytes:
+    return encode_tags(Opening(service, door=door, host=host, scheme=scheme))
 
 
 def until(waiting: dict[T, float], oldest: float) -> list[T]:

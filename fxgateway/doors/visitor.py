@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 class Visitor:
     """Owns the socket until the hall hears of `visitor_led` or `visitor_turned_away`, once. The hall also ends it when it takes too long.
 
-    `named` is the client's ip:port if somebody else told it.
+    `named` is the client's ip:port, whoever told it; empty if it has none.
     """
 
     __slots__ = ("_receptionist", "_silence", "_wanted_bytes", "address", "admitted_by", "door", "hall", "is_over", "named", "sock")
@@ -32,7 +32,10 @@ class Visitor:
         self._silence: Timer | None = None
 
     def start(self) -> None:
-        """Begin to listen to the socket."""
+        """Begin. A client that has spoken already, as under load they have, is led on before anything is waited for."""
+        self.on_event(0)
+        if self.is_over:
+            return
         self.door.reactor.register(self.sock, self, STREAM_EVENTS)
         receptionist = self._receptionist
         if receptionist.kind is Kind.AUTO and receptionist.default is not None:
@@ -108,7 +111,8 @@ class SecureVisitor(Visitor):
     def start(self) -> None:
         """See `Visitor`."""
         super().start()
-        self.door.reactor.again(self)  # the first request may have come with the end of the handshake
+        if not self.is_over:
+            self.door.reactor.again(self)  # the first request may have come with the end of the handshake, in part
 
     def on_event(self, events: int) -> None:
         """From the reactor."""

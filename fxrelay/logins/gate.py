@@ -108,6 +108,10 @@ class LoginGate:
             nursery.start_soon(keep_going, "looking for logins that have ended", self._look)
             task_status.started()
 
+    def concerns(self, service: ServiceName) -> bool:
+        """See `RequestGate`."""
+        return service in self._services
+
     async def admit(self, request: RequestFacts) -> Pass:
         """See `RequestGate`."""
         service = self._services.get(request.service)

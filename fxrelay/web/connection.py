@@ -12,12 +12,14 @@ import trio
 from fxrelay.admitting.porter import Porter
 from fxrelay.delivery.delivery import DeliveryDesk
 from fxrelay.delivery.ports import Wanted
-from fxrelay.delivery.services import AnyService
+from fxrelay.delivery.services import AnyService, PoolService
 from fxrelay.web.access import Visit
+from fxrelay.web.access import logger as access_log
 from fxrelay.web.affinity import CookieAffinity
 from fxrelay.web.client import ClientGone, ClientSide
 from fxrelay.web.entrance import Entrance
 from fxrelay.web.exchange import CutOff, Exchange, Order, StaleLink
+from fxrelay.web.express import Express, Handed, Plan, Served, Terms
 from fxrelay.web.forwarding import Origin
 from fxrelay.web.heads import BadHead, RequestHead, ResponseHead, parse_request
 from fxrelay.web.holding import WholeSender, answer_whole, read_whole, while_there
@@ -68,11 +70,13 @@ class WebConnection:
         self._rules = rules
         self._opening = opening
         self._client: ClientSide | None = None
+        self._express: Express | None = None
         wanted = Wanted(rules.name, opening.client, GatewayId(""), opening.trace)
         self._reacher = Reacher(around.desk, around.chooser, service, opening, wanted)
         is_tls = rules.tls is not None or opening.scheme in ("https", "tls")
         self._origin = Origin.of(opening.client, "https" if is_tls else "http")
         self._entrance = self._new_entrance() if rules.is_guarded else None
+        self._gate = around.gate if around.gate is not None and around.gate.concerns(rules.name) else None
         self._judge = Judge(rules, service, opening, self._origin, only, around.own_id, self._entrance)
         self._visit = self._new_visit()
         tunnel.on_broken = self.scope.cancel
@@ -96,6 +100,8 @@ class WebConnection:
                 self.tunnel.end()
             elif not self.is_given_back:
                 self.tunnel.reset(self.tunnel.broken or Code.CANCELLED)
+            if self._express is not None:
+                self._express.stop()
             self._reacher.close()
             if self._entrance is not None:
                 self._entrance.close()
@@ -105,6 +111,8 @@ class WebConnection:
         self.is_draining = True
         if self._client is not None:
             self._client.stop_waiting()
+        if self._express is not None:
+            self._express.drain()
 
     async def _serve(self) -> None:
         limits, stream = self._around.limits, self.tunnel
@@ -112,11 +120,20 @@ class WebConnection:
         if self._rules.tls is not None:
             tls = await end_tls(stream, self._rules.tls, limits.head_timeout_s)
         self._client = client = ClientSide(tls or stream, limits)
+        if tls is None and self._gate is None and not self._rules.is_guarded:
+            self._express = self._new_express(client)
         keeps_on, is_first = True, True
         while keeps_on and not self.is_draining:
+            handed = Handed() if self._express is None or is_first else await self._express.wait()
+            if handed.unsent:
+                await client.send(handed.unsent)
+            if handed.is_over:
+                break
+            if handed.unsent:
+                continue
             self._visit = self._new_visit()
             try:
-                raw = await client.next_head(is_first=is_first)
+                raw = handed.raw or await client.next_head(is_first=is_first)
             except BadHead as exc:
                 await self._answer_alone(_refusal(exc), None, keeps_on=False)
                 break
@@ -124,18 +141,50 @@ class WebConnection:
                 break
             is_first = False
             self._visit = self._new_visit()
-            keeps_on = await self._answer(raw)
+            keeps_on = await self._answer(raw, handed)
         if tls is not None and not self.is_given_back:
             with trio.move_on_after(limits.head_timeout_s):
                 await tls.aclose()
 
-    async def _answer(self, raw: bytes) -> bool:
+    def _new_express(self, client: ClientSide) -> Express:
+        rules, limits = self._rules, self._around.limits
+        has_node_paths = rules.node_paths and isinstance(self._service, PoolService)
+        terms = Terms(self._plan, self._served, has_node_paths, rules.response_timeout_s, limits.keep_alive_s)
+        return Express(self._around.desk.reactor, self.tunnel, client, self._reacher, terms)
+
+    def _plan(self, raw: bytes) -> Plan | None:
+        """What holds for all requests with the fields of this one, if they can be served without a task."""
+        try:
+            head = parse_request(raw)
+            asked = self._judge.judge(head, self._new_visit())
+        except (BadHead, Refused):
+            return None
+        node = asked.wish.must or asked.wish.may
+        if head.has_body or asked.onward.upgrade or (node is None and isinstance(self._service, PoolService)):
+            return None
+        wire = self._judge.wire(asked)
+        return Plan(head, asked.target.host, wire[wire.index(b"\r\n") :], node, _keeps_alive(head))
+
+    def _served(self, served: Served) -> None:
+        """From the reactor: a request was answered."""
+        if not access_log.isEnabledFor(logging.INFO):
+            return
+        visit = Visit(self._opening.trace, self._rules.name, self._opening.client, served.began)
+        visit.method, visit.host = served.method.decode(), served.plan.host
+        visit.path = served.path.partition(b"?")[0].decode()
+        visit.status, visit.node, visit.way = served.status, served.link.node or "", served.link.way
+        visit.bytes_out, visit.first_byte_at = served.body_bytes, self._around.desk.reactor.now
+        visit.log(visit.first_byte_at)
+
+    async def _answer(self, raw: bytes, handed: Handed) -> bool:
         """Serve one request. Returns whether there may be another."""
         head, visit = None, self._visit
+        visit.began -= handed.waited_s
+        begun = (handed.link, handed.waited_s) if handed.link is not None else None
         try:
             try:
                 head = parse_request(raw)
-                return await self._forward(head)
+                return await self._forward(head, begun)
             except BadHead as exc:
                 await self._answer_alone(_refusal(exc), head, keeps_on=False)
             except Refused as exc:
@@ -155,8 +204,9 @@ class WebConnection:
         finally:
             visit.log(trio.current_time())
 
-    async def _forward(self, head: RequestHead) -> bool:
-        visit, rules, gate = self._visit, self._rules, self._around.gate
+    async def _forward(self, head: RequestHead, begun: tuple[ServiceLink, float] | None) -> bool:
+        """`begun`: the request was sent on this link, so many seconds ago."""
+        visit, rules, gate = self._visit, self._rules, self._gate
         asked = self._judge.judge(head, visit)
         if asked.shown is not None:
             self._reacher.for_user(asked.shown.caller.user, asked.shown.caller.groups)
@@ -168,7 +218,7 @@ class WebConnection:
         wire = self._judge.wire(asked)
         with Held() as held, watched(asked.passed, self.scope):
             while True:
-                link, is_chosen = await self._reacher.reach(asked.wish, held)
+                link, is_chosen = (begun[0], False) if begun is not None else await self._reacher.reach(asked.wish, held)
                 visit.node, visit.way = link.node or "", link.way
                 await self._use(asked, link)
                 cookies: tuple[bytes, ...] = ()
@@ -191,8 +241,9 @@ class WebConnection:
                     cookies,
                     answered if gate is not None else None,
                 )
+                waited_s, begun = begun[1] if begun is not None else None, None
                 try:
-                    return await self._exchange(link, order)
+                    return await self._exchange(link, order, waited_s)
                 except StaleLink:
                     continue  # it has been taken out; a fresh one cannot be stale
 
@@ -211,9 +262,7 @@ class WebConnection:
         assert client is not None
         body = await read_whole(client, head, held.max_body_bytes)
         visit.bytes_in = len(body)
-        sender = WholeSender(
-            self._reacher, head, lambda found: self._judge.wire(replace(asked, head=found)), body, self._rules.response_timeout_s
-        )
+        sender = WholeSender(self._reacher, head, partial(self._wire_of, asked), body, self._rules.response_timeout_s)
         sender.visit = visit
         try:
             reply = await while_there(client, lambda: held.run(body, sender))
@@ -234,11 +283,12 @@ class WebConnection:
     def _wire_of(self, asked: Asked, head: RequestHead) -> bytes:
         return self._judge.wire(replace(asked, head=head))
 
-    async def _exchange(self, link: ServiceLink, order: Order) -> bool:
+    async def _exchange(self, link: ServiceLink, order: Order, waited_s: float | None) -> bool:
         assert self._client is not None
         is_kept = False
         try:
-            outcome = await Exchange(self._client, link, order, self._visit).run()
+            exchange = Exchange(self._client, link, order, self._visit)
+            outcome = await (exchange.run() if waited_s is None else exchange.resume(waited_s))
             if outcome.switched:
                 is_kept = True
                 await self._switch(link, outcome.switched)
@@ -269,6 +319,7 @@ class WebConnection:
         except BaseException:
             link.abort()
             raise
+        link.unwatch()
         delivery = UpgradedDelivery(self._around.desk, link.sock, self._service, self._opening)
         before_in, before_out = tunnel.stream.bytes_in, tunnel.stream.bytes_out
         delivery.carry(tunnel, client)

@@ -7,9 +7,9 @@ from typing import Final
 import trio
 
 from fxrelay.web.access import Visit
-from fxrelay.web.bodies import LAST_CHUNK, BadBody, BodyReader, ClosingBody, LengthBody, chunk, request_body, response_body
+from fxrelay.web.bodies import LAST_CHUNK, BadBody, chunk, request_body
 from fxrelay.web.client import ClientGone, ClientSide
-from fxrelay.web.forwarding import Backward, response_back, switched_back
+from fxrelay.web.forwarding import Answer, Backward, answer_back, response_back, switched_back
 from fxrelay.web.heads import BadHead, RequestHead, ResponseHead, parse_response
 from fxrelay.web.link import ServiceLink
 from fxtunnel.kit.answers import Refused
@@ -60,6 +60,7 @@ class Exchange:
         self._order = order
         self._visit = visit
         self._is_sent = False
+        self._waited_s = 0.0
         self._has_interim = False
         self._has_answer = False
         self._waits = trio.CancelScope()
@@ -78,6 +79,12 @@ class Exchange:
             await self._send(self._order.wire)
             return await self._respond()
         return await self._both_ways()
+
+    async def resume(self, waited_s: float) -> Outcome:
+        """As `run`, for a request that was sent so many seconds ago."""
+        self._is_sent = True
+        self._waited_s = waited_s
+        return await self._respond()
 
     async def _both_ways(self) -> Outcome:
         failures: list[Exception] = []
@@ -147,7 +154,7 @@ class Exchange:
         order = self._order
         with self._waits:
             if self._is_sent:
-                self._waits.deadline = trio.current_time() + order.response_timeout_s
+                self._waits.deadline = trio.current_time() + order.response_timeout_s - self._waited_s
             head = await self._final_head()
         if self._waits.cancelled_caught:
             raise Refused(504, "Timeout", "The service did not answer in time.")
@@ -156,29 +163,19 @@ class Exchange:
                 return Outcome(switched=switched_back(head, order.upgrade))
             except BadHead as exc:
                 raise _bad_gateway(str(exc)) from exc
+        keeps_alive = order.keeps_alive and self._is_sent and not order.upgrade
         try:
-            body = response_body(order.head.method, head)
+            answer = answer_back(head, order.head, keeps_alive=keeps_alive, cookies=order.cookies)
         except BadHead as exc:
             raise _bad_gateway(str(exc)) from exc
-        extra = order.cookies
         if order.answered is not None:
-            extra = (*extra, *await order.answered(head))
-        has_end = isinstance(body, LengthBody)
-        is_old = order.head.version == b"1.0"
-        keeps_client = order.keeps_alive and self._is_sent and not order.upgrade and (has_end or not is_old)
-        connection = b"close" if not keeps_client else b"keep-alive" if is_old else b""
-        wire = response_back(head, Backward(not has_end and not is_old, connection, extra))
+            extra = await order.answered(head)
+            if extra:
+                answer = answer_back(head, order.head, keeps_alive=keeps_alive, cookies=(*order.cookies, *extra))
         self._visit.status = head.status
-        await self._stream(wire, body, is_chunked=not has_end and not is_old)
-        keeps_link = (
-            self._is_sent
-            and head.version == b"1.1"
-            and not order.upgrade
-            and not isinstance(body, ClosingBody)
-            and not body.rest
-            and b"close" not in head.tokens(b"connection")
-        )
-        return Outcome(keeps_client, keeps_link)
+        await self._stream(answer)
+        keeps_link = answer.keeps_link and self._is_sent and not order.upgrade and not answer.body.rest
+        return Outcome(answer.keeps_client, keeps_link)
 
     async def _final_head(self) -> ResponseHead:
         """The final response's head, or the 101 that was asked for. Interim ones go to the client, if it knows them."""
@@ -214,9 +211,10 @@ class Exchange:
                 raise _bad_gateway("the service closed the connection without an answer")
             link.scanner.feed(data)
 
-    async def _stream(self, wire: bytes, body: BodyReader, *, is_chunked: bool) -> None:
-        """The response to the client: its head `wire`, and its body."""
+    async def _stream(self, answer: Answer) -> None:
+        """The response to the client: its head, and its body."""
         client, link, visit = self._client, self._link, self._visit
+        wire, body, is_chunked = answer.wire, answer.body, answer.is_chunked
         visit.first_byte_at = trio.current_time()
         self._has_answer = True
         data = link.scanner.take_rest()

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from fxrelay.web.bodies import BodyReader, ClosingBody, LengthBody, response_body
 from fxrelay.web.heads import BadHead, Field, RequestHead, ResponseHead
 from fxrelay.web.targets import Target
 
@@ -132,6 +133,36 @@ def response_back(head: ResponseHead, backward: Backward) -> bytes:
         lines.append(b"Connection: %b\r\n" % backward.connection)
     lines.append(b"\r\n")
     return b"".join(lines)
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A final response on its way back. `wire` is its head for the client. `keeps_client` and `keeps_link`: the connection may be used
+    again, if nothing else speaks against it.
+    """
+
+    wire: bytes
+    body: BodyReader
+    is_chunked: bool
+    keeps_client: bool
+    keeps_link: bool
+
+
+def answer_back(head: ResponseHead, request: RequestHead, *, keeps_alive: bool, cookies: Sequence[bytes] = ()) -> Answer:
+    """The final response with this head, for the client that made the request.
+
+    Raises:
+        BadHead: it leaves open where its body ends.
+    """
+    body = response_body(request.method, head)
+    has_end = isinstance(body, LengthBody)
+    is_old = request.version == b"1.0"
+    keeps_client = keeps_alive and (has_end or not is_old)
+    connection = b"close" if not keeps_client else b"keep-alive" if is_old else b""
+    is_chunked = not has_end and not is_old
+    wire = response_back(head, Backward(is_chunked, connection, cookies))
+    keeps_link = head.version == b"1.1" and not isinstance(body, ClosingBody) and b"close" not in head.tokens(b"connection")
+    return Answer(wire, body, is_chunked, keeps_client, keeps_link)
 
 
 def switched_back(head: ResponseHead, upgrade: bytes) -> bytes:

@@ -3,9 +3,10 @@
 import contextlib
 import errno
 import os
+import select
 import socket
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import trio
@@ -14,11 +15,13 @@ from fxrelay.cluster.settings import PathKind
 from fxrelay.delivery.delivery import connect
 from fxrelay.delivery.services import Endpoint
 from fxrelay.web.heads import MAX_ANSWER_HEAD_BYTES, HeadScanner
+from fxtunnel.engine.reactor import Reactor
 from fxtunnel.engine.splice import abort
 from fxtunnel.errors import NodeError
 from fxtunnel.model import RelayId
 
 RECEIVE_BYTES: Final = 65_536
+SERVICE_EVENTS: Final = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLET
 _CLOSE_CLEANLY: Final = struct.pack("ii", 0, 0)
 _LOOK: Final = socket.MSG_PEEK | socket.MSG_DONTWAIT
 
@@ -29,15 +32,39 @@ class ServiceLink:
     `is_used` tells whether a request has been answered on it: a service may end such a connection at any moment.
     """
 
-    __slots__ = ("_stream", "is_used", "node", "scanner", "sock", "way")
+    __slots__ = ("_reactor", "_stream", "is_used", "node", "on_readable", "scanner", "sock", "way")
 
     def __init__(self, sock: socket.socket, node: RelayId | None, way: PathKind) -> None:
         self.sock = sock
         self.node = node
         self.way = way
         self.is_used = False
+        self.on_readable: Callable[[], None] | None = None
+        """Called from the reactor, once `watch` was, when something may have arrived."""
+        self._reactor: Reactor | None = None
         self.scanner = HeadScanner(MAX_ANSWER_HEAD_BYTES)
         self._stream = trio.SocketStream(trio.socket.from_stdlib_socket(sock))
+
+    def watch(self, reactor: Reactor) -> None:
+        """Let the reactor tell `on_readable`. May be repeated."""
+        if self._reactor is None:
+            self._reactor = reactor
+            reactor.register(self.sock, self, SERVICE_EVENTS)
+
+    def unwatch(self) -> None:
+        """Somebody else takes the socket over."""
+        reactor, self._reactor = self._reactor, None
+        if reactor is not None:
+            reactor.unregister(self.sock)
+
+    def on_event(self, events: int) -> None:
+        """From the reactor."""
+        if self.on_readable is not None:
+            self.on_readable()
+
+    def on_crash(self) -> None:
+        """From the reactor: a bug of ours; this connection ends, nothing else does."""
+        self.abort()
 
     def send_nowait(self, data: bytes) -> int:
         """Send as much as the socket takes at once; how much that was. A broken connection takes nothing: `send` tells."""
@@ -94,14 +121,22 @@ class ServiceLink:
 
     def close(self) -> None:
         """Close in order. May be repeated."""
+        self._forget()
         with contextlib.suppress(OSError):
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _CLOSE_CLEANLY)
         self.sock.close()
 
     def abort(self) -> None:
         """Close with RST: the service must not take what it has for the whole request. May be repeated."""
+        self._forget()
         with contextlib.suppress(OSError):
             abort(self.sock)
+
+    def _forget(self) -> None:
+        reactor, self._reactor = self._reactor, None
+        self.on_readable = None
+        if reactor is not None:
+            reactor.forget(self.sock)
 
 
 async def open_link(endpoints: Sequence[Endpoint], greeting: bytes, node: RelayId | None, way: PathKind) -> ServiceLink:

@@ -141,6 +141,9 @@ class RequestGate(Protocol):
     `Refused`, which is then the answer. Safe to cancel.
     """
 
+    def concerns(self, service: ServiceName) -> bool:
+        """Whether it asks anything of this service's requests. Others are not shown to it."""
+
     async def admit(self, request: RequestFacts) -> Pass:
         """Before anything is sent to a node."""
 

@@ -104,6 +104,10 @@ class Reacher:
             return await self._chosen(wish, held), True
         raise Refused(504, "Timeout", "No node could be reached in time.", detail="placing timed out")
 
+    def take_idle(self, node: RelayId | None) -> ServiceLink | None:
+        """The idle link to that node, if there is one: the caller's. For a request that may be repeated."""
+        return self._idle.pop(node, None)
+
     def keep(self, link: ServiceLink) -> None:
         """The link is idle: the next request to its node may have it."""
         before = self._idle.pop(link.node, None)
@@ -112,6 +116,15 @@ class Reacher:
         while len(self._idle) >= MAX_IDLE_LINKS:
             self._idle.pop(next(iter(self._idle))).close()
         self._idle[link.node] = link
+        link.on_readable = self._look
+        link.watch(self._desk.reactor)
+
+    def _look(self) -> None:
+        """From the reactor: a service has closed an idle link, or says something unasked there."""
+        for node, link in list(self._idle.items()):
+            if link.is_stale():
+                del self._idle[node]
+                link.close()
 
     def close(self) -> None:
         """Close what is idle."""
@@ -121,6 +134,8 @@ class Reacher:
 
     def _take_idle(self, node: RelayId | None, wish: Wish) -> ServiceLink | None:
         link = self._idle.pop(node, None)
+        if link is not None:
+            link.on_readable = None
         if link is not None and not (wish.is_repeatable and not link.scanner.rest) and link.is_stale():
             link.close()
             return None

@@ -28,12 +28,14 @@ class TunnelStream(trio.abc.HalfCloseableStream):
     """One stream of a session. One task may send while another receives.
 
     A receive may be cancelled without losing anything. A cancelled `send_all` leaves it open how much was sent: the stream can then only be
-    reset. `on_broken` is called, from the reactor, when the peer or the session reset the stream.
+    reset. `on_broken` is called, from the reactor, when the peer or the session reset the stream; `on_arrival` when there is something to
+    receive, or the end, and no task waits for it.
     """
 
     def __init__(self, carrier: Carrier, stream: Stream, call_later: Later, on_broken: Callable[[], None] | None = None) -> None:
         self.stream = stream
         self.on_broken = on_broken
+        self.on_arrival: Callable[[], None] | None = None
         self.broken: Code | None = None
         self.session = carrier
         self._call_later = call_later
@@ -72,6 +74,11 @@ class TunnelStream(trio.abc.HalfCloseableStream):
                 self._receiver = trio.lowlevel.current_task()
                 await trio.lowlevel.wait_task_rescheduled(self._stop_receiving)
             return self._take(limit)
+
+    @property
+    def is_at_end(self) -> bool:
+        """Whether nothing more will arrive; what has arrived may still be unread."""
+        return self._fin or self.broken is not None or not self._is_open
 
     def receive_nowait(self) -> bytes:
         """What has arrived, or nothing."""
@@ -194,12 +201,16 @@ class TunnelStream(trio.abc.HalfCloseableStream):
             return
         self._arrived += data
         self._wake_receiver()
+        if self.on_arrival is not None:
+            self.on_arrival()
 
     def on_fin(self) -> None:
         """See `Endpoint`."""
         self._fin = True
         self._wake_receiver()
         self._stop_lingering()
+        if self.on_arrival is not None:
+            self.on_arrival()
 
     def on_reset(self, code: Code) -> None:
         """See `Endpoint`."""

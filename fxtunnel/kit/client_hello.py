@@ -10,6 +10,7 @@ A handshake message may be cut into records anywhere. What is not known is skipp
 import ipaddress
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Final
 
 MAX_HELLO_BYTES: Final = 16_384
@@ -28,6 +29,7 @@ _VERSION_AND_RANDOM_BYTES: Final = 34
 _SERVER_NAME: Final = 0
 _ALPN: Final = 16
 _HOST_NAME: Final = 0
+_LENGTHS: Final = "its lengths do not add up"
 _HOST: Final = re.compile(r"(?=.{1,253}$)[A-Za-z0-9_-]{1,63}(?:\.[A-Za-z0-9_-]{1,63})*")
 
 
@@ -55,33 +57,6 @@ class NotTls:
 
 class _Malformed(Exception):
     """The text is the reason."""
-
-
-class _Reader:
-    """Takes a message apart."""
-
-    __slots__ = ("_at", "_data")
-
-    def __init__(self, data: bytes) -> None:
-        self._data = data
-        self._at = 0
-
-    @property
-    def is_at_end(self) -> bool:
-        return self._at == len(self._data)
-
-    def take(self, count: int) -> bytes:
-        start = self._at
-        self._at += count
-        if self._at > len(self._data):
-            raise _Malformed("its lengths do not add up")
-        return self._data[start : self._at]
-
-    def number(self, size_bytes: int) -> int:
-        return int.from_bytes(self.take(size_bytes))
-
-    def vector(self, size_bytes: int) -> bytes:
-        return self.take(self.number(size_bytes))
 
 
 def read_client_hello(data: bytes) -> ClientHello | NeedMore | NotTls:
@@ -128,38 +103,58 @@ def _need(have_bytes: int, headers_bytes: int, message: bytearray) -> NeedMore |
 
 
 def _read(body: bytes) -> ClientHello | NotTls:
+    # Every connection of a door that routes by name comes by here: numbers are read in place, which costs a fifth of a reader's calls.
     try:
-        hello = _Reader(body)
-        hello.take(_VERSION_AND_RANDOM_BYTES)
-        for size_bytes in (1, 2, 1):  # session id, cipher suites, compression
-            hello.vector(size_bytes)
-        extensions = {} if hello.is_at_end else _extensions(hello.vector(2))
-        if not hello.is_at_end:
-            raise _Malformed("its lengths do not add up")
-        return ClientHello(
-            _host(extensions[_SERVER_NAME]) if _SERVER_NAME in extensions else "",
-            _protocols(extensions[_ALPN]) if _ALPN in extensions else (),
-        )
+        at = _VERSION_AND_RANDOM_BYTES
+        if at > len(body):
+            raise _Malformed(_LENGTHS)
+        _, at = _vector(body, at, 1)  # session id
+        _, at = _vector(body, at, 2)  # cipher suites
+        _, at = _vector(body, at, 1)  # compression
+        extensions: dict[int, bytes] = {}
+        if at < len(body):
+            block, at = _vector(body, at, 2)
+            extensions = _extensions(block)
+        if at < len(body):
+            raise _Malformed(_LENGTHS)
+        name, protocols = extensions.get(_SERVER_NAME), extensions.get(_ALPN)
+        return ClientHello("" if name is None else _host(name), () if protocols is None else _protocols(protocols))
     except _Malformed as exc:
         return NotTls(str(exc))
 
 
+def _vector(data: bytes, at: int, size_bytes: int) -> tuple[bytes, int]:
+    """What stands there behind its length of so many bytes, and where the next begins."""
+    begin = at + size_bytes
+    end = begin + int.from_bytes(data[at:begin])
+    if end > len(data):  # a length that is cut off is too short, and its end lies behind the data, too
+        raise _Malformed(_LENGTHS)
+    return data[begin:end], end
+
+
 def _extensions(block: bytes) -> dict[int, bytes]:
     found: dict[int, bytes] = {}
-    reader = _Reader(block)
-    while not reader.is_at_end:
-        kind = reader.number(2)
+    at, end = 0, len(block)
+    while at < end:
+        begin = at + 4
+        if begin > end:
+            raise _Malformed(_LENGTHS)
+        kind = block[at] << 8 | block[at + 1]
+        at = begin + (block[at + 2] << 8 | block[at + 3])
+        if at > end:
+            raise _Malformed(_LENGTHS)
         if kind in found:
             raise _Malformed(f"it has extension {kind} twice")
-        found[kind] = reader.vector(2)
+        found[kind] = block[begin:at]
     return found
 
 
+@lru_cache(maxsize=1_024)
 def _host(body: bytes) -> str:
-    outer = _Reader(body)
-    names = _Reader(outer.vector(2))
-    kind, raw = names.number(1), names.vector(2)
-    if kind != _HOST_NAME or not names.is_at_end or not outer.is_at_end:
+    """The name in a server_name extension. Clients ask for few names, over and over."""
+    names, end = _vector(body, 0, 2)
+    raw, names_end = _vector(names, 1, 2)
+    if names[0] != _HOST_NAME or names_end < len(names) or end < len(body):
         raise _Malformed("its server_name is not one host name")
     # Wildcards, NUL, addresses and what is not ASCII have no place here (RFC 6066, 3), and have confused matchers elsewhere.
     host = raw.decode("ascii", "replace").removesuffix(".")
@@ -177,11 +172,12 @@ def _is_address(host: str) -> bool:
 
 
 def _protocols(body: bytes) -> tuple[bytes, ...]:
-    outer = _Reader(body)
-    names = _Reader(outer.vector(2))
+    names, end = _vector(body, 0, 2)
     found = []
-    while not names.is_at_end:
-        found.append(names.vector(1))
-    if not outer.is_at_end or not all(found):
+    at = 0
+    while at < len(names):
+        name, at = _vector(names, at, 1)
+        found.append(name)
+    if end < len(body) or not all(found):
         raise _Malformed("its ALPN is malformed")
     return tuple(found)

@@ -10,7 +10,7 @@ from fxrelay.delivery.ports import NoNode, Wanted
 from fxrelay.web.ports import Pass, Reply, RequestFacts, Sender
 from fxtunnel.errors import NodeError
 from fxtunnel.kit.answers import Refused
-from fxtunnel.model import GatewayId, RelayId
+from fxtunnel.model import GatewayId, RelayId, ServiceName
 
 LOGIN = b"POST /login HTTP/1.1\r\nHost: a\r\n"
 
@@ -27,6 +27,9 @@ class Holding:
         self.cancelled = 0
         self.waits = False
         self.most_bytes = 1_000
+
+    def concerns(self, service: ServiceName) -> bool:
+        return True
 
     async def admit(self, request: RequestFacts) -> Pass:
         return Pass(held=self) if request.path == b"/login" else Pass(closed=frozenset({RelayId("n3")}))

@@ -14,7 +14,7 @@ from fxrelay.web.affinity import ClaimAffinity, CookieAffinity
 from fxrelay.web.heads import Field
 from fxrelay.web.ports import Pass, RequestFacts, WebRules
 from fxtunnel.kit.answers import Refused
-from fxtunnel.model import RelayId
+from fxtunnel.model import RelayId, ServiceName
 
 COOKIE = CookieAffinity("fxnode", SERVICE, b"k" * 32)
 
@@ -173,6 +173,9 @@ async def test_a_gate_is_asked_before_and_after(contexts: Contexts) -> None:
     class Gate:
         def __init__(self) -> None:
             self.seen: list[tuple[str, object]] = []
+
+        def concerns(self, service: ServiceName) -> bool:
+            return True
 
         async def admit(self, request: RequestFacts) -> Pass:
             self.seen.append((request.path.decode(), request.node))
