@@ -221,11 +221,11 @@ def test_logins_outlive_relays_and_end_with_their_servers(make_site: MakeSite) -
         assert site.reserved()[user.where()] == user.user
     on_second = next(user for user in (ann, bob) if held_by(site, user.user) == "node-3")
     on_first = next(user for user in (ann, bob) if user is not on_second)
+    stack.relays["node-3"].kill()
     assert "is free" in stack.relay_cli("node-2", "release", "node-2").stdout
     wait_until(lambda: on_first.ask("GET", "/whoami").status == 401, 10, "the end of the login")
     assert "fxlogin" not in on_first.cookies
     assert on_first.log_in().status == 200
-    stack.relays["node-3"].kill()
     wait_until(lambda: site.status()["reservations"]["servers"] == 1, 40, "the death of the node")
     assert "node-3" not in site.reserved()
     assert "node-3 is down" in site.log()
