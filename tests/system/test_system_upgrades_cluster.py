@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.system.cluster import NAME_BYTES, Cluster
-from tests.system.peers import dial, read_exactly, say
+from tests.system.cluster import Cluster
+from tests.system.peers import say
 from tests.system.stack import Stack, wait_until
 from tests.system.units import Unit
 
@@ -52,10 +52,9 @@ def test_a_node_is_one_node_while_it_has_two_processes(make_stack: Callable[...,
                 say(client)
         assert {draining for _, draining in seen} == {False}
         assert len({started for started, _ in seen}) == 2, "each new process has published"
-        for _ in range(6):
-            with dial(stack.doors["desk"], 15) as client:
-                served.append(read_exactly(client, NAME_BYTES).decode().strip())
-        assert set(served[8:]) == {"node-2", "node-3"}
+        later, served = cluster.held(8)
+        clients += later
+        assert set(served) == {"node-2", "node-3"}
         close_all(clients)
         wait_until(lambda: not unit.left_over(), 30, "the end of the old processes")
         assert cluster.nodes("node-3")["node-2"]["server"].get("draining") is not True
