@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -76,7 +77,7 @@ class Workers:
                 if usable:
                     own.idle.append(worker)
                 else:
-                    worker.stop()
+                    worker.abandon()
         return answer
 
     def _new_one(self) -> "_Worker":
@@ -124,6 +125,8 @@ class _Worker:
         self._channel: socket.socket | None = None
         self._stderr: int | None = None
         self._stopped = False
+        self._lock = threading.Lock()
+        self._is_in_call = False
         self._grace_s = 0.0
         self._texts = SentTexts()
         self.is_usable = True
@@ -137,6 +140,8 @@ class _Worker:
         """Send one request and wait for its answer."""
         self._grace_s = GRACE_S if head["kind"].endswith("exec") else 0.0
         self.is_usable = False
+        with self._lock:
+            self._is_in_call = True
         try:
             answer = self._answer(json.dumps(head).encode(), self._texts.pack(servers), timeout_s)
         except TimeoutError:
@@ -144,7 +149,9 @@ class _Worker:
         except (OSError, EOFError, ValueError) as exc:
             answer = failed("ScriptDied", "the balancing script's process died", f"{type(exc).__name__}: {exc} {self._complaint()}")
         finally:
-            self.is_usable = self.is_usable and not self._stopped
+            with self._lock:
+                self._is_in_call = False
+                self.is_usable = self.is_usable and not self._stopped
             if not self.is_usable:
                 self.kill()
         return answer
@@ -156,6 +163,16 @@ class _Worker:
         if channel is not None:
             with suppress(OSError):
                 channel.shutdown(socket.SHUT_RDWR)
+
+    def abandon(self) -> None:
+        """Nobody will use it again: a call that runs ends it, and where the call was over already, this does. May be repeated."""
+        with self._lock:
+            self._stopped = True
+            is_over = not self._is_in_call
+        if is_over:
+            self.kill()
+        else:
+            self.stop()
 
     def kill(self) -> None:
         """End the process, whatever it does; its executable first, which it does itself. May be repeated."""
@@ -182,6 +199,8 @@ class _Worker:
         return ""
 
     def _answer(self, head: bytes, packed: bytes, timeout_s: float) -> Answer:
+        if self._stopped:
+            raise EOFError("not wanted any more")
         channel = self._channel or self._start()
         if self._stopped:
             raise EOFError("not wanted any more")

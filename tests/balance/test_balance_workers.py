@@ -4,15 +4,18 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
 from balance_samples import Bench, eventually, failed, is_running, open_bench, worker_pids
 
+from fxrelay.balance.answers import Answer
 from fxrelay.balance.entries import Script
 from fxrelay.balance.model import Chosen
-from fxrelay.balance.workers import ScriptLimits
+from fxrelay.balance.workers import ScriptLimits, _Worker
 from fxtunnel.model import RelayId
 
 pytestmark = pytest.mark.xdist_group("balance-workers")
@@ -153,6 +156,29 @@ async def test_a_cancelled_call_leaves_nothing_behind(bench: Bench, kind: str) -
     if kind != "js":
         await eventually(lambda: not is_running(pid_in(marker)))
     assert await bench.ask(bench.js("() => 'a'", "warm.js")) == A
+
+
+async def test_a_process_whose_call_was_over_when_it_was_cancelled_is_collected(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = bench.js("() => 'a'")
+    call, scope = _Worker.call, trio.CancelScope()
+    token = trio.lowlevel.current_trio_token()
+    workers: list[_Worker] = []
+
+    def answered(worker: _Worker, *given: Any) -> Answer:
+        answer = call(worker, *given)
+        workers.append(worker)
+        token.run_sync_soon(scope.cancel)
+        time.sleep(0.2)
+        return answer
+
+    monkeypatch.setattr(_Worker, "call", answered)
+    with scope:
+        await bench.ask(entry)
+    assert scope.cancelled_caught
+    (worker,) = workers
+    assert worker._process is not None
+    assert worker._process.returncode is not None
+    assert not worker_pids()
 
 
 PARENT = """

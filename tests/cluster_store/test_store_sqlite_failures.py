@@ -59,7 +59,7 @@ def test_nothing_is_made_before_the_first_call_and_then_it_is_private(store: Sql
     finally:
         os.umask(old)
     assert (mode(path.parent), mode(path)) == (0o700, 0o600)
-    assert [found.name for found in path.parent.iterdir()] == [path.name]
+    assert {found.name: mode(found) for found in path.parent.iterdir()} == {path.name: 0o600, f"{path.name}-journal": 0o600}
 
 
 def test_a_directory_that_is_there_stays_as_it_is(path: Path, store: SqliteStore) -> None:
@@ -76,11 +76,11 @@ def test_the_journal_mode_is_safe_with_every_sqlite(path: Path, store: SqliteSto
     again.put(SERVERS, "n", "x")
     again.close()
     with closing(sqlite3.connect(path)) as database:
-        assert database.execute("PRAGMA journal_mode").fetchone() == ("delete",)
+        assert database.execute("PRAGMA journal_mode").fetchone() == ("delete",), "any but WAL"
     settings = store._file.run(
-        lambda database: [database.execute(f"PRAGMA {name}").fetchone()[0] for name in ("synchronous", "trusted_schema")]
+        lambda database: [database.execute(f"PRAGMA {name}").fetchone()[0] for name in ("journal_mode", "synchronous", "trusted_schema")]
     )
-    assert settings == [2, 0]
+    assert settings == ["persist", 2, 0]
 
 
 @pytest.mark.parametrize("content", [b"no database\n" * 500, b"SQLite format 3\0" + b"\xff" * 5_000], ids=["foreign", "damaged"])
