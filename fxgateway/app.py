@@ -16,12 +16,13 @@ from fxgateway.access_log import AccessLog
 from fxgateway.admin.live import LiveView
 from fxgateway.admin.pages import make_app
 from fxgateway.door_settings import DoorSettings
-from fxgateway.doors.door import DoorConfig
+from fxgateway.doors.door import DoorConfig, Relays
 from fxgateway.doors.doors import Doors
 from fxgateway.routing.admission import Admission, AdmissionLimits
 from fxgateway.routing.hosts import HostTable, Route
 from fxgateway.routing.reception import Kind, Receptionist
 from fxgateway.settings import GatewaySettings
+from fxgateway.tunnels.colleagues import Alone, Colleagues
 from fxgateway.tunnels.control import ControlConfig
 from fxgateway.tunnels.identities import Identities
 from fxgateway.tunnels.port import PortLimits, TunnelPort
@@ -45,6 +46,7 @@ from fxtunnel.kit.process import (
     wait_until,
     watch_signals,
 )
+from fxtunnel.kit.settings import Address
 from fxtunnel.kit.tls import server_context
 from fxtunnel.model import GatewayId, ServiceName
 from fxtunnel.protocol.credit import WindowBudget
@@ -91,11 +93,12 @@ class Gateway:
         self._own_files = open_files() + FILES_OF_ITS_OWN
         self._stop = trio.Event()
         self._reloads = Reloads()
-        self._admission = Admission(self._admission_limits(settings))
+        self._admission = self._make_admission(settings)
         budget = WindowBudget(settings.limits.memory_bytes)
         self._registry = Registry(reactor, session_config(settings), budget, registry_limits(settings))
         self._access = AccessLog()
-        self._doors = Doors(reactor, self._registry, self._admission)
+        self._relays = self._make_relays()
+        self._doors = Doors(reactor, self._relays, self._admission)
         self._identities = Identities(settings.tunnel.identities_path)
         self._view = LiveView(GatewayId(settings.tunnel.gateway_id), self._registry, self._doors, settings.limits.memory_bytes)
         self._port = TunnelPort(
@@ -110,6 +113,7 @@ class Gateway:
                 settings.resume.hold_s,
                 settings.limits.hello_timeout_s,
             ),
+            self._make_colleagues(),
         )
         self._view.relays_refused = self._port.refused
 
@@ -119,7 +123,7 @@ class Gateway:
         Raises:
             FxError: an address cannot be listened on, or the state cannot be read.
         """
-        inherited = Inherited.from_environ(os.environ, os.getpid())
+        inherited = self._inherited()
         await trio.to_thread.run_sync(self._identities.load)
         tunnel_socket = listen(self._settings.tunnel.listen, inherited)
         await trio.to_thread.run_sync(self._access.open, self._settings.log.access)
@@ -129,7 +133,7 @@ class Gateway:
         async with trio.open_nursery() as nursery:
             await nursery.start(watch_signals, self._reloads.ask, self._stop.set)
             await nursery.start(partial(self._port.run, [trio.SocketListener(trio.socket.from_stdlib_socket(tunnel_socket))]))
-            admin = await nursery.start(serve_pages, make_app(self._view), self._settings.admin.listen)
+            admin = await self._open_pages(nursery)
             nursery.start_soon(keep_going, "watching identities", partial(self._identities.watch, self._registry.revoke))
             nursery.start_soon(keep_going, "ending idle clients", self._sweep)
             nursery.start_soon(self._reloads.run, self._load_again, self._notifier)
@@ -140,6 +144,27 @@ class Gateway:
             await self._drain()
             await trio.to_thread.run_sync(self._access.close)
             nursery.cancel_scope.cancel()
+
+    # What a worker does differently (fxgateway/workers/worker.py).
+
+    def _make_admission(self, settings: GatewaySettings) -> Admission:
+        return Admission(self._admission_limits(settings))
+
+    def _make_relays(self) -> Relays:
+        return self._registry
+
+    def _make_colleagues(self) -> Colleagues:
+        return Alone()
+
+    def _inherited(self) -> Inherited:
+        return Inherited.from_environ(os.environ, os.getpid())
+
+    async def _open_pages(self, nursery: trio.Nursery) -> Address:
+        address: Address = await nursery.start(serve_pages, make_app(self._view), self._settings.admin.listen)
+        return address
+
+    def _clients(self) -> int:
+        return self._doors.clients
 
     def _announce(self, tunnel: str, admin: str) -> None:
         doors = ", ".join(f"{door.leads_to} on {self._doors.bound[str(door.config.listen)]}" for door in self._doors.open_doors())
@@ -153,7 +178,7 @@ class Gateway:
         self._notifier.stopping()
         self._doors.close()
         self._registry.begin_drain(drain_s)
-        await let_finish("clients", lambda: self._doors.clients, drain_s)
+        await let_finish("clients", self._clients, drain_s)
         self._doors.abort_all()
         self._registry.close_all(Code.SHUTDOWN, "the gateway is stopping", RETRY_AFTER_S)
         with trio.move_on_after(GOODBYE_S):
@@ -173,10 +198,10 @@ class Gateway:
         self._apply(fresh, contexts)
         logger.info("reloaded %s", self._config_path)
 
-    def _apply(self, fresh: GatewaySettings, contexts: Mapping[str, ssl.SSLContext]) -> None:
+    def _apply(self, fresh: GatewaySettings, contexts: Mapping[str, ssl.SSLContext], inherited: Inherited | None = None) -> None:
         """Doors and limits of a reloaded configuration; what needs a restart is named, and stays."""
         context = server_context(fresh.tunnel.certificate, fresh.tunnel.key, ALPN)
-        self._doors.apply(door_configs(fresh, contexts, self._access))
+        self._doors.apply(door_configs(fresh, contexts, self._access), inherited)
         self._admission.apply(self._admission_limits(fresh))
         self._registry.apply(registry_limits(fresh), session_config(fresh))
         self._port.apply(context, port_limits(fresh))
@@ -187,9 +212,13 @@ class Gateway:
         self._settings = fresh
         self._view.listening = (self._view.listening[0], *self._doors.bound.values(), self._view.listening[-1])
 
+    def _spare_files(self) -> int:
+        """Descriptors that clients may have."""
+        return self._file_limit - self._own_files - max(RESERVED_FILES, self._file_limit // 10)
+
     def _admission_limits(self, settings: GatewaySettings) -> AdmissionLimits:
         limits = settings.limits
-        spare = self._file_limit - self._own_files - max(RESERVED_FILES, self._file_limit // 10)
+        spare = self._spare_files()
         if spare < limits.connections:
             logger.info("limits.connections is %d; with %d files it is %d", limits.connections, self._file_limit, spare)
         return AdmissionLimits(

@@ -118,6 +118,10 @@ def run(config_path: Path) -> None:
     """
     settings = _load(config_path)
     refuse(_file_problems(settings, config_path))
+    if settings.tunnel.workers > 1:
+        from fxgateway.workers import parent
+
+        sys.exit(parent.run(settings, config_path))
     from fxgateway import app
 
     sys.exit(app.run(settings, config_path))

@@ -42,6 +42,9 @@ class TunnelSettings(Section):
         "",
         description="The gateway's name in what relays sign; made from public_url when absent. Gateways that share a URL need their own.",
     )
+    workers: int = Field(
+        1, ge=1, le=64, description="Processes that share the work; one uses one core. With more than one, relays must be 0.2 or newer."
+    )
 
     @field_validator("public_url")
     @classmethod

@@ -2,6 +2,7 @@
 
 import logging
 import socket
+from dataclasses import dataclass
 from random import uniform
 from typing import TYPE_CHECKING, Final
 
@@ -22,6 +23,15 @@ RETRY_AFTER_S: Final = (1.0, 10.0)
 _UNREACHED: Final = Refused(502, "NotReached", "The service cannot be reached at the moment.")
 _TOO_LATE: Final = Refused(504, "TooLate", "The service did not answer in time.")
 _BY_CODE: Final = {Code.CONNECT_FAILED: _UNREACHED, Code.CONNECT_TIMEOUT: _TOO_LATE, Code.CANCELLED: _TOO_LATE}
+
+
+@dataclass(frozen=True, slots=True)
+class Words:
+    """What is said for a client or to it: `instead` of its request's head, to the service; `greeting` to it, once that is reached."""
+
+    accept: bytes
+    instead: bytes
+    greeting: bytes
 
 
 class WebClient(Client):
@@ -45,6 +55,16 @@ class WebClient(Client):
         if lead.instead is not None and head is not None:
             sock.recv_into(bytearray(len(head.raw)))  # all of it is there: it has been looked at
             self._readable = True
+
+    @property
+    def words(self) -> Words:
+        """What is still to be said."""
+        return Words(self._accept, self._instead, self._greeting)
+
+    @words.setter
+    def words(self, words: Words) -> None:
+        self._accept, self._instead, self._greeting = words.accept, words.instead, words.greeting
+        self._readable = bool(words.instead)
 
     def read_turn(self, limit_bytes: int) -> int:
         """See `Splice`."""

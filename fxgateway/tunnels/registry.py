@@ -94,7 +94,7 @@ class Registry:
         """Whether a relay that is not here yet finds no room."""
         return relay_id not in self._relays and len(self._relays) >= self._limits.relays
 
-    def enter(self, relay_id: RelayId, instance: InstanceId, offers: tuple[Offer, ...], link: ControlHandle) -> int:
+    def enter(self, relay_id: RelayId, instance: InstanceId, offers: tuple[Offer, ...], link: ControlHandle, epoch: int = 0) -> int:
         """A control link is up. Returns the epoch. The same instance keeps its sessions; any other one is fenced off at once."""
         relay = self._relays.get(relay_id)
         if relay is not None and relay.instance != instance:
@@ -102,7 +102,7 @@ class Registry:
             self._expel(relay, Code.FENCED, "another instance has this relay's name now")
             relay = None
         if relay is None:
-            epoch = self._epochs[relay_id] = self._epochs.get(relay_id, 0) + 1
+            epoch = self._epochs[relay_id] = epoch or self._epochs.get(relay_id, 0) + 1
             relay = self._relays[relay_id] = LiveRelay(relay_id, instance, epoch, self._reactor.now)
         elif relay.link is not None:
             relay.link.close(Code.NORMAL, "a newer control link replaces this one")
@@ -156,6 +156,13 @@ class Registry:
         if relay is not None:
             logger.warning("relay %s is revoked; its tunnels are closed", relay_id)
             self._expel(relay, Code.REVOKED, "the administrator revoked this relay")
+
+    def yield_name(self, relay_id: RelayId, instance: InstanceId, code: Code, text: str) -> None:
+        """Another process of this gateway has the relay now: end what this instance still has here."""
+        relay = self._instance(relay_id, instance)
+        if relay is not None:
+            logger.warning("relay %s is at another worker now: %s", relay_id, text)
+            self._expel(relay, code, text)
 
     def begin_drain(self, deadline_s: float) -> None:
         """The gateway is going away: relays are told; nothing new is routed."""

@@ -76,6 +76,8 @@ class Uplink:
         self._welcome_at = 0.0
         self._epoch = 0
         self._hold_s = 0.0
+        self._worker = ""
+        """Of the gateway's processes the one that has our sessions."""
         self._drain_until: float | None = None
         self._is_stopping = False
         self._scope = trio.CancelScope()
@@ -162,9 +164,9 @@ class Uplink:
     async def open_link(self, session: LinkSession | None) -> tuple[ssl.SSLSocket, Welcome]:
         """For slots: see `SlotHome`. `session` must be detached."""
         session_id = None if session is None else session.id
-        ticket = await self._ticket(session_id)
+        ticket, worker = await self._ticket(session_id)
         received = 0 if session is None else session.received
-        return await open_data_link(self._dialler, self._url, Hello(ticket, session_id, received, caps=self._config.caps))
+        return await open_data_link(self._dialler, self._url, Hello(ticket, session_id, received, caps=self._config.caps), worker)
 
     def new_session(self, owner: UplinkSessionOwner, session_id: SessionId) -> LinkSession:
         """For slots: see `SlotHome`."""
@@ -233,7 +235,7 @@ class Uplink:
         self._enter(UplinkState.CONNECTING)
         hello = control_hello(self._identity, self._offers, self._config.caps)
         try:
-            async with open_control_link(self._dialler, url, self._gateway, hello, self._bearer, self._config) as link:
+            async with open_control_link(self._dialler, url, self._gateway, hello, self._bearer, self._config, self._worker) as link:
                 self._welcomed(link, url)
                 if self._welcomes == 1:
                     task_status.started()
@@ -254,7 +256,7 @@ class Uplink:
     def _welcomed(self, link: ControlLink, url: GatewayUrl) -> None:
         self._welcomes += 1
         self._welcome_at = trio.current_time()
-        self._epoch, self._hold_s = link.welcome.epoch, link.welcome.hold_s
+        self._epoch, self._hold_s, self._worker = link.welcome.epoch, link.welcome.hold_s, link.welcome.worker
         logger.info("connected to gateway %s at %s, epoch %d", self.gateway_id, url, self._epoch)
         self._last_error = ""
         self._enter(UplinkState.UP)
@@ -267,8 +269,8 @@ class Uplink:
         self._link_changed.set()
         self._link_changed = trio.Event()
 
-    async def _ticket(self, session_id: SessionId | None) -> str:
-        """A ticket, over this control link or a later one."""
+    async def _ticket(self, session_id: SessionId | None) -> tuple[str, str]:
+        """A ticket, over this control link or a later one, and the worker that knows it."""
         while True:
             link = self._link
             if link is None:
@@ -276,7 +278,7 @@ class Uplink:
                 continue
             try:
                 with within(self._dialler.timeout_s, f"{self.gateway_id} gave no ticket"):
-                    return await link.ticket(session_id)
+                    return await link.ticket(session_id), link.welcome.worker
             except TunnelClosed:
                 if self._link is link:
                     await self._link_changed.wait()

@@ -10,6 +10,9 @@ from fxtunnel.model import NAME_PATTERN, GatewayId, InstanceId, Offer, SessionId
 
 PROTOCOL_VERSION: Final = 1
 MESSAGE_BYTES: Final = 16 * 1024  # PROTOCOL.md, 3; protects memory, and the reader from long stalls
+CAP_WORKERS: Final = "workers"
+"""Of a relay: it names the gateway's worker when it dials again (PROTOCOL.md, 1)."""
+WORKER_PATTERN: Final = r"^[0-9]{0,4}$"
 TEXT_CHARS: Final = 512  # of a message for people: ends up in a log line
 
 
@@ -80,6 +83,7 @@ class Welcome(_Message):
     dead_after_s: Annotated[float, Field(gt=0, le=3_600, allow_inf_nan=False)]
     hold_s: Seconds
     caps: Labels = ()
+    worker: Annotated[str, Field(pattern=WORKER_PATTERN)] = ""
 
 
 class Refused(_Message):
