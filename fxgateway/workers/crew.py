@@ -32,6 +32,9 @@ TICK_S: Final = 0.02
 TICK_SHARE: Final = 20
 """A tick that took long, with thousands of relays, is followed by a pause of so many times that."""
 BEAT_S: Final = 1.0
+DOOR_LOOK_S: Final = 0.05
+DOOR_LOOKS: Final = 40
+"""How often a client is looked for a door that is not open here yet; in all the time that workers may take to open it one after another."""
 MAX_PASSED: Final = 256
 """Connections of relays that others have accepted and that wait to be served here."""
 
@@ -193,11 +196,17 @@ class Crew:
         if not sockets:
             logger.warning("a client was lost on its way here: this process may open no more files")
             return
-        sock = sockets[0]
-        sock.setblocking(False)
-        door = self._doors.leading_in(message["door"])
+        sockets[0].setblocking(False)
+        self._let_in(message, sockets[0], DOOR_LOOKS)
+
+    def _let_in(self, message: Message, sock: socket.socket, looks: int) -> None:
+        door = self._doors.leading_in(message["door"]) if self._is_complete else None
         if door is None:
-            abort(sock)
+            # A reload reaches one worker a moment before the other.
+            if looks and self._is_complete:
+                self._reactor.call_later(DOOR_LOOK_S, lambda: self._let_in(message, sock, looks - 1))
+            else:
+                abort(sock)
             return
         is_bridged = bool(message.get("is_bridged"))
         client, journey = unpack(door, adopt(sock) if is_bridged else sock, message, is_bridged=is_bridged)
