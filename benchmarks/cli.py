@@ -31,6 +31,7 @@ PEERS: Final[list[Callable[[], Peer]]] = [
     peer_ssh.with_tty,
     peer_ssh.plain,
     peer_fx.without_resumption,
+    peer_fx.with_workers,
 ]
 RESULTS: Final = Path(__file__).resolve().parent / "results"
 CLIENT_LIMIT_S: Final = 90

@@ -18,8 +18,22 @@ TITLE_HEIGHT: Final = 56
 BASE: Final = "nginx"
 UNPLOTTED: Final = "direct"  # its bars would make all others short
 
-_COLOURS: Final = {"fx": "#1769aa", "fx-noresume": "#7fb2da", "nginx": "#4b8b3b", "ssh-tty": "#b5651d", "ssh": "#dba15f"}
-_SHORT: Final = {"fx": "FX Gateway", "fx-noresume": "FX, no resume", "nginx": "nginx 2 hops", "ssh-tty": "ssh -tt -R", "ssh": "ssh -N -R"}
+_COLOURS: Final = {
+    "fx": "#1769aa",
+    "fx-noresume": "#7fb2da",
+    "workers": "#0b3c5d",
+    "nginx": "#4b8b3b",
+    "ssh-tty": "#b5651d",
+    "ssh": "#dba15f",
+}
+_SHORT: Final = {
+    "fx": "FX Gateway",
+    "fx-noresume": "FX, no resume",
+    "workers": "FX, 2 workers",
+    "nginx": "nginx 2 hops",
+    "ssh-tty": "ssh -tt -R",
+    "ssh": "ssh -N -R",
+}
 
 
 def _text(x: float, y: float, words: str, size: int, *, anchor: str = "start", weight: str = "400", colour: str = "#1c1c1c") -> str:
