@@ -320,6 +320,12 @@ def _print_status(found: "dict[str, Any]") -> None:
         if relay["relay_id"] not in here
     ]
     print_table(("relay", "state", "from", "since", *LINK_COLUMNS, "services"), rows)
+    if found["running"] and found["gateway"].get("workers"):
+        processes = [
+            (str(w["worker"]), str(w["pid"]), "up" if w["up"] else "away", str(w["relays"]), str(w["connections"]), str(w["restarts"]))
+            for w in found["gateway"]["workers"]
+        ]
+        print_table(("worker", "pid", "state", "relays", "clients", "restarts"), processes)
     if found["running"]:
         doors = [
             (door["name"], door["listen"], door["service"], str(door["connections"]), str(door["accepted"]), reasons(door["refused"]))

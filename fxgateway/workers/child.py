@@ -158,7 +158,10 @@ class Child:
 
     async def _watch(self, process: trio.Process) -> None:
         while True:
+            looked_at = trio.current_time()
             await trio.sleep(LOOK_S)
+            if trio.current_time() - looked_at > 2 * LOOK_S:
+                self.last_beat = trio.current_time()  # it was us who stood still: what it said meanwhile has not been read yet
             silent_s = trio.current_time() - self.last_beat
             if silent_s > (SILENT_S if self.is_ready else READY_S):
                 logger.error("worker %d has said nothing for %.0f s and is killed", self.number, silent_s)

@@ -11,7 +11,8 @@ from fxtunnel.model import InstanceId, RelayId, ServiceName
 
 PassOn = Callable[[int, Client, Journey], bool]
 News = dict[str, Any]
-"""Relay id to [instance, epoch, readiness, open streams, services], or to None when the relay is gone."""
+"""Relay id to [instance, epoch, readiness, open streams, services], without the services when they have not changed, or to None when
+the relay is gone."""
 
 _GONE: Final = None
 
@@ -21,11 +22,11 @@ class FarRelay(Elsewhere):
 
     __slots__ = ("_pass_on", "open_streams", "readiness", "relay_id", "worker")
 
-    def __init__(self, relay_id: RelayId, worker: int, readiness: Readiness, open_streams: int, pass_on: PassOn) -> None:
+    def __init__(self, relay_id: RelayId, worker: int, pass_on: PassOn) -> None:
         self.relay_id = relay_id
         self.worker = worker
-        self.readiness = readiness
-        self.open_streams = open_streams
+        self.readiness = Readiness.NONE
+        self.open_streams = 0
         """As announced, and the clients that were sent there since."""
         self._pass_on = pass_on
 
@@ -79,9 +80,12 @@ class AllRelays:
                 if known is not None and known.worker == worker:
                     self._drop(relay_id)
                 continue
-            _, _, readiness, streams, services = facts
-            self._far[relay_id] = far = FarRelay(relay_id, worker, Readiness(readiness), streams, self._pass_on)
-            self._table.put(far, [ServiceName(service) for service in services])
+            _, _, readiness, streams, *services = facts
+            if services:
+                known = self._far[relay_id] = FarRelay(relay_id, worker, self._pass_on)
+                self._table.put(known, [ServiceName(service) for service in services[0]])
+            if known is not None and known.worker == worker:
+                known.readiness, known.open_streams = Readiness(readiness), streams
 
     def forget(self, worker: int) -> None:
         """Another worker is gone, and its relays with it."""
@@ -91,7 +95,11 @@ class AllRelays:
     def news(self) -> News:
         """What has changed of our own relays since the last call."""
         now = dict(self._own())
-        changed: News = {relay_id: facts for relay_id, facts in now.items() if self._told.get(relay_id) != facts}
+        changed: News = {}
+        for relay_id, facts in now.items():
+            told = self._told.get(relay_id, [])
+            if told != facts:
+                changed[relay_id] = facts[:-1] if told[-1:] == facts[-1:] else facts
         changed |= dict.fromkeys(self._told.keys() - now.keys(), _GONE)
         self._told = now
         return changed

@@ -3,6 +3,7 @@
 import logging
 import socket
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -10,7 +11,7 @@ import trio
 
 from fxgateway.app import Gateway, web_contexts
 from fxgateway.doors.door import Relays
-from fxgateway.routing.admission import Admission
+from fxgateway.routing.admission import Admission, AdmissionLimits
 from fxgateway.routing.shared_admission import SharedAdmission
 from fxgateway.settings import GatewaySettings
 from fxgateway.tunnels.colleagues import Colleagues
@@ -99,6 +100,11 @@ class Worker(Gateway):
     def _make_admission(self, settings: GatewaySettings) -> Admission:
         self._shared = SharedAdmission(self._admission_limits(settings), self._spare_files())
         return self._shared
+
+    def _admission_limits(self, settings: GatewaySettings) -> AdmissionLimits:
+        # The limit of open files is each worker's own; `SharedAdmission` keeps to it.
+        in_all = max(1, min(settings.limits.connections, self._spare_files() * self._workers))
+        return replace(super()._admission_limits(settings), connections=in_all)
 
     def _make_relays(self) -> Relays:
         self._all_relays = AllRelays(self._registry, self._crew.pass_on)
