@@ -3,7 +3,7 @@
 A limit is exact in one process, and over all of them but for what has come in since the others were told.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from fxgateway.routing.admission import REMEMBERED_SOURCES, Admission, AdmissionLimits, Verdict, source_of
@@ -28,6 +28,7 @@ class SharedAdmission(Admission):
     def __init__(self, limits: AdmissionLimits, at_most_here: int) -> None:
         super().__init__(limits)
         self.at_most_here = at_most_here
+        self.on_change: Callable[[], None] = _nobody_listens
         self._here = 0
         self._doors_here: dict[str, int] = {}
         self._sources_here: dict[str, int] = {}
@@ -108,6 +109,7 @@ class SharedAdmission(Admission):
         else:
             _add(self._sources_here, key, step)
         self._changed.add(key)
+        self.on_change()
         return key
 
     def _move(self, key: str, step: int, now: float) -> None:
@@ -119,6 +121,10 @@ class SharedAdmission(Admission):
         self.connections += after.connections - before.connections
         for door in {*before.doors, *after.doors}:
             _add(self._doors, door, after.doors.get(door, 0) - before.doors.get(door, 0))
+
+
+def _nobody_listens() -> None:
+    pass
 
 
 def _add(counts: dict[str, int], key: str, step: int) -> None:

@@ -2,6 +2,7 @@
 
 import logging
 import secrets
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from fxgateway.routing.table import Readiness, RouteTable
@@ -70,6 +71,8 @@ class Registry:
         self.routes: RouteTable[LiveRelay] = RouteTable()
         self.is_draining = False
         self.resumed = 0
+        self.on_change: Callable[[], None] = _nobody_listens
+        """Called when a relay came, went, or may have become able or unable to take streams."""
         self._reactor = reactor
         self._config = config
         self._budget = budget
@@ -122,6 +125,7 @@ class Registry:
         relay = self._instance(relay_id, instance)
         if relay is not None:
             relay.draining = True
+            self.on_change()
 
     def note_load(self, relay_id: RelayId, instance: InstanceId, streams: int) -> None:
         """What the relay says it carries, for status pages."""
@@ -143,11 +147,13 @@ class Registry:
             return None
         session = Session(self._reactor, SessionId(secrets.token_hex(16)), _Owner(self, relay), self._config, self._budget)
         relay.sessions[session.id] = session
+        self.on_change()
         return session
 
     def find_session(self, relay_id: RelayId, instance: InstanceId, session_id: SessionId) -> Session | None:
         """The session a relay wants to resume, if it is that relay's and still held."""
         relay = self._instance(relay_id, instance)
+        self.on_change()
         return relay.sessions.get(session_id) if relay is not None else None
 
     def revoke(self, relay_id: RelayId) -> None:
@@ -167,6 +173,7 @@ class Registry:
     def begin_drain(self, deadline_s: float) -> None:
         """The gateway is going away: relays are told; nothing new is routed."""
         self.is_draining = True
+        self.on_change()
         logger.info("draining %d relays for at most %g s", len(self._relays), deadline_s)
 
     def close_all(self, code: Code, text: str, retry_after_s: float) -> None:
@@ -189,6 +196,7 @@ class Registry:
             extra={"tunnel": session.id, "bytes_in": statistics.bytes_in, "bytes_out": statistics.bytes_out, "streams": statistics.opened},
         )
         relay.sessions.pop(session.id, None)
+        self.on_change()
         self._forget_if_gone(relay)
 
     def _instance(self, relay_id: RelayId, instance: InstanceId) -> LiveRelay | None:
@@ -196,11 +204,13 @@ class Registry:
         return relay if relay is not None and relay.instance == instance else None
 
     def _offer(self, relay: LiveRelay, offers: tuple[Offer, ...]) -> None:
+        self.on_change()
         relay.offers = offers
         self.routes.put(relay, [offer.name for offer in offers])
 
     def _expel(self, relay: LiveRelay, code: Code, text: str) -> None:
         # Out of the table first: streams that may be tried again must not find this relay.
+        self.on_change()
         self.routes.remove(relay.relay_id)
         self._relays.pop(relay.relay_id, None)
         if relay.link is not None:
@@ -213,8 +223,13 @@ class Registry:
 
     def _forget_if_gone(self, relay: LiveRelay) -> None:
         if relay.link is None and not relay.sessions and self._relays.get(relay.relay_id) is relay:
+            self.on_change()
             del self._relays[relay.relay_id]
             self.routes.remove(relay.relay_id)
+
+
+def _nobody_listens() -> None:
+    pass
 
 
 class _Owner:
@@ -227,7 +242,8 @@ class _Owner:
         self._relay = relay
 
     def on_link_down(self, session: Session, reason: str) -> None:
-        """The relay dials again; nothing to do here."""
+        """The relay dials again."""
+        self._registry.on_change()
 
     def on_closed(self, session: Session, code: Code, text: str) -> None:
         """See `SessionOwner`."""

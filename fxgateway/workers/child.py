@@ -90,6 +90,8 @@ class Child:
                 "worker %d has died (%s) after %.0f s; it is started again in %g s", self.number, _ending(code), lasted_s, backoff_s
             )
             await trio.sleep(backoff_s)
+            if self._is_stopping:
+                return
             backoff_s = min(2 * backoff_s, MAX_BACKOFF_S)
 
     def stop(self) -> None:

@@ -2,6 +2,7 @@
 
 import logging
 import socket
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any, Final
@@ -20,17 +21,18 @@ from fxgateway.workers.channel import Channel, Message
 from fxgateway.workers.far_relays import AllRelays
 from fxgateway.workers.parcels import pack, unpack
 from fxtunnel.codes import Code
-from fxtunnel.engine.reactor import Reactor
+from fxtunnel.engine.reactor import READ, Reactor
 from fxtunnel.engine.splice import abort
 from fxtunnel.engine.tls_socket import TlsSocket
 from fxtunnel.model import InstanceId, RelayId
 
 logger = logging.getLogger(__name__)
 
-TICK_S: Final = 0.02
-"""How old what the others know of us may be. Their share of a limit can be exceeded by what comes in within it."""
-TICK_SHARE: Final = 20
-"""A tick that took long, with thousands of relays, is followed by a pause of so many times that."""
+PAUSE_S: Final = 0.002
+"""Between two times that the others are told something. Their share of a limit can be exceeded by what comes in within it."""
+PAUSE_SHARE: Final = 20
+"""Telling that took long, with thousands of relays, is followed by a pause of so many times that."""
+BEHIND_S: Final = 0.05
 BEAT_S: Final = 1.0
 DOOR_LOOK_S: Final = 0.05
 DOOR_LOOKS: Final = 40
@@ -59,6 +61,9 @@ class Crew:
         self._doors: Doors
         self._admission: SharedAdmission
         self._is_complete = False
+        self._is_stirred = False
+        self._is_catching_up = False
+        self._told_until = 0.0
         self._behind: set[int] = set()
         """Workers that have not taken what was told them: they are told everything again."""
         self._waiting_peers: list[tuple[int, socket.socket]] = []
@@ -75,7 +80,8 @@ class Crew:
         for peer, sock in self._waiting_peers:
             self._meet(peer, sock)
         self._waiting_peers.clear()
-        self._tick()
+        registry.on_change = admission.on_change = self.stir
+        self.stir()
         self._beat()
 
     def on_message(self, channel: Channel, message: Message, sockets: list[socket.socket]) -> None:
@@ -225,14 +231,39 @@ class Crew:
             except trio.WouldBlock:
                 sock.close()
 
-    def _tick(self) -> None:
-        if not self._is_complete:
-            return
-        self._reactor.call_later(max(TICK_S, TICK_SHARE * self._tell()), self._tick)
+    def stir(self) -> None:
+        """Something has changed that the others are to know: they are told at the end of this turn, or after the pause."""
+        if not self._is_stirred and self._is_complete:
+            self._is_stirred = True
+            pause_s = self._told_until - self._reactor.now
+            if pause_s <= 0:
+                self._reactor.flush_later(self)
+            else:
+                self._reactor.call_later(pause_s, self.flush)
+
+    def flush(self) -> None:
+        """From the reactor, at the end of a turn."""
+        self._is_stirred = False
+        if self._is_complete:
+            took_s = self._tell()
+            self._told_until = self._reactor.now + max(PAUSE_S, PAUSE_SHARE * took_s)
+
+    def on_crash(self) -> None:
+        """From the reactor: a bug of ours; the others are told the next time."""
+
+    def catch_up(self) -> None:
+        """Read what the others have said just now."""
+        if not self._is_catching_up:  # what is read may be a client that nobody serves either
+            self._is_catching_up = True
+            try:
+                for channel in list(self.peers.values()):
+                    channel.on_event(READ)
+            finally:
+                self._is_catching_up = False
 
     def _tell(self) -> float:
         """Say what has changed; the seconds it took."""
-        began = trio.current_time()
+        began = time.monotonic()
         news, counts = self._relays.news(), self._admission.changes()
         messages: list[Message] = []
         if news:
@@ -249,7 +280,9 @@ class Crew:
                 self._tell_everything(channel)
             else:
                 _send_all(channel, messages)
-        return trio.current_time() - began
+        if self._behind:
+            self._reactor.call_later(BEHIND_S, self.stir)
+        return time.monotonic() - began
 
     def _tell_everything(self, channel: Channel) -> None:
         _send_all(
@@ -263,6 +296,7 @@ class Crew:
     def _beat(self) -> None:
         if self._is_complete:
             self.parent.send({"op": "beat"})
+            self.stir()
             self._reactor.call_later(BEAT_S, self._beat)
 
 

@@ -41,8 +41,9 @@ class FarRelay(Elsewhere):
 class AllRelays:
     """Implements the doors' `Relays`, and its own `routes`: the best of all, our own where two are alike."""
 
-    def __init__(self, registry: Registry, pass_on: PassOn) -> None:
+    def __init__(self, registry: Registry, pass_on: PassOn, catch_up: Callable[[], None]) -> None:
         self._registry = registry
+        self._catch_up = catch_up
         self._pass_on = pass_on
         self._table: RouteTable[Elsewhere] = RouteTable()
         self._far: dict[RelayId, FarRelay] = {}
@@ -64,6 +65,9 @@ class AllRelays:
     def decide(self, service: ServiceName, tried: Collection[RelayId] = ()) -> Forward[LiveRelay] | Forward[Elsewhere] | Reject:
         """See `RouteTable`."""
         near, far = self._registry.routes.decide(service, tried), self._table.decide(service, tried)
+        if isinstance(near, Reject) and isinstance(far, Reject):
+            self._catch_up()  # before a client is turned away
+            far = self._table.decide(service, tried)
         if isinstance(far, Reject):
             return near
         if isinstance(near, Reject):

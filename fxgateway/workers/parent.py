@@ -75,6 +75,7 @@ class Parent:
         self._door_sockets: dict[str, socket.socket] = {}
         self._children = {number: Child(number, self, self) for number in range(1, settings.tunnel.workers + 1)}
         self._asking = Asking()
+        self._has_started = False
         self._names = Names(settings.limits.relays)
         self._replays = ReplayGuard()
         self._facts = Facts(settings, self._wanted)
@@ -97,6 +98,7 @@ class Parent:
                 async with trio.open_nursery() as starting:
                     for child in self._children.values():
                         starting.start_soon(nursery.start, child.run)
+                self._has_started = True
                 admin = await nursery.start(serve_pages, make_app(self._view, self._look), self._settings.admin.listen)
                 nursery.start_soon(self._reloads.run, self._load_again, self._notifier)
                 nursery.start_soon(feed_watchdog, self._notifier)
@@ -154,8 +156,7 @@ class Parent:
                     else:
                         self._names.note(child.number, relay_id, *holder)
             case "place":
-                ready = [number for number, other in self._children.items() if other.is_ready]
-                self._answer(channel, message, worker=self._names.place(ready, self.reactor.now) or child.number)
+                self._answer(channel, message, worker=self._names.place(self._candidates(), self.reactor.now) or child.number)
             case "unplace":
                 self._names.unplace(child.number)
             case "first_use":
@@ -170,6 +171,12 @@ class Parent:
 
     def _answer(self, channel: Channel, message: Message, **fields: Any) -> None:
         channel.send({"op": "answer", "n": message["n"], **fields})
+
+    def _candidates(self) -> list[int]:
+        """Workers that may have a newcomer. At the start also those that are on their way: all relays come at once then, and would all be
+        at the worker that was first.
+        """
+        return [number for number, child in self._children.items() if child.is_ready or (child.pid and not self._has_started)]
 
     def _claim(self, worker: int, relay_id: RelayId, instance: InstanceId) -> int:
         """The epoch; 0 when there is no room."""

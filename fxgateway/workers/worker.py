@@ -107,7 +107,7 @@ class Worker(Gateway):
         return replace(super()._admission_limits(settings), connections=in_all)
 
     def _make_relays(self) -> Relays:
-        self._all_relays = AllRelays(self._registry, self._crew.pass_on)
+        self._all_relays = AllRelays(self._registry, self._crew.pass_on, self._crew.catch_up)
         return self._all_relays
 
     def _make_colleagues(self) -> Colleagues:

@@ -9,7 +9,7 @@ import pytest
 
 from fxgateway.settings import GatewaySettings
 from fxgateway.workers import channel as module
-from fxgateway.workers.bridge import PlainEnd, plain_pair
+from fxgateway.workers.bridge import Bridge, PlainEnd, plain_pair
 from fxgateway.workers.channel import Channel, Message, pair
 from fxgateway.workers.shares import as_message, from_message, share_of
 from fxtunnel.engine.reactor import Reactor
@@ -142,6 +142,79 @@ def test_a_bridge_that_just_ends_is_a_reset(said: bytes) -> None:
             assert other.recv_into(bytearray(len(said))) == len(said)
         with pytest.raises(ConnectionResetError):
             other.recv_into(bytearray(10))
+
+
+class Crossing:
+    """`near` and `far` with a bridge between them. A plain end has the manners of a TLS socket, so both can be one."""
+
+    def __init__(self) -> None:
+        self.reactor = Reactor()
+        self.near, one = plain_pair()
+        other, self.far = plain_pair()
+        self.over: list[Bridge] = []
+        self.bridge = Bridge(self.reactor, one, other, self.over.append)  # type: ignore[arg-type]
+
+    def turn(self, turns: int = 3) -> None:
+        for _ in range(turns):
+            self.reactor.run_once(0)
+
+    def close(self) -> None:
+        self.bridge.fail()
+        self.near.close()
+        self.far.close()
+        self.reactor.close()
+
+
+@pytest.fixture
+def crossing():
+    crossing = Crossing()
+    yield crossing
+    crossing.close()
+
+
+def test_bytes_cross_a_bridge_both_ways_whatever_fits_into_its_buffers(crossing: Crossing) -> None:
+    block = bytes(range(256)) * 20_000
+    for source, sink in ((crossing.near, crossing.far), (crossing.far, crossing.near)):
+        sent, received = 0, bytearray()
+        while len(received) < len(block):
+            with suppress(BlockingIOError):
+                sent += source.send(block[sent : sent + 200_000])
+            crossing.turn(1)
+            received += receive(sink, 70_000)
+        assert bytes(received) == block
+    assert not crossing.over
+
+
+def test_a_half_closed_bridge_carries_the_other_half(crossing: Crossing) -> None:
+    crossing.near.send(b"question")
+    crossing.near.shutdown(socket.SHUT_WR)
+    crossing.turn()
+    assert receive(crossing.far) == b"question"
+    assert crossing.far.at_end
+    crossing.far.send(b"answer")
+    crossing.turn()
+    assert receive(crossing.near) == b"answer"
+    assert not crossing.near.at_end
+    crossing.far.shutdown(socket.SHUT_WR)
+    crossing.turn()
+    assert receive(crossing.near) == b""
+    assert crossing.near.at_end
+    assert len(crossing.over) == 1
+
+
+@pytest.mark.parametrize("has_ended", [False, True])
+def test_a_reset_crosses_a_bridge_as_a_reset(crossing: Crossing, has_ended: bool) -> None:
+    if has_ended:
+        crossing.near.shutdown(socket.SHUT_WR)
+        crossing.turn()
+    crossing.far.send(b"the first half")
+    crossing.turn()
+    crossing.far.close()
+    crossing.turn()
+    assert crossing.near.recv_into(bytearray(14)) == 14
+    with pytest.raises(ConnectionResetError):
+        crossing.near.recv_into(bytearray(10))
+    assert len(crossing.over) == 1
 
 
 def test_a_configuration_arrives_as_it_was_sent(tmp_path) -> None:

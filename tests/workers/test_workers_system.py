@@ -230,6 +230,32 @@ def test_an_assertion_is_good_once_for_all_workers(shared: Stack) -> None:
     assert upgrade(shared, 99, identity.assertion(gateway_id, time.time())) == 101  # nobody has that number: whoever took it serves it
 
 
+def test_a_hello_that_comes_in_pieces_finds_its_worker(shared: Stack) -> None:
+    context = ssl.create_default_context(cafile=str(shared.directory / "ca.pem"))
+    context.set_alpn_protocols(["fx-worker/2", "http/1.1"])
+    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+    tls = context.wrap_bio(incoming, outgoing, server_hostname="127.0.0.1")
+    with dial(shared.tunnel_port, 10) as sock:
+        while True:
+            try:
+                tls.do_handshake()
+                break
+            except ssl.SSLWantReadError:
+                hello = outgoing.read()
+                for start in range(0, len(hello), 100):
+                    sock.sendall(hello[start : start + 100])
+                    time.sleep(0.01)
+                incoming.write(sock.recv(65_536))
+        assert tls.selected_alpn_protocol() == "http/1.1"
+
+
+@pytest.mark.parametrize("words", [b"GET / HTTP/1.1\r\n\r\n", b"\x16\x03\x01\xff\xff", b""])
+def test_whoever_does_not_speak_tls_is_hung_up_on(shared: Stack, words: bytes) -> None:
+    with dial(shared.tunnel_port) as sock:
+        sock.sendall(words)
+        assert how_it_ends(sock, 8)[0] in ("fin", "reset")
+
+
 def test_limits_are_what_they_say(make_stack: MakeStack, echo_service: Service) -> None:
     stack = start(make_stack, {"echo": echo_service.target}, relays=2, extra="[limits]\nconnections_per_door = 30\n")
     with ExitStack() as clients:
@@ -239,12 +265,12 @@ def test_limits_are_what_they_say(make_stack: MakeStack, echo_service: Service) 
                 client = clients.enter_context(dial(stack.doors["echo"]))
                 client.sendall(b"!")
                 served += client.recv(1) == b"!"
-            time.sleep(0.04)  # the others are told within 0.02 s
+            time.sleep(0.04)  # the others are told within milliseconds
         assert served == 30
 
 
 def test_workers_do_not_outlive_their_parent(make_stack: MakeStack, echo_service: Service) -> None:
-    stack = start(make_stack, {"echo": echo_service.target}, relays=1)
+    stack = start(make_stack, {"echo": echo_service.target}, relays=2)
     assert stack.gateway is not None
     pids = [worker["pid"] for worker in workers(stack).values()]
     with dial(stack.doors["echo"]) as client:
@@ -255,6 +281,10 @@ def test_workers_do_not_outlive_their_parent(make_stack: MakeStack, echo_service
     until_gone(pids)
     with pytest.raises(ConnectionRefusedError):
         dial(stack.doors["echo"])
+    # The relays are back at once, before the second worker is ready, and are spread all the same.
+    stack.start_gateway({"FXGATEWAY__TUNNEL__WORKERS": "2"})
+    stack.wait_for_relays("node-0", "node-1")
+    assert {worker["relays"] for worker in workers(stack).values()} == {1}
 
 
 def site(sock: socket.socket) -> None:

@@ -9,8 +9,8 @@ from tests.system.stack import Stack, wait_until
 
 MakeStack = Callable[..., Stack]
 
-TOLD_S = 0.5
-"""A worker tells the others of its relays within 0.02 s, if it gets that much of a processor."""
+TOLD_S = 0.2
+"""A worker tells the others of its relays within milliseconds, if it gets that much of a processor."""
 
 
 def workers(stack: Stack) -> dict[int, dict]:
