@@ -88,11 +88,11 @@ class Parent:
             FxError: an address cannot be listened on, or a worker does not start.
         """
         inherited = Inherited.from_environ(os.environ, os.getpid())
-        self._tunnel_socket = listen(self._settings.tunnel.listen, inherited)
-        for door in self._settings.doors:
-            self._door_sockets[str(door.listen)] = listen(door.listen, inherited, CLIENT_OPTIONS)
-        inherited.close()
         try:
+            self._tunnel_socket = listen(self._settings.tunnel.listen, inherited)
+            for door in self._settings.doors:
+                self._door_sockets[str(door.listen)] = listen(door.listen, inherited, CLIENT_OPTIONS)
+            inherited.close()
             async with trio.open_nursery() as nursery:
                 await nursery.start(watch_signals, self._reloads.ask, self._stop.set)
                 async with trio.open_nursery() as starting:
