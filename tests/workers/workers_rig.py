@@ -2,13 +2,14 @@
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from tests.system.peers import dial, read_exactly
 from tests.system.stack import Stack, wait_until
 
 MakeStack = Callable[..., Stack]
 
+NONE: Mapping[str, dict[str, str]] = {}
 TOLD_S = 0.2
 """A worker tells the others of its relays within milliseconds, if it gets that much of a processor."""
 
@@ -30,12 +31,19 @@ def worker_of(stack: Stack, relay: str) -> int:
     return found
 
 
-def start(make_stack: MakeStack, services: dict[str, str], relays: int, count: int = 2, extra: str = "") -> Stack:
-    """A gateway of so many workers, and so many relays with all these services."""
+def start(
+    make_stack: MakeStack,
+    services: dict[str, str],
+    relays: int,
+    count: int = 2,
+    extra: str = "",
+    other: Mapping[str, dict[str, str]] = NONE,
+) -> Stack:
+    """A gateway of so many workers, and so many relays with all these services, but for those that have others."""
     stack = make_stack(*services, extra=extra)
     stack.start_gateway({"FXGATEWAY__TUNNEL__WORKERS": str(count)})
     names = [f"node-{number}" for number in range(relays)]
-    daemons = [(name, stack.write_relay_config(name, services), stack.launch_relay(name)) for name in names]
+    daemons = [(name, stack.write_relay_config(name, other.get(name, services)), stack.launch_relay(name)) for name in names]
     for _, _, daemon in daemons:
         daemon.wait_ready()
     stack.wait_for_relays(*names)
