@@ -3,8 +3,7 @@
 import logging
 import socket
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable
 from typing import Any, Final
 
 import trio
@@ -18,7 +17,7 @@ from fxgateway.tunnels.registry import Registry
 from fxgateway.workers.asking import Asking
 from fxgateway.workers.bridge import Bridge, adopt, plain_pair
 from fxgateway.workers.channel import Channel, Message
-from fxgateway.workers.far_relays import AllRelays
+from fxgateway.workers.far_relays import AllRelays, News, moves
 from fxgateway.workers.parcels import pack, unpack
 from fxtunnel.codes import Code
 from fxtunnel.engine.reactor import READ, Reactor
@@ -28,7 +27,7 @@ from fxtunnel.model import InstanceId, RelayId
 
 logger = logging.getLogger(__name__)
 
-PAUSE_S: Final = 0.002
+PAUSE_S: Final = 0.005
 """Between two times that the others are told something. Their share of a limit can be exceeded by what comes in within it."""
 PAUSE_SHARE: Final = 20
 """Telling that took long, with thousands of relays, is followed by a pause of so many times that."""
@@ -95,10 +94,8 @@ class Crew:
                 self._fence(message)
             case "status":
                 channel.send({"op": "answer", "n": message["n"], **self.status()})
-            case "relays":
-                self._hear_relays(channel.number, message)
-            case "counts":
-                self._hear_counts(channel.number, message)
+            case "told":
+                self._hear(channel.number, message)
             case "client":
                 self._arrive(message, sockets)
             case "guest":
@@ -187,16 +184,14 @@ class Crew:
         text = "its control link came up at another worker" if is_same else "another instance has this relay's name now"
         self._registry.yield_name(RelayId(message["relay"]), InstanceId(message["instance"]), code, text)
 
-    def _hear_relays(self, worker: int, message: Message) -> None:
-        if message["is_all"]:
-            self._relays.forget(worker)
-        self._relays.note(worker, message["news"])
-
-    def _hear_counts(self, worker: int, message: Message) -> None:
+    def _hear(self, worker: int, message: Message) -> None:
         now = self._reactor.now
         if message["is_all"]:
+            self._relays.forget(worker)
             self._admission.forget(worker, now)
-        self._admission.note(worker, Counts(**message["counts"]), now)
+        self._relays.note(worker, message["news"])
+        if message["counts"] is not None:
+            self._admission.note(worker, Counts(*message["counts"]), now)
 
     def _arrive(self, message: Message, sockets: list[socket.socket]) -> None:
         if not sockets:
@@ -265,33 +260,24 @@ class Crew:
         """Say what has changed; the seconds it took."""
         began = time.monotonic()
         news, counts = self._relays.news(), self._admission.changes()
-        messages: list[Message] = []
-        if news:
-            messages.append({"op": "relays", "is_all": False, "news": news})
-            self.parent.send(messages[0])
-        if counts is not None:
-            messages.append({"op": "counts", "is_all": False, "counts": asdict(counts)})
+        message = _told(news, counts, is_all=False) if news or counts is not None else None
+        if moved := moves(news):
+            self.parent.send({"op": "told", "news": moved})
         for number, channel in list(self.peers.items()):
             if not channel.is_clear:
-                if messages:
+                if message is not None:
                     self._behind.add(number)
             elif number in self._behind:
                 self._behind.discard(number)
                 self._tell_everything(channel)
-            else:
-                _send_all(channel, messages)
+            elif message is not None:
+                channel.send(message)
         if self._behind:
             self._reactor.call_later(BEHIND_S, self.stir)
         return time.monotonic() - began
 
     def _tell_everything(self, channel: Channel) -> None:
-        _send_all(
-            channel,
-            [
-                {"op": "relays", "is_all": True, "news": dict(self._relays.everything())},
-                {"op": "counts", "is_all": True, "counts": asdict(self._admission.counts())},
-            ],
-        )
+        channel.send(_told(self._relays.everything(), self._admission.counts(), is_all=True))
 
     def _beat(self) -> None:
         if self._is_complete:
@@ -300,6 +286,6 @@ class Crew:
             self._reactor.call_later(BEAT_S, self._beat)
 
 
-def _send_all(channel: Channel, messages: Sequence[Message]) -> None:
-    for message in messages:
-        channel.send(message)
+def _told(news: News, counts: Counts | None, *, is_all: bool) -> Message:
+    facts = None if counts is None else [counts.connections, counts.doors, counts.sources, counts.taken]
+    return {"op": "told", "is_all": is_all, "news": news, "counts": facts}

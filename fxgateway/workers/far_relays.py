@@ -1,6 +1,6 @@
 """Pump: the relays of all workers as this one's doors see them, and what this one tells the others of its own."""
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, Final
 
 from fxgateway.doors.client import Client
@@ -15,6 +15,7 @@ News = dict[str, Any]
 the relay is gone."""
 
 _GONE: Final = None
+FACTS: Final = 5
 
 
 class FarRelay(Elsewhere):
@@ -112,7 +113,7 @@ class AllRelays:
         """We have its name. If it does not come after all, that is news."""
         self._told.setdefault(relay_id, [])
 
-    def everything(self) -> Mapping[RelayId, Sequence[Any]]:
+    def everything(self) -> News:
         """What was told of our own relays so far, for a worker that knows nothing yet."""
         return {relay_id: facts for relay_id, facts in self._told.items() if facts}
 
@@ -126,6 +127,11 @@ class AllRelays:
     def _drop(self, relay_id: RelayId) -> None:
         self._far.pop(relay_id, None)
         self._table.remove(relay_id)
+
+
+def moves(news: News) -> News:
+    """The part of it that concerns the parent: who came and who went, not how busy they are."""
+    return {name: facts for name, facts in news.items() if facts is _GONE or len(facts) == FACTS}
 
 
 def holders(news: News) -> Iterator[tuple[RelayId, tuple[InstanceId, int] | None]]:

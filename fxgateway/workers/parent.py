@@ -149,7 +149,7 @@ class Parent:
                 child.became_ready()
             case "answer":
                 self._asking.answered(message)
-            case "relays":
+            case "told":
                 for relay_id, holder in holders(message["news"]):
                     if holder is None:
                         self._names.gone(child.number, relay_id)
