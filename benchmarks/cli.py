@@ -33,6 +33,7 @@ PEERS: Final[list[Callable[[], Peer]]] = [
     peer_fx.without_resumption,
     web_peers.FxWeb,
     web_peers.NginxWeb,
+    peer_fx.with_workers,
 ]
 MEASURES: Final = (*measures.MEASURES, *web.MEASURES)
 RESULTS: Final = Path(__file__).resolve().parent / "results"

@@ -119,3 +119,8 @@ def usual() -> FxGateway:
 def without_resumption() -> FxGateway:
     """With resumption off: what resumption costs."""
     return FxGateway("fx-noresume", "FX Gateway, resumption off", RESUME_OFF, frozenset({"bulk", "bulk16"}))
+
+
+def with_workers() -> FxGateway:
+    """With two workers and one relay, so that about half of the clients come in at the worker that has not got it, and are passed on."""
+    return FxGateway("workers", "FX Gateway, 2 workers", {"FXGATEWAY__TUNNEL__WORKERS": "2"}, frozenset({"bulk", "bulk16", "conn"}))

@@ -21,6 +21,7 @@ UNPLOTTED: Final = "direct"  # its bars would make all others short
 _COLOURS: Final = {
     "fx": "#1769aa",
     "fx-noresume": "#7fb2da",
+    "workers": "#0b3c5d",
     "nginx": "#4b8b3b",
     "ssh-tty": "#b5651d",
     "ssh": "#dba15f",
@@ -30,6 +31,7 @@ _COLOURS: Final = {
 _SHORT: Final = {
     "fx": "FX Gateway",
     "fx-noresume": "FX, no resume",
+    "workers": "FX, 2 workers",
     "nginx": "nginx 2 hops",
     "ssh-tty": "ssh -tt -R",
     "ssh": "ssh -N -R",

@@ -16,6 +16,9 @@ logger = logging.getLogger(__name__)
 
 MAX_WAITING: Final = 8_192
 STOP_S: Final = 2.0
+BUFFER_BYTES: Final = 1 << 20
+LINES_AT_ONCE: Final = 128
+"""Written with one call, which appends them whole: several workers may write to one file."""
 _MODE: Final = 0o640
 
 
@@ -53,7 +56,7 @@ class AccessLog:
             except OSError as exc:
                 raise ConfigError.one(where, "log.access", f"cannot be opened: {exc.strerror}") from exc
             os.set_blocking(descriptor, True)
-            target = open(descriptor, "a", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
+            target = open(descriptor, "a", BUFFER_BYTES, encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="access-log", daemon=True)
             self._thread.start()
@@ -73,6 +76,7 @@ class AccessLog:
 
     def _run(self) -> None:
         target: TextIO | None = None
+        written = 0
         while True:
             item = self._queue.get()
             if item is None or not isinstance(item, dict):
@@ -83,7 +87,9 @@ class AccessLog:
             elif target is not None:
                 try:
                     target.write(line_of(item))
-                    if self._queue.empty():
+                    written += 1
+                    if self._queue.empty() or written >= LINES_AT_ONCE:
+                        written = 0
                         target.flush()
                 except (OSError, ValueError) as exc:
                     self.dropped += 1

@@ -17,7 +17,7 @@ from fxgateway.access_log import AccessLog
 from fxgateway.admin.live import LiveView
 from fxgateway.admin.pages import make_app
 from fxgateway.door_settings import DoorSettings
-from fxgateway.doors.door import DoorConfig
+from fxgateway.doors.door import DoorConfig, Relays
 from fxgateway.doors.doors import Doors
 from fxgateway.routing.admission import Admission, AdmissionLimits
 from fxgateway.routing.hosts import HostTable, Route
@@ -25,6 +25,7 @@ from fxgateway.routing.reception import Kind, Receptionist
 from fxgateway.sandbox import Sandbox
 from fxgateway.settings import GatewaySettings
 from fxgateway.steering import Steering
+from fxgateway.tunnels.colleagues import Alone, Colleagues
 from fxgateway.tunnels.control import ControlConfig
 from fxgateway.tunnels.identities import Identities
 from fxgateway.tunnels.port import PortLimits, TunnelPort
@@ -102,11 +103,12 @@ class Gateway:
         self._own_files = open_files() + FILES_OF_ITS_OWN
         self._stop = trio.Event()
         self._reloads = Reloads()
-        self._admission = Admission(self._admission_limits(settings))
+        self._admission = self._make_admission(settings)
         budget = WindowBudget(settings.limits.memory_bytes)
         self._registry = Registry(reactor, session_config(settings), budget, registry_limits(settings))
         self._access = AccessLog()
-        self._doors = Doors(reactor, self._registry, self._admission)
+        self._relays = self._make_relays()
+        self._doors = Doors(reactor, self._relays, self._admission)
         self._identities = Identities(settings.tunnel.identities_path)
         self._view = LiveView(GatewayId(settings.tunnel.gateway_id), self._registry, self._doors, settings.limits.memory_bytes)
         self._port = TunnelPort(
@@ -120,11 +122,12 @@ class Gateway:
                 settings.liveness.dead_after_s,
                 settings.resume.hold_s,
                 settings.limits.hello_timeout_s,
-                secrets.token_hex(8),
+                self._process(),
             ),
+            self._make_colleagues(),
         )
         self._view.relays_refused = self._port.refused
-        self._inherited = Inherited.from_environ(os.environ, os.getpid(), notifier)
+        self._inherited = self._make_inherited()
         self._steering = Steering(self._registry, self._doors, self._view.note_drain)
         self._pages = trio.CancelScope()
         self._pages_ended = trio.Event()
@@ -160,6 +163,24 @@ class Gateway:
             await trio.to_thread.run_sync(self._access.close)
             nursery.cancel_scope.cancel()
 
+    # What a worker does differently (fxgateway/workers/worker.py).
+
+    def _make_admission(self, settings: GatewaySettings) -> Admission:
+        return Admission(self._admission_limits(settings))
+
+    def _make_relays(self) -> Relays:
+        return self._registry
+
+    def _make_colleagues(self) -> Colleagues:
+        return Alone()
+
+    def _make_inherited(self) -> Inherited:
+        return Inherited.from_environ(os.environ, os.getpid(), self._notifier)
+
+    def _process(self) -> str:
+        """Marks this run of the gateway."""
+        return secrets.token_hex(8)
+
     async def _serve_pages(self, *, task_status: trio.TaskStatus[Address]) -> None:
         """What administrators ask, until there is a successor to ask."""
         with self._pages:
@@ -170,6 +191,9 @@ class Gateway:
                     await nursery.start(serve_pages, make_app(self._view), self._settings.admin.listen, self._inherited),
                 )
         self._pages_ended.set()
+
+    def _clients(self) -> int:
+        return self._doors.clients
 
     def _announce(self, tunnel: str, admin: str) -> None:
         doors = ", ".join(f"{door.leads_to} on {self._doors.bound[str(door.config.listen)]}" for door in self._doors.open_doors())
@@ -186,7 +210,7 @@ class Gateway:
             self._notifier.stopping()
             self._doors.close()
         self._registry.begin_drain(drain_s)
-        await let_finish("clients", lambda: self._doors.clients, drain_s)
+        await let_finish("clients", self._clients, drain_s)
         self._doors.abort_all()
         self._registry.close_all(Code.SHUTDOWN, "the gateway is stopping", RETRY_AFTER_S)
         with trio.move_on_after(GOODBYE_S):
@@ -218,10 +242,10 @@ class Gateway:
         self._apply(fresh, contexts)
         logger.info("reloaded %s", self._config_path)
 
-    def _apply(self, fresh: GatewaySettings, contexts: Mapping[str, ssl.SSLContext]) -> None:
+    def _apply(self, fresh: GatewaySettings, contexts: Mapping[str, ssl.SSLContext], inherited: Inherited | None = None) -> None:
         """Doors and limits of a reloaded configuration; what needs a restart is named, and stays."""
         context = server_context(fresh.tunnel.certificate, fresh.tunnel.key, ALPN)
-        self._doors.apply(door_configs(fresh, contexts, self._access))
+        self._doors.apply(door_configs(fresh, contexts, self._access), inherited)
         self._admission.apply(self._admission_limits(fresh))
         self._registry.apply(registry_limits(fresh), session_config(fresh))
         self._port.apply(context, port_limits(fresh))
@@ -232,9 +256,13 @@ class Gateway:
         self._settings = fresh
         self._view.listening = (self._view.listening[0], *self._doors.bound.values(), self._view.listening[-1])
 
+    def _spare_files(self) -> int:
+        """Descriptors that clients may have."""
+        return self._file_limit - self._own_files - max(RESERVED_FILES, self._file_limit // 10)
+
     def _admission_limits(self, settings: GatewaySettings) -> AdmissionLimits:
         limits = settings.limits
-        spare = self._file_limit - self._own_files - max(RESERVED_FILES, self._file_limit // 10)
+        spare = self._spare_files()
         if spare < limits.connections:
             logger.info("limits.connections is %d; with %d files it is %d", limits.connections, self._file_limit, spare)
         return AdmissionLimits(

@@ -22,6 +22,7 @@ from fxtunnel.kit.tls import server_context
 from fxtunnel.kit.tls_problems import describe_dates
 
 ALPN: Final = ("fx-data/1", "http/1.1")
+MIN_WORKER_BYTES: Final = 32 << 20
 _BESIDE: Final = ("gateway.json", "ca.key")
 """What `init` leaves next to the configuration. The administrator may have moved it away; what is still there must be private."""
 
@@ -84,6 +85,11 @@ def warnings(settings: GatewaySettings) -> list[str]:
     host = settings.admin.listen.host
     if host is not None and not _is_loopback(host):
         found.append(f"admin.listen {settings.admin.listen} can be reached from other machines, and asks nobody for a password")
+    tunnel = settings.tunnel
+    if tunnel.workers > 1 and settings.limits.memory_bytes < tunnel.workers * MIN_WORKER_BYTES:
+        found.append(f"limits.memory_bytes is divided by tunnel.workers: give at least {tunnel.workers * MIN_WORKER_BYTES >> 20}MiB")
+    if tunnel.workers > (os.cpu_count() or 1):
+        found.append(f"tunnel.workers is {tunnel.workers}, and this machine has {os.cpu_count()} processors")
     return found
 
 

@@ -120,6 +120,10 @@ def run(config_path: Path) -> None:
     """
     settings = _load(config_path)
     refuse(_file_problems(settings, config_path))
+    if settings.tunnel.workers > 1:
+        from fxgateway.workers import parent
+
+        sys.exit(parent.run(settings, config_path))
     from fxgateway import app
 
     sys.exit(app.run(settings, config_path))
@@ -370,6 +374,12 @@ def _print_status(found: "dict[str, Any]") -> None:
         if relay["relay_id"] not in here
     ]
     print_table(("relay", "state", "from", "since", *LINK_COLUMNS, "services"), rows)
+    if found["running"] and found["gateway"].get("workers"):
+        processes = [
+            (str(w["worker"]), str(w["pid"]), "up" if w["up"] else "away", str(w["relays"]), str(w["connections"]), str(w["restarts"]))
+            for w in found["gateway"]["workers"]
+        ]
+        print_table(("worker", "pid", "state", "relays", "clients", "restarts"), processes)
     if found["running"]:
         doors = [
             (door["name"], door["listen"], door["service"], str(door["connections"]), str(door["accepted"]), reasons(door["refused"]))

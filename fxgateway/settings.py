@@ -43,6 +43,7 @@ class TunnelSettings(Section):
         "",
         description="The gateway's name in what relays sign; made from public_url when absent. Gateways that share a URL need their own.",
     )
+    workers: int = Field(1, ge=1, le=64, description="Processes that share the work; each uses one core.")
 
     @field_validator("public_url")
     @classmethod

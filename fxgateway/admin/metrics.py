@@ -1,9 +1,10 @@
 """Port: the gateway's metrics: the only place that names them. Values are read from the view when Prometheus asks.
 
-Labels are bounded: relay ids (limits.relays), doors and services (the configuration), reasons (a fixed set of words). Client addresses,
-sessions and streams are never labels.
+Labels are bounded: relay ids (limits.relays), workers, doors and services (the configuration), reasons (a fixed set of words). Addresses
+of clients, sessions and streams are never labels.
 """
 
+import os
 from collections.abc import Iterator
 from typing import Final
 
@@ -11,9 +12,10 @@ from prometheus_client import CollectorRegistry, ProcessCollector
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from fxgateway.admin.view import DoorStatus, GatewayView, RelayStatus, Totals
+from fxgateway.admin.view import DoorStatus, GatewayView, RelayStatus, Totals, WorkerStatus
 
 _DOOR: Final = ("door", "service")
+_NOT_SUMMED: Final = frozenset({"process_start_time_seconds", "process_max_fds"})
 
 
 class GatewayCollector(Collector):
@@ -26,7 +28,9 @@ class GatewayCollector(Collector):
         """Every metric of the gateway."""
         is_ready, _ = self._view.ready()
         yield GaugeMetricFamily("fxgateway_ready", "1 while clients would be served.", value=float(is_ready))
-        yield from _daemon(self._view.totals())
+        totals = self._view.totals()
+        yield from _daemon(totals)
+        yield from _workers(totals.workers)
         yield from _doors(self._view.doors())
         yield from _relays(self._view.relays())
 
@@ -35,12 +39,52 @@ class GatewayCollector(Collector):
         return []
 
 
+class ProcessesCollector(Collector):
+    """What `ProcessCollector` says of one process (memory, file descriptors, CPU), as sums over this one and the workers."""
+
+    def __init__(self, view: GatewayView) -> None:
+        self._view = view
+
+    def collect(self) -> Iterator[Metric]:
+        """The same names as for one process; the start is the oldest one's, the limit of descriptors each one's own."""
+        pids = [os.getpid(), *(worker.pid for worker in self._view.totals().workers if worker.up)]
+        values: dict[str, list[float]] = {}
+        metrics: dict[str, Metric] = {}
+        for pid in pids:
+            for metric in ProcessCollector(pid=lambda pid=pid: pid, registry=None).collect():  # type: ignore[misc]
+                metrics.setdefault(metric.name, metric)
+                values.setdefault(metric.name, []).extend(sample.value for sample in metric.samples)
+        for name, metric in metrics.items():
+            add = min if name in _NOT_SUMMED else sum
+            metric.samples = [metric.samples[0]._replace(value=add(values[name]))]
+            yield metric
+
+    def describe(self) -> list[Metric]:
+        """See `GatewayCollector`."""
+        return []
+
+
 def make_registry(view: GatewayView) -> CollectorRegistry:
-    """A registry of its own with the gateway's metrics and those of the process (memory, file descriptors, CPU)."""
+    """A registry of its own with the gateway's metrics and those of its processes (memory, file descriptors, CPU)."""
     registry = CollectorRegistry()
     registry.register(GatewayCollector(view))
-    ProcessCollector(registry=registry)
+    registry.register(ProcessesCollector(view))
     return registry
+
+
+def _workers(workers: tuple[WorkerStatus, ...]) -> Iterator[Metric]:
+    up = GaugeMetricFamily("fxgateway_worker_up", "1 while the worker process serves.", labels=["worker"])
+    restarts = CounterMetricFamily("fxgateway_worker_restarts", "Times the worker process has died.", labels=["worker"])
+    relays = GaugeMetricFamily("fxgateway_worker_relays", "Relays whose tunnels end at the worker.", labels=["worker"])
+    connections = GaugeMetricFamily("fxgateway_worker_connections", "Clients that the worker serves.", labels=["worker"])
+    for worker in workers:
+        label = [str(worker.worker)]
+        up.add_metric(label, float(worker.up))
+        restarts.add_metric(label, worker.restarts)
+        relays.add_metric(label, worker.relays)
+        connections.add_metric(label, worker.connections)
+    if workers:
+        yield from (up, restarts, relays, connections)
 
 
 def _daemon(totals: Totals) -> Iterator[Metric]:

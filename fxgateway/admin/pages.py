@@ -1,7 +1,9 @@
 """Task: the admin address: /healthz, /readyz, /metrics and /relays. It only tells; nothing can be changed here."""
 
+from collections.abc import Awaitable, Callable
 from dataclasses import asdict
 
+import trio
 from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -9,15 +11,15 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from fxgateway.admin.metrics import make_registry
-from fxgateway.admin.view import DoorStatus, GatewayView, RelayStatus, Totals
+from fxgateway.admin.view import DoorStatus, GatewayView, RelayStatus, Totals, WorkerStatus
 
-__all__ = ["DoorStatus", "GatewayView", "RelayStatus", "Totals", "make_app"]
+__all__ = ["DoorStatus", "GatewayView", "RelayStatus", "Totals", "WorkerStatus", "make_app"]
 
 _HEADERS = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
 
 
-def make_app(view: GatewayView) -> Starlette:
-    """The pages, for `serve_pages`. GET and HEAD only; every answer is made from one look at `view`.
+def make_app(view: GatewayView, look: Callable[[], Awaitable[None]] = trio.lowlevel.checkpoint) -> Starlette:
+    """The pages, for `serve_pages`. GET and HEAD only; every answer is made from one look at `view`, once `look` has brought it up to date.
 
     /healthz: 200 while the process answers. /readyz: 200, or 503 with the reasons. /metrics: Prometheus text. /relays: JSON object with
     `gateway` (see `Totals`), `relays` and `doors`.
@@ -28,13 +30,16 @@ def make_app(view: GatewayView) -> Starlette:
         return PlainTextResponse("ok\n", headers=_HEADERS)
 
     async def readyz(request: Request) -> Response:
+        await look()
         is_ready, reasons = view.ready()
         return JSONResponse({"ready": is_ready, "reasons": reasons}, status_code=200 if is_ready else 503, headers=_HEADERS)
 
     async def metrics(request: Request) -> Response:
+        await look()
         return Response(generate_latest(registry), media_type=CONTENT_TYPE_PLAIN_0_0_4, headers=_HEADERS)
 
     async def relays(request: Request) -> Response:
+        await look()
         return JSONResponse(
             {
                 "gateway": asdict(view.totals()),

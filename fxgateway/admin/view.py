@@ -42,8 +42,23 @@ class DoorStatus:
 
 
 @dataclass(frozen=True, slots=True)
+class WorkerStatus:
+    """One process of several. `restarts` counts the times it has died since the gateway started."""
+
+    worker: int
+    pid: int
+    up: bool
+    restarts: int
+    relays: int
+    connections: int
+
+
+@dataclass(frozen=True, slots=True)
 class Totals:
-    """The whole daemon. `listening` holds every bound address; streams, sessions and memory are now, the rest since start."""
+    """The whole daemon. `listening` holds every bound address; streams, sessions and memory are now, the rest since start.
+
+    `workers` is empty where one process does everything.
+    """
 
     gateway_id: str
     version: str
@@ -55,6 +70,7 @@ class Totals:
     memory_bytes: int
     memory_limit_bytes: int
     relays_refused: Mapping[str, int]
+    workers: tuple[WorkerStatus, ...] = ()
 
 
 class GatewayView(Protocol):

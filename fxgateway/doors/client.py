@@ -3,6 +3,7 @@
 import socket
 from typing import TYPE_CHECKING, Final
 
+from fxgateway.doors.elsewhere import MAX_HOPS, Elsewhere, Journey
 from fxgateway.routing.table import Forward, Reject
 from fxtunnel.codes import Code
 from fxtunnel.engine.splice import Splice
@@ -34,6 +35,7 @@ class Client(Splice):
         "admitted_by",
         "diary",
         "door",
+        "hops",
         "last_bytes",
         "moved_at",
         "named",
@@ -58,6 +60,8 @@ class Client(Splice):
         """The client's ip:port if it was told (at first by accept, or a PROXY header); else the socket knows it."""
         self.last_bytes = 0
         self.moved_at = door.reactor.now
+        self.hops = 0
+        """Processes it was passed on by."""
         self._attempts = 0
         self._asked: tuple[RelayId, ...] = ()
         """Relays asked on their own account. The last of them is the one that redirected to `_target`."""
@@ -69,6 +73,22 @@ class Client(Splice):
         """Choose a relay and open the stream; `peer` is the client's ip:port as OPEN carries it."""
         if self._forward(b"", self._tags(peer)):
             self.start()
+
+    def go_on(self, journey: Journey) -> None:
+        """As `begin`, for a client that another process has passed on."""
+        self._asked, self._target, self._avoid = journey.asked, journey.target, journey.avoid
+        self._attempts, self.hops, self._read_done = journey.attempts, journey.hops, journey.has_ended
+        if self._forward(journey.early, self._tags(self.named or self.peer()), asks_again=journey.target is None):
+            self.start()
+
+    def give_away(self) -> socket.socket:
+        """It is another process's; the socket, which is the caller's now. Nobody here counts it any more."""
+        self.closed = True
+        if self._queued and self.session is not None:
+            self.session.cancel_turn(self)
+        self.reactor.unregister(self.sock)  # while another process has it, closing it here would not take it out of the epoll
+        self.door.client_given_away(self)
+        return self.sock
 
     def turn_away(self, reason: str) -> None:
         """Nobody serves it."""
@@ -177,8 +197,14 @@ class Client(Splice):
                     case Reject(reason):
                         self.turn_away(reason.value)
                         return False
+            if isinstance(relay, Elsewhere):
+                journey = Journey(self._asked, self._target, self._avoid, self._attempts, self.hops + 1, self._read_done, early)
+                if self.hops < MAX_HOPS and relay.take(self, journey):
+                    return False
+                session = None
+            else:
+                session = relay.session_for_stream()
             self._attempts += 1
-            session = relay.session_for_stream()
             extra = encode_redirects(self._asked[-1] if self._target is not None else None, self._avoid)
             stream = session.open_stream(tags + extra, self) if session is not None else None
             if session is None or stream is None:

@@ -6,18 +6,19 @@ import logging
 import secrets
 import socket
 import ssl
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, Protocol, TypeVar
 
 from fxgateway.doors.client import Client, peer_text
+from fxgateway.doors.elsewhere import Elsewhere
 from fxgateway.doors.hall import Hall, until
 from fxgateway.doors.proxied import Network, Proxied, is_within
 from fxgateway.doors.recorded import AccessSink, Diary, RecordedClient
 from fxgateway.doors.web_client import error_words
 from fxgateway.routing.admission import Admission, Verdict
 from fxgateway.routing.reception import Kind, Lead, Receptionist
-from fxgateway.routing.table import RouteTable
+from fxgateway.routing.table import Forward, Reject
 from fxtunnel.codes import Code
 from fxtunnel.engine.reactor import LISTENER_EVENTS, Reactor, Timer
 from fxtunnel.engine.splice import RESET_ON_CLOSE, abort
@@ -54,14 +55,21 @@ _NOBODY: Final = ""
 _EXHAUSTED: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
 
+class Routes(Protocol):
+    """Who offers what."""
+
+    def decide(self, service: ServiceName, tried: Collection[RelayId] = ()) -> "Forward[LiveRelay] | Forward[Elsewhere] | Reject":
+        """See `RouteTable`."""
+
+
 class Relays(Protocol):
     """The relays that are there now."""
 
     @property
-    def routes(self) -> "RouteTable[LiveRelay]":
+    def routes(self) -> Routes:
         """Who offers what."""
 
-    def named(self, relay_id: RelayId) -> "LiveRelay | None":
+    def named(self, relay_id: RelayId) -> "LiveRelay | Elsewhere | None":
         """A relay by its name."""
 
 
@@ -201,6 +209,12 @@ class Door:
         if stream is not None:
             self.counters.bytes_in += stream.bytes_out
             self.counters.bytes_out += stream.bytes_in
+
+    def client_given_away(self, client: Client) -> None:
+        """A client is another process's from now on."""
+        self.clients.discard(client)
+        self.opening.pop(client, None)
+        self.admission.release(client.admitted_by, client.address)
 
     def on_event(self, events: int) -> None:
         """From the reactor: clients wait."""

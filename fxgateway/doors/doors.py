@@ -31,6 +31,11 @@ class Doors:
         """Clients in all doors, closed ones included."""
         return sum(door.occupants for door in (*self._open.values(), *self._closed))
 
+    def leading_in(self, listen_address: str) -> Door | None:
+        """The door with this address, closed ones included."""
+        closed = (door for door in reversed(self._closed) if str(door.config.listen) == listen_address)
+        return self._open.get(listen_address) or next(closed, None)
+
     def apply(self, configs: Sequence[DoorConfig], inherited: Inherited | None = None) -> None:
         """Have exactly these doors open. Those that stay keep their sockets and clients. `inherited` need be given once only.
 

@@ -2,6 +2,7 @@
 
 import logging
 import socket
+from dataclasses import dataclass
 from random import uniform
 from typing import TYPE_CHECKING, Final
 
@@ -31,6 +32,15 @@ _BY_CODE: Final = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class Words:
+    """What is said for a client or to it: `instead` of its request's head, to the service; `greeting` to it, once that is reached."""
+
+    accept: bytes
+    instead: bytes
+    greeting: bytes
+
+
 class WebClient(Client):
     """A client whose first request has been looked at. With `lead.instead` that is sent in place of the request's head."""
 
@@ -52,6 +62,16 @@ class WebClient(Client):
         if lead.instead is not None and head is not None:
             sock.recv_into(bytearray(len(head.raw)))  # all of it is there: it has been looked at
             self._readable = True
+
+    @property
+    def words(self) -> Words:
+        """What is still to be said."""
+        return Words(self._accept, self._instead, self._greeting)
+
+    @words.setter
+    def words(self, words: Words) -> None:
+        self._accept, self._instead, self._greeting = words.accept, words.instead, words.greeting
+        self._readable = bool(words.instead)
 
     def read_turn(self, limit_bytes: int) -> int:
         """See `Splice`."""

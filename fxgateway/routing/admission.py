@@ -8,7 +8,7 @@ from typing import Final
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
-_REMEMBERED_SOURCES: Final = 65_536
+REMEMBERED_SOURCES: Final = 65_536
 _SWEEP_EVERY_S: Final = 1.0
 """When the memory is full every stranger would cost a sweep of all of it."""
 _IPV6_PREFIX: Final = 64
@@ -111,28 +111,35 @@ class Admission:
         limits = self.limits
         source = self._sources.get(key)
         if source is None:
-            if len(self._sources) >= _REMEMBERED_SOURCES:
+            if len(self._sources) >= REMEMBERED_SOURCES:
                 if now - self._swept_full >= _SWEEP_EVERY_S:
                     self._swept_full = now
                     self.sweep(now)
-                if len(self._sources) >= _REMEMBERED_SOURCES:
+                if len(self._sources) >= REMEMBERED_SOURCES:
                     return Verdict.TOO_FAST
-            source = self._sources[key] = _Source(float(limits.open_burst_per_source), now)
+            source = self._remember(key, now)
         if source.count >= limits.connections_per_source:
             return Verdict.SOURCE_FULL
-        refilled = source.tokens + (now - source.updated) * limits.open_rate_per_source_per_s
-        source.tokens = min(refilled, float(limits.open_burst_per_source))
-        source.updated = now
+        self._refill(source, now)
         if source.tokens < 1.0:
             return Verdict.TOO_FAST
         source.tokens -= 1.0
         source.count += 1
         return Verdict.ADMIT
 
+    def _remember(self, key: str, now: float) -> _Source:
+        source = self._sources[key] = _Source(float(self.limits.open_burst_per_source), now)
+        return source
+
+    def _refill(self, source: _Source, now: float) -> None:
+        refilled = source.tokens + (now - source.updated) * self.limits.open_rate_per_source_per_s
+        source.tokens = min(refilled, float(self.limits.open_burst_per_source))
+        source.updated = now
+
     def _is_exempt(self, address: str) -> bool:
         known = self._exempt_cache.get(address)
         if known is None:
-            if len(self._exempt_cache) >= _REMEMBERED_SOURCES:
+            if len(self._exempt_cache) >= REMEMBERED_SOURCES:
                 self._exempt_cache.clear()
             known = self._exempt_cache[address] = _in_any(address, self.limits.exempt)
         return known

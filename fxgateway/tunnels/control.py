@@ -9,6 +9,7 @@ from typing import Final, assert_never
 import trio
 from trio_websocket import WebSocketConnection
 
+from fxgateway.tunnels.colleagues import Colleagues
 from fxgateway.tunnels.ports import Departure, Registry
 from fxgateway.tunnels.tickets import LIFETIME_S, TicketBook
 from fxtunnel import __version__
@@ -16,6 +17,7 @@ from fxtunnel.codes import Code, Refusal
 from fxtunnel.control.channel import Channel
 from fxtunnel.control.messages import (
     CAP_LEAVING,
+    CAP_WORKERS,
     PROTOCOL_VERSION,
     TEXT_CHARS,
     Closing,
@@ -83,11 +85,14 @@ class ControlLink:
 class ControlDesk:
     """Serves control links, any number at once."""
 
-    def __init__(self, gateway_id: GatewayId, registry: Registry, tickets: TicketBook, config: ControlConfig) -> None:
+    def __init__(
+        self, gateway_id: GatewayId, registry: Registry, tickets: TicketBook, config: ControlConfig, colleagues: Colleagues
+    ) -> None:
         self._gateway_id = gateway_id
         self._registry = registry
         self._tickets = tickets
         self._config = config
+        self._colleagues = colleagues
 
     def check_room(self, relay_id: RelayId) -> None:
         """Raises:
@@ -106,6 +111,11 @@ class ControlDesk:
         channel = Channel(ws)
         try:
             hello = await self._hello(channel, caller)
+            epoch = await self._colleagues.claim(caller.relay_id, hello.instance)
+            # Revoked since the assertion was checked? From here on the registry would be told.
+            if not caller.is_trusted():
+                raise PeerRefused(Refusal.REVOKED, f"relay {caller.relay_id} was revoked by the gateway's administrator")
+            self.check_room(caller.relay_id)
         except PeerRefused as exc:
             logger.warning("control link of %s from %s refused: %s", caller.relay_id, caller.remote_address, exc)
             await channel.goodbye(Refused(code=exc.refusal, message=str(exc)[:TEXT_CHARS], retry_after_s=exc.retry_after_s))
@@ -113,7 +123,7 @@ class ControlDesk:
         except TunnelClosed as exc:
             logger.warning("control link of %s from %s ended before its hello: %s", caller.relay_id, caller.remote_address, exc)
             return
-        await self._serve_known(channel, caller, hello)
+        await self._serve_known(channel, caller, hello, epoch)
 
     async def _hello(self, channel: Channel, caller: Caller) -> Hello:
         try:
@@ -134,6 +144,11 @@ class ControlDesk:
             )
         if unknown := set(hello.need) - set(CAPS):
             raise PeerRefused(Refusal.UNSUPPORTED, f"the relay needs {', '.join(sorted(unknown))}, which this gateway lacks")
+        if self._colleagues.worker and CAP_WORKERS not in hello.caps:
+            raise PeerRefused(
+                Refusal.VERSION_MISMATCH,
+                f"this gateway has several processes (tunnel.workers), which the relay ({hello.version}) does not know: update the relay",
+            )
         # Revoked since the assertion was checked? From here on the registry would be told.
         if not caller.is_trusted():
             raise PeerRefused(Refusal.REVOKED, f"relay {caller.relay_id} was revoked by the gateway's administrator")
@@ -143,10 +158,10 @@ class ControlDesk:
         self.check_room(caller.relay_id)
         return hello
 
-    async def _serve_known(self, channel: Channel, caller: Caller, hello: Hello) -> None:
+    async def _serve_known(self, channel: Channel, caller: Caller, hello: Hello, epoch: int) -> None:
         config, relay_id = self._config, caller.relay_id
         link = ControlLink(channel, caller.remote_address)
-        epoch = self._registry.enter(relay_id, hello.instance, hello.services, link)
+        epoch = self._registry.enter(relay_id, hello.instance, hello.services, link, epoch)
         try:
             logger.info("relay %s is here from %s, epoch %d, version %s", relay_id, caller.remote_address, epoch, hello.version)
             channel.send_nowait(
@@ -159,6 +174,7 @@ class ControlDesk:
                     hold_s=config.hold_s,
                     caps=CAPS,
                     process=config.process,
+                    worker=self._colleagues.worker,
                 )
             )
             await channel.run(

@@ -9,10 +9,11 @@ import trio
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from fxgateway.tunnels.colleagues import Colleagues
 from fxgateway.tunnels.identities import EnrolOutcome, EnrolResult, Identities
 from fxtunnel.codes import Refusal
 from fxtunnel.errors import ConfigError, PeerRefused
-from fxtunnel.kit.tokens import KeyProblem, ReplayGuard, public_from_text, thumbprint, verify_assertion
+from fxtunnel.kit.tokens import KeyProblem, public_from_text, thumbprint, verify_assertion
 from fxtunnel.model import NAME_PATTERN, GatewayId, RelayId
 
 logger = logging.getLogger(__name__)
@@ -32,12 +33,12 @@ class EnrolRequest(BaseModel):
 
 
 class Enroller:
-    """Answers enrolment requests. `replays` is shared with the control links: an assertion is good once in all."""
+    """Answers enrolment requests. `colleagues` remember assertions, those of control links too: one is good once in all."""
 
-    def __init__(self, identities: Identities, gateway_id: GatewayId, replays: ReplayGuard, now_unix: Callable[[], float]) -> None:
+    def __init__(self, identities: Identities, gateway_id: GatewayId, colleagues: Colleagues, now_unix: Callable[[], float]) -> None:
         self._identities = identities
         self._gateway_id = gateway_id
-        self._replays = replays
+        self._colleagues = colleagues
         self._now_unix = now_unix
 
     async def enrol(self, body: bytes) -> dict[str, object]:
@@ -58,7 +59,7 @@ class Enroller:
             if exc.refusal is not Refusal.UNKNOWN_RELAY:
                 raise
             raise PeerRefused(Refusal.BAD_ASSERTION, "bad assertion: it is not signed by the key it comes with") from exc
-        if not self._replays.first_use(assertion.jti, assertion.exp_unix, self._now_unix()):
+        if not await self._colleagues.first_use(assertion.jti, assertion.exp_unix, self._now_unix()):
             raise PeerRefused(Refusal.BAD_ASSERTION, "bad assertion: it was used before")
         try:
             result = await trio.to_thread.run_sync(self._identities.enrol, request.relay_id, public, request.token)

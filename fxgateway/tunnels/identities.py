@@ -128,6 +128,11 @@ class Identities:
         with self._loading:
             self._adopt(self._signature(), self._read())
 
+    def look_again(self) -> None:
+        """Read the file if it has changed. One that cannot be used changes nothing; `watch` logs it."""
+        with contextlib.suppress(ConfigError, OSError):
+            self._load_if_changed()
+
     def find_key(self, relay_id: RelayId, kid: str) -> Ed25519PublicKey | KeyProblem:
         """The relay's key, from memory. Never blocks."""
         relay = self._state.relays.get(relay_id)

@@ -6,12 +6,13 @@ import secrets
 import socket
 import ssl
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Final
 
 import trio
 
+from fxgateway.tunnels.colleagues import Alone, Colleagues, Passed
 from fxgateway.tunnels.control import Caller, ControlConfig, ControlDesk
 from fxgateway.tunnels.datalinks import DataDesk
 from fxgateway.tunnels.enrolment import Enroller
@@ -35,7 +36,7 @@ from fxtunnel.control.upgrade import (
 from fxtunnel.errors import PeerRefused, TunnelClosed, TunnelError, leaves
 from fxtunnel.kit.settings import Address
 from fxtunnel.kit.tls import TlsStream, handshake_server
-from fxtunnel.kit.tokens import KeyProblem, ReplayGuard, verify_assertion
+from fxtunnel.kit.tokens import Assertion, KeyProblem, verify_assertion
 from fxtunnel.model import GatewayId, RelayId
 
 __all__ = ["PortLimits", "TunnelPort"]
@@ -68,20 +69,21 @@ class TunnelPort:
         registry: Registry,
         limits: PortLimits,
         control: ControlConfig = ControlConfig(),  # noqa: B008 - immutable
+        colleagues: Colleagues | None = None,
     ) -> None:
         self._context = context
         self._limits = limits
         self._gateway_id = gateway_id
         self._identities = identities
         self._now_unix: Callable[[], float] = time.time
-        self._replays = ReplayGuard()
+        self._colleagues: Colleagues = colleagues or Alone()
         self.refused: dict[str, int] = {}
         self._lobby = Lobby()
         self._accepting = trio.CancelScope()
         tickets = TicketBook(lambda: f"fxt_{secrets.token_urlsafe(32)}")
-        self._control = ControlDesk(gateway_id, registry, tickets, control)
+        self._control = ControlDesk(gateway_id, registry, tickets, control, self._colleagues)
         self._data = DataDesk(registry, tickets)
-        self._enroller = Enroller(identities, gateway_id, self._replays, self._now_unix)
+        self._enroller = Enroller(identities, gateway_id, self._colleagues, self._now_unix)
 
     @property
     def pending(self) -> int:
@@ -102,6 +104,7 @@ class TunnelPort:
                 async with trio.open_nursery() as accepting:
                     for listener in listeners:
                         accepting.start_soon(self._accept, listener, handlers)
+                    accepting.start_soon(self._take_passed, handlers)
                     task_status.started()
 
     def stop_accepting(self) -> None:
@@ -120,13 +123,19 @@ class TunnelPort:
                     await trio.sleep(_PAUSE_S if exc.errno in _EXHAUSTED else 0)
                     continue
                 sock = socket.socket(accepted.family, accepted.type, accepted.proto, fileno=accepted.detach())
-                handlers.start_soon(self._serve, sock, str(address[0]), str(Address(str(address[0]), int(address[1]))))
+                fresh = Passed(sock, str(address[0]), str(Address(str(address[0]), int(address[1]))))
+                handlers.start_soon(self._serve, fresh, self._colleagues.keeps)
 
-    async def _serve(self, sock: socket.socket, ip: str, remote_address: str) -> None:
+    async def _take_passed(self, handlers: trio.Nursery) -> None:
+        while True:
+            handlers.start_soon(self._serve, await self._colleagues.wait_passed(), _always)
+
+    async def _serve(self, passed: Passed, keeps: Callable[[Passed], Awaitable[bool]]) -> None:
         """The barrier: nothing a connection raises gets past this."""
+        sock, remote_address = passed.sock, passed.remote_address
         try:
             with sock:
-                await self._converse(sock, ip, remote_address)
+                await self._converse(passed, keeps)
         except* TunnelError as group:
             for exc in leaves(group):
                 if isinstance(exc, PeerRefused):
@@ -137,12 +146,15 @@ class TunnelPort:
         except* Exception:
             logger.exception("tunnel port: connection from %s ended by an internal error", remote_address)
 
-    async def _converse(self, sock: socket.socket, ip: str, remote_address: str) -> None:
-        guest = self._lobby.enter(ip, self._limits)
+    async def _converse(self, passed: Passed, keeps: Callable[[Passed], Awaitable[bool]]) -> None:
+        sock, remote_address = passed.sock, passed.remote_address
+        guest = self._lobby.enter(passed.ip, self._limits)
         stream: TlsStream | None = None
         upgrade: _Upgrade | None = None
         try:
             with guest.scope:
+                if not await keeps(passed):
+                    return
                 _check_connected(sock)
                 stream = TlsStream(await handshake_server(sock, self._context))
                 upgrade = await self._identify(stream, remote_address)
@@ -153,6 +165,8 @@ class TunnelPort:
                 await self._serve_control(stream, upgrade, remote_address)
         finally:
             self._lobby.leave(guest)
+            if upgrade is None and passed.counts_as_relay:
+                self._colleagues.was_no_relay()
             if stream is not None:
                 await stream.aclose()
 
@@ -164,7 +178,7 @@ class TunnelPort:
         try:
             head = await read_head(stream, max_bytes=min(HEAD_BYTES, self._limits.hello_bytes))
             if (head.method, head.target) == ("GET", CONTROL_PATH):
-                return self._authenticate(head)
+                return await self._authenticate(head)
             if (head.method, head.target) == ("POST", ENROL_PATH):
                 body = await read_body(stream, head, max_bytes=min(BODY_BYTES, self._limits.hello_bytes - HEAD_BYTES))
                 await answer(stream, 200, await self._enroller.enrol(body))
@@ -175,17 +189,25 @@ class TunnelPort:
             raise
         return None
 
-    def _authenticate(self, head: Head) -> _Upgrade:
+    async def _authenticate(self, head: Head) -> _Upgrade:
         scheme, _, token = (head.header("authorization") or "").partition(" ")
         if scheme.lower() != "bearer" or not token:
             raise PeerRefused(Refusal.BAD_ASSERTION, "bad assertion: there is none (Authorization: Bearer …)")
-        assertion = verify_assertion(
-            token.strip(), gateway_id=self._gateway_id, find_key=self._identities.find_key, now_unix=self._now_unix()
-        )
-        if not self._replays.first_use(assertion.jti, assertion.exp_unix, self._now_unix()):
+        try:
+            assertion = self._verify(token)
+        except PeerRefused as exc:
+            if exc.refusal is not Refusal.UNKNOWN_RELAY or not self._colleagues.worker:
+                raise
+            # It may have enrolled at another process a moment ago.
+            await trio.to_thread.run_sync(self._identities.look_again)
+            assertion = self._verify(token)
+        if not await self._colleagues.first_use(assertion.jti, assertion.exp_unix, self._now_unix()):
             raise PeerRefused(Refusal.BAD_ASSERTION, "bad assertion: it was used before")
         self._control.check_room(assertion.relay_id)
         return _Upgrade(head, assertion.relay_id, assertion.kid)
+
+    def _verify(self, token: str) -> Assertion:
+        return verify_assertion(token.strip(), gateway_id=self._gateway_id, find_key=self._identities.find_key, now_unix=self._now_unix())
 
     async def _serve_control(self, stream: TlsStream, upgrade: _Upgrade, remote_address: str) -> None:
         def is_trusted() -> bool:
@@ -209,6 +231,11 @@ class TunnelPort:
     def _log_unproven(self, guest: Guest, remote_address: str) -> None:
         why = "made room for newer ones" if guest.is_evicted else f"did not prove who it is within {self._limits.hello_timeout_s:g} s"
         logger.warning("tunnel port: connection from %s closed: it %s", remote_address, why)
+
+
+async def _always(passed: Passed) -> bool:
+    await trio.lowlevel.checkpoint()
+    return True
 
 
 def _check_connected(sock: socket.socket) -> None:

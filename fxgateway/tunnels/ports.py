@@ -72,8 +72,10 @@ class Registry(Protocol):
     def is_full(self, relay_id: RelayId) -> bool:
         """Whether a relay that is not here yet finds no room."""
 
-    def enter(self, relay_id: RelayId, instance: InstanceId, offers: tuple[Offer, ...], link: ControlHandle) -> int:
-        """A control link is up; returns the epoch. Fences other instances, replaces the same instance's older link."""
+    def enter(self, relay_id: RelayId, instance: InstanceId, offers: tuple[Offer, ...], link: ControlHandle, epoch: int = 0) -> int:
+        """A control link is up; returns the epoch: the next one, if none is given. Fences other instances, replaces the same
+        instance's older link.
+        """
 
     def update_services(self, relay_id: RelayId, instance: InstanceId, offers: tuple[Offer, ...]) -> None:
         """What the relay offers from now on."""

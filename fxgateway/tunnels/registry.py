@@ -2,6 +2,7 @@
 
 import logging
 import secrets
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -108,6 +109,8 @@ class Registry:
         self.routes: RouteTable[LiveRelay] = RouteTable()
         self.is_draining = False
         self.resumed = 0
+        self.on_change: Callable[[], None] = _nobody_listens
+        """Called when a relay came, went, or may have become able or unable to take streams."""
         self._reactor = reactor
         self._config = config
         self._budget = budget
@@ -138,7 +141,7 @@ class Registry:
         """Whether a relay that is not here yet finds no room."""
         return relay_id not in self._relays and len(self._relays) >= self._limits.relays
 
-    def enter(self, relay_id: RelayId, instance: InstanceId, offers: tuple[Offer, ...], link: ControlHandle) -> int:
+    def enter(self, relay_id: RelayId, instance: InstanceId, offers: tuple[Offer, ...], link: ControlHandle, epoch: int = 0) -> int:
         """A control link is up. Returns the epoch. The same instance keeps its sessions; any other one is fenced off at once."""
         self.sweep()
         older: LiveRelay | None = None
@@ -152,7 +155,7 @@ class Registry:
                 self._expel(relay, Code.FENCED, "another instance has this relay's name now")
             relay = None
         if relay is None:
-            epoch = self._epochs[relay_id] = self._epochs.get(relay_id, 0) + 1
+            epoch = self._epochs[relay_id] = epoch or self._epochs.get(relay_id, 0) + 1
             relay = self._relays[relay_id] = LiveRelay(relay_id, instance, epoch, self._reactor.now)
             relay.predecessor = older
             relay.is_drained = relay_id in self._drained
@@ -180,18 +183,21 @@ class Registry:
             relay.draining = True
             relay.hands_over = departure.hands_over
             relay.leave_by = self._reactor.now + departure.deadline_s + DEPARTURE_GRACE_S
+            self.on_change()
 
     def drain(self, relay_id: RelayId) -> None:
         """Give this relay nothing new, whichever of its instances is here, until `undrain`."""
         self._drained.add(relay_id)
         if relay_id in self._relays:
             self._relays[relay_id].is_drained = True
+            self.on_change()
 
     def undrain(self, relay_id: RelayId) -> None:
         """`drain` is over."""
         self._drained.discard(relay_id)
         if relay_id in self._relays:
             self._relays[relay_id].is_drained = False
+            self.on_change()
 
     def sweep(self) -> None:
         """Fence off instances that drain for longer than they have said. Call now and then."""
@@ -223,11 +229,13 @@ class Registry:
         relay.sessions[session.id] = session
         if relay.predecessor is not None and relay.predecessor.link is not None:
             relay.predecessor.link.drain(0)  # its successor serves: it need not wait any longer
+        self.on_change()
         return session
 
     def find_session(self, relay_id: RelayId, instance: InstanceId, session_id: SessionId) -> Session | None:
         """The session a relay wants to resume, if it is that relay's and still held."""
         relay = self._instance(relay_id, instance)
+        self.on_change()
         return relay.sessions.get(session_id) if relay is not None else None
 
     def revoke(self, relay_id: RelayId) -> None:
@@ -237,9 +245,23 @@ class Registry:
                 logger.warning("relay %s is revoked; its tunnels are closed", relay_id)
                 self._expel(relay, Code.REVOKED, "the administrator revoked this relay")
 
+    def yield_name(self, relay_id: RelayId, instance: InstanceId, code: Code, text: str) -> None:
+        """Another process of this gateway has the relay now: end what this instance still has here."""
+        relay = self._instance(relay_id, instance)
+        if relay is not None:
+            self.on_change()
+            if relay.draining and code is Code.FENCED and self._relays.get(relay_id) is relay:
+                logger.info("relay %s has a new instance at another worker; the one here ends its streams", relay_id)
+                self._step_aside(relay)
+                self.routes.remove(relay_id)
+                return
+            logger.warning("relay %s is at another worker now: %s", relay_id, text)
+            self._expel(relay, code, text)
+
     def begin_drain(self, deadline_s: float) -> None:
         """The gateway is going away: nobody new comes in."""
         self.is_draining = True
+        self.on_change()
         logger.info("draining %d relays for at most %g s", len(self._relays), deadline_s)
 
     def send_on(self, deadline_s: float) -> None:
@@ -270,6 +292,7 @@ class Registry:
             extra={"tunnel": session.id, "bytes_in": statistics.bytes_in, "bytes_out": statistics.bytes_out, "streams": statistics.opened},
         )
         relay.sessions.pop(session.id, None)
+        self.on_change()
         self._forget_if_gone(relay)
 
     def _instance(self, relay_id: RelayId, instance: InstanceId) -> LiveRelay | None:
@@ -291,11 +314,13 @@ class Registry:
         return relay
 
     def _offer(self, relay: LiveRelay, offers: tuple[Offer, ...]) -> None:
+        self.on_change()
         relay.offers = offers
         self.routes.put(relay, [offer.name for offer in offers])
 
     def _expel(self, relay: LiveRelay, code: Code, text: str) -> None:
         # Out of the table first: streams that may be tried again must not find this relay.
+        self.on_change()
         if self._relays.get(relay.relay_id) is relay:
             self.routes.remove(relay.relay_id)
             del self._relays[relay.relay_id]
@@ -312,6 +337,7 @@ class Registry:
         if relay.link is not None or relay.sessions:
             return
         if self._relays.get(relay.relay_id) is relay:
+            self.on_change()
             del self._relays[relay.relay_id]
             self.routes.remove(relay.relay_id)
         self._forget_leaving(relay)
@@ -327,6 +353,10 @@ class Registry:
                 later.predecessor = None
 
 
+def _nobody_listens() -> None:
+    pass
+
+
 class _Owner:
     """Connects a session's fate to its relay."""
 
@@ -337,7 +367,8 @@ class _Owner:
         self._relay = relay
 
     def on_link_down(self, session: Session, reason: str) -> None:
-        """The relay dials again; nothing to do here."""
+        """The relay dials again."""
+        self._registry.on_change()
 
     def on_closed(self, session: Session, code: Code, text: str) -> None:
         """See `SessionOwner`."""

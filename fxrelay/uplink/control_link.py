@@ -16,6 +16,7 @@ from fxrelay.uplink.ports import GatewayClosing, UplinkConfig
 from fxtunnel.codes import Code, Refusal
 from fxtunnel.control.channel import Channel
 from fxtunnel.control.messages import (
+    CAP_WORKERS,
     PROTOCOL_VERSION,
     Closing,
     Drain,
@@ -145,17 +146,24 @@ class _Answer:
 
 @asynccontextmanager
 async def open_control_link(
-    dialler: Dialler, url: GatewayUrl, gateway: GatewayFile, hello: Hello, bearer: Callable[[], str], config: UplinkConfig
+    dialler: Dialler,
+    url: GatewayUrl,
+    gateway: GatewayFile,
+    hello: Hello,
+    bearer: Callable[[], str],
+    config: UplinkConfig,
+    worker: str = "",
 ) -> AsyncIterator[ControlLink]:
     """A control link that the gateway has welcomed; everything of it is closed at the end of the block.
 
-    `bearer` makes the assertion when the connection stands: it must be fresh. Takes at most two of the dialler's timeouts.
+    `bearer` makes the assertion when the connection stands: it must be fresh. `worker` is who had the link before, where the gateway has
+    several. Takes at most two of the dialler's timeouts.
 
     Raises:
         PeerRefused: the gateway said no, to the upgrade or to the hello.
         TunnelError: it could not be reached, did not answer in time, or broke the protocol.
     """
-    stream = TlsStream(await dialler.dial(url, ALPN_HTTP))
+    stream = TlsStream(await dialler.dial(url, ALPN_HTTP, worker))
     failure: TunnelError | None = None
     try:
         async with trio.open_nursery() as readers:
@@ -180,7 +188,7 @@ async def open_control_link(
 
 def control_hello(identity: Identity, offers: tuple[Offer, ...], caps: tuple[str, ...]) -> Hello:
     """The first message of a control link."""
-    return Hello(version=fxtunnel.__version__, instance=identity.instance, services=offers, caps=caps)
+    return Hello(version=fxtunnel.__version__, instance=identity.instance, services=offers, caps=(*caps, CAP_WORKERS))
 
 
 def _welcomed(answer: Message, gateway: GatewayFile) -> Welcome:

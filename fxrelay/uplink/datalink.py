@@ -12,17 +12,17 @@ from fxtunnel.kit.tls import TlsStream
 from fxtunnel.protocol.hello import HEADER_BYTES, Denied, Hello, Welcome, decode_reply, encode_hello, parse_header
 
 
-async def open_data_link(dialler: Dialler, url: GatewayUrl, hello: Hello) -> tuple[ssl.SSLSocket, Welcome]:
+async def open_data_link(dialler: Dialler, url: GatewayUrl, hello: Hello, worker: str = "") -> tuple[ssl.SSLSocket, Welcome]:
     """A data link that the gateway has welcomed: its socket, not a byte behind the WELCOME taken from it, and the answer.
 
-    To resume, detach the session before its counter goes into `hello`. The caller owns the socket. Takes at most two of the dialler's
-    timeouts. Cancelling leaves nothing open; the ticket may be spent then.
+    `worker` is who gave the ticket, where the gateway has several. To resume, detach the session before its counter goes into `hello`.
+    The caller owns the socket. Takes at most two of the dialler's timeouts. Cancelling leaves nothing open; the ticket may be spent then.
 
     Raises:
         PeerRefused: the gateway answered DENIED.
         TunnelError: it could not be reached, did not answer in time, or broke the protocol.
     """
-    stream = TlsStream(await dialler.dial(url, ALPN_DATA))
+    stream = TlsStream(await dialler.dial(url, ALPN_DATA, worker))
     try:
         with within(dialler.timeout_s, f"{url.authority} did not answer on a data link"):
             welcome = await _greet(stream, hello)

@@ -20,6 +20,9 @@ from fxtunnel.kit.tls import client_context, handshake_client
 
 ALPN_HTTP: Final = "http/1.1"
 ALPN_DATA: Final = "fx-data/1"
+ALPN_WORKER: Final = "fx-worker/"
+MAX_CONTEXTS: Final = 6
+"""Kept, of TLS; a relay speaks to one worker of a gateway at a time."""
 PROXY_HEAD_BYTES: Final = 8192
 """A proxy's whole answer to CONNECT, interim answers included; protects memory."""
 _RECEIVE_BYTES: Final = 4096
@@ -83,10 +86,13 @@ class Dialler:
         self.timeout_s = timeout_s
         self._proxy = proxy
         self._dead_after_s = dead_after_s
-        self._contexts = {alpn: client_context(ca_pem, [alpn]) for alpn in (ALPN_HTTP, ALPN_DATA)}
+        self._ca_pem = ca_pem
+        self._contexts: dict[tuple[str, ...], ssl.SSLContext] = {(alpn,): client_context(ca_pem, [alpn]) for alpn in (ALPN_HTTP, ALPN_DATA)}
 
-    async def dial(self, url: GatewayUrl, alpn: str) -> ssl.SSLSocket:
+    async def dial(self, url: GatewayUrl, alpn: str, worker: str = "") -> ssl.SSLSocket:
         """A non-blocking TLS socket that speaks `alpn` (ALPN_HTTP or ALPN_DATA); the caller closes it. Cancelling leaves nothing open.
+
+        `worker` is who should take it, of a gateway that has said so (PROTOCOL.md, 1).
 
         Raises:
             TunnelError: one line that says what did not work; HandshakeFailed when it was TLS.
@@ -101,7 +107,16 @@ class Dialler:
             sock = socket.socket(fileno=stream.socket.detach())
             for option, value in ((socket.TCP_NODELAY, 1), (socket.TCP_USER_TIMEOUT, int(self._dead_after_s * 1000))):
                 sock.setsockopt(socket.IPPROTO_TCP, option, value)
-            return await handshake_client(sock, self._contexts[alpn], url.host)
+            return await handshake_client(sock, self._context(alpn, worker), url.host)
+
+    def _context(self, alpn: str, worker: str) -> ssl.SSLContext:
+        protocols = (f"{ALPN_WORKER}{worker}", alpn) if worker else (alpn,)
+        context = self._contexts.get(protocols)
+        if context is None:
+            if len(self._contexts) >= MAX_CONTEXTS:
+                del self._contexts[next(known for known in self._contexts if len(known) > 1)]
+            context = self._contexts[protocols] = client_context(self._ca_pem, protocols)
+        return context
 
 
 async def _connect(host: str, port: int, name: str) -> trio.SocketStream:

@@ -27,8 +27,8 @@ class TiesHome(Protocol):
     def wants_sessions(self) -> bool:
         """Whether a session that is over should be made anew."""
 
-    async def dial_data(self, hello: Hello) -> tuple[ssl.SSLSocket, Welcome]:
-        """A welcomed data link. Raises TunnelError."""
+    async def dial_data(self, hello: Hello, worker: str) -> tuple[ssl.SSLSocket, Welcome]:
+        """A welcomed data link to that worker of the gateway; empty: there is only one. Raises TunnelError."""
 
     def new_session(self, owner: UplinkSessionOwner, session_id: SessionId) -> LinkSession:
         """A session that the gateway has begun."""
@@ -48,6 +48,8 @@ class Ties:
         """How long the gateway keeps a session without a link, in seconds."""
         self.process = ""
         """Which run of the gateway; empty before the first welcome, and for gateways that do not say."""
+        self.worker = ""
+        """Of the gateway's processes the one that has our sessions."""
         self.departs = trio.Event()
         """The gateway's process goes away: no new sessions, and none of them can be resumed."""
         self._home = home
@@ -79,9 +81,9 @@ class Ties:
             self._dialling.add(scope)
             try:
                 session_id = None if session is None else session.id
-                ticket = await self._ticket(session_id)
+                ticket, worker = await self._ticket(session_id)
                 received = 0 if session is None else session.received
-                return await self._home.dial_data(Hello(ticket, session_id, received, caps=self._config.caps))
+                return await self._home.dial_data(Hello(ticket, session_id, received, caps=self._config.caps), worker)
             finally:
                 self._dialling.discard(scope)
         raise PeerRefused(Refusal.UNKNOWN_SESSION, "its process of the gateway goes away")
@@ -128,8 +130,8 @@ class Ties:
         while self.link is not None:
             await self._link_changed.wait()
 
-    async def _ticket(self, session_id: SessionId | None) -> str:
-        """A ticket, over this control link or a later one."""
+    async def _ticket(self, session_id: SessionId | None) -> tuple[str, str]:
+        """A ticket, over this control link or a later one, and the worker that knows it."""
         while True:
             link = self.link
             if link is None:
@@ -137,7 +139,7 @@ class Ties:
                 continue
             try:
                 with within(self._config.dial_timeout_s, f"{self.gateway_id} gave no ticket"):
-                    return await link.ticket(session_id)
+                    return await link.ticket(session_id), link.welcome.worker
             except TunnelClosed:
                 if self.link is link:
                     await self._link_changed.wait()

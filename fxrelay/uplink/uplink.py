@@ -173,9 +173,9 @@ class Uplink:
             tuple(slot.session.statistics() for ties in reversed(self._ties) for slot in ties.slots if slot.session is not None),
         )
 
-    async def dial_data(self, hello: Hello) -> tuple[ssl.SSLSocket, Welcome]:
+    async def dial_data(self, hello: Hello, worker: str) -> tuple[ssl.SSLSocket, Welcome]:
         """For ties: see `TiesHome`."""
-        return await open_data_link(self._dialler, self._url, hello)
+        return await open_data_link(self._dialler, self._url, hello, worker)
 
     def new_session(self, owner: UplinkSessionOwner, session_id: SessionId) -> LinkSession:
         """For ties: see `TiesHome`."""
@@ -262,7 +262,7 @@ class Uplink:
         leaving = (CAP_LEAVING,) if self._drain_until is not None else ()
         hello = control_hello(self._identity, self._offers, (*self._config.caps, *leaving))
         try:
-            async with open_control_link(self._dialler, url, self._gateway, hello, self._bearer, self._config) as link:
+            async with open_control_link(self._dialler, url, self._gateway, hello, self._bearer, self._config, ties.worker) as link:
                 if ties.process not in ("", link.welcome.process) and link.welcome.process:
                     # It has been restarted, and its word of that missed us: what is open at the old process must not be in the way.
                     logger.info("gateway %s is another process now", self.gateway_id)
@@ -299,7 +299,7 @@ class Uplink:
     def _welcomed(self, ties: Ties, link: ControlLink, url: GatewayUrl) -> None:
         self._welcomes += 1
         self._welcome_at = trio.current_time()
-        ties.process = link.welcome.process
+        ties.process, ties.worker = link.welcome.process, link.welcome.worker
         self._epoch, ties.hold_s = link.welcome.epoch, link.welcome.hold_s
         logger.info("connected to gateway %s at %s, epoch %d", self.gateway_id, url, self._epoch)
         self._last_error = ""

@@ -12,6 +12,9 @@ PROTOCOL_VERSION: Final = 1
 CAP_LEAVING: Final = "leaving"
 """Of a relay's hello: this instance drains. It wants to be let in only where it has sessions."""
 MESSAGE_BYTES: Final = 16 * 1024  # PROTOCOL.md, 3; protects memory, and the reader from long stalls
+CAP_WORKERS: Final = "workers"
+"""Of a relay: it names the gateway's worker when it dials again (PROTOCOL.md, 1)."""
+WORKER_PATTERN: Final = r"^[0-9]{0,4}$"
 TEXT_CHARS: Final = 512  # of a message for people: ends up in a log line
 
 
@@ -86,6 +89,7 @@ class Welcome(_Message):
     hold_s: Seconds
     caps: Labels = ()
     process: Label = ""
+    worker: Annotated[str, Field(pattern=WORKER_PATTERN)] = ""
 
 
 class Refused(_Message):

@@ -183,7 +183,7 @@ def test_sweeping_never_refills_a_bucket() -> None:
 
 
 def test_memory_is_bounded_and_strangers_are_refused_cheaply(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_REMEMBERED_SOURCES", 64)
+    monkeypatch.setattr(module, "REMEMBERED_SOURCES", 64)
     sweeps = 0
 
     class Counting(Admission):

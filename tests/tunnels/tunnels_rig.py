@@ -88,7 +88,7 @@ class FakeRegistry:
     def is_full(self, relay_id: RelayId) -> bool:
         return self.full
 
-    def enter(self, relay_id: RelayId, instance: InstanceId, offers: tuple[Offer, ...], link: Any) -> int:
+    def enter(self, relay_id: RelayId, instance: InstanceId, offers: tuple[Offer, ...], link: Any, epoch: int = 0) -> int:
         self._note("enter", relay_id, instance, offers)
         if relay_id in self.here:
             older_instance, older = self.here[relay_id]

@@ -1,0 +1,135 @@
+"""Pure: admission that several processes do together: each counts its own connections and hears of the others'.
+
+A limit is exact in one process, and over all of them but for what has come in since the others were told.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from fxgateway.routing.admission import REMEMBERED_SOURCES, Admission, AdmissionLimits, Verdict, source_of
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """What one process has open: in all, per door, per source; and how many came in per source since it last said so.
+
+    `sources` and `taken` hold what has changed, or everything.
+    """
+
+    connections: int = 0
+    doors: Mapping[str, int] = field(default_factory=dict)
+    sources: Mapping[str, int] = field(default_factory=dict)
+    taken: Mapping[str, int] = field(default_factory=dict)
+
+
+class SharedAdmission(Admission):
+    """As `Admission`, with what other processes have open counted in; `at_most_here` bounds this process alone (its descriptors)."""
+
+    def __init__(self, limits: AdmissionLimits, at_most_here: int) -> None:
+        super().__init__(limits)
+        self.at_most_here = at_most_here
+        self.on_change: Callable[[], None] = _nobody_listens
+        self._here = 0
+        self._doors_here: dict[str, int] = {}
+        self._sources_here: dict[str, int] = {}
+        self._changed: set[str] = set()
+        self._taken: dict[str, int] = {}
+        self._others: dict[int, Counts] = {}
+
+    def admit(self, door: str, address: str, now: float) -> Verdict:
+        """See `Admission`."""
+        if self._here >= self.at_most_here:
+            return Verdict.FULL
+        verdict = super().admit(door, address, now)
+        if verdict is Verdict.ADMIT:
+            key = self._count_here(door, address, 1)
+            if key:
+                self._taken[key] = self._taken.get(key, 0) + 1
+        return verdict
+
+    def adopt(self, door: str, address: str, now: float) -> None:
+        """Count a connection that another process has admitted, and no longer counts."""
+        self.connections += 1
+        self._doors[door] = self._doors.get(door, 0) + 1
+        if self._is_exempt(address):
+            self._exempt_open[address] = self._exempt_open.get(address, 0) + 1
+        else:
+            self._move(source_of(address), 1, now)
+        self._count_here(door, address, 1)
+
+    def release(self, door: str, address: str) -> None:
+        """See `Admission`."""
+        self._count_here(door, address, -1)
+        super().release(door, address)
+
+    def counts(self) -> Counts:
+        """Everything, for a process that knows nothing yet."""
+        return Counts(self._here, dict(self._doors_here), dict(self._sources_here))
+
+    def changes(self) -> Counts | None:
+        """What is to be told to the others since the last call; None if nothing."""
+        if not self._changed and not self._taken:
+            return None
+        sources = {key: self._sources_here.get(key, 0) for key in self._changed if key}
+        found = Counts(self._here, dict(self._doors_here), sources, self._taken)
+        self._changed, self._taken = set(), {}
+        return found
+
+    def note(self, other: int, counts: Counts, now: float) -> None:
+        """What another process says it has open."""
+        before = self._others.get(other, Counts())
+        sources = dict(before.sources)
+        for key, count in counts.sources.items():
+            self._move(key, count - sources.pop(key, 0), now)
+            if count:
+                sources[key] = count
+        for key, taken in counts.taken.items():
+            source = self._sources.get(key)
+            if source is None and len(self._sources) < REMEMBERED_SOURCES:
+                source = self._remember(key, now)
+            if source is not None:
+                self._refill(source, now)
+                source.tokens -= taken
+        self._move_doors(before, counts)
+        self._others[other] = Counts(counts.connections, counts.doors, sources)
+
+    def forget(self, other: int, now: float) -> None:
+        """Another process is gone, and what it had open with it."""
+        before = self._others.pop(other, Counts())
+        for key, count in before.sources.items():
+            self._move(key, -count, now)
+        self._move_doors(before, Counts())
+
+    def _count_here(self, door: str, address: str, step: int) -> str:
+        self._here += step
+        _add(self._doors_here, door, step)
+        key = source_of(address)
+        if address in self._exempt_open:
+            key = ""  # only in all and per door
+        else:
+            _add(self._sources_here, key, step)
+        self._changed.add(key)
+        self.on_change()
+        return key
+
+    def _move(self, key: str, step: int, now: float) -> None:
+        if step:
+            # Room or not: connections are bounded in all, so these are.
+            (self._sources.get(key) or self._remember(key, now)).count += step
+
+    def _move_doors(self, before: Counts, after: Counts) -> None:
+        self.connections += after.connections - before.connections
+        for door in {*before.doors, *after.doors}:
+            _add(self._doors, door, after.doors.get(door, 0) - before.doors.get(door, 0))
+
+
+def _nobody_listens() -> None:
+    pass
+
+
+def _add(counts: dict[str, int], key: str, step: int) -> None:
+    count = counts.get(key, 0) + step
+    if count:
+        counts[key] = count
+    else:
+        counts.pop(key, None)

@@ -1,0 +1,179 @@
+"""Pump: a private line between two processes of one gateway: messages in JSON, open sockets beside them; who writes never waits.
+
+A message is cut into packets of a SOCK_SEQPACKET pair: a byte (1: more follows, 0: the last) and JSON. Sockets travel with the last.
+"""
+
+import array
+import json
+import logging
+import socket
+from collections import deque
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any, Final, Protocol
+
+from fxtunnel.engine.reactor import LINK_EVENTS, WRITE, Reactor
+
+logger = logging.getLogger(__name__)
+
+Message = dict[str, Any]
+
+PACKET_BYTES: Final = 32_768
+MAX_SOCKETS: Final = 200
+"""With one message; the kernel takes 253 (SCM_MAX_FD)."""
+MAX_MESSAGE_BYTES: Final = 64 << 20
+"""What 4,096 relays with all their links take on a status page is about 5 MB."""
+MAX_WAITING_BYTES: Final = 32 << 20
+"""Of messages that the other end has not taken yet: a process that stands still must not cost the others their memory."""
+MAX_PACKETS_BEFORE_CLIENTS: Final = 256
+PACKETS_PER_TURN: Final = 64
+_MORE, _LAST = b"\1", b"\0"
+
+
+class ChannelOwner(Protocol):
+    """Who hears what comes. Nothing here may wait."""
+
+    def on_message(self, channel: "Channel", message: Message, sockets: list[socket.socket]) -> None:
+        """A message; the sockets are the owner's now, non-blocking or not as the sender had them."""
+
+    def on_gone(self, channel: "Channel") -> None:
+        """The other end is gone; the channel is closed. Called once, and not after `close`."""
+
+
+def pair() -> tuple[socket.socket, socket.socket]:
+    """The two ends of a new line, non-blocking."""
+    one, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    one.setblocking(False)
+    other.setblocking(False)
+    return one, other
+
+
+class Channel:
+    """One end of a line. Owns its socket."""
+
+    def __init__(self, reactor: Reactor, sock: socket.socket, owner: ChannelOwner, number: int = 0) -> None:
+        """`number` says who is at the other end: a worker, or 0 for the parent."""
+        self.number = number
+        self.is_open = True
+        self._reactor = reactor
+        self._sock = sock
+        self._owner = owner
+        self._waiting: deque[tuple[bytes, tuple[socket.socket, ...]]] = deque()
+        self._waiting_bytes = 0
+        self._partial = bytearray()
+        reactor.register(sock, self, LINK_EVENTS)
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether the other end has taken everything so far."""
+        return not self._waiting
+
+    @property
+    def has_room(self) -> bool:
+        """Whether a client may still be sent this way: one that would wait long is better off elsewhere."""
+        return self.is_open and len(self._waiting) < MAX_PACKETS_BEFORE_CLIENTS
+
+    def send(self, message: Message, sockets: Sequence[socket.socket] = ()) -> bool:
+        """Send at once, or as soon as the other end takes it, in order. The sockets are closed here when they have left.
+
+        False: the line is closed or too full; nothing was sent, and the sockets are still the caller's.
+        """
+        data = json.dumps(message, separators=(",", ":")).encode()
+        if not self.is_open or self._waiting_bytes + len(data) > MAX_WAITING_BYTES or len(sockets) > MAX_SOCKETS:
+            return False
+        was_clear, step = self.is_clear, PACKET_BYTES - 1
+        for start in range(0, len(data), step):
+            is_last = start + step >= len(data)
+            packet = (_LAST if is_last else _MORE) + data[start : start + step]
+            self._waiting.append((packet, tuple(sockets) if is_last else ()))
+            self._waiting_bytes += len(packet)
+        if was_clear:
+            self._write()
+        return True
+
+    def on_event(self, events: int) -> None:
+        """From the reactor."""
+        if events & WRITE:
+            self._write()
+        if events & ~WRITE and self.is_open:
+            self._read()
+
+    def on_crash(self) -> None:
+        """From the reactor: a bug of ours in what a message led to. The line stays."""
+
+    def close(self) -> None:
+        """Hang up. What has not left is dropped, its sockets with it. May be repeated."""
+        if self.is_open:
+            self.is_open = False
+            self._reactor.unregister(self._sock)
+            self._sock.close()
+            for _, sockets in self._waiting:
+                _close_all(sockets)
+            self._waiting.clear()
+            self._waiting_bytes = 0
+
+    def _write(self) -> None:
+        had_to_wait = False
+        while self._waiting and self.is_open:
+            packet, sockets = self._waiting[0]
+            rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [sock.fileno() for sock in sockets]))] if sockets else []
+            try:
+                self._sock.sendmsg([packet], rights)
+            except BlockingIOError:
+                had_to_wait = True
+                break
+            except OSError as exc:
+                self._break(str(exc.strerror or exc))
+                return
+            self._waiting.popleft()
+            self._waiting_bytes -= len(packet)
+            _close_all(sockets)
+        if self.is_open:
+            self._reactor.modify(self._sock, LINK_EVENTS | WRITE if had_to_wait else LINK_EVENTS)
+
+    def _read(self) -> None:
+        for _ in range(PACKETS_PER_TURN):
+            try:
+                packet, ancillary, _, _ = self._sock.recvmsg(PACKET_BYTES, socket.CMSG_SPACE(4 * MAX_SOCKETS), socket.MSG_CMSG_CLOEXEC)
+            except BlockingIOError:
+                return
+            except OSError as exc:
+                self._break(str(exc.strerror or exc))
+                return
+            sockets = _received(ancillary)
+            if not packet:
+                _close_all(sockets)
+                self._break("it is gone")
+                return
+            self._partial += packet[1:]
+            if len(self._partial) > MAX_MESSAGE_BYTES:
+                _close_all(sockets)
+                self._break("a message is too long")
+                return
+            if packet[:1] == _LAST:
+                data, self._partial = bytes(self._partial), bytearray()
+                self._owner.on_message(self, json.loads(data), sockets)
+                if not self.is_open:
+                    return
+
+    def _break(self, reason: str) -> None:
+        logger.debug("line to %d: %s", self.number, reason)
+        self.close()
+        self._owner.on_gone(self)
+
+
+def _received(ancillary: list[tuple[int, int, bytes]]) -> list[socket.socket]:
+    """The sockets that came along. Fewer than were sent if this process may open no more: the kernel has closed those."""
+    found: list[socket.socket] = []
+    for level, kind, data in ancillary:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            numbers = array.array("i")
+            numbers.frombytes(data[: len(data) - len(data) % numbers.itemsize])
+            found += [socket.socket(fileno=number) for number in numbers]
+    return found
+
+
+def _close_all(sockets: Sequence[socket.socket]) -> None:
+    for sock in sockets:
+        with suppress(OSError):
+            sock.close()

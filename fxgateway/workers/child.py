@@ -1,0 +1,192 @@
+"""Task: one worker process kept alive: started, given what it needs, watched, ended, and started again when it dies."""
+
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Protocol
+
+import trio
+
+import fxgateway
+from fxgateway.workers.channel import MAX_SOCKETS, Channel, ChannelOwner, Message, pair
+from fxtunnel.engine.reactor import Reactor
+from fxtunnel.errors import FxError
+
+logger = logging.getLogger(__name__)
+
+READY_S: Final = 30.0
+SILENT_S: Final = 10.0
+"""Without a beat for so long a worker stands still, and everyone in it: it is killed. As long as a relay waits for a sign of life."""
+LOOK_S: Final = 1.0
+FIRST_BACKOFF_S: Final = 0.1
+MAX_BACKOFF_S: Final = 30.0
+SETTLED_S: Final = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Outfit:
+    """What a worker begins with. The sockets stay the parent's."""
+
+    message: Message
+    sockets: Sequence[tuple[str, socket.socket]]
+
+
+class Home(Protocol):
+    """What a child needs of the parent."""
+
+    @property
+    def reactor(self) -> Reactor:
+        """For the line."""
+
+    def outfit(self, number: int) -> Outfit:
+        """What the worker of this number begins with, now."""
+
+    def introduce(self, child: "Child") -> None:
+        """A worker has begun: the others are to know it."""
+
+    def died(self, child: "Child") -> None:
+        """Its process is gone."""
+
+
+class Child:
+    """A worker, whichever process that is. Implements the line's owner together with `owner`, which hears everything else."""
+
+    def __init__(self, number: int, home: Home, owner: ChannelOwner) -> None:
+        self.number = number
+        self.channel: Channel | None = None
+        self.is_ready = False
+        self.pid = 0
+        self.last_beat = 0.0
+        self._home = home
+        self._process: trio.Process | None = None
+        self._owner = owner
+        self._ready = trio.Event()
+        self._is_stopping = False
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Keep the worker alive until `stop`, or until cancelled, which kills it. `started()` when it serves for the first time.
+
+        Raises:
+            FxError: it did not get ready at the first attempt: trying again would not help.
+        """
+        backoff_s, is_first = FIRST_BACKOFF_S, True
+        while True:
+            began = trio.current_time()
+            code = await self._live(task_status if is_first else trio.TASK_STATUS_IGNORED)
+            if self._is_stopping:
+                return
+            lasted_s = trio.current_time() - began
+            if is_first and not self._ready.is_set():
+                raise FxError(f"worker {self.number} did not start ({_ending(code)}); its log lines say why")
+            is_first = False
+            backoff_s = FIRST_BACKOFF_S if lasted_s >= SETTLED_S else backoff_s
+            logger.error(
+                "worker %d has died (%s) after %.0f s; it is started again in %g s", self.number, _ending(code), lasted_s, backoff_s
+            )
+            await trio.sleep(backoff_s)
+            if self._is_stopping:
+                return
+            backoff_s = min(2 * backoff_s, MAX_BACKOFF_S)
+
+    def stop(self) -> None:
+        """Let it drain and end."""
+        self._is_stopping = True
+        if self.channel is not None:
+            self.channel.send({"op": "stop"})
+
+    def start_again(self, why: str) -> None:
+        """End this process, if there is one, for a fresh one."""
+        if self._process is not None and self._process.returncode is None:
+            logger.error("worker %d is started again: %s", self.number, why)
+            self._process.send_signal(signal.SIGKILL)
+
+    def beat(self) -> None:
+        """It lives."""
+        self.last_beat = trio.current_time()
+
+    def became_ready(self) -> None:
+        """It serves."""
+        self.is_ready = True
+        self._ready.set()
+
+    async def _live(self, task_status: trio.TaskStatus[None]) -> int:
+        """One process from start to end; its exit code."""
+        ours, theirs = pair()
+        with theirs:
+            process = await trio.lowlevel.open_process(
+                [sys.executable, "-P", "-m", "fxgateway.workers.worker", str(theirs.fileno())],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                pass_fds=(theirs.fileno(),),
+                env=_environ(),
+            )
+        self._process, self.pid, self.last_beat = process, process.pid, trio.current_time()
+        self.channel = Channel(self._home.reactor, ours, self._owner, self.number)
+        self._equip(self.channel)
+        self._home.introduce(self)
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._watch, process)
+                nursery.start_soon(self._report, task_status)
+                code = await process.wait()
+                nursery.cancel_scope.cancel()
+        finally:
+            if process.returncode is None:
+                process.kill()
+                with trio.move_on_after(LOOK_S, shield=True):
+                    await process.wait()
+            self.is_ready, self.pid = False, 0
+            self.channel.close()
+            self.channel = None
+            self._home.died(self)
+        return code
+
+    def _equip(self, channel: Channel) -> None:
+        outfit = self._home.outfit(self.number)
+        send_sockets(channel, outfit.sockets)
+        channel.send(outfit.message)
+        if self._is_stopping:
+            channel.send({"op": "stop"})
+
+    async def _report(self, task_status: trio.TaskStatus[None]) -> None:
+        await self._ready.wait()
+        task_status.started()
+
+    async def _watch(self, process: trio.Process) -> None:
+        while True:
+            looked_at = trio.current_time()
+            await trio.sleep(LOOK_S)
+            if trio.current_time() - looked_at > 2 * LOOK_S:
+                self.last_beat = trio.current_time()  # it was us who stood still: what it said meanwhile has not been read yet
+            silent_s = trio.current_time() - self.last_beat
+            if silent_s > (SILENT_S if self.is_ready else READY_S):
+                logger.error("worker %d has said nothing for %.0f s and is killed", self.number, silent_s)
+                process.send_signal(signal.SIGKILL)
+                return
+
+
+def send_sockets(channel: Channel, sockets: Sequence[tuple[str, socket.socket]]) -> None:
+    """Send copies of listening sockets, with the addresses by which the configuration knows them."""
+    for start in range(0, len(sockets), MAX_SOCKETS):
+        some = sockets[start : start + MAX_SOCKETS]
+        channel.send({"op": "sockets", "addresses": [address for address, _ in some]}, [sock.dup() for _, sock in some])
+
+
+def _environ() -> dict[str, str]:
+    """Ours, so that the same code runs; but for what only one process may act on."""
+    environ = {
+        name: value for name, value in os.environ.items() if name not in ("NOTIFY_SOCKET", "LISTEN_PID", "LISTEN_FDS", "WATCHDOG_USEC")
+    }
+    root = str(Path(fxgateway.__file__).parents[1])
+    environ["PYTHONPATH"] = os.pathsep.join(part for part in (root, environ.get("PYTHONPATH", "")) if part)
+    return environ
+
+
+def _ending(code: int) -> str:
+    return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"

@@ -1,0 +1,140 @@
+"""Pump: the relays of all workers as this one's doors see them, and what this one tells the others of its own."""
+
+from collections.abc import Callable, Collection, Iterator
+from typing import Any, Final
+
+from fxgateway.doors.client import Client
+from fxgateway.doors.elsewhere import Elsewhere, Journey
+from fxgateway.routing.table import Forward, Readiness, Reject, RouteTable
+from fxgateway.tunnels.registry import LiveRelay, Registry
+from fxtunnel.model import InstanceId, RelayId, ServiceName
+
+PassOn = Callable[[int, Client, Journey], bool]
+News = dict[str, Any]
+"""Relay id to [instance, epoch, readiness, open streams, services], without the services when they have not changed, or to None when
+the relay is gone."""
+
+_GONE: Final = None
+FACTS: Final = 5
+
+
+class FarRelay(Elsewhere):
+    """A relay whose tunnel ends at another worker."""
+
+    __slots__ = ("_pass_on", "open_streams", "readiness", "relay_id", "worker")
+
+    def __init__(self, relay_id: RelayId, worker: int, pass_on: PassOn) -> None:
+        self.relay_id = relay_id
+        self.worker = worker
+        self.readiness = Readiness.NONE
+        self.open_streams = 0
+        """As announced, and the clients that were sent there since."""
+        self._pass_on = pass_on
+
+    def take(self, client: Client, journey: Journey) -> bool:
+        """See `Elsewhere`."""
+        if not self._pass_on(self.worker, client, journey):
+            return False
+        self.open_streams += 1
+        return True
+
+
+class AllRelays:
+    """Implements the doors' `Relays`, and its own `routes`: the best of all, our own where two are alike."""
+
+    def __init__(self, registry: Registry, pass_on: PassOn, catch_up: Callable[[], None]) -> None:
+        self._registry = registry
+        self._catch_up = catch_up
+        self._pass_on = pass_on
+        self._table: RouteTable[Elsewhere] = RouteTable()
+        self._far: dict[RelayId, FarRelay] = {}
+        self._told: dict[RelayId, list[Any]] = {}
+
+    @property
+    def routes(self) -> "AllRelays":
+        """See `Relays`."""
+        return self
+
+    def named(self, relay_id: RelayId) -> LiveRelay | FarRelay | None:
+        """See `Relays`."""
+        near = self._registry.named(relay_id)
+        if near is not None:
+            return near
+        far = self._far.get(relay_id)
+        return far if far is not None and far.readiness is not Readiness.NONE else None
+
+    def decide(self, service: ServiceName, tried: Collection[RelayId] = ()) -> Forward[LiveRelay] | Forward[Elsewhere] | Reject:
+        """See `RouteTable`."""
+        near, far = self._registry.routes.decide(service, tried), self._table.decide(service, tried)
+        if isinstance(near, Reject) and isinstance(far, Reject):
+            self._catch_up()  # before a client is turned away
+            far = self._table.decide(service, tried)
+        if isinstance(far, Reject):
+            return near
+        if isinstance(near, Reject):
+            return far
+        is_far_better = (far.relay.readiness, far.relay.open_streams) < (near.relay.readiness, near.relay.open_streams)
+        return far if is_far_better and far.relay.relay_id != near.relay.relay_id else near
+
+    def note(self, worker: int, news: News) -> None:
+        """What another worker says of its relays."""
+        for name, facts in news.items():
+            relay_id = RelayId(name)
+            known = self._far.get(relay_id)
+            if facts is _GONE:
+                if known is not None and known.worker == worker:
+                    self._drop(relay_id)
+                continue
+            _, _, readiness, streams, *services = facts
+            if services:
+                known = self._far[relay_id] = FarRelay(relay_id, worker, self._pass_on)
+                self._table.put(known, [ServiceName(service) for service in services[0]])
+            if known is not None and known.worker == worker:
+                known.readiness, known.open_streams = Readiness(readiness), streams
+
+    def forget(self, worker: int) -> None:
+        """Another worker is gone, and its relays with it."""
+        for relay_id in [relay_id for relay_id, far in self._far.items() if far.worker == worker]:
+            self._drop(relay_id)
+
+    def news(self) -> News:
+        """What has changed of our own relays since the last call."""
+        now = dict(self._own())
+        changed: News = {}
+        for relay_id, facts in now.items():
+            told = self._told.get(relay_id, [])
+            if told != facts:
+                changed[relay_id] = facts[:-1] if told[-1:] == facts[-1:] else facts
+        changed |= dict.fromkeys(self._told.keys() - now.keys(), _GONE)
+        self._told = now
+        return changed
+
+    def expect(self, relay_id: RelayId) -> None:
+        """We have its name. If it does not come after all, that is news."""
+        self._told.setdefault(relay_id, [])
+
+    def everything(self) -> News:
+        """What was told of our own relays so far, for a worker that knows nothing yet."""
+        return {relay_id: facts for relay_id, facts in self._told.items() if facts}
+
+    def _own(self) -> Iterator[tuple[RelayId, list[Any]]]:
+        is_leaving = self._registry.is_draining
+        for relay in self._registry.relays():
+            readiness = Readiness.NONE if is_leaving else relay.readiness
+            services = [offer.name for offer in relay.offers]
+            yield relay.relay_id, [relay.instance, relay.epoch, int(readiness), relay.open_streams, services]
+
+    def _drop(self, relay_id: RelayId) -> None:
+        self._far.pop(relay_id, None)
+        self._table.remove(relay_id)
+
+
+def moves(news: News) -> News:
+    """The part of it that concerns the parent: who came and who went, not how busy they are."""
+    return {name: facts for name, facts in news.items() if facts is _GONE or len(facts) == FACTS}
+
+
+def holders(news: News) -> Iterator[tuple[RelayId, tuple[InstanceId, int] | None]]:
+    """For the parent: which relay is held by which instance and epoch; None for one that is gone."""
+    for name, facts in news.items():
+        yield RelayId(name), (None if facts is _GONE else (InstanceId(facts[0]), int(facts[1])))

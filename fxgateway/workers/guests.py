@@ -1,0 +1,116 @@
+"""Task: connections of relays, before TLS: to which worker each belongs, and what all workers must agree on."""
+
+import logging
+import socket
+from typing import Final
+
+import trio
+
+from fxgateway.tunnels.colleagues import Passed
+from fxgateway.workers.asking import NoAnswer
+from fxgateway.workers.crew import Crew
+from fxtunnel.codes import Refusal
+from fxtunnel.errors import PeerRefused
+from fxtunnel.kit.client_hello import MAX_RECORDS_BYTES, ClientHello, NeedMore, NotTls, read_client_hello
+from fxtunnel.model import InstanceId, RelayId
+
+logger = logging.getLogger(__name__)
+
+ALPN_WORKER: Final = b"fx-worker/"
+ALPN_DATA: Final = b"fx-data/1"
+LOOK_AGAIN_S: Final = 0.02
+"""Between two looks at a hello that has come in part. Hellos come whole, but for those who try."""
+RETRY_AFTER_S: Final = 1.0
+
+
+class Guests:
+    """Implements `Colleagues`.
+
+    A connection that names a worker goes there, unread: a ClientHello is in the clear, and is only looked at. A control link that names
+    none goes where the fewest relays are.
+    """
+
+    def __init__(self, crew: Crew, number: int) -> None:
+        self.worker = str(number)
+        self._crew = crew
+        self._number = number
+
+    async def keeps(self, passed: Passed) -> bool:
+        """See `Colleagues`."""
+        hello = await _look_at_hello(passed.sock)
+        if hello is None:
+            return True  # TLS says what is wrong with it
+        named = next((protocol for protocol in hello.alpn if protocol.startswith(ALPN_WORKER)), None)
+        if named is not None:
+            number = _number(named)
+        elif ALPN_DATA in hello.alpn:
+            return True
+        else:
+            number = await self._place()
+            passed.counts_as_relay = True
+        channel = self._crew.peers.get(number)
+        if channel is None:
+            return True
+        copy = passed.sock.dup()  # the caller closes its own
+        facts = {"ip": passed.ip, "address": passed.remote_address, "counts_as_relay": passed.counts_as_relay}
+        if channel.has_room and channel.send({"op": "guest", **facts}, [copy]):
+            passed.counts_as_relay = False
+            return False
+        copy.close()
+        return named is None
+
+    async def wait_passed(self) -> Passed:
+        """See `Colleagues`."""
+        return await self._crew.received_passed.receive()
+
+    def was_no_relay(self) -> None:
+        """See `Colleagues`."""
+        self._crew.parent.send({"op": "unplace"})
+
+    async def first_use(self, jti: str, exp_unix: float, now_unix: float) -> bool:
+        """See `Colleagues`: the parent remembers. Without its answer an assertion counts as used."""
+        try:
+            return bool((await self._crew.ask("first_use", jti=jti, exp_unix=exp_unix))["is_first"])
+        except NoAnswer as exc:
+            raise PeerRefused(Refusal.TOO_MANY, f"the gateway cannot look at assertions now: {exc}", retry_after_s=RETRY_AFTER_S) from exc
+
+    async def claim(self, relay_id: RelayId, instance: InstanceId) -> int:
+        """See `Colleagues`: the parent knows."""
+        try:
+            answer = await self._crew.ask("claim", relay=relay_id, instance=instance)
+        except NoAnswer as exc:
+            raise PeerRefused(Refusal.TOO_MANY, f"the gateway cannot take relays now: {exc}", retry_after_s=RETRY_AFTER_S) from exc
+        if not answer["epoch"]:
+            raise PeerRefused(Refusal.TOO_MANY, "the gateway has no room for another relay", retry_after_s=RETRY_AFTER_S)
+        self._crew.expect(relay_id)
+        return int(answer["epoch"])
+
+    async def _place(self) -> int:
+        try:
+            return int((await self._crew.ask("place"))["worker"])
+        except NoAnswer:
+            return self._number
+
+
+async def _look_at_hello(sock: socket.socket) -> ClientHello | None:
+    """The hello, as soon as it is there; None for what is none."""
+    while True:
+        await trio.lowlevel.wait_readable(sock)
+        try:
+            data = sock.recv(MAX_RECORDS_BYTES, socket.MSG_PEEK)
+        except BlockingIOError:
+            continue
+        except OSError:
+            return None
+        match read_client_hello(data):
+            case NeedMore() if data:
+                await trio.sleep(LOOK_AGAIN_S)
+            case ClientHello() as hello:
+                return hello
+            case NeedMore() | NotTls():
+                return None
+
+
+def _number(protocol: bytes) -> int:
+    digits = protocol.removeprefix(ALPN_WORKER)
+    return int(digits) if digits.isdigit() and len(digits) <= 4 else 0

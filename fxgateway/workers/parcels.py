@@ -1,0 +1,82 @@
+"""Pump: a client on its way from one worker to another: what is known of it, as a message beside its socket."""
+
+import socket
+from base64 import b64decode, b64encode
+from typing import Any
+
+from fxgateway.doors.client import Client
+from fxgateway.doors.door import Door
+from fxgateway.doors.elsewhere import Journey
+from fxgateway.doors.recorded import RECORDED, Diary, RecordedClient
+from fxgateway.doors.web_client import TlsWebClient, WebClient, Words
+from fxgateway.routing.reception import Lead
+from fxgateway.workers.channel import Message
+from fxtunnel.model import RelayId, ServiceName
+from fxtunnel.protocol.opening import Opening
+
+_JOURNEY = ("asked", "target", "avoid", "attempts", "hops", "has_ended")
+
+
+def pack(client: Client, journey: Journey, named: str) -> Message:
+    """The message. `named` is the client's ip:port, if its socket will not know it."""
+    diary = client.diary if client.door.config.access is not None else None
+    words = client.words if isinstance(client, WebClient) else None
+    return {
+        "op": "client",
+        "door": str(client.door.config.listen),
+        "address": client.address,
+        "named": named,
+        "service": client.service,
+        "trace": client.trace,
+        "tags": _text(client.tags),
+        "journey": {name: getattr(journey, name) for name in _JOURNEY},
+        "early": _text(journey.early),
+        "words": None if words is None else [_text(words.accept), _text(words.instead), _text(words.greeting)],
+        "diary": None if diary is None else [diary.peer, diary.came_at, diary.host, diary.scheme],
+    }
+
+
+def unpack(door: Door, sock: socket.socket, message: Message, *, is_bridged: bool) -> tuple[Client, Journey]:
+    """The client, in one of our doors. It owns the socket; nothing has been done with it yet."""
+    service, address = ServiceName(message["service"]), str(message["address"])
+    is_recorded = door.config.access is not None
+    client: Client
+    if message["words"] is None:
+        kind = RecordedClient if is_recorded else Client
+        client = kind(door, sock, address, service, _bytes(message["tags"]))
+    else:
+        web = TlsWebClient if is_bridged else WebClient
+        client = (RECORDED[web] if is_recorded else web)(door, sock, address, Lead(service), Opening(service))
+        client.tags = _bytes(message["tags"])
+        client.words = Words(*map(_bytes, message["words"]))
+    client.trace, client.named = message["trace"], message["named"]
+    if is_recorded:
+        client.diary = _diary(message["diary"], client)
+    return client, _journey(message)
+
+
+def _journey(message: Message) -> Journey:
+    fields = message["journey"]
+    target = fields["target"]
+    return Journey(
+        tuple(map(RelayId, fields["asked"])),
+        None if target is None else RelayId(target),
+        tuple(map(RelayId, fields["avoid"])),
+        int(fields["attempts"]),
+        int(fields["hops"]),
+        bool(fields["has_ended"]),
+        _bytes(message["early"]),
+    )
+
+
+def _diary(facts: list[Any] | None, client: Client) -> Diary:
+    # A reload may have come to one worker a moment before the other.
+    return Diary(client.named or client.peer(), client.reactor.now) if facts is None else Diary(*facts)
+
+
+def _text(data: bytes) -> str:
+    return b64encode(data).decode("ascii")
+
+
+def _bytes(text: str) -> bytes:
+    return b64decode(text)

@@ -1,0 +1,334 @@
+"""Task: the parent of the workers: it listens for them, keeps them alive and in step, and knows what must be known once."""
+
+import logging
+import os
+import secrets
+import socket
+import sys
+import time
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final
+
+import trio
+
+from fxgateway import settings as config
+from fxgateway.access_log import AccessLog
+from fxgateway.admin.pages import make_app
+from fxgateway.app import door_configs
+from fxgateway.check import verify_files
+from fxgateway.doors.door import CLIENT_OPTIONS
+from fxgateway.settings import GatewaySettings
+from fxgateway.workers.asking import Asking, NoAnswer
+from fxgateway.workers.channel import Channel, Message, pair
+from fxgateway.workers.child import Child, Outfit, send_sockets
+from fxgateway.workers.far_relays import holders
+from fxgateway.workers.names import Names
+from fxgateway.workers.shares import as_message
+from fxgateway.workers.snapshot import Facts, MergedView
+from fxtunnel.engine.reactor import Reactor
+from fxtunnel.errors import ConfigError, ConfigProblem
+from fxtunnel.kit import logs
+from fxtunnel.kit.listeners import Inherited, bound_address, listen
+from fxtunnel.kit.notify import Notifier
+from fxtunnel.kit.pages import serve_pages
+from fxtunnel.kit.process import Reloads, feed_watchdog, raise_file_limit, settle, wait_until, watch_signals
+from fxtunnel.kit.settings import Address
+from fxtunnel.kit.tokens import ReplayGuard
+from fxtunnel.model import InstanceId, RelayId, ServiceName
+
+logger = logging.getLogger(__name__)
+
+STATUS_S: Final = 1.0
+PREPARE_S: Final = 30.0
+STOP_S: Final = 10.0
+"""What workers may take for goodbyes, beyond limits.drain_s."""
+
+
+def run(settings: GatewaySettings, config_path: Path) -> int:
+    """Run the gateway in `tunnel.workers` processes until it is told to stop; returns the exit code. Blocks.
+
+    Raises:
+        FxError: it cannot work here; alone, or in a group.
+    """
+    logs.configure(settings.log.level, settings.log.style, sys.stderr)
+    raise_file_limit()
+    reactor = Reactor()
+    try:
+        reactor.host_trio(Parent(reactor, settings, config_path.absolute(), Notifier.from_environ(os.environ)).serve)
+    finally:
+        reactor.close()
+    return 0
+
+
+class Parent:
+    """Implements `Home` for its children, and hears what they say."""
+
+    def __init__(self, reactor: Reactor, settings: GatewaySettings, config_path: Path, notifier: Notifier) -> None:
+        self.reactor = reactor
+        self._settings = settings
+        self._config_path = config_path
+        self._notifier = notifier
+        self._stop = trio.Event()
+        self._reloads = Reloads()
+        self._tunnel_socket: socket.socket | None = None
+        self._door_sockets: dict[str, socket.socket] = {}
+        self._children = {number: Child(number, self, self) for number in range(1, settings.tunnel.workers + 1)}
+        self._asking = Asking()
+        self._has_started = False
+        self._run = secrets.token_hex(8)
+        self._names = Names(settings.limits.relays)
+        self._replays = ReplayGuard()
+        self._facts = Facts(settings, self._wanted)
+        self._view = MergedView(self._facts)
+
+    async def serve(self) -> None:
+        """Listen, start the workers, and return when they have ended after SIGTERM.
+
+        Raises:
+            FxError: an address cannot be listened on, or a worker does not start.
+        """
+        inherited = Inherited.from_environ(os.environ, os.getpid())
+        try:
+            self._tunnel_socket = listen(self._settings.tunnel.listen, inherited)
+            for door in self._settings.doors:
+                self._door_sockets[str(door.listen)] = listen(door.listen, inherited, CLIENT_OPTIONS)
+            inherited.close()
+            async with trio.open_nursery() as nursery:
+                await nursery.start(watch_signals, self._reloads.ask, self._stop.set)
+                async with trio.open_nursery() as starting:
+                    for child in self._children.values():
+                        starting.start_soon(nursery.start, child.run)
+                self._has_started = True
+                admin = await nursery.start(serve_pages, make_app(self._view, self._look), self._settings.admin.listen)
+                nursery.start_soon(self._reloads.run, self._load_again, self._notifier)
+                nursery.start_soon(feed_watchdog, self._notifier)
+                self._announce(str(admin))
+                settle()
+                await self._stop.wait()
+                await self._drain()
+                nursery.cancel_scope.cancel()
+        finally:
+            self._close_sockets()
+
+    def outfit(self, number: int) -> Outfit:
+        """See `Home`."""
+        assert self._tunnel_socket is not None
+        sockets = [(str(self._settings.tunnel.listen), self._tunnel_socket), *self._door_sockets.items()]
+        begin = {"op": "begin", "worker": number, "of": len(self._children), "process": self._run, "config": str(self._config_path)}
+        return Outfit({**begin, "settings": as_message(self._settings)}, sockets)
+
+    def introduce(self, child: Child) -> None:
+        """See `Home`: a line between it and each of the others."""
+        self._facts.pids[child.number] = child.pid
+        for other in self._children.values():
+            if other is child or other.channel is None or child.channel is None:
+                continue
+            one, two = pair()
+            for channel, number, end in ((child.channel, other.number, one), (other.channel, child.number, two)):
+                if not channel.send({"op": "peer", "worker": number}, [end]):
+                    end.close()
+
+    def died(self, child: Child) -> None:
+        """See `Home`."""
+        self._names.worker_gone(child.number)
+        self._view.died(child.number)
+        self._facts.pids.pop(child.number, None)
+        if not self._stop.is_set():
+            self._facts.restarts[child.number] += 1
+
+    def on_message(self, channel: Channel, message: Message, sockets: list[socket.socket]) -> None:
+        """See `ChannelOwner`."""
+        for sock in sockets:
+            sock.close()
+        child = self._children[channel.number]
+        if child.channel is not channel:
+            return  # a last word of a process that is gone
+        child.beat()
+        match message["op"]:
+            case "ready":
+                child.became_ready()
+            case "answer":
+                self._asking.answered(message)
+            case "told":
+                for relay_id, holder in holders(message["news"]):
+                    if holder is None:
+                        self._names.gone(child.number, relay_id)
+                    else:
+                        self._names.note(child.number, relay_id, *holder)
+            case "place":
+                self._answer(channel, message, worker=self._names.place(self._candidates(), self.reactor.now) or child.number)
+            case "unplace":
+                self._names.unplace(child.number)
+            case "first_use":
+                now_unix = time.time()
+                self._answer(channel, message, is_first=self._replays.first_use(message["jti"], message["exp_unix"], now_unix))
+            case "claim":
+                self._answer(channel, message, epoch=self._claim(child.number, RelayId(message["relay"]), InstanceId(message["instance"])))
+
+    def on_gone(self, channel: Channel) -> None:
+        """See `ChannelOwner`: its process ends, or is about to."""
+        self._asking.gone(channel)
+
+    def _answer(self, channel: Channel, message: Message, **fields: Any) -> None:
+        channel.send({"op": "answer", "n": message["n"], **fields})
+
+    def _candidates(self) -> list[int]:
+        """Workers that may have a newcomer. At the start also those that are on their way: all relays come at once then, and would all be
+        at the worker that was first.
+        """
+        return [number for number, child in self._children.items() if child.is_ready or (child.pid and not self._has_started)]
+
+    def _claim(self, worker: int, relay_id: RelayId, instance: InstanceId) -> int:
+        """The epoch; 0 when there is no room."""
+        granted = self._names.claim(worker, relay_id, instance)
+        if granted is None:
+            return 0
+        former = granted.former
+        other = self._children[former.worker].channel if former is not None else None
+        if former is not None and other is not None:
+            is_same = former.instance == instance
+            other.send({"op": "fence", "relay": relay_id, "instance": former.instance, "is_same": is_same})
+        return granted.epoch
+
+    async def _look(self) -> None:
+        """Ask all workers how they are. Who does not answer at once is left as he was last seen."""
+        found: dict[int, Message] = {}
+
+        async def ask(child: Child) -> None:
+            if child.channel is not None and child.is_ready:
+                try:
+                    found[child.number] = await self._asking.ask(child.channel, "status", STATUS_S)
+                except NoAnswer as exc:
+                    logger.warning("status: %s", exc)
+
+        async with trio.open_nursery() as nursery:
+            for child in self._children.values():
+                nursery.start_soon(ask, child)
+        self._view.heard({number: status for number, status in found.items() if self._children[number].is_ready})
+
+    def _wanted(self) -> Mapping[str, frozenset[ServiceName]]:
+        configs = door_configs(self._settings, {}, AccessLog())
+        return {door.name: door.receptionist.services() if door.receptionist else frozenset({door.service}) for door in configs}
+
+    def _announce(self, admin: str) -> None:
+        tunnel = str(bound_address(self._bound_tunnel()))
+        bound = {address: str(bound_address(sock)) for address, sock in self._door_sockets.items()}
+        self._facts.listening = (tunnel, *bound.values(), admin)
+        doors = ", ".join(f"{door.service or f'routes by {door.kind.value}'} on {bound[str(door.listen)]}" for door in self._settings.doors)
+        count = len(self._children)
+        sys.stdout.write(f"fxgateway ready: tunnels on {tunnel}; doors: {doors or 'none'}; admin on {admin}; {count} workers\n")
+        sys.stdout.flush()
+        self._notifier.ready()
+
+    def _bound_tunnel(self) -> socket.socket:
+        assert self._tunnel_socket is not None
+        return self._tunnel_socket
+
+    async def _drain(self) -> None:
+        self._notifier.stopping()
+        self._facts.is_draining = True
+        self._close_sockets()
+        drain_s = self._settings.limits.drain_s
+        logger.info("stopping: %d workers have %g s for their clients", len(self._children), drain_s)
+        for child in self._children.values():
+            child.stop()
+        with trio.move_on_after(drain_s + STOP_S):
+            await wait_until(lambda: not any(child.pid for child in self._children.values()))
+
+    async def _load_again(self) -> None:
+        """Every worker has the new configuration, or none.
+
+        Raises:
+            ConfigError: something is wrong with it, and nothing has changed.
+        """
+        fresh = await trio.to_thread.run_sync(config.load, self._config_path, os.environ)
+        problems = await trio.to_thread.run_sync(verify_files, fresh, self._config_path, datetime.now(UTC))
+        if problems:
+            raise ConfigError(problems)
+        fresh = self._as_far_as_possible(fresh)
+        wanted = {str(door.listen): door.listen for door in fresh.doors}
+        opened: dict[str, socket.socket] = {}
+        try:
+            for key, address in wanted.items():
+                if key not in self._door_sockets:
+                    opened[key] = listen(address, None, CLIENT_OPTIONS)
+            prepared = await self._prepare(fresh, opened)
+        except BaseException:
+            for sock in opened.values():
+                sock.close()
+            raise
+        self._commit(fresh, opened, wanted)
+        await self._have_committed(prepared)
+        logger.info("reloaded %s", self._config_path)
+
+    def _as_far_as_possible(self, fresh: GatewaySettings) -> GatewaySettings:
+        """What needs a restart is named, and stays: a worker that is started later must be as the others are."""
+        kept = {}
+        for section in ("tunnel", "admin"):
+            if getattr(fresh, section) != getattr(self._settings, section):
+                logger.warning("changes in [%s] take effect at the next restart", section)
+                kept[section] = getattr(self._settings, section)
+        return fresh.model_copy(update=kept)
+
+    async def _prepare(self, fresh: GatewaySettings, opened: Mapping[str, socket.socket]) -> list[Child]:
+        """Let every worker do everything that can fail."""
+        problems: list[ConfigProblem] = []
+        prepared: list[Child] = []
+        fields = {"settings": as_message(fresh), "config": str(self._config_path)}
+
+        async def prepare(child: Child) -> None:
+            channel = child.channel
+            if channel is None or not child.is_ready:
+                return
+            prepared.append(child)
+            send_sockets(channel, list(opened.items()))
+            try:
+                answer = await self._asking.ask(channel, "prepare", PREPARE_S, **fields)
+            except NoAnswer as exc:
+                problems.append(ConfigProblem(str(self._config_path), "", str(exc)))
+            else:
+                problems.extend(ConfigProblem(f"worker {child.number}", "", text) for text in answer["problems"])
+
+        async with trio.open_nursery() as nursery:
+            for child in self._children.values():
+                nursery.start_soon(prepare, child)
+        if problems:
+            for child in prepared:
+                if child.channel is not None:
+                    child.channel.send({"op": "abandon"})
+            raise ConfigError(problems)
+        return prepared
+
+    def _commit(self, fresh: GatewaySettings, opened: Mapping[str, socket.socket], wanted: Mapping[str, Address]) -> None:
+        """The parent's own part; workers that begin from now on begin with it."""
+        self._settings = self._facts.settings = fresh
+        self._names.limit = fresh.limits.relays
+        self._door_sockets.update(opened)
+        for key in [key for key in self._door_sockets if key not in wanted]:
+            self._door_sockets.pop(key).close()
+        logs.configure(fresh.log.level, fresh.log.style, sys.stderr)
+        listening = self._facts.listening
+        self._facts.listening = (listening[0], *(str(bound_address(sock)) for sock in self._door_sockets.values()), listening[-1])
+
+    async def _have_committed(self, prepared: list[Child]) -> None:
+        async def commit(child: Child) -> None:
+            if child.channel is not None:
+                try:
+                    await self._asking.ask(child.channel, "commit", PREPARE_S)
+                except NoAnswer:
+                    child.start_again("it has not taken the new configuration")
+
+        async with trio.open_nursery() as nursery:
+            for child in self._children.values():
+                if child in prepared:
+                    nursery.start_soon(commit, child)
+                else:
+                    child.start_again("it was not there for the reload")
+
+    def _close_sockets(self) -> None:
+        if self._tunnel_socket is not None:
+            self._tunnel_socket.close()
+        for sock in self._door_sockets.values():
+            sock.close()

@@ -1,0 +1,216 @@
+"""Task: a worker process: a gateway that is given its sockets, and does with the other workers what one process would do alone."""
+
+import logging
+import socket
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Final
+
+import trio
+
+from fxgateway.app import Gateway, web_contexts
+from fxgateway.doors.door import Relays
+from fxgateway.routing.admission import Admission, AdmissionLimits
+from fxgateway.routing.shared_admission import SharedAdmission
+from fxgateway.sandbox import Sandbox
+from fxgateway.settings import GatewaySettings
+from fxgateway.tunnels.colleagues import Colleagues
+from fxgateway.workers.channel import Message
+from fxgateway.workers.crew import Crew
+from fxgateway.workers.far_relays import AllRelays
+from fxgateway.workers.guests import Guests
+from fxgateway.workers.shares import from_message, share_of
+from fxgateway.workers.snapshot import snapshot
+from fxtunnel.engine.reactor import Reactor
+from fxtunnel.errors import ConfigError, FxError
+from fxtunnel.kit import logs
+from fxtunnel.kit.listeners import Inherited
+from fxtunnel.kit.notify import Notifier
+from fxtunnel.kit.process import raise_file_limit
+from fxtunnel.kit.settings import Address
+from fxtunnel.kit.tls import server_context
+
+logger = logging.getLogger(__name__)
+
+BEGIN_S: Final = 30.0
+
+
+def main() -> None:
+    """Run a worker; the argument is the descriptor of its line to the parent. Returns when it has drained."""
+    line = socket.socket(fileno=int(sys.argv[1]))
+    line.setblocking(False)
+    line.set_inheritable(False)
+    reactor = Reactor()
+    try:
+        reactor.host_trio(lambda: _serve(reactor, Crew(reactor, line)))
+    finally:
+        reactor.close()
+
+
+async def _serve(reactor: Reactor, crew: Crew) -> None:
+    sockets: dict[str, socket.socket] = {}
+    with trio.fail_after(BEGIN_S):
+        while True:
+            message, received = await crew.received_orders.receive()
+            sockets |= dict(zip(message.get("addresses", ()), received, strict=False))
+            if message["op"] == "begin":
+                break
+    settings, number, workers = (
+        from_message(message["settings"], Path(message["config"]).parent),
+        int(message["worker"]),
+        int(message["of"]),
+    )
+    _mark_logs(number)
+    logs.configure(settings.log.level, settings.log.style, sys.stderr)
+    worker = Worker(reactor, settings, Path(message["config"]), crew, number, workers, message["process"], sockets)
+    try:
+        await worker.serve()
+    finally:
+        crew.close()
+
+
+class Worker(Gateway):
+    """A gateway whose listeners, names, memory of assertions and status page are the parent's."""
+
+    def __init__(
+        self,
+        reactor: Reactor,
+        settings: GatewaySettings,
+        config_path: Path,
+        crew: Crew,
+        number: int,
+        workers: int,
+        process: str,
+        sockets: dict[str, socket.socket],
+    ) -> None:
+        self._crew = crew
+        self._number = number
+        self._run = process
+        self._workers = workers
+        self._sockets = sockets
+        self._prepared: tuple[GatewaySettings, dict[str, Any], Inherited] | None = None
+        share = share_of(settings, workers)
+        super().__init__(reactor, share, config_path, Notifier(), raise_file_limit(), Sandbox(share, config_path))
+
+    async def serve(self) -> None:
+        """See `Gateway`."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._follow_orders)
+            nursery.start_soon(self._end_with_parent)
+            await super().serve()
+            nursery.cancel_scope.cancel()
+
+    def _make_admission(self, settings: GatewaySettings) -> Admission:
+        self._shared = SharedAdmission(self._admission_limits(settings), self._spare_files())
+        return self._shared
+
+    def _admission_limits(self, settings: GatewaySettings) -> AdmissionLimits:
+        # The limit of open files is each worker's own; `SharedAdmission` keeps to it.
+        in_all = max(1, min(settings.limits.connections, self._spare_files() * self._workers))
+        return replace(super()._admission_limits(settings), connections=in_all)
+
+    def _make_relays(self) -> Relays:
+        self._all_relays = AllRelays(self._registry, self._crew.pass_on, self._crew.catch_up)
+        return self._all_relays
+
+    def _make_colleagues(self) -> Colleagues:
+        return Guests(self._crew, self._number)
+
+    def _process(self) -> str:
+        return self._run
+
+    def _make_inherited(self) -> Inherited:
+        sockets, self._sockets = self._sockets, {}
+        return Inherited(sockets)
+
+    async def _serve_pages(self, *, task_status: trio.TaskStatus[Address]) -> None:
+        await trio.lowlevel.checkpoint()
+        task_status.started(self._settings.admin.listen)
+
+    def _clients(self) -> int:
+        return self._doors.clients + self._crew.bridges
+
+    def _announce(self, tunnel: str, admin: str) -> None:
+        self._view.listening = (tunnel, *self._doors.bound.values(), admin)
+        self._crew.status = lambda: snapshot(self._view)
+        self._crew.join(self._number, self._registry, self._all_relays, self._shared, self._doors)
+        self._crew.parent.send({"op": "ready"})
+
+    async def _drain(self) -> None:
+        await super()._drain()
+        self._crew.end_bridges()
+
+    async def _load_again(self) -> None:
+        logger.info("SIGHUP is for the parent process, which reloads all workers")
+        await trio.lowlevel.checkpoint()
+
+    async def _end_with_parent(self) -> None:
+        await self._crew.orphaned.wait()
+        logger.error("the parent process is gone; this worker stops")
+        limits = self._settings.limits.model_copy(update={"drain_s": 0.0})
+        self._settings = self._settings.model_copy(update={"limits": limits})
+        self._stop.set()
+
+    async def _follow_orders(self) -> None:
+        sockets: dict[str, socket.socket] = {}
+        async for message, received in self._crew.received_orders:
+            sockets |= dict(zip(message.get("addresses", ()), received, strict=False))
+            answer: Message = {"op": "answer", "n": message.get("n", 0), "problems": []}
+            match message["op"]:
+                case "prepare":
+                    try:
+                        await self._prepare(message, Inherited(sockets))
+                    except FxError as exc:
+                        answer["problems"] = [str(problem) for problem in (exc.problems if isinstance(exc, ConfigError) else (exc,))]
+                    sockets = {}
+                    self._crew.parent.send(answer)
+                case "commit":
+                    self._commit()
+                    self._crew.parent.send(answer)
+                case "abandon":
+                    self._abandon()
+                case "stop":
+                    self._stop.set()
+
+    async def _prepare(self, message: Message, inherited: Inherited) -> None:
+        """Do everything that can fail."""
+        self._abandon()
+        fresh = share_of(from_message(message["settings"], Path(message["config"]).parent), self._workers)
+        try:
+            server_context(fresh.tunnel.certificate, fresh.tunnel.key, ("http/1.1",))
+            contexts = await trio.to_thread.run_sync(web_contexts, fresh)
+            await trio.to_thread.run_sync(self._access.open, fresh.log.access)
+        except BaseException:
+            inherited.close()
+            raise
+        self._prepared = fresh, dict(contexts), inherited
+
+    def _commit(self) -> None:
+        prepared, self._prepared = self._prepared, None
+        if prepared is not None:
+            fresh, contexts, inherited = prepared
+            self._apply(fresh, contexts, inherited)
+            inherited.close()
+            logger.info("reloaded %s", self._config_path)
+
+    def _abandon(self) -> None:
+        if self._prepared is not None:
+            self._prepared[2].close()
+            self._prepared = None
+
+
+def _mark_logs(number: int) -> None:
+    """Every line says which worker it is from."""
+    make = logging.getLogRecordFactory()
+
+    def marked(*args: Any, **kwargs: Any) -> logging.LogRecord:
+        record = make(*args, **kwargs)
+        record.worker = number
+        return record
+
+    logging.setLogRecordFactory(marked)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,322 @@
+"""System: a gateway of several processes, with real relays and clients: it does what one process would."""
+
+import http.client
+import json
+import os
+import signal
+import socket
+import ssl
+import time
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from pathlib import Path
+
+import pytest
+import trio
+from workers_rig import MakeStack, say, start, until_gone, worker_of, workers
+
+from fxrelay.uplink.identity import load_identity
+from fxtunnel.model import GatewayId, RelayId
+from tests.ports import free_port
+from tests.system.peers import Outcome, Service, dial, exchanges, how_it_ends, is_served, payload, read_exactly, read_to_end, reset
+from tests.system.stack import Stack, wait_until
+
+pytestmark = [pytest.mark.system, pytest.mark.xdist_group("workers")]
+
+MIB = 1 << 20
+RELAYS_BACK_S = 5.0
+
+
+@pytest.fixture(scope="module")
+def shared(make_shared_stack: MakeStack, echo_service: Service) -> Stack:
+    """Three workers, three relays: for tests that leave both as they were. Nobody listens where the first relay's `half` should be."""
+    both = {"echo": echo_service.target, "half": echo_service.target}
+    return start(make_shared_stack, both, relays=3, count=3, other={"node-0": both | {"half": f"127.0.0.1:{free_port()}"}})
+
+
+def test_any_worker_takes_a_client_for_any_relay(shared: Stack) -> None:
+    assert {worker["relays"] for worker in workers(shared).values()} == {1}
+    with ExitStack() as stack:
+        clients = [stack.enter_context(dial(shared.doors["echo"])) for _ in range(200)]
+        for number, client in enumerate(clients):
+            client.sendall(b"%06d" % number)
+        for number, client in enumerate(clients):
+            assert read_exactly(client, 6) == b"%06d" % number
+        streams = {name: sum(link["streams"] for link in relay["links"]) for name, relay in shared.live_relays().items()}
+        assert sum(streams.values()) == 200
+        assert min(streams.values()) > 40, streams
+        assert sum(worker["connections"] for worker in workers(shared).values()) == 200
+
+
+def test_a_relay_that_refuses_is_passed_over_whoever_has_it(shared: Stack) -> None:
+    for number in range(40):
+        say(shared.doors["half"], b"client %d" % number)
+
+
+def test_the_status_page_and_the_metrics_are_sums(shared: Stack) -> None:
+    for _ in range(20):
+        say(shared.doors["echo"])
+    page = json.loads(shared.page("/relays"))
+    door = page["doors"][0]
+    assert sum(entry["accepted"] for entry in page["doors"]) == page["gateway"]["streams_opened"]
+    assert door["accepted"] >= 20
+    assert len(page["relays"]) == 3
+    metrics = shared.page("/metrics")
+    assert f'fxgateway_door_accepted_total{{door="{door["name"]}",service="echo"}} {float(door["accepted"])}' in metrics
+    for worker in (1, 2, 3):
+        assert f'fxgateway_worker_up{{worker="{worker}"}} 1.0' in metrics
+    assert 'fxgateway_relays{state="up"} 3.0' in metrics
+    parent = shared.gateway
+    assert parent is not None
+    pids = [parent.pid, *(worker["pid"] for worker in workers(shared).values())]
+    open_files = sum(len(os.listdir(f"/proc/{pid}/fd")) for pid in pids)
+    said = next(float(line.split()[1]) for line in metrics.splitlines() if line.startswith("process_open_fds "))
+    assert abs(said - open_files) < 20
+    assert json.loads(shared.page("/readyz")) == {"ready": True, "reasons": []}
+
+
+def test_a_cut_link_is_resumed_at_the_worker_that_holds_it(make_stack: MakeStack, swap_service: Service) -> None:
+    stack = start(make_stack, {"swap": swap_service.target}, relays=2)
+    crowd = exchanges(stack.doors["swap"], 32, 2 * MIB, rate_bytes_per_s=MIB)
+    for _ in range(6):
+        time.sleep(0.25)
+        assert stack.cutter.cut() >= 1
+        stack.wait_for_relays("node-0", "node-1")
+    assert crowd.outcomes() == [Outcome.RIGHT] * 32
+    relays = stack.live_relays().values()
+    assert sum(link["resumed"] for relay in relays for link in relay["links"]) >= 6
+    assert [relay["epoch"] for relay in relays] == [1, 1]
+    assert "is at another worker now" not in stack.logs()
+
+
+def test_one_worker_dies_and_the_others_do_not_notice(make_stack: MakeStack, echo_service: Service) -> None:
+    stack = start(make_stack, {"echo": echo_service.target}, relays=2)
+    with ExitStack() as clients:
+        open_clients = [clients.enter_context(dial(stack.doors["echo"])) for _ in range(40)]
+        for client in open_clients:
+            client.sendall(b"before")
+            assert read_exactly(client, 6) == b"before"
+        victim = worker_of(stack, "node-0")
+        carried = workers(stack)[victim]["connections"]
+        assert 0 < carried < 40
+        killed_at = time.monotonic()
+        os.kill(workers(stack)[victim]["pid"], signal.SIGKILL)
+        ends = []
+        for client in open_clients:
+            try:
+                client.sendall(b"after")
+                ends.append(read_exactly(client, 5) == b"after")
+            except OSError:
+                ends.append(False)
+        assert ends.count(True) == 40 - carried
+        wait_until(lambda: is_served(stack.doors["echo"]), 5, "a new client")
+        stack.wait_for_relays("node-0", "node-1", timeout_s=RELAYS_BACK_S)
+        assert time.monotonic() - killed_at < RELAYS_BACK_S
+    wait_until(lambda: workers(stack)[victim]["up"], 20, "the worker to be back")
+    assert workers(stack)[victim]["restarts"] == 1
+    assert json.loads(stack.page("/relays"))["doors"][0]["accepted"] >= 40
+    for _ in range(20):
+        say(stack.doors["echo"])
+
+
+@pytest.mark.slow
+def test_a_worker_that_stands_still_is_replaced(make_stack: MakeStack, echo_service: Service) -> None:
+    stack = start(make_stack, {"echo": echo_service.target}, relays=2)
+    victim = worker_of(stack, "node-0")
+    pid = workers(stack)[victim]["pid"]
+    os.kill(pid, signal.SIGSTOP)
+    until_gone([pid], 20)
+    stack.wait_for_relays("node-0", "node-1", timeout_s=20)
+    for _ in range(20):
+        say(stack.doors["echo"])
+
+
+def test_drain_lets_clients_of_all_workers_finish(make_stack: MakeStack, swap_service: Service) -> None:
+    stack = start(make_stack, {"swap": swap_service.target}, relays=2)
+    gateway = stack.gateway
+    assert gateway is not None
+    pids = [worker["pid"] for worker in workers(stack).values()]
+    crowd = exchanges(stack.doors["swap"], 16, MIB, rate_bytes_per_s=MIB / 2)
+    wait_until(lambda: sum(worker["connections"] for worker in workers(stack).values()) == 16, 10, "all clients")
+    gateway.signal(signal.SIGTERM)
+
+    def is_refused() -> bool:
+        try:
+            dial(stack.doors["swap"]).close()
+        except ConnectionRefusedError:
+            return True
+        return False
+
+    wait_until(is_refused, 5, "closed doors")
+    assert crowd.outcomes() == [Outcome.RIGHT] * 16
+    assert gateway.wait() == 0
+    until_gone(pids)
+
+
+def test_a_reload_is_for_all_or_for_none(make_stack: MakeStack, echo_service: Service) -> None:
+    stack = start(make_stack, {"echo": echo_service.target}, relays=2)
+    gateway, second = stack.gateway, free_port()
+    assert gateway is not None
+    good = stack.gateway_config.read_text()
+    with dial(stack.doors["echo"]) as client:
+        more = f'[[door]]\nlisten = "127.0.0.1:{second}"\nservice = "echo"\n'
+        stack.gateway_config.write_text(good + more)
+        gateway.signal(signal.SIGHUP)
+        wait_until(lambda: is_served(second), 10, "the new door")
+        for _ in range(20):
+            say(second)
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            worse = f'[[door]]\nlisten = "127.0.0.1:{taken.getsockname()[1]}"\nservice = "echo"\n'
+            stack.gateway_config.write_text(good + worse)  # would close one door, and cannot open the other
+            gateway.signal(signal.SIGHUP)
+            wait_until(lambda: "reload refused" in gateway.log.read_text(), 10, "a refusal")
+        for _ in range(10):
+            say(second)
+        stack.gateway_config.write_text(good)
+        gateway.signal(signal.SIGHUP)
+        wait_until(lambda: not is_served(second), 10, "the door to close")
+        client.sendall(b"still")
+        assert read_exactly(client, 5) == b"still"
+    # A worker that is started now begins with what holds now.
+    pid = workers(stack)[1]["pid"]
+    os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: workers(stack).get(1, {}).get("up") and workers(stack)[1]["pid"] != pid, 20, "a fresh worker")
+    stack.wait_for_relays("node-0", "node-1")
+    for _ in range(10):
+        say(stack.doors["echo"])
+    with pytest.raises(ConnectionRefusedError):
+        dial(second)
+
+
+def test_revoking_reaches_every_worker(make_stack: MakeStack, echo_service: Service) -> None:
+    stack = start(make_stack, {"echo": echo_service.target}, relays=2)
+    with ExitStack() as clients:
+        open_clients = [clients.enter_context(dial(stack.doors["echo"])) for _ in range(8)]
+        for client in open_clients:
+            client.sendall(b"!")
+            assert client.recv(1) == b"!"
+        revoked_at = time.monotonic()
+        for name in ("node-0", "node-1"):
+            stack.gateway_cli("revoke", name)
+        for client in open_clients:
+            assert how_it_ends(client, 10)[0] == "reset"
+        assert time.monotonic() - revoked_at < 6
+    wait_until(lambda: not stack.live_relays(), 5, "no relay")
+
+
+def upgrade(stack: Stack, worker: int, assertion: str) -> int:
+    """Ask a certain worker for a control link; the status of its answer."""
+    context = ssl.create_default_context(cafile=str(stack.directory / "ca.pem"))
+    context.set_alpn_protocols([f"fx-worker/{worker}", "http/1.1"])
+    with dial(stack.tunnel_port) as plain, context.wrap_socket(plain, server_hostname="127.0.0.1") as sock:
+        sock.sendall(
+            b"GET /.fx/control HTTP/1.1\r\nHost: gw\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
+            b"Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\nSec-WebSocket-Protocol: fx-control.1\r\n"
+            b"Authorization: Bearer " + assertion.encode() + b"\r\n\r\n"
+        )
+        return int(sock.recv(4096).split()[1])
+
+
+def test_an_assertion_is_good_once_for_all_workers(shared: Stack) -> None:
+    state = Path(shared.directory / "node-0" / "state")
+    identity = trio.run(load_identity, state, RelayId("node-0"))
+    gateway_id = GatewayId(json.loads(shared.page("/relays"))["gateway"]["gateway_id"])
+    for first, second in ((1, 2), (2, 2), (3, 1)):
+        assertion = identity.assertion(gateway_id, time.time())
+        assert upgrade(shared, first, assertion) == 101
+        assert upgrade(shared, second, assertion) == 401
+    assert upgrade(shared, 99, identity.assertion(gateway_id, time.time())) == 101  # nobody has that number: whoever took it serves it
+
+
+def test_a_hello_that_comes_in_pieces_finds_its_worker(shared: Stack) -> None:
+    context = ssl.create_default_context(cafile=str(shared.directory / "ca.pem"))
+    context.set_alpn_protocols(["fx-worker/2", "http/1.1"])
+    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+    tls = context.wrap_bio(incoming, outgoing, server_hostname="127.0.0.1")
+    with dial(shared.tunnel_port, 10) as sock:
+        while True:
+            try:
+                tls.do_handshake()
+                break
+            except ssl.SSLWantReadError:
+                hello = outgoing.read()
+                for start in range(0, len(hello), 100):
+                    sock.sendall(hello[start : start + 100])
+                    time.sleep(0.01)
+                incoming.write(sock.recv(65_536))
+        assert tls.selected_alpn_protocol() == "http/1.1"
+
+
+@pytest.mark.parametrize("words", [b"GET / HTTP/1.1\r\n\r\n", b"\x16\x03\x01\xff\xff", b""])
+def test_whoever_does_not_speak_tls_is_hung_up_on(shared: Stack, words: bytes) -> None:
+    with dial(shared.tunnel_port) as sock:
+        sock.sendall(words)
+        assert how_it_ends(sock, 8)[0] in ("fin", "reset")
+
+
+def test_limits_are_what_they_say(make_stack: MakeStack, echo_service: Service) -> None:
+    stack = start(make_stack, {"echo": echo_service.target}, relays=2, extra="[limits]\nconnections_per_door = 30\n")
+    with ExitStack() as clients:
+        served = 0
+        for _ in range(45):
+            with suppress(ConnectionError):
+                client = clients.enter_context(dial(stack.doors["echo"]))
+                client.sendall(b"!")
+                served += client.recv(1) == b"!"
+            time.sleep(0.04)  # the others are told within milliseconds
+        assert served == 30
+
+
+def test_workers_do_not_outlive_their_parent(make_stack: MakeStack, echo_service: Service) -> None:
+    stack = start(make_stack, {"echo": echo_service.target}, relays=2)
+    assert stack.gateway is not None
+    pids = [worker["pid"] for worker in workers(stack).values()]
+    with dial(stack.doors["echo"]) as client:
+        client.sendall(b"!")
+        assert client.recv(1) == b"!"
+        stack.gateway.kill()
+        assert how_it_ends(client, 10)[0] == "reset"
+    until_gone(pids)
+    with pytest.raises(ConnectionRefusedError):
+        dial(stack.doors["echo"])
+    # The relays are back at once, before the second worker is ready, and are spread all the same.
+    stack.start_gateway({"FXGATEWAY__TUNNEL__WORKERS": "2"})
+    stack.wait_for_relays("node-0", "node-1")
+    assert {worker["relays"] for worker in workers(stack).values()} == {1}
+
+
+def site(sock: socket.socket) -> None:
+    """A service behind a door that ends TLS: gives back what is posted; `/cut` breaks off in the middle of an answer without a length."""
+    with sock.makefile("rb") as requests:
+        while head := requests.readline():
+            length = 0
+            while (line := requests.readline()) not in (b"\r\n", b""):
+                name, _, value = line.partition(b":")
+                length = int(value) if name.lower() == b"content-length" else length
+            body = requests.read(length)
+            if b"/cut" in head:
+                sock.sendall(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n" + body)
+                reset(sock)
+                return
+            sock.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+
+
+def test_tls_that_ended_at_one_worker_reaches_a_relay_of_another(make_stack: MakeStack, serve: Callable[..., Service]) -> None:
+    port, service = free_port(), serve(site)
+    door = f'[[door]]\nlisten = "127.0.0.1:{port}"\nkind = "https"\nservice = "site"\ncertificate = "server.pem"\nkey = "server.key"\n'
+    stack = start(make_stack, {"site": service.target}, relays=1, extra=door)
+    context = ssl.create_default_context(cafile=str(stack.directory / "ca.pem"))
+    body = bytes(payload(3, MIB))
+    for _ in range(12):
+        client = http.client.HTTPSConnection("127.0.0.1", port, context=context, timeout=20)
+        for _ in range(2):
+            client.request("POST", "/", body)
+            assert client.getresponse().read() == body
+        client.close()
+    for _ in range(12):
+        with context.wrap_socket(dial(port), server_hostname="127.0.0.1", suppress_ragged_eofs=False) as client:
+            client.sendall(b"POST /cut HTTP/1.1\r\nHost: a\r\nContent-Length: 100000\r\n\r\n" + body[:100_000])
+            with pytest.raises(OSError, match=r"reset|EOF"):  # a clean end, with close_notify, would be taken for the whole answer
+                read_to_end(client)
+    assert service.problems == []
+    wait_until(lambda: sum(worker["connections"] for worker in workers(stack).values()) == 0, 10, "all clients to be gone")
