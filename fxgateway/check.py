@@ -4,7 +4,7 @@ import contextlib
 import datetime as dt
 import ipaddress
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -12,12 +12,13 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from fxgateway.routing.reception import Kind
-from fxgateway.settings import GatewaySettings
+from fxgateway.settings import GatewaySettings, SandboxMode
 from fxgateway.tunnels.identities import Identities
 from fxtunnel.errors import ConfigError, ConfigProblem
 from fxtunnel.kit import web_tls
 from fxtunnel.kit.files import read_secret
 from fxtunnel.kit.listeners import ListenError, listen
+from fxtunnel.kit.notify import LAUNCHER_FD
 from fxtunnel.kit.tls import server_context
 from fxtunnel.kit.tls_problems import describe_dates
 
@@ -90,6 +91,19 @@ def warnings(settings: GatewaySettings) -> list[str]:
         found.append(f"limits.memory_bytes is divided by tunnel.workers: give at least {tunnel.workers * MIN_WORKER_BYTES >> 20}MiB")
     if tunnel.workers > (os.cpu_count() or 1):
         found.append(f"tunnel.workers is {tunnel.workers}, and this machine has {os.cpu_count()} processors")
+    return found
+
+
+def worker_problems(settings: GatewaySettings, config_path: Path, environ: Mapping[str, str]) -> list[ConfigProblem]:
+    """What several workers cannot do (docs/adr/0012)."""
+    if settings.tunnel.workers == 1:
+        return []
+    found = []
+    if settings.sandbox.mode is SandboxMode.REQUIRED:
+        found.append(ConfigProblem(str(config_path), "sandbox.mode", "workers have no sandbox: set it to auto, or tunnel.workers to 1"))
+    if LAUNCHER_FD in environ:
+        text = "several workers cannot be handed over to a successor: start them with `fxgateway run`, or set it to 1"
+        found.append(ConfigProblem(str(config_path), "tunnel.workers", text))
     return found
 
 

@@ -335,9 +335,9 @@ def _unknown(relay_id: RelayId) -> str:
 def _file_problems(settings: "GatewaySettings", config_path: Path) -> list[ConfigProblem]:
     import datetime as dt
 
-    from fxgateway.check import verify_files
+    from fxgateway.check import verify_files, worker_problems
 
-    return verify_files(settings, config_path, dt.datetime.now(dt.UTC))
+    return verify_files(settings, config_path, dt.datetime.now(dt.UTC)) + worker_problems(settings, config_path, os.environ)
 
 
 def _held(settings: "GatewaySettings") -> frozenset[str]:

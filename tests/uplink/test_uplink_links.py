@@ -337,7 +337,7 @@ class RestartingGateway(FakeGateway):
 
 async def test_a_gateway_that_restarts_is_soon_found_again(state_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fxrelay.uplink.uplink.SETTLED_S", 0.0)
-    monkeypatch.setattr("fxrelay.uplink.uplink.FLAP_CAP_S", 0.05)
+    monkeypatch.setattr("fxrelay.uplink.uplink.ABSENT_CAP_S", 0.05)
     authority = new_authority("test authority")
     gateway = RestartingGateway(authority, make_context(tmp_path, authority))
     async with running(gateway, state_dir, replace(QUICK, min_backoff_s=0.05, max_backoff_s=30.0)) as it:
