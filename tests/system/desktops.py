@@ -95,7 +95,6 @@ def jupyter(home: Path, base: str) -> Iterator[Jupyter]:
         *(lab or program("jupyter-notebook"), "--allow-root", "--no-browser", "--ip=127.0.0.1", f"--port={port}"),
         *(f"--{application}.{key}={value}" for key, value in (("base_url", base), ("token", token), ("allow_remote_access", "True"))),
         *(f"--{application}.port_retries=0", f"--{application}.terminals_enabled=False"),
-        *("--LabApp.news_url=None", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate") * bool(lab),
     ]
     environment = {"PATH": os.environ["PATH"], "HOME": str(home), "LANG": "C.UTF-8", "JUPYTER_PLATFORM_DIRS": "1"}
     with running(arguments, port, home / "jupyter.log", environment, home):

@@ -18,6 +18,7 @@ _CELLS = "document.querySelectorAll('.code_cell .CodeMirror, .jp-CodeCell .cm-co
 _READY = (
     "window.Jupyter ? Jupyter.notebook?._fully_loaded && Jupyter.notebook.kernel?.is_connected()"
     """ : document.querySelector('.jp-Notebook-ExecutionIndicator[data-status="idle"]')"""
+    " && document.querySelector('.jp-Toolbar-kernelName')?.textContent.includes('Python 3')"
 )
 _OUTPUT = "return [...document.querySelectorAll('.output_text pre, .jp-OutputArea-output pre')].map(part => part.textContent.trim());"
 
