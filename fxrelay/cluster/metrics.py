@@ -1,24 +1,21 @@
 """Task: measures what administrators want measured, beside publishing: a slow metric delays no update, only itself.
 
-Executables are bounded in time, output and priority and see little of the relay's environment. Python functions run inside the relay: their
-time and the size of what they return are bounded, but one that does not return keeps its thread, and neither memory nor CPU time is.
+Executables are bounded in time, output and priority and see little of the relay's environment. Python functions run as such, in a process
+of their own for each measuring: in a thread of the relay one that hangs could not be ended, and one that computes would hold up streams.
 """
 
-import importlib
-import json
 import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 import trio
 
 from fxrelay.cluster.machine import KEPT_PERIODS
-from fxrelay.cluster.plain_json import read_json, size_of
-from fxrelay.cluster.programs import ProgramBounds, json_of, one_line, why_not_run
+from fxrelay.cluster.plain_json import size_of
+from fxrelay.cluster.programs import ProgramBounds, json_from_function, json_of, one_line, why_not_run
 from fxrelay.cluster.server import MAX_METRICS_BYTES
 from fxtunnel.errors import ScriptError
 from fxtunnel.model import is_name
@@ -51,8 +48,6 @@ class Metrics:
         self._bounds = bounds
         self._environ = environ
         self._known: dict[str, _Metric] = {}
-        # One thread for each: a function that hangs is not called again, and hinders no other.
-        self._threads = {name: trio.CapacityLimiter(1) for name in functions}
         self._at_once = trio.CapacityLimiter(AT_ONCE)
         self._warnings: frozenset[str] = frozenset()
 
@@ -103,12 +98,11 @@ class Metrics:
 
     async def _measure(self, name: str, source: str | Path) -> None:
         metric = self._known.setdefault(name, _Metric())
+        how = (self._bounds, self._environ)
         try:
-            if isinstance(source, str):
-                metric.value = await self._call(name, source)
-            else:
-                async with self._at_once:
-                    metric.value = await json_of(source, self._bounds, self._environ)
+            async with self._at_once:
+                ask = json_from_function(source, *how) if isinstance(source, str) else json_of(source, *how)
+                metric.value = await ask
             metric.good_at = trio.current_time()
             metric.error = ""
         except ScriptError as exc:
@@ -119,33 +113,10 @@ class Metrics:
             logger.exception("metric %s", name)
             metric.error = one_line(f"{type(exc).__name__}: {exc}")
 
-    async def _call(self, name: str, function: str) -> Any:
-        limiter = self._threads[name]
-        if limiter.borrowed_tokens:
-            await trio.lowlevel.checkpoint()
-            raise ScriptError(name, "has not returned from an earlier call")
-        with trio.move_on_after(self._bounds.timeout_s):
-            call = partial(_result_of, name, function, self._bounds.output_bytes)
-            return await trio.to_thread.run_sync(call, abandon_on_cancel=True, limiter=limiter)
-        raise ScriptError(name, f"took longer than {self._bounds.timeout_s:g} s")
-
 
 def _reserved_bytes(known: Mapping[str, _Metric], before: str) -> int:
     """What the metrics that come later need at least: each its name and `null`."""
     return sum(len(name) + len('"": null, ') for name in known if name > before)
-
-
-def _result_of(name: str, function: str, limit_bytes: int) -> Any:
-    module, _, attribute = function.partition(":")
-    try:
-        text = json.dumps(getattr(importlib.import_module(module), attribute)())
-        if len(text) > limit_bytes:
-            raise ScriptError(name, f"returned more than {limit_bytes} bytes")
-        return read_json(text)
-    except ScriptError:
-        raise
-    except (Exception, SystemExit) as exc:  # whatever the administrator's function does, the relay goes on
-        raise ScriptError(name, one_line(f"{type(exc).__name__}: {exc}")) from exc
 
 
 def _find_programs(directory: Path, taken: frozenset[str]) -> tuple[dict[str, Path], frozenset[str]]:
