@@ -13,7 +13,7 @@ VICTIMS = ("gateway", NODES[0], "store", NODES[1])
 def kills(stage: Stage, outcome: Outcome) -> None:
     """Each is started again at once, as systemd would."""
     pools = Pools(stage, LIVELY, LIVELY_RELAY)
-    count = stage.pick(4, 200)
+    count = stage.pick(3, 200)
     load = pools.load(30, MIB / 4)
     load.wait_running()
     chance = random.Random(1)

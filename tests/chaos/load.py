@@ -64,6 +64,7 @@ class Tally:
     running: int = 0
     begun: int = 0
     ends: dict[str, int] = field(default_factory=dict)
+    bytes_heard: int = 0
     bytes_right: int = 0
     stalled: int = 0
     stalled_s: float = 0.0
@@ -155,6 +156,7 @@ class Exchange:
         try:
             while block := await sock.recv(BLOCK_BYTES):
                 self._heard()
+                self._tally.bytes_heard += len(block)
                 inside = block[: size_bytes - got]
                 if inside != wanted[got : got + len(inside)]:
                     return End.WRONG
