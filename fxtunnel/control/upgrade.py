@@ -132,7 +132,7 @@ async def accept_websocket(nursery: trio.Nursery, stream: trio.abc.Stream, head:
 
     Raises:
         PeerRefused: `head` is no proper upgrade; nothing was answered yet.
-        TunnelClosed: the client left.
+        trio.BrokenResourceError: the client left.
     """
     key = _checked_key(head)
     # The WebSocket library sees this head instead of the client's: nothing the client chose but a checked key reaches its parser.
