@@ -11,7 +11,7 @@ from typing import Final, TypeGuard
 
 import h11
 import trio
-from trio_websocket import WebSocketConnection, wrap_client_stream, wrap_server_stream
+from trio_websocket import ConnectionClosed, WebSocketConnection, wrap_client_stream, wrap_server_stream
 from wsproto.utilities import generate_accept_token
 
 from fxtunnel.codes import Code, Refusal
@@ -132,7 +132,7 @@ async def accept_websocket(nursery: trio.Nursery, stream: trio.abc.Stream, head:
 
     Raises:
         PeerRefused: `head` is no proper upgrade; nothing was answered yet.
-        TunnelClosed: the client left.
+        trio.BrokenResourceError: the client left.
     """
     key = _checked_key(head)
     # The WebSocket library sees this head instead of the client's: nothing the client chose but a checked key reaches its parser.
@@ -142,7 +142,10 @@ async def accept_websocket(nursery: trio.Nursery, stream: trio.abc.Stream, head:
     )
     guarded = GuardedStream(stream, head=canonical.encode("ascii"), rest=b"", max_payload_bytes=MESSAGE_BYTES)
     request = await wrap_server_stream(nursery, guarded, max_message_size=MESSAGE_BYTES)
-    return await request.accept(subprotocol=SUBPROTOCOL)
+    try:
+        return await request.accept(subprotocol=SUBPROTOCOL)
+    except ConnectionClosed as exc:
+        raise trio.BrokenResourceError("the relay left during the upgrade") from exc
 
 
 async def post_json(stream: trio.abc.Stream, host: str, path: str, body: Mapping[str, object]) -> tuple[int, dict[str, object]]:

@@ -239,3 +239,12 @@ def test_any_error_json_becomes_a_refusal(fields: dict[str, object]) -> None:
 def test_retry_after_is_bounded() -> None:
     assert refusal_from(429, {"error": "too-many", "retry_after_s": 1e12}).retry_after_s == 3600
     assert refusal_from(429, {"error": "too-many", "retry_after_s": -5}).retry_after_s == 0
+
+
+async def test_a_client_that_leaves_before_its_101_is_a_lost_connection(autojump_clock: object) -> None:
+    head = await head_of(UPGRADE)
+    near, far = trio.testing.memory_stream_pair()
+    await near.aclose()
+    async with trio.open_nursery() as nursery:
+        with pytest.raises(trio.BrokenResourceError):
+            await accept_websocket(nursery, far, head)

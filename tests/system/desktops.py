@@ -3,7 +3,6 @@
 import json
 import os
 import secrets
-import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -81,8 +80,8 @@ class Jupyter:
 
 @contextmanager
 def jupyter(home: Path, base: str) -> Iterator[Jupyter]:
-    """JupyterLab where it is installed (FX_JUPYTERLAB, or on PATH), else Debian's notebook. Its only document is new.ipynb."""
-    lab = os.environ.get("FX_JUPYTERLAB") or shutil.which("jupyter-lab")
+    """Debian's notebook, or the JupyterLab that FX_JUPYTERLAB names. Its only document is new.ipynb."""
+    lab = os.environ.get("FX_JUPYTERLAB")
     if not lab:
         need("jupyter-notebook")
     port, token = free_port(), secrets.token_hex(16)
