@@ -22,7 +22,7 @@ def descriptors(stage: Stage, outcome: Outcome) -> None:
     stack.start_gateway(prefix=("prlimit", f"--nofile={FILES}:{FILES}"))
     stack.start_relay("node-a", {"swap": swap, "echo": echo})
     stack.wait_for_relays("node-a")
-    load = stage.load(stack.doors["swap"], 10, size_bytes=MIB, rate_bytes_per_s=MIB / 8)
+    load = stage.load(stack.doors["swap"], 10, size_bytes=MIB // 2, rate_bytes_per_s=MIB / 16)
     load.wait_running()
     with ExitStack() as crowd, dial(stack.doors["echo"], 20) as before:
         say(before)

@@ -26,7 +26,7 @@ def cuts(stage: Stage, outcome: Outcome) -> None:
     plain = stage.plain()
     stack = plain.stack
     count = stage.pick(2, 50)
-    load = stage.load(plain.swap, STREAMS, size_bytes=MIB, rate_bytes_per_s=MIB / 8, repeat=True)
+    load = stage.load(plain.swap, STREAMS, size_bytes=stage.pick(MIB // 2, MIB), rate_bytes_per_s=MIB / 8, repeat=True)
     load.wait_running()
     cut_streams: list[int] = []
     back_s: dict[str, list[float]] = {"RST": [0.0], "silence": [0.0]}

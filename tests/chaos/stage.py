@@ -8,7 +8,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -86,7 +86,8 @@ class Helper:
         """End it."""
         self.process.kill()
         self.process.wait()
-        self.process.stdin.close()
+        with suppress(BrokenPipeError):  # what it was to be told last
+            self.process.stdin.close()
         self.process.stdout.close()
 
 
@@ -140,10 +141,10 @@ class Stage:
 
     def __exit__(self, *exc: object) -> None:
         try:
-            self._exits.close()
             for stack in self.stacks:
                 stack.stop()
         finally:
+            self._exits.close()
             shutil.rmtree(self.directory, ignore_errors=True)
 
     def pick(self, short: T, full: T) -> T:
