@@ -42,6 +42,7 @@ ROWS: Final = (
     Row("stalled", "goodput_ratio", "goodput beside stalled clients, × without", 2, False, compared=False),
     Row("cut", "survived", "streams of 20 that survive 2 cuts", 0, False, compared=False),
     Row("get", "requests_per_s", "short GETs/s, 16 connections", 0, False),
+    Row("get", "varied_per_s", "short GETs/s, no two heads alike", 0, False, plotted=False),
     Row("get", "cpu_us_per_request", "CPU µs per short GET", 0),
     Row("get", "alone_p50_us", "short GET p50, one connection, µs", 0, plotted=False),
     Row("socket", "upgraded_p50_us", "WebSocket echo p50, µs", 0, compared=False),

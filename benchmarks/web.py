@@ -26,17 +26,20 @@ _RECEIVE_BYTES: Final = 262_144
 
 
 def _get(bench: Bench, running: Running) -> Numbers:
-    """Short GETs on kept connections: all of them at once, then one alone."""
+    """Short GETs on kept connections: all alike, then each with a field of its own, then one connection alone."""
     port = running.doors.get("http", running.port)
     before_s = processes.cpu_s(running.daemons.values())
     done = bench.web.run("get", port, bench.sizes.web_wide, bench.sizes.web_s)
     cpu_s = processes.cpu_s(running.daemons.values()) - before_s
+    varied = bench.web.run("vary", port, bench.sizes.web_wide, bench.sizes.web_s)
     alone = bench.web.run("get", port, 1, bench.sizes.web_s / 2)
-    if done["failed"] or alone["failed"] or not done["done"]:
-        raise BenchmarkError(f"{done['failed'] + alone['failed']:.0f} requests failed")
+    failed = done["failed"] + varied["failed"] + alone["failed"]
+    if failed or not done["done"]:
+        raise BenchmarkError(f"{failed:.0f} requests failed")
     return {
         "requests_per_s": done["done"] / done["seconds"],
         **({"cpu_us_per_request": cpu_s / done["done"] * 1e6} if running.daemons else {}),
+        "varied_per_s": varied["done"] / varied["seconds"],
         "p50_us": done["p50_us"],
         "p99_us": done["p99_us"],
         "alone_p50_us": alone["p50_us"],

@@ -228,8 +228,17 @@ static int whole(struct asked *a) {
     return memcmp(end + 4, pattern, SMALL) ? -1 : 1;
 }
 
+/* The next request; `varied`: with a field that no request had before. */
+static int ask_again(int fd, int varied) {
+    static unsigned long count;
+    char head[512];
+    if (!varied) return write_all(fd, ask, sizeof ask - 1);
+    int bytes = snprintf(head, sizeof head, "%.*sX-Request: %lu\r\n\r\n", (int)sizeof ask - 3, ask, count++);
+    return write_all(fd, head, bytes);
+}
+
 /* Requests on `wide` connections that are kept, each sent when the answer before it is whole. */
-static int get(int port, int wide, double seconds) {
+static int get(int port, int wide, double seconds, int varied) {
     struct asked *all = calloc(wide, sizeof *all);
     int ep = epoll_create1(EPOLL_CLOEXEC), open = 0, done = 0, failed = 0;
     double start = now_s(), last = start;
@@ -237,7 +246,7 @@ static int get(int port, int wide, double seconds) {
         if ((all[i].fd = dial(port, 0)) < 0) die("connect");
         watch(ep, EPOLL_CTL_ADD, all[i].fd, EPOLLIN, &all[i]);
         all[i].since = now_s();
-        write_all(all[i].fd, ask, sizeof ask - 1), open++;
+        ask_again(all[i].fd, varied), open++;
     }
     struct epoll_event ready[EVENTS];
     while (open && last - start < seconds + 5) {
@@ -254,7 +263,7 @@ static int get(int port, int wide, double seconds) {
             if (is_whole < 0) failed++;
             if (is_whole > 0 && t - start < seconds) {
                 a->got = 0, a->since = t;
-                if (write_all(a->fd, ask, sizeof ask - 1) == 0) continue;
+                if (ask_again(a->fd, varied) == 0) continue;
                 failed++;
             }
             close(a->fd), open--;
@@ -340,14 +349,15 @@ static int hello(int port, int wide, double seconds, const char *path) {
 int main(int argc, char **argv) {
     prepare();
     if (argc < 4) {
-        fprintf(stderr, "usage: webgen LIMIT_S serve PORT | get PORT N SECONDS | socket PORT SECONDS | hello PORT N SECONDS FILE\n");
+        fprintf(stderr, "usage: webgen LIMIT_S serve PORT | get|vary PORT N SECONDS | socket PORT SECONDS | hello PORT N SECONDS FILE\n");
         return 2;
     }
     alarm(atoi(argv[1]));
     const char *mode = argv[2];
     int port = atoi(argv[3]);
     if (!strcmp(mode, "serve")) serve(port);
-    if (!strcmp(mode, "get") && argc == 6) return get(port, atoi(argv[4]), atof(argv[5]));
+    if (!strcmp(mode, "get") && argc == 6) return get(port, atoi(argv[4]), atof(argv[5]), 0);
+    if (!strcmp(mode, "vary") && argc == 6) return get(port, atoi(argv[4]), atof(argv[5]), 1);
     if (!strcmp(mode, "socket") && argc == 5) return socket_echo(port, atof(argv[4]));
     if (!strcmp(mode, "hello") && argc == 7) return hello(port, atoi(argv[4]), atof(argv[5]), argv[6]);
     return 2;

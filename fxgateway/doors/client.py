@@ -69,6 +69,10 @@ class Client(Splice):
         self._avoid: tuple[RelayId, ...] = ()
         """Relays that were redirected to in vain."""
 
+    def has_spoken(self) -> None:
+        """What it said first was looked at and is still in the socket: it goes with the OPEN, before any event tells of it."""
+        self._readable = True
+
     def begin(self, peer: str) -> None:
         """Choose a relay and open the stream; `peer` is the client's ip:port as OPEN carries it."""
         if self._forward(b"", self._tags(peer)):

@@ -85,6 +85,7 @@ class Hall:
             kind = TlsWebClient if isinstance(visitor.sock, TlsSocket) else WebClient
             client = (kind if self.door.config.access is None else RECORDED[kind])(self.door, visitor.sock, visitor.address, lead, opening)
         client.named = visitor.named
+        client.has_spoken()
         self.door.let_in(client, visitor.named or client.peer(), lead)
 
     def visitor_turned_away(self, visitor: Visitor, away: TurnAway) -> None:

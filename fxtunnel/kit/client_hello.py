@@ -9,6 +9,7 @@ A handshake message may be cut into records anywhere. What is not known is skipp
 
 import ipaddress
 import re
+import struct
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Final
@@ -24,11 +25,13 @@ _MAX_RECORD_BYTES: Final = 16_384
 _RECORD_HEADER_BYTES: Final = 5
 _MESSAGE_HEADER_BYTES: Final = 4
 _HANDSHAKE: Final = 22
+_USUAL: Final = bytes((22, 3))
 _CLIENT_HELLO: Final = 1
 _VERSION_AND_RANDOM_BYTES: Final = 34
 _SERVER_NAME: Final = 0
 _ALPN: Final = 16
 _HOST_NAME: Final = 0
+_EXTENSION: Final = struct.Struct(">HH")
 _LENGTHS: Final = "its lengths do not add up"
 _HOST: Final = re.compile(r"(?=.{1,253}$)[A-Za-z0-9_-]{1,63}(?:\.[A-Za-z0-9_-]{1,63})*")
 
@@ -61,6 +64,17 @@ class _Malformed(Exception):
 
 def read_client_hello(data: bytes) -> ClientHello | NeedMore | NotTls:
     """What the first bytes of a connection say; `data` is all that has arrived, and may go on behind the hello."""
+    if len(data) > _RECORD_HEADER_BYTES + _MESSAGE_HEADER_BYTES and data.startswith(_USUAL):
+        # Nearly always it is whole, and in one record.
+        size = int.from_bytes(data[6:9]) + _MESSAGE_HEADER_BYTES
+        end = _RECORD_HEADER_BYTES + size
+        if (
+            size <= int.from_bytes(data[3:5]) <= _MAX_RECORD_BYTES
+            and end <= len(data)
+            and size <= MAX_HELLO_BYTES
+            and data[5] == _CLIENT_HELLO
+        ):
+            return _read(data[_RECORD_HEADER_BYTES + _MESSAGE_HEADER_BYTES : end])
     message = bytearray()
     at = 0
     while True:
@@ -103,24 +117,47 @@ def _need(have_bytes: int, headers_bytes: int, message: bytearray) -> NeedMore |
 
 
 def _read(body: bytes) -> ClientHello | NotTls:
-    # Every connection of a door that routes by name comes by here: numbers are read in place, which costs a fifth of a reader's calls.
     try:
-        at = _VERSION_AND_RANDOM_BYTES
-        if at > len(body):
-            raise _Malformed(_LENGTHS)
-        _, at = _vector(body, at, 1)  # session id
-        _, at = _vector(body, at, 2)  # cipher suites
-        _, at = _vector(body, at, 1)  # compression
-        extensions: dict[int, bytes] = {}
-        if at < len(body):
-            block, at = _vector(body, at, 2)
-            extensions = _extensions(block)
-        if at < len(body):
-            raise _Malformed(_LENGTHS)
-        name, protocols = extensions.get(_SERVER_NAME), extensions.get(_ALPN)
+        name, protocols = _extensions(body, _before_extensions(body))
         return ClientHello("" if name is None else _host(name), () if protocols is None else _protocols(protocols))
     except _Malformed as exc:
         return NotTls(str(exc))
+    except (IndexError, struct.error):  # a length that is cut off
+        return NotTls(_LENGTHS)
+
+
+def _before_extensions(body: bytes) -> int:
+    """Where the extensions' length stands. It may lie behind the end."""
+    at = _VERSION_AND_RANDOM_BYTES
+    at += 1 + body[at]  # session id
+    at += 2 + (body[at] << 8 | body[at + 1])  # cipher suites
+    return at + 1 + body[at]  # compression
+
+
+def _extensions(body: bytes, at: int) -> tuple[bytes | None, bytes | None]:
+    """The bodies of server_name and ALPN."""
+    # Every connection of a door that routes by name comes by here: numbers are read in place, which costs a fifth of a reader's calls.
+    end = len(body)
+    if at == end:
+        return None, None
+    if at + 2 + (body[at] << 8 | body[at + 1]) != end:
+        raise _Malformed(_LENGTHS)
+    at += 2
+    name = protocols = None
+    seen = set()
+    while at < end:
+        kind, size = _EXTENSION.unpack_from(body, at)
+        begin, at = at + 4, at + 4 + size
+        if at > end:
+            raise _Malformed(_LENGTHS)
+        if kind in seen:
+            raise _Malformed(f"it has extension {kind} twice")
+        seen.add(kind)
+        if kind == _SERVER_NAME:
+            name = body[begin:at]
+        elif kind == _ALPN:
+            protocols = body[begin:at]
+    return name, protocols
 
 
 def _vector(data: bytes, at: int, size_bytes: int) -> tuple[bytes, int]:
@@ -130,23 +167,6 @@ def _vector(data: bytes, at: int, size_bytes: int) -> tuple[bytes, int]:
     if end > len(data):  # a length that is cut off is too short, and its end lies behind the data, too
         raise _Malformed(_LENGTHS)
     return data[begin:end], end
-
-
-def _extensions(block: bytes) -> dict[int, bytes]:
-    found: dict[int, bytes] = {}
-    at, end = 0, len(block)
-    while at < end:
-        begin = at + 4
-        if begin > end:
-            raise _Malformed(_LENGTHS)
-        kind = block[at] << 8 | block[at + 1]
-        at = begin + (block[at + 2] << 8 | block[at + 3])
-        if at > end:
-            raise _Malformed(_LENGTHS)
-        if kind in found:
-            raise _Malformed(f"it has extension {kind} twice")
-        found[kind] = block[begin:at]
-    return found
 
 
 @lru_cache(maxsize=1_024)
@@ -171,6 +191,7 @@ def _is_address(host: str) -> bool:
     return True
 
 
+@lru_cache(maxsize=64)
 def _protocols(body: bytes) -> tuple[bytes, ...]:
     names, end = _vector(body, 0, 2)
     found = []
