@@ -204,7 +204,7 @@ async def _data_links(stand: _Stand, rng: random.Random, findings: Findings, amo
         open_control_link(relay.dialler, relay.url, relay.gateway, relay.hello, relay.bearer, UplinkConfig()) as link,
         trio.open_nursery() as nursery,
     ):
-        nursery.start_soon(link.run, lambda: 0)
+        nursery.start_soon(link.run, lambda: 0, lambda deadline_s: None)
         number = 0
         while sent < amount:
             sock, _ = await open_data_link(relay.dialler, relay.url, Hello(await link.ticket(None), None, 0, caps=relay.hello.caps))
