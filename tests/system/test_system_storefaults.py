@@ -122,7 +122,10 @@ class SmallDisk:
         self.prefix = ("nsenter", "--preserve-credentials", "-U", "-m", "-t", str(self._holder.pid))
 
     def fill(self) -> None:
-        subprocess.run([*self.prefix, "sh", "-c", f"cat /dev/zero > {self.directory}/filler"], capture_output=True, check=False)
+        # SQLite keeps its journal file and writes over it, so the store would go on in the room it has: take that, too.
+        filler, journal = self.directory / "filler", self.directory / "cluster.db-journal"
+        script = f"cat /dev/zero > {filler}; : > {journal}; cat /dev/zero >> {filler}"
+        subprocess.run([*self.prefix, "sh", "-c", script], capture_output=True, check=False)
 
     def free(self) -> None:
         subprocess.run([*self.prefix, "rm", f"{self.directory}/filler"], check=True)
