@@ -113,7 +113,8 @@ class Publisher:
             await trio.sleep(min(MIN_PAUSE_S, self._config.publish_s))
 
     async def _publish(self) -> None:
-        if not self._is_leaving:  # otherwise there is no time to measure
+        # Who leaves has no time to measure; and what a predecessor measures after its successor's start would be taken for a quarrel.
+        if not self._is_leaving and (self._measured_ms is None or not self._is_silent):
             # What was measured is as old as the beginning of the measuring: nothing that was placed meanwhile is lost.
             began_ms = self._view.now_ms
             self._measured = await self._measure()

@@ -78,6 +78,21 @@ async def test_it_publishes_every_period(autojump_clock: object, node: Node) -> 
     assert max(later - earlier for earlier, later in zip(node.transporter.at, node.transporter.at[1:], strict=False)) <= 10.3
 
 
+async def test_who_makes_way_takes_its_successor_for_itself(autojump_clock: object, node: Node) -> None:
+    async with node.publishing():
+        await trio.sleep(1)
+        node.publisher.hush()
+        await trio.sleep(20)
+        started_ms = node.view.now_ms
+        await trio.sleep(15)
+        assert (len(node.said), node.measured) == (1, 1)
+        successor = server_text("me", instance="i-next", started=started_ms, measuredAt=node.view.now_ms)
+        node.view.know(successor)
+        member = node.view.members.get(ME, node.view.now)
+        assert member is not None
+        assert (member.server.instance, member.rivals) == ("i-next", ())
+
+
 async def test_facts_cannot_change_who_it_is(autojump_clock: object, node: Node) -> None:
     node.facts = {"serverId": "other", "seq": 99, "agent": {"instanceId": "x"}}
     async with node.publishing():
