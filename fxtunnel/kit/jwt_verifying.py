@@ -14,7 +14,8 @@ import jwt
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
-from jwt.types import Options
+
+from fxtunnel.kit.tokens import SIGNATURE_ONLY
 
 ALGORITHMS: Final = ("EdDSA", "ES256", "ES384", "RS256", "RS384", "RS512", "PS256", "PS384", "PS512")
 """What may be pinned. Shared secrets (HS…) are not among them: whoever can verify with one can forge."""
@@ -27,16 +28,6 @@ LEEWAY_S: Final = 30.0
 _COMPACT: Final = re.compile(r"[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+")
 _PEM: Final = re.compile(rb"-----BEGIN [A-Z ]+-----.*?-----END [A-Z ]+-----", re.DOTALL)
 _MIN_RSA_BITS: Final = 2_048
-_SIGNATURE_ONLY: Final[Options] = {
-    "verify_signature": True,
-    "verify_exp": False,
-    "verify_nbf": False,
-    "verify_iat": False,
-    "verify_aud": False,
-    "verify_iss": False,
-    "verify_sub": False,
-    "verify_jti": False,
-}
 
 
 class BadToken(Exception):
@@ -132,7 +123,7 @@ def verify_token(token: str, rules: TokenRules, keys: KeySet, now_unix: float) -
 def _claims(token: str, algorithm: str, candidates: Sequence[Any]) -> dict[str, Any]:
     for key in candidates:
         try:
-            found: dict[str, Any] = jwt.decode(token, key, algorithms=[algorithm], options=_SIGNATURE_ONLY)
+            found: dict[str, Any] = jwt.decode(token, key, algorithms=[algorithm], options=SIGNATURE_ONLY)
         except jwt.InvalidSignatureError:
             continue
         # TypeError, ValueError: keys that the library does not take after all; RecursionError: brackets upon brackets.

@@ -20,7 +20,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
 from jwt.algorithms import ECAlgorithm, OKPAlgorithm, RSAAlgorithm
-from jwt.types import Options
+
+from fxtunnel.kit.tokens import SIGNATURE_ONLY
 
 MAX_TOKEN_BYTES: Final = 8_192
 """Decoding 20 MB of header costs a second of CPU; nobody has proved anything yet at that point."""
@@ -36,17 +37,6 @@ JWT_TYPES: Final = frozenset({"jwt"})
 """What a header's typ may be, in lower case. It may also be missing."""
 _PEM: Final = re.compile(r"-----BEGIN ([A-Z0-9 ]+)-----\n.*?\n-----END \1-----", re.DOTALL)
 _PRIVATE_MEMBERS: Final = frozenset({"d", "p", "q", "dp", "dq", "qi", "oth", "k"})
-# The library would compare with its own clock and its own idea of types; claims are checked by whoever knows what they are for.
-_SIGNATURE_ONLY: Final[Options] = {
-    "verify_signature": True,
-    "verify_exp": False,
-    "verify_nbf": False,
-    "verify_iat": False,
-    "verify_aud": False,
-    "verify_iss": False,
-    "verify_sub": False,
-    "verify_jti": False,
-}
 
 PublicKey = Ed25519PublicKey | EllipticCurvePublicKey | RSAPublicKey
 
@@ -132,7 +122,7 @@ def verified_claims(
     if key.algorithm is not algorithm:
         raise BadToken(Flaw.WRONG_ALGORITHM, f"its key {key.kid} is for {key.algorithm}, not for {algorithm}")
     try:
-        claims = jwt.decode(token, key.public, algorithms=[key.algorithm.value], options=_SIGNATURE_ONLY)
+        claims = jwt.decode(token, key.public, algorithms=[key.algorithm.value], options=SIGNATURE_ONLY)
     except jwt.InvalidSignatureError:
         raise BadToken(Flaw.BAD_SIGNATURE, f"its signature is not by the key {key.kid}") from None
     # RecursionError: 8 KiB hold enough brackets to exhaust the JSON decoder. ValueError: digits without end.

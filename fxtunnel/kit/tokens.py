@@ -37,7 +37,7 @@ _HEADERS: Final = frozenset({"alg", "kid", "typ"})
 _MAX_UNIX: Final = 4_102_444_800
 _UNCHECKED: Final[Options] = {"verify_signature": False}
 # The library would compare with its own clock and its own idea of types; every claim is checked here instead.
-_SIGNATURE_ONLY: Final[Options] = {
+SIGNATURE_ONLY: Final[Options] = {
     "verify_signature": True,
     "verify_exp": False,
     "verify_nbf": False,
@@ -243,7 +243,7 @@ def _decoded(token: str, public: Ed25519PublicKey | None) -> dict[str, object]:
         if public is None:
             claims: dict[str, object] = jwt.decode(token, options=_UNCHECKED)
         else:
-            claims = jwt.decode(token, public, algorithms=["EdDSA"], options=_SIGNATURE_ONLY)
+            claims = jwt.decode(token, public, algorithms=["EdDSA"], options=SIGNATURE_ONLY)
     except jwt.InvalidSignatureError as exc:
         raise _bad("the signature does not match the relay's key") from exc
     # RecursionError: 8 KiB hold enough brackets to exhaust the JSON decoder, and not every PyJWT catches it.
