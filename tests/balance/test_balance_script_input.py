@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fxrelay.balance import javascript
-from fxrelay.balance.javascript import Engine
+from fxrelay.balance.javascript import _Kept
 from fxrelay.balance.model import Candidate
 from fxrelay.balance.script_input import ScriptInput, fastx4_input, script_input, without_secrets
 from fxrelay.cluster.server import parse_server
@@ -138,18 +138,21 @@ async def test_a_script_that_changes_the_language_as_it_loads_gets_its_input(ben
 
 
 def test_of_each_server_only_the_newest_object_is_kept() -> None:
-    engine = Engine()
-    for number in range(40):
+    kept = _Kept("learn")
+    used: set[int] = set()
+    for number in range(10, 40):
         texts = tuple(candidate(f"n{n:02}", sessions=number, x="y" * 10_000).server.text for n in range(50))
-        engine._places_of(ScriptInput("{}", texts))
-    assert engine._places_of(ScriptInput("{}", texts)) == list(range(50))
-    assert len(engine._places) == len(engine._texts) == 50
-    assert engine._used_bytes < 5 * 50 * 10_000
+        kept.choose(ScriptInput("{}", texts))
+        used.add(kept.used_bytes)
+    assert kept._chosen == list(range(50))
+    assert len(kept._places) == len(kept._texts) == 50
+    assert len(used) == 1
 
 
 def test_with_too_many_servers_all_are_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(javascript, "MAX_KEPT", 20)
-    engine = Engine()
+    kept = _Kept("learn")
     for number in range(100):
-        (place,) = engine._places_of(ScriptInput("{}", (server_text(f"n{number}"),)))
+        kept.choose(ScriptInput("{}", (server_text(f"n{number}"),)))
+        (place,) = kept._chosen
         assert place <= 21
