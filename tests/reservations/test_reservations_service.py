@@ -90,7 +90,8 @@ def proved(entered: Entered | Refused) -> Entered:
     return Entered(entered.server_id, attempt)
 
 
-async def test_of_two_who_authenticate_at_once_one_is_let_in(tmp_path: Path) -> None:
+async def test_of_two_who_authenticate_at_once_one_is_let_in(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
     async with relays(tmp_path, "a", "b") as (first, second):
         ann = await first.reservations.enter(S1, "ann", "192.0.2.1")
         bob = await second.reservations.enter(S1, "bob", "192.0.2.2")
@@ -109,6 +110,8 @@ async def test_of_two_who_authenticate_at_once_one_is_let_in(tmp_path: Path) -> 
         counts = second.reservations.tidings.counts
         assert (counts["entered"], counts["committed"], counts["released"]) == (1, 1, 1)
         assert first.reservations.tidings.rejections["reserved"] == 1
+        told = [(record.user, record.reason) for record in caplog.records if getattr(record, "reservation", "") == "rejected"]  # type: ignore[attr-defined]
+        assert ("ann", "reserved") in told
 
 
 async def test_an_entry_that_came_to_nothing_is_taken_out(tmp_path: Path) -> None:
