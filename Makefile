@@ -8,6 +8,8 @@ WORKERS ?= 2
 
 .PHONY: help demo test check lint types bench fuzz chaos conformance requirements clean
 
+export PYTHONDONTWRITEBYTECODE :=
+
 help:
 	@echo "make demo    a gateway, two relays and a small service; traffic; a tunnel cut on purpose   (KEEP=1 leaves it up)"
 	@echo "make test    all tests; system tests use sshd, nginx and redis-server where installed"
