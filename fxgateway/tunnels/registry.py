@@ -38,6 +38,7 @@ class LiveRelay:
         "draining",
         "epoch",
         "hands_over",
+        "has_yielded",
         "instance",
         "is_drained",
         "leave_by",
@@ -62,6 +63,8 @@ class LiveRelay:
         """It has said that it goes away."""
         self.hands_over = False
         """It said so to make way for a successor, and serves until that one does."""
+        self.has_yielded = False
+        """Its successor is at another process of this gateway, and does not serve yet."""
         self.is_drained = False
         """An administrator here wants nothing new to go there."""
         self.leave_by = 0.0
@@ -246,17 +249,31 @@ class Registry:
                 self._expel(relay, Code.REVOKED, "the administrator revoked this relay")
 
     def yield_name(self, relay_id: RelayId, instance: InstanceId, code: Code, text: str) -> None:
-        """Another process of this gateway has the relay now: end what this instance still has here."""
+        """Another process of this gateway has the relay now: end what this instance still has here.
+
+        One that makes way serves until `relieve`.
+        """
         relay = self._instance(relay_id, instance)
         if relay is not None:
             self.on_change()
             if relay.draining and code is Code.FENCED and self._relays.get(relay_id) is relay:
-                logger.info("relay %s has a new instance at another worker; the one here ends its streams", relay_id)
-                self._step_aside(relay)
-                self.routes.remove(relay_id)
+                relay.has_yielded = True
+                if not relay.hands_over:
+                    self.relieve(relay_id)
                 return
             logger.warning("relay %s is at another worker now: %s", relay_id, text)
             self._expel(relay, code, text)
+
+    def relieve(self, relay_id: RelayId) -> None:
+        """Another process of this gateway serves this relay: whoever has yielded its name here takes nothing more."""
+        relay = self._relays.get(relay_id)
+        if relay is not None and relay.has_yielded:
+            logger.info("relay %s has a new instance at another worker; the one here ends its streams", relay_id)
+            if relay.link is not None and relay.hands_over:
+                relay.link.drain(0)  # it need not wait any longer
+            self._step_aside(relay)
+            self.routes.remove(relay_id)
+            self.on_change()
 
     def begin_drain(self, deadline_s: float) -> None:
         """The gateway is going away: nobody new comes in."""
