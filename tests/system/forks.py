@@ -23,6 +23,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import IO, Final
 
+REDIS: Final = ("fxrelay.cluster.broker", "fxrelay.cluster.redis_bus", "fxrelay.cluster.redis_store")
 PROGRAMS: Final[dict[str, tuple[str, ...]]] = {
     "fxgateway.cli": (
         *("fxgateway.app", "fxgateway.check", "fxgateway.setup", "fxgateway.workers.parent", "fxtunnel.kit.pages"),
@@ -30,9 +31,10 @@ PROGRAMS: Final[dict[str, tuple[str, ...]]] = {
     ),
     "fxrelay.cli": (
         *("fxrelay.app", "fxrelay.check", "fxrelay.cluster.reading", "fxrelay.cluster.transfer", "fxrelay.picking"),
-        *("fxrelay.cluster_cli", "fxrelay.ticket_cli", "fxrelay.reserving.reading", "fxtunnel.kit.pages", "redis"),
+        *("fxrelay.cluster_cli", "fxrelay.ticket_cli", "fxrelay.reserving.reading", "fxtunnel.kit.pages", *REDIS),
         *("rich.box", "rich.console", "rich.table", "rich.text"),
     ),
+    "tests.reservations.reservation_worker": (*REDIS, "fxrelay.reserving.reservations"),
 }
 """What each template imports: all but the program's own module, which a start runs anew."""
 REQUEST_BYTES: Final = 1 << 18
