@@ -4,7 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PYTEST_ARGS ?=
-WORKERS ?= 2
+# One more than there are processors: tests of daemons mostly wait.
+WORKERS ?= $(shell expr $$(nproc) + 1)
 
 .PHONY: help demo test check lint types bench fuzz chaos conformance requirements clean
 
