@@ -6,6 +6,7 @@ before that is tested where it is the subject: command lines, service managers, 
 """
 
 import atexit
+import gc
 import importlib
 import json
 import os
@@ -213,6 +214,8 @@ def _become(stdout: int, stderr: int) -> None:
 def _main(program: str, asked: int) -> None:
     for name in PROGRAMS[program]:
         importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # at its end a fork would look at everything there is, and thereby copy all the memory that it shares
     order = _serve(asked)
     if order is None:
         return
