@@ -6,7 +6,8 @@ from typing import Any, Final
 from fxgateway.doors.client import Client
 from fxgateway.doors.elsewhere import Elsewhere, Journey
 from fxgateway.routing.table import Forward, Readiness, Reject, RouteTable
-from fxgateway.tunnels.registry import LiveRelay, Registry
+from fxgateway.tunnels.live_relay import LiveRelay
+from fxgateway.tunnels.registry import Registry
 from fxtunnel.codes import Code
 from fxtunnel.model import InstanceId, RelayId, ServiceName
 
