@@ -27,7 +27,8 @@ from fxrelay.cluster.opening import open_cluster
 from fxrelay.cluster.publish import Publisher, PublisherConfig
 from fxrelay.cluster.threads import Threads
 from fxrelay.cluster.view import ClusterView
-from fxrelay.reserving.reservations import Reservations, ReservingConfig
+from fxrelay.reserving.books import ReservingConfig
+from fxrelay.reserving.reservations import Reservations
 from fxrelay.reserving.seats import StreamSeating
 from fxrelay.service_settings import ServiceSection
 from fxrelay.settings import RelaySettings
@@ -83,7 +84,7 @@ class Brain:
         if any(section.is_pool and (section.is_login or section.guard_start) for section in settings.services):
             reserving = ReservingConfig(whose.relay_id, cluster.lease_s, cluster.on_lost_lease)
             self.reservations = Reservations(reserving, self._store, self._transporter, self.view)
-            self.reservations.has_sessions = self._has_sessions
+            self.reservations.upkeep.has_sessions = self._has_sessions
             self.chooser.seating = StreamSeating(self.reservations)
 
     @property

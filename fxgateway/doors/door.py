@@ -28,7 +28,7 @@ from fxtunnel.model import RelayId, ServiceName
 from fxtunnel.protocol.opening import TAG_TRACE, Opening, encode_tag, encode_tags
 
 if TYPE_CHECKING:
-    from fxgateway.tunnels.registry import LiveRelay
+    from fxgateway.tunnels.live_relay import LiveRelay
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")

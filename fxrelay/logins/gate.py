@@ -244,7 +244,7 @@ class LoginGate:
         while True:
             await trio.sleep(LOOK_S)
             reservations = self.reservations
-            if reservations is None or not reservations.has_read:
+            if reservations is None or not reservations.upkeep.has_read:
                 continue
             for login_id in list(self._watchers):
                 if self._counted(login_id, reservations, 0) is None:

@@ -8,7 +8,6 @@ import json
 import os
 import random
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -24,8 +23,8 @@ from fxtunnel.model import RelayId
 from tests.cluster_store.store_rig import PASSWORD, RedisServer, broker_content, write_broker
 from tests.reservations.lock_history import falling_tokens, is_linearizable, overlaps, read_history
 from tests.reservations.reservation_worker import open_both
+from tests.system import forks
 
-ROOT = Path(__file__).resolve().parents[2]
 RELAYS = ("r1", "r2", "r3")
 SERVERS = tuple(f"s{number}" for number in range(8))
 LEASE_S = 2.0
@@ -68,16 +67,15 @@ class Chaos:
             "pause_s": 0.4,
             "stay_s": 0.5,
         }
-        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        self.processes: dict[str, forks.Fork] = {}
         self.kills: list[tuple[str, float]] = []
 
     def start(self, relay: str) -> None:
         config = self.directory / f"{relay}.json"
         config.write_text(json.dumps({**self.config, "relay": relay}))
         with (self.directory / f"{relay}.err").open("ab") as errors:
-            self.processes[relay] = subprocess.Popen(
-                [sys.executable, "-m", "tests.reservations.reservation_worker", str(config)], cwd=ROOT, stderr=errors
-            )
+            arguments = ["tests.reservations.reservation_worker", str(config)]
+            self.processes[relay] = forks.start(arguments, os.environ, errors.fileno(), errors.fileno())
 
     def kill(self, relay: str) -> None:
         process = self.processes.pop(relay)

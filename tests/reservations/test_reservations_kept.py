@@ -33,7 +33,7 @@ async def test_a_login_outlives_its_relay_and_ends_at_any_other(tmp_path: Path) 
         await logged_in(first, S1, "ann")
         await first.reservations.close()
     async with relays(tmp_path, "b", "a") as (second, again):
-        await until(lambda: second.reservations.has_read and again.reservations.has_read)
+        await until(lambda: second.reservations.upkeep.has_read and again.reservations.upkeep.has_read)
         assert second.reservations.holders.server_of("t1", second.store.now_ms()) == S1
         await until(lambda: [hold.login_id for hold in again.reservations.leases.kept()] == ["t1"])  # it remembers what it committed
         assert not second.reservations.leases.kept()

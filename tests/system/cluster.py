@@ -73,16 +73,19 @@ class Cluster:
         return json.loads(self.stack.relay_cli(name, "reservations", "--json").stdout)
 
     def status(self, name: str) -> dict:
-        """What `fxrelay status --json` says."""
-        return json.loads(self.stack.relay_cli(name, "status", "--json").stdout)
+        """What the relay's status socket says; much quicker than `fxrelay status --json`, which says the same."""
+        return json.loads(self._page(name, "/status"))
 
     def metrics(self, name: str) -> str:
         """What the relay's status socket serves to Prometheus."""
+        return self._page(name, "/metrics")
+
+    def _page(self, name: str, path: str) -> str:
         with socket.socket(socket.AF_UNIX) as sock:
             sock.settimeout(10)
             sock.connect(str(self.stack.directory / name / "state" / "status.sock"))
-            sock.sendall(b"GET /metrics HTTP/1.1\r\nHost: relay\r\nConnection: close\r\n\r\n")
-            return read_to_end(sock).decode()
+            sock.sendall(f"GET {path} HTTP/1.1\r\nHost: relay\r\nConnection: close\r\n\r\n".encode())
+            return read_to_end(sock).decode().partition("\r\n\r\n")[2]
 
     def wait_until_known(self, names: Sequence[str], by: Sequence[str], timeout_s: float = 20.0) -> None:
         """Until each relay of `by` has all of `names` up, tunnels included."""

@@ -1,7 +1,6 @@
 """System: reserved nodes of HTTP services, where the application on the nodes says who has logged in."""
 
 import json
-import socket
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,7 +11,6 @@ from fxtunnel.kit.certificates import new_authority
 from tests.cluster_store.store_rig import NEEDS_REDIS, PASSWORD, RedisServer, broker_content, write_broker
 from tests.system.cluster import Cluster
 from tests.system.login_nodes import Browser, LoginNode, public_pem
-from tests.system.peers import read_to_end
 from tests.system.stack import Stack, wait_until
 
 pytestmark = [pytest.mark.system, pytest.mark.xdist_group("cluster")]
@@ -47,12 +45,8 @@ class Site:
         wait_until(lambda: self.status()["cluster"]["nodes"].get("up") == len(self.nodes), 30, "the nodes")
 
     def status(self) -> dict:
-        """What the status socket of the relay with the tunnel says; much quicker than the command."""
-        with socket.socket(socket.AF_UNIX) as sock:
-            sock.settimeout(10)
-            sock.connect(str(self.cluster.stack.directory / "node-2" / "state" / "status.sock"))
-            sock.sendall(b"GET /status HTTP/1.1\r\nHost: relay\r\nConnection: close\r\n\r\n")
-            return json.loads(read_to_end(sock).partition(b"\r\n\r\n")[2])
+        """Of the relay with the tunnel."""
+        return self.cluster.status("node-2")
 
     def is_settled(self, login: str) -> bool:
         """A store that is new gives nothing out for one lease."""
