@@ -20,6 +20,7 @@ from fxgateway.routing.reception import STREAM_PATH, STREAM_PROTOCOL
 from fxtunnel.errors import FxError
 from fxtunnel.kit.settings import Address
 from fxtunnel.kit.tls import TlsStream, handshake_client
+from fxtunnel.kit.tls_problems import no_forged_end
 
 DIRECT_TIMEOUT_S: Final = 2.0
 """For the node itself to answer: from outside it usually cannot, and a user waits."""
@@ -168,7 +169,7 @@ async def _through_gateway(wanted: Wanted) -> trio.abc.HalfCloseableStream:
     tcp = await trio.open_tcp_stream(host, parts.port or (443 if parts.scheme == "https" else 80))
     stream: trio.abc.HalfCloseableStream = tcp
     if parts.scheme == "https":
-        context = ssl.create_default_context(cafile=wanted.ca_file)
+        context = no_forged_end(ssl.create_default_context(cafile=wanted.ca_file))
         context.set_alpn_protocols(["http/1.1"])
         stream = TlsStream(await handshake_client(socket.socket(fileno=tcp.socket.detach()), context, host))
     try:
