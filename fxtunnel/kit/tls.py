@@ -17,7 +17,14 @@ import trio
 from fxtunnel.errors import ConfigError, LocalProtocolError
 from fxtunnel.kit.files import read_secret
 from fxtunnel.kit.one_at_a_time import OneAtATime
-from fxtunnel.kit.tls_problems import HandshakeFailed, HandshakeProblem, describe_dates, explain_to_client, explain_to_server
+from fxtunnel.kit.tls_problems import (
+    HandshakeFailed,
+    HandshakeProblem,
+    describe_dates,
+    explain_to_client,
+    explain_to_server,
+    no_forged_end,
+)
 
 __all__ = [
     "HandshakeFailed",
@@ -262,7 +269,7 @@ class TlsStream(trio.abc.HalfCloseableStream):
 def _tls13_only(context: ssl.SSLContext, alpn: Sequence[str]) -> ssl.SSLContext:
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.set_alpn_protocols(list(alpn))
-    return context
+    return no_forged_end(context)
 
 
 async def _handshake(
