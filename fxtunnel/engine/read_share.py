@@ -7,7 +7,7 @@ LONG_S: Final = 0.005
 
 
 class ReadShare:
-    """Bytes that a link may have in one turn, `smallest` to `largest`: halved after a turn that took long, doubled after one that did not."""
+    """Bytes that a link may have in one turn: halved after one that took long, doubled after one that was full and did not."""
 
     __slots__ = ("_largest", "_smallest", "limit_bytes")
 
