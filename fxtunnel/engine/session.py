@@ -6,6 +6,7 @@ UP ──link lost──▶ HELD ──attach──▶ UP          HELD ──ho
 import logging
 import socket
 import ssl
+import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
@@ -14,6 +15,7 @@ from typing import Final
 from fxtunnel.codes import Code
 from fxtunnel.engine.ports import SessionConfig, SessionOwner, SessionStatistics, State, TurnTaker
 from fxtunnel.engine.reactor import ERROR, INCOMING, LINK_EVENTS, READ, READ_BUFFER_BYTES, WRITE, Reactor, Timer
+from fxtunnel.engine.read_share import ReadShare
 from fxtunnel.engine.splice import Splice
 from fxtunnel.engine.tls_calls import RecvInto, Send, tls_calls
 from fxtunnel.errors import RemoteProtocolError
@@ -36,7 +38,6 @@ MIN_TURN_BYTES: Final = 4_096
 NOTSENT_LOWAT_BYTES: Final = 131_072
 """Unsent bytes the kernel may hold for a link: interactive frames queue behind these."""
 GOODBYE_S: Final = 1.0
-_LAST_RECORD_AT: Final = READ_BUFFER_BYTES - RECORD_BYTES
 
 
 class Session:
@@ -67,6 +68,7 @@ class Session:
         self._blocked = False
         self._read_blocked = False
         self._interest = 0
+        self._share = ReadShare(RECORD_BYTES, READ_BUFFER_BYTES)
         self._dirty = False
         self._ready: deque[TurnTaker] = deque()
         self._last_arrival = reactor.now
@@ -273,8 +275,9 @@ class Session:
         buffer = self._reactor.read_buffer
         filled = 0
         lost: str | None = None
+        last_record_at = self._share.limit_bytes - RECORD_BYTES
         try:
-            while filled <= _LAST_RECORD_AT:
+            while filled <= last_record_at:
                 count = self._recv(RECORD_BYTES, buffer[filled:] if filled else buffer)
                 if not count:
                     lost = "closed by the peer"
@@ -292,8 +295,10 @@ class Session:
             lost = _reason(exc)
         if filled:
             self._last_arrival = self._reactor.now
+            began_s = time.monotonic()
             try:
                 self.mux.receive(buffer[:filled], self._reactor.now)
+                self._share.dealt_with(filled, time.monotonic() - began_s)
             except RemoteProtocolError as exc:
                 logger.warning("session %s: the peer broke the protocol: %s", self.id, exc)
                 self.close(exc.code, str(exc))

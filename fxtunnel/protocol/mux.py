@@ -66,6 +66,7 @@ class Stream:
         if not self.closed and not self.accepted:
             self.accepted = True
             self.mux.queue(frames.encode_accept(self.id, self.window.first_bytes))
+            self.consumed(0)  # what was taken of the early bytes: no CREDIT goes before an ACCEPT
 
     def refuse(self, code: Code, text: str = "") -> None:
         """Turn the opening down; the opener may try elsewhere."""
@@ -111,7 +112,7 @@ class Stream:
 
     def consumed(self, amount_bytes: int) -> None:
         """The reader took that many of the bytes that arrived: credit goes back in time."""
-        if self.window.consumed(amount_bytes) and not self.fin_received and not self.closed:
+        if self.window.consumed(amount_bytes) and self.accepted and not self.fin_received and not self.closed:
             mux = self.mux
             mux.queue(frames.encode_credit(self.id, self.window.grant(mux.now, mux.min_rtt_s, mux.max_window_bytes)))
 
@@ -306,6 +307,8 @@ class Mux:
         if endpoint is None:
             raise LocalProtocolError(f"stream {stream.id} has no endpoint")
         if kind == frames.CREDIT:
+            if stream.early is not None:  # the copy kept for a replay would grow with it, and no frame could carry that
+                raise RemoteProtocolError(Code.PROTOCOL_ERROR, f"CREDIT before ACCEPT on stream {stream.id}")
             self._credit(stream, endpoint, frames.decode_u32(payload))
         elif kind == frames.FIN:
             if stream.fin_received or stream.early is not None:
