@@ -19,7 +19,7 @@ import psutil
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks import loadgen, measures, peer_fx, peer_nginx, peer_ssh, plot, report, web, web_peers
+from benchmarks import far, loadgen, measures, peer_fx, peer_nginx, peer_ssh, plot, report, web, web_peers
 from benchmarks.loadgen import LoadGenerator
 from benchmarks.measures import FULL, QUICK, Bench, Measure
 from benchmarks.peers import Direct, Peer
@@ -35,7 +35,7 @@ PEERS: Final[list[Callable[[], Peer]]] = [
     web_peers.NginxWeb,
     peer_fx.with_workers,
 ]
-MEASURES: Final = (*measures.MEASURES, *web.MEASURES)
+MEASURES: Final = (*measures.MEASURES, *far.MEASURES, *web.MEASURES)
 RESULTS: Final = Path(__file__).resolve().parent / "results"
 CLIENT_LIMIT_S: Final = 90
 FILES_WANTED: Final = 16_000

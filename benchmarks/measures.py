@@ -40,6 +40,9 @@ class Sizes:
     fill_s: float
     cut_streams: int
     cut_bytes: int
+    rtt_ms: float
+    rtt_mbit: float
+    rtt_bytes: int
     web_s: float
     web_wide: int
     web_bytes: int
@@ -61,6 +64,9 @@ FULL: Final = Sizes(
     fill_s=25,
     cut_streams=20,
     cut_bytes=16 * MIB,
+    rtt_ms=50,
+    rtt_mbit=1000,
+    rtt_bytes=512 * MIB,
     web_s=4,
     web_wide=16,
     web_bytes=GIB,
@@ -81,6 +87,9 @@ QUICK: Final = Sizes(
     fill_s=8,
     cut_streams=20,
     cut_bytes=4 * MIB,
+    rtt_ms=50,
+    rtt_mbit=200,
+    rtt_bytes=64 * MIB,
     web_s=1,
     web_wide=16,
     web_bytes=256 * MIB,

@@ -17,8 +17,10 @@ LOCAL_WINDOW_BYTES: Final = 1_048_576
 interactive streams behind bulk ones (docs/adr/0004)."""
 FAST_CONSUMPTION_S: Final = 1.0
 MIN_GROWTH_RTT_S: Final = 0.002
-"""Windows grow past LOCAL_WINDOW_BYTES only when the path's minimum round trip is longer than this; without the floor, queueing delay
-that the window itself causes would be taken for path length, and grow it for ever."""
+"""Windows follow the path only when its minimum round trip is longer than this; without the floor, queueing delay that the window itself
+causes would be taken for path length, and grow it for ever."""
+FASTEST_GROWTH: Final = 4
+"""How many times larger one round trip may make a window."""
 
 
 class WindowBudget:
@@ -68,12 +70,13 @@ class ReceiveWindow:
     (`flow-control`).
     """
 
-    __slots__ = ("_budget", "_consumed", "_measured", "_since", "first_bytes", "left_bytes", "window_bytes")
+    __slots__ = ("_budget", "_consumed", "_measured", "_since", "_trip_bytes", "first_bytes", "left_bytes", "window_bytes")
 
     def __init__(self, budget: WindowBudget, first_bytes: int) -> None:
         self._budget = budget
         self._consumed = 0
         self._measured = 0
+        self._trip_bytes = 0
         self._since = 0.0
         self.first_bytes = first_bytes
         self.window_bytes = first_bytes
@@ -89,24 +92,40 @@ class ReceiveWindow:
         amount = self._consumed
         self._consumed = 0
         self._measured += amount
-        window = self.window_bytes
-        if self._measured >= window:
-            elapsed = now - self._since
-            wanted = 0
-            if elapsed < FAST_CONSUMPTION_S and window < LOCAL_WINDOW_BYTES:
-                wanted = min(window, LOCAL_WINDOW_BYTES - window, max_window_bytes - window)
-            elif min_rtt_s > MIN_GROWTH_RTT_S and elapsed > 0 and window < max_window_bytes:
-                # Twice the bandwidth-delay product of what this stream achieves now, at most doubling at a time.
-                target = int(2 * min_rtt_s * self._measured / elapsed)
-                wanted = min(window, target - window, max_window_bytes - window)
-            if wanted > 0:
-                growth = self._budget.take_growth(wanted)
-                self.window_bytes = window + growth
-                amount += growth
+        if min_rtt_s > MIN_GROWTH_RTT_S:
+            amount += self._follow_path(now, min_rtt_s, max_window_bytes)
+        elif self._measured >= self.window_bytes:
+            window = self.window_bytes
+            if now - self._since < FAST_CONSUMPTION_S and window < LOCAL_WINDOW_BYTES:
+                amount += self._grow(min(window, LOCAL_WINDOW_BYTES - window, max_window_bytes - window))
             self._measured = 0
             self._since = now
         self.left_bytes += amount
         return amount
+
+    def _follow_path(self, now: float, min_rtt_s: float, max_window_bytes: int) -> int:
+        """Growth towards twice what the reader takes in a round trip, looked at once in each: how the kernel sizes its own windows.
+
+        What is measured is as old as the round trip, and on the way up the sender may have been held back by what the window was then. So
+        what was added since the last look counts again and again (docs/adr/0004).
+        """
+        window = self.window_bytes
+        elapsed_s = now - self._since if self._since else min_rtt_s
+        if self._measured << 1 < window or elapsed_s < 0.9 * min_rtt_s:
+            if not self._since:
+                self._since = now - min_rtt_s
+            return 0
+        trip_bytes = int(self._measured * min_rtt_s / elapsed_s)
+        wanted = 2 * trip_bytes + max(0, 4 * (trip_bytes - self._trip_bytes))
+        self._trip_bytes = trip_bytes
+        self._measured = 0
+        self._since = now
+        return self._grow(min(wanted, FASTEST_GROWTH * window, max_window_bytes) - window)
+
+    def _grow(self, wanted_bytes: int) -> int:
+        growth = self._budget.take_growth(wanted_bytes) if wanted_bytes > 0 else 0
+        self.window_bytes += growth
+        return growth
 
     def returned(self, amount_bytes: int) -> None:
         """The reader gives back bytes that it took: they count as taken when they have left."""

@@ -27,6 +27,8 @@ RING_RESERVE_BYTES: Final = 16_384
 MAX_OVERFLOW_BYTES: Final = 4_194_304
 """Control frames that wait for room in the ring, at most; a peer that drives it further is cut off."""
 RTT_SAMPLES: Final = 16
+CALM_BYTES: Final = 65_536
+"""A round trip during which less than this passed, both ways together, tells how long the path is; any other can only show it shorter."""
 
 
 class Stream:
@@ -164,6 +166,7 @@ class Mux:
         self._last_id = 0
         self._acked_to_peer = 0
         self._rtts: deque[float] = deque(maxlen=RTT_SAMPLES)
+        self._passed_at_ping = 0
 
     @property
     def data_room(self) -> int:
@@ -235,6 +238,7 @@ class Mux:
         self.now = now
         self._queue_ack()
         self.queue(frames.encode_u64(frames.PING, int(now * 1e6)))
+        self._passed_at_ping = self.bytes_in + self.ring.head
 
     def refill(self) -> None:
         """Move control frames that waited for room into the ring. Call after ACKs or `advance`."""
@@ -384,7 +388,11 @@ class Mux:
 
     def _sample_rtt(self, opaque: int) -> None:
         rtt = self.now - opaque / 1e6
-        if 0 <= rtt < 60:
+        if not 0 <= rtt < 60:
+            return
+        # A window that fills the path makes every round trip longer: were it to forget how short one can be, it would grow for ever.
+        is_calm = self.bytes_in + self.ring.head - self._passed_at_ping < CALM_BYTES
+        if is_calm or not self._rtts or rtt < self.min_rtt_s:
             self._rtts.append(max(rtt, 1e-6))
             self.min_rtt_s = min(self._rtts)
 
