@@ -295,10 +295,12 @@ class Session:
             lost = _reason(exc)
         if filled:
             self._last_arrival = self._reactor.now
-            began_s = time.monotonic()
+            is_short = filled < RECORD_BYTES  # as most are: nothing smaller is read in a turn
+            began_s = 0.0 if is_short else time.monotonic()
             try:
                 self.mux.receive(buffer[:filled], self._reactor.now)
-                self._share.dealt_with(filled, time.monotonic() - began_s)
+                if not is_short:
+                    self._share.dealt_with(filled, time.monotonic() - began_s)
             except RemoteProtocolError as exc:
                 logger.warning("session %s: the peer broke the protocol: %s", self.id, exc)
                 self.close(exc.code, str(exc))

@@ -5,7 +5,6 @@
 The gateway opens, the relay accepts (PROTOCOL.md, 6). What a stream is attached to is its `Endpoint`: the engine's is a socket.
 """
 
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
@@ -19,6 +18,7 @@ from fxtunnel.protocol.frames import EARLY_BYTES, MAX_CREDIT, MAX_STREAM_ID
 from fxtunnel.protocol.opening import Opening, UnsupportedTag, decode_open
 from fxtunnel.protocol.parser import FrameParser
 from fxtunnel.protocol.replay import ReplayRing
+from fxtunnel.protocol.round_trips import RoundTrips
 
 ACK_EVERY_BYTES: Final = 131_072
 """A receiver acknowledges at least this often (PROTOCOL.md, 7)."""
@@ -26,9 +26,6 @@ RING_RESERVE_BYTES: Final = 16_384
 """Room in the ring that DATA leaves to control frames, so that ACK and CREDIT get through when replay memory is full."""
 MAX_OVERFLOW_BYTES: Final = 4_194_304
 """Control frames that wait for room in the ring, at most; a peer that drives it further is cut off."""
-RTT_SAMPLES: Final = 16
-CALM_BYTES: Final = 65_536
-"""A round trip during which less than this passed, both ways together, tells how long the path is; any other can only show it shorter."""
 
 
 class Stream:
@@ -155,7 +152,6 @@ class Mux:
         self.streams: dict[int, Stream] = {}
         self.now = 0.0
         self.max_window_bytes = max_window_bytes
-        self.min_rtt_s = 0.0
         self.goaway: tuple[Code, str] | None = None
         self.bytes_in = 0
         self.opened = 0
@@ -165,8 +161,12 @@ class Mux:
         self._on_open = on_open
         self._last_id = 0
         self._acked_to_peer = 0
-        self._rtts: deque[float] = deque(maxlen=RTT_SAMPLES)
-        self._passed_at_ping = 0
+        self._path = RoundTrips()
+
+    @property
+    def min_rtt_s(self) -> float:
+        """How long the path is: the shortest of its last round trips; 0 before the first."""
+        return self._path.shortest_s
 
     @property
     def data_room(self) -> int:
@@ -238,7 +238,7 @@ class Mux:
         self.now = now
         self._queue_ack()
         self.queue(frames.encode_u64(frames.PING, int(now * 1e6)))
-        self._passed_at_ping = self.bytes_in + self.ring.head
+        self._path.began(self.bytes_in + self.ring.head)
 
     def refill(self) -> None:
         """Move control frames that waited for room into the ring. Call after ACKs or `advance`."""
@@ -302,7 +302,7 @@ class Mux:
             self._queue_ack()
             self.queue(frames.encode_u64(frames.PONG, frames.decode_u64(payload)))
         elif kind == frames.PONG:
-            self._sample_rtt(frames.decode_u64(payload))
+            self._path.ended(self.now - frames.decode_u64(payload) / 1e6, self.bytes_in + self.ring.head)
         elif kind == frames.GOAWAY:
             self.goaway = (Code.from_wire(frames.decode_u16(payload)), frames.decode_text(payload))
 
@@ -385,16 +385,6 @@ class Mux:
         if self.ring.keep and received > self._acked_to_peer:
             self._acked_to_peer = received
             self.queue(frames.encode_u64(frames.ACK, received))
-
-    def _sample_rtt(self, opaque: int) -> None:
-        rtt = self.now - opaque / 1e6
-        if not 0 <= rtt < 60:
-            return
-        # A window that fills the path makes every round trip longer: were it to forget how short one can be, it would grow for ever.
-        is_calm = self.bytes_in + self.ring.head - self._passed_at_ping < CALM_BYTES
-        if is_calm or not self._rtts or rtt < self.min_rtt_s:
-            self._rtts.append(max(rtt, 1e-6))
-            self.min_rtt_s = min(self._rtts)
 
 
 def _asleep() -> None:
