@@ -12,6 +12,7 @@ from fxtunnel.codes import Code
 from fxtunnel.model import RelayId
 from fxtunnel.protocol.mux import Stream
 from fxtunnel.protocol.opening import Opening
+from fxtunnel.protocol.pieces import Pieces
 
 if TYPE_CHECKING:
     import socket
@@ -164,7 +165,7 @@ class PlacedDelivery(Delivery):
         self._claim: Claim | None = None
         self._seat: Seat | None = None
         self._entry: Entry | None = None
-        self._pending = placing.early or None
+        self._pending = Pieces(placing.early)
         self._fin_wanted = placing.fin
         placing.early = bytearray()
 
@@ -188,7 +189,7 @@ class PlacedDelivery(Delivery):
             return
         placing, self._placing = self._placing, None
         if placing is not None and not placing.is_over:
-            placing.early = self._pending or bytearray()
+            placing.early = self._pending.joined() if self._pending is not None else bytearray()
             placing.fin = self._fin_wanted
             placing.stream.endpoint = placing
             placing.problem = (code, text)
