@@ -1,6 +1,7 @@
 """What holds for all tests: a busy machine is no failure, and what guards the main branch tries the same examples every time."""
 
 import os
+import tempfile
 from pathlib import Path
 from typing import Final
 
@@ -23,4 +24,4 @@ def has_room(path: Path) -> bool:
 
 # Stores are written, and synced, thousands of times; the power does not fail here.
 if "TMPDIR" not in os.environ and has_room(MEMORY):
-    os.environ["TMPDIR"] = str(MEMORY)
+    os.environ["TMPDIR"] = tempfile.tempdir = str(MEMORY)

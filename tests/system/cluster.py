@@ -3,6 +3,7 @@
 import json
 import shutil
 import socket
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -11,6 +12,8 @@ from tests.system.peers import Service, dial, echo, read_exactly, read_to_end
 from tests.system.stack import Stack, wait_until
 
 NAME_BYTES = 6
+HEARD_S = 0.2
+"""Relays hear at once what others publish, if they get that much of a processor."""
 
 
 class NamedService(Service):
@@ -94,16 +97,21 @@ class Cluster:
             return all(self.status(relay)["cluster"]["nodes"].get("up") == len(names) for relay in by)
 
         wait_until(all_know, timeout_s, f"{by} know {names}")
+        # A node's first words may be from before its tunnel was up.
+        published = {name: self.status(name)["cluster"]["published"] for name in names}
+        wait_until(lambda: all(self.status(name)["cluster"]["published"] > published[name] for name in names), timeout_s, "their tunnels")
+        time.sleep(HEARD_S)
 
     def who_serves(self, timeout_s: float = 10.0) -> str:
         """A client's visit: the node that served it."""
         with dial(self.stack.doors[self.service], timeout_s) as client:
             return read_exactly(client, NAME_BYTES).decode().strip()
 
-    def held(self, count: int) -> tuple[list[socket.socket], list[str]]:
-        """Clients that stay, one after the other, and who serves each."""
+    def held(self, count: int, pause_s: float = 0.0) -> tuple[list[socket.socket], list[str]]:
+        """Clients that stay, one after the other, and who serves each; so long apart."""
         clients, names = [], []
         for _ in range(count):
+            time.sleep(pause_s)
             client = dial(self.stack.doors[self.service], 10)
             clients.append(client)
             names.append(read_exactly(client, NAME_BYTES).decode().strip())
