@@ -151,15 +151,18 @@ async def forward(wanted: Wanted, listen: Address, *, task_status: trio.TaskStat
 @asynccontextmanager
 async def _connected(wanted: Wanted) -> AsyncIterator["_Begun"]:
     stream = await connect(wanted)
+    broken: BaseException | None = None
     try:
         yield stream
         end_on_close(stream.socket)
         with trio.move_on_after(GOODBYE_S), suppress(trio.BrokenResourceError):
             await stream.send_eof()
     except* (trio.BrokenResourceError, OSError) as group:
-        raise FxError(f"the connection to {wanted.service} broke") from group
+        broken = group  # what is raised in here leaves in a group again
     finally:
         await trio.aclose_forcefully(stream)
+    if broken is not None:
+        raise FxError(f"the connection to {wanted.service} broke") from broken
 
 
 def _said(exc: BaseException) -> str:
