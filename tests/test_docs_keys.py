@@ -13,7 +13,11 @@ from pydantic_core import PydanticUndefined
 
 import fxgateway.settings
 import fxrelay.settings
+from fxrelay.cluster import broker
+from fxrelay.cluster.broker import load_broker
 from fxrelay.service_settings import ServiceSection
+from fxtunnel.errors import ConfigError
+from fxtunnel.kit.files import write_secret
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -87,6 +91,17 @@ def test_the_keys_of_an_http_service_are_as_the_table_shows() -> None:
             field = ServiceSection.model_fields[name.strip()]
             if shown not in ("–", "any", "state/cookies.key"):  # what they mean is said in the row
                 assert number(shown) == ("none" if field.default is PydanticUndefined else written(field.default)), name
+
+
+def test_the_broker_file_is_as_the_document_shows(tmp_path: Path) -> None:
+    section = (DOCS / "CLUSTER.md").read_text().partition("broker.json\n")[2].partition("\n## ")[0]
+    path = tmp_path / "broker.json"
+    with pytest.raises(ConfigError, match=r"does not exist; docs/CLUSTER\.md"):
+        load_broker(path)
+    write_secret(path, section.partition("```json\n")[2].partition("```")[0].encode())
+    assert load_broker(path).namespace == "fastx-cluster"
+    for field in broker._Content.model_fields.values():
+        assert re.search(rf"(?m)^\| .*\b{field.alias}\b.*? \|", section), field.alias
 
 
 def test_every_key_is_in_a_document() -> None:
