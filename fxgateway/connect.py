@@ -151,15 +151,18 @@ async def forward(wanted: Wanted, listen: Address, *, task_status: trio.TaskStat
 @asynccontextmanager
 async def _connected(wanted: Wanted) -> AsyncIterator["_Begun"]:
     stream = await connect(wanted)
+    broken: BaseException | None = None
     try:
         yield stream
         end_on_close(stream.socket)
         with trio.move_on_after(GOODBYE_S), suppress(trio.BrokenResourceError):
             await stream.send_eof()
     except* (trio.BrokenResourceError, OSError) as group:
-        raise FxError(f"the connection to {wanted.service} broke") from group
+        broken = group  # what is raised in here leaves in a group again
     finally:
         await trio.aclose_forcefully(stream)
+    if broken is not None:
+        raise FxError(f"the connection to {wanted.service} broke") from broken
 
 
 def _said(exc: BaseException) -> str:
@@ -211,7 +214,7 @@ async def _upgraded(stream: trio.SocketStream | TlsHalves, wanted: Wanted, host:
         403: "you may not have this",
         404: "it does not give out this stream; see `streams` of the door",
         429: "too many connections",
-        503: "no relay offers it now",
+        503: f"no relay offers it now{f' at node {wanted.node}' if wanted.node else ''}",
     }
     raise FxError(f"{wanted.via}: {wanted.service}: {message.get(status, f'refused with status {status}')}{_trace_in(parser)}")
 

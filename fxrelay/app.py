@@ -127,6 +127,7 @@ class Relay:
         whose = Whose(identity.relay_id, identity.instance, lambda: [uplink.statistics() for uplink in self._uplinks])
         self._brain = brain = Brain(self._settings, self._directory, whose)
         self._desk.placer = placer = Placer(brain.chooser, self._settings.cluster.paths, brain.chooser)
+        self._desk.node = identity.relay_id
         self._porter = porter = Porter(brain.tickets, identity.relay_id)
         porter.reconfigure(await trio.to_thread.run_sync(entry_rules, self._settings, self._owners, self._directory))
         placer.entries = StreamEntries(porter, lambda name: isinstance(self._services.get(name), PoolService))

@@ -50,3 +50,8 @@ def test_what_runs_is_pinned_and_nothing_else(python: str):
 @pytest.mark.parametrize("python", PYTHONS)
 def test_what_tests_need_is_pinned(python: str):
     assert needed(PROJECT["dependencies"] + PROJECT["optional-dependencies"]["dev"], python) <= pinned("dev.txt", python)
+
+
+def test_the_packages_carry_their_types():
+    for package in tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]:
+        assert (ROOT / package / "py.typed").exists()

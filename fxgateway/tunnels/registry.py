@@ -231,7 +231,7 @@ class Registry:
         statistics = session.statistics().mux
         self.resumed += session.resumed
         logger.info(
-            "tunnel of %s closed: %s %s",
+            "tunnel of %s closed: %s (%s)",
             relay.relay_id,
             code.label,
             text,

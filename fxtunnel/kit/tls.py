@@ -55,7 +55,7 @@ def server_context(cert_path: Path, key_path: Path, alpn: Sequence[str]) -> ssl.
     if b"ENCRYPTED" in read_secret(key_path):
         raise ConfigError.one(key_path, "", "is encrypted with a passphrase; run: openssl pkey -in OLD -out NEW")
     if not cert_path.is_file():
-        raise ConfigError.one(cert_path, "", "does not exist")
+        raise ConfigError.one(cert_path, "", "does not exist; put the certificate there, or issue one (certs/README.md)")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.num_tickets = 0
     context.options |= ssl.OP_NO_TICKET

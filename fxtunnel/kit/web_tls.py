@@ -103,7 +103,7 @@ def _names_of(cert_path: Path) -> list[str]:
         with cert_path.open("rb") as file:
             pem = file.read(MAX_CERTIFICATE_BYTES)
     except FileNotFoundError as exc:
-        raise ConfigError.one(cert_path, "", "does not exist") from exc
+        raise ConfigError.one(cert_path, "", "does not exist; put the certificate there, or name the file it is in") from exc
     except OSError as exc:
         raise ConfigError.one(cert_path, "", f"cannot be read: {exc.strerror or exc}") from exc
     try:

@@ -124,7 +124,7 @@ async def test_a_session_is_given_up_when_its_hold_is_over(gateway: FakeGateway,
         cut_at = trio.current_time()
         old.cut()
         await until(lambda: old.closed is not None)
-        assert 0.2 <= trio.current_time() - cut_at < 2
+        assert 0.2 <= trio.current_time() - cut_at < 10  # the gateway said 0.2, the default is 30
         assert old.closed == (Code.LINK_LOST, "no link for 0.2 s")
         await until(lambda: len(it.factory.sessions) == 2)
 
