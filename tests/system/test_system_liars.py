@@ -99,7 +99,7 @@ async def test_what_belongs_to_others_is_not_had(stack: Stack) -> None:
 
 
 async def test_floods_leave_a_bystander_its_turns(stack: Stack) -> None:
-    """Frames and messages that are lawful one by one, as many as go through: nothing grows, no line of log for each, and others are served."""
+    """Frames and messages that are lawful one by one, as many as go through: nothing grows, the log is quiet, others are served."""
     liar = await enrolled_liar(stack, "flooder", "shared")
     services = encode(Services(services=tuple(Offer(ServiceName(f"s{number}")) for number in range(300))))
     flood = {
