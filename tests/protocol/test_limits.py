@@ -127,3 +127,31 @@ def test_a_frame_that_was_cut_belongs_to_its_stream() -> None:
     for piece in (frames.encode(frames.DATA, 7, b"abc")[:9], b"bc", frames.encode_open(8, 1, TAGS)):
         sink.feed(piece)
     assert sink.frames[0] == (frames.DATA, 7, b"abc")
+
+
+def test_a_round_trip_is_measured_when_its_answer_arrives() -> None:
+    """Windows grow by it: an old clock would make a short path look long, or a long one short."""
+    mux = Pair().gateway.mux
+    for now, sent in ((100.0, 99.9), (200.0, 199.95), (300.0, 299.0)):
+        mux.receive(memoryview(frames.encode_u64(frames.PONG, int(sent * 1e6))), now)
+    assert mux.min_rtt_s == pytest.approx(0.05, abs=1e-4)
+    for answer in (0, 2**64 - 1, int(301e6)):  # what was never asked, or lies ahead, measures nothing
+        mux.receive(memoryview(frames.encode_u64(frames.PONG, answer)), 300.0)
+    assert mux.min_rtt_s == pytest.approx(0.05, abs=1e-4)
+
+
+def test_a_closed_stream_says_nothing_more() -> None:
+    pair = Pair()
+    pair.gateway.open()
+    pair.pump()
+    theirs = pair.relay.streams[1]
+    theirs.reset(Code.CANCELLED)
+    pair.pump()
+    head = pair.relay.ring.head
+    theirs.accept()
+    theirs.refuse(Code.BUSY)
+    theirs.redirect("node-b")
+    theirs.fin()
+    theirs.reset(Code.CANCELLED)
+    theirs.consumed(1 << 20)
+    assert pair.relay.ring.head == head
