@@ -17,7 +17,7 @@ from fxrelay.balance.reservations import Granted, OwnerRelogin, Reason, Record, 
 from fxrelay.cluster.ports import Store, Transporter
 from fxrelay.cluster.threads import Threads
 from fxrelay.cluster.view import ClusterView
-from fxrelay.reserving.kept import adopt_kept, find_login, hold_of, learn_kept
+from fxrelay.reserving.kept import adopt_kept, find_login, hold_of, learn_kept, tell_cleared
 from fxrelay.reserving.leases import Hold, Leases, Terms
 from fxrelay.reserving.ledger import Ledger, Written
 from fxrelay.reserving.tidings import COMMITTED, ENTERED, EXPIRED, LOST, REASSERTED, RELEASED, Tidings, read_tidings, refusal_text
@@ -197,6 +197,7 @@ class Reservations:
         if found is None:
             return False
         self._know(*found)
+        tell_cleared(self.leases, self.tidings, *found)
         return True
 
     async def close(self) -> None:
@@ -365,7 +366,7 @@ class Reservations:
                     await trio.lowlevel.checkpoint()
                 self.holders.forget_unless(frozenset(server_id for server_id, _ in found))
                 records = {server_id: standing.record for server_id, standing in self.holders.standings().items()}
-                learn_kept(self.leases, records, self._view.now_ms)
+                learn_kept(self.leases, self.tidings, records, self._view.now_ms)
                 self.has_read = True
                 await self._sweep()
             await trio.sleep(self._config.lease_s / 3)
