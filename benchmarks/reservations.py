@@ -200,7 +200,7 @@ def main(rounds: int, turns: int, only: str, be: str | None, broker: Path | None
                     found.setdefault(key, []).append(value)
             finally:
                 shutil.rmtree(folder, ignore_errors=True)
-    keep(found)
+        keep(found)  # after each turn: a run that is ended early leaves what it has
     for key, values in found.items():
         click.echo(f"{key:36} {median(values):10.2f}   {min(values):.2f} to {max(values):.2f}")
 
