@@ -7,6 +7,7 @@ Everything is measured in turn, several times over; what is kept is the median o
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -191,6 +192,7 @@ def main(rounds: int, turns: int, only: str, be: str | None, broker: Path | None
     if be is not None and broker is not None:
         click.echo(json.dumps(one_of_three(be, broker, seconds)))
         return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that servers are stopped
     found: dict[str, list[float]] = {}
     for _ in range(turns):
         for name in only.split(","):
