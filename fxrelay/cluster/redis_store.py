@@ -17,6 +17,7 @@ from typing import Any, Final
 
 from fxrelay.cluster.content import MAX_KEY_BYTES, decode_document, encode_amount, encode_collection, encode_key, encode_text
 from fxrelay.cluster.ports import MAX_DOCUMENT_BYTES, Change, Document, Present
+from fxrelay.cluster.redis_batches import Batches
 from fxrelay.cluster.redis_client import RedisClient
 from fxtunnel.errors import StoreError
 
@@ -97,6 +98,7 @@ class RedisStore:
 
     def __init__(self, client: RedisClient) -> None:
         self._client = client
+        self._batches = Batches(client)
         self.skipped = 0
         self._last: dict[tuple[str, bytes], _Seen] = {}
         self._known_epoch: tuple[tuple[bytes, bytes], str] | None = None
@@ -218,7 +220,7 @@ class RedisStore:
         return self._client.ask(lambda redis: redis.eval(script, 1, key, *values))
 
     def _eval(self, script: str, keys: list[str], values: list[bytes | int]) -> Any:
-        return self._client.ask(lambda redis: redis.eval(script, len(keys), *keys, *values))
+        return self._batches.eval(script, keys, values)
 
     def _see(self, keys: list[str], what: list[bytes | int]) -> "_Seen":
         return self._seen(self._eval(_SEE, keys, what))

@@ -16,7 +16,7 @@ from fxrelay.balance.reservations import Granted, OwnerRelogin, Reason, Record, 
 from fxrelay.cluster.ports import Store, Transporter
 from fxrelay.cluster.view import ClusterView
 from fxrelay.reserving.books import CALL_S, Books, ReservingConfig
-from fxrelay.reserving.kept import find_login, hold_of
+from fxrelay.reserving.kept import find_login, hold_of, tell_cleared
 from fxrelay.reserving.leases import Hold, Leases, Terms
 from fxrelay.reserving.ledger import Written
 from fxrelay.reserving.tidings import COMMITTED, ENTERED, read_tidings, refusal_text
@@ -178,6 +178,7 @@ class Reservations:
         if found is None:
             return False
         self._books.know(*found)
+        tell_cleared(self.leases, self.tidings, *found)
         return True
 
     async def close(self) -> None:

@@ -148,7 +148,7 @@ class Upkeep:
                     await trio.lowlevel.checkpoint()
                 self._books.holders.forget_unless(frozenset(server_id for server_id, _ in found))
                 records = {server_id: standing.record for server_id, standing in self._books.holders.standings().items()}
-                learn_kept(self._leases, records, self._view.now_ms)
+                learn_kept(self._leases, self._books.tidings, records, self._view.now_ms)
                 self.has_read = True
                 await self._sweep()
             await trio.sleep(self._books.config.lease_s / 3)

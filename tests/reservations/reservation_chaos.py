@@ -41,6 +41,7 @@ class Outcome:
     not_linearizable: list[str] = field(default_factory=list)
     leaked: list[str] = field(default_factory=list)
     unanswered: list[str] = field(default_factory=list)
+    slowest_s: float = 0.0
 
     @property
     def problems(self) -> list[str]:
@@ -50,6 +51,7 @@ class Outcome:
 class Chaos:
     def __init__(self, directory: Path, redis_options: tuple[str, ...] | None, clients: int, seed: int) -> None:
         self.directory = directory
+        self.seed = seed
         self.rng = random.Random(seed)
         self.server: RedisServer | None = None
         where: dict[str, Any] = {"sqlite": str(directory / "cluster.db")}
@@ -69,6 +71,7 @@ class Chaos:
         }
         self.processes: dict[str, forks.Fork] = {}
         self.kills: list[tuple[str, float]] = []
+        self.store_kills = 0
 
     def start(self, relay: str) -> None:
         config = self.directory / f"{relay}.json"
@@ -96,6 +99,7 @@ class Chaos:
             time.sleep(self.rng.uniform(0.3, 2.5))
             if self.server is not None and self.rng.random() < 0.4:
                 self.server.kill()
+                self.store_kills += 1
                 time.sleep(self.rng.choice([0.0, 0.3, LEASE_S * 1.5]))
                 self.server.start()
             else:
@@ -139,6 +143,7 @@ class Chaos:
             if not is_linearizable(operations[server]):
                 outcome.not_linearizable.append(f"{server} is no lock")
         outcome.unanswered = self._unanswered(lines)
+        outcome.slowest_s = max((line["t"] - line["call"] for line in lines if line["event"] in ("in", "no")), default=0.0)
         outcome.leaked = self._leaked()
         return outcome
 
