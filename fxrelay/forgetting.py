@@ -112,6 +112,6 @@ def _drop_record(store: Store, server_id: str, now_ms: int) -> bool:
         record = decode_record(found.text)
     except BadRecord:
         return False  # `fxrelay release` repairs it
-    if any(now_ms < kept.expires_ms for kept in (*record.logins, *record.entries)):
+    if any(now_ms < login.expires_ms for login in record.logins) or any(now_ms < entry.expires_ms for entry in record.entries):
         return False
     return store.delete_if_same(RESERVATIONS, found)

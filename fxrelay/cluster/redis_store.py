@@ -141,7 +141,7 @@ class RedisStore:
     def delete_if_same(self, collection: str, document: Document) -> bool:
         """Remove what was read, unless it was written again. Raises StoreError: it may or may not be removed."""
         where, name, text = self._collection(collection), encode_key(document.key), encode_text(document.text)
-        return self._script(_DELETE_SAME, where, name, b"%d:%b" % (document.updated_ms, text)) == 1
+        return bool(self._script(_DELETE_SAME, where, name, b"%d:%b" % (document.updated_ms, text)) == 1)
 
     def documents(self, collection: str) -> Iterator[Document]:
         """All documents, each once. Raises StoreError, at any step."""
