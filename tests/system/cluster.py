@@ -3,6 +3,7 @@
 import json
 import shutil
 import socket
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -97,10 +98,11 @@ class Cluster:
         with dial(self.stack.doors[self.service], timeout_s) as client:
             return read_exactly(client, NAME_BYTES).decode().strip()
 
-    def held(self, count: int) -> tuple[list[socket.socket], list[str]]:
-        """Clients that stay, one after the other, and who serves each."""
+    def held(self, count: int, pause_s: float = 0.0) -> tuple[list[socket.socket], list[str]]:
+        """Clients that stay, one after the other, and who serves each. `pause_s` lets relays hear of each other's decisions."""
         clients, names = [], []
         for _ in range(count):
+            time.sleep(pause_s)
             client = dial(self.stack.doors[self.service], 10)
             clients.append(client)
             names.append(read_exactly(client, NAME_BYTES).decode().strip())
