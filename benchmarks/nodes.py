@@ -1,7 +1,7 @@
 """Task: simulated compute nodes: their server objects, written to a real store by the product's own adapters.
 
-`python -m benchmarks.nodes RELAY_TOML COUNT PERIOD_S SECONDS [SESSIONS]` publishes COUNT nodes every PERIOD_S seconds through a
-relay.toml's cluster; each of them has SESSIONS sessions or more.
+`python -m benchmarks.nodes RELAY_TOML COUNT PERIOD_S SECONDS [SESSIONS]` publishes COUNT nodes every PERIOD_S seconds through the cluster
+of a relay.toml; each of them has SESSIONS sessions or more.
 """
 
 import json

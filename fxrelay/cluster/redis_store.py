@@ -36,6 +36,10 @@ local ms = string.format('%d%03d', time[1], math.floor(time[2] / 1000))
 """
 _NOW: Final = f"{_CLOCK} return ms"
 _PUT: Final = f"{_CLOCK} redis.call('HSET', KEYS[1], ARGV[1], ms .. ':' .. ARGV[2]) return ms"
+_DELETE_SAME: Final = """
+if redis.call('HGET', KEYS[1], ARGV[1]) ~= ARGV[2] then return 0 end
+return redis.call('HDEL', KEYS[1], ARGV[1])
+"""
 _GET: Final = """
 if redis.call('HSTRLEN', KEYS[1], ARGV[1]) > tonumber(ARGV[2]) then return 1 end
 return redis.call('HGET', KEYS[1], ARGV[1])
@@ -135,6 +139,11 @@ class RedisStore:
         """Remove a document. Raises StoreError."""
         where, name = self._collection(collection), encode_key(key)
         self._client.ask(lambda redis: redis.hdel(where, name))
+
+    def delete_if_same(self, collection: str, document: Document) -> bool:
+        """Remove what was read, unless it was written again. Raises StoreError: it may or may not be removed."""
+        where, name, text = self._collection(collection), encode_key(document.key), encode_text(document.text)
+        return bool(self._script(_DELETE_SAME, where, name, b"%d:%b" % (document.updated_ms, text)) == 1)
 
     def documents(self, collection: str) -> Iterator[Document]:
         """All documents, each once. Raises StoreError, at any step."""

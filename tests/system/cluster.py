@@ -108,7 +108,7 @@ class Cluster:
             return read_exactly(client, NAME_BYTES).decode().strip()
 
     def held(self, count: int, pause_s: float = 0.0) -> tuple[list[socket.socket], list[str]]:
-        """Clients that stay, one after the other, and who serves each; so long apart."""
+        """Clients that stay, one after the other, and who serves each. `pause_s` lets relays hear of each other's decisions."""
         clients, names = [], []
         for _ in range(count):
             time.sleep(pause_s)

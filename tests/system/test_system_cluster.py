@@ -44,7 +44,7 @@ def test_sessions_spread_over_nodes_by_every_path(make_cluster: MakeCluster) -> 
     cluster = make_cluster(ages=PATIENT)
     names = [cluster.node(2), cluster.node(3), cluster.node(4, gateway=False)]
     cluster.wait_until_known(names, names[:2])
-    clients, served = cluster.held(30, pause_s=0.05)
+    clients, served = cluster.held(30, pause_s=0.1)
     try:
         share = Counter(served)
         assert set(share) == set(names)
