@@ -28,7 +28,7 @@ MAX_OVERFLOW_BYTES: Final = 4_194_304
 """Control frames that wait for room in the ring, at most; a peer that drives it further is cut off."""
 RTT_SAMPLES: Final = 16
 CALM_BYTES: Final = 65_536
-"""A round trip during which less than this passed, both ways together, tells how long the path is; any other can only show it shorter."""
+"""A PING during which less than this passed tells how long the path is; any other can only show it shorter."""
 
 
 class Stream:
