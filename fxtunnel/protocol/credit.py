@@ -98,7 +98,7 @@ class ReceiveWindow:
         if min_rtt_s > MIN_GROWTH_RTT_S:
             amount += self._follow_path(now, min_rtt_s, max_window_bytes)
         elif self._measured >= (window := self.window_bytes) and self._measured >= PROOF_BYTES:
-            if now - self._since < FAST_CONSUMPTION_S and window < LOCAL_WINDOW_BYTES:
+            if (now - self._since) * window < FAST_CONSUMPTION_S * self._measured and window < LOCAL_WINDOW_BYTES:
                 amount += self._grow(min(window, LOCAL_WINDOW_BYTES - window, max_window_bytes - window))
             self._measured = 0
             self._since = now
