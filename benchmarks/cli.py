@@ -30,10 +30,12 @@ PEERS: Final[list[Callable[[], Peer]]] = [
     peer_nginx.Nginx,
     peer_ssh.with_tty,
     peer_ssh.plain,
+    peer_ssh.with_aes128,
     peer_fx.without_resumption,
     web_peers.FxWeb,
     web_peers.NginxWeb,
     peer_fx.with_workers,
+    peer_fx.with_two_links,
 ]
 MEASURES: Final = (*measures.MEASURES, *far.MEASURES, *web.MEASURES)
 RESULTS: Final = Path(__file__).resolve().parent / "results"

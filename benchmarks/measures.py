@@ -33,6 +33,7 @@ class Sizes:
     echo_s: float
     beside_s: float
     idle_clients: int
+    crowd_clients: int
     stalled_clients: int
     stalled_bytes: int
     active_streams: int
@@ -57,6 +58,7 @@ FULL: Final = Sizes(
     echo_s=2,
     beside_s=4,
     idle_clients=5000,
+    crowd_clients=10_000,
     stalled_clients=1000,
     stalled_bytes=100 * MIB,
     active_streams=99,
@@ -80,6 +82,7 @@ QUICK: Final = Sizes(
     echo_s=0.5,
     beside_s=1,
     idle_clients=500,
+    crowd_clients=1000,
     stalled_clients=100,
     stalled_bytes=100 * MIB,
     active_streams=99,
@@ -166,8 +169,15 @@ def _held(running: Running) -> dict[str, processes.Memory]:
 
 
 def _idle(bench: Bench, running: Running) -> Numbers:
+    return _holding(bench, running, bench.sizes.idle_clients)
+
+
+def _crowd(bench: Bench, running: Running) -> Numbers:
+    return _holding(bench, running, bench.sizes.crowd_clients)
+
+
+def _holding(bench: Bench, running: Running, clients: int) -> Numbers:
     alone = bench.load.run("echo", running.port, bench.sizes.echo_s)
-    clients = bench.sizes.idle_clients
     before = _held(running)
     with bench.load.running("idle", running.port, clients) as crowd:
         stands = crowd.next()
@@ -294,6 +304,7 @@ MEASURES: Final = (
     Measure("conn", "connect, small request, close", _on_started_peer(_conn)),
     Measure("echo", "64-byte echo, alone and beside bulk", _on_started_peer(_echo)),
     Measure("idle", "idle clients", _on_started_peer(_idle)),
+    Measure("crowd", "more idle clients", _on_started_peer(_crowd)),
     Measure("stalled", "clients that never read", _on_started_peer(_stalled)),
     Measure("cut", "streams over a cut tunnel", _cut),
 )

@@ -38,6 +38,7 @@ ROWS: Final = (
     Row("echo", "beside_p99_us", "echo p99 beside bulk, µs", 0),
     Row("idle", "user_kib_per_client", "idle client, user KiB", 1),
     Row("idle", "p50_ratio", "echo p50 beside idle clients, × without", 2, compared=False),
+    Row("crowd", "user_kib_per_client", "one of 10,000 idle clients, user KiB", 2, plotted=False, compared=False),
     Row("stalled", "worst_daemon_mib", "stalled clients, larger daemon MiB", 0),
     Row("stalled", "goodput_ratio", "goodput beside stalled clients, × without", 2, False, compared=False),
     Row("cut", "survived", "streams of 20 that survive 2 cuts", 0, False, compared=False),

@@ -68,11 +68,11 @@ class LiveRelay:
         return Readiness.HELD
 
     def session_for_stream(self) -> Session | None:
-        """The session a new stream should go on: one that is up, with the fewest streams."""
+        """The session a new stream should go on: one that is up, carries no bulk, and has the fewest streams."""
         older = self.predecessor
         if older is not None and older.readiness < self._readiness:
             return older.session_for_stream()
         if len(self.sessions) == 1:
             (only,) = self.sessions.values()
             return only
-        return min(self.sessions.values(), key=lambda s: (not s.is_up, len(s.mux.streams)), default=None)
+        return min(self.sessions.values(), key=lambda s: (not s.is_up, s.is_bulk, len(s.mux.streams)), default=None)

@@ -1,8 +1,8 @@
 """Pure: receive windows. How much a stream may be sent before its reader has taken anything, and how that grows.
 
 Two kinds of memory are promised. A *first window* is promised to every stream, and shrinks in steps while many streams are open, so that
-thousands of readers that never read cannot fill the memory. *Growth* goes to streams whose reader keeps up, from a budget of its own, so
-stalled readers cannot take it from working ones.
+thousands of readers that never read cannot fill the memory. *Growth* goes to streams whose reader keeps up, from a budget of its own. The
+kernels on the way read for a reader that does not, a little: so much is no proof, and growth before the proof has but half of the budget.
 """
 
 from typing import Final
@@ -19,6 +19,8 @@ FAST_CONSUMPTION_S: Final = 1.0
 MIN_GROWTH_RTT_S: Final = 0.002
 """Windows follow the path only when its minimum round trip is longer than this; without the floor, queueing delay that the window itself
 causes would be taken for path length, and grow it for ever."""
+PROOF_BYTES: Final = 131_072
+"""What the kernels on the way may take for a reader that never reads: less than this does not show that somebody does."""
 FASTEST_GROWTH: Final = 4
 """How many times larger one round trip may make a window."""
 
@@ -49,9 +51,10 @@ class WindowBudget:
         self.promised_bytes = promised + window
         return window
 
-    def take_growth(self, wanted_bytes: int) -> int:
-        """Up to `wanted_bytes` more for a stream whose reader keeps up."""
-        granted = min(wanted_bytes, self._growth_bytes - self.grown_bytes)
+    def take_growth(self, wanted_bytes: int, window_bytes: int = PROOF_BYTES) -> int:
+        """Up to `wanted_bytes` more for a stream whose reader keeps up; the last half is closed to windows below PROOF_BYTES."""
+        limit = self._growth_bytes if window_bytes >= PROOF_BYTES else self._growth_bytes >> 1
+        granted = min(wanted_bytes, limit - self.grown_bytes)
         if granted <= 0:
             return 0
         self.grown_bytes += granted
@@ -94,9 +97,8 @@ class ReceiveWindow:
         self._measured += amount
         if min_rtt_s > MIN_GROWTH_RTT_S:
             amount += self._follow_path(now, min_rtt_s, max_window_bytes)
-        elif self._measured >= self.window_bytes:
-            window = self.window_bytes
-            if now - self._since < FAST_CONSUMPTION_S and window < LOCAL_WINDOW_BYTES:
+        elif self._measured >= (window := self.window_bytes) and self._measured >= PROOF_BYTES:
+            if (now - self._since) * window < FAST_CONSUMPTION_S * self._measured and window < LOCAL_WINDOW_BYTES:
                 amount += self._grow(min(window, LOCAL_WINDOW_BYTES - window, max_window_bytes - window))
             self._measured = 0
             self._since = now
@@ -123,7 +125,7 @@ class ReceiveWindow:
         return self._grow(min(wanted, FASTEST_GROWTH * window, max_window_bytes) - window)
 
     def _grow(self, wanted_bytes: int) -> int:
-        growth = self._budget.take_growth(wanted_bytes) if wanted_bytes > 0 else 0
+        growth = self._budget.take_growth(wanted_bytes, self.window_bytes) if wanted_bytes > 0 else 0
         self.window_bytes += growth
         return growth
 

@@ -166,10 +166,31 @@ def test_without_growth_memory_credit_still_returns() -> None:
 def test_closing_gives_first_window_and_growth_back() -> None:
     budget = WindowBudget(256 * MIB)
     window = ReceiveWindow(budget, budget.take_first())
-    keep_up(window, 100.0, rounds=5, window_s=0.01)
+    keep_up(window, 100.0, rounds=20, window_s=0.01)
     assert budget.grown_bytes > 0
     window.close()
     assert (budget.promised_bytes, budget.grown_bytes) == (0, 0)
+
+
+@pytest.mark.parametrize(("rtt_s", "share"), [(0.0, 0), (LONG_RTT_S, 0.5)])
+def test_readers_that_never_read_leave_growth_to_those_that_do(rtt_s: float, share: float) -> None:
+    """The kernels on the way take about 100 KiB for each of them, as fast as it comes."""
+    memory = 256 * MIB
+    budget = WindowBudget(memory)
+    for _ in range(1_000):
+        window = ReceiveWindow(budget, budget.take_first())
+        left, now = 100 * 1024, 100.0
+        while left:
+            amount = min(window.window_bytes, left)
+            left -= amount
+            now += 0.05
+            window.left_bytes -= amount
+            if window.consumed(amount):
+                window.grant(now, rtt_s, MAX_WINDOW)
+    assert budget.grown_bytes <= share * growth_bound(memory)
+    reader = ReceiveWindow(budget, budget.take_first())
+    keep_up(reader, 100.0, rounds=60, window_s=0.05)
+    assert reader.window_bytes == LOCAL_WINDOW_BYTES or rtt_s
 
 
 class WindowMachine(RuleBasedStateMachine):
