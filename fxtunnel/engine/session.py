@@ -17,7 +17,7 @@ from fxtunnel.engine.ports import SessionConfig, SessionOwner, SessionStatistics
 from fxtunnel.engine.reactor import ERROR, INCOMING, LINK_EVENTS, READ, READ_BUFFER_BYTES, WRITE, Reactor, Timer
 from fxtunnel.engine.read_share import ReadShare
 from fxtunnel.engine.splice import Splice
-from fxtunnel.engine.tls_calls import RecvInto, Send, tls_calls
+from fxtunnel.engine.tls_calls import RecvInto, Send, no_link, reason_of, tls_calls
 from fxtunnel.errors import RemoteProtocolError
 from fxtunnel.model import SessionId
 from fxtunnel.protocol import frames
@@ -29,13 +29,14 @@ from fxtunnel.protocol.replay import ReplayRing
 logger = logging.getLogger(__name__)
 
 RECORD_BYTES: Final = 16_384
-WRITE_BYTES: Final = 262_144  # handed to OpenSSL at once: it cuts records itself, which saves a Python call for each
+WRITE_BYTES: Final = 262_144
+"""Handed to OpenSSL at once: it cuts records itself, which saves a Python call for each (about 10 % of a link's CPU)."""
 TURN_BYTES: Final = 262_144
 CROWD: Final = 3
 CROWDED_TURN_BYTES: Final = 65_536
 MIN_TURN_BYTES: Final = 4_096
-NOTSENT_LOWAT_BYTES: Final = 131_072  # unsent bytes the kernel may hold for a link: interactive frames queue behind these
-BULK_BYTES: Final = 4_194_304  # within a heartbeat
+NOTSENT_LOWAT_BYTES: Final = 131_072
+"""Unsent bytes the kernel may hold for a link: interactive frames queue behind these."""
 GOODBYE_S: Final = 1.0
 
 
@@ -61,8 +62,8 @@ class Session:
         self._owner = owner
         self._config = config
         self._link: ssl.SSLSocket | None = None
-        self._recv: RecvInto = _no_link
-        self._send: Send = _no_link
+        self._recv: RecvInto = no_link
+        self._send: Send = no_link
         self._links = 0
         self._blocked = False
         self._read_blocked = False
@@ -71,7 +72,6 @@ class Session:
         self._dirty = False
         self._ready: deque[TurnTaker] = deque()
         self._last_arrival = reactor.now
-        self._passed_before = self._passed_last = 0
         self._timer: Timer | None = None
         self.mux = Mux(
             ReplayRing(min(config.ring_bytes, config.max_ring_bytes), keep=config.resume),
@@ -96,7 +96,7 @@ class Session:
     @property
     def is_bulk(self) -> bool:
         """Whether bulk passes, either way, or did a heartbeat ago: a stream that can be opened elsewhere should not wait behind it."""
-        return max(self.mux.bytes_in + self.mux.ring.head - self._passed_before, self._passed_last) >= BULK_BYTES
+        return self.mux.heartbeats.is_bulk(self.mux.passed_bytes)
 
     def statistics(self) -> SessionStatistics:
         """Counters now."""
@@ -263,7 +263,7 @@ class Session:
                 self._listen(link)
                 return False
             except (OSError, ValueError) as exc:
-                self._lost(_reason(exc))
+                self._lost(reason_of(exc))
                 return False
             ring.advance(count)
 
@@ -297,7 +297,7 @@ class Session:
             self._blocked = self._read_blocked = True
             self._listen(link)
         except (OSError, ValueError) as exc:
-            lost = _reason(exc)
+            lost = reason_of(exc)
         if filled:
             self._last_arrival = self._reactor.now
             is_short = filled < RECORD_BYTES  # as most are: nothing smaller is read in a turn
@@ -333,7 +333,7 @@ class Session:
 
     def _drop_link(self, after_s: float = 0.0) -> None:
         link, self._link = self._link, None
-        self._recv = self._send = _no_link
+        self._recv = self._send = no_link
         if link is None:
             return
         self._reactor.unregister(link)
@@ -369,8 +369,6 @@ class Session:
             self._lost(f"nothing arrived for {silent_s:.1f} s")
             return
         self._arm(self._config.heartbeat_s, self._beat)
-        passed = self.mux.bytes_in + self.mux.ring.head
-        self._passed_last, self._passed_before = passed - self._passed_before, passed
         self.mux.tick(self._reactor.now)
 
     def _arm(self, delay_s: float, callback: Callable[[], None]) -> None:
@@ -393,13 +391,3 @@ class Session:
             self._owner.on_closed(self, code, text)
             if self._link is None:
                 self.mux.dispose()
-
-
-def _reason(exc: Exception) -> str:
-    if isinstance(exc, ssl.SSLError):
-        return f"TLS: {exc.reason or exc}"
-    return str(exc.strerror) if isinstance(exc, OSError) and exc.strerror else str(exc)
-
-
-def _no_link(*_: object) -> int:
-    raise OSError("no link")

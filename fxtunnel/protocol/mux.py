@@ -15,10 +15,10 @@ from fxtunnel.protocol import frames
 from fxtunnel.protocol.credit import ReceiveWindow, WindowBudget
 from fxtunnel.protocol.endpoint import Endpoint
 from fxtunnel.protocol.frames import EARLY_BYTES, MAX_CREDIT, MAX_STREAM_ID
+from fxtunnel.protocol.heartbeats import Heartbeats
 from fxtunnel.protocol.opening import Opening, UnsupportedTag, decode_open
 from fxtunnel.protocol.parser import FrameParser
 from fxtunnel.protocol.replay import ReplayRing
-from fxtunnel.protocol.round_trips import RoundTrips
 
 ACK_EVERY_BYTES: Final = 131_072
 """A receiver acknowledges at least this often (PROTOCOL.md, 7)."""
@@ -161,12 +161,17 @@ class Mux:
         self._on_open = on_open
         self._last_id = 0
         self._acked_to_peer = 0
-        self._path = RoundTrips()
+        self.heartbeats = Heartbeats()
 
     @property
     def min_rtt_s(self) -> float:
-        """How long the path is: the shortest of its last round trips; 0 before the first."""
-        return self._path.shortest_s
+        """How long the path is; 0 before that is known."""
+        return self.heartbeats.min_rtt_s
+
+    @property
+    def passed_bytes(self) -> int:
+        """Bytes of both sequences so far."""
+        return self.bytes_in + self.ring.head
 
     @property
     def data_room(self) -> int:
@@ -238,7 +243,7 @@ class Mux:
         self.now = now
         self._queue_ack()
         self.queue(frames.encode_u64(frames.PING, int(now * 1e6)))
-        self._path.began(self.bytes_in + self.ring.head)
+        self.heartbeats.began(self.passed_bytes)
 
     def refill(self) -> None:
         """Move control frames that waited for room into the ring. Call after ACKs or `advance`."""
@@ -302,7 +307,7 @@ class Mux:
             self._queue_ack()
             self.queue(frames.encode_u64(frames.PONG, frames.decode_u64(payload)))
         elif kind == frames.PONG:
-            self._path.ended(self.now - frames.decode_u64(payload) / 1e6, self.bytes_in + self.ring.head)
+            self.heartbeats.answered(self.now - frames.decode_u64(payload) / 1e6, self.passed_bytes)
         elif kind == frames.GOAWAY:
             self.goaway = (Code.from_wire(frames.decode_u16(payload)), frames.decode_text(payload))
 

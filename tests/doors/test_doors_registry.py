@@ -7,8 +7,8 @@ from plane import Contexts, ControlLink, RelaySide, open_plane
 from fxgateway.tunnels.registry import RegistryLimits
 from fxtunnel.codes import Code
 from fxtunnel.engine.ports import SessionConfig, State
-from fxtunnel.engine.session import BULK_BYTES
 from fxtunnel.model import InstanceId, Offer, RelayId, ServiceName, SessionId
+from fxtunnel.protocol.heartbeats import BULK_BYTES
 
 OFFERS = (Offer(ServiceName("s")),)
 

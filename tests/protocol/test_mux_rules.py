@@ -9,8 +9,8 @@ from fxtunnel.errors import RemoteProtocolError
 from fxtunnel.protocol import frames
 from fxtunnel.protocol.credit import FIRST_WINDOW_BYTES
 from fxtunnel.protocol.frames import EARLY_BYTES, MAX_CREDIT
+from fxtunnel.protocol.heartbeats import CALM_BYTES
 from fxtunnel.protocol.mux import ACK_EVERY_BYTES, MAX_OVERFLOW_BYTES, RING_RESERVE_BYTES
-from fxtunnel.protocol.round_trips import CALM_BYTES
 from tests.protocol.mux_pair import TAGS, Pair, Recorder, Side
 from tests.protocol.recording import CollectingSink, Frame
 
