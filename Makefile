@@ -4,8 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PYTEST_ARGS ?=
-# One more than there are processors: tests of daemons mostly wait.
-WORKERS ?= $(shell expr $$(nproc) + 1)
+WORKERS ?= $(shell nproc)
 
 .PHONY: help demo test check lint types bench fuzz chaos conformance requirements clean
 

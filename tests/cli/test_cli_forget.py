@@ -3,6 +3,7 @@
 import json
 import re
 import sqlite3
+import time
 from contextlib import closing
 from pathlib import Path
 
@@ -107,6 +108,7 @@ def test_a_node_that_somebody_has_goes_when_the_rules_have_ended_that(
 ) -> None:
     two_nodes(store, tmp_path)
     reserve(store, ttl_ms)
+    time.sleep(0.005)  # longer than the short one
     number = store.update(RESERVATIONS, GONE, lambda present: None).number
     forget_silent(store, WEEK_S)
     assert [server_id for server_id in there(store) if server_id == GONE] == left

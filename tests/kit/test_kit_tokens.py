@@ -310,7 +310,7 @@ def test_the_cap_is_8_kib_to_the_byte() -> None:
     def of_length(size: int) -> str:
         return swap(TRUE, 1, "A" * (size - len(HEADER_64) - len(SIGNATURE_64) - 2))
 
-    for size, why in ((8_192, "claims"), (8_193, "larger than 8192 bytes")):
+    for size, why in ((8_192, "claims"), (8_193, "longer than 8192 bytes")):
         assert len(of_length(size)) == size
         with pytest.raises(PeerRefused, match=why):
             verify(of_length(size))

@@ -140,6 +140,8 @@ async def test_a_relay_revoked_while_it_resumes_stays_out(stack: Stack) -> None:
             ticket = await control.ticket(session)
             await trio.to_thread.run_sync(stack.gateway_cli, "revoke", "revoked")
             await until(lambda: "revoked" not in stack.live_relays(), "the revoked relay gone")
+            with trio.fail_after(10):
+                await trio.sleep_forever()  # what it is told ends this
     except* TunnelError as ended:
         told = str(ended.exceptions)
     assert "the administrator revoked this relay" in told

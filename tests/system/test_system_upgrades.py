@@ -27,7 +27,7 @@ RESTARTS = int(os.environ.get("FX_UPGRADES", "5"))
 FLOWS = 8
 BACK_S = 5.0
 AWAY_S = 6.0
-GATEWAY_LIMITS = "[limits]\ndrain_s = 60\n"
+GATEWAY_LIMITS = "[limits]\ndrain_s = 60\nrelay_wait_s = 20\n"  # a relay is as slow as the machine is busy
 RELAY_LIMITS = "[limits]\ndrain_s = 60\n"
 
 
