@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Final
 
 import trio
@@ -157,7 +158,7 @@ class Upkeep:
         now_ms = self._view.now_ms
         for server_id, standing in list(self._books.holders.standings().items()):
             if any(login.expires_ms < now_ms for login in standing.record.logins):
-                outcome = await self._books.ask(lambda server_id=server_id: self._books.ledger.sweep(server_id))  # type: ignore[misc]
+                outcome = await self._books.ask(partial(self._books.ledger.sweep, server_id))
                 if isinstance(outcome, StoreError):
                     return
                 self._books.learn(server_id, outcome)

@@ -148,7 +148,7 @@ async def test_what_has_to_wait_or_to_be_explained_needs_one() -> None:
     with chooser._lines[ServiceName("desk")].place(0.0):
         assert chooser.choose_nowait(WANTED) is None, "others wait, and came before"
     assert chooser.choose_nowait(WANTED) is not None
-    pools = {ServiceName("desk"): Balancing(DESK, (builtin("fewest-sessions", "desk"),), Action.LOGIN, SeatRules(always=True))}  # type: ignore[arg-type]
+    pools = {ServiceName("desk"): Balancing(DESK, (builtin("fewest-sessions", "desk"),), Action.LOGIN, SeatRules(always=True))}  # type: ignore[arg-type]  # an entry of the rig
     chooser.reconfigure(pools)
     assert chooser.choose_nowait(WANTED) is None, "a seat has to be taken"
     for entry in (Says(Chosen(RelayId("a"))), builtin("round-robin", "desk")):

@@ -323,5 +323,5 @@ def test_of_many_who_remove_one_document_one_does(backend: Backend) -> None:
         read = stores[0].get("servers", "n")
         assert read is not None
         with ThreadPoolExecutor(4) as pool:
-            removed = list(pool.map(lambda store, read=read: store.delete_if_same("servers", read), stores))  # type: ignore[misc]
+            removed = list(pool.map(lambda store, read=read: store.delete_if_same("servers", read), stores))  # type: ignore[misc]  # a default has no inferred type
         assert removed.count(True) == 1

@@ -111,7 +111,7 @@ async def test_of_two_who_authenticate_at_once_one_is_let_in(tmp_path: Path, cap
         counts = second.reservations.tidings.counts
         assert (counts["entered"], counts["committed"], counts["released"]) == (1, 1, 1)
         assert first.reservations.tidings.rejections["reserved"] == 1
-        told = [(record.user, record.reason) for record in caplog.records if getattr(record, "reservation", "") == "rejected"]  # type: ignore[attr-defined]
+        told = [(record.user, record.reason) for record in caplog.records if getattr(record, "reservation", "") == "rejected"]  # type: ignore[attr-defined]  # extras of logging
         assert ("ann", "reserved") in told
 
 

@@ -126,7 +126,7 @@ async def test_a_gateway_that_goes_away_again_and_again_is_kept_so_many_times(
     monkeypatch.setattr(uplink, "DEPARTURE_SPREAD_S", 0.0)
     async with running(gateway, state_dir) as it:
         for number in range(1, 15):
-            await until(lambda: len(it.factory.sessions) == number and it.is_carrying)  # noqa: B023
+            await until(lambda: len(it.factory.sessions) == number and it.is_carrying)  # noqa: B023 - over before the next one begins
             gateway.controls[-1][0].send_nowait(Drain(deadline_s=86_400))
         await until(lambda: len(it.factory.sessions) == 15 and it.is_carrying)
         await until(lambda: len([session for session in it.factory.sessions if session.closed is None]) == 1 + uplink.MAX_DEPARTING)
