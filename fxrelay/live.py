@@ -77,6 +77,7 @@ class LiveView:
             last_error=publisher.last_error or health.last_error,
             nodes={state.value: count for state, count in view.members.statistics(view.now).items()},
             quarrels=tuple(sorted(member.server.server_id for member in view.everyone() if member.rivals)),
+            switched_off=view.members.switched_off(),
             in_flight=len(view.in_flight),
             updates={outcome.value: count for outcome, count in view.members.outcomes.items()},
             published=publisher.published,

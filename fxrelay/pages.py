@@ -52,7 +52,8 @@ class ServiceStatus:
 class ClusterStatus:
     """What this relay knows of its cluster. `store_down_s` is 0 while the store answers; `live`: changes are heard at once.
 
-    `nodes` counts servers by state, `updates` received server objects by what became of them, `failures` decisions without a node.
+    `nodes` counts servers by state, `switched_off` is what administrators have switched off, by node, as far as this relay has heard,
+    `updates` received server objects by what became of them, `failures` decisions without a node.
     `problems` is what is wrong with this node's static data and metadata.
     """
 
@@ -62,6 +63,7 @@ class ClusterStatus:
     last_error: str
     nodes: Mapping[str, int]
     quarrels: tuple[str, ...]
+    switched_off: Mapping[str, tuple[str, ...]]
     in_flight: int
     updates: Mapping[str, int]
     published: int

@@ -163,6 +163,13 @@ class Members:
             if known is not None:
                 self._members.put(RelayId(server_id), replace(known, is_drained=control.draining, disabled=control.disable))
 
+    def switched_off(self) -> dict[str, tuple[str, ...]]:
+        """What administrators have switched off, by node, as far as it was heard: `drain`, `login`, `start`."""
+        return {
+            server_id: (*(("drain",) if control.draining else ()), *sorted(control.disable))
+            for server_id, control in sorted(self._controls.items())
+        }
+
     def replace_controls(self, controls: Mapping[str, Control]) -> None:
         """What is switched off is exactly this: from reading the whole store."""
         for gone in [known for known in self._controls if known not in controls]:

@@ -153,7 +153,7 @@ def test_status_of_a_running_relay(relay: Path) -> None:
     }  # fmt: skip
     cluster = {
         "nodes": {"up": 2, "stale": 0, "down": 1}, "in_flight": 3, "store_down_s": 65.0, "last_error": "refused", "live": False,
-        "quarrels": ["node-b"], "problems": ["static-data.json: no object"],
+        "quarrels": ["node-b"], "problems": ["static-data.json: no object"], "switched_off": {"node-c": ["drain", "login"]},
     }  # fmt: skip
     content = {"relay": {"relay_id": "node-a", "uptime_s": 61.0}, "uplinks": [uplink, waiting], "services": [service], "cluster": cluster}
     content["reservations"] = {"servers": 3, "held": 2, "waiting": {"desk": 4}, "events": {"committed": 9}}
@@ -177,6 +177,7 @@ def test_status_of_a_running_relay(relay: Path) -> None:
         "1 min 5 s",
         "node-b",
         "static-data.json: no object",
+        "switched off on node-c: drain, login",
     ):
         assert words in table.stdout, table.stdout
     assert "\x1b" not in table.stdout

@@ -61,6 +61,7 @@ class RelayFake:
             last_error="",
             nodes={"up": 3, "stale": 1, "down": 0},
             quarrels=("node-b",),
+            switched_off={"node-c": ("drain",)},
             in_flight=4,
             updates={"applied": 9},
             published=2,

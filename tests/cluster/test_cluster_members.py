@@ -128,6 +128,15 @@ def test_controls_hold_before_and_after_the_server_is_known() -> None:
     assert member(members, 0.0).is_drained
 
 
+def test_what_is_switched_off_is_told() -> None:
+    members = make()
+    members.control("b", Control(True, frozenset({"start", "login"})))
+    members.control("a", Control(disable=frozenset({"login"})))
+    members.control("c", Control(True))
+    members.control("c", NOTHING_OFF)
+    assert members.switched_off() == {"a": ("login",), "b": ("drain", "login", "start")}
+
+
 @pytest.mark.parametrize(
     "text", ["", "[]", "{", '{"disable": 1}', '{"disable": [["login"], {}, 3, "all"]}', '{"draining": 1}', "[" * 10_000]
 )

@@ -71,6 +71,12 @@ class Site:
     def entries(self) -> int:
         return sum(line["entries"] for line in self.cluster.reservations("node-2"))
 
+    def switch(self, command: str, *flags: str) -> None:
+        """`fxrelay disable|enable node-3`, until the relay with the tunnel has heard it."""
+        self.cluster.stack.relay_cli("node-2", command, "node-3", *flags)
+        expected = [flag.removeprefix("--") for flag in flags]
+        wait_until(lambda: self.status()["cluster"]["switched_off"].get("node-3", []) == expected, 20, f"{command} heard")
+
     def log(self) -> str:
         return (self.cluster.stack.directory / "node-2.log").read_text()
 
@@ -167,8 +173,7 @@ def test_of_two_who_race_for_one_node_one_is_replayed_to_another(make_site: Make
     site = make_site()
     site.start(2, FORM)
     ann, bob = site.browser(1, "ann"), site.browser(2, "bob")
-    cli = site.cluster.stack.relay_cli
-    cli("node-2", "disable", "node-3", "--login")  # both can only go to node-2
+    site.switch("disable", "--login")  # both can only go to node-2
     site.nodes["node-2"].hold = True
     answers: dict[str, int] = {}
 
@@ -179,7 +184,7 @@ def test_of_two_who_race_for_one_node_one_is_replayed_to_another(make_site: Make
     for thread in threads:
         thread.start()
     wait_until(lambda: len([path for path, user in site.nodes["node-2"].asked if user in ("ann", "bob")]) == 2, 20, "both logins")
-    cli("node-2", "enable", "node-3")
+    site.switch("enable")
     site.nodes["node-2"].go.set()
     for thread in threads:
         thread.join(30)
