@@ -13,6 +13,7 @@ from typing import Final
 import psutil
 
 from benchmarks import processes
+from benchmarks.broker import redis
 from benchmarks.loadgen import Client, LoadGenerator, Result
 from benchmarks.peer_fx import FxGateway
 
@@ -34,7 +35,7 @@ _JS: Final = """function (input) {
   return input.local.serverId;
 }
 """
-_NODES: Final = '[relay]\nid = "nodes"\nstate_dir = "state"\n[cluster]\nstore = "sqlite:{store}"\n'
+_NODES: Final = '[relay]\nid = "nodes"\nstate_dir = "state"\n[cluster]\nbroker = "{broker}"\n'
 
 
 def beside(folder: Path, rounds: int) -> dict[str, float]:
@@ -47,12 +48,12 @@ def beside(folder: Path, rounds: int) -> dict[str, float]:
     (folder / "choose.js").write_text(_JS)
     load = LoadGenerator.build(60)
     doors = {name: processes.free_port() for name in BUSY[1:]}
-    with load.service() as service_port:
-        peer = FxGateway("fx", "FX Gateway", _environ(folder, doors, service_port))
+    with load.service() as service_port, redis(folder) as broker:
+        peer = FxGateway("fx", "FX Gateway", _environ(folder, doors, service_port, broker))
         nodes = None
         try:
             running = peer.start(service_port)
-            (folder / "nodes.toml").write_text(_NODES.format(store=folder / "cluster.db"))
+            (folder / "nodes.toml").write_text(_NODES.format(broker=broker))
             words = [str(folder / "nodes.toml"), str(SERVERS), str(PERIOD_S), "600", "1000"]
             nodes = processes.start([sys.executable, "-m", "benchmarks.nodes", *words], folder / "nodes.log")
             time.sleep(PERIOD_S * 1.5)
@@ -94,10 +95,10 @@ def _numbers(echoes: dict[str, list[Result]], visits: dict[str, list[Result]], c
     return numbers
 
 
-def _environ(folder: Path, doors: dict[str, int], service_port: int) -> dict[str, str]:
+def _environ(folder: Path, doors: dict[str, int], service_port: int, broker: Path) -> dict[str, str]:
     """Doors to pools of all nodes; the simulated ones publish the service `desk` with another port, so each pool names that."""
     chains = {"builtin": "builtin:fewest-sessions", "js": f"js:{folder}/choose.js"}
-    environ = {"FXRELAY__CLUSTER__STORE": f"sqlite:{folder}/cluster.db"}
+    environ = {"FXRELAY__CLUSTER__BROKER": str(broker)}
     everyone = json.dumps(["bench", *(f"node-{number:05}" for number in range(SERVERS))])
     for number, (name, door) in enumerate(doors.items(), 1):
         environ |= {

@@ -20,6 +20,7 @@ import trio
 
 from benchmarks import processes
 from benchmarks.beside import beside
+from benchmarks.broker import redis
 from benchmarks.nodes import server_text
 from fxrelay.balance.chain import decide
 from fxrelay.balance.entries import Scripts
@@ -44,13 +45,12 @@ _JS: Final = """function (input) {
 _RELAY: Final = """[relay]
 id = "follower"
 state_dir = "state"
-{gateway}
 [cluster]
 broker = "broker.json"
 publish_s = 10
 [[service]]
 name = "echo"
-target = "127.0.0.1:{port}"
+target = "127.0.0.1:1"
 [[service]]
 name = "desk"
 port = 1
@@ -111,17 +111,15 @@ def decisions(folder: Path, rounds: int) -> Numbers:
 
 def following(folder: Path, rounds: int) -> Numbers:
     """One relay that follows FOLLOWED nodes which publish every PERIOD_S through a real Redis: share of a core, KiB a node."""
-    port = processes.free_port()
-    broker = {"transporterType": "redis", "host": "127.0.0.1", "port": port, "password": "bench", "namespace": "bench", "tls": False}
-    (folder / "broker.json").write_text(json.dumps(broker))
-    (folder / "broker.json").chmod(0o600)
     (folder / "choose.js").write_text(_JS)
-    (folder / "relay.toml").write_text(_RELAY.format(gateway="", port=port))
-    options = ["--port", str(port), "--bind", "127.0.0.1", "--requirepass", "bench", "--save", "", "--dir", str(folder)]
-    redis = processes.start(["redis-server", *options], folder / "redis.log")
-    started = [redis]
+    (folder / "relay.toml").write_text(_RELAY)
+    with redis(folder):
+        return _followed(folder)
+
+
+def _followed(folder: Path) -> Numbers:
+    started: list[subprocess.Popen[bytes]] = []
     try:
-        time.sleep(1)
         relay = processes.start([sys.executable, "-m", "fxrelay.cli", "run", "--config", str(folder / "relay.toml")], folder / "relay.log")
         started.append(relay)
         time.sleep(4)
@@ -160,8 +158,8 @@ MEASURES: Final[dict[str, Callable[[Path, int], Numbers]]] = {"decisions": decis
 @click.option("--only", default=",".join(MEASURES), show_default=True, help="Measures, by comma.")
 def main(rounds: int, only: str) -> None:
     """Measure balancing and following. Writes results/brain.json."""
-    if "following" in only and shutil.which("redis-server") is None:
-        raise click.UsageError("`following` needs redis-server; without it: --only decisions")
+    if only != "decisions" and shutil.which("redis-server") is None:
+        raise click.UsageError("`following` and `beside` need redis-server; without it: --only decisions")
     numbers: Numbers = {}
     for name in only.split(","):
         folder = Path(tempfile.mkdtemp(prefix="fxbench-"))
