@@ -26,8 +26,8 @@ pytestmark = [pytest.mark.system, pytest.mark.xdist_group("liars")]
 MIB = 1 << 20
 TURNS = 10
 TURN_CPU_S = 0.08
-"""Of the gateway's processor time, on average, while an echo goes there and back. Those who share the machine do not count in it. Without the
-small pieces in which dear bytes are read it is 0.06 to 0.3."""
+"""Of the gateway's processor time, on average, while an echo goes there and back: others on the machine do not count in it.
+Without the small pieces in which dear bytes are read it is 0.06 to 0.3."""
 GONE = (trio.BrokenResourceError, trio.ClosedResourceError, ConnectionClosed, TunnelError)
 
 
