@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from fxrelay.brain import Brain
 from fxrelay.delivery.delivery import DeliveryDesk
-from fxrelay.pages import ClusterStatus, ReservationStatus, ServiceStatus, Totals, UplinkState, UplinkStatus
+from fxrelay.pages import ClusterStatus, NodeStatus, ReservationStatus, ServiceStatus, Totals, UplinkState, UplinkStatus
 from fxrelay.uplink import ports
 from fxrelay.uplink.uplink import Uplink
 from fxtunnel import __version__
@@ -84,6 +84,23 @@ class LiveView:
             decisions=chooser.decisions,
             failures=dict(chooser.failures),
             problems=self._brain.problems,
+        )
+
+    def node(self, name: str) -> NodeStatus | None:
+        """See `RelayView`."""
+        view, reservations, server_id = self._brain.view, self._brain.reservations, RelayId(name)
+        member = view.members.get(server_id, view.now)
+        if member is None:
+            return None
+        return NodeStatus(
+            node=server_id,
+            state=member.state.value,
+            seq=member.server.seq,
+            sessions=member.server.sessions,
+            placements=view.in_flight.counts(view.now).get(server_id, 0),
+            gateways=tuple(sorted(member.server.gateways)),
+            switched_off=tuple(sorted(member.disabled | ({"drain"} if member.is_drained else frozenset()))),
+            user="" if reservations is None else reservations.holders.user(server_id, view.now_ms),
         )
 
     def reservations(self) -> ReservationStatus:

@@ -1,4 +1,4 @@
-"""Task: the relay's status socket: /healthz, /status and /metrics, which only tell, and /drain, for planned work."""
+"""Task: the relay's status socket: /healthz, /status, /nodes/NAME and /metrics, which only tell, and /drain, for planned work."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -88,6 +88,24 @@ class ReservationStatus:
 
 
 @dataclass(frozen=True, slots=True)
+class NodeStatus:
+    """One node as this relay believes it to be, whatever the store has by now. `seq` is the number of its last update that was heard.
+
+    `placements` are sessions on their way to it, beside the `sessions` it counts itself; `gateways` those it has tunnels to; `switched_off`
+    what administrators took from it: login, start, drain. `user` has it reserved.
+    """
+
+    node: str
+    state: str
+    seq: int
+    sessions: int
+    placements: int
+    gateways: tuple[str, ...]
+    switched_off: tuple[str, ...]
+    user: str
+
+
+@dataclass(frozen=True, slots=True)
 class Totals:
     """The whole daemon. Streams and memory are now, the rest since start."""
 
@@ -117,6 +135,9 @@ class RelayView(Protocol):
     def cluster(self) -> ClusterStatus:
         """What it knows of the others."""
 
+    def node(self, name: str) -> NodeStatus | None:
+        """One node of the cluster, if it is known."""
+
     def reservations(self) -> ReservationStatus:
         """Who has what, as far as this relay is concerned."""
 
@@ -125,7 +146,7 @@ def make_app(view: RelayView, drain: Callable[[], None] | None = None) -> Starle
     """The pages, for `serve_pages`. Every answer is made from one look at `view`.
 
     /healthz: 200 while the process answers. /status: JSON object with `relay` (see `Totals`), `uplinks`, `services`, `cluster` and
-    `reservations`.
+    `reservations`. /nodes/NAME: JSON object, see `NodeStatus`; 404 for a node that this relay has not heard of.
     /metrics: Prometheus text. POST /drain calls `drain`, if there is one, and tells how many streams are left. All others: GET and HEAD.
     """
     registry = CollectorRegistry()
@@ -147,6 +168,12 @@ def make_app(view: RelayView, drain: Callable[[], None] | None = None) -> Starle
             headers=_HEADERS,
         )
 
+    async def node(request: Request) -> Response:
+        found = view.node(request.path_params["name"])
+        if found is None:
+            return PlainTextResponse("no such node has been heard of\n", 404, headers=_HEADERS)
+        return JSONResponse(asdict(found), headers=_HEADERS)
+
     async def metrics(request: Request) -> Response:
         return Response(generate_latest(registry), media_type=CONTENT_TYPE_PLAIN_0_0_4, headers=_HEADERS)
 
@@ -160,6 +187,7 @@ def make_app(view: RelayView, drain: Callable[[], None] | None = None) -> Starle
             Route("/drain", planned, methods=["GET", "POST"]),
             Route("/healthz", healthz, methods=["GET"]),
             Route("/status", status, methods=["GET"]),
+            Route("/nodes/{name}", node, methods=["GET"]),
             Route("/metrics", metrics, methods=["GET"]),
         ]
     )

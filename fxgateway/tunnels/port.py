@@ -196,9 +196,9 @@ class TunnelPort:
         try:
             assertion = self._verify(token)
         except PeerRefused as exc:
-            if exc.refusal is not Refusal.UNKNOWN_RELAY or not self._colleagues.worker:
+            # It may have enrolled at another process, or been forgotten by a command, a moment ago.
+            if exc.refusal is not Refusal.REVOKED and not (exc.refusal is Refusal.UNKNOWN_RELAY and self._colleagues.worker):
                 raise
-            # It may have enrolled at another process a moment ago.
             await trio.to_thread.run_sync(self._identities.look_again)
             assertion = self._verify(token)
         if not await self._colleagues.first_use(assertion.jti, assertion.exp_unix, self._now_unix()):

@@ -62,6 +62,11 @@ class Holders:
         """Everything known."""
         return self._standings
 
+    def user(self, server_id: RelayId, now_ms: int) -> str:
+        """Who has this server; empty if nobody has it."""
+        standing = self._standings.get(server_id)
+        return standing.record.holder if standing is not None and standing.record.logins and now_ms < standing.expires_ms else ""
+
     def users(self, now_ms: int) -> dict[RelayId, str]:
         """The reserved servers and their users."""
         return {

@@ -53,6 +53,9 @@ class RelayFake:
     def reservations(self) -> fxrelay.pages.ReservationStatus:
         return fxrelay.pages.ReservationStatus(3, 2, {"desk": 4}, {"committed": 5}, {"reserved": 6}, "")
 
+    def node(self, name: str) -> fxrelay.pages.NodeStatus | None:
+        return fxrelay.pages.NodeStatus(name, "up", 3, 2, 1, ("gw-1",), ("login",), "anna") if name == "node-b" else None
+
     def cluster(self) -> fxrelay.pages.ClusterStatus:
         return fxrelay.pages.ClusterStatus(
             store_down_s=2.5,
@@ -174,6 +177,9 @@ async def test_relay_pages() -> None:
     assert [uplink["gateway_id"] for uplink in found["uplinks"]] == ["gw-1", "gw-1", "gw-2"]
     assert found["relay"]["relay_id"] == "node-a"
     assert found["services"][0]["target"] == "127.0.0.1:22"
+    status, _, text = await fetch(app, "/nodes/node-b")
+    assert (status, json.loads(text)["placements"], json.loads(text)["switched_off"]) == (200, 1, ["login"])
+    assert (await fetch(app, "/nodes/node-c"))[0] == 404
     _, _, text = await fetch(app, "/metrics")
     assert value(text, "fxrelay_uplink_up", gateway="gw-1") == 1
     assert value(text, "fxrelay_uplink_up", gateway="gw-2") == 0

@@ -3,17 +3,14 @@
 import json
 import shutil
 import socket
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from tests.ports import free_port
-from tests.system.peers import Service, dial, echo, read_exactly, read_to_end
+from tests.system.peers import Service, dial, echo, read_exactly
 from tests.system.stack import Stack, wait_until
 
 NAME_BYTES = 6
-HEARD_S = 0.2
-"""Relays hear at once what others publish, if they get that much of a processor."""
 
 
 class NamedService(Service):
@@ -42,6 +39,7 @@ class Cluster:
     service: str = "desk"
     port: int = field(default_factory=free_port)
     services: dict[str, NamedService] = field(default_factory=dict)
+    tunnelled: dict[str, bool] = field(default_factory=dict)
 
     def node(self, number: int, *, gateway: bool = True, service: str = "", extra: str = "", serve: bool = True) -> str:
         """Start node `number` on 127.0.0.`number`; without a gateway it only reports. Returns its name."""
@@ -58,8 +56,21 @@ class Cluster:
             + f'[[service]]\nname = "{self.service}"\nport = {self.port}\nhost = "{address}"\n{service}\n'
             + f"[cluster]\n{self.settings}\n{extra}\n"
         )
+        self.tunnelled[name] = gateway
         self.stack.start_relay(name)
         return name
+
+    def counts_its_own(self, number: int) -> str:
+        """Configuration for a node that counts connections to its address only: by itself it counts those to its machine, here to all."""
+        script = self.stack.directory / f"sessions-{number}"
+        here = f"{bytes((number, 0, 0, 127)).hex().upper()}:{self.port:04X}"
+        script.write_text(
+            '#!/bin/sh\nexec awk \'BEGIN { printf "[" } '
+            f'$2 == "{here}" && $4 == "01" {{ printf "%s{{}}", (count++ ? "," : "") }} '
+            'END { print "]" }\' /proc/net/tcp\n'
+        )
+        script.chmod(0o700)
+        return f'\n[node]\nsessions = "exec:{script}"'
 
     def close(self) -> None:
         """The services; the stack ends its own daemons."""
@@ -76,45 +87,52 @@ class Cluster:
         return json.loads(self.stack.relay_cli(name, "reservations", "--json").stdout)
 
     def status(self, name: str) -> dict:
-        """What the relay's status socket says; much quicker than `fxrelay status --json`, which says the same."""
-        return json.loads(self._page(name, "/status"))
+        """What the relay says of itself."""
+        return self.stack.relay_status(name)
 
     def metrics(self, name: str) -> str:
         """What the relay's status socket serves to Prometheus."""
-        return self._page(name, "/metrics")
+        return self.stack.relay_page(name, "/metrics")
 
-    def _page(self, name: str, path: str) -> str:
-        with socket.socket(socket.AF_UNIX) as sock:
-            sock.settimeout(10)
-            sock.connect(str(self.stack.directory / name / "state" / "status.sock"))
-            sock.sendall(f"GET {path} HTTP/1.1\r\nHost: relay\r\nConnection: close\r\n\r\n".encode())
-            return read_to_end(sock).decode().partition("\r\n\r\n")[2]
+    def believed(self, relay: str) -> list[dict]:
+        """What this relay believes of each node now: what it decides by."""
+        return [self.stack.believed(relay, name) for name in self.tunnelled]
 
     def wait_until_known(self, names: Sequence[str], by: Sequence[str], timeout_s: float = 20.0) -> None:
         """Until each relay of `by` has all of `names` up, tunnels included."""
 
-        def all_know() -> bool:
-            return all(self.status(relay)["cluster"]["nodes"].get("up") == len(names) for relay in by)
+        def is_known(relay: str, name: str) -> bool:
+            node = self.stack.believed(relay, name)
+            # A node's first words may be from before its tunnel was up.
+            return bool(node) and node["state"] == "up" and bool(node["gateways"]) is self.tunnelled[name]
 
-        wait_until(all_know, timeout_s, f"{by} know {names}")
-        # A node's first words may be from before its tunnel was up.
-        published = {name: self.status(name)["cluster"]["published"] for name in names}
-        wait_until(lambda: all(self.status(name)["cluster"]["published"] > published[name] for name in names), timeout_s, "their tunnels")
-        time.sleep(HEARD_S)
+        wait_until(lambda: all(is_known(relay, name) for relay in by for name in names), timeout_s, f"{by} know {names}")
 
-    def who_serves(self, timeout_s: float = 10.0) -> str:
+    def wait_until_empty(self, by: Sequence[str], timeout_s: float = 20.0) -> None:
+        """Until each relay of `by` believes that no node has a session, or is about to have one."""
+
+        def is_empty() -> bool:
+            return all(node["sessions"] == node["placements"] == 0 for relay in by for node in self.believed(relay))
+
+        wait_until(is_empty, timeout_s, "no sessions")
+
+    def who_serves(self, timeout_s: float = 30.0) -> str:
         """A client's visit: the node that served it."""
         with dial(self.stack.doors[self.service], timeout_s) as client:
             return read_exactly(client, NAME_BYTES).decode().strip()
 
-    def held(self, count: int, pause_s: float = 0.0) -> tuple[list[socket.socket], list[str]]:
-        """Clients that stay, one after the other, and who serves each. `pause_s` lets relays hear of each other's decisions."""
-        clients, names = [], []
+    def held(self, count: int, told: Sequence[str] = ()) -> tuple[list[socket.socket], list[str]]:
+        """Clients that stay, one after the other, and who serves each. Before the next one, relays in `told` have heard of the last."""
+        clients: list[socket.socket] = []
+        names = []
+
+        def have_heard() -> bool:
+            return all(sum(node["sessions"] + node["placements"] for node in self.believed(relay)) >= len(clients) for relay in told)
+
         for _ in range(count):
-            time.sleep(pause_s)
-            client = dial(self.stack.doors[self.service], 10)
-            clients.append(client)
-            names.append(read_exactly(client, NAME_BYTES).decode().strip())
+            clients.append(dial(self.stack.doors[self.service]))
+            names.append(read_exactly(clients[-1], NAME_BYTES).decode().strip())
+            wait_until(have_heard, what=f"{told} have heard of {len(clients)} clients")
         return clients, names
 
 

@@ -16,15 +16,15 @@ pytestmark = [pytest.mark.system, pytest.mark.xdist_group("cluster")]
 
 FAST = "publish_s = 0.5\nstale_s = 3\ndown_s = 6\nresync_s = 1"
 PATIENT = "publish_s = 0.5\nstale_s = 20\ndown_s = 40\nresync_s = 1"
-"""On a busy machine no node that lives is late by so much: for tests that count what each one gets."""
+"""On a busy machine no node that lives is late by so much."""
 
 
 @pytest.fixture
 def make_cluster(make_stack: Callable[..., Stack], home: Path) -> Iterator[MakeCluster]:
-    """`make_cluster(settings="", ages=FAST)`: a gateway that runs, and no node yet. The store is one SQLite file."""
+    """`make_cluster(settings="", ages=PATIENT)`: a gateway that runs, and no node yet. The store is one SQLite file."""
     made: list[Cluster] = []
 
-    def make(settings: str = "", ages: str = FAST) -> Cluster:
+    def make(settings: str = "", ages: str = PATIENT) -> Cluster:
         stack = make_stack("desk")
         stack.start_gateway()
         made.append(Cluster(stack, f'store = "sqlite:{home / "cluster.db"}"\n{ages}\n{settings}'))
@@ -41,14 +41,14 @@ def close_all(clients: list) -> None:
 
 
 def test_sessions_spread_over_nodes_by_every_path(make_cluster: MakeCluster) -> None:
-    cluster = make_cluster(ages=PATIENT)
-    names = [cluster.node(2), cluster.node(3), cluster.node(4, gateway=False)]
+    cluster = make_cluster()
+    names = [cluster.node(number, gateway=number < 4, extra=cluster.counts_its_own(number)) for number in (2, 3, 4)]
     cluster.wait_until_known(names, names[:2])
-    clients, served = cluster.held(30, pause_s=0.1)
+    clients, served = cluster.held(30, names[:2])
     try:
         share = Counter(served)
         assert set(share) == set(names)
-        assert all(8 <= count <= 12 for count in share.values()), share  # two relays decide, and hear of each other a moment later
+        assert all(8 <= count <= 12 for count in share.values()), share
         paths: Counter[str] = Counter()
         for name in names[:2]:
             (service,) = cluster.status(name)["services"]
@@ -86,11 +86,11 @@ def test_drain_and_disable_are_heard_at_once_and_undone(make_cluster: MakeCluste
     names = [cluster.node(2), cluster.node(3)]
     cluster.wait_until_known(names, names)
     cluster.stack.relay_cli("node-2", "drain", "node-3")
-    wait_until(lambda: {cluster.who_serves() for _ in range(4)} == {"node-2"}, 5, "nothing new on node-3")
+    wait_until(lambda: {cluster.who_serves() for _ in range(4)} == {"node-2"}, 20, "nothing new on node-3")
     cluster.stack.relay_cli("node-2", "enable", "node-3")
-    wait_until(lambda: "node-3" in {cluster.who_serves() for _ in range(4)}, 5, "node-3 back")
+    wait_until(lambda: "node-3" in {cluster.who_serves() for _ in range(4)}, 20, "node-3 back")
     cluster.stack.relay_cli("node-3", "disable", "node-2", "--start")
-    wait_until(lambda: {cluster.who_serves() for _ in range(4)} == {"node-3"}, 5, "no new sessions on node-2")
+    wait_until(lambda: {cluster.who_serves() for _ in range(4)} == {"node-3"}, 20, "no new sessions on node-2")
     assert cluster.nodes("node-3")["node-2"]["disabled"] == ["start"]
     refused = cluster.stack.relay_cli("node-2", "drain", "no-such-node", check=False)
     assert refused.returncode == 1
@@ -98,14 +98,14 @@ def test_drain_and_disable_are_heard_at_once_and_undone(make_cluster: MakeCluste
 
 
 def test_a_node_that_dies_gets_stale_and_then_down(make_cluster: MakeCluster) -> None:
-    cluster = make_cluster()
+    cluster = make_cluster(ages=FAST)
     names = [cluster.node(2), cluster.node(3, gateway=False)]
     cluster.wait_until_known(names, names[:1])
     cluster.stack.relays["node-3"].kill()
-    wait_until(lambda: cluster.nodes("node-2")["node-3"]["state"] == "down", 15, "node-3 down")
+    wait_until(lambda: cluster.nodes("node-2")["node-3"]["state"] == "down", 15, "node-3 down in the store")
+    # The command looks at the store's clock, the relay counts from when it heard the last word.
+    wait_until(lambda: cluster.status("node-2")["cluster"]["nodes"]["down"] == 1, 15, "node-3 down for node-2")
     assert {cluster.who_serves() for _ in range(4)} == {"node-2"}
-    status = cluster.status("node-2")["cluster"]
-    assert status["nodes"]["down"] == 1
 
 
 def test_a_pool_of_named_nodes_and_of_static_data(make_cluster: MakeCluster) -> None:
@@ -141,13 +141,13 @@ def test_scripts_choose_and_their_errors_refuse(make_cluster: MakeCluster) -> No
 
     def is_refused() -> bool:
         try:
-            with dial(cluster.stack.doors["desk"], 5) as client:
-                return how_it_ends(client, 5)[0] == "reset"
+            with dial(cluster.stack.doors["desk"]) as client:
+                return how_it_ends(client, 10)[0] == "reset"
         except ConnectionResetError:
             return True
 
-    wait_until(is_refused, 10, "the script's error")
-    assert "closed for today" in (cluster.stack.directory / "node-2.log").read_text()
+    wait_until(is_refused, 20, "the script's error")
+    wait_until(lambda: "closed for today" in (cluster.stack.directory / "node-2.log").read_text(), what="the script's words in the log")
 
 
 def test_the_service_learns_the_clients_address(make_cluster: MakeCluster) -> None:
@@ -161,7 +161,7 @@ def test_the_service_learns_the_clients_address(make_cluster: MakeCluster) -> No
             ports.add(client.getsockname()[1])
             read_exactly(client, NAME_BYTES)
         door = cluster.stack.doors["desk"]
-        wait_until(lambda: sum(len(service.heads) for service in cluster.services.values()) == 6, 10, "six headers")
+        wait_until(lambda: sum(len(service.heads) for service in cluster.services.values()) == 6, 20, "six headers")
         heads = [head for service in cluster.services.values() for head in service.heads]
         told = {int(head.split()[4]) for head in heads}
         assert told == ports, (heads, door)
@@ -177,10 +177,11 @@ def test_two_processes_with_one_id_are_reported_and_the_newer_wins(make_cluster:
     (twin / "relay.toml").write_text(text.replace('state_dir = "state"', f'state_dir = "{twin / "state"}"'))
     other = cluster.stack.launch_twin("node-3", twin / "relay.toml")
     try:
-        wait_until(lambda: cluster.status("node-2")["cluster"]["quarrels"] == ["node-3"], 15, "the quarrel seen")
+        wait_until(lambda: cluster.status("node-2")["cluster"]["quarrels"] == ["node-3"], 30, "the quarrel seen")
     finally:
         other.kill()
-    assert "two processes call themselves node-3" in (cluster.stack.directory / "node-2.log").read_text()
+    log = cluster.stack.directory / "node-2.log"
+    wait_until(lambda: "two processes call themselves node-3" in log.read_text(), what="the quarrel in the log")
 
 
 def store(cluster: Cluster, command: str, *arguments: str) -> None:

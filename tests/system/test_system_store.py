@@ -53,14 +53,13 @@ def down_s(cluster: Cluster) -> float:
 @pytest.mark.parametrize("fault", ["kill", "stop"])
 def test_a_store_that_goes_away_and_comes_back(cluster: Cluster, redis: RedisServer, fault: str) -> None:
     assert everyone_serves(cluster)
-    # What is published last is what decisions go on with: it should not be the clients that have just left.
-    wait_until(lambda: all(node["server"]["sessions"] == 0 for node in cluster.nodes("node-2").values()), 20, "no sessions published")
-    time.sleep(0.7)
+    # What is heard last is what decisions go on with: it should not be the clients that have just left.
+    cluster.wait_until_empty(["node-2", "node-3"])
     if fault == "kill":
         redis.kill()
     else:
         redis.signal(signal.SIGSTOP)
-    wait_until(lambda: down_s(cluster) > 0, 15, "the outage in status")
+    wait_until(lambda: down_s(cluster) > 0, 20, "the outage in status")
     time.sleep(6)  # longer than a server needs to get stale
     assert everyone_serves(cluster)
     assert "fxrelay_store_up 0" in cluster.metrics("node-2")
@@ -70,7 +69,7 @@ def test_a_store_that_goes_away_and_comes_back(cluster: Cluster, redis: RedisSer
         redis.signal(signal.SIGCONT)
     began = time.monotonic()
     wait_until(lambda: down_s(cluster) == 0 and cluster.status("node-2")["cluster"]["nodes"]["up"] == 3, 15, "caught up")
+    assert time.monotonic() - began < CATCHES_UP_S
     wait_until(lambda: len(cluster.nodes("node-2")) == 3, 15, "all of them in the store, which may have forgotten them")
-    assert time.monotonic() - began < CATCHES_UP_S + 3  # what asking takes included
     cluster.stack.relay_cli("node-2", "drain", "node-4")
-    wait_until(lambda: "node-4" not in {cluster.who_serves() for _ in range(6)}, 10, "the drain heard")
+    wait_until(lambda: "node-4" not in {cluster.who_serves() for _ in range(6)}, 20, "the drain heard")
