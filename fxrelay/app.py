@@ -20,7 +20,7 @@ from fxrelay.delivery.delivery import DeliveryDesk
 from fxrelay.delivery.placing import Placer
 from fxrelay.delivery.services import AnyService, PoolService, ServiceTable
 from fxrelay.live import LiveView
-from fxrelay.logins.composing import login_services
+from fxrelay.logins.composing import guarded_services, login_services
 from fxrelay.logins.gate import LoginGate, Timing
 from fxrelay.logins.login import HeldLogin
 from fxrelay.pages import make_app
@@ -135,7 +135,7 @@ class Relay:
             brain.chooser, brain.view, HeldLogin, Timing(self._settings.cluster.lease_s, self._settings.cluster.down_s)
         )
         gate.reservations = brain.reservations
-        gate.reconfigure(await trio.to_thread.run_sync(login_services, self._settings))
+        gate.reconfigure(await trio.to_thread.run_sync(login_services, self._settings), guarded_services(self._settings))
         self._desk.web = self._web = web = WebDesk(self._desk, brain.chooser, identity.relay_id, web_limits(self._settings.limits), gate)
         web.porter = porter
         web.reconfigure(await trio.to_thread.run_sync(web_rules, self._settings))
@@ -299,7 +299,7 @@ class Relay:
         if self._porter is not None:
             self._porter.reconfigure(entries)
         if self._gate is not None:
-            self._gate.reconfigure(logins)
+            self._gate.reconfigure(logins, guarded_services(fresh))
         self._apply(fresh, services)
         logger.info("reloaded %s", self._config_path)
 

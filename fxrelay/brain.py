@@ -83,7 +83,7 @@ class Brain:
         self.tickets = SharedMemory(self._store, self._threads)
         self._forgetter = Forgetter(self._store, self._threads, cluster.forget_after_s)
         self.reservations: Reservations | None = None
-        if any(section.is_pool and (section.is_login or section.guard_start) for section in settings.services):
+        if _needs_reservations(settings):
             reserving = ReservingConfig(whose.relay_id, cluster.lease_s, cluster.on_lost_lease)
             self.reservations = Reservations(reserving, self._store, self._transporter, self.view)
             self.reservations.upkeep.has_sessions = self._has_sessions
@@ -125,8 +125,8 @@ class Brain:
         self._gatherer.reconfigure(settings)
         self._settings = settings
         self.publisher.changed()
-        if self.reservations is None and any(section.is_pool and section.is_login for section in settings.services):
-            logger.warning("pools with reservations take effect at the next restart: until then they refuse")
+        if self.reservations is None and _needs_reservations(settings):
+            logger.warning("pools with reservations or guard_start take effect at the next restart: until then they refuse")
 
     def _has_sessions(self, server_id: RelayId, user: str) -> bool:
         member = self.view.members.get(server_id, self.view.now)
@@ -160,6 +160,10 @@ class Brain:
                 known = up
                 self.publisher.changed()
             await trio.sleep(TUNNEL_POLL_S)
+
+
+def _needs_reservations(settings: RelaySettings) -> bool:
+    return any(section.is_pool and (section.is_login or section.guard_start) for section in settings.services)
 
 
 def ways(settings: RelaySettings) -> Ways:

@@ -187,6 +187,8 @@ def _print_cluster(found: "dict[str, Any]") -> None:
     if reserved["servers"] or reserved["events"]:
         waiting = sum(reserved["waiting"].values())
         click.echo(f"reservations: {reserved['servers']} servers; {reserved['held']} logins by this relay; {waiting} wait")
+        if reserved["last_error"]:
+            click.echo(f"reserved servers are given to nobody: {reserved['last_error']}")
     for server_id, words in cluster["switched_off"].items():
         click.echo(f"switched off on {server_id}: {', '.join(words)}")
     for server_id in cluster["quarrels"]:

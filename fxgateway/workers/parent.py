@@ -19,7 +19,7 @@ from fxgateway.admin.pages import make_app
 from fxgateway.app import door_configs
 from fxgateway.check import verify_files
 from fxgateway.doors.door import CLIENT_OPTIONS
-from fxgateway.settings import GatewaySettings
+from fxgateway.settings import GatewaySettings, SandboxMode
 from fxgateway.workers.asking import Asking, NoAnswer
 from fxgateway.workers.channel import Channel, Message, pair
 from fxgateway.workers.child import Child, Outfit, send_sockets
@@ -56,6 +56,8 @@ def run(settings: GatewaySettings, config_path: Path) -> int:
     """
     logs.configure(settings.log.level, settings.log.style, sys.stderr)
     raise_file_limit()
+    if settings.sandbox.mode is not SandboxMode.OFF:
+        logger.warning("sandbox: none: tunnel.workers is %d, and only a gateway of one process has it", settings.tunnel.workers)
     reactor = Reactor()
     try:
         reactor.host_trio(Parent(reactor, settings, config_path.absolute(), Notifier.from_environ(os.environ)).serve)

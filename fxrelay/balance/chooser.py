@@ -15,7 +15,7 @@ import trio
 
 from fxrelay.balance.chain import decide, decide_nowait, is_instant
 from fxrelay.balance.filters import RESERVED, Circumstances, Pool, Sieve, reason_outside
-from fxrelay.balance.holders import against, prefer
+from fxrelay.balance.holders import against, of_others, prefer
 from fxrelay.balance.model import Action, Candidate, Decision, Dropped, Entry, Environment, Request
 from fxrelay.balance.seating import NO_RULES, Queueing, Seating, SeatRules
 from fxrelay.balance.waiting import Line
@@ -26,6 +26,7 @@ from fxrelay.cluster.ports import PLACEMENTS, Store, Transporter
 from fxrelay.cluster.server import ServerObject
 from fxrelay.cluster.threads import Threads
 from fxrelay.cluster.view import ENDED, PLACED, ClusterView, encode_placement
+from fxrelay.delivery.identity import identity_of
 from fxrelay.delivery.ports import Claim, Node, NoNode, NotTaken, Seat, Then, Wanted
 from fxtunnel.codes import Code
 from fxtunnel.errors import StoreError, TransporterError
@@ -39,6 +40,7 @@ GATHER_S: Final = 0.05
 NEXT_NUMBER_S: Final = 1.0
 LOOK_AGAIN_S: Final = 1.0
 """Who waits for a server looks again after this long, whatever is heard: servers also get free by time."""
+TAKES_NO_PART: Final = "this relay takes no part in reservations until it is restarted"
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +122,9 @@ class PoolChooser:
         if balancing is None:
             await trio.lowlevel.checkpoint()
             return NoNode(Code.NO_SERVICE, "not served here")
+        if balancing.seats.guard_start and self.seating is None:
+            await trio.lowlevel.checkpoint()
+            return NoNode(Code.CONNECT_FAILED, TAKES_NO_PART)
         queue, line = balancing.seats.queue, self._lines[wanted.service]
         if queue is None or not line:
             answer, decision = await self._choose(balancing, wanted, excluded)
@@ -135,7 +140,7 @@ class PoolChooser:
         if balancing is None or self._lines.get(wanted.service) or not is_instant(balancing.chain):
             return None
         request = _request(balancing, wanted)
-        if self.seating is not None and request.action is Action.LOGIN:
+        if request.action is Action.LOGIN if self.seating is not None else balancing.seats.guard_start:
             return None
         around = self._around(balancing, request, wanted, ())
         candidates = self._sieve(balancing.pool, request.action, wanted.gateway_id).peek(self._view.everyone(), request.user, around)
@@ -237,11 +242,15 @@ class PoolChooser:
 
     def _around(self, balancing: Balancing, request: Request, wanted: Wanted, excluded: Collection[RelayId]) -> Circumstances:
         seats = balancing.seats
-        holders = self.seating.holders.users(self._view.now_ms) if self.seating is not None else {}
+        holders: Mapping[RelayId, str] = self.seating.holders.users(self._view.now_ms) if self.seating is not None else {}
+        if request.action is Action.LOGIN:
+            holders = against(holders, request.user, seats.relogin)
+        elif seats.guard_start:
+            holders = of_others(holders, wanted.user or identity_of(wanted.client))
         return Circumstances(
             self._view.in_flight.counts(self._view.now),
             excluded,
-            against(holders, request.user, seats.relogin),
+            holders,
             seats.guard_start,
             wanted.node,
         )
@@ -321,7 +330,7 @@ class ClosedSeat:
     async def take(self) -> NotTaken:
         """See `Seat`."""
         await trio.lowlevel.checkpoint()
-        return NotTaken("this relay takes no part in reservations until it is restarted", Then.GIVE_UP)
+        return NotTaken(TAKES_NO_PART, Then.GIVE_UP)
 
     def watch(self, lost: Callable[[], None]) -> None:
         """See `Seat`."""

@@ -91,6 +91,11 @@ def against(holders: Mapping[RelayId, str], user: str, relogin: OwnerRelogin) ->
     return {server_id: "" if holder == user else holder for server_id, holder in holders.items()}
 
 
+def of_others(holders: Mapping[RelayId, str], user: str) -> dict[RelayId, str]:
+    """The holders that keep this user off their servers."""
+    return {server_id: holder for server_id, holder in holders.items() if holder != user}
+
+
 def prefer(
     candidates: list[Candidate], user: str, holders: Mapping[RelayId, str], wanted: Iterable[RelayId], relogin: OwnerRelogin
 ) -> list[Candidate]:

@@ -39,6 +39,15 @@ def login_services(settings: RelaySettings) -> dict[ServiceName, LoginService]:
     return found
 
 
+def guarded_services(settings: RelaySettings) -> frozenset[ServiceName]:
+    """HTTP services without logins of their own that keep off nodes which are somebody's."""
+    return frozenset(
+        ServiceName(section.name)
+        for section in settings.services
+        if section.protocol == "http" and section.guard_start and section.login is None
+    )
+
+
 def verify_login_files(settings: RelaySettings) -> list[ConfigProblem]:
     """What `login_services` would refuse; makes and fetches nothing."""
     problems: list[ConfigProblem] = []

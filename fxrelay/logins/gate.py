@@ -9,10 +9,12 @@ from typing import Final
 
 import trio
 
+from fxrelay.balance.holders import of_others
 from fxrelay.balance.login_attempt import Happening
 from fxrelay.balance.seating import SeatRules
 from fxrelay.cluster.members import MemberState
 from fxrelay.cluster.view import ClusterView
+from fxrelay.delivery.identity import identity_of
 from fxrelay.logins.attempts import Attempts, Quota
 from fxrelay.logins.passes import PassCookies
 from fxrelay.logins.recognising import Kind, kind_of, login_id_of, shown_tokens
@@ -92,13 +94,14 @@ class LoginGate:
         self._silent_since: dict[RelayId, float | None] = {}
         """None: this relay has heard of it; else when it was first seen to be down."""
         self._services: Mapping[ServiceName, LoginService] = {}
+        self._guarded: frozenset[ServiceName] = frozenset()
         self._watchers: dict[str, set[Callable[[], None]]] = {}
         self._gone: dict[str, float] = {}
         self._later_in, self._later_out = trio.open_memory_channel[tuple[Entered, Happening] | tuple[RelayId, str, int]](MAX_LATER)
 
-    def reconfigure(self, services: Mapping[ServiceName, LoginService]) -> None:
-        """What services say about logins from now on."""
-        self._services = dict(services)
+    def reconfigure(self, services: Mapping[ServiceName, LoginService], guarded: frozenset[ServiceName] = frozenset()) -> None:
+        """What services say about logins from now on. `guarded` have none, and keep off nodes that are somebody else's."""
+        self._services, self._guarded = dict(services), guarded
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Take out entries that came to nothing, end logins of dead servers, and end what hangs on ended logins; until cancelled."""
@@ -110,25 +113,25 @@ class LoginGate:
 
     def concerns(self, service: ServiceName) -> bool:
         """See `RequestGate`."""
-        return service in self._services
+        return service in self._services or service in self._guarded
 
     async def admit(self, request: RequestFacts) -> Pass:
         """See `RequestGate`."""
         service = self._services.get(request.service)
-        if service is None:
+        if service is None and request.service not in self._guarded:
             return _ANY
         reservations = self.reservations
         if reservations is None:
             raise unavailable("this relay takes no part in reservations until it is restarted")
+        if service is None:
+            return Pass(closed=self._closed(reservations, request.user or identity_of(request.client)))
         kind = self._kind(service, request)
         if kind is Kind.LOGIN:
             return Pass(held=self._make_held(self, service, request))
         live = await self._live(service, request, reservations)
         closed: frozenset[RelayId] = frozenset()
         if service.seats.guard_start:
-            user = live.user if live is not None else ""
-            holders = reservations.holders.users(self._view.now_ms)
-            closed = frozenset(server_id for server_id, holder in holders.items() if holder != user)
+            closed = self._closed(reservations, live.user if live is not None else identity_of(request.client))
         if live is None:
             return Pass(closed=closed)
         self._prolong(service, live)
@@ -151,6 +154,9 @@ class LoginGate:
             reservations.end_login(live.server_id, live.login_id, service.terms(0))
             self._is_gone(live.login_id)
         return (service.passes.withdraw(),)
+
+    def _closed(self, reservations: Reservations, user: str) -> frozenset[RelayId]:
+        return frozenset(of_others(reservations.holders.users(self._view.now_ms), user))
 
     def take_out(self, entered: Entered, why: Happening) -> None:
         """The login came to nothing. Never waits."""

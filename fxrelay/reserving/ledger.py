@@ -39,6 +39,7 @@ class Ledger:
         self._store = store
         self._relay_id = relay_id
         self._evidence: Evidence | None = None
+        self._read: dict[str, tuple[str, Record]] = {}
 
     @property
     def epoch(self) -> str:
@@ -136,12 +137,18 @@ class Ledger:
         return records[-1]
 
     def records(self) -> Iterator[tuple[str, Record]]:
-        """All records that can be read."""
+        """All records that can be read. Most are as they were when they were read last, and are not decoded again."""
+        before, after = self._read, dict[str, tuple[str, Record]]()
         for document in self._store.documents(RESERVATIONS):
-            try:
-                yield document.key, decode_record(document.text)
-            except BadRecord:
-                continue
+            known = before.get(document.key)
+            if known is None or known[0] != document.text:
+                try:
+                    known = document.text, decode_record(document.text)
+                except BadRecord:
+                    continue
+            after[document.key] = known
+            yield document.key, known[1]
+        self._read = after
 
     def _grant(self, server_id: str, apply: Callable[[Record, Moment], Granted | Rejected]) -> tuple[Granted | Rejected, Written]:
         for _ in range(LOOKS):

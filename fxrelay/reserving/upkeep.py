@@ -49,7 +49,7 @@ class Upkeep:
     async def _keep_renewing(self, *, task_status: trio.TaskStatus[None]) -> None:
         # Five times a lease: after an outage that nobody notices, every holder is back before his lease is over (settling.py).
         every_s = self._books.config.lease_s / 5
-        is_started = False
+        is_started, warned_of = False, ""
         while True:
             looked = await self._books.ask(self._books.ledger.look)
             if not is_started:
@@ -58,6 +58,12 @@ class Upkeep:
             if isinstance(looked, StoreError):
                 await trio.sleep(every_s / 3)
                 continue
+            if looked.mark.epoch != warned_of and looked.settles_in_ms(looked.seen_ms):
+                warned_of = looked.mark.epoch
+                logger.warning(
+                    "the store is new, or has forgotten who has which server: none is given out for %.1f s",
+                    looked.settles_in_ms(looked.seen_ms) / 1000,
+                )
             began = trio.current_time()
             limiter = trio.CapacityLimiter(AT_ONCE)
             async with trio.open_nursery() as nursery:

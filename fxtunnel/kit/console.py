@@ -131,7 +131,7 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     console = Console() if sys.stdout.isatty() else Console(width=1000)
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for column in columns:
-        table.add_column(column, overflow="fold")
+        table.add_column(column, overflow="fold", no_wrap=column == columns[0])
     for row in rows:
         # Text, not str: no markup. Peers chose some of these words, so nothing that a terminal would obey goes out.
         table.add_row(*(Text("".join(c if c.isprintable() else "?" for c in cell)) for cell in row))

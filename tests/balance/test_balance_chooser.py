@@ -12,8 +12,10 @@ import trio.lowlevel
 from balance_samples import DESK, Says, ids, server, server_text
 
 from fxrelay.balance.chain import builtin
-from fxrelay.balance.chooser import Balancing, ClusterEnvironment, PoolChooser
+from fxrelay.balance.chooser import TAKES_NO_PART, Balancing, ClusterEnvironment, PoolChooser
+from fxrelay.balance.holders import Holders
 from fxrelay.balance.model import Action, Chosen, Failed
+from fxrelay.balance.reservations import Login, Record
 from fxrelay.balance.seating import SeatRules
 from fxrelay.balance.ways import Ways
 from fxrelay.cluster.members import Ages
@@ -252,3 +254,52 @@ async def test_a_named_node_must_belong_to_the_pool_and_need_not_take_new_sessio
         assert await chooser.named(WANTED, RelayId(name)) == NoNode(Code.NO_SERVICE, "no such node in the pool")
     chooser.reconfigure({})
     assert isinstance(await chooser.named(WANTED, RelayId("b")), NoNode)
+
+
+class Seats:
+    """Who has what, and no seats."""
+
+    def __init__(self, **users: str) -> None:
+        self.holders = Holders()
+        self.changed = trio.Event()
+        for name, user in users.items():
+            login = Login("l", user, "a", 1 << 60, 1 << 59)
+            self.holders.learn(RelayId(name), Record("e", 1, 0, (login,), revision=1))
+
+    def seat(self, server_id: RelayId, user: str, rules: SeatRules) -> Any:
+        raise AssertionError("a session start takes no seat")
+
+
+async def test_guarded_starts_are_kept_off_others_servers_and_not_off_ones_own() -> None:
+    chooser, _ = make(Surroundings())
+    chain = (builtin("fewest-sessions", "desk"),)
+
+    def guarded(value: bool) -> None:
+        chooser.reconfigure({ServiceName("desk"): Balancing(DESK, chain, Action.START, SeatRules(guard_start=value))})
+
+    async def chosen(wanted: Wanted) -> str:
+        at_once = chooser.choose_nowait(wanted)
+        assert at_once is not None
+        at_once.claim.release()
+        node = await chooser.choose(wanted, frozenset())
+        assert isinstance(node, Node)
+        node.claim.release()
+        assert node.server_id == at_once.server_id
+        return node.server_id
+
+    mine, proven = replace(WANTED, client="192.0.2.7:5"), replace(WANTED, user="ann", is_proven=True)
+    chooser.seating = Seats(a="192.0.2.7", b="ann")
+    guarded(True)
+    assert await chosen(WANTED) == "c"
+    assert await chosen(mine) == "a", "a stream without a ticket is its address's"
+    assert await chosen(proven) == "b"
+    chooser.seating = Seats(a="ann", b="ann", c="ann", d="ann")
+    refusal = await chooser.choose(WANTED, frozenset())
+    assert isinstance(refusal, NoNode)
+    guarded(False)
+    assert await chosen(WANTED) == "a"
+    chooser.seating = None
+    assert await chosen(WANTED) == "a"
+    guarded(True)
+    assert chooser.choose_nowait(WANTED) is None
+    assert await chooser.choose(WANTED, frozenset()) == NoNode(Code.CONNECT_FAILED, TAKES_NO_PART), "nothing known of reservations: closed"

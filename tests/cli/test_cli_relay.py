@@ -156,7 +156,7 @@ def test_status_of_a_running_relay(relay: Path) -> None:
         "quarrels": ["node-b"], "problems": ["static-data.json: no object"], "switched_off": {"node-c": ["drain", "login"]},
     }  # fmt: skip
     content = {"relay": {"relay_id": "node-a", "uptime_s": 61.0}, "uplinks": [uplink, waiting], "services": [service], "cluster": cluster}
-    content["reservations"] = {"servers": 3, "held": 2, "waiting": {"desk": 4}, "events": {"committed": 9}}
+    content["reservations"] = {"servers": 3, "held": 2, "waiting": {"desk": 4}, "events": {"committed": 9}, "last_error": "away"}
     state = relay.parent / "state"
     state.mkdir(mode=0o700)
     with answering(state / "status.sock", content):
@@ -164,6 +164,7 @@ def test_status_of_a_running_relay(relay: Path) -> None:
         as_json = fx("status", "--json", "--config", relay)
     assert table.exit_code == 0, table.output
     assert "reservations: 3 servers; 2 logins by this relay; 4 wait" in table.output
+    assert "reserved servers are given to nobody: away" in table.output
     for words in (
         "relay node-a, up for 1 min 1 s",
         "1 h 1 min",

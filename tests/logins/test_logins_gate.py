@@ -182,6 +182,20 @@ async def test_starts_are_kept_off_others_servers_if_that_is_wanted(tmp_path: Pa
         assert N1 not in own.closed
 
 
+async def test_services_without_logins_may_keep_off_reserved_servers_too(tmp_path: Path) -> None:
+    async with open_rig(tmp_path, SIMPLE, N1, N2) as rig:
+        await rig.ask(Service([answer(302)]))
+        start = replace(rig.request("/node/n1/x"), service=ServiceName("start"))
+        assert not rig.gate.concerns(start.service)
+        rig.gate.reconfigure({SITE: rig.service}, frozenset({start.service}))
+        assert rig.gate.concerns(start.service)
+        assert N1 in (await rig.gate.admit(start)).closed
+        assert N1 not in (await rig.gate.admit(replace(start, user="ann"))).closed
+        rig.gate.reservations = None
+        with pytest.raises(Refused, match="cannot be given out"):
+            await rig.gate.admit(start)
+
+
 async def test_without_the_store(tmp_path: Path) -> None:
     async with open_rig(tmp_path, SIMPLE, N1, N2) as rig:
         reply = await rig.ask(Service([answer(302)]))

@@ -184,6 +184,16 @@ async def test_a_store_that_was_away_for_everybody_ends_nothing(tmp_path: Path) 
         assert isinstance(await second.reservations.take(S1, "bob", "192.0.2.2", Terms()), Refused)
 
 
+async def test_a_store_that_has_forgotten_is_reported_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async with relays(tmp_path, "a") as (relay,):
+        told = [record.getMessage() for record in caplog.records if "forgotten" in record.message]
+        assert len(told) == 1
+        await relay.taken(S1, "ann")
+        assert told[0].startswith("the store is new, or has forgotten who has which server: none is given out for ")
+        await trio.sleep(LEASE_S)
+        assert len([record for record in caplog.records if "forgotten" in record.message]) == 1
+
+
 async def test_a_server_is_held_while_its_user_has_sessions(tmp_path: Path) -> None:
     async with relays(tmp_path, "a", "b") as (first, second):
         sessions = {(S1, "ann")}
