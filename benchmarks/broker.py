@@ -10,7 +10,7 @@ from typing import Final
 from benchmarks import processes
 
 START_S: Final = 1.0
-_PASSWORD: Final = "bench"  # noqa: S105 - of a Redis on 127.0.0.1 that lives as long as the measurement
+_PASSWORD: Final = "bench"
 
 
 @contextmanager

@@ -65,15 +65,11 @@ class Holders:
     def user(self, server_id: RelayId, now_ms: int) -> str:
         """Who has this server; empty if nobody has it."""
         standing = self._standings.get(server_id)
-        return standing.record.holder if standing is not None and standing.record.logins and now_ms < standing.expires_ms else ""
+        return standing.record.holder if standing is not None and _is_held(standing, now_ms) else ""
 
     def users(self, now_ms: int) -> dict[RelayId, str]:
         """The reserved servers and their users."""
-        return {
-            server_id: standing.record.holder
-            for server_id, standing in self._standings.items()
-            if standing.record.logins and now_ms < standing.expires_ms
-        }
+        return {server_id: standing.record.holder for server_id, standing in self._standings.items() if _is_held(standing, now_ms)}
 
     def wanted(self, now_ms: int) -> frozenset[RelayId]:
         """Servers for which somebody is being authenticated."""
@@ -82,6 +78,10 @@ class Holders:
             for server_id, standing in self._standings.items()
             if any(now_ms < entry.expires_ms for entry in standing.record.entries)
         )
+
+
+def _is_held(standing: Standing, now_ms: int) -> bool:
+    return bool(standing.record.logins) and now_ms < standing.expires_ms
 
 
 def against(holders: Mapping[RelayId, str], user: str, relogin: OwnerRelogin) -> Mapping[RelayId, str]:
