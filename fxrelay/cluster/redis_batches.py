@@ -63,8 +63,10 @@ class Batches:
         call = _Call(_pack(script, keys, values))
         with self._lock:
             self._waiting.append(call)
-            call.leads, self.is_led = not self.is_led, True
-        if not call.leads and not call.turn.acquire(timeout=TURN_S):
+            leads_already = call.leads = not self.is_led
+            self.is_led = True
+        # Not `call.leads`: by now it may have been handed the lead, and then it has to take its turn all the same.
+        if not leads_already and not call.turn.acquire(timeout=TURN_S):
             self._give_up(call)
         if call.leads:
             self._lead()
@@ -78,6 +80,8 @@ class Batches:
                 call.answer = StoreError(f"{self._client.name}: no answer within {TURN_S:g} s")
                 if call in self._waiting:
                     self._waiting.remove(call)
+                return
+        call.turn.acquire()  # it was handed the lead at the last moment: its turn is free, or about to be
 
     def _lead(self) -> None:
         """Send what waits, and hand on the lead."""

@@ -22,6 +22,7 @@ from fxrelay.reserving.ledger import Written
 from fxrelay.reserving.tidings import COMMITTED, ENTERED, read_tidings, refusal_text
 from fxrelay.reserving.upkeep import Upkeep
 from fxtunnel.errors import StoreError
+from fxtunnel.kit.process import keep_going
 from fxtunnel.model import RelayId
 
 logger = logging.getLogger(__name__)
@@ -76,7 +77,7 @@ class Reservations:
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Keep what is held and follow the others until cancelled. Logins that are held then are left to their leases; see `close`."""
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self.tidings.run)
+            nursery.start_soon(keep_going, "telling of reservations", self.tidings.run)
             await nursery.start(self.upkeep.run)
             task_status.started()
 

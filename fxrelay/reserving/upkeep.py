@@ -14,6 +14,7 @@ from fxrelay.reserving.kept import adopt_kept, learn_kept
 from fxrelay.reserving.leases import Hold, Leases
 from fxrelay.reserving.tidings import LOST, REASSERTED, RELEASED
 from fxtunnel.errors import StoreError
+from fxtunnel.kit.process import keep_going
 from fxtunnel.model import RelayId, is_name
 
 logger = logging.getLogger(__name__)
@@ -39,22 +40,24 @@ class Upkeep:
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Until cancelled; started when the store has been looked at, or has not answered."""
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._keep_releasing)
-            await nursery.start(self._keep_renewing)
-            nursery.start_soon(self._keep_reading)
+            nursery.start_soon(keep_going, "giving servers back", self._keep_releasing)
+            looked = trio.Event()
+            nursery.start_soon(keep_going, "renewing reservations", partial(self._keep_renewing, looked))
+            await looked.wait()
+            nursery.start_soon(keep_going, "reading reservations", self._keep_reading)
             if self._books.config.on_lost_lease == "end":
-                nursery.start_soon(self._end_overdue)
+                nursery.start_soon(keep_going, "ending overdue reservations", self._end_overdue)
             task_status.started()
 
-    async def _keep_renewing(self, *, task_status: trio.TaskStatus[None]) -> None:
+    async def _keep_renewing(self, has_looked: trio.Event) -> None:
         # Five times a lease: after an outage that nobody notices, every holder is back before his lease is over (settling.py).
         every_s = self._books.config.lease_s / 5
-        is_started, warned_of = False, ""
+        warned_of = ""
         while True:
-            looked = await self._books.ask(self._books.ledger.look)
-            if not is_started:
-                is_started = True
-                task_status.started()
+            try:
+                looked = await self._books.ask(self._books.ledger.look)
+            finally:
+                has_looked.set()
             if isinstance(looked, StoreError):
                 await trio.sleep(every_s / 3)
                 continue

@@ -48,6 +48,69 @@ def test_threads_that_wait_share_a_round_trip_and_each_gets_its_own_answer(serve
     client.close()
 
 
+class Hesitant:
+    """A lock after whose release one of the threads hesitates, as the scheduler of a busy machine makes it do."""
+
+    def __init__(self, hesitates: threading.Event, until: threading.Event) -> None:
+        self._lock = threading.Lock()
+        self._hesitates, self._until = hesitates, until
+        self.slow: threading.Thread | None = None
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+        if threading.current_thread() is self.slow and not self._hesitates.is_set():
+            self._hesitates.set()
+            assert self._until.wait(20)
+
+
+@pytest.mark.parametrize("hesitates_at", ["its entry", "its deadline"])
+def test_who_is_handed_the_lead_before_he_looks_has_his_answer_all_the_same(
+    server: RedisServer, monkeypatch: pytest.MonkeyPatch, hesitates_at: str
+) -> None:
+    client = redis_client(server)
+    batches = Batches(client)
+    batches.eval(ECHO, ["{fx-test}:x"], [0])
+    hesitates, has_led = threading.Event(), threading.Event()
+    lock = Hesitant(hesitates, has_led)
+    batches._lock = lock  # type: ignore[assignment]
+    answers: list[object] = []
+
+    def ask(number: int) -> None:
+        if number:
+            lock.slow = threading.current_thread()
+            if hesitates_at == "its deadline":
+                hesitates.set()  # not at its entry
+        answers.append(batches.eval(ECHO, ["{fx-test}:x"], [number]))
+
+    give_up = batches._give_up
+
+    def give_up_late(call: object) -> None:
+        has_led.wait(20)
+        give_up(call)  # type: ignore[arg-type]
+
+    if hesitates_at == "its deadline":
+        monkeypatch.setattr("fxrelay.cluster.redis_batches.TURN_S", 0.0)
+        monkeypatch.setattr(batches, "_give_up", give_up_late)
+    server.signal(signal.SIGSTOP)
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(2)]
+    threads[0].start()
+    wait_until(lambda: batches.waiting == 0 and batches.is_led)
+    threads[1].start()
+    wait_until(lambda: batches.waiting == 1)
+    assert hesitates.wait(20)
+    server.signal(signal.SIGCONT)
+    wait_until(lambda: len(answers) == 1)
+    has_led.set()
+    for thread in threads:
+        thread.join(20)
+    assert answers == [[b"{fx-test}:x", b"0"], [b"{fx-test}:x", b"1"]]
+    assert not batches.is_led
+    client.close()
+
+
 def test_a_server_that_hangs_holds_nobody_longer_than_one_deadline(server: RedisServer) -> None:
     client = redis_client(server)
     batches = Batches(client)

@@ -29,12 +29,19 @@ S1, S2 = RelayId("s1"), RelayId("s2")
 
 
 class Partitioned(SqliteStore):
-    """A store that one relay cannot reach while `is_cut`; `loses_answers`: it does what it is asked, and nobody hears of it."""
+    """A store that one relay cannot reach while `is_cut`; `loses_answers`: it does what it is asked, and nobody hears of it.
 
+    Of the next `errors` updates each ends with an error that no store should have.
+    """
+
+    errors = 0
     is_cut = False
     loses_answers = False
 
     def update(self, collection: str, key: str, change: Change) -> Present:
+        if self.errors:
+            self.errors -= 1
+            raise RuntimeError("an error of ours")
         if self.is_cut:
             raise StoreError("cut off")
         present = super().update(collection, key, change)
@@ -113,6 +120,18 @@ async def test_of_two_who_authenticate_at_once_one_is_let_in(tmp_path: Path, cap
         assert first.reservations.tidings.rejections["reserved"] == 1
         told = [(record.user, record.reason) for record in caplog.records if getattr(record, "reservation", "") == "rejected"]  # type: ignore[attr-defined]  # extras of logging
         assert ("ann", "reserved") in told
+
+
+async def test_an_error_of_ours_ends_neither_the_relay_nor_what_it_holds(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async with relays(tmp_path, "a", "b") as (first, second):
+        kept, over = await first.taken(S1, "ann"), await first.taken(S2, "ann")
+        first.store.errors = 2
+        first.reservations.release(over)
+        await until(lambda: not first.store.errors)
+        await second.taken(S2, "bob")
+        assert not kept.is_lost
+    assert "begins again" in caplog.text
+    assert "an error of ours" in caplog.text
 
 
 async def test_an_entry_that_came_to_nothing_is_taken_out(tmp_path: Path) -> None:

@@ -132,7 +132,7 @@ def test_a_reload_adds_and_removes_a_door_and_a_service(stack: Stack, echo_servi
         reload(stack.gateway)
         stack.write_relay_config("node-a", {"second": echo_service.target}, "[limits]\ndrain_s = 2\n")
         reload(stack.relays["node-a"])
-        wait_until(lambda: is_served(stack.doors["second"]), 5, "the new service at the new door")
+        wait_until(lambda: is_served(stack.doors["second"]), 20, "the new service at the new door")
         with pytest.raises(ConnectionRefusedError):
             dial(old_port)
         say(client, b"a live stream is not touched")
@@ -171,18 +171,18 @@ def test_a_drain_lets_streams_finish(make_stack: Callable[..., Stack], swap_serv
     stack.start_gateway()
     stack.start_relay("node-a", {"swap": swap_service.target}, extra)
     crowd = exchanges(stack.doors["swap"], 20, 1_000_000, rate_bytes_per_s=500_000)
-    wait_until(lambda: swap_service.accepted == 20, 10, "all streams open")
+    wait_until(lambda: swap_service.accepted == 20, 20, "all streams open")
     daemon = stack.gateway if victim == "gateway" else stack.relays["node-a"]
     daemon.signal(signal.SIGTERM)
-    wait_until(lambda: any("stopping" in event for event in events(daemon)), 5, "the drain")
+    wait_until(lambda: any("stopping" in event for event in events(daemon)), 20, "the drain")
+    assert crowd.running
     try:
         end, took_s = visit(stack.doors["swap"])
     except ConnectionRefusedError:
         end, took_s = "refused", 0.0
     assert (end, took_s < 1) == ("refused" if victim == "gateway" else "reset", True)
-    assert crowd.running
     assert crowd.outcomes() == [Outcome.RIGHT] * 20
-    assert daemon.wait(5) == 0
+    assert daemon.wait() == 0
 
 
 @pytest.mark.parametrize("victim", ["gateway", "relay"])
@@ -198,7 +198,7 @@ def test_a_drain_resets_what_does_not_finish(stack: Stack, victim: str) -> None:
         took_s = time.monotonic() - began
         assert end == "reset"
         assert 1.5 < took_s < 4
-    assert daemon.wait(5) == 0
+    assert daemon.wait() == 0
 
 
 def test_without_streams_both_end_at_once(stack: Stack) -> None:

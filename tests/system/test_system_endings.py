@@ -153,4 +153,4 @@ def test_many_short_connections_leave_nothing_behind(stack: Stack) -> None:
     before = files()
     for number in range(300):
         talk(number)
-    wait_until(lambda: files() <= before, 5, "all descriptors given back")
+    wait_until(lambda: files() <= before, 20, "all descriptors given back")

@@ -1,6 +1,7 @@
 """System: strangers, garbage and crowds. Nobody else notices, and everything they took is given back."""
 
 import contextlib
+import json
 import os
 import random
 import selectors
@@ -31,6 +32,12 @@ CLIENTS = 300
 
 def files(stack: Stack) -> int:
     return psutil.Process(stack.gateway.pid).num_fds()
+
+
+def door_of(stack: Stack) -> dict:
+    """What is said of its only door."""
+    (door,) = json.loads(stack.page("/relays"))["doors"]
+    return door
 
 
 def cpu_s(stack: Stack) -> float:
@@ -154,7 +161,7 @@ def test_a_thousand_strangers(stack: Stack, capsys: pytest.CaptureFixture[str]) 
     assert statistics.quantiles(garbage_s, n=20)[18] < 1  # a few look like the beginning of a record, and are waited for
     assert max(garbage_s + silent_s) < HELLO_TIMEOUT_S + 3
     assert pinger.p99_s() < 1
-    wait_until(lambda: files(stack) <= before, 5, "all descriptors given back")
+    wait_until(lambda: files(stack) <= before, 20, "all descriptors given back")
 
 
 HEADS = (
@@ -238,7 +245,7 @@ def test_connections_that_are_gone_before_they_are_served(stack: Stack) -> None:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             sock.close()
     assert is_served(stack.doors["echo"])
-    wait_until(lambda: files(stack) <= before, 8, "all descriptors given back")
+    wait_until(lambda: files(stack) <= before, 20, "all descriptors given back")
 
 
 def test_at_descriptor_exhaustion_the_tunnel_stays(make_stack: Callable[..., Stack], echo_service: Service) -> None:
@@ -259,7 +266,7 @@ def test_at_descriptor_exhaustion_the_tunnel_stays(make_stack: Callable[..., Sta
         stack.cutter.cut()  # a tunnel can be made anew: clients never get the last descriptors
         say(client, b"and after a cut")
         crowd.close()
-        wait_until(lambda: is_served(stack.doors["echo"]), 3, "normal again")
+        wait_until(lambda: is_served(stack.doors["echo"]), 20, "normal again")
     assert busy < 0.1, f"{busy:.1%} of a CPU"
     assert sum("pauses" in line for line in stack.logs().splitlines()) < 20
 
@@ -274,23 +281,23 @@ def test_the_limits_of_one_source(make_stack: Callable[..., Stack], echo_service
         assert visit(stack.doors["echo"])[0] == "reset"
         with dial(stack.doors["echo"], source="127.0.0.2") as other:
             say(other)
-    wait_until(lambda: is_served(stack.doors["echo"]), 3, "the source served again")
+    wait_until(lambda: is_served(stack.doors["echo"]), 20, "the source served again")
 
 
 def test_the_rate_of_one_source_and_the_size_of_a_door(make_stack: Callable[..., Stack], echo_service: Service) -> None:
     stack = make_stack(
         "echo",
-        extra="[limits]\nexempt_sources = []\nconnections_per_door = 20\nopen_burst_per_source = 15\nopen_rate_per_source_per_s = 0.5\n",
+        extra="[limits]\nexempt_sources = []\nconnections_per_door = 20\nopen_burst_per_source = 15\nopen_rate_per_source_per_s = 0.05\n",
     )
     stack.start_gateway()
     stack.start_relay("node-a", {"echo": echo_service.target})
-    assert [is_served(stack.doors["echo"]) for _ in range(18)].count(True) in (15, 16, 17)
+    assert [is_served(stack.doors["echo"]) for _ in range(18)].count(True) in (15, 16)
+    wait_until(lambda: not door_of(stack)["connections"], what="nobody at the door")
     with contextlib.ExitStack() as crowd:
         for number in range(20):
             say(crowd.enter_context(dial(stack.doors["echo"], source=f"127.0.2.{1 + number % 4}")))
         assert visit(stack.doors["echo"], source="127.0.2.9")[0] == "reset"
-    (door,) = stack.status()["doors"]
-    assert {"door-full", "too-fast"} <= set(door["refused"])
+    assert {"door-full", "too-fast"} <= set(door_of(stack)["refused"])
 
 
 @pytest.mark.slow

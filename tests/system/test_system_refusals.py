@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from fxgateway.tunnels.identities import WATCH_S
 from tests.system.peers import Service, dial, how_it_ends, read_exactly
 from tests.system.stack import Daemon, Stack, cli, wait_until
 
@@ -61,7 +60,7 @@ def test_a_revoked_relay_is_gone_within_seconds_and_can_be_let_in_again(make_sta
         stack.gateway_cli("revoke", "node-a")
         end, took_s = how_it_ends(client, REVOKED_WITHIN_S + 2)
         assert (end, took_s < REVOKED_WITHIN_S) == ("reset", True)
-    assert relay.wait(REVOKED_WITHIN_S) == 1
+    assert relay.wait() == 1
     assert (
         "has revoked relay node-a; to let it in again, run fxgateway forget node-a on the gateway, then fxgateway invite"
         in errors(relay)[-1]
@@ -70,7 +69,6 @@ def test_a_revoked_relay_is_gone_within_seconds_and_can_be_let_in_again(make_sta
     relay.log.unlink()
     assert "revoked" in ends_with(stack, "node-a")
     stack.gateway_cli("forget", "node-a")
-    time.sleep(2 * WATCH_S)  # a gateway that runs looks at its file so often
     relay.log.unlink()
     invite(stack, "node-a")
     stack.start_relay("node-a")
@@ -140,7 +138,7 @@ def test_a_wrong_clock_is_named_and_heals(stack: Stack) -> None:
         f"import pathlib, time\nreal = time.time\ntime.time = lambda: real() - 600 * pathlib.Path({str(shift)!r}).exists()\n",
     )
     daemon = stack.launch_relay("late", env)
-    wait_until(lambda: bool(errors(daemon)), 15, "a line about the clock")
+    wait_until(lambda: bool(errors(daemon)), 30, "a line about the clock")
     first = errors(daemon)[0]
     assert re.search(r"clock is (59\d|60\d) s behind", first), first
     assert daemon.process.poll() is None
@@ -152,7 +150,7 @@ def test_a_gateway_that_is_not_there_is_waited_for(make_stack: Callable[..., Sta
     stack = make_stack("echo")
     stack.write_relay_config("node-a", {"echo": echo_service.target})
     relay = stack.launch_relay("node-a")
-    wait_until(lambda: bool(errors(relay)), 15, "a line about the gateway")
+    wait_until(lambda: bool(errors(relay)), 30, "a line about the gateway")
     assert relay.process.poll() is None
     stack.start_gateway()
     relay.wait_ready()
@@ -166,6 +164,6 @@ def test_something_else_than_a_gateway_answers(make_stack: Callable[..., Stack],
     content["urls"] = [f"wss://{echo_service.target}"]
     path.write_text(json.dumps(content))
     relay = stack.launch_relay("node-a")
-    wait_until(lambda: bool(errors(relay)), 15, "a line about TLS")
+    wait_until(lambda: bool(errors(relay)), 30, "a line about TLS")
     assert "TLS" in errors(relay)[0]
     assert relay.process.poll() is None

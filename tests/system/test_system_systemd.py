@@ -61,10 +61,10 @@ def manager(home: Path) -> Iterator[Manager]:
 
 
 def check(manager: Manager, daemon: Daemon) -> None:
-    wait_until(lambda: "READY=1" in manager.heard(), 5, "READY")
-    wait_until(lambda: manager.heard().count("WATCHDOG=1") >= 4, 5, "watchdog messages")
+    wait_until(lambda: "READY=1" in manager.heard(), 20, "READY")
+    wait_until(lambda: manager.heard().count("WATCHDOG=1") >= 4, 20, "watchdog messages")
     daemon.signal(signal.SIGHUP)
-    wait_until(lambda: manager.heard().count("READY=1") == 2, 5, "READY after the reload")
+    wait_until(lambda: manager.heard().count("READY=1") == 2, 20, "READY after the reload")
     heard = manager.heard()
     reloading = heard.index("RELOADING=1")
     assert any(field.startswith("MONOTONIC_USEC=") for field in heard[reloading:])

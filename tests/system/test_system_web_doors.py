@@ -112,7 +112,7 @@ def test_a_name_without_a_route_is_led_to_the_default(site: Site) -> None:
 def test_tls_that_ends_at_the_gateway(site: Site) -> None:
     assert random_file(site.files / "through", 64 * MIB) == fetched(site, site.secure_port, "/through", "elsewhere.test")
     log = site.files.parent.parent / "access.log"
-    wait_until(lambda: "elsewhere.test" in log.read_text(), 5, "the access log")
+    wait_until(lambda: "elsewhere.test" in log.read_text(), 20, "the access log")
     records = [json.loads(line) for line in log.read_text().splitlines()]
     record = next(record for record in records if record["host"] == "elsewhere.test")
     assert (record["service"], record["end"], record["bytes_out"] > 64 * MIB) == ("plain", "closed", True)
@@ -136,7 +136,7 @@ def test_a_service_that_nobody_offers_is_a_page(site: Site) -> None:
     trace = page.partition("trace ")[2][:9]
     connection.close()
     assert trace
-    assert trace in site.stack.logs()
+    wait_until(lambda: trace in site.stack.logs(), what="its trace in the log")
 
 
 def test_ssh_at_the_same_port(site: Site, tmp_path: Path) -> None:
