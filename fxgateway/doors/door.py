@@ -48,6 +48,10 @@ CLIENT_OPTIONS: Final = (
     (socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, CLIENT_NOTSENT_BYTES),
 )
 """Set on listeners: accepted sockets inherit them, which saves the calls for each of them."""
+DEFER_ACCEPT_S: Final = 1
+"""Where clients speak first, the kernel keeps a connection back until they have (tcp(7), TCP_DEFER_ACCEPT), or for about this long: when
+we are told of it, what it wants is there to be read, and there is one event less. Who says nothing is let in then, and waits as before."""
+_SPEAKS_FIRST: Final = frozenset({Kind.SNI, Kind.HTTP, Kind.HTTPS})
 _TOO_MANY: Final = Refused(429, "TooMany", "There are too many connections from your address, or in all.", retry_after_s=5)
 _UNHEARD: Final = Lead(ServiceName(""))
 _NOBODY: Final = ""
@@ -156,6 +160,7 @@ class Door:
     def open(self, listener: socket.socket) -> None:
         """Take clients from `listener`, a bound, listening, non-blocking socket. The door owns it."""
         self._listener = listener
+        self._defer_accept()
         self.reactor.register(listener, self, LISTENER_EVENTS)
         self._sweep_later()
 
@@ -163,6 +168,7 @@ class Door:
         """New clients get what `config` says; those that are in keep what they have."""
         self.config = config
         self._tags = _tags_of(config)
+        self._defer_accept()
 
     def wait_until(self, is_time: Callable[[], bool], deadline: float) -> None:
         """Leave clients in the listener's queue until `is_time`, or the reactor's clock shows `deadline`. Right after `open`."""
@@ -236,6 +242,12 @@ class Door:
 
     def on_crash(self) -> None:
         """From the reactor: a bug of ours; the door stays open."""
+
+    def _defer_accept(self) -> None:
+        listener, receptionist = self._listener, self.config.receptionist
+        if listener is not None and listener.family != socket.AF_UNIX:
+            speaks_first = receptionist is not None and receptionist.kind in _SPEAKS_FIRST
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, DEFER_ACCEPT_S if speaks_first else 0)
 
     def _take(self, sock: socket.socket, peer: object) -> None:
         address = peer[0] if isinstance(peer, tuple) else ""

@@ -76,7 +76,11 @@ class ClientSide:
             if not data:
                 raise ClientGone("left in the middle of a request's body")
             return data
-        raise Refused(408, "BodyTimeout", "The request's body did not arrive in time.")
+        raise self.too_slow()
+
+    def too_slow(self) -> Refused:
+        """What a client is told whose body does not go on."""
+        return Refused(408, "BodyTimeout", "The request's body did not arrive in time.")
 
     async def wait_until_gone(self) -> None:
         """Until the client leaves, or says so much that is not asked for yet that nothing more is read. Safe to cancel.

@@ -7,11 +7,13 @@ from typing import Final
 import trio
 
 from fxrelay.web.access import Visit
-from fxrelay.web.bodies import LAST_CHUNK, BadBody, chunk, request_body
+from fxrelay.web.bodies import LAST_CHUNK, BadBody, chunk
 from fxrelay.web.client import ClientGone, ClientSide
 from fxrelay.web.forwarding import Answer, Backward, answer_back, response_back, switched_back
 from fxrelay.web.heads import BadHead, RequestHead, ResponseHead, parse_response
 from fxrelay.web.link import ServiceLink
+from fxrelay.web.upload import Upload
+from fxtunnel.engine.stream import TunnelStream
 from fxtunnel.kit.answers import Refused
 
 MAX_INTERIM: Final = 16
@@ -126,27 +128,19 @@ class Exchange:
         client, order = self._client, self._order
         if not await self._send(order.wire):
             return
-        reader = request_body(order.head.length)
-        is_chunked = order.head.length is None
-        data, total = client.scanner.take_rest(), 0
+        upload = Upload(client, self._link, self._visit, order.head.length, order.max_body_bytes)
+        tunnel = client.stream if isinstance(client.stream, TunnelStream) else None
+        out = upload.feed(client.scanner.take_rest())
         while True:
-            try:
-                payload = reader.feed(data)
-            except BadBody as exc:
-                raise Refused(400, "BadRequest", f"The request's body is malformed: {exc}.") from exc
-            total += len(payload)
-            if order.max_body_bytes and total > order.max_body_bytes:
-                raise Refused(413, "TooLarge", "The request's body is larger than this service takes.")
-            self._visit.bytes_in = total
-            out = chunk(payload) if is_chunked else payload
-            if reader.is_done and is_chunked:
-                out += LAST_CHUNK
             if out and not await self._send(out):
                 return
-            if reader.is_done:
+            if upload.is_done:
                 break
-            data = await client.receive()
-        client.scanner.feed(reader.rest)
+            if tunnel is None or tunnel.is_at_end:
+                out = upload.feed(await client.receive())
+            else:
+                out = await upload.pass_on(tunnel)
+        client.scanner.feed(upload.rest)
         self._is_sent = True
         self._waits.deadline = trio.current_time() + order.response_timeout_s
 

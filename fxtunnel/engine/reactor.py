@@ -19,6 +19,8 @@ from typing import Any, Final, Protocol, TypeVar
 import outcome
 import trio
 
+from fxtunnel.engine.beside import Beside
+
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
@@ -80,6 +82,7 @@ class Reactor:
     """The loop. Everything is called in one thread, except `call_soon_threadsafe`.
 
     `now` is the monotonic time at which the current turn began. `read_buffer` is scratch memory that any callback may use until it returns.
+    `beside` is for work that takes too long for a callback.
     """
 
     def __init__(self) -> None:
@@ -93,6 +96,7 @@ class Reactor:
         self._order = itertools.count()
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._epoll.register(self._wake_fd, select.EPOLLIN)
+        self.beside = Beside(self.call_soon_threadsafe)
         self.now = time.monotonic()
         self.read_buffer = memoryview(bytearray(READ_BUFFER_BYTES))
 

@@ -17,7 +17,7 @@ from fxtunnel.engine.ports import SessionConfig, SessionOwner, SessionStatistics
 from fxtunnel.engine.reactor import ERROR, INCOMING, LINK_EVENTS, READ, READ_BUFFER_BYTES, WRITE, Reactor, Timer
 from fxtunnel.engine.read_share import ReadShare
 from fxtunnel.engine.splice import Splice
-from fxtunnel.engine.tls_calls import RecvInto, Send, no_link, reason_of, tls_calls
+from fxtunnel.engine.tls_calls import RecvInto, Send, corked, no_link, reason_of, tls_calls
 from fxtunnel.errors import RemoteProtocolError
 from fxtunnel.model import SessionId
 from fxtunnel.protocol import frames
@@ -247,7 +247,12 @@ class Session:
             self.wake()
 
     def _write(self, link: ssl.SSLSocket) -> bool:
-        """Send what the ring holds. True: all of it; False: the link is full, or gone."""
+        """Send what the ring holds, several records as few segments. True: all of it; False: the link is full, or gone."""
+        if self.mux.ring.unsent_bytes <= RECORD_BYTES:
+            return self._write_records(link)
+        return corked(link, self._write_records, link)
+
+    def _write_records(self, link: ssl.SSLSocket) -> bool:
         mux = self.mux
         ring = mux.ring
         while True:

@@ -2,6 +2,7 @@
 
 import socket
 import struct
+from contextlib import suppress
 from typing import Final
 
 from fxtunnel.codes import Code
@@ -12,6 +13,9 @@ from fxtunnel.protocol.pieces import Pieces
 
 RESET_GRACE_S: Final = 0.5
 """How long bytes that arrived before a RESET may still drain to a reader that moves, before it gets its RST."""
+PROVEN_WINDOW_BYTES: Final = 524_288
+PROVEN_NOTSENT_BYTES: Final = 262_144
+"""Unsent bytes that the kernel holds for a reader whose window has grown to that much. The budget of growth bounds how many there are."""
 _READ_TO_THE_END: Final = HANGUP | URGENT
 """After these a short read does not mean that the socket is empty: an end of file is behind it, or it stopped at an urgent byte."""
 RESET_ON_CLOSE: Final = struct.pack("ii", 1, 0)
@@ -174,6 +178,7 @@ class Splice:
             data = data[count:]
         if self._pending is None:
             self._pending = Pieces()
+            self._make_room()
         self._pending.append(data)
 
     def on_fin(self) -> None:
@@ -209,6 +214,12 @@ class Splice:
             self._let_go()
             abort(self.sock)
             self.released()
+
+    def _make_room(self) -> None:
+        """A reader that has proven itself, and is slower than the tunnel, gets more of it from the kernel, and less through `_pending`."""
+        if self.stream is not None and self.stream.window.window_bytes >= PROVEN_WINDOW_BYTES:
+            with suppress(OSError):  # a unix socket has no such thing
+                self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, PROVEN_NOTSENT_BYTES)
 
     def _fail_if_reset(self) -> None:
         # Nobody will read this socket soon, so a reset would not be seen on the way.

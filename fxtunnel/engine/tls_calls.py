@@ -1,9 +1,12 @@
-"""Pump: the two calls a TLS link is read and written with, by the shortest way Python has."""
+"""Pump: the two calls a TLS link is read and written with, by the shortest way Python has, and several records as few segments."""
 
+import socket
 import ssl
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
+A = TypeVar("A")
+R = TypeVar("R")
 RecvInto: TypeAlias = Callable[[int, memoryview], int]
 """Reads at most so many bytes, of one TLS record, into the front of the buffer; 0 is the end. Raises as `SSLSocket.recv_into` does."""
 Send: TypeAlias = Callable[[memoryview], int]
@@ -21,6 +24,19 @@ def tls_calls(link: ssl.SSLSocket) -> tuple[RecvInto, Send]:
     if below is not None:
         return below.read, below.write
     return lambda limit_bytes, buffer: link.recv_into(buffer, limit_bytes), link.send
+
+
+def corked(sock: socket.socket, write: Callable[[A], R], argument: A) -> R:
+    """`write(argument)`, so that only full segments leave meanwhile (tcp(7), TCP_CORK); what is left over leaves at the end.
+
+    OpenSSL writes a record at a time. Each would be a segment, an interruption of the receiver, and an event for whoever reads it.
+    """
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 1)
+    try:
+        return write(argument)
+    finally:
+        if sock.fileno() >= 0:  # it may be closed by now
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 0)
 
 
 def no_link(*_: object) -> int:

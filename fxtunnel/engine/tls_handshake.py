@@ -6,6 +6,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Final, Protocol
 
+import outcome
+
 from fxtunnel.engine.reactor import INCOMING, STREAM_EVENTS, Reactor, Timer
 from fxtunnel.engine.splice import CLOSE_CLEANLY, abort
 from fxtunnel.engine.tls_socket import TlsSocket
@@ -32,12 +34,24 @@ class Handshake:
 
     What a client can make us keep before it is done is bounded by OpenSSL: a ClientHello of more than 131,396 bytes, or any other
     message of more than it may have (at most 100 KiB), is refused before it is read; 32 empty records or 5 warnings in a row are, too.
-    Everything else stays in the kernel. Each handshake costs about 1 ms in the reactor's thread.
+    Everything else stays in the kernel. A handshake costs about 1 ms, most of it signing: that is done beside the loop, which goes on.
 
     `http_answer` is sent, in the clear, to a client that begins with a plain HTTP request.
     """
 
-    __slots__ = ("_answer", "_context", "_discarded", "_leaving", "_owner", "_sock", "_timer", "is_over", "reactor")
+    __slots__ = (
+        "_answer",
+        "_context",
+        "_discarded",
+        "_has_news",
+        "_is_beside",
+        "_leaving",
+        "_owner",
+        "_sock",
+        "_timer",
+        "is_over",
+        "reactor",
+    )
 
     def __init__(
         self, reactor: Reactor, sock: socket.socket, context: ssl.SSLContext, owner: SecureOwner, *, http_answer: bytes = b""
@@ -51,6 +65,10 @@ class Handshake:
         self._leaving = ""
         self._discarded = 0
         self._timer: Timer | None = None
+        self._is_beside = False
+        """The thread has the socket."""
+        self._has_news = False
+        """Something happened meanwhile."""
 
     def start(self) -> None:
         """Begin: the socket is accepted, non-blocking and not registered; nothing of TLS has been taken from it."""
@@ -71,16 +89,39 @@ class Handshake:
             if events & INCOMING:
                 self._discard()
             return
+        if self._is_beside:
+            self._has_news = True
+            return
+        self._is_beside, self._has_news = True, False
+        self.reactor.beside.do(self._step, self._stepped)
+
+    def _step(self) -> None:
+        """In the thread."""
+        if not self.is_over:
+            self._sock.do_handshake()  # type: ignore[attr-defined]  # also sends the alert, before it raises
+
+    def _stepped(self, result: outcome.Outcome[None]) -> None:
+        """In the loop again."""
+        self._is_beside = False
+        tls = self._sock
+        if self.is_over:
+            with suppress(OSError):
+                abort(tls)
+            return
         try:
-            tls.do_handshake()  # also sends the alert, before it raises
+            result.unwrap()
         except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
-            pass
+            if self._has_news:
+                self.on_event(INCOMING)
         except OSError as exc:
             self._leave(exc)
+        except Exception:
+            self.fail("internal error")
+            raise
         else:
             self.is_over = True
             self.reactor.unregister(tls)
-            self._owner.on_secure(self, tls)
+            self._owner.on_secure(self, tls)  # type: ignore[arg-type]
 
     def on_crash(self) -> None:
         """From the reactor: a bug of ours; this connection ends, nothing else does."""
@@ -129,7 +170,10 @@ class Handshake:
         self.is_over = True
         if self._timer is not None:
             self._timer.cancel()
-        self.reactor.forget(self._sock)
-        with suppress(OSError):  # it may be closed already
-            close(self._sock)
+        if self._is_beside:
+            self.reactor.unregister(self._sock)  # to be closed when the thread has let go of it
+        else:
+            self.reactor.forget(self._sock)
+            with suppress(OSError):  # it may be closed already
+                close(self._sock)
         self._owner.on_failed(self, reason)

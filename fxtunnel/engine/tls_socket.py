@@ -10,6 +10,8 @@ import socket
 import ssl
 from typing import TYPE_CHECKING, Final
 
+from fxtunnel.engine.tls_calls import corked
+
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer, WriteableBuffer
 
@@ -127,6 +129,11 @@ class TlsSocket(ssl.SSLSocket):
         if self._goodbye is not None:
             raise BrokenPipeError(errno.EPIPE, "close_notify has been sent")
         self.write_awaits_read = False
+        if len(data) <= _MAX_RECORD_BYTES:  # type: ignore[arg-type]  # whoever sends has counted it
+            return self._send_records(data)
+        return corked(self, self._send_records, data)
+
+    def _send_records(self, data: "ReadableBuffer") -> int:
         sent = 0
         try:
             with memoryview(data) as view:

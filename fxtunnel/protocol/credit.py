@@ -21,6 +21,9 @@ MIN_GROWTH_RTT_S: Final = 0.002
 causes would be taken for path length, and grow it for ever."""
 PROOF_BYTES: Final = 131_072
 """What the kernels on the way may take for a reader that never reads: less than this does not show that somebody does."""
+_QUARTER: Final = 2
+_HALF: Final = 1
+"""Shifts: how much of a window is free when credit goes back. Half is enough where the path is short, and is half as many frames."""
 FASTEST_GROWTH: Final = 4
 """How many times larger one round trip may make a window."""
 
@@ -73,12 +76,13 @@ class ReceiveWindow:
     (`flow-control`).
     """
 
-    __slots__ = ("_budget", "_consumed", "_measured", "_since", "_trip_bytes", "first_bytes", "left_bytes", "window_bytes")
+    __slots__ = ("_budget", "_consumed", "_measured", "_part", "_since", "_trip_bytes", "first_bytes", "left_bytes", "window_bytes")
 
     def __init__(self, budget: WindowBudget, first_bytes: int) -> None:
         self._budget = budget
         self._consumed = 0
         self._measured = 0
+        self._part = _QUARTER
         self._trip_bytes = 0
         self._since = 0.0
         self.first_bytes = first_bytes
@@ -86,9 +90,9 @@ class ReceiveWindow:
         self.left_bytes = first_bytes
 
     def consumed(self, amount_bytes: int) -> bool:
-        """The reader took that much. True when credit should be returned now (`grant`): a quarter of the window is free."""
+        """The reader took that much. True when credit should go back (`grant`): a quarter of the window is free, half of a local one."""
         self._consumed += amount_bytes
-        return self._consumed << 2 >= self.window_bytes
+        return self._consumed << self._part >= self.window_bytes
 
     def grant(self, now: float, min_rtt_s: float, max_window_bytes: int) -> int:
         """Credit to return, in bytes; the window grows on the way when the reader has kept up with a whole window of it."""
@@ -100,6 +104,7 @@ class ReceiveWindow:
         elif self._measured >= (window := self.window_bytes) and self._measured >= PROOF_BYTES:
             if (now - self._since) * window < FAST_CONSUMPTION_S * self._measured and window < LOCAL_WINDOW_BYTES:
                 amount += self._grow(min(window, LOCAL_WINDOW_BYTES - window, max_window_bytes - window))
+                self._part = _HALF if self.window_bytes == LOCAL_WINDOW_BYTES else _QUARTER
             self._measured = 0
             self._since = now
         self.left_bytes += amount
@@ -111,6 +116,7 @@ class ReceiveWindow:
         What is measured is as old as the round trip, and on the way up the sender may have been held back by what the window was then. So
         what was added since the last look counts again and again (docs/adr/0004).
         """
+        self._part = _QUARTER
         window = self.window_bytes
         elapsed_s = now - self._since if self._since else min_rtt_s
         if self._measured << 1 < window or elapsed_s < 0.9 * min_rtt_s:

@@ -20,7 +20,7 @@ from fxtunnel.protocol.opening import Opening, UnsupportedTag, decode_open
 from fxtunnel.protocol.parser import FrameParser
 from fxtunnel.protocol.replay import ReplayRing
 
-ACK_EVERY_BYTES: Final = 131_072
+ACK_EVERY_BYTES: Final = 262_144
 """A receiver acknowledges at least this often (PROTOCOL.md, 7)."""
 RING_RESERVE_BYTES: Final = 16_384
 """Room in the ring that DATA leaves to control frames, so that ACK and CREDIT get through when replay memory is full."""

@@ -4,6 +4,7 @@ import shutil
 import socket
 import ssl
 import subprocess
+import threading
 from pathlib import Path
 
 import pytest
@@ -275,3 +276,24 @@ async def test_renegotiation_is_refused(contexts: Contexts, pairs: list[tuple[Pa
             assert until in text
 
         await in_thread(lambda: s_client("-tls1_2", send=b"R\n", until=b"no renegotiation"))
+
+
+async def test_a_client_whose_time_is_over_while_the_thread_has_its_socket(contexts: Contexts, pairs: list[tuple[Path, Path]]) -> None:
+    """The owner hears at once; the socket is closed when the thread has let go of it, since its number might be somebody else's by then."""
+    async with open_plane(contexts) as plane:
+        door, port = add_tls_door(plane, server_context(pairs))
+        may_go_on = threading.Event()
+        plane.reactor.beside.do(lambda: may_go_on.wait(10), lambda _: None)
+        async with await trio.open_tcp_stream(LOOPBACK, port) as stream:
+            await stream.send_all(b"\x16\x03\x01")
+            with trio.fail_after(5):
+                while not door.seen.under_way or not door.seen.under_way[0]._is_beside:
+                    await trio.sleep(0.01)
+            door.seen.under_way[0].fail("too late")
+            assert door.seen.failed == ["too late"]
+            with trio.move_on_after(0.1):
+                await stream.receive_some()
+                raise AssertionError("the socket was closed while the thread had it")
+            may_go_on.set()
+            with trio.fail_after(5), pytest.raises(trio.BrokenResourceError):
+                await stream.receive_some()

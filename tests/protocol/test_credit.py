@@ -100,6 +100,18 @@ def test_a_reader_that_keeps_up_gets_a_mebibyte_and_no_more_on_a_short_path() ->
     assert budget.grown_bytes == LOCAL_WINDOW_BYTES - FIRST_WINDOW_BYTES
 
 
+def test_credit_for_a_window_that_is_as_large_as_a_short_path_needs_returns_when_half_is_free() -> None:
+    budget = WindowBudget(256 * MIB)
+    window = ReceiveWindow(budget, budget.take_first())
+    keep_up(window, 100.0, rounds=30, window_s=0.001, rtt_s=MIN_GROWTH_RTT_S)
+    window.grant(200.0, 0.0, MAX_WINDOW)
+    assert not window.consumed(LOCAL_WINDOW_BYTES // 2 - 1)
+    assert window.consumed(1)
+    window.grant(201.0, LONG_RTT_S, MAX_WINDOW)  # the path has become a long one: there every round trip counts
+    assert not window.consumed(window.window_bytes // 4 - 1)
+    assert window.consumed(1)
+
+
 def test_a_slow_reader_keeps_its_first_window() -> None:
     budget = WindowBudget(256 * MIB)
     window = ReceiveWindow(budget, budget.take_first())

@@ -73,10 +73,10 @@ def test_the_document_gives_the_same_bounds() -> None:
     assert rows["REFUSE"] == rows["GOAWAY"] == "code u16, UTF-8 text ≤ 256 bytes"
     assert rows["REDIRECT"] == "relay id, 1 … 64 bytes ASCII"
     assert "up to 4,096 bytes of DATA right after OPEN" in DOCUMENT
-    assert "ACK at least every 128 KiB" in DOCUMENT
+    assert "ACK at least every 256 KiB" in DOCUMENT
     assert "1 … 2^31-1" in rows["CREDIT"]
     limits = (frames.EARLY_BYTES, frames.MAX_HELLO_BYTES, frames.MAX_CREDIT, frames.MAX_STREAM_ID, ACK_EVERY_BYTES)
-    assert limits == (4_096, 4_096, 2**31 - 1, 2**32 - 1, 131_072)
+    assert limits == (4_096, 4_096, 2**31 - 1, 2**32 - 1, 262_144)
 
 
 def test_what_dos_promises_of_a_session() -> None:

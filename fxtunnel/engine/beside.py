@@ -1,0 +1,62 @@
+"""Pump: work that would hold the loop, done in one thread beside it, one piece after the other."""
+
+import logging
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Final
+
+import outcome
+import trio
+
+logger = logging.getLogger(__name__)
+
+THREAD_NAME: Final = "beside-the-loop"
+Work = Callable[[], object]
+Then = Callable[[outcome.Outcome[Any]], None]
+
+
+class Beside:
+    """One for each reactor. The work should be C code that lets go of the interpreter, or the loop is held all the same.
+
+    There is never more than one thread, so that a crowd cannot make many of them, nor take more than one core. It is trio's, which keeps
+    idle ones for a while.
+    """
+
+    __slots__ = ("_call_soon_threadsafe", "_has_thread", "_waiting")
+
+    def __init__(self, call_soon_threadsafe: Callable[[Callable[[], object]], None]) -> None:
+        self._call_soon_threadsafe = call_soon_threadsafe
+        self._has_thread = False
+        self._waiting: deque[tuple[Work, Then]] = deque()
+
+    def do(self, work: Work, then: Then) -> None:
+        """Call `work` in the thread, then `then` with its outcome in the loop. Whoever asks bounds how much waits."""
+        self._waiting.append((work, then))
+        if not self._has_thread:
+            self._begin()
+
+    def _begin(self) -> None:
+        self._has_thread = True
+        trio.lowlevel.start_thread_soon(self._work, self._ended, THREAD_NAME)
+
+    def _work(self) -> None:
+        waiting = self._waiting
+        while waiting:
+            work, then = waiting.popleft()
+            self._call_soon_threadsafe(partial(_told, then, outcome.capture(work)))
+
+    def _ended(self, result: outcome.Outcome[None]) -> None:
+        self._call_soon_threadsafe(self._look_again)
+
+    def _look_again(self) -> None:
+        self._has_thread = False
+        if self._waiting:
+            self._begin()
+
+
+def _told(then: Then, result: outcome.Outcome[Any]) -> None:
+    try:
+        then(result)
+    except Exception:
+        logger.exception("what was done beside the loop could not be told")

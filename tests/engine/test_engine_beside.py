@@ -1,0 +1,68 @@
+"""Work beside the loop: in another thread, in its order, and told in the loop whatever becomes of it."""
+
+import threading
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import outcome
+import trio
+
+from fxtunnel.engine.reactor import Reactor
+
+
+@asynccontextmanager
+async def running() -> AsyncIterator[Reactor]:
+    reactor = Reactor()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(reactor.run_in_task)
+        with trio.fail_after(10):
+            yield reactor
+        nursery.cancel_scope.cancel()
+    reactor.close()
+
+
+async def test_work_is_done_elsewhere_one_after_the_other_and_told_here() -> None:
+    async with running() as reactor:
+        at_once, most, threads, told = 0, 0, set(), []
+        done = trio.Event()
+
+        def work(number: int) -> int:
+            nonlocal at_once, most
+            at_once += 1
+            most = max(most, at_once)
+            threads.add(threading.get_ident())
+            time.sleep(0.002)
+            at_once -= 1
+            if number == 3:
+                raise OSError("the fourth")
+            return number
+
+        def then(result: outcome.Outcome[int]) -> None:
+            assert threading.current_thread() is threading.main_thread()
+            told.append(str(result.error) if isinstance(result, outcome.Error) else result.unwrap())
+            if len(told) == 10:
+                done.set()
+
+        for number in range(5):
+            reactor.beside.do(lambda number=number: work(number), then)  # type: ignore[misc]
+        await trio.sleep(0.03)  # the thread may have ended by now
+        for number in range(5, 10):
+            reactor.beside.do(lambda number=number: work(number), then)  # type: ignore[misc]
+        await done.wait()
+        assert told == [0, 1, 2, "the fourth", 4, 5, 6, 7, 8, 9]
+        assert most == 1
+        assert threading.get_ident() not in threads
+
+
+async def test_the_loop_outlives_those_who_are_told(caplog: object) -> None:
+    async with running() as reactor:
+        done = trio.Event()
+
+        def fails(_: outcome.Outcome[int]) -> None:
+            raise ValueError("a bug")
+
+        reactor.beside.do(lambda: 1, fails)
+        reactor.beside.do(lambda: 2, lambda _: done.set())
+        await done.wait()
+        assert "could not be told" in caplog.text  # type: ignore[attr-defined]
