@@ -1,6 +1,7 @@
 """Relays' part in reservations, on one real store: logins of many requests, stores that fail for one of them, and who waits."""
 
-from collections.abc import AsyncIterator, Callable
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +14,7 @@ from fxrelay.balance.login_attempt import Happening
 from fxrelay.balance.reservations import Login, Reason, Record
 from fxrelay.balance.waiting import Line, Place
 from fxrelay.cluster.members import Ages
-from fxrelay.cluster.ports import RESERVATIONS, Change, Present
+from fxrelay.cluster.ports import RESERVATIONS, Change, Document, Present
 from fxrelay.cluster.sqlite_bus import SqliteTransporter
 from fxrelay.cluster.sqlite_store import SqliteStore
 from fxrelay.cluster.view import ClusterView
@@ -33,6 +34,16 @@ class Partitioned(SqliteStore):
 
     is_cut = False
     loses_answers = False
+    read_waits: threading.Event | None = None
+    """What was read is handed over when this is set."""
+    is_reading = False
+
+    def documents(self, collection: str) -> Iterator[Document]:
+        found, waits = list(super().documents(collection)), self.read_waits
+        if waits is not None and collection == RESERVATIONS:
+            self.is_reading = True
+            assert waits.wait(20)
+        yield from found
 
     def update(self, collection: str, key: str, change: Change) -> Present:
         if self.is_cut:
@@ -192,6 +203,18 @@ async def test_a_store_that_has_forgotten_is_reported_once(tmp_path: Path, caplo
         assert told[0].startswith("the store is new, or has forgotten who has which server: none is given out for ")
         await trio.sleep(LEASE_S)
         assert len([record for record in caplog.records if "forgotten" in record.message]) == 1
+
+
+async def test_what_is_granted_while_all_records_are_read_is_not_forgotten(tmp_path: Path) -> None:
+    async with relays(tmp_path, "a") as (relay,):
+        go_on = relay.store.read_waits = threading.Event()
+        await until(lambda: relay.store.is_reading)
+        await relay.taken(S1, "ann")
+        relay.reservations.upkeep.has_read = False
+        relay.store.read_waits = None
+        go_on.set()
+        await until(lambda: relay.reservations.upkeep.has_read)
+        assert relay.reservations.holders.users(0)[S1] == "ann"
 
 
 async def test_a_server_is_held_while_its_user_has_sessions(tmp_path: Path) -> None:
