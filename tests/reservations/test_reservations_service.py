@@ -21,7 +21,7 @@ from fxrelay.cluster.view import ClusterView
 from fxrelay.reserving.books import ReservingConfig
 from fxrelay.reserving.leases import Hold, Terms
 from fxrelay.reserving.reservations import NO_STORE, Entered, Refused, Reservations
-from fxrelay.reserving.tidings import encode_tidings, read_tidings
+from fxrelay.reserving.tidings import Tidings, encode_tidings, read_tidings
 from fxtunnel.errors import StoreError
 from fxtunnel.model import RelayId
 
@@ -233,6 +233,32 @@ async def test_a_server_is_held_while_its_user_has_sessions(tmp_path: Path) -> N
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"serverId": "a b", "record": "{}"}', '{"serverId": "a", "record": 7}', "[" * 9_999])
 def test_messages_that_are_malformed_are_dropped(text: str) -> None:
     assert read_tidings(text) is None
+
+
+async def test_what_follows_quickly_is_told_together_as_it_is_then(autojump_clock: trio.testing.MockClock) -> None:
+    told: list[tuple[str, ...]] = []
+
+    class Bus:
+        def publish(self, topic: str, *texts: str) -> None:
+            told.append(texts)
+
+    class AtOnce:
+        async def run(self, call: Callable[[], None]) -> None:
+            await trio.lowlevel.checkpoint()
+            call()
+
+    tidings = Tidings(Bus(), AtOnce())  # type: ignore[arg-type]
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(tidings.run)
+        for revision in (1, 3, 2):
+            tidings.publish("s1", Record("e", revision=revision))
+        tidings.publish("s2", Record("e", revision=1))
+        await trio.sleep(1)
+        tidings.publish("s1", Record("e", revision=4))
+        await trio.sleep(1)
+        nursery.cancel_scope.cancel()
+    found = [[read_tidings(text) for text in texts] for texts in told]
+    assert found == [[(S1, Record("e", revision=3)), (S2, Record("e", revision=1))], [(S1, Record("e", revision=4))]]
 
 
 def test_a_message_is_heard() -> None:
