@@ -36,10 +36,12 @@ class Holders:
             self._index(server_id, known.record if known is not None else Record(), record)
         return known is None or (known.record.holder, known.record.entries) != (record.holder, record.entries)
 
-    def forget_unless(self, server_ids: frozenset[str]) -> None:
-        """The store was read to its end, and has these."""
-        for server_id in [known for known in self._standings if known not in server_ids]:
-            self._index(server_id, self._standings.pop(server_id).record, Record())
+    def forget(self, server_ids: Iterable[RelayId]) -> None:
+        """The store was read to its end, and does not have these."""
+        for server_id in server_ids:
+            standing = self._standings.pop(server_id, None)
+            if standing is not None:
+                self._index(server_id, standing.record, Record())
 
     def _index(self, server_id: RelayId, before: Record, after: Record) -> None:
         for login in before.logins:

@@ -19,6 +19,8 @@ from fxtunnel.model import RelayId, is_name
 logger = logging.getLogger(__name__)
 
 QUEUE: Final = 1_024
+GATHER_S: Final = 0.02
+"""News wait so long for others: an entry and its commit are told together, and telling the one is not in the way of the other."""
 ENTERED: Final = "entered"
 COMMITTED: Final = "committed"
 REJECTED: Final = "rejected"
@@ -41,6 +43,7 @@ class Tidings:
     async def run(self) -> None:
         """Tell the other relays until cancelled. What they do not hear they read in the store."""
         async for first in self._news_out:
+            await trio.sleep(GATHER_S)
             news = [first]
             with suppress(trio.WouldBlock):
                 while True:

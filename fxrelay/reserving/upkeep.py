@@ -148,6 +148,7 @@ class Upkeep:
     async def _keep_reading(self) -> None:
         """What was not heard, and what expired."""
         while True:
+            known = frozenset(self._books.holders.standings())
             found = await self._books.ask(lambda: list(self._books.ledger.records()))
             if not isinstance(found, StoreError):
                 for start in range(0, len(found), SLICE):
@@ -156,7 +157,8 @@ class Upkeep:
                             self._books.know(RelayId(server_id), record)
                             adopt_kept(self._leases, self._books.config.relay_id, RelayId(server_id), record, self._books.ledger.lease_ms)
                     await trio.lowlevel.checkpoint()
-                self._books.holders.forget_unless(frozenset(server_id for server_id, _ in found))
+                # What was learned while it was read may not have been there yet.
+                self._books.holders.forget(known - {server_id for server_id, _ in found})
                 records = {server_id: standing.record for server_id, standing in self._books.holders.standings().items()}
                 learn_kept(self._leases, self._books.tidings, records, self._view.now_ms)
                 self.has_read = True

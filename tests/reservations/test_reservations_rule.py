@@ -271,5 +271,5 @@ def test_holders_keep_the_newest_of_an_epoch() -> None:
     assert holders.users(NOW) == {server: "ann"}
     assert holders.users(NOW + LEASE) == {}
     assert holders.learn(server, Record("f", revision=1))
-    holders.forget_unless(frozenset())
+    holders.forget({server, RelayId("never known")})
     assert not holders.standings()

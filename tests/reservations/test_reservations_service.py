@@ -1,6 +1,7 @@
 """Relays' part in reservations, on one real store: logins of many requests, stores that fail for one of them, and who waits."""
 
-from collections.abc import AsyncIterator, Callable
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -13,14 +14,14 @@ from fxrelay.balance.login_attempt import Happening
 from fxrelay.balance.reservations import Login, Reason, Record
 from fxrelay.balance.waiting import Line, Place
 from fxrelay.cluster.members import Ages
-from fxrelay.cluster.ports import RESERVATIONS, Change, Present
+from fxrelay.cluster.ports import RESERVATIONS, Change, Document, Present
 from fxrelay.cluster.sqlite_bus import SqliteTransporter
 from fxrelay.cluster.sqlite_store import SqliteStore
 from fxrelay.cluster.view import ClusterView
 from fxrelay.reserving.books import ReservingConfig
 from fxrelay.reserving.leases import Hold, Terms
 from fxrelay.reserving.reservations import NO_STORE, Entered, Refused, Reservations
-from fxrelay.reserving.tidings import encode_tidings, read_tidings
+from fxrelay.reserving.tidings import Tidings, encode_tidings, read_tidings
 from fxtunnel.errors import StoreError
 from fxtunnel.model import RelayId
 
@@ -37,6 +38,16 @@ class Partitioned(SqliteStore):
     errors = 0
     is_cut = False
     loses_answers = False
+    read_waits: threading.Event | None = None
+    """What was read is handed over when this is set."""
+    is_reading = False
+
+    def documents(self, collection: str) -> Iterator[Document]:
+        found, waits = list(super().documents(collection)), self.read_waits
+        if waits is not None and collection == RESERVATIONS:
+            self.is_reading = True
+            assert waits.wait(20)
+        yield from found
 
     def update(self, collection: str, key: str, change: Change) -> Present:
         if self.errors:
@@ -213,6 +224,18 @@ async def test_a_store_that_has_forgotten_is_reported_once(tmp_path: Path, caplo
         assert len([record for record in caplog.records if "forgotten" in record.message]) == 1
 
 
+async def test_what_is_granted_while_all_records_are_read_is_not_forgotten(tmp_path: Path) -> None:
+    async with relays(tmp_path, "a") as (relay,):
+        go_on = relay.store.read_waits = threading.Event()
+        await until(lambda: relay.store.is_reading)
+        await relay.taken(S1, "ann")
+        relay.reservations.upkeep.has_read = False
+        relay.store.read_waits = None
+        go_on.set()
+        await until(lambda: relay.reservations.upkeep.has_read)
+        assert relay.reservations.holders.users(0)[S1] == "ann"
+
+
 async def test_a_server_is_held_while_its_user_has_sessions(tmp_path: Path) -> None:
     async with relays(tmp_path, "a", "b") as (first, second):
         sessions = {(S1, "ann")}
@@ -229,6 +252,32 @@ async def test_a_server_is_held_while_its_user_has_sessions(tmp_path: Path) -> N
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"serverId": "a b", "record": "{}"}', '{"serverId": "a", "record": 7}', "[" * 9_999])
 def test_messages_that_are_malformed_are_dropped(text: str) -> None:
     assert read_tidings(text) is None
+
+
+async def test_what_follows_quickly_is_told_together_as_it_is_then(autojump_clock: trio.testing.MockClock) -> None:
+    told: list[tuple[str, ...]] = []
+
+    class Bus:
+        def publish(self, topic: str, *texts: str) -> None:
+            told.append(texts)
+
+    class AtOnce:
+        async def run(self, call: Callable[[], None]) -> None:
+            await trio.lowlevel.checkpoint()
+            call()
+
+    tidings = Tidings(Bus(), AtOnce())  # type: ignore[arg-type]
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(tidings.run)
+        for revision in (1, 3, 2):
+            tidings.publish("s1", Record("e", revision=revision))
+        tidings.publish("s2", Record("e", revision=1))
+        await trio.sleep(1)
+        tidings.publish("s1", Record("e", revision=4))
+        await trio.sleep(1)
+        nursery.cancel_scope.cancel()
+    found = [[read_tidings(text) for text in texts] for texts in told]
+    assert found == [[(S1, Record("e", revision=3)), (S2, Record("e", revision=1))], [(S1, Record("e", revision=4))]]
 
 
 def test_a_message_is_heard() -> None:
