@@ -1,6 +1,5 @@
 """Task: log lines: one JSON object a line for machines, one readable line for a terminal; no client's bytes can forge either."""
 
-import json
 import logging
 import sys
 import time
@@ -9,6 +8,9 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any, Final, Literal, TextIO, cast
+
+import structlog
+from structlog.typing import EventDict, Processor
 
 Style = Literal["auto", "json", "text"]
 _ExcInfo = tuple[type[BaseException], BaseException, TracebackType | None]
@@ -19,8 +21,6 @@ _RECORD_FIELDS: Final = frozenset(logging.makeLogRecord({}).__dict__) | {"messag
 # Talkative at INFO, about what our own lines say better.
 _QUIETER: Final = ("hypercorn.error", "hypercorn.access", "trio-websocket", "trio_websocket")
 _MAX_TEMPLATES: Final = 1024
-_RESERVED: Final = frozenset((*_OWN_FIELDS, "traceback"))
-_TO_JSON: Final = json.JSONEncoder(ensure_ascii=True, skipkeys=True, default=repr)
 
 
 class Secret:
@@ -83,8 +83,9 @@ def configure(level: str, style: Style, stream: TextIO = sys.stderr) -> None:
     Replaces what was configured before. The caller keeps `stream`.
     """
     as_text = style == "text" or (style == "auto" and stream.isatty())
+    renderer: Processor = _text_line if as_text else structlog.processors.JSONRenderer(ensure_ascii=True, skipkeys=True)
     handler = logging.StreamHandler(stream)
-    handler.setFormatter(_Lines(_text_line if as_text else _TO_JSON.encode))
+    handler.setFormatter(structlog.stdlib.ProcessorFormatter(processors=[_fields, renderer]))
     handler.addFilter(RateLimited())
     root = logging.getLogger()
     for old in root.handlers[:]:
@@ -97,36 +98,25 @@ def configure(level: str, style: Style, stream: TextIO = sys.stderr) -> None:
     logging.raiseExceptions = False
 
 
-class _Lines(logging.Formatter):
-    """Makes a line of a record's fields. Audit lines are many on a busy relay: this does only what they need."""
-
-    def __init__(self, render: Callable[[dict[str, Any]], str]) -> None:
-        super().__init__()
-        self._render = render
-
-    def format(self, record: logging.LogRecord) -> str:
-        """The line. Raises what formatting the message raises: the handler drops the record then."""
-        return self._render(_fields(record))
-
-
-def _fields(record: logging.LogRecord) -> dict[str, Any]:
+def _fields(_logger: object, _method: str, event_dict: EventDict) -> EventDict:
     """The fields of a line, in their order: our four, those given with `extra=`, and the traceback."""
-    fields: dict[str, Any] = {
+    record: logging.LogRecord = event_dict["_record"]
+    fields: EventDict = {
         "ts": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
         "level": record.levelname.lower(),
-        "event": record.getMessage(),
+        "event": event_dict["event"],
         "logger": record.name,
     }
     for name, value in record.__dict__.items():
         if name not in _RECORD_FIELDS:
-            fields[f"{name}_" if name in _RESERVED else name] = value
-    if record.exc_info:
+            fields[f"{name}_" if name in (*_OWN_FIELDS, "traceback") else name] = value
+    if "exc_info" in event_dict:
         # Never with the values of local variables: they hold keys and other people's bytes.
-        fields["traceback"] = "".join(traceback.format_exception(*cast(_ExcInfo, record.exc_info))).rstrip("\n")
+        fields["traceback"] = "".join(traceback.format_exception(*cast(_ExcInfo, event_dict["exc_info"]))).rstrip("\n")
     return fields
 
 
-def _text_line(fields: dict[str, Any]) -> str:
+def _text_line(_logger: object, _method: str, fields: EventDict) -> str:
     """`12:00:00.000 INFO event key=value …`; a traceback follows in indented lines, which no event can begin with."""
     rest: dict[str, Any] = dict(fields)
     ts, level, event, logger = (str(rest.pop(name)) for name in _OWN_FIELDS)
