@@ -43,7 +43,9 @@ class DoorStatus:
 
 @dataclass(frozen=True, slots=True)
 class WorkerStatus:
-    """One process of several. `restarts` counts the times it has died since the gateway started."""
+    """One process of several. `restarts` counts the times it has died since the gateway started, `far_relays` those that it can reach at
+    other workers.
+    """
 
     worker: int
     pid: int
@@ -51,6 +53,7 @@ class WorkerStatus:
     restarts: int
     relays: int
     connections: int
+    far_relays: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -57,6 +57,11 @@ class AllRelays:
         """See `Relays`."""
         return self
 
+    @property
+    def far(self) -> int:
+        """How many relays can be reached at other workers."""
+        return sum(far.readiness is not Readiness.NONE for far in self._far.values())
+
     def named(self, relay_id: RelayId) -> LiveRelay | FarRelay | None:
         """See `Relays`."""
         near = self._registry.named(relay_id)

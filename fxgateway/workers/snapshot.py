@@ -17,10 +17,11 @@ from fxtunnel.model import ServiceName
 _SERVING = frozenset({"up", "held"})
 
 
-def snapshot(view: GatewayView) -> dict[str, Any]:
+def snapshot(view: GatewayView, far_relays: int = 0) -> dict[str, Any]:
     """One look at a worker, as a message."""
     return {
         "pid": os.getpid(),
+        "far_relays": far_relays,
         "totals": asdict(view.totals()),
         "relays": [asdict(relay) for relay in view.relays()],
         "doors": [asdict(door) for door in view.doors()],
@@ -133,6 +134,7 @@ class MergedView:
             self._facts.restarts[number],
             len(status["relays"]),
             sum(door["connections"] for door in status["doors"]),
+            status.get("far_relays", 0),
         )
 
     def _sums(self) -> Counter[tuple[str, ...]]:

@@ -133,7 +133,7 @@ class Worker(Gateway):
 
     def _announce(self, tunnel: str, admin: str) -> None:
         self._view.listening = (tunnel, *self._doors.bound.values(), admin)
-        self._crew.status = lambda: snapshot(self._view)
+        self._crew.status = lambda: snapshot(self._view, self._all_relays.far)
         self._crew.join(self._number, self._registry, self._all_relays, self._shared, self._doors)
         self._crew.parent.send({"op": "ready"})
 

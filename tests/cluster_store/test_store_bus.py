@@ -104,10 +104,10 @@ def test_closing_wakes_who_waits(backend: Backend, through: str) -> None:
         time.sleep(0.3)
         began = time.monotonic()
         (subscription if through == "subscription" else transporter).close()
-        assert time.monotonic() - began < 0.5, "closing waited"
+        assert time.monotonic() - began < 5, "closing waited"
         with pytest.raises(TransporterError, match="was closed"):
             waiting.result(20)
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 20
     subscription.close()
     transporter.close()
     with pytest.raises(TransporterError, match="was closed"):

@@ -102,7 +102,7 @@ class ScriptedChooser:
 
     async def settled(self) -> None:
         """Wait until every claim has been given back; each exactly once."""
-        with trio.fail_after(3):
+        with trio.fail_after(10):
             while not all(claim.released for claim in self.claims):
                 await trio.sleep(0.01)
         assert [claim.released for claim in self.claims] == [1] * len(self.claims)

@@ -21,7 +21,7 @@ A, B = "127.0.0.11", "127.0.0.12"
 
 
 async def until(condition: Callable[[], object]) -> None:
-    with trio.fail_after(3):
+    with trio.fail_after(10):
         while not condition():
             await trio.sleep(0.005)
 

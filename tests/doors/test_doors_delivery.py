@@ -63,7 +63,7 @@ async def test_relay_carries_no_more_than_its_limit(contexts: Contexts) -> None:
         relay = await plane.add_relay(await plane.serve(echo), limits=DeliveryLimits(streams=3))
         port = plane.add_door()
         streams = [await connect(port) for _ in range(3)]
-        with trio.fail_after(1):
+        with trio.fail_after(10):
             while len(relay.desk.deliveries) < 3:
                 await trio.sleep(0.01)
         await refused(port)
@@ -127,7 +127,7 @@ EXHAUSTED = """
                 except OSError:
                     pass
                 late.connect_ex(("127.0.0.1", port))
-                with trio.fail_after(2):
+                with trio.fail_after(10):
                     while not door._paused:
                         await trio.sleep(0.01)
                 turns = 0
@@ -147,7 +147,7 @@ EXHAUSTED = """
                 resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
                 stream = trio.SocketStream(trio.socket.from_stdlib_socket(late))
                 await stream.send_all(b"late")
-                with trio.fail_after(2):
+                with trio.fail_after(4):
                     assert await receive_exactly(stream, 4) == b"late"
                 await stream.aclose()
                 await waiting.aclose()

@@ -321,7 +321,7 @@ async def test_too_many_are_told_so_where_http_is_spoken(contexts: Contexts) -> 
         receptionist = Receptionist(Kind.HTTP, ROUTES, None)
         port = plane.add_door(AdmissionLimits(connections_per_source=1, exempt=()), receptionist=receptionist)  # type: ignore[arg-type]
         async with await connect(port):
-            with trio.fail_after(3):
+            with trio.fail_after(10):
                 while not plane.doors[0].hall.visitors:
                     await trio.sleep(0.01)
             async with await connect(port) as stream:
@@ -333,7 +333,7 @@ async def test_a_door_that_closes_turns_its_visitors_away(contexts: Contexts) ->
     async with open_plane(contexts) as plane:
         await two_services(plane)
         async with await connect(door(plane, Kind.SNI)) as stream:
-            with trio.fail_after(3):
+            with trio.fail_after(10):
                 while not plane.doors[0].hall.visitors:
                     await trio.sleep(0.01)
             plane.doors[0].close()

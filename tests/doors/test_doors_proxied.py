@@ -79,7 +79,7 @@ async def test_a_header_in_two_pieces_cut_at_every_byte(contexts: Contexts, head
         streams = [await connect(port) for _ in range(len(header))]
         for cut, stream in enumerate(streams):
             await stream.send_all(header[:cut] or header[:1])
-        with trio.fail_after(3):
+        with trio.fail_after(10):
             while len(plane.doors[0].proxied) < len(header):
                 await trio.sleep(0.01)
         for cut, stream in enumerate(streams):
@@ -171,7 +171,7 @@ async def test_those_who_owe_a_header_are_bounded(contexts: Contexts, monkeypatc
         port = plane.add_door(proxy_from=PROXY)
         door = plane.doors[0]
         waiting = [await connect(port) for _ in range(2)]
-        with trio.fail_after(2):
+        with trio.fail_after(10):
             while len(door.proxied) < 2:
                 await trio.sleep(0.01)
         assert door.admission.connections == 2
@@ -189,7 +189,7 @@ async def test_those_who_owe_a_header_count_as_connections(contexts: Contexts) -
         port = plane.add_door(AdmissionLimits(connections_per_door=1), proxy_from=PROXY)
         stream = await connect(port)
         await stream.send_all(V1[:5])
-        with trio.fail_after(2):
+        with trio.fail_after(10):
             while not plane.doors[0].proxied:
                 await trio.sleep(0.01)
         await refused(port)

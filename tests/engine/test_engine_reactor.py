@@ -82,7 +82,7 @@ def test_both_kinds_of_work_share_the_thread(reactor: Reactor) -> None:
 
             reactor.register(far, Reader())
             near.send(b"x")
-            with trio.fail_after(2):
+            with trio.fail_after(10):
                 await arrived.wait()
             reactor.unregister(far)
             reactor.unregister(far)
@@ -95,7 +95,7 @@ def test_calls_from_another_thread_wake_the_loop(reactor: Reactor) -> None:
     async def main() -> None:
         called = trio.Event()
         threading.Timer(0.05, reactor.call_soon_threadsafe, [called.set]).start()
-        with trio.fail_after(2):
+        with trio.fail_after(10):
             await called.wait()
 
     reactor.host_trio(main)

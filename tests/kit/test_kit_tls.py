@@ -177,7 +177,7 @@ async def test_garbage_gets_an_alert_and_an_end_at_once(tls: Any) -> None:
     async with serving(tls.server()) as (address, failures):
         started = trio.current_time()
         answer = await trio.to_thread.run_sync(plain_exchange, address, garbage)
-        assert trio.current_time() - started < 0.9
+        assert trio.current_time() - started < 3
     assert answer[:1] == b"\x15", "an alert record"
     assert len(failures) == 1
 

@@ -158,7 +158,8 @@ def test_a_thousand_strangers(stack: Stack, capsys: pytest.CaptureFixture[str]) 
             f"{statistics.median(silent_s):.2f} s (at most {max(silent_s):.2f}); a good client's p99 {pinger.p99_s() * 1000:.1f} ms\n"
         )
     assert len(ends) == SILENT + GARBAGE
-    assert statistics.quantiles(garbage_s, n=20)[18] < 1  # a few look like the beginning of a record, and are waited for
+    # Not waited for; but a few look like the beginning of a record. A thousand come at once, so the last ones wait for their turn.
+    assert statistics.quantiles(garbage_s, n=20)[18] < HELLO_TIMEOUT_S / 2
     assert max(garbage_s + silent_s) < HELLO_TIMEOUT_S + 3
     assert pinger.p99_s() < 1
     wait_until(lambda: files(stack) <= before, 20, "all descriptors given back")

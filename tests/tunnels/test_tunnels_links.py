@@ -8,6 +8,7 @@ import pytest
 import trio
 from tunnels_rig import GATEWAY, NODE, SSH, ended, exactly, hello, reply, running, until
 
+from fxgateway.tunnels.control import ControlConfig
 from fxtunnel.codes import Code, Refusal
 from fxtunnel.control.channel import Channel
 from fxtunnel.control.messages import Closing, Drain, Load, Ping, Refused, Services, Welcome, encode
@@ -128,7 +129,7 @@ async def test_malformed_hellos_are_closed(tmp_path: Path, frame: bytes) -> None
     async with running(tmp_path) as rig:
         stream = await rig.dial("fx-data/1")
         await stream.send_all(frame)
-        with trio.fail_after(0.9):
+        with trio.fail_after(4):  # sooner than the time for a hello
             await ended(stream)
 
 
@@ -187,13 +188,13 @@ async def test_revoking_closes_the_live_link(tmp_path: Path) -> None:
     ],
 )
 async def test_first_messages_that_are_refused(tmp_path: Path, first: str | None, code: Refusal) -> None:
-    async with running(tmp_path) as rig:
+    async with running(tmp_path, config=ControlConfig(hello_timeout_s=1.0) if first is None else None) as rig:
         await rig.enrol()
         async with rig.websocket() as ws:
             if first is not None:
                 await ws.send_message(first)
             channel = Channel(ws)
-            with trio.fail_after(5):
+            with trio.fail_after(10):
                 answered = await channel.receive()
                 assert isinstance(answered, Refused)
                 assert answered.code is code

@@ -35,7 +35,7 @@ from fxtunnel.protocol import hello as wire
 GATEWAY = GatewayId("gw.example")
 NODE = RelayId("node-a")
 SSH = (Offer(ServiceName("ssh")),)
-LIMITS = PortLimits(hello_timeout_s=1.0, pending=256, pending_per_source=64)
+LIMITS = PortLimits(hello_timeout_s=5.0, pending=256, pending_per_source=64)
 
 
 @dataclass
@@ -246,7 +246,7 @@ async def running(path: Path, limits: PortLimits = LIMITS, config: ControlConfig
     identities, registry, token = Identities(path / "relays.json"), FakeRegistry(), new_enrolment_token()
     identities.add_token(token, int(time.time()) + 3600)
     context = server_context(path / "server.pem", path / "server.key", ["fx-data/1", "http/1.1"])
-    port = TunnelPort(context, GATEWAY, identities, registry, limits, config or ControlConfig(hello_timeout_s=1.0))
+    port = TunnelPort(context, GATEWAY, identities, registry, limits, config or ControlConfig(hello_timeout_s=5.0))
     listeners = await trio.open_tcp_listeners(0, host="127.0.0.1", backlog=1024)
     address = listeners[0].socket.getsockname()
     async with trio.open_nursery() as nursery:

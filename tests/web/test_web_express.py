@@ -222,7 +222,7 @@ async def test_a_service_that_does_not_answer(contexts: Contexts, by_task: list[
             await stream.send_all(GET % 3)
             head, _ = await read_head(stream)
             assert statuses(head) == [504]
-            assert trio.current_time() - began < 2
+            assert trio.current_time() - began < 4  # the service would answer, later
 
 
 async def test_an_idle_client_is_let_go_in_order(contexts: Contexts) -> None:

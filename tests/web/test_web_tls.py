@@ -104,11 +104,11 @@ async def test_a_handshake_that_fails_gets_its_alert_at_once(contexts: Contexts,
                     return str(exc.reason)
             return "shook hands"
 
-        with trio.fail_after(3):
+        with trio.fail_after(4):
             assert "ALERT_HANDSHAKE_FAILURE" in await trio.to_thread.run_sync(shake)
         async with await connect(port) as stream:
             await stream.send_all(b"\x16\x03\x01\x00\x05hello")
-            with trio.fail_after(2):
+            with trio.fail_after(4):
                 assert (await stream.receive_some())[:1] == b"\x15"  # an alert record
                 assert await stream.receive_some() == b""
 
@@ -118,7 +118,7 @@ async def test_a_handshake_that_does_not_come(contexts: Contexts, site: Site) ->
         await add_web_relay(plane, await plane.serve(Canned()), site.rules())
         async with await connect(plane.add_door()) as stream:
             await stream.send_all(b"\x16\x03")
-            with trio.fail_after(3):
+            with trio.fail_after(4):
                 assert await stream.receive_some() == b""
 
 

@@ -1,7 +1,6 @@
 """A gateway of several processes, and a look into each."""
 
 import json
-import time
 from collections.abc import Callable, Mapping
 
 from tests.system.peers import dial, read_exactly
@@ -10,8 +9,6 @@ from tests.system.stack import Stack, wait_until
 MakeStack = Callable[..., Stack]
 
 NONE: Mapping[str, dict[str, str]] = {}
-TOLD_S = 0.2
-"""A worker tells the others of its relays within milliseconds, if it gets that much of a processor."""
 
 
 def workers(stack: Stack) -> dict[int, dict]:
@@ -47,7 +44,12 @@ def start(
     for _, _, daemon in daemons:
         daemon.wait_ready()
     stack.wait_for_relays(*names)
-    time.sleep(TOLD_S)
+
+    def all_know() -> bool:
+        workers = json.loads(stack.page("/relays") or '{"gateway": {"workers": []}}')["gateway"]["workers"]
+        return len(workers) == count and all(worker["relays"] + worker["far_relays"] == relays for worker in workers)
+
+    wait_until(all_know, what="every worker knows every relay")
     return stack
 
 
