@@ -175,7 +175,7 @@ def held_by(site: Site, user: str) -> str:
 
 def test_of_two_who_race_for_one_node_one_is_replayed_to_another(make_site: MakeSite) -> None:
     site = make_site()
-    site.start(2, FORM)
+    site.start(2, FORM, "queue = {max = 2, wait_s = 20}")  # relays may hear of node-3 a moment later than the loser looks for it
     ann, bob = site.browser(1, "ann"), site.browser(2, "bob")
     site.switch("disable", "--login")  # both can only go to node-2
     site.nodes["node-2"].hold = True
