@@ -1,9 +1,7 @@
 """Doors that hear a client first: where each protocol leads, who gets an answer, and what silence, garbage and dribble cost."""
 
 import json
-import socket
 import ssl
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -392,26 +390,3 @@ async def test_the_access_log_is_told_of_every_client(contexts: Contexts, tmp_pa
     assert (record["bytes_in"], record["bytes_out"]) == (len(get("a.test")), len(get("a.test")) + 4)
     assert 0 <= record["accepted_s"] <= record["first_byte_s"] <= record["duration_s"]
     assert record["host"] == ("" if kind is Kind.TCP else "a.test")
-
-
-async def test_where_clients_speak_first_the_kernel_waits_for_it(contexts: Contexts) -> None:
-    """Only there: at the other doors it may be the server who does."""
-    async with open_plane(contexts) as plane:
-        for kind, speaks_first in ((Kind.SNI, True), (Kind.HTTP, True), (Kind.AUTO, False), (None, False)):
-            door(plane, kind, SERVICE) if kind is not None else plane.add_door()
-            one = plane.doors[-1]
-            listener = one._listener
-            assert listener is not None
-            assert bool(listener.getsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT)) is speaks_first
-            other = Receptionist(Kind.AUTO if speaks_first else Kind.HTTP, ROUTES, SERVICE)
-            one.reconfigure(replace(one.config, receptionist=other))
-            assert bool(listener.getsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT)) is not speaks_first
-
-
-async def test_who_says_nothing_at_first_is_served_all_the_same(contexts: Contexts) -> None:
-    async with open_plane(contexts) as plane:
-        await two_services(plane)
-        async with await connect(door(plane, Kind.HTTP)) as stream:
-            await trio.sleep(1.5)  # longer than the kernel keeps it back
-            await stream.send_all(get("a.test"))
-            assert (await receive_all(stream)).startswith(b"one:GET / HTTP/1.1")

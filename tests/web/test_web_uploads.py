@@ -1,0 +1,97 @@
+"""Bodies on their way to a service: passed on as they come, slow or large, and what is wrong with them."""
+
+from contextlib import suppress
+
+import trio
+from peers import connect, pattern, receive_all
+from plane import SERVICE, Contexts, Plane, open_plane
+from web_rig import OK, add_web_relay, ask, read_head, statuses
+
+from fxrelay.web.ports import WebRules
+
+
+async def web(plane: Plane, service: object, rules: WebRules | None = None) -> int:
+    """A door to an HTTP service; its port."""
+    await add_web_relay(plane, await plane.serve(service), rules)  # type: ignore[arg-type]
+    return plane.add_door()
+
+
+class Wakings(trio.abc.Instrument):
+    """How often a task of an exchange was woken."""
+
+    count = 0
+
+    def task_scheduled(self, task: trio.lowlevel.Task) -> None:
+        self.count += "until_over" in task.name
+
+
+async def test_a_body_that_comes_a_byte_at_a_time_wakes_nobody(contexts: Contexts) -> None:
+    async with open_plane(contexts) as plane:
+        got = bytearray()
+
+        async def service(stream: trio.SocketStream) -> None:
+            _, rest = await read_head(stream)
+            got.extend(rest)
+            while len(got) < 100:
+                got.extend(await stream.receive_some())
+            await stream.send_all(OK)
+
+        port = await web(plane, service)
+        async with await connect(port) as stream:
+            await stream.send_all(b"POST / HTTP/1.1\r\nHost: a\r\nConnection: close\r\nContent-Length: 100\r\n\r\n.")
+            with trio.fail_after(5):
+                while not got:
+                    await trio.sleep(0.01)
+            wakings = Wakings()
+            trio.lowlevel.add_instrument(wakings)
+            for number in range(90):
+                await stream.send_all(bytes((number,)))
+                await trio.sleep(0.002)
+            with trio.fail_after(5):
+                while len(got) < 91:
+                    await trio.sleep(0.01)
+            trio.lowlevel.remove_instrument(wakings)
+            assert wakings.count <= 1  # a byte that came while the first one was passed on
+            await stream.send_all(b"the end..")
+            assert (await receive_all(stream)).endswith(b"ok")
+        assert got == b"." + bytes(range(90)) + b"the end.."
+
+
+async def test_what_is_wrong_with_a_body_that_is_passed_on(contexts: Contexts) -> None:
+    async with open_plane(contexts) as plane:
+
+        async def service(stream: trio.SocketStream) -> None:
+            with suppress(trio.BrokenResourceError):
+                while await stream.receive_some():
+                    pass
+
+        port = await web(plane, service, WebRules(SERVICE, max_body_bytes=50))
+        for head, more, status in (
+            (b"Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n", b"no size\r\n", 400),
+            (b"Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n", b"40\r\n" + b"x" * 64, 413),
+            (b"Content-Length: 20\r\n\r\nhello", b"!", 408),
+        ):
+            async with await connect(port) as stream:
+                await stream.send_all(b"POST / HTTP/1.1\r\nHost: a\r\n" + head)
+                await trio.sleep(0.05)
+                await stream.send_all(more)
+                with trio.fail_after(5):
+                    assert statuses(await receive_all(stream)) == [status]
+
+
+async def test_an_upload_to_a_service_that_reads_slowly_is_whole(contexts: Contexts) -> None:
+    async with open_plane(contexts) as plane:
+        body = pattern(3_000_000)
+
+        async def service(stream: trio.SocketStream) -> None:
+            _, rest = await read_head(stream)
+            got = bytearray(rest)
+            while len(got) < len(body):
+                await trio.sleep(0.001)
+                got += await stream.receive_some(65_536)
+            assert got == body
+            await stream.send_all(OK)
+
+        port = await web(plane, service)
+        head = b"POST / HTTP/1.1\r\nHost: a\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % len(body)
+        assert (await ask(port, head + body)).endswith(b"ok")
