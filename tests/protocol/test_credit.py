@@ -10,6 +10,7 @@ from fxtunnel.protocol.credit import (
     FIRST_WINDOW_BYTES,
     LOCAL_WINDOW_BYTES,
     MIN_GROWTH_RTT_S,
+    PROOF_BYTES,
     SMALLEST_WINDOW_BYTES,
     ReceiveWindow,
     WindowBudget,
@@ -37,7 +38,8 @@ def keep_up(window: ReceiveWindow, start: float, *, rounds: int, window_s: float
         window.left_bytes -= amount
         now += window_s
         assert window.consumed(amount)
-        window.grant(now, rtt_s, limit)
+        assert window.grant(now, rtt_s, limit) == window.window_bytes
+        assert window.left_bytes == window.window_bytes
     return now
 
 
@@ -112,12 +114,30 @@ def test_credit_for_a_window_that_is_as_large_as_a_short_path_needs_returns_when
     assert window.consumed(1)
 
 
-def test_a_slow_reader_keeps_its_first_window() -> None:
+@pytest.mark.parametrize(("window_s", "grows"), [(0.99, True), (1.0, False)])
+def test_a_slow_reader_keeps_its_first_window(window_s: float, grows: bool) -> None:
     budget = WindowBudget(256 * MIB)
     window = ReceiveWindow(budget, budget.take_first())
-    keep_up(window, 100.0, rounds=30, window_s=1.0)
-    assert window.window_bytes == FIRST_WINDOW_BYTES
-    assert budget.grown_bytes == 0
+    now = keep_up(window, 100.0, rounds=8, window_s=0.1, limit=FIRST_WINDOW_BYTES)
+    keep_up(window, now, rounds=30, window_s=window_s)
+    assert (window.window_bytes > FIRST_WINDOW_BYTES) == (budget.grown_bytes > 0) == grows
+
+
+def test_a_slow_reader_at_the_end_of_a_long_path_keeps_its_first_window() -> None:
+    """From the first credit on: what it took since then, it did not take in one round trip."""
+    window = ReceiveWindow(WindowBudget(256 * MIB), FIRST_WINDOW_BYTES)
+    for second in range(30):
+        assert window.consumed(FIRST_WINDOW_BYTES // 4)
+        assert window.grant(100.0 + second, LONG_RTT_S, MAX_WINDOW) == FIRST_WINDOW_BYTES // 4
+
+
+def test_bytes_given_back_count_when_they_have_left() -> None:
+    window = ReceiveWindow(WindowBudget(0), 32_768)
+    assert window.consumed(10_000)
+    window.returned(8_000)
+    assert not window.consumed(6_191)
+    assert window.consumed(1)
+    assert window.grant(100.0, 0.0, MAX_WINDOW) == 8_192
 
 
 def test_a_long_path_gets_two_to_four_times_its_bandwidth_delay_product() -> None:
@@ -151,6 +171,13 @@ def test_a_new_stream_fills_a_long_path_within_eight_round_trips(rate_per_s: int
             granted.append((now + half_s, window.grant(now, LONG_RTT_S, MAX_WINDOW)))
     assert taken == pytest.approx(rate_per_s * tick_s, rel=0.01)
     assert window.window_bytes < max(5 * LONG_RTT_S * rate_per_s, 4 * FIRST_WINDOW_BYTES)
+
+
+@pytest.mark.parametrize("limit", [FIRST_WINDOW_BYTES, 100_000, LOCAL_WINDOW_BYTES])
+def test_no_window_of_a_short_path_grows_past_the_configured_limit(limit: int) -> None:
+    window = ReceiveWindow(WindowBudget(1_024 * MIB), FIRST_WINDOW_BYTES)
+    keep_up(window, 100.0, rounds=40, window_s=0.001, limit=limit)
+    assert window.window_bytes == limit
 
 
 @pytest.mark.parametrize("limit", [FIRST_WINDOW_BYTES, 100_000, LOCAL_WINDOW_BYTES, 3 * MIB, MAX_WINDOW])
@@ -283,7 +310,8 @@ def test_the_shares_are_those_of_the_documents() -> None:
     while window := budget.take_first():
         given_out.append(window)
     assert {size: given_out.count(size) for size in set(given_out)} == {32_768: 1_536, 8_192: 3_072, 4_096: 6_144}
-    assert budget.take_growth(1 << 40) == 64 * MIB
+    assert budget.take_growth(1 << 40, PROOF_BYTES - 1) == 32 * MIB
+    assert budget.take_growth(1 << 40) == 32 * MIB
     assert budget.take_growth(1) == 0
     assert LOCAL_WINDOW_BYTES == 1 << 20
 
