@@ -341,4 +341,5 @@ def port_limits(settings: GatewaySettings) -> PortLimits:
         hello_bytes=limits.hello_bytes,
         pending=limits.pending_handshakes,
         pending_per_source=limits.pending_handshakes_per_source,
+        at_once=limits.handshakes_at_once,
     )

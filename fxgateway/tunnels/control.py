@@ -55,11 +55,12 @@ class ControlConfig:
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who opened a control link: proved by an assertion. `is_trusted` asks whether that still holds."""
+    """Who opened a control link: proved by an assertion. `is_trusted` asks whether that still holds; `on_welcome` is told when it is in."""
 
     relay_id: RelayId
     remote_address: str
     is_trusted: Callable[[], bool]
+    on_welcome: Callable[[], None] = lambda: None
 
 
 class ControlLink:
@@ -177,6 +178,7 @@ class ControlDesk:
                     worker=self._colleagues.worker,
                 )
             )
+            caller.on_welcome()
             await channel.run(
                 lambda message: self._take(channel, relay_id, hello.instance, message),
                 heartbeat_s=config.heartbeat_s,

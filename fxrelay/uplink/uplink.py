@@ -14,14 +14,14 @@ import trio
 
 from fxrelay.uplink.control_link import ControlLink, control_hello, open_control_link
 from fxrelay.uplink.datalink import open_data_link
-from fxrelay.uplink.dial import Dialler, Unreachable
+from fxrelay.uplink.dial import Dialler, GatewayBusy, Unreachable
 from fxrelay.uplink.enrol import enrol
 from fxrelay.uplink.gateway_file import GatewayFile, GatewayUrl
 from fxrelay.uplink.identity import Identity
 from fxrelay.uplink.ports import LinkSession, SessionFactory, UplinkConfig, UplinkSessionOwner, UplinkState, UplinkStatistics
 from fxrelay.uplink.slot import Slot
 from fxrelay.uplink.ties import Ties
-from fxrelay.uplink.verdicts import Doubling, final_error, retry_after_s
+from fxrelay.uplink.verdicts import Doubling, appointed_s, final_error, retry_after_s
 from fxtunnel.codes import Code, Refusal
 from fxtunnel.control.channel import GOODBYE_S
 from fxtunnel.control.messages import CAP_LEAVING, Drain, Services
@@ -37,7 +37,7 @@ SETTLED_S: Final = 1.0
 RECENT_S: Final = 120.0
 """For so long after a loss the gateway is most likely being restarted, and is looked for often: it should have its relays back at once."""
 RECENT_CAP_S: Final = 4.0
-ABSENT_CAP_S: Final = 2.0
+ABSENT_CAP_S: Final = 1.0
 """The same where nobody even listens: an attempt costs the gateway nothing then."""
 DEPARTURE_SPREAD_S: Final = 0.2
 """Relays that are told to look for another process of their gateway do so within this time, not all at the same moment."""
@@ -227,6 +227,10 @@ class Uplink:
                     return
                 self._last_error = str(exc)
                 at_least_s, is_absent = retry_after_s(exc), isinstance(exc, Unreachable)
+                if isinstance(exc, GatewayBusy):
+                    wait_s = appointed_s(exc.appointment, rng.random(), config.max_backoff_s)
+                    self._enter(UplinkState.WAITING)
+                    continue
             except Exception:  # whatever a peer's bytes did to a library, the relay and its sessions live on
                 logger.exception("the control link to %s failed", self.gateway_id)
                 self._last_error = "internal error"

@@ -15,6 +15,7 @@ from trio_websocket import ConnectionClosed
 from tunnels_rig import ended, hello, raw_answer, reply, running
 
 from fxgateway.tunnels.port import PortLimits
+from fxtunnel.control.busy import BUSY_BYTES, parse_busy
 from fxtunnel.control.messages import Load, Ping, Welcome, encode
 from fxtunnel.kit.tls import HandshakeFailed, client_context, handshake_client
 from fxtunnel.kit.tokens import new_key
@@ -129,6 +130,44 @@ async def test_one_source_cannot_fill_the_lobby(tmp_path: Path) -> None:
         assert rig.port.pending == 5
         for sock in [*crowd, other]:
             sock.close()
+
+
+async def test_a_busy_port_says_so_before_tls_and_finishes_what_it_has_begun(tmp_path: Path) -> None:
+    """Both places are taken by clients that have said their hello and wait for us; there is one turn, which a slow one has."""
+    async with running(tmp_path, PortLimits(hello_timeout_s=5, pending=2, pending_per_source=2, at_once=1)) as rig:
+        await rig.enrol()
+        context = client_context(rig.ca_pem, ["http/1.1"])
+        hello_bytes = client_hello(context)
+        crowd = [await rig.connect() for _ in range(2)]
+        for sock in crowd:
+            sock.sendall(hello_bytes)
+        await trio.sleep(0.05)
+        assert rig.port.pending == 2
+        late = await rig.connect()
+        late.sendall(hello_bytes)
+        stream = trio.SocketStream(trio.socket.from_stdlib_socket(late))
+        with trio.fail_after(2):
+            line = bytes(await stream.receive_some(BUSY_BYTES))
+        appointment = parse_busy(line)
+        assert appointment is not None
+        assert 0 < appointment.retry_after_s < 20
+        assert rig.port.refused == {"busy": 1}
+        await stream.aclose()
+        for sock in crowd:
+            sock.close()
+        with trio.fail_after(3):
+            while rig.port.pending:
+                await trio.sleep(0.01)
+        async with rig.control() as (_, welcome):
+            assert isinstance(welcome, Welcome)
+
+
+def client_hello(context: ssl.SSLContext) -> bytes:
+    outgoing = ssl.MemoryBIO()
+    tls = context.wrap_bio(ssl.MemoryBIO(), outgoing, server_hostname="127.0.0.1")
+    with contextlib.suppress(ssl.SSLWantReadError):
+        tls.do_handshake()
+    return outgoing.read()
 
 
 async def test_a_connection_reset_at_any_moment_is_only_logged(tmp_path: Path) -> None:
