@@ -4,9 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PYTEST_ARGS ?=
-WORKERS ?= 2
+WORKERS ?= $(shell nproc)
 
 .PHONY: help demo test check lint types bench fuzz chaos conformance requirements clean
+
+export PYTHONDONTWRITEBYTECODE :=
 
 help:
 	@echo "make demo    a gateway, two relays and a small service; traffic; a tunnel cut on purpose   (KEEP=1 leaves it up)"

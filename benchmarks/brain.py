@@ -3,15 +3,11 @@
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable
 from datetime import UTC, datetime
 from ipaddress import ip_network
 from pathlib import Path
@@ -23,9 +19,8 @@ import psutil
 import trio
 
 from benchmarks import processes
-from benchmarks.loadgen import LoadGenerator
+from benchmarks.beside import beside
 from benchmarks.nodes import server_text
-from benchmarks.peer_fx import FxGateway
 from fxrelay.balance.chain import decide
 from fxrelay.balance.entries import Scripts
 from fxrelay.balance.filters import Circumstances, Pool, Sieve
@@ -39,8 +34,6 @@ SERVERS: Final = 1_000
 FOLLOWED: Final = 10_000
 PERIOD_S: Final = 10.0
 MEASURED_S: Final = 30.0
-DECISIONS_PER_S: Final = 50
-ECHO_S: Final = 10
 RESULTS: Final = Path(__file__).resolve().parent / "results"
 _JS: Final = """function (input) {
   const fit = input.servers.filter((s) => s.staticData.group === "group-3" && s.disable.length === 0);
@@ -48,7 +41,6 @@ _JS: Final = """function (input) {
   return fit[0].serverId;
 }
 """
-_JS_LOCAL: Final = _JS.replace("fit[0].serverId", "input.local.serverId")
 _RELAY: Final = """[relay]
 id = "follower"
 state_dir = "state"
@@ -158,78 +150,6 @@ def following(folder: Path, rounds: int) -> Numbers:
         }
     finally:
         processes.stop(reversed(started))
-
-
-def beside(folder: Path, rounds: int) -> Numbers:
-    """A 64-byte echo through gateway and relay, alone and beside DECISIONS_PER_S JavaScript decisions over SERVERS servers: µs."""
-    (folder / "choose.js").write_text(_JS_LOCAL)
-    load = LoadGenerator.build(120)
-    with load.service() as service_port:
-        door = processes.free_port()
-        peer = FxGateway("fx", "FX Gateway", _pool_environ(folder, door, service_port))
-        nodes = None
-        try:
-            running = peer.start(service_port)
-            store = f'[relay]\nid = "nodes"\nstate_dir = "state"\n[cluster]\nstore = "sqlite:{folder}/cluster.db"\n'
-            (folder / "nodes.toml").write_text(store)
-            command = [sys.executable, "-m", "benchmarks.nodes", str(folder / "nodes.toml"), str(SERVERS), str(PERIOD_S)]
-            nodes = processes.start([*command, str(PERIOD_S * 20)], folder / "nodes.log")
-            time.sleep(PERIOD_S * 1.5)
-            alone = median(load.run("echo", running.port, ECHO_S)["p99_us"] for _ in range(3))
-            with _visitors(door) as visited:
-                busy = median(load.run("echo", running.port, ECHO_S)["p99_us"] for _ in range(3))
-            return {
-                "echo_p99_us": alone,
-                "echo_beside_p99_us": busy,
-                "echo_beside_ratio": busy / alone,
-                "visits_per_s": visited[0] / (3 * ECHO_S),
-                "visits_failed": visited[1],
-            }
-        finally:
-            if nodes is not None:
-                processes.stop([nodes])
-            peer.stop()
-
-
-def _pool_environ(folder: Path, door: int, service_port: int) -> dict[str, str]:
-    """A second door, to a pool of all nodes whose chain is JavaScript."""
-    return {
-        "FXGATEWAY__DOOR__1__LISTEN": f"127.0.0.1:{door}",
-        "FXGATEWAY__DOOR__1__SERVICE": "desk",
-        "FXRELAY__CLUSTER__STORE": f"sqlite:{folder}/cluster.db",
-        "FXRELAY__CLUSTER__NETWORKS": '["10.0.0.0/8"]',
-        "FXRELAY__SERVICE__1__NAME": "desk",
-        "FXRELAY__SERVICE__1__PORT": str(service_port),
-        "FXRELAY__SERVICE__1__BALANCE": json.dumps([f"js:{folder}/choose.js"]),
-    }
-
-
-@contextmanager
-def _visitors(door: int) -> Iterator[list[int]]:
-    """Clients that come at an even pace, get their echo and go, for as long as the block lasts: how many did, and how many failed."""
-    counts = [0, 0]
-    over = threading.Event()
-
-    def visit() -> None:
-        try:
-            with socket.create_connection(("127.0.0.1", door), 10) as sock:
-                sock.sendall(b"E" + bytes(15) + b"e" * 64)
-                counts[0 if sock.recv(64) else 1] += 1
-        except OSError:
-            counts[1] += 1
-
-    def keep_visiting() -> None:
-        with ThreadPoolExecutor(32) as pool:
-            while not over.wait(1 / DECISIONS_PER_S):
-                pool.submit(visit)
-
-    thread = threading.Thread(target=keep_visiting)
-    thread.start()
-    try:
-        yield counts
-    finally:
-        over.set()
-        thread.join()
 
 
 MEASURES: Final[dict[str, Callable[[Path, int], Numbers]]] = {"decisions": decisions, "following": following, "beside": beside}

@@ -19,7 +19,7 @@ import psutil
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks import loadgen, measures, peer_fx, peer_nginx, peer_ssh, plot, report, web, web_peers
+from benchmarks import far, loadgen, measures, peer_fx, peer_nginx, peer_ssh, plot, report, web, web_peers
 from benchmarks.loadgen import LoadGenerator
 from benchmarks.measures import FULL, QUICK, Bench, Measure
 from benchmarks.peers import Direct, Peer
@@ -30,12 +30,14 @@ PEERS: Final[list[Callable[[], Peer]]] = [
     peer_nginx.Nginx,
     peer_ssh.with_tty,
     peer_ssh.plain,
+    peer_ssh.with_aes128,
     peer_fx.without_resumption,
     web_peers.FxWeb,
     web_peers.NginxWeb,
     peer_fx.with_workers,
+    peer_fx.with_two_links,
 ]
-MEASURES: Final = (*measures.MEASURES, *web.MEASURES)
+MEASURES: Final = (*measures.MEASURES, *far.MEASURES, *web.MEASURES)
 RESULTS: Final = Path(__file__).resolve().parent / "results"
 CLIENT_LIMIT_S: Final = 90
 FILES_WANTED: Final = 16_000

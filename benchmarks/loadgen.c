@@ -326,7 +326,8 @@ static int echo(int port, double seconds) {
     return 0;
 }
 
-/* ---- connections: connect, 64 bytes out, 256 bytes and the end in, close; `wide` at a time */
+/* ---- connections: connect, 64 bytes out, 256 bytes and the end in, close; `wide` at a time, or with a `pace` so many a second, evenly,
+ * however long each takes; then `wide` is how many may be under way */
 
 struct asked {
     int fd, got, sent;
@@ -340,18 +341,27 @@ static int ask(int ep, int port, struct asked *a) {
     return 0;
 }
 
-static int connections(int port, int wide, double seconds) {
+static int connections(int port, int wide, double pace, double seconds) {
     enum { MOST = 2000000 };
     struct asked *all = calloc(wide, sizeof *all);
     double *took = malloc(MOST * sizeof *took), start = now_s(), last = start;
     uint8_t message[REQUEST] = {0}, answer[ANSWER + 1];
-    int ep = epoll_create1(EPOLL_CLOEXEC), open = 0, done = 0, failed = 0;
+    int ep = epoll_create1(EPOLL_CLOEXEC), open = 0, done = 0, failed = 0, begun = 0;
     request(message, 'R', 0);
-    for (int i = 0; i < wide; i++) ask(ep, port, &all[i]) < 0 ? failed++ : open++;
+    for (int i = 0; i < wide; i++) {
+        all[i].fd = -1;
+        if (!pace) ask(ep, port, &all[i]) < 0 ? failed++ : open++;
+    }
     struct epoll_event ready[EVENTS];
-    while (open && last - start < seconds + 5) {
-        int events = epoll_wait(ep, ready, EVENTS, 200);
+    while ((open || (pace && last - start < seconds)) && last - start < seconds + 5) {
+        double rest_s = pace && last - start < seconds ? begun / pace - (last - start) : 0.2;
+        int events = epoll_wait(ep, ready, EVENTS, rest_s < 0 ? 0 : (int)(rest_s * 1e3) + 1);
         last = now_s();
+        for (; pace && !stopping && last - start < seconds && begun < (last - start) * pace; begun++) {
+            int i = 0;
+            while (i < wide && all[i].fd >= 0) i++;
+            i < wide && ask(ep, port, &all[i]) == 0 ? open++ : failed++;
+        }
         for (int i = 0; i < events; i++) {
             struct asked *a = ready[i].data.ptr;
             if (!a->sent) {
@@ -376,8 +386,8 @@ static int connections(int port, int wide, double seconds) {
             } else {
                 failed++;
             }
-            close(a->fd), open--;
-            if (!stopping && t - start < seconds && ask(ep, port, a) == 0) open++;
+            close(a->fd), a->fd = -1, open--;
+            if (!pace && !stopping && t - start < seconds && ask(ep, port, a) == 0) open++;
         }
     }
     qsort(took, done, sizeof *took, by_value);
@@ -421,7 +431,7 @@ int main(int argc, char **argv) {
     prepare();
     if (argc < 4) {
         fprintf(stderr, "usage: loadgen LIMIT_S serve PORT | bulk PORT d|u N BYTES SECONDS | echo PORT SECONDS | conn PORT N SECONDS"
-                        " | idle PORT N | stall PORT N BYTES\n");
+                        " | pace PORT N A_SECOND SECONDS | idle PORT N | stall PORT N BYTES\n");
         return 2;
     }
     alarm(atoi(argv[1]));
@@ -430,7 +440,8 @@ int main(int argc, char **argv) {
     if (!strcmp(mode, "serve")) return serve(port);
     if (!strcmp(mode, "bulk") && argc == 8) return bulk(port, argv[4][0], atoi(argv[5]), strtoull(argv[6], 0, 10), atof(argv[7]));
     if (!strcmp(mode, "echo") && argc == 5) return echo(port, atof(argv[4]));
-    if (!strcmp(mode, "conn") && argc == 6) return connections(port, atoi(argv[4]), atof(argv[5]));
+    if (!strcmp(mode, "conn") && argc == 6) return connections(port, atoi(argv[4]), 0, atof(argv[5]));
+    if (!strcmp(mode, "pace") && argc == 7) return connections(port, atoi(argv[4]), atof(argv[5]), atof(argv[6]));
     if (!strcmp(mode, "idle") && argc == 5) return crowd(port, atoi(argv[4]), 0);
     if (!strcmp(mode, "stall") && argc == 6) return crowd(port, atoi(argv[4]), strtoull(argv[5], 0, 10));
     return 2;

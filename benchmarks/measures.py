@@ -33,6 +33,7 @@ class Sizes:
     echo_s: float
     beside_s: float
     idle_clients: int
+    crowd_clients: int
     stalled_clients: int
     stalled_bytes: int
     active_streams: int
@@ -40,6 +41,9 @@ class Sizes:
     fill_s: float
     cut_streams: int
     cut_bytes: int
+    rtt_ms: float
+    rtt_mbit: float
+    rtt_bytes: int
     web_s: float
     web_wide: int
     web_bytes: int
@@ -54,6 +58,7 @@ FULL: Final = Sizes(
     echo_s=2,
     beside_s=4,
     idle_clients=5000,
+    crowd_clients=10_000,
     stalled_clients=1000,
     stalled_bytes=100 * MIB,
     active_streams=99,
@@ -61,6 +66,9 @@ FULL: Final = Sizes(
     fill_s=25,
     cut_streams=20,
     cut_bytes=16 * MIB,
+    rtt_ms=50,
+    rtt_mbit=1000,
+    rtt_bytes=512 * MIB,
     web_s=4,
     web_wide=16,
     web_bytes=GIB,
@@ -74,6 +82,7 @@ QUICK: Final = Sizes(
     echo_s=0.5,
     beside_s=1,
     idle_clients=500,
+    crowd_clients=1000,
     stalled_clients=100,
     stalled_bytes=100 * MIB,
     active_streams=99,
@@ -81,6 +90,9 @@ QUICK: Final = Sizes(
     fill_s=8,
     cut_streams=20,
     cut_bytes=4 * MIB,
+    rtt_ms=50,
+    rtt_mbit=200,
+    rtt_bytes=64 * MIB,
     web_s=1,
     web_wide=16,
     web_bytes=256 * MIB,
@@ -157,8 +169,15 @@ def _held(running: Running) -> dict[str, processes.Memory]:
 
 
 def _idle(bench: Bench, running: Running) -> Numbers:
+    return _holding(bench, running, bench.sizes.idle_clients)
+
+
+def _crowd(bench: Bench, running: Running) -> Numbers:
+    return _holding(bench, running, bench.sizes.crowd_clients)
+
+
+def _holding(bench: Bench, running: Running, clients: int) -> Numbers:
     alone = bench.load.run("echo", running.port, bench.sizes.echo_s)
-    clients = bench.sizes.idle_clients
     before = _held(running)
     with bench.load.running("idle", running.port, clients) as crowd:
         stands = crowd.next()
@@ -285,6 +304,7 @@ MEASURES: Final = (
     Measure("conn", "connect, small request, close", _on_started_peer(_conn)),
     Measure("echo", "64-byte echo, alone and beside bulk", _on_started_peer(_echo)),
     Measure("idle", "idle clients", _on_started_peer(_idle)),
+    Measure("crowd", "more idle clients", _on_started_peer(_crowd)),
     Measure("stalled", "clients that never read", _on_started_peer(_stalled)),
     Measure("cut", "streams over a cut tunnel", _cut),
 )

@@ -113,7 +113,7 @@ def _environ() -> dict[str, str]:
 
 def usual() -> FxGateway:
     """With its defaults."""
-    return FxGateway("fx", "FX Gateway", {})
+    return FxGateway("fx", "FX Gateway", {}, STREAMS | {"crowd"})
 
 
 def without_resumption() -> FxGateway:
@@ -124,3 +124,8 @@ def without_resumption() -> FxGateway:
 def with_workers() -> FxGateway:
     """With two workers and one relay, so that about half of the clients come in at the worker that has not got it, and are passed on."""
     return FxGateway("workers", "FX Gateway, 2 workers", {"FXGATEWAY__TUNNEL__WORKERS": "2"}, frozenset({"bulk", "bulk16", "conn"}))
+
+
+def with_two_links() -> FxGateway:
+    """With two data links, so that a stream opened beside bulk does not share its link."""
+    return FxGateway("links", "FX Gateway, 2 data links", {"FXRELAY__RELAY__LINKS": "2"}, frozenset({"bulk", "bulk16", "conn", "echo"}))

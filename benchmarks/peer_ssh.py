@@ -42,11 +42,12 @@ class Ssh:
     each other (Nagle). Both are measured: the tty is the fair one, plain `-N` the usual one.
     """
 
-    measures: frozenset[str] = STREAMS
-
-    def __init__(self, name: str, label: str, options: tuple[str, ...], command: tuple[str, ...]) -> None:
+    def __init__(
+        self, name: str, label: str, options: tuple[str, ...], command: tuple[str, ...], measures: frozenset[str] = STREAMS
+    ) -> None:
         self.name = name
         self.label = label
+        self.measures = measures
         self._options = options
         self._command = command
         self._folder: Path | None = None
@@ -118,4 +119,9 @@ def with_tty() -> Ssh:
 
 def plain() -> Ssh:
     """`ssh -N -R`."""
-    return Ssh("ssh", "ssh -N -R", ("-N",), ())
+    return Ssh("ssh", "ssh -N -R", ("-N",), (), STREAMS - {"rtt"})
+
+
+def with_aes128() -> Ssh:
+    """`ssh -tt -R` with the cipher that costs it least."""
+    return Ssh("ssh-aes128", "ssh -tt -R, aes128-gcm", ("-tt", "-c", "aes128-gcm@openssh.com"), ("cat",), frozenset({"bulk"}))

@@ -12,7 +12,7 @@ def nothing_between(port: int) -> int:
     return port
 
 
-STREAMS: Final = frozenset({"bulk", "bulk16", "conn", "echo", "idle", "stalled", "cut"})
+STREAMS: Final = frozenset({"bulk", "bulk16", "conn", "echo", "idle", "stalled", "cut", "rtt"})
 """The measures of streams."""
 
 

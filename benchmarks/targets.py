@@ -93,10 +93,43 @@ def _web() -> list[Target]:
     ]
 
 
+def _faster() -> list[Target]:
+    """What is aimed at beyond the first aims: to be about as fast as what is written in C, and faster where a tunnel can be."""
+    targets = []
+    for word in ("down", "up"):
+        cpu, rate = Metric("bulk", f"{word}_cpu_s_per_gib"), Metric("bulk", f"{word}_mb_per_s")
+        targets += [
+            Target(f"further: 1 bulk stream {word}, CPU s/GiB", cpu, 1.1, "× nginx", replace(cpu, peer="nginx")),
+            Target(f"further: 1 bulk stream {word}, CPU s/GiB", cpu, 1.3, "× ssh -tt -R, aes128-gcm", replace(cpu, peer="ssh-aes128")),
+            Target(f"further: 1 bulk stream {word}, MB/s", rate, 0.9, "× nginx", replace(rate, peer="nginx"), at_least=True),
+        ]
+    rate16 = Metric("bulk16", "mb_per_s")
+    targets += [
+        Target("further: 16 bulk streams, CPU s/GiB", _BULK16, 1.15, "× nginx", replace(_BULK16, peer="nginx")),
+        Target("further: 16 bulk streams, MB/s", rate16, 0.9, "× nginx", replace(rate16, peer="nginx"), at_least=True),
+        Target("further: connections, CPU", _CONN_CPU, 0.1, "× nginx", replace(_CONN_CPU, peer="nginx")),
+        Target("further: connections, rate", _CONN_RATE, 5, "× nginx", replace(_CONN_RATE, peer="nginx"), at_least=True),
+        Target("further: connections, CPU", _CONN_CPU, 0.6, "× ssh -tt -R", replace(_CONN_CPU, peer="ssh-tty")),
+        Target("further: 64-byte echo p50, idle", _IDLE_P50, 1.2, "× ssh -tt -R", replace(_IDLE_P50, peer="ssh-tty")),
+        Target("further: echo p50 beside one bulk stream", _BESIDE_P50, 1, "× ssh -tt -R", replace(_BESIDE_P50, peer="ssh-tty")),
+        Target("further: echo p99 beside one bulk stream", _BESIDE_P99, 0.6, "× ssh -tt -R", replace(_BESIDE_P99, peer="ssh-tty")),
+        Target("further: user memory per client of 10,000", Metric("crowd", "user_kib_per_client"), 2, "KiB"),
+    ]
+    for way, streams in (("down", "1 stream down"), ("up", "1 stream up"), ("down16", "16 streams down"), ("up16", "16 streams up")):
+        share = Metric("rtt", f"{way}_share")
+        targets.append(Target(f"further: {streams}, 50 ms and 1 Gbit/s", share, 0.9, "× the line", at_least=True))
+    targets.append(Target("further: the larger daemon meanwhile", Metric("rtt", "worst_daemon_mib"), 256, "MiB"))
+    for measure, title in (("bulk", "1 bulk stream down"), ("bulk16", "16 bulk streams")):
+        cpu = Metric(measure, "down_cpu_s_per_gib" if measure == "bulk" else "cpu_s_per_gib", "workers")
+        targets.append(Target(f"further: {title}, 2 workers", cpu, 1.1, "× CPU with one", replace(cpu, peer="fx")))
+    return targets
+
+
 _BULK16: Final = Metric("bulk16", "cpu_s_per_gib")
 _CONN_CPU: Final = Metric("conn", "cpu_ms_per_conn")
 _CONN_RATE: Final = Metric("conn", "conn_per_s")
 _IDLE_P50: Final = Metric("echo", "idle_p50_us")
+_BESIDE_P50: Final = Metric("echo", "beside_p50_us")
 _BESIDE_P99: Final = Metric("echo", "beside_p99_us")
 
 TARGETS: Final = (
@@ -115,4 +148,5 @@ TARGETS: Final = (
     *_resumption(),
     Target("streams that survive two cuts", Metric("cut", "survived"), 1, "× all", Metric("cut", "streams"), at_least=True),
     *_web(),
+    *_faster(),
 )

@@ -10,16 +10,19 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Final
+from typing import Final, cast
 from urllib.parse import quote, urlencode, urlsplit
 
 import h11
 import trio
 
+from fxgateway.connect_streams import GOODBYE_S, TlsHalves, break_on_close, carry, end_on_close, join
 from fxgateway.routing.reception import STREAM_PATH, STREAM_PROTOCOL
+from fxtunnel.engine.tls_socket import TlsSocket
 from fxtunnel.errors import FxError
 from fxtunnel.kit.settings import Address
-from fxtunnel.kit.tls import TlsStream, handshake_client
+from fxtunnel.kit.tls import handshake_client
+from fxtunnel.kit.tls_problems import no_forged_end
 
 DIRECT_TIMEOUT_S: Final = 2.0
 """For the node itself to answer: from outside it usually cannot, and a user waits."""
@@ -80,21 +83,24 @@ def _checked(text: str, source: str) -> str:
     return ticket
 
 
-async def connect(wanted: Wanted) -> trio.abc.HalfCloseableStream:
-    """The stream, connected to the service.
+async def connect(wanted: Wanted) -> "_Begun":
+    """The stream, connected to the service; closing it is a reset until `end_on_close`.
 
     Raises:
         FxError: neither way leads there; says why.
     """
     if wanted.direct is not None:
         with trio.move_on_after(DIRECT_TIMEOUT_S), suppress(OSError):
-            return await trio.open_tcp_stream(wanted.direct.host or "", wanted.direct.port or 0)
+            direct = _Begun(await trio.open_tcp_stream(wanted.direct.host or "", wanted.direct.port or 0))
+            break_on_close(direct.socket)
+            return direct
     try:
         with trio.fail_after(GATEWAY_TIMEOUT_S):
-            return await _through_gateway(wanted)
+            stream = await _through_gateway(wanted)
+            break_on_close(stream.socket)
+            return stream
     except (OSError, trio.BrokenResourceError) as exc:
-        reason = exc.__cause__ or exc
-        raise FxError(f"{wanted.via}: {getattr(reason, 'strerror', None) or getattr(reason, 'reason', None) or reason}") from exc
+        raise FxError(f"{wanted.via}: {_said(exc)}; is a door of the gateway there?") from exc
     except trio.TooSlowError as exc:
         raise FxError(f"{wanted.via}: no answer within {GATEWAY_TIMEOUT_S:g} s") from exc
 
@@ -107,8 +113,12 @@ async def join_terminal(wanted: Wanted) -> None:
     """
     async with _connected(wanted) as stream:
         incoming, outgoing = trio.lowlevel.FdStream(os.dup(sys.stdin.fileno())), trio.lowlevel.FdStream(os.dup(sys.stdout.fileno()))
-        async with incoming, outgoing:
-            await _join(stream, incoming, outgoing)
+        async with incoming, outgoing, trio.open_nursery() as nursery:
+            nursery.start_soon(carry, incoming, stream)
+            async for block in stream:
+                await outgoing.send_all(block)
+            # Whoever waits for the terminal's next line need not: the service has ended.
+            nursery.cancel_scope.cancel()
 
 
 async def forward(wanted: Wanted, listen: Address, *, task_status: trio.TaskStatus[str] = trio.TASK_STATUS_IGNORED) -> None:
@@ -119,10 +129,12 @@ async def forward(wanted: Wanted, listen: Address, *, task_status: trio.TaskStat
     """
 
     async def serve(client: trio.SocketStream) -> None:
+        break_on_close(client.socket)
         async with client:
             try:
                 async with _connected(wanted) as stream:
-                    await _join(stream, client, client)
+                    await join(stream, client)
+                end_on_close(client.socket)
             except FxError as exc:
                 sys.stderr.write(f"fxgateway: {exc}\n")
 
@@ -137,40 +149,42 @@ async def forward(wanted: Wanted, listen: Address, *, task_status: trio.TaskStat
 
 
 @asynccontextmanager
-async def _connected(wanted: Wanted) -> AsyncIterator[trio.abc.HalfCloseableStream]:
+async def _connected(wanted: Wanted) -> AsyncIterator["_Begun"]:
     stream = await connect(wanted)
+    broken: BaseException | None = None
     try:
         yield stream
+        end_on_close(stream.socket)
+        with trio.move_on_after(GOODBYE_S), suppress(trio.BrokenResourceError):
+            await stream.send_eof()
     except* (trio.BrokenResourceError, OSError) as group:
-        raise FxError(f"the connection to {wanted.service} broke") from group
+        broken = group  # what is raised in here leaves in a group again
     finally:
         await trio.aclose_forcefully(stream)
+    if broken is not None:
+        raise FxError(f"the connection to {wanted.service} broke") from broken
 
 
-async def _join(stream: trio.abc.HalfCloseableStream, incoming: trio.abc.ReceiveStream, outgoing: trio.abc.SendStream) -> None:
-    """Bytes both ways; over when the service has ended its side."""
-
-    async def send() -> None:
-        async for block in incoming:
-            await stream.send_all(block)
-        await stream.send_eof()
-
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(send)
-        async for block in stream:
-            await outgoing.send_all(block)
-        nursery.cancel_scope.cancel()
+def _said(exc: BaseException) -> str:
+    """What the system said, from below trio's words about all addresses that were tried."""
+    reason: BaseException = exc.__cause__ or exc
+    while isinstance(reason, BaseExceptionGroup):
+        reason = reason.exceptions[0]
+    if isinstance(reason, OSError) and reason.errno and not isinstance(reason, socket.gaierror):
+        return os.strerror(reason.errno)
+    return str(getattr(reason, "strerror", None) or reason)
 
 
-async def _through_gateway(wanted: Wanted) -> trio.abc.HalfCloseableStream:
+async def _through_gateway(wanted: Wanted) -> "_Begun":
     parts = urlsplit(wanted.via)
     host = parts.hostname or ""
     tcp = await trio.open_tcp_stream(host, parts.port or (443 if parts.scheme == "https" else 80))
-    stream: trio.abc.HalfCloseableStream = tcp
+    stream: trio.SocketStream | TlsHalves = tcp
     if parts.scheme == "https":
-        context = ssl.create_default_context(cafile=wanted.ca_file)
+        context = no_forged_end(ssl.create_default_context(cafile=wanted.ca_file))
         context.set_alpn_protocols(["http/1.1"])
-        stream = TlsStream(await handshake_client(socket.socket(fileno=tcp.socket.detach()), context, host))
+        context.sslsocket_class = TlsSocket
+        stream = TlsHalves(cast(TlsSocket, await handshake_client(socket.socket(fileno=tcp.socket.detach()), context, host)))
     try:
         return await _upgraded(stream, wanted, parts.netloc.rpartition("@")[2])
     except BaseException:
@@ -178,7 +192,7 @@ async def _through_gateway(wanted: Wanted) -> trio.abc.HalfCloseableStream:
         raise
 
 
-async def _upgraded(stream: trio.abc.HalfCloseableStream, wanted: Wanted, host: str) -> trio.abc.HalfCloseableStream:
+async def _upgraded(stream: trio.SocketStream | TlsHalves, wanted: Wanted, host: str) -> "_Begun":
     query = f"?{urlencode({'node': wanted.node})}" if wanted.node else ""
     headers = [("Host", host), ("Connection", "Upgrade"), ("Upgrade", STREAM_PROTOCOL), ("Accept", "application/json")]
     ticket = await trio.to_thread.run_sync(wanted.ticket)
@@ -200,7 +214,7 @@ async def _upgraded(stream: trio.abc.HalfCloseableStream, wanted: Wanted, host: 
         403: "you may not have this",
         404: "it does not give out this stream; see `streams` of the door",
         429: "too many connections",
-        503: "no relay offers it now",
+        503: f"no relay offers it now{f' at node {wanted.node}' if wanted.node else ''}",
     }
     raise FxError(f"{wanted.via}: {wanted.service}: {message.get(status, f'refused with status {status}')}{_trace_in(parser)}")
 
@@ -218,8 +232,9 @@ def _trace_in(parser: h11.Connection) -> str:
 class _Begun(trio.abc.HalfCloseableStream):
     """A stream of which the first bytes have been read already."""
 
-    def __init__(self, stream: trio.abc.HalfCloseableStream, first: bytes) -> None:
+    def __init__(self, stream: trio.SocketStream | TlsHalves, first: bytes = b"") -> None:
         self._stream = stream
+        self.socket = stream.socket
         self._first = first
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes:

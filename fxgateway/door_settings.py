@@ -3,14 +3,15 @@
 import re
 from collections.abc import Mapping
 from ipaddress import IPv4Network, IPv6Network
+from pathlib import Path
 from typing import Final, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import InitErrorDetails
 
 from fxgateway.routing.reception import Kind
 from fxtunnel.kit.sections import LogSettings, Seconds, Section, clash, tables
-from fxtunnel.kit.settings import AddressField, ConfigPath, NameField, OptionalPath
+from fxtunnel.kit.settings import AddressField, ConfigPath, NameField, OptionalPath, beside_the_file
 
 _LABEL: Final = r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)"
 _HOST: Final = re.compile(rf"\*|(?:\*\.)?{_LABEL}(?:\.{_LABEL})*")
@@ -28,6 +29,11 @@ class GatewayLogSettings(LogSettings):
     """What is logged."""
 
     access: str = Field("off", description='A line of JSON for each client that has ended: "stderr", the path of a file, or "off".')
+
+    @field_validator("access")
+    @classmethod
+    def _find_file(cls, value: str, info: ValidationInfo) -> str:
+        return value if value in ("off", "stderr") else str(beside_the_file(Path(value), info))
 
 
 class DoorSettings(Section):

@@ -6,18 +6,20 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from enum import Enum
 from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
 from typing import Final
 
 from pydantic import BaseModel
 
-from fxgateway.settings import GatewaySettings, LimitSettings, LivenessSettings, gateway_id_of, split_public_url
+from fxgateway.door_settings import GatewayLogSettings
+from fxgateway.settings import GatewaySettings, LimitSettings, LivenessSettings, SandboxSettings, gateway_id_of, split_public_url
 from fxgateway.tunnels.identities import Identities
 from fxtunnel.errors import ConfigError
 from fxtunnel.kit.certificates import issue_server_certificate, new_authority
 from fxtunnel.kit.files import write_atomic, write_secret
-from fxtunnel.kit.sections import LogSettings, ResumeSettings
+from fxtunnel.kit.sections import ResumeSettings
 from fxtunnel.kit.tokens import new_enrolment_token
 
 # In the order they are put in place: whoever finds a gateway.toml finds the rest as well.
@@ -122,6 +124,8 @@ certificate = "server.pem"
 key = "server.key"
 ca = "ca.pem"
 state_dir = "."
+# Processes that share the work; each uses one core.
+# workers = 1
 
 # Clients come in here; one [[door]] for each address. `service` is the name under which relays offer it.
 [[door]]
@@ -130,9 +134,18 @@ service = "ssh"
 # name = "ssh-door"
 # kind = "tcp"            # or sni, http, https, auto: then [[route]]s decide, and `service` is for those whom none leads
 # ssh = "ssh"             # of kind auto: for SSH clients
-# streams = ["ssh"]       # of kinds http and auto: what `fxgateway connect` may ask for
+# streams = ["ssh"]       # of kinds http, https and auto: what `fxgateway connect` may ask for
 # sniff_s = 0.3           # of kind auto: silence after which a client gets `service`
 # max_connections = 1000
+# proxy_from = ["10.0.0.5"]   # proxies that say by a PROXY header whom they speak for
+# certificate = "web.pem"     # of kind https, which ends TLS here; or [[certificate]] tables with the same two keys, for all such doors
+# key = "web.key"
+
+# Where doors that look at names lead: by host, and (but for kind sni) by path.
+# [[route]]
+# host = "*.cluster.example.com"
+# path = "/"
+# service = "web"
 
 # /healthz /readyz /metrics /relays. There is no password: keep it on this machine, or use "unix:admin.sock".
 [admin]
@@ -145,7 +158,10 @@ listen = "127.0.0.1:9101"
 [liveness]
 {_commented(LivenessSettings)}
 [log]
-{_commented(LogSettings)}"""
+{_commented(GatewayLogSettings)}
+# What is given up at the start (Landlock): other files, programs, connections.
+[sandbox]
+{_commented(SandboxSettings)}"""
 
 
 def _write_all(draft: Path, host: str, port: int, public_url: str, token_days: int, now_unix: float) -> None:
@@ -196,6 +212,8 @@ def _toml(name: str, value: object) -> str:
             return f'"{value >> shift}{unit}"'
         case tuple():
             return "[" + ", ".join(_toml(name, item) for item in value) + "]"
+        case Enum():
+            return _toml(name, value.value)
         case str() | IPv4Network() | IPv6Network():
             return f'"{value}"'
         case _:

@@ -10,31 +10,30 @@ from typing import Final
 import trio
 
 from fxrelay import settings as config
-from fxrelay.admitting.composing import entry_rules
+from fxrelay.admitting.composing import entry_rules, owner_limits
 from fxrelay.admitting.porter import Porter
 from fxrelay.admitting.streams import StreamEntries
-from fxrelay.balance.workers import ScriptLimits, Workers
+from fxrelay.balance.workers import Workers
 from fxrelay.brain import Brain, Whose
-from fxrelay.delivery.delivery import DeliveryDesk, DeliveryLimits
+from fxrelay.delivery.composing import delivery_limits, resolved
+from fxrelay.delivery.delivery import DeliveryDesk
 from fxrelay.delivery.placing import Placer
-from fxrelay.delivery.services import AnyService, Endpoint, PoolService, Service, ServiceTable, resolve
+from fxrelay.delivery.services import AnyService, PoolService, ServiceTable
 from fxrelay.live import LiveView
 from fxrelay.logins.composing import login_services
 from fxrelay.logins.gate import LoginGate, Timing
 from fxrelay.logins.login import HeldLogin
 from fxrelay.pages import make_app
-from fxrelay.service_settings import ServiceSection
 from fxrelay.settings import RelaySettings
-from fxrelay.uplink.dial import Proxy
+from fxrelay.uplink.composing import session_config, uplink_config
 from fxrelay.uplink.gateway_file import GatewayFile, load_gateway_file
 from fxrelay.uplink.identity import Identity, load_identity
-from fxrelay.uplink.ports import LinkSession, UplinkConfig, UplinkSessionOwner
+from fxrelay.uplink.ports import LinkSession, UplinkSessionOwner
 from fxrelay.uplink.uplink import Uplink
 from fxrelay.web import access
 from fxrelay.web.composing import web_limits, web_rules
 from fxrelay.web.desk import WebDesk
 from fxtunnel.codes import Code
-from fxtunnel.engine.ports import SessionConfig
 from fxtunnel.engine.reactor import Reactor
 from fxtunnel.engine.session import Session
 from fxtunnel.errors import FxError
@@ -55,9 +54,8 @@ from fxtunnel.kit.process import (
     watch_signals,
 )
 from fxtunnel.kit.settings import Address
-from fxtunnel.model import GatewayId, RelayId, ServiceName, SessionId
+from fxtunnel.model import GatewayId, RelayId, SessionId
 from fxtunnel.protocol.credit import WindowBudget
-from fxtunnel.protocol.hello import CAP_RESUME
 
 logger = logging.getLogger(__name__)
 
@@ -129,6 +127,7 @@ class Relay:
         whose = Whose(identity.relay_id, identity.instance, lambda: [uplink.statistics() for uplink in self._uplinks])
         self._brain = brain = Brain(self._settings, self._directory, whose)
         self._desk.placer = placer = Placer(brain.chooser, self._settings.cluster.paths, brain.chooser)
+        self._desk.node = identity.relay_id
         self._porter = porter = Porter(brain.tickets, identity.relay_id)
         porter.reconfigure(await trio.to_thread.run_sync(entry_rules, self._settings, self._owners, self._directory))
         placer.entries = StreamEntries(porter, lambda name: isinstance(self._services.get(name), PoolService))
@@ -194,16 +193,7 @@ class Relay:
         offers = self._services.offers()
         uplinks = []
         for gateway, file in zip(settings.gateways, files, strict=True):
-            uplink_config = UplinkConfig(
-                links=settings.relay.links,
-                proxy=Proxy.parse(gateway.proxy) if gateway.proxy is not None else None,
-                dial_timeout_s=settings.liveness.dial_timeout_s,
-                min_backoff_s=settings.liveness.min_backoff_s,
-                max_backoff_s=settings.liveness.max_backoff_s,
-                dead_after_s=settings.liveness.dead_after_s,
-                caps=(CAP_RESUME,) if settings.resume.enabled else (),
-            )
-            uplinks.append(Uplink(file, identity, offers, GatewaySessions(self, file.gateway_id), uplink_config))
+            uplinks.append(Uplink(file, identity, offers, GatewaySessions(self, file.gateway_id), uplink_config(settings, gateway)))
         return uplinks
 
     async def _run_uplink(self, uplink: Uplink) -> None:
@@ -338,47 +328,3 @@ class GatewaySessions:
     def new_session(self, owner: UplinkSessionOwner, session_id: SessionId) -> LinkSession:
         """See `SessionFactory`."""
         return self._relay.new_session(self._gateway_id, owner, session_id)
-
-
-async def resolved(sections: tuple[ServiceSection, ...], known: ServiceTable | None = None) -> list[AnyService]:
-    """The services with their addresses on this node. A name that does not resolve now keeps the addresses it had."""
-    services: list[AnyService] = []
-    for section in sections:
-        name = ServiceName(section.name)
-        target = section.target if section.target is not None else Address(section.host, section.port)
-        endpoints: tuple[Endpoint, ...]
-        try:
-            endpoints = await trio.to_thread.run_sync(resolve, target)
-        except OSError as exc:
-            old = known.get(name) if known is not None else None
-            endpoints = old.endpoints if old is not None and old.target == target else ()
-            logger.warning("target %s of service %s does not resolve: %s", target, section.name, exc.strerror or exc)
-        if section.port is not None:
-            wait_s = section.queue.wait_s if section.queue is not None else 0.0
-            carried = (section.protocol, section.proxy_protocol)
-            services.append(PoolService(name, section.host, section.port, endpoints, *carried, wait_s, section.is_guarded))
-        else:
-            services.append(Service(name, target, endpoints, section.protocol, section.proxy_protocol, section.is_guarded))
-    return services
-
-
-def session_config(settings: RelaySettings) -> SessionConfig:
-    """The bounds of sessions."""
-    return SessionConfig(
-        max_streams=settings.limits.streams_per_link,
-        max_ring_bytes=settings.resume.replay_bytes,
-        resume=settings.resume.enabled,
-        hold_s=settings.resume.hold_s,
-        dead_after_s=settings.liveness.dead_after_s,
-    )
-
-
-def owner_limits(settings: RelaySettings) -> ScriptLimits:
-    """What an owner script may take: as much as a balancing script."""
-    return ScriptLimits(settings.cluster.script_timeout_s, settings.cluster.script_memory_bytes)
-
-
-def delivery_limits(settings: RelaySettings) -> DeliveryLimits:
-    """The bounds of deliveries."""
-    limits = settings.limits
-    return DeliveryLimits(limits.streams, limits.connect_timeout_s, limits.idle_timeout_s)

@@ -27,7 +27,9 @@ from fxrelay.cluster.opening import open_cluster
 from fxrelay.cluster.publish import Publisher, PublisherConfig
 from fxrelay.cluster.threads import Threads
 from fxrelay.cluster.view import ClusterView
-from fxrelay.reserving.reservations import Reservations, ReservingConfig
+from fxrelay.forgetting import Forgetter
+from fxrelay.reserving.books import ReservingConfig
+from fxrelay.reserving.reservations import Reservations
 from fxrelay.reserving.seats import StreamSeating
 from fxrelay.service_settings import ServiceSection
 from fxrelay.settings import RelaySettings
@@ -79,11 +81,12 @@ class Brain:
         self.chooser = PoolChooser(self.view, ways(settings), environment, self._transporter, self._threads, whose.instance)
         self.chooser.reconfigure(balancing(settings, self._scripts))
         self.tickets = SharedMemory(self._store, self._threads)
+        self._forgetter = Forgetter(self._store, self._threads, cluster.forget_after_s)
         self.reservations: Reservations | None = None
         if any(section.is_pool and (section.is_login or section.guard_start) for section in settings.services):
             reserving = ReservingConfig(whose.relay_id, cluster.lease_s, cluster.on_lost_lease)
             self.reservations = Reservations(reserving, self._store, self._transporter, self.view)
-            self.reservations.has_sessions = self._has_sessions
+            self.reservations.upkeep.has_sessions = self._has_sessions
             self.chooser.seating = StreamSeating(self.reservations)
 
     @property
@@ -103,6 +106,7 @@ class Brain:
                 if self.reservations is not None:
                     await nursery.start(self.reservations.run)
                 nursery.start_soon(keep_going, "watching the tunnels", self._watch_tunnels)
+                nursery.start_soon(keep_going, "forgetting nodes", self._forgetter.run)
                 task_status.started()
         finally:
             if self.reservations is not None:

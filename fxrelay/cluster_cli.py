@@ -1,4 +1,4 @@
-"""Task: the commands of `fxrelay` that are about the cluster: nodes, pick, drain, disable, enable, reservations, release, store."""
+"""Task: the commands of `fxrelay` that are about the cluster: nodes, pick, drain, disable, enable, forget, reservations, release, store."""
 
 import json
 import os
@@ -141,6 +141,24 @@ def enable(config_path: Path, node: str) -> None:
     _change(config_path, node, None)
 
 
+@click.command()
+@_config_option
+@click.argument("node")
+def forget(config_path: Path, node: str) -> None:
+    """Take NODE, which is gone for good, out of the store now: its server object, what was switched off for it, its reservation.
+
+    Nodes leave by themselves after `cluster.forget_after_s`. One that is at work is refused. Relays know within `cluster.resync_s`.
+    """
+    from fxrelay.cluster.reading import cluster_of
+    from fxrelay.forgetting import forget_node
+
+    settings = _load(config_path)
+    with cluster_of(settings) as (found, transporter):
+        gone = forget_node(settings, found, transporter, node)
+    reserved = f", and was reserved for {gone.user}" if gone.user else ""
+    click.echo(f"{node}: forgotten; it last reported {duration(gone.silent_s)} ago{reserved}")
+
+
 @click.group()
 def store() -> None:
     """Export and import the cluster's configuration."""
@@ -217,7 +235,7 @@ def release(config_path: Path, node: str) -> None:
     click.echo(f"{node}: {f'was reserved for {user}, and is free' if user else 'was not reserved'}")
 
 
-COMMANDS: Final = (nodes, pick, drain, disable, enable, reservations, release, store)
+COMMANDS: Final = (nodes, pick, drain, disable, enable, forget, reservations, release, store)
 
 
 def _load(config_path: Path) -> "RelaySettings":

@@ -78,7 +78,7 @@ class TicketSection(Section):
 class StreamLimitsSection(Section):
     """How many streams of the service one user or one address may have at this relay."""
 
-    per_user_streams: int = Field(0, ge=0, le=1_000_000, description="Of a ticket's user; 0: no limit.")
+    per_user_streams: int = Field(0, ge=0, le=1_000_000, description="Of the user of a ticket or a login; 0: no limit.")
     per_address_streams: int = Field(0, ge=0, le=1_000_000, description="Of an IPv4 address or an IPv6 /64; 0: no limit.")
 
 
@@ -168,8 +168,8 @@ class ServiceSection(Section):
 
     @model_validator(mode="after")
     def _check_entry(self) -> Self:
-        if self.ticket is None and self.limits is not None and self.limits.per_user_streams:
-            raise ValueError("limits.per_user_streams: only with `ticket`; without one nobody says who the user is")
+        if self.ticket is None and self.login is None and self.limits is not None and self.limits.per_user_streams:
+            raise ValueError("limits.per_user_streams: only with `ticket` or [service.login]; without them nobody says who the user is")
         if self.ticket is not None and self.protocol != "http" and "session_s" in self.ticket.model_fields_set:
             raise ValueError('ticket.session_s: only for protocol = "http"')
         return self
@@ -182,8 +182,8 @@ class ServiceSection(Section):
         takes_key = self.ticket is not None or self.login is not None or (self.affinity is not None and self.affinity.cookie is not None)
         if self.cookie_key is not None and not takes_key:
             raise ValueError("cookie_key: only with affinity = {cookie = …}, ticket or [service.login]")
-        if self.login is not None and self.is_guarded:
-            raise ValueError("login: not together with ticket, owner or limits: its requests are sent to nodes before anybody asked those")
+        if self.login is not None and (self.ticket is not None or self.owner is not None):
+            raise ValueError("login: not together with ticket or owner: its requests are sent to nodes before anybody asked those")
         return self
 
     @property

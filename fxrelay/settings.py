@@ -30,7 +30,7 @@ class RelaySection(Section):
     status: str = Field(
         "status.sock", min_length=1, validate_default=True, description="Unix socket of `fxrelay status`; relative to state_dir."
     )
-    links: int = Field(1, ge=1, le=8, description="Data links to each gateway.")
+    links: int = Field(1, ge=1, le=8, description="Data links to each gateway; with 2, new streams keep away from bulk.")
     address: str = Field("", description="IP address at which other relays reach this node's services directly; empty: they cannot.")
 
     @field_validator("address")

@@ -3,6 +3,7 @@
 import ast
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -27,9 +28,14 @@ def name_of(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
+@cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_bytes())
+
+
 def imports(path: Path) -> Iterator[str]:
     """Every module a file imports, inside functions too."""
-    for node in ast.walk(ast.parse(path.read_bytes())):
+    for node in ast.walk(parsed(path)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -41,14 +47,14 @@ def imports(path: Path) -> Iterator[str]:
 
 def names_only_the_type(path: Path) -> bool:
     """Whether `random` is there for `rng: random.Random` alone: the generator is still the caller's."""
-    tree = ast.parse(path.read_bytes())
+    tree = parsed(path)
     used = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "random"]
     called = {id(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
     return all(node.attr == "Random" and id(node) not in called for node in used)
 
 
 def docstring(path: Path) -> str:
-    return ast.get_docstring(ast.parse(path.read_bytes())) or ""
+    return ast.get_docstring(parsed(path)) or ""
 
 
 def is_pure(path: Path) -> bool:

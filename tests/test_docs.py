@@ -63,3 +63,14 @@ def test_metrics_in_documents_exist():
     sources = (ROOT / "fxgateway" / "admin" / "metrics.py").read_text() + (ROOT / "fxrelay" / "pages.py").read_text()
     for name in set(re.findall(r"\b(fx(?:gateway|relay)_[a-z_]+)", (ROOT / "docs" / "operations.md").read_text())):
         assert f'"{name.removesuffix("_total")}"' in sources, f"no metric {name}"
+
+
+def test_tests_in_documents_exist():
+    """docs/hostile.md names the test of every promise; a test that is renamed must not leave a promise without one."""
+    text = (ROOT / "docs" / "hostile.md").read_text()
+    named = re.findall(r"`(test_\w+)::(test_\w+)`", text)
+    assert len(named) > 100
+    assert {f"R{number}" for number in range(1, 30)} <= set(re.findall(r"^\| (R\d+) \|", text, re.MULTILINE))
+    sources = {path.stem: path.read_text() for path in (ROOT / "tests").rglob("test_*.py")}
+    gone = [f"{file}::{test}" for file, test in named if f"def {test}(" not in sources.get(file, "")]
+    assert not gone

@@ -5,7 +5,8 @@ import time
 from fxgateway.admin.view import DoorStatus, RelayState, RelayStatus, Totals
 from fxgateway.doors.doors import Doors
 from fxgateway.routing.table import Readiness
-from fxgateway.tunnels.registry import LiveRelay, Registry
+from fxgateway.tunnels.live_relay import LiveRelay
+from fxgateway.tunnels.registry import Registry
 from fxtunnel import __version__
 from fxtunnel.engine.status import link_status
 from fxtunnel.kit.process import memory_bytes

@@ -73,9 +73,12 @@ class Client(Splice):
         """What it said first was looked at and is still in the socket: it goes with the OPEN, before any event tells of it."""
         self._readable = True
 
-    def begin(self, peer: str) -> None:
-        """Choose a relay and open the stream; `peer` is the client's ip:port as OPEN carries it."""
-        if self._forward(b"", self._tags(peer)):
+    def begin(self, peer: str, said: bytes = b"") -> None:
+        """Choose a relay and open the stream; `peer` is the client's ip:port as OPEN carries it.
+
+        `said` has been taken from the socket already: at most EARLY_BYTES.
+        """
+        if self._forward(said, self._tags(peer)):
             self.start()
 
     def go_on(self, journey: Journey) -> None:
@@ -172,7 +175,7 @@ class Client(Splice):
         self._forward(bytes(stream.early or b""), self._tags(self.named or self.peer()), asks_again=asks_again)
 
     def _tags(self, peer: str) -> bytes:
-        return self.tags + encode_tag(TAG_CLIENT, peer) if peer else self.tags
+        return encode_tag(TAG_CLIENT, peer) + self.tags if peer else self.tags
 
     def peer(self) -> str:
         """Its ip:port as the socket knows it."""

@@ -28,7 +28,7 @@ from fxtunnel.model import RelayId, ServiceName
 from fxtunnel.protocol.opening import TAG_TRACE, Opening, encode_tag, encode_tags
 
 if TYPE_CHECKING:
-    from fxgateway.tunnels.registry import LiveRelay
+    from fxgateway.tunnels.live_relay import LiveRelay
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -266,18 +266,18 @@ class Door:
         if self.config.access is None:
             return Client(self, sock, address, self.config.service, self._tags)
         trace = next(self.traces)
-        client = RecordedClient(self, sock, address, self.config.service, self._tags + encode_tag(TAG_TRACE, trace))
+        client = RecordedClient(self, sock, address, self.config.service, encode_tag(TAG_TRACE, trace) + self._tags)
         client.trace = trace
         return client
 
-    def let_in(self, client: Client, peer: str, lead: Lead = _UNHEARD) -> None:
-        """Serve an admitted client; `peer` is its ip:port, `lead` what it said first."""
+    def let_in(self, client: Client, peer: str, lead: Lead = _UNHEARD, said: bytes = b"") -> None:
+        """Serve an admitted client; `peer` is its ip:port, `lead` what it wants, `said` see `Client.begin`."""
         self.clients.add(client)
         self.counters.accepted += 1
         if self.config.access is not None:
             client.diary = Diary(peer, self.reactor.now, lead.host, lead.scheme)
         try:
-            client.begin(peer)
+            client.begin(peer, said)
         except BaseException:
             client.fail(Code.INTERNAL_ERROR)
             raise

@@ -9,13 +9,14 @@ from fxgateway.doors.client import Client
 from fxgateway.doors.farewell import Farewell
 from fxgateway.doors.recorded import RECORDED, RecordedClient
 from fxgateway.doors.securing import Securing
-from fxgateway.doors.visitor import SecureVisitor, Visitor
+from fxgateway.doors.visitor import HelloVisitor, SecureVisitor, Visitor
 from fxgateway.doors.web_client import TlsWebClient, WebClient, error_words
-from fxgateway.routing.reception import Lead, Receptionist, TurnAway
+from fxgateway.routing.reception import Kind, Lead, Receptionist, TurnAway
 from fxtunnel.engine.splice import abort
 from fxtunnel.engine.tls_socket import TlsSocket
 from fxtunnel.kit.answers import Refused
 from fxtunnel.model import ServiceName
+from fxtunnel.protocol.frames import EARLY_BYTES
 from fxtunnel.protocol.opening import TAG_TRACE, Opening, encode_tag, encode_tags
 
 if TYPE_CHECKING:
@@ -39,7 +40,25 @@ class Hall:
     def hear(self, sock: socket.socket, address: str, named: str, receptionist: Receptionist) -> None:
         """Take in an admitted client. `named` is its ip:port, whoever told it."""
         context = self.door.config.tls
-        visitor = Visitor(self, sock, address, named, receptionist) if context is None else Securing(self, sock, address, named, context)
+        visitor: Visitor | Securing
+        if context is not None:
+            visitor = Securing(self, sock, address, named, context)
+        elif receptionist.kind is Kind.SNI:
+            # Under load the hello is there already. Then nobody has to wait for it, nor to read it twice.
+            try:
+                said = sock.recv(EARLY_BYTES)
+            except OSError:  # nothing yet; or a reset, of which the visitor is told
+                said = b""
+            found = receptionist.receive(said)
+            if isinstance(found, Lead):
+                self._let_in(sock, address, named, found, said)
+                return
+            visitor = HelloVisitor(self, sock, address, named, receptionist, said)
+            if isinstance(found, TurnAway):
+                visitor.turn_away(found)
+                return
+        else:
+            visitor = Visitor(self, sock, address, named, receptionist)
         self.visitors[visitor] = self.door.reactor.now
         visitor.start()
 
@@ -62,31 +81,36 @@ class Hall:
         self.door.refused(reason)
         logger.info("door %s: no TLS with %s: %s", self.door.name, securing.address, text)
 
-    def visitor_led(self, visitor: Visitor, lead: Lead) -> None:
-        """It is clear where a connection goes."""
+    def visitor_led(self, visitor: Visitor, lead: Lead, said: bytes = b"") -> None:
+        """It is clear where a connection goes. `said` has been taken from its socket."""
         self.visitors.pop(visitor, None)
-        trace = next(self.door.traces)
+        self._let_in(visitor.sock, visitor.address, visitor.named, lead, said)
+
+    def _let_in(self, sock: socket.socket, address: str, named: str, lead: Lead, said: bytes) -> None:
+        door = self.door
+        trace = next(door.traces)
         client: Client
         if lead.head is None:
-            plain = Client if self.door.config.access is None else RecordedClient
-            tags = _led_tags(lead.service, self.door.name, lead.host, lead.scheme) + encode_tag(TAG_TRACE, trace)
-            client = plain(self.door, visitor.sock, visitor.address, lead.service, tags)
+            plain = Client if door.config.access is None else RecordedClient
+            tags = encode_tag(TAG_TRACE, trace) + _led_tags(lead.service, door.name, lead.host, lead.scheme)
+            client = plain(door, sock, address, lead.service, tags)
             client.trace = trace
         else:
             opening = Opening(
                 lead.service,
-                door=self.door.name,
+                door=door.name,
                 trace=trace,
                 host=lead.host,
                 scheme=lead.scheme,
                 node=lead.node,
                 ticket=lead.ticket,
             )
-            kind = TlsWebClient if isinstance(visitor.sock, TlsSocket) else WebClient
-            client = (kind if self.door.config.access is None else RECORDED[kind])(self.door, visitor.sock, visitor.address, lead, opening)
-        client.named = visitor.named
-        client.has_spoken()
-        self.door.let_in(client, visitor.named or client.peer(), lead)
+            kind = TlsWebClient if isinstance(sock, TlsSocket) else WebClient
+            client = (kind if door.config.access is None else RECORDED[kind])(door, sock, address, lead, opening)
+        client.named = named
+        if not said or len(said) == EARLY_BYTES:
+            client.has_spoken()
+        door.let_in(client, named or client.peer(), lead, said)
 
     def visitor_turned_away(self, visitor: Visitor, away: TurnAway) -> None:
         """A connection leads nowhere. Its socket is the hall's again."""

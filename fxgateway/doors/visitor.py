@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from fxgateway.routing.reception import MAX_FIRST_BYTES, Kind, Lead, Receptionist, TurnAway, Wait
 from fxtunnel.engine.reactor import ERROR, HANGUP, STREAM_EVENTS, Timer
 from fxtunnel.engine.tls_socket import TlsSocket
+from fxtunnel.protocol.frames import EARLY_BYTES
 
 if TYPE_CHECKING:
     from fxgateway.doors.hall import Hall
@@ -99,6 +100,35 @@ class Visitor:
 
     def _peek(self) -> bytes:
         return self.sock.recv(MAX_FIRST_BYTES, socket.MSG_PEEK)
+
+
+class HelloVisitor(Visitor):
+    """One whose ClientHello is not whole yet. What it `said` has been taken, to go with the OPEN, and is not read a second time."""
+
+    __slots__ = ("_said",)
+
+    def __init__(self, hall: "Hall", sock: socket.socket, address: str, named: str, receptionist: Receptionist, said: bytes) -> None:
+        super().__init__(hall, sock, address, named, receptionist)
+        self._said = said
+
+    def start(self) -> None:
+        """See `Visitor`. What has arrived meanwhile makes an event."""
+        self.door.reactor.register(self.sock, self, STREAM_EVENTS)
+
+    def _lead(self, lead: Lead) -> None:
+        self._end()
+        self.hall.visitor_led(self, lead, self._said)
+
+    def _peek(self) -> bytes:
+        room = EARLY_BYTES - len(self._said)
+        if room:
+            self._said += self.sock.recv(room)
+        if len(self._said) < EARLY_BYTES:
+            return self._said
+        try:
+            return self._said + super()._peek()
+        except BlockingIOError:
+            return self._said
 
 
 class SecureVisitor(Visitor):

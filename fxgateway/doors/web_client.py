@@ -11,7 +11,7 @@ from fxgateway.routing.reception import Lead
 from fxtunnel.codes import Code
 from fxtunnel.engine.tls_splice import TlsSplice
 from fxtunnel.kit.answers import Refused, render
-from fxtunnel.protocol.opening import Opening, encode_tags
+from fxtunnel.protocol.opening import TAG_TICKET, TAG_TRACE, Opening, encode_tag, encode_tags
 
 if TYPE_CHECKING:
     from fxgateway.doors.door import Door
@@ -47,7 +47,8 @@ class WebClient(Client):
     __slots__ = ("_accept", "_greeting", "_instead", "_refusal")
 
     def __init__(self, door: "Door", sock: socket.socket, address: str, lead: Lead, opening: Opening) -> None:
-        super().__init__(door, sock, address, opening.service, encode_tags(opening))
+        own = encode_tag(TAG_TRACE, opening.trace) + (encode_tag(TAG_TICKET, opening.ticket) if opening.ticket else b"")
+        super().__init__(door, sock, address, opening.service, own + encode_tags(opening._replace(trace="", ticket="")))
         head = lead.head
         self.trace = opening.trace
         self._accept = head.accept if head is not None else b""

@@ -1,7 +1,7 @@
 """Pure: what a connection says first, and where that leads."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Final
 from urllib.parse import parse_qs
@@ -14,6 +14,7 @@ from fxtunnel.protocol.opening import MAX_TICKET_BYTES
 
 MAX_FIRST_BYTES: Final = MAX_RECORDS_BYTES
 """Looked at of what a client says first, records' headers and all."""
+MAX_REMEMBERED: Final = 1_024
 STREAM_PATH: Final = "/.fx/stream/"
 STREAM_PROTOCOL: Final = "fx-stream"
 SWITCHING: Final = f"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: {STREAM_PROTOCOL}\r\n\r\n".encode()
@@ -84,6 +85,8 @@ class Receptionist:
     default: ServiceName | None
     ssh: ServiceName | None = None
     streams: frozenset[ServiceName] = frozenset()
+    _led: dict[str, Lead] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """Hosts that were asked for before."""
 
     def services(self) -> frozenset[ServiceName]:
         """Everything it leads to."""
@@ -106,10 +109,16 @@ class Receptionist:
             case NeedMore(at_least):
                 return Wait(at_least)
             case ClientHello(host):
+                lead = self._led.get(host)
+                if lead is not None:
+                    return lead
                 service = (self.routes.find_host(host) if host else None) or self.default
                 if service is None:
                     return TurnAway("no-route", f"no route for {host or 'a client without SNI'}", farewell=UNRECOGNIZED_NAME, host=host)
-                return Lead(service, host, "tls")
+                if len(self._led) >= MAX_REMEMBERED:
+                    self._led.clear()
+                lead = self._led[host] = Lead(service, host, "tls")
+                return lead
             case _:
                 return TurnAway("bad-hello", found.reason)
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from fxgateway.routing.table import Readiness, RouteTable
+from fxgateway.tunnels.live_relay import LiveRelay
 from fxgateway.tunnels.ports import ControlHandle, Departure
 from fxtunnel.codes import Code
 from fxtunnel.engine.ports import SessionConfig
@@ -29,75 +30,6 @@ class RegistryLimits:
 
     links_per_relay: int = 8
     relays: int = 4_096
-
-
-class LiveRelay:
-    """One instance of a relay, from its first control link until its last session has ended."""
-
-    __slots__ = (
-        "draining",
-        "epoch",
-        "hands_over",
-        "instance",
-        "is_drained",
-        "leave_by",
-        "link",
-        "offers",
-        "predecessor",
-        "relay_id",
-        "reported_streams",
-        "sessions",
-        "since",
-    )
-
-    def __init__(self, relay_id: RelayId, instance: InstanceId, epoch: int, now: float) -> None:
-        self.relay_id = relay_id
-        self.instance = instance
-        self.epoch = epoch
-        self.since = now
-        self.offers: tuple[Offer, ...] = ()
-        self.link: ControlHandle | None = None
-        self.sessions: dict[SessionId, Session] = {}
-        self.draining = False
-        """It has said that it goes away."""
-        self.hands_over = False
-        """It said so to make way for a successor, and serves until that one does."""
-        self.is_drained = False
-        """An administrator here wants nothing new to go there."""
-        self.leave_by = 0.0
-        self.predecessor: LiveRelay | None = None
-        """The instance that makes way for this one, while it has streams."""
-        self.reported_streams = 0
-
-    @property
-    def open_streams(self) -> int:
-        """Streams on all its sessions."""
-        return sum(len(session.mux.streams) for session in self.sessions.values())
-
-    @property
-    def readiness(self) -> Readiness:
-        """See `Candidate`. Until its own first session is up, a predecessor stands in."""
-        own, older = self._readiness, self.predecessor
-        return own if older is None or own is Readiness.UP or self.is_drained else min(own, older.readiness)
-
-    @property
-    def _readiness(self) -> Readiness:
-        if self.is_drained or not self.sessions or (self.draining and not self.hands_over):
-            return Readiness.NONE
-        for session in self.sessions.values():
-            if session.is_up:
-                return Readiness.LEAVING if self.draining else Readiness.UP
-        return Readiness.HELD
-
-    def session_for_stream(self) -> Session | None:
-        """The session a new stream should go on: one that is up, with the fewest streams."""
-        older = self.predecessor
-        if older is not None and older.readiness < self._readiness:
-            return older.session_for_stream()
-        if len(self.sessions) == 1:
-            (only,) = self.sessions.values()
-            return only
-        return min(self.sessions.values(), key=lambda s: (not s.is_up, len(s.mux.streams)), default=None)
 
 
 class Registry:
@@ -246,17 +178,31 @@ class Registry:
                 self._expel(relay, Code.REVOKED, "the administrator revoked this relay")
 
     def yield_name(self, relay_id: RelayId, instance: InstanceId, code: Code, text: str) -> None:
-        """Another process of this gateway has the relay now: end what this instance still has here."""
+        """Another process of this gateway has the relay now: end what this instance still has here.
+
+        One that makes way serves until `relieve`.
+        """
         relay = self._instance(relay_id, instance)
         if relay is not None:
             self.on_change()
             if relay.draining and code is Code.FENCED and self._relays.get(relay_id) is relay:
-                logger.info("relay %s has a new instance at another worker; the one here ends its streams", relay_id)
-                self._step_aside(relay)
-                self.routes.remove(relay_id)
+                relay.has_yielded = True
+                if not relay.hands_over:
+                    self.relieve(relay_id)
                 return
             logger.warning("relay %s is at another worker now: %s", relay_id, text)
             self._expel(relay, code, text)
+
+    def relieve(self, relay_id: RelayId) -> None:
+        """Another process of this gateway serves this relay: whoever has yielded its name here takes nothing more."""
+        relay = self._relays.get(relay_id)
+        if relay is not None and relay.has_yielded:
+            logger.info("relay %s has a new instance at another worker; the one here ends its streams", relay_id)
+            if relay.link is not None and relay.hands_over:
+                relay.link.drain(0)  # it need not wait any longer
+            self._step_aside(relay)
+            self.routes.remove(relay_id)
+            self.on_change()
 
     def begin_drain(self, deadline_s: float) -> None:
         """The gateway is going away: nobody new comes in."""
@@ -285,7 +231,7 @@ class Registry:
         statistics = session.statistics().mux
         self.resumed += session.resumed
         logger.info(
-            "tunnel of %s closed: %s %s",
+            "tunnel of %s closed: %s (%s)",
             relay.relay_id,
             code.label,
             text,

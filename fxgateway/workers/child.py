@@ -61,6 +61,8 @@ class Child:
         self.number = number
         self.channel: Channel | None = None
         self.is_ready = False
+        self.has_closed = False
+        """After `stop`: it takes no more clients."""
         self.pid = 0
         self.last_beat = 0.0
         self._home = home

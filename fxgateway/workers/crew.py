@@ -182,7 +182,7 @@ class Crew:
         is_same = bool(message["is_same"])
         code = Code.LINK_LOST if is_same else Code.FENCED
         text = "its control link came up at another worker" if is_same else "another instance has this relay's name now"
-        self._registry.yield_name(RelayId(message["relay"]), InstanceId(message["instance"]), code, text)
+        self._relays.yield_name(RelayId(message["relay"]), InstanceId(message["instance"]), code, text)
 
     def _hear(self, worker: int, message: Message) -> None:
         now = self._reactor.now

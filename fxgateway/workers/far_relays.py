@@ -6,7 +6,9 @@ from typing import Any, Final
 from fxgateway.doors.client import Client
 from fxgateway.doors.elsewhere import Elsewhere, Journey
 from fxgateway.routing.table import Forward, Readiness, Reject, RouteTable
-from fxgateway.tunnels.registry import LiveRelay, Registry
+from fxgateway.tunnels.live_relay import LiveRelay
+from fxgateway.tunnels.registry import Registry
+from fxtunnel.codes import Code
 from fxtunnel.model import InstanceId, RelayId, ServiceName
 
 PassOn = Callable[[int, Client, Journey], bool]
@@ -91,6 +93,12 @@ class AllRelays:
                 self._table.put(known, [ServiceName(service) for service in services[0]])
             if known is not None and known.worker == worker:
                 known.readiness, known.open_streams = Readiness(readiness), streams
+            self._relieve(relay_id)
+
+    def yield_name(self, relay_id: RelayId, instance: InstanceId, code: Code, text: str) -> None:
+        """See `Registry`."""
+        self._registry.yield_name(relay_id, instance, code, text)
+        self._relieve(relay_id)
 
     def forget(self, worker: int) -> None:
         """Another worker is gone, and its relays with it."""
@@ -98,12 +106,17 @@ class AllRelays:
             self._drop(relay_id)
 
     def news(self) -> News:
-        """What has changed of our own relays since the last call."""
+        """What has changed of our own relays since the last call.
+
+        Of one that cannot take a stream yet nothing is told: a predecessor of its may serve at another worker.
+        """
         now = dict(self._own())
         changed: News = {}
         for relay_id, facts in now.items():
             told = self._told.get(relay_id, [])
-            if told != facts:
+            if not told and facts[2] == Readiness.NONE:
+                now[relay_id] = told
+            elif told != facts:
                 changed[relay_id] = facts[:-1] if told[-1:] == facts[-1:] else facts
         changed |= dict.fromkeys(self._told.keys() - now.keys(), _GONE)
         self._told = now
@@ -123,6 +136,11 @@ class AllRelays:
             readiness = Readiness.NONE if is_leaving else relay.readiness
             services = [offer.name for offer in relay.offers]
             yield relay.relay_id, [relay.instance, relay.epoch, int(readiness), relay.open_streams, services]
+
+    def _relieve(self, relay_id: RelayId) -> None:
+        far = self._far.get(relay_id)
+        if far is not None and far.readiness is Readiness.UP:
+            self._registry.relieve(relay_id)
 
     def _drop(self, relay_id: RelayId) -> None:
         self._far.pop(relay_id, None)

@@ -42,6 +42,8 @@ logger = logging.getLogger(__name__)
 
 STATUS_S: Final = 1.0
 PREPARE_S: Final = 30.0
+CLOSE_S: Final = 1.0
+"""For all workers to close their doors; one that stands still is not waited for."""
 STOP_S: Final = 10.0
 """What workers may take for goodbyes, beyond limits.drain_s."""
 
@@ -149,6 +151,8 @@ class Parent:
         match message["op"]:
             case "ready":
                 child.became_ready()
+            case "closed":
+                child.has_closed = True
             case "answer":
                 self._asking.answered(message)
             case "told":
@@ -231,9 +235,11 @@ class Parent:
         self._facts.is_draining = True
         self._close_sockets()
         drain_s = self._settings.limits.drain_s
-        logger.info("stopping: %d workers have %g s for their clients", len(self._children), drain_s)
         for child in self._children.values():
             child.stop()
+        with trio.move_on_after(CLOSE_S):  # whoever reads the next line may count on it that nobody comes in any more
+            await wait_until(lambda: all(child.has_closed or not child.is_ready for child in self._children.values()))
+        logger.info("stopping: %d workers have %g s for their clients", len(self._children), drain_s)
         with trio.move_on_after(drain_s + STOP_S):
             await wait_until(lambda: not any(child.pid for child in self._children.values()))
 

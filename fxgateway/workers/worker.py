@@ -171,6 +171,8 @@ class Worker(Gateway):
                 case "abandon":
                     self._abandon()
                 case "stop":
+                    self._doors.close()
+                    self._crew.parent.send({"op": "closed"})
                     self._stop.set()
 
     async def _prepare(self, message: Message, inherited: Inherited) -> None:

@@ -6,7 +6,7 @@ from fxrelay.admitting.owner import owner_of
 from fxrelay.admitting.porter import EntryRules
 from fxrelay.admitting.quotas import StreamLimits
 from fxrelay.admitting.ticket import TicketRules
-from fxrelay.balance.workers import Workers
+from fxrelay.balance.workers import ScriptLimits, Workers
 from fxrelay.service_settings import ServiceSection, TicketSection
 from fxrelay.settings import RelaySettings
 from fxtunnel.errors import ConfigError, ConfigProblem
@@ -76,3 +76,8 @@ def _ticket_rules(ticket: TicketSection, service: str) -> TicketRules:
         ticket.required,
         ticket.without_store == "refuse",
     )
+
+
+def owner_limits(settings: RelaySettings) -> ScriptLimits:
+    """What an owner script may take: as much as a balancing script."""
+    return ScriptLimits(settings.cluster.script_timeout_s, settings.cluster.script_memory_bytes)

@@ -5,10 +5,13 @@ that knows the same decides the same.
 """
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping, Sequence
+from operator import attrgetter
 from typing import Final
 
 from fxrelay.balance.model import Candidate, Chosen, Passed, Request, Verdict
+from fxrelay.balance.offered import Offered, Rank
 from fxtunnel.model import RelayId
 
 Choose = Callable[[Request, Sequence[Candidate], RelayId], Verdict]
@@ -17,22 +20,22 @@ PLACEMENT_BYTES: Final = 1 << 30
 """What a session on its way is expected to take: most-available-memory subtracts it for each, until the server has measured it."""
 PACK_LOAD: Final = 0.8
 """`pack` fills a server up to this share of its maxSessions or, where there is none, of its memory."""
+_SESSIONS: Final[Rank] = attrgetter("load_sessions")
 
 
 def fewest_sessions(request: Request, candidates: Sequence[Candidate], local_id: RelayId) -> Verdict:
     """The server with the fewest sessions."""
-    return _least(candidates, lambda candidate: candidate.server.sessions + candidate.in_flight)
+    return _ranked(candidates, _SESSIONS)
 
 
 def most_available_memory(request: Request, candidates: Sequence[Candidate], local_id: RelayId) -> Verdict:
     """The server with the most memory left, counting what is promised to sessions on their way."""
-    return _least(candidates, lambda candidate: candidate.in_flight * PLACEMENT_BYTES - candidate.server.available_bytes)
+    return _ranked(candidates, _promised)
 
 
 def weighted_least(request: Request, candidates: Sequence[Candidate], local_id: RelayId) -> Verdict:
     """The server that would have the fewest sessions for its weight. Weight 0 takes none."""
-    willing = [candidate for candidate in candidates if candidate.server.weight > 0]
-    return _least(willing, lambda candidate: (candidate.load_sessions + 1) / candidate.server.weight)
+    return _ranked(candidates, _weighted)
 
 
 def user_hash(request: Request, candidates: Sequence[Candidate], local_id: RelayId) -> Verdict:
@@ -77,6 +80,19 @@ NAMES: Final = (*BUILTINS, ROUND_ROBIN)
 def _least(candidates: Sequence[Candidate], key: Callable[[Candidate], int | float | bytes]) -> Verdict:
     best = min(candidates, key=key, default=None)
     return Chosen(best.server_id) if best is not None else Passed()
+
+
+def _ranked(candidates: Sequence[Candidate], rank: Rank) -> Verdict:
+    best = candidates.least(rank) if isinstance(candidates, Offered) else min(candidates, key=rank, default=None)
+    return Chosen(best.server_id) if best is not None and rank(best) != math.inf else Passed()
+
+
+def _promised(candidate: Candidate) -> int:
+    return candidate.in_flight * PLACEMENT_BYTES - candidate.server.available_bytes
+
+
+def _weighted(candidate: Candidate) -> float:
+    return (candidate.load_sessions + 1) / candidate.server.weight if candidate.server.weight > 0 else math.inf
 
 
 def _fullness(candidate: Candidate) -> float:

@@ -13,10 +13,10 @@ from typing import Final
 
 import trio
 
-from fxrelay.balance.chain import decide
+from fxrelay.balance.chain import decide, decide_nowait, is_instant
 from fxrelay.balance.filters import RESERVED, Circumstances, Pool, Sieve, reason_outside
 from fxrelay.balance.holders import against, prefer
-from fxrelay.balance.model import Action, Decision, Entry, Environment, Request
+from fxrelay.balance.model import Action, Candidate, Decision, Dropped, Entry, Environment, Request
 from fxrelay.balance.seating import NO_RULES, Queueing, Seating, SeatRules
 from fxrelay.balance.waiting import Line
 from fxrelay.balance.ways import Ways
@@ -129,6 +129,23 @@ class PoolChooser:
                 return self._refusal(wanted, decision)
         return await self._wait(balancing, queue, wanted, excluded)
 
+    def choose_nowait(self, wanted: Wanted) -> Node | None:
+        """See `Chooser`. Chains of built-in entries need no task; reservations, lines and refusals do."""
+        balancing = self._balancing.get(wanted.service)
+        if balancing is None or self._lines.get(wanted.service) or not is_instant(balancing.chain):
+            return None
+        request = _request(balancing, wanted)
+        if self.seating is not None and request.action is Action.LOGIN:
+            return None
+        around = self._around(balancing, request, wanted, ())
+        candidates = self._sieve(balancing.pool, request.action, wanted.gateway_id).peek(self._view.everyone(), request.user, around)
+        decision = decide_nowait(balancing.chain, request, candidates, (), self._environment)
+        member = self._view.members.get(decision.server_id, self._view.now) if decision.server_id is not None else None
+        if member is None or _reserves(balancing, member.server, request.action):
+            return None
+        self.decisions += 1
+        return self._node(member, wanted, self._claim(member.server.server_id))
+
     async def named(self, wanted: Wanted, server_id: RelayId) -> Node | NoNode:
         """The node with this id, if it belongs to the service's pool, also when it takes no new sessions. Its claim counts nothing: what is
         named was placed before. Raises nothing.
@@ -190,39 +207,44 @@ class PoolChooser:
 
     async def _choose(self, balancing: Balancing, wanted: Wanted, excluded: frozenset[RelayId]) -> tuple[Node | NoNode | None, Decision]:
         """The node, or None and a decision that says why there is none."""
-        action = Action(wanted.action) if wanted.action else balancing.action
-        is_login = action is Action.LOGIN
-        user = wanted.user if is_login or wanted.is_proven else ""
-        request = Request(action, wanted.service, user, groups=wanted.groups)
-        decision = await self._decide(balancing, request, wanted, excluded)
+        request = _request(balancing, wanted)
+        candidates, dropped = self._candidates(balancing, request, wanted, excluded)
+        self.decisions += 1
+        decision = await decide(balancing.chain, request, candidates, dropped, self._environment)
         member = self._view.members.get(decision.server_id, self._view.now) if decision.server_id is not None else None
         if member is None:
             return None, decision
         server = member.server
         seat = None
-        if _reserves(balancing, server, action):
+        if _reserves(balancing, server, request.action):
             if self.seating is None or not wanted.user:
                 why = "whose stream it is cannot be told" if self.seating is not None else "this relay takes no part in reservations"
                 return NoNode(Code.CONNECT_FAILED, f"{server.server_id} is for one user only, and {why}"), decision
             seat = self.seating.seat(server.server_id, wanted.user, balancing.seats)
         return self._node(member, wanted, self._claim(server.server_id), seat), decision
 
-    async def _decide(self, balancing: Balancing, request: Request, wanted: Wanted, excluded: Collection[RelayId]) -> Decision:
-        seats, now_ms = balancing.seats, self._view.now_ms
-        holders = self.seating.holders.users(now_ms) if self.seating is not None else {}
-        around = Circumstances(
+    def _candidates(
+        self, balancing: Balancing, request: Request, wanted: Wanted, excluded: Collection[RelayId]
+    ) -> tuple[list[Candidate], list[Dropped]]:
+        around = self._around(balancing, request, wanted, excluded)
+        sieve = self._sieve(balancing.pool, request.action, wanted.gateway_id)
+        candidates, dropped = sieve.sift(self._view.everyone(), request.user, around)
+        seats = balancing.seats
+        if self.seating is not None and any(_reserves(balancing, candidate.server, request.action) for candidate in candidates):
+            now_ms, holders = self._view.now_ms, self.seating.holders
+            candidates = prefer(candidates, request.user, holders.users(now_ms), holders.wanted(now_ms), seats.relogin)
+        return candidates, dropped
+
+    def _around(self, balancing: Balancing, request: Request, wanted: Wanted, excluded: Collection[RelayId]) -> Circumstances:
+        seats = balancing.seats
+        holders = self.seating.holders.users(self._view.now_ms) if self.seating is not None else {}
+        return Circumstances(
             self._view.in_flight.counts(self._view.now),
             excluded,
             against(holders, request.user, seats.relogin),
             seats.guard_start,
             wanted.node,
         )
-        sieve = self._sieve(balancing.pool, request.action, wanted.gateway_id)
-        candidates, dropped = sieve.sift(self._view.everyone(), request.user, around)
-        if self.seating is not None and any(_reserves(balancing, candidate.server, request.action) for candidate in candidates):
-            candidates = prefer(candidates, request.user, holders, self.seating.holders.wanted(now_ms), seats.relogin)
-        self.decisions += 1
-        return await decide(balancing.chain, request, candidates, dropped, self._environment)
 
     def _sieve(self, pool: Pool, action: Action, gateway_id: GatewayId) -> Sieve:
         key = (pool.service, action, gateway_id)
@@ -266,6 +288,12 @@ class PoolChooser:
     def _tell(self, event: str, placement: Placement) -> None:
         with suppress(trio.WouldBlock, trio.BrokenResourceError):  # then the servers' own updates will tell
             self._news_in.send_nowait((event, placement))
+
+
+def _request(balancing: Balancing, wanted: Wanted) -> Request:
+    action = Action(wanted.action) if wanted.action else balancing.action
+    user = wanted.user if action is Action.LOGIN or wanted.is_proven else ""
+    return Request(action, wanted.service, user, groups=wanted.groups)
 
 
 def _waiting_in(channel: trio.MemoryReceiveChannel[tuple[str, Placement]]) -> Iterator[tuple[str, Placement]]:

@@ -102,7 +102,7 @@ class Scripts:
             raise ValueError(f"expected builtin:NAME, js:FILE, exec:FILE or python:MODULE:FUNCTION, found {spec!r}")
         path = self._directory / rest
         if kind == "js" and find_spec("quickjs") is None:
-            raise ValueError(f"{spec} needs a JavaScript engine: pip install 'fx-gateway[js]'")
+            raise ValueError(f"{spec} needs a JavaScript engine: pip install quickjs-ng")
         verify_file(path, kind)
         return Script(spec, kind, str(path), self._workers)
 

@@ -1,12 +1,13 @@
 """Pure: which servers a chain is asked about at all, and why the others are not."""
 
 from bisect import bisect_left
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter, itemgetter
 from typing import Any, Final
 
 from fxrelay.balance.model import Action, Candidate, Dropped
+from fxrelay.balance.offered import Offered
 from fxrelay.cluster.members import Member, MemberState
 from fxrelay.cluster.roster import Mark, Roster
 from fxrelay.cluster.server import ServerObject
@@ -84,48 +85,60 @@ class Sieve:
         self._known: dict[RelayId, _Known] = {}
         self._mark: Mark | None = None
         self._ids: list[RelayId] = []  # of those below, in order
-        self._candidates: list[Candidate] = []
+        self._candidates = Offered([])
+        self._coming: dict[RelayId, int] = {}  # placements that the candidates above count
         self._dropped: dict[RelayId, Dropped] = {}
         self._full: set[RelayId] = set()
+
+    def peek(self, members: Collection[Member], user: str, around: Circumstances) -> Sequence[Candidate]:
+        """The candidates that `sift` would give, until the next call; they are the sieve's own, so that nothing has to be copied."""
+        self._catch_up(members)
+        self._count(around.in_flight)
+        if around.only is not None or self._gone(user, around):
+            return self.sift(members, user, around)[0]
+        return self._candidates
 
     def sift(self, members: Collection[Member], user: str, around: Circumstances) -> tuple[list[Candidate], list[Dropped]]:
         """The candidates in order of id, and everyone else with the first reason that applied."""
         self._catch_up(members)
-        candidates, dropped = self._candidates.copy(), list(self._dropped.values())
-        holders = around.holders if around.holders and (self._action is Action.LOGIN or around.guards_start) else {}
+        self._count(around.in_flight)
+        candidates, dropped, gone = self._candidates.copy(), list(self._dropped.values()), self._gone(user, around)
         if around.only is not None:
             dropped += [Dropped(server_id, NOT_ASKED_FOR) for server_id in self._ids if server_id != around.only]
-            candidates = [candidate for candidate in candidates if candidate.server_id == around.only]
-            return self._sift_each(candidates, dropped, holders, user, around)
-        gone: list[tuple[int, Dropped]] = []
-        for server_id in {*around.excluded, *holders, *around.in_flight, *self._full}:
-            place = bisect_left(self._ids, server_id)
-            if place == len(self._ids) or self._ids[place] != server_id:
-                continue
-            coming = around.in_flight.get(server_id, 0)
-            reason = self._reason_now(server_id, coming, holders, user, around)
-            if reason is not None:
-                gone.append((place, Dropped(server_id, reason)))
-            elif coming:
-                candidates[place] = Candidate(candidates[place].server, coming)
-        gone.sort(key=itemgetter(0))
+            gone = [(place, each) for place, each in gone if each.server_id == around.only]
         dropped += [each for _, each in gone]
         for place, _ in reversed(gone):
             del candidates[place]
+        if around.only is not None:
+            candidates = [candidate for candidate in candidates if candidate.server_id == around.only]
         return candidates, dropped
 
-    def _sift_each(
-        self, candidates: list[Candidate], dropped: list[Dropped], holders: Mapping[RelayId, str], user: str, around: Circumstances
-    ) -> tuple[list[Candidate], list[Dropped]]:
-        left = []
-        for candidate in candidates:
-            coming = around.in_flight.get(candidate.server_id, 0)
-            reason = self._reason_now(candidate.server_id, coming, holders, user, around)
-            if reason is not None:
-                dropped.append(Dropped(candidate.server_id, reason))
-            else:
-                left.append(Candidate(candidate.server, coming) if coming else candidate)
-        return left, dropped
+    def _gone(self, user: str, around: Circumstances) -> list[tuple[int, Dropped]]:
+        """Candidates that are none for this request, in order, each with its place."""
+        holders = around.holders if around.holders and (self._action is Action.LOGIN or around.guards_start) else {}
+        gone = []
+        for server_id in {*around.excluded, *holders, *around.in_flight, *self._full}:
+            place = self._place(server_id)
+            if place is not None:
+                reason = self._reason_now(server_id, around.in_flight.get(server_id, 0), holders, user, around)
+                if reason is not None:
+                    gone.append((place, Dropped(server_id, reason)))
+        gone.sort(key=itemgetter(0))
+        return gone
+
+    def _count(self, in_flight: Mapping[RelayId, int]) -> None:
+        """Have the candidates count these placements."""
+        if in_flight == self._coming:
+            return
+        for server_id in {*in_flight, *self._coming}:
+            place, coming = self._place(server_id), in_flight.get(server_id, 0)
+            if place is not None and self._candidates[place].in_flight != coming:
+                self._candidates.change(place, Candidate(self._candidates[place].server, coming))
+        self._coming = dict(in_flight)
+
+    def _place(self, server_id: RelayId) -> int | None:
+        place = bisect_left(self._ids, server_id)
+        return place if place < len(self._ids) and self._ids[place] == server_id else None
 
     def _reason_now(self, server_id: RelayId, coming: int, holders: Mapping[RelayId, str], user: str, around: Circumstances) -> str | None:
         if server_id in around.excluded:
@@ -150,26 +163,29 @@ class Sieve:
         before = self._known
         self._known = {member.server.server_id: self._known_of(member, before) for member in members}
         candidates = sorted((known.candidate for known in self._known.values() if known.dropped is None), key=_ID)
-        self._candidates, self._ids = candidates, [candidate.server_id for candidate in candidates]
+        self._coming = {}
+        self._candidates, self._ids = Offered(candidates), [candidate.server_id for candidate in candidates]
         self._dropped = {server_id: known.dropped for server_id, known in self._known.items() if known.dropped is not None}
         self._full = {server_id for server_id, known in self._known.items() if known.room is not None and known.room <= 0}
 
     def _look_again(self, member: Member) -> None:
         server_id = member.server.server_id
+        self._coming.pop(server_id, None)
         known = self._known[server_id] = self._look_at(member)
         place = bisect_left(self._ids, server_id)
         is_there = place < len(self._ids) and self._ids[place] == server_id
         if known.dropped is not None:
             self._dropped[server_id] = known.dropped
             if is_there:
-                del self._ids[place], self._candidates[place]
+                del self._ids[place]
+                self._candidates.leave(place)
         else:
             self._dropped.pop(server_id, None)
             if is_there:
-                self._candidates[place] = known.candidate
+                self._candidates.change(place, known.candidate)
             else:
                 self._ids.insert(place, server_id)
-                self._candidates.insert(place, known.candidate)
+                self._candidates.enter(place, known.candidate)
         if known.room is not None and known.room <= 0:
             self._full.add(server_id)
         else:

@@ -40,16 +40,16 @@ class Candidate:
 
     server: ServerObject
     in_flight: int = 0
+    load_sessions: int = field(init=False)
+    """Sessions it has or is about to have."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "load_sessions", self.server.sessions + self.in_flight)
 
     @property
     def server_id(self) -> RelayId:
         """Its id."""
         return self.server.server_id
-
-    @property
-    def load_sessions(self) -> int:
-        """Sessions it has or is about to have."""
-        return self.server.sessions + self.in_flight
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,11 +1,15 @@
 """Pure: which ways there are from this relay to another node, by its own configuration and by what the node says."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv6Address, ip_address
+from typing import Final
 
 from fxrelay.cluster.server import ServerObject
 from fxrelay.cluster.settings import Network, PathKind
 from fxtunnel.model import GatewayId, RelayId
+
+_MAX_KEPT: Final = 65_536
+"""Addresses about which it is remembered whether they are allowed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,12 +21,21 @@ class Ways:
     force_indirect: bool
     networks: tuple[Network, ...]
     address: str
+    _kept: dict[str, str] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     def direct_address(self, server: ServerObject) -> str:
         """The server's address if a direct connection to it is allowed, else empty."""
         if "direct" not in self.paths or self.force_indirect or server.force_indirect or not server.address:
             return ""
-        found = _address(server.address)
+        allowed = self._kept.get(server.address)
+        if allowed is None:
+            if len(self._kept) >= _MAX_KEPT:
+                self._kept.clear()
+            allowed = self._kept[server.address] = self._if_allowed(server.address)
+        return allowed
+
+    def _if_allowed(self, address: str) -> str:
+        found = _address(address)
         if found is None or found.is_link_local or found.is_unspecified or found.is_multicast:
             return ""  # cloud metadata services answer on link-local addresses
         if found.is_loopback:

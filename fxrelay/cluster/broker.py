@@ -4,6 +4,7 @@ import difflib
 import ipaddress
 import json
 import logging
+import os
 import ssl
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -77,6 +78,8 @@ def load_broker(path: Path) -> Broker:
     Raises:
         ConfigError: not private (the message holds the `chmod`), or wrong; holds every problem. No value is repeated: one is the password.
     """
+    if not os.path.lexists(path):
+        raise ConfigError.one(path, "", f"does not exist; docs/CLUSTER.md shows one. {_NO_REDIS[0].upper()}{_NO_REDIS[1:]}")
     try:
         raw = json.loads(read_secret(path))
     except (ValueError, RecursionError) as exc:

@@ -64,8 +64,12 @@ class InFlight:
         """A server's update arrived: it counts what was placed well before it was measured."""
         at_server = self._by_server.get(server_id)
         if at_server:
-            for placement in [p for p in at_server.values() if p.placed_ms + self._margin_ms <= measured_ms]:
+            for placement in [p for p in at_server.values() if self.is_counted(p, measured_ms)]:
                 self.withdraw(placement.placement_id)
+
+    def is_counted(self, placement: Placement, measured_ms: int) -> bool:
+        """Whether the server counts it itself in an update that it measured then."""
+        return placement.placed_ms + self._margin_ms <= measured_ms
 
     def counts(self, now: float) -> dict[RelayId, int]:
         """Placements on their way, by server."""

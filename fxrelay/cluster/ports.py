@@ -81,6 +81,11 @@ class Store(Protocol):
     def delete(self, collection: str, key: str) -> None:
         """Remove a document, if it is there."""
 
+    def delete_if_same(self, collection: str, document: Document) -> bool:
+        """Remove a document if it is still the one that was read, text and time, as one step among all members. Returns whether it was
+        there and is gone.
+        """
+
     def documents(self, collection: str) -> Iterator[Document]:
         """All documents of a collection, fetched in parts: ten thousand of them are never in memory at once. In no order."""
 

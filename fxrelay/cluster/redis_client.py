@@ -47,6 +47,11 @@ class RedisClient:
         """Whether always the same process answers: no failover can put a replica in its place."""
         return not (self._broker.sentinel_name or self._broker.is_cluster)
 
+    @property
+    def has_one_line(self) -> bool:
+        """Whether all keys are at the server to which any connection of the pool leads."""
+        return not self._broker.is_cluster
+
     def key(self, *parts: str) -> str:
         """A key or channel. The braces keep all keys on one node of a Redis Cluster, so that there is one clock (hash tags)."""
         return ":".join((f"{{{self._broker.namespace}}}", *parts))

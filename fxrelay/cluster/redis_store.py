@@ -17,6 +17,7 @@ from typing import Any, Final
 
 from fxrelay.cluster.content import MAX_KEY_BYTES, decode_document, encode_amount, encode_collection, encode_key, encode_text
 from fxrelay.cluster.ports import MAX_DOCUMENT_BYTES, Change, Document, Present
+from fxrelay.cluster.redis_batches import Batches
 from fxrelay.cluster.redis_client import RedisClient
 from fxtunnel.errors import StoreError
 
@@ -35,6 +36,10 @@ local ms = string.format('%d%03d', time[1], math.floor(time[2] / 1000))
 """
 _NOW: Final = f"{_CLOCK} return ms"
 _PUT: Final = f"{_CLOCK} redis.call('HSET', KEYS[1], ARGV[1], ms .. ':' .. ARGV[2]) return ms"
+_DELETE_SAME: Final = """
+if redis.call('HGET', KEYS[1], ARGV[1]) ~= ARGV[2] then return 0 end
+return redis.call('HDEL', KEYS[1], ARGV[1])
+"""
 _GET: Final = """
 if redis.call('HSTRLEN', KEYS[1], ARGV[1]) > tonumber(ARGV[2]) then return 1 end
 return redis.call('HGET', KEYS[1], ARGV[1])
@@ -97,6 +102,7 @@ class RedisStore:
 
     def __init__(self, client: RedisClient) -> None:
         self._client = client
+        self._batches = Batches(client)
         self.skipped = 0
         self._last: dict[tuple[str, bytes], _Seen] = {}
         self._known_epoch: tuple[tuple[bytes, bytes], str] | None = None
@@ -133,6 +139,11 @@ class RedisStore:
         """Remove a document. Raises StoreError."""
         where, name = self._collection(collection), encode_key(key)
         self._client.ask(lambda redis: redis.hdel(where, name))
+
+    def delete_if_same(self, collection: str, document: Document) -> bool:
+        """Remove what was read, unless it was written again. Raises StoreError: it may or may not be removed."""
+        where, name, text = self._collection(collection), encode_key(document.key), encode_text(document.text)
+        return bool(self._script(_DELETE_SAME, where, name, b"%d:%b" % (document.updated_ms, text)) == 1)
 
     def documents(self, collection: str) -> Iterator[Document]:
         """All documents, each once. Raises StoreError, at any step."""
@@ -218,7 +229,7 @@ class RedisStore:
         return self._client.ask(lambda redis: redis.eval(script, 1, key, *values))
 
     def _eval(self, script: str, keys: list[str], values: list[bytes | int]) -> Any:
-        return self._client.ask(lambda redis: redis.eval(script, len(keys), *keys, *values))
+        return self._batches.eval(script, keys, values)
 
     def _see(self, keys: list[str], what: list[bytes | int]) -> "_Seen":
         return self._seen(self._eval(_SEE, keys, what))

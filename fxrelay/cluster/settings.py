@@ -45,6 +45,9 @@ class ClusterSection(Section):
     resync_s: Seconds = Field(
         60.0, ge=0.2, le=3_600, description="Seconds between two readings of the whole store, for changes that were missed."
     )
+    forget_after_s: Seconds = Field(
+        604_800.0, ge=0, le=31_536_000, description="Seconds without a word after which a node leaves the store; 0: it stays for ever."
+    )
     paths: tuple[PathKind, ...] = Field(
         ("local", "redirect", "direct"), min_length=1, description="Ways to a chosen node, in the order in which they are tried."
     )
@@ -79,6 +82,14 @@ class ClusterSection(Section):
     def _check_one_store(cls, value: Path | None, info: ValidationInfo) -> Path | None:
         if value is not None and info.data.get("store") is not None:
             raise ValueError("there is `store` as well; keep one of them")
+        return value
+
+    @field_validator("forget_after_s")
+    @classmethod
+    def _check_forgetting(cls, value: float, info: ValidationInfo) -> float:
+        down_s = info.data.get("down_s", 0.0)
+        if 0 < value <= down_s:
+            raise ValueError(f"a node is down after {down_s:g} s, and forgotten later than that; or 0, never")
         return value
 
     @field_validator("paths")

@@ -71,6 +71,12 @@ class SqliteStore:
         wanted = (encode_collection(collection), encode_key(key))
         self._file.run(lambda database: database.execute("DELETE FROM documents WHERE collection = ? AND key = ?", wanted).close())
 
+    def delete_if_same(self, collection: str, document: Document) -> bool:
+        """Remove what was read, unless it was written again. Raises StoreError: nothing was removed."""
+        found = (encode_collection(collection), encode_key(document.key), encode_text(document.text), document.updated_ms)
+        statement = "DELETE FROM documents WHERE collection = ? AND key = ? AND body = ? AND updated_ms = ?"
+        return self._file.run(lambda database: database.execute(statement, found).rowcount) == 1
+
     def documents(self, collection: str) -> Iterator[Document]:
         """All documents, each at most once. The file is not locked between two parts. Raises StoreError, at any step."""
         name = encode_collection(collection)

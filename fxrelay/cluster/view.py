@@ -211,7 +211,10 @@ class ClusterView:
             return False
         if type(placed_ms) is not int or not 0 <= placed_ms <= _MAX_MS:
             return False
-        self.in_flight.add(Placement(PlacementId(placement_id), RelayId(server_id), min(placed_ms, self.now_ms)), self.now)
+        placement = Placement(PlacementId(placement_id), RelayId(server_id), min(placed_ms, self.now_ms))
+        member = self.members.get(placement.server_id, self.now)
+        if member is None or not self.in_flight.is_counted(placement, member.server.measured_ms):  # news may be later than the update
+            self.in_flight.add(placement, self.now)
         return True
 
 

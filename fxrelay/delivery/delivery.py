@@ -14,7 +14,7 @@ from fxtunnel.codes import Code
 from fxtunnel.engine.reactor import ERROR, WRITE, Reactor
 from fxtunnel.engine.splice import RESET_ON_CLOSE, Splice
 from fxtunnel.kit.proxy_header import encode_proxy_header
-from fxtunnel.model import GatewayId, ServiceName
+from fxtunnel.model import GatewayId, RelayId, ServiceName
 from fxtunnel.protocol.mux import Stream
 from fxtunnel.protocol.opening import Opening
 
@@ -163,6 +163,8 @@ class DeliveryDesk:
         self.limits = limits
         self.placer = placer
         self.web: StreamTaker | None = None
+        self.node: RelayId | None = None
+        """This relay, as a node that clients may ask for: what it serves at one address is served by no other."""
         self.counters = DeliveryCounters()
         self.deliveries: set[Delivery] = set()
         self.connecting: dict[Delivery, float] = {}
@@ -178,6 +180,8 @@ class DeliveryDesk:
     def on_open(self, session: "Session", stream: Stream, opening: Opening, gateway_id: GatewayId = _NO_GATEWAY) -> None:
         """Serve a stream. What the gateway asks for counts only as a name in this relay's own table."""
         service = self.services.get(opening.service)
+        if opening.node is not None and opening.node == self.node and not isinstance(service, PoolService):
+            opening = opening._replace(node=None)
         if service is None:
             stream.refuse(Code.NO_SERVICE, "not served here")
         elif self.is_draining:
@@ -185,7 +189,7 @@ class DeliveryDesk:
         elif self.streams >= self.limits.streams:
             self.turn_down(stream, service, Code.BUSY, "too many streams")
         elif opening.node is not None and not isinstance(service, PoolService):
-            self.turn_down(stream, service, Code.NO_SERVICE, "it is not served by nodes that could be asked for")
+            self.turn_down(stream, service, Code.NO_SERVICE, "that node does not serve it here")
         elif service.protocol == "http":
             if self.web is None:
                 self.turn_down(stream, service, Code.NO_SERVICE, "this relay serves no HTTP")

@@ -1,17 +1,19 @@
 """Pump: a stream of a pool between OPEN and ACCEPT: without a node, and on the way to one. What the gateway sends meanwhile is kept."""
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import trio
 
 from fxrelay.cluster.settings import PathKind
 from fxrelay.delivery.delivery import Delivery, DeliveryDesk
-from fxrelay.delivery.ports import Claim, Entry, Seat, Wanted
+from fxrelay.delivery.ports import Claim, Entry, Node, Seat, Wanted
 from fxrelay.delivery.services import AnyService, Endpoint, PoolService
 from fxtunnel.codes import Code
 from fxtunnel.model import RelayId
 from fxtunnel.protocol.mux import Stream
 from fxtunnel.protocol.opening import Opening
+from fxtunnel.protocol.pieces import Pieces
 
 if TYPE_CHECKING:
     import socket
@@ -28,11 +30,13 @@ class Placing:
         "early",
         "entry",
         "fin",
+        "first",
         "is_final",
         "is_over",
         "opening",
         "problem",
         "quicker",
+        "resume",
         "scope",
         "seat",
         "service",
@@ -56,6 +60,10 @@ class Placing:
         self.claim: Claim | None = None
         self.seat: Seat | None = None
         self.entry: Entry | None = None
+        self.first: tuple[Node, tuple[PathKind, ...]] | None = None
+        """The node that was told at once, and the ways to it that are left."""
+        self.resume: Callable[[Placing], None] | None = None
+        """Who goes on with it when the first way has failed and no task waits for that."""
         self.is_over = False
         self.is_final = False
         """Whether `problem` is the answer, whatever else could be tried."""
@@ -164,7 +172,7 @@ class PlacedDelivery(Delivery):
         self._claim: Claim | None = None
         self._seat: Seat | None = None
         self._entry: Entry | None = None
-        self._pending = placing.early or None
+        self._pending = Pieces(placing.early)
         self._fin_wanted = placing.fin
         placing.early = bytearray()
 
@@ -188,13 +196,16 @@ class PlacedDelivery(Delivery):
             return
         placing, self._placing = self._placing, None
         if placing is not None and not placing.is_over:
-            placing.early = self._pending or bytearray()
+            placing.early = self._pending.joined() if self._pending is not None else bytearray()
             placing.fin = self._fin_wanted
             placing.stream.endpoint = placing
             placing.problem = (code, text)
             placing.settled.set()
         self.stream = None
         self.abort()
+        if placing is not None and placing.resume is not None and not placing.is_over:
+            resume, placing.resume = placing.resume, None
+            resume(placing)
 
     def withdraw(self) -> None:
         """Nobody waits for this connection any more. Does nothing once it stands or has failed."""
@@ -207,6 +218,7 @@ class PlacedDelivery(Delivery):
         placing, self._placing = self._placing, None
         if placing is not None:
             placing.end()
+            placing.release()
         claim, self._claim = self._claim, None
         seat, self._seat = self._seat, None
         entry, self._entry = self._entry, None

@@ -59,7 +59,11 @@ class Placer:
         self, desk: DeliveryDesk, session: "Session", stream: Stream, service: PoolService, opening: Opening, gateway_id: GatewayId
     ) -> None:
         """Take the stream on: it is served, redirected or refused within the desk's place_timeout_s, and what it may wait for a node."""
-        self._order(Placing(desk, session, stream, service, opening, _wanted(service, opening, gateway_id)))
+        placing = Placing(desk, session, stream, service, opening, _wanted(service, opening, gateway_id))
+        node = self._chooser.choose_nowait(placing.wanted)
+        desk.count_opening(service)
+        if node is None or not self._set_out(placing, node):
+            self._order(placing)
 
     def place_here(
         self, desk: DeliveryDesk, session: "Session", stream: Stream, service: PoolService, opening: Opening, gateway_id: GatewayId
@@ -71,6 +75,7 @@ class Placer:
             return False
         placing = Placing(desk, session, stream, service, opening, wanted)
         placing.seat = seat
+        desk.count_opening(service)
         self._order(placing)
         return True
 
@@ -84,23 +89,53 @@ class Placer:
             placing.give_up(Code.NO_SERVICE, "this relay admits nobody")
             return
         placing.entry = self.entries.entry(service.name, opening, wanted.trace_id)
+        desk.count_opening(service)
         self._order(placing)
 
+    def _set_out(self, placing: Placing, node: Node) -> bool:
+        """Take the first way to the node without a task: most streams need none. False: there is none, or a task has to try."""
+        placing.claim = node.claim
+        limits = placing.desk.limits
+        if limits.connect_timeout_s > limits.place_timeout_s:  # only a task ends a connection earlier than that
+            placing.first = node, self.paths
+            return False
+        for position, path in enumerate(self.paths):
+            if path == "redirect":
+                if _can_redirect(placing, node):
+                    placing.redirect(node.server_id)
+                    return True
+                continue
+            endpoints = _endpoints(placing, node, path)
+            if not endpoints:
+                continue
+            connected, rest = connect_first(endpoints)
+            if isinstance(connected, str):
+                placing.problem = (Code.CONNECT_FAILED, connected)
+                continue
+            placing.first = node, self.paths[position + 1 :]
+            placing.resume = self._order
+            placing.desk.admit(PlacedDelivery(placing, connected, rest, path), placing.session, placing.stream)
+            return True
+        placing.first = node, ()
+        return False
+
     def _order(self, placing: Placing) -> None:
+        """Have a task go on with the stream, or refuse it."""
         try:
             if len(self.placings) >= MAX_PLACINGS:
                 raise trio.WouldBlock
             self._orders.send_nowait(placing)
         except trio.WouldBlock:
-            placing.give_up(Code.BUSY, "too many streams wait for a node")
-            placing.release_entry()
-            return
+            self._turn_away(placing, Code.BUSY, "too many streams wait for a node")
         except trio.BrokenResourceError:
-            placing.give_up(Code.DRAINING, "this relay is going away")
-            placing.release_entry()
-            return
-        self.placings.add(placing)
-        placing.desk.count_opening(placing.service)
+            self._turn_away(placing, Code.DRAINING, "this relay is going away")
+        else:
+            self.placings.add(placing)
+
+    def _turn_away(self, placing: Placing, code: Code, text: str) -> None:
+        placing.give_up(code, text)
+        placing.release()
+        placing.release_entry()
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Place streams until cancelled; those that are not placed by then are reset. Run it once."""
@@ -121,7 +156,8 @@ class Placer:
     async def _serve(self, placing: Placing) -> None:
         try:
             with placing.scope as scope:
-                scope.deadline = trio.current_time() + placing.desk.limits.place_timeout_s + placing.wait_s
+                left_s = placing.wanted.since + placing.desk.limits.place_timeout_s + placing.wait_s - time.monotonic()
+                scope.deadline = trio.current_time() + left_s
                 await self._serve_admitted(placing)
             await placing.leave()
             problem = placing.problem if not scope.cancelled_caught else None
@@ -157,12 +193,13 @@ class Placer:
         excluded: frozenset[RelayId] = frozenset()
         lost, last = 0, None
         while len(excluded) < MAX_NODES and lost < MAX_LOST:
-            answer = await self._choose(placing, excluded)
+            answer, paths = placing.first or (await self._choose(placing, excluded), self.paths)
+            placing.first = None
             if isinstance(answer, NoNode):
                 placing.problem = placing.problem or (answer.code, answer.text)
                 return
             placing.claim, placing.seat = answer.claim, answer.seat
-            then = await self._reach(placing, answer)
+            then = await self._reach(placing, answer, paths)
             if placing.is_over or placing.is_final:
                 return
             placing.release()
@@ -211,22 +248,15 @@ class Placer:
             return False
         return not placing.is_over
 
-    async def _reach(self, placing: Placing, node: Node) -> Then:
+    async def _reach(self, placing: Placing, node: Node, paths: tuple[PathKind, ...]) -> Then:
         """Try the paths to the node, until the stream is served, redirected or gone; otherwise says what to do."""
-        service = placing.service
-        assert isinstance(service, PoolService)
-        for path in self.paths:
-            if path == "local":
-                endpoints = service.endpoints if node.is_local else ()
-            elif path == "direct":
-                endpoint = service.endpoint_at(node.address) if node.address else None
-                endpoints = (endpoint,) if endpoint is not None else ()
-            else:
-                can_redirect = node.can_redirect and not placing.is_over and not placing.stream.accepted
-                if can_redirect and node.server_id not in placing.opening.avoid:
+        for path in paths:
+            if path == "redirect":
+                if _can_redirect(placing, node):
                     placing.redirect(node.server_id)
                     return Then.GIVE_UP
                 continue
+            endpoints = _endpoints(placing, node, path)
             if not endpoints:
                 continue
             if not await self._use(placing, node.server_id):
@@ -256,6 +286,21 @@ class Placer:
         if not placing.is_over:
             self.placings.add(placing)
         return placing.is_over
+
+
+def _can_redirect(placing: Placing, node: Node) -> bool:
+    is_open = not placing.is_over and not placing.stream.accepted
+    return node.can_redirect and is_open and node.server_id not in placing.opening.avoid
+
+
+def _endpoints(placing: Placing, node: Node, path: PathKind) -> tuple[Endpoint, ...]:
+    """Where the node's service can be connected to by this path."""
+    service = placing.service
+    assert isinstance(service, PoolService)
+    if path == "local":
+        return service.endpoints if node.is_local else ()
+    endpoint = service.endpoint_at(node.address) if node.address else None
+    return (endpoint,) if endpoint is not None else ()
 
 
 async def _accept_later(placing: Placing, after_s: float) -> None:

@@ -119,6 +119,9 @@ class Chooser(Protocol):
     async def choose(self, wanted: Wanted, excluded: frozenset[RelayId]) -> Node | NoNode:
         """A node for the stream, none of `excluded`: which could not be reached before. Raises nothing."""
 
+    def choose_nowait(self, wanted: Wanted) -> Node | None:
+        """A node without a seat, if it can be told without waiting; None: ask `choose`. From the reactor. Raises nothing."""
+
 
 class StreamTaker(Protocol):
     """Who serves the streams of services that are looked into. Called from the reactor: no waiting."""

@@ -134,7 +134,8 @@ class LoginGate:
         self._prolong(service, live)
         login_id, is_logout = live.login_id, kind is Kind.LOGOUT
         watch = None if is_logout else lambda lost: self._watch(login_id, lost)
-        return Pass(None if request.is_named else live.server_id, closed, None, watch)
+        # Who has too many connections may still log out.
+        return Pass(None if request.is_named else live.server_id, closed, None, watch, "" if is_logout else live.user)
 
     async def answered(self, request: RequestFacts, node: RelayId | None, status: int, fields: object) -> tuple[bytes, ...]:
         """See `RequestGate`."""
@@ -244,7 +245,7 @@ class LoginGate:
         while True:
             await trio.sleep(LOOK_S)
             reservations = self.reservations
-            if reservations is None or not reservations.has_read:
+            if reservations is None or not reservations.upkeep.has_read:
                 continue
             for login_id in list(self._watchers):
                 if self._counted(login_id, reservations, 0) is None:

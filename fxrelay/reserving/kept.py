@@ -6,6 +6,7 @@ They outlive the relay that committed them. What relays remember of them is for 
 from fxrelay.balance.login_attempt import Attempt, Happening
 from fxrelay.balance.reservations import Login, Record
 from fxrelay.reserving.leases import Hold, Leases, Terms
+from fxrelay.reserving.tidings import RELEASED, Tidings
 from fxtunnel.model import RelayId
 
 _COMMITTED = (Happening.ENTER, Happening.FORWARD, Happening.SUCCESS, Happening.GRANT)
@@ -19,10 +20,12 @@ def hold_of(server_id: RelayId, record: Record, login: Login, terms: Terms) -> H
     return Hold(server_id, login.user, attempt, terms, record.token, record.since_ms, 0.0, ends_ms=login.expires_ms)
 
 
-def learn_kept(leases: Leases, standings: dict[RelayId, Record], now_ms: int) -> None:
+def learn_kept(leases: Leases, tidings: Tidings, standings: dict[RelayId, Record], now_ms: int) -> None:
     """Forget what has ended, as the newest records say; of another epoch's records nothing is believed."""
     for hold in leases.kept():
         record = standings.get(hold.server_id)
+        if record is not None:
+            tell_cleared(leases, tidings, hold.server_id, record)
         if record is not None and record.epoch == hold.token.epoch:
             login = find_login(record, hold.login_id)
             if login is None:
@@ -30,6 +33,18 @@ def learn_kept(leases: Leases, standings: dict[RelayId, Record], now_ms: int) ->
                 continue
             hold.ends_ms = login.expires_ms
         if hold.ends_ms <= now_ms:
+            leases.forget(hold)
+
+
+def tell_cleared(leases: Leases, tidings: Tidings, server_id: RelayId, record: Record) -> None:
+    """If an administrator has taken the server from its user: say so of the logins that this relay let in. Who comes by streams is lost
+    when he is not renewed; of kept logins nobody else would tell.
+    """
+    if record.logins or not 0 < record.fence == record.revision:  # only `clear` makes a grant to nobody
+        return
+    for hold in leases.kept():
+        if hold.server_id == server_id and hold.token.epoch == record.epoch and hold.token.fence < record.fence:
+            tidings.happened(RELEASED, server_id, hold.user, hold.login_id, record)
             leases.forget(hold)
 
 

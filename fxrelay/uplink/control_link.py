@@ -38,6 +38,8 @@ logger = logging.getLogger(__name__)
 
 BEATS_PER_DEATH: Final = 3
 """Pings that may go unanswered before a path is dead."""
+MIN_HEARTBEAT_S: Final = 0.02
+"""However often the gateway wants to hear of us: no gateway has this process do nothing else."""
 
 
 class ControlLink:
@@ -48,7 +50,7 @@ class ControlLink:
         self._channel = channel
         # The gateway sets the pace, but not so slow that a dead path would go unnoticed.
         self._dead_after_s = min(welcome.dead_after_s, max_dead_after_s)
-        self._heartbeat_s = min(welcome.heartbeat_s, self._dead_after_s / BEATS_PER_DEATH)
+        self._heartbeat_s = max(min(welcome.heartbeat_s, self._dead_after_s / BEATS_PER_DEATH), MIN_HEARTBEAT_S)
         self._requests = 0
         self._waiting: dict[int, _Answer] = {}
         self._closing: Closing | None = None

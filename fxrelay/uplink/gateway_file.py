@@ -145,6 +145,10 @@ class _Content(_Section):
 def _problems(path: Path, exc: ValidationError) -> list[ConfigProblem]:
     """One line for each thing that is wrong. Values stay out of it, but for URLs: one of them is the token."""
     return [
-        ConfigProblem(str(path), ".".join(str(part) for part in error["loc"]), error["msg"].removeprefix("Value error, "))
+        ConfigProblem(
+            str(path),
+            ".".join(str(part) for part in error["loc"]),
+            f"is missing; {_INVITE}" if error["type"] == "missing" else error["msg"].removeprefix("Value error, "),
+        )
         for error in exc.errors(include_url=False, include_context=False, include_input=False)
     ]

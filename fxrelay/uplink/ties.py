@@ -1,7 +1,7 @@
 """Task: the links to one process of a gateway: the control link, which gives tickets, and the data sessions that are dialled with them."""
 
 import ssl
-from typing import Protocol
+from typing import Final, Protocol
 
 import trio
 
@@ -14,6 +14,8 @@ from fxtunnel.control.messages import Closing, Message
 from fxtunnel.errors import FxError, PeerRefused, TunnelClosed
 from fxtunnel.model import GatewayId, SessionId
 from fxtunnel.protocol.hello import Hello, Welcome
+
+GIVEN_UP: Final = "too many processes of the gateway go away at once"
 
 
 class TiesHome(Protocol):
@@ -122,6 +124,13 @@ class Ties:
         """End every session, with a goodbye."""
         for slot in self.slots:
             slot.close(code, text)
+
+    def give_up(self) -> None:
+        """The gateway's process has had its time to go away: end what is still open there, soon. May be repeated."""
+        self.depart()
+        self.close_sessions(Code.OVERLOAD, GIVEN_UP)
+        if self.link is not None:
+            self.link.end_soon(Closing(code=Code.OVERLOAD, message=GIVEN_UP))
 
     async def say_goodbye(self, code: Code, text: str) -> None:
         """End the control link with a last message, if there is one; returns when it has ended. Set a deadline around it."""

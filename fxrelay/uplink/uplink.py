@@ -39,6 +39,8 @@ RECENT_S: Final = 120.0
 RECENT_CAP_S: Final = 4.0
 ABSENT_CAP_S: Final = 1.0
 """The same where nobody even listens: an attempt costs the gateway nothing then."""
+MAX_DEPARTING: Final = 8
+"""Processes of a gateway that may go away at once: one that says so again and again must not fill this relay with links it keeps."""
 DEPARTURE_SPREAD_S: Final = 0.2
 """Relays that are told to look for another process of their gateway do so within this time, not all at the same moment."""
 MAX_DEADLINE_S: Final = 86_400.0  # of a Drain message
@@ -121,6 +123,8 @@ class Uplink:
                         ties = self._ties[-1]
                         nursery.start_soon(self._hold, ties, task_status)
                         await ties.departs.wait()
+                        for oldest in self._ties[:-MAX_DEPARTING]:
+                            oldest.give_up()
                         self._ties.append(self._new_ties())
                         await trio.sleep(self._around.rng.uniform(0, DEPARTURE_SPREAD_S))
         finally:

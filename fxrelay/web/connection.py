@@ -212,6 +212,8 @@ class WebConnection:
             self._reacher.for_user(asked.shown.caller.user, asked.shown.caller.groups)
         if gate is not None:
             asked = await admitted(gate, asked)
+            if self._entrance is not None:
+                self._entrance.count_for(asked.passed.user)
         if asked.passed.held is not None:
             return await self._hold(head, asked, asked.passed.held)
         head = asked.head

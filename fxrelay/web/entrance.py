@@ -43,6 +43,7 @@ class Entrance:
         self._count = count
         self._takes_bearers = takes_bearers
         self._streams_caller: Caller | None = None
+        self._logged_in = ""
 
     def identify(self, head: RequestHead, path: bytes, now_unix: float) -> Shown:
         """Who asks, and what for.
@@ -70,8 +71,19 @@ class Entrance:
             if token:
                 head = replace(head, fields=tuple(found for found in head.fields if found.name != b"authorization"))
             shown = Shown(caller, head, path, is_new=bool(token))
-        self._checked(self._guest.take_place(shown.caller))
+        self._checked(self._guest.take_place(shown.caller if shown.caller.user else Caller(self._logged_in)))
         return shown
+
+    def count_for(self, user: str) -> None:
+        """The connection counts as one of this user's, whom no ticket names but his login; empty: of nobody's.
+
+        Raises:
+            Refused: he has too many.
+        """
+        if user != self._logged_in:
+            self._logged_in = ""
+            self._checked(self._guest.take_place(Caller(user)))
+            self._logged_in = user
 
     def bind(self, caller: Caller, wanted: RelayId | None) -> RelayId | None:
         """The node that a request may go to, if only one will do. `wanted` is the one that it names itself.

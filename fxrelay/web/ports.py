@@ -134,6 +134,8 @@ class Pass:
     held: HeldRequest | None = None
     watch: Callable[[Callable[[], None]], Callable[[], None]] | None = None
     """Returns what takes the watcher away again."""
+    user: str = ""
+    """Whose login the request shows, where connections of users are counted; empty for what must not be refused."""
 
 
 class RequestGate(Protocol):

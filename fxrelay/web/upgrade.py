@@ -12,6 +12,7 @@ from fxrelay.web.exchange import CutOff
 from fxrelay.web.link import ServiceLink
 from fxtunnel.engine.stream import TunnelStream
 from fxtunnel.protocol.opening import Opening
+from fxtunnel.protocol.pieces import Pieces
 
 COPY_BYTES: Final = 65_536
 
@@ -31,7 +32,7 @@ class UpgradedDelivery(Delivery):
     def carry(self, tunnel: TunnelStream, client: ClientSide) -> None:
         """Take the stream over from the tasks."""
         early, self._fin_wanted = tunnel.give_back(client.scanner.take_rest())
-        self._pending = early or None
+        self._pending = Pieces(early)
         self.desk.deliveries.add(self)
         self.join(tunnel.session, tunnel.stream)
         self.start()

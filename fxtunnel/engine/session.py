@@ -6,6 +6,7 @@ UP ──link lost──▶ HELD ──attach──▶ UP          HELD ──ho
 import logging
 import socket
 import ssl
+import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
@@ -14,8 +15,9 @@ from typing import Final
 from fxtunnel.codes import Code
 from fxtunnel.engine.ports import SessionConfig, SessionOwner, SessionStatistics, State, TurnTaker
 from fxtunnel.engine.reactor import ERROR, INCOMING, LINK_EVENTS, READ, READ_BUFFER_BYTES, WRITE, Reactor, Timer
+from fxtunnel.engine.read_share import ReadShare
 from fxtunnel.engine.splice import Splice
-from fxtunnel.engine.tls_calls import RecvInto, Send, tls_calls
+from fxtunnel.engine.tls_calls import RecvInto, Send, no_link, reason_of, tls_calls
 from fxtunnel.errors import RemoteProtocolError
 from fxtunnel.model import SessionId
 from fxtunnel.protocol import frames
@@ -36,7 +38,6 @@ MIN_TURN_BYTES: Final = 4_096
 NOTSENT_LOWAT_BYTES: Final = 131_072
 """Unsent bytes the kernel may hold for a link: interactive frames queue behind these."""
 GOODBYE_S: Final = 1.0
-_LAST_RECORD_AT: Final = READ_BUFFER_BYTES - RECORD_BYTES
 
 
 class Session:
@@ -61,12 +62,13 @@ class Session:
         self._owner = owner
         self._config = config
         self._link: ssl.SSLSocket | None = None
-        self._recv: RecvInto = _no_link
-        self._send: Send = _no_link
+        self._recv: RecvInto = no_link
+        self._send: Send = no_link
         self._links = 0
         self._blocked = False
         self._read_blocked = False
         self._interest = 0
+        self._share = ReadShare(RECORD_BYTES, READ_BUFFER_BYTES)
         self._dirty = False
         self._ready: deque[TurnTaker] = deque()
         self._last_arrival = reactor.now
@@ -90,6 +92,11 @@ class Session:
     def is_up(self) -> bool:
         """Whether a link is attached."""
         return self.state is State.UP
+
+    @property
+    def is_bulk(self) -> bool:
+        """Whether bulk passes, either way, or did a heartbeat ago: a stream that can be opened elsewhere should not wait behind it."""
+        return self.mux.heartbeats.is_bulk(self.mux.passed_bytes)
 
     def statistics(self) -> SessionStatistics:
         """Counters now."""
@@ -256,7 +263,7 @@ class Session:
                 self._listen(link)
                 return False
             except (OSError, ValueError) as exc:
-                self._lost(_reason(exc))
+                self._lost(reason_of(exc))
                 return False
             ring.advance(count)
 
@@ -273,8 +280,9 @@ class Session:
         buffer = self._reactor.read_buffer
         filled = 0
         lost: str | None = None
+        last_record_at = self._share.limit_bytes - RECORD_BYTES
         try:
-            while filled <= _LAST_RECORD_AT:
+            while filled <= last_record_at:
                 count = self._recv(RECORD_BYTES, buffer[filled:] if filled else buffer)
                 if not count:
                     lost = "closed by the peer"
@@ -289,11 +297,15 @@ class Session:
             self._blocked = self._read_blocked = True
             self._listen(link)
         except (OSError, ValueError) as exc:
-            lost = _reason(exc)
+            lost = reason_of(exc)
         if filled:
             self._last_arrival = self._reactor.now
+            is_short = filled < RECORD_BYTES  # as most are: nothing smaller is read in a turn
+            began_s = 0.0 if is_short else time.monotonic()
             try:
                 self.mux.receive(buffer[:filled], self._reactor.now)
+                if not is_short:
+                    self._share.dealt_with(filled, time.monotonic() - began_s)
             except RemoteProtocolError as exc:
                 logger.warning("session %s: the peer broke the protocol: %s", self.id, exc)
                 self.close(exc.code, str(exc))
@@ -321,7 +333,7 @@ class Session:
 
     def _drop_link(self, after_s: float = 0.0) -> None:
         link, self._link = self._link, None
-        self._recv = self._send = _no_link
+        self._recv = self._send = no_link
         if link is None:
             return
         self._reactor.unregister(link)
@@ -379,13 +391,3 @@ class Session:
             self._owner.on_closed(self, code, text)
             if self._link is None:
                 self.mux.dispose()
-
-
-def _reason(exc: Exception) -> str:
-    if isinstance(exc, ssl.SSLError):
-        return f"TLS: {exc.reason or exc}"
-    return str(exc.strerror) if isinstance(exc, OSError) and exc.strerror else str(exc)
-
-
-def _no_link(*_: object) -> int:
-    raise OSError("no link")

@@ -8,6 +8,7 @@ from fxtunnel.codes import Code
 from fxtunnel.engine.ports import Carrier
 from fxtunnel.engine.reactor import ERROR, HANGUP, INCOMING, STREAM_EVENTS, URGENT, WRITE, Reactor
 from fxtunnel.protocol.mux import Stream
+from fxtunnel.protocol.pieces import Pieces
 
 RESET_GRACE_S: Final = 0.5
 """How long bytes that arrived before a RESET may still drain to a reader that moves, before it gets its RST."""
@@ -55,7 +56,7 @@ class Splice:
         self.session: Carrier | None = None
         self.stream: Stream | None = None
         self.closed = False
-        self._pending: bytearray | None = None
+        self._pending: Pieces | None = None
         self._readable = False
         self._queued = False
         self._read_done = False
@@ -172,8 +173,8 @@ class Splice:
             self._write_blocked = True
             data = data[count:]
         if self._pending is None:
-            self._pending = bytearray()
-        self._pending += data
+            self._pending = Pieces()
+        self._pending.append(data)
 
     def on_fin(self) -> None:
         """See `Endpoint`."""
@@ -221,23 +222,22 @@ class Splice:
 
     def _drain(self) -> None:
         pending = self._pending
-        if pending:
+        while pending:
+            first = pending.first
             try:
-                count = self.sock.send(pending)
+                count = self.sock.send(first)
             except BlockingIOError:
                 self._write_blocked = True
                 return
             except OSError:
                 self.fail(Code.PEER_RESET)
                 return
-            if count == len(pending):
-                self._pending = None
-            else:
-                del pending[:count]
-                self._write_blocked = True
+            self._write_blocked = count < len(first)
+            pending.left(count)
             self.stream.consumed(count)  # type: ignore[union-attr]  # pending bytes came from a stream
             if self._write_blocked:
                 return
+        self._pending = None
         if self._aborting:
             self.abort()
         elif self._fin_wanted:

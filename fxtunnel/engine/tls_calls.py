@@ -21,3 +21,15 @@ def tls_calls(link: ssl.SSLSocket) -> tuple[RecvInto, Send]:
     if below is not None:
         return below.read, below.write
     return lambda limit_bytes, buffer: link.recv_into(buffer, limit_bytes), link.send
+
+
+def no_link(*_: object) -> int:
+    """The calls of a session that has no link."""
+    raise OSError("no link")
+
+
+def reason_of(exc: Exception) -> str:
+    """Why such a call failed, for a log line."""
+    if isinstance(exc, ssl.SSLError):
+        return f"TLS: {exc.reason or exc}"
+    return str(exc.strerror) if isinstance(exc, OSError) and exc.strerror else str(exc)

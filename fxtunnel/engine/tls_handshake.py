@@ -9,7 +9,7 @@ from typing import Final, Protocol
 from fxtunnel.engine.reactor import INCOMING, STREAM_EVENTS, Reactor, Timer
 from fxtunnel.engine.splice import CLOSE_CLEANLY, abort
 from fxtunnel.engine.tls_socket import TlsSocket
-from fxtunnel.kit.tls_problems import explain_to_server
+from fxtunnel.kit.tls_problems import explain_to_server, is_torn
 
 FAREWELL_S: Final = 1.0
 """How long a client that has been sent an alert may take to close, before it gets a RST, which may make it forget the alert."""
@@ -93,7 +93,7 @@ class Handshake:
     def _leave(self, exc: OSError) -> None:
         """The handshake has failed. If that is news to the client, it gets the alert, a FIN, and a moment to read them."""
         reason = str(explain_to_server(exc, "TLS 1.2 or 1.3"))
-        if not isinstance(exc, ssl.SSLError) or isinstance(exc, (ssl.SSLEOFError, ssl.SSLZeroReturnError)):
+        if not isinstance(exc, ssl.SSLError) or is_torn(exc) or isinstance(exc, ssl.SSLZeroReturnError):
             self.fail(reason)
             return
         self._leaving = reason

@@ -10,9 +10,9 @@ A handshake message may be cut into records anywhere. What is not known is skipp
 import ipaddress
 import re
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Final
+from typing import Final, NamedTuple
 
 MAX_HELLO_BYTES: Final = 16_384
 """Of the handshake message. Hellos with post-quantum keys have about 2 KiB."""
@@ -30,8 +30,14 @@ _CLIENT_HELLO: Final = 1
 _VERSION_AND_RANDOM_BYTES: Final = 34
 _SERVER_NAME: Final = 0
 _ALPN: Final = 16
+_READ: Final = (_SERVER_NAME, _ALPN)
 _HOST_NAME: Final = 0
 _EXTENSION: Final = struct.Struct(">HH")
+_MAX_SHAPES: Final = 32
+_MAX_HELLOS_OF_A_SHAPE: Final = 32
+_MAX_KNOWN_EXTENSIONS: Final = 64
+_MAX_KNOWN_BYTES: Final = 512
+"""Together these keep what is remembered below 8 MiB, whoever fills it."""
 _LENGTHS: Final = "its lengths do not add up"
 _HOST: Final = re.compile(r"(?=.{1,253}$)[A-Za-z0-9_-]{1,63}(?:\.[A-Za-z0-9_-]{1,63})*")
 
@@ -64,6 +70,11 @@ class _Malformed(Exception):
 
 def read_client_hello(data: bytes) -> ClientHello | NeedMore | NotTls:
     """What the first bytes of a connection say; `data` is all that has arrived, and may go on behind the hello."""
+    shape = _shapes.get(len(data))
+    if shape is not None and shape.read is not None:
+        known = shape.hellos.get(shape.read(data))
+        if known is not None:
+            return known
     if len(data) > _RECORD_HEADER_BYTES + _MESSAGE_HEADER_BYTES and data.startswith(_USUAL):
         # Nearly always it is whole, and in one record.
         size = int.from_bytes(data[6:9]) + _MESSAGE_HEADER_BYTES
@@ -74,7 +85,7 @@ def read_client_hello(data: bytes) -> ClientHello | NeedMore | NotTls:
             and size <= MAX_HELLO_BYTES
             and data[5] == _CLIENT_HELLO
         ):
-            return _read(data[_RECORD_HEADER_BYTES + _MESSAGE_HEADER_BYTES : end])
+            return _read(data[_RECORD_HEADER_BYTES + _MESSAGE_HEADER_BYTES : end], data if end == len(data) else b"")
     message = bytearray()
     at = 0
     while True:
@@ -116,48 +127,104 @@ def _need(have_bytes: int, headers_bytes: int, message: bytearray) -> NeedMore |
     return NeedMore(at_least) if at_least <= MAX_RECORDS_BYTES else NotTls("the hello is too long")
 
 
-def _read(body: bytes) -> ClientHello | NotTls:
+def _read(body: bytes, whole: bytes = b"") -> ClientHello | NotTls:
+    """`whole` is the record, if the body is all there is in it."""
     try:
-        name, protocols = _extensions(body, _before_extensions(body))
-        return ClientHello("" if name is None else _host(name), () if protocols is None else _protocols(protocols))
+        layout = _layout(body)
+        name, protocols = _body(body, layout, _SERVER_NAME), _body(body, layout, _ALPN)
+        hello = ClientHello("" if name is None else _host(name), () if protocols is None else _protocols(protocols))
     except _Malformed as exc:
         return NotTls(str(exc))
     except (IndexError, struct.error):  # a length that is cut off
         return NotTls(_LENGTHS)
+    if whole and len(layout.places) <= _MAX_KNOWN_EXTENSIONS and len(name or b"") + len(protocols or b"") <= _MAX_KNOWN_BYTES:
+        _learn(whole, layout, hello)
+    return hello
 
 
-def _before_extensions(body: bytes) -> int:
-    """Where the extensions' length stands. It may lie behind the end."""
+class _Layout(NamedTuple):
+    """The lengths before the extensions, and where each extension begins in the body: with the body's length it says where all is."""
+
+    session_id_bytes: int
+    ciphers_bytes: int
+    compression_bytes: int
+    places: dict[int, int]
+
+
+def _layout(body: bytes) -> _Layout:
     at = _VERSION_AND_RANDOM_BYTES
-    at += 1 + body[at]  # session id
-    at += 2 + (body[at] << 8 | body[at + 1])  # cipher suites
-    return at + 1 + body[at]  # compression
-
-
-def _extensions(body: bytes, at: int) -> tuple[bytes | None, bytes | None]:
-    """The bodies of server_name and ALPN."""
-    # Every connection of a door that routes by name comes by here: numbers are read in place, which costs a fifth of a reader's calls.
+    session_id = body[at]
+    at += 1 + session_id
+    ciphers = body[at] << 8 | body[at + 1]
+    at += 2 + ciphers
+    compression = body[at]
+    at += 1 + compression
     end = len(body)
-    if at == end:
-        return None, None
-    if at + 2 + (body[at] << 8 | body[at + 1]) != end:
-        raise _Malformed(_LENGTHS)
-    at += 2
-    name = protocols = None
-    seen = set()
-    while at < end:
-        kind, size = _EXTENSION.unpack_from(body, at)
-        begin, at = at + 4, at + 4 + size
-        if at > end:
+    places: dict[int, int] = {}
+    if at < end:
+        if at + 2 + (body[at] << 8 | body[at + 1]) != end:
             raise _Malformed(_LENGTHS)
-        if kind in seen:
-            raise _Malformed(f"it has extension {kind} twice")
-        seen.add(kind)
-        if kind == _SERVER_NAME:
-            name = body[begin:at]
-        elif kind == _ALPN:
-            protocols = body[begin:at]
-    return name, protocols
+        at += 2
+        count = 0
+        while at < end:
+            kind, size = _EXTENSION.unpack_from(body, at)
+            places[kind] = at
+            at += 4 + size
+            count += 1
+        if len(places) != count:
+            raise _Malformed("it has an extension twice")
+    if at != end:
+        raise _Malformed(_LENGTHS)
+    return _Layout(session_id, ciphers, compression, places)
+
+
+def _body(body: bytes, layout: _Layout, kind: int) -> bytes | None:
+    """What an extension says, if it is there."""
+    at = layout.places.get(kind)
+    return None if at is None else body[at + 4 : at + 4 + (body[at + 2] << 8 | body[at + 3])]
+
+
+class _Shape:
+    """What hellos of one length have in common that a program has sent twice.
+
+    `read` takes out of a hello every length and type in it, and the bodies of server_name and ALPN. Where all of them are as in a hello
+    that was read before, reading this one step by step would come by the same places to the same end: `hellos` has it.
+    Programs that shuffle their extensions never send a layout twice, and cost no more than a comparison.
+    """
+
+    __slots__ = ("hellos", "layout", "read")
+
+    def __init__(self, layout: _Layout) -> None:
+        self.layout = layout
+        self.read: Callable[[bytes], tuple[object, ...]] | None = None
+        self.hellos: dict[tuple[object, ...], ClientHello] = {}
+
+
+_shapes: Final[dict[int, _Shape]] = {}
+
+
+def _learn(whole: bytes, layout: _Layout, hello: ClientHello) -> None:
+    shape = _shapes.get(len(whole))
+    if shape is None or shape.layout != layout:
+        if len(_shapes) >= _MAX_SHAPES:
+            _shapes.clear()
+        _shapes[len(whole)] = _Shape(layout)
+        return
+    if shape.read is None:
+        shape.read = _reader(len(whole), layout)
+    if len(shape.hellos) >= _MAX_HELLOS_OF_A_SHAPE:
+        shape.hellos.clear()
+    shape.hellos[shape.read(whole)] = hello
+
+
+def _reader(size: int, layout: _Layout) -> Callable[[bytes], tuple[object, ...]]:
+    headers = _RECORD_HEADER_BYTES + _MESSAGE_HEADER_BYTES
+    form = f">{headers}s{_VERSION_AND_RANDOM_BYTES}xB{layout.session_id_bytes}xH{layout.ciphers_bytes}xB{layout.compression_bytes}x"
+    begins = sorted((at, kind) for kind, at in layout.places.items())
+    ends = [at for at, _ in begins[1:]] + [size - headers]
+    if begins:
+        form += "H" + "".join(f"4s{end - at - 4}{'s' if kind in _READ else 'x'}" for (at, kind), end in zip(begins, ends, strict=True))
+    return struct.Struct(form).unpack
 
 
 def _vector(data: bytes, at: int, size_bytes: int) -> tuple[bytes, int]:
@@ -169,9 +236,8 @@ def _vector(data: bytes, at: int, size_bytes: int) -> tuple[bytes, int]:
     return data[begin:end], end
 
 
-@lru_cache(maxsize=1_024)
 def _host(body: bytes) -> str:
-    """The name in a server_name extension. Clients ask for few names, over and over."""
+    """The name in a server_name extension."""
     names, end = _vector(body, 0, 2)
     raw, names_end = _vector(names, 1, 2)
     if names[0] != _HOST_NAME or names_end < len(names) or end < len(body):
@@ -191,7 +257,6 @@ def _is_address(host: str) -> bool:
     return True
 
 
-@lru_cache(maxsize=64)
 def _protocols(body: bytes) -> tuple[bytes, ...]:
     names, end = _vector(body, 0, 2)
     found = []

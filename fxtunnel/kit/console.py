@@ -48,6 +48,11 @@ class Program(click.Group):
             ctx.exit(code)
         return result
 
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """See `click.Group`, which cuts what does not fit into a line."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, self.commands[name].get_short_help_str(200)) for name in self.list_commands(ctx)])
+
     def _invoke(self, ctx: click.Context) -> object:
         # Not one inside a group: what a daemon's task did not expect is a bug of ours, and keeps its traceback.
         try:

@@ -1,7 +1,8 @@
 """Pure: JWTs of others, verified: algorithms are pinned by configuration, keys fit their algorithm, and no header of a token is obeyed.
 
-For tokens of applications (RFC 7519) whose keys come as PEM, JWK or JWK set (RFC 7517); a relay's own assertions have their own,
-narrower profile (`tokens.py`).
+For tokens of applications (RFC 7519) whose keys come as PEM, JWK or JWK set (RFC 7517). Their issuers are not ours: headers may hold
+what is not known here, keys may have no names, algorithms are more. Tickets have a narrower profile (`signed_claims.py`), relays'
+assertions the narrowest (`tokens.py`); all stand on `compact_jwt.py`.
 """
 
 import json
@@ -15,17 +16,15 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 
-from fxtunnel.kit.tokens import SIGNATURE_ONLY
+from fxtunnel.kit.compact_jwt import MalformedToken, proved_claims, unproved_header
 
 ALGORITHMS: Final = ("EdDSA", "ES256", "ES384", "RS256", "RS384", "RS512", "PS256", "PS384", "PS512")
 """What may be pinned. Shared secrets (HS…) are not among them: whoever can verify with one can forge."""
-MAX_TOKEN_BYTES: Final = 8_192
 MAX_KEYS: Final = 64
 MAX_KEYS_TRIED: Final = 8
 """Keys tried for a token that does not name one."""
 LEEWAY_S: Final = 30.0
 
-_COMPACT: Final = re.compile(r"[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+")
 _PEM: Final = re.compile(rb"-----BEGIN [A-Z ]+-----.*?-----END [A-Z ]+-----", re.DOTALL)
 _MIN_RSA_BITS: Final = 2_048
 
@@ -101,12 +100,10 @@ def verify_token(token: str, rules: TokenRules, keys: KeySet, now_unix: float) -
         UnknownKey: it may be good, but its key is not among these.
         BadToken: it is not.
     """
-    if len(token) > MAX_TOKEN_BYTES or _COMPACT.fullmatch(token) is None:
-        raise BadToken("no compact JWT, or too long")
     try:
-        header = jwt.get_unverified_header(token)
-    except (jwt.InvalidTokenError, RecursionError, ValueError) as exc:
-        raise BadToken("its header is malformed") from exc
+        header = unproved_header(token)
+    except MalformedToken as exc:
+        raise BadToken(str(exc)) from None
     algorithm, kid = header.get("alg"), header.get("kid")
     if algorithm not in rules.algorithms or algorithm not in ALGORITHMS:
         raise BadToken("its algorithm is not one of those configured")
@@ -123,13 +120,11 @@ def verify_token(token: str, rules: TokenRules, keys: KeySet, now_unix: float) -
 def _claims(token: str, algorithm: str, candidates: Sequence[Any]) -> dict[str, Any]:
     for key in candidates:
         try:
-            found: dict[str, Any] = jwt.decode(token, key, algorithms=[algorithm], options=SIGNATURE_ONLY)
-        except jwt.InvalidSignatureError:
-            continue
-        # TypeError, ValueError: keys that the library does not take after all; RecursionError: brackets upon brackets.
-        except (jwt.PyJWTError, TypeError, ValueError, RecursionError) as exc:
-            raise BadToken("it is malformed") from exc
-        return found
+            found = proved_claims(token, key, algorithm)
+        except MalformedToken as exc:
+            raise BadToken(str(exc)) from None
+        if found is not None:
+            return found
     raise UnknownKey("its signature is by none of the keys known")
 
 

@@ -70,7 +70,8 @@ def _is_host(text: str) -> bool:
     return text.endswith("]")
 
 
-def _beside_the_file(path: Path, info: ValidationInfo) -> Path:
+def beside_the_file(path: Path, info: ValidationInfo) -> Path:
+    """A path of a configuration, for validators: a relative one belongs to the file's directory."""
     # Without a context the model was made by hand, not loaded from a file.
     return Path(info.context["directory"], path) if info.context else path
 
@@ -81,7 +82,7 @@ def _address(value: object, info: ValidationInfo) -> Address:
     address = Address.parse(value) if isinstance(value, str) else value
     if address.path is None:
         return address
-    path = _beside_the_file(address.path, info)
+    path = beside_the_file(address.path, info)
     if len(os.fsencode(path)) > MAX_SOCKET_PATH_BYTES:
         raise ValueError(f"is longer than a socket's path may be ({MAX_SOCKET_PATH_BYTES} bytes): {path}")
     return Address(path=path)
@@ -93,7 +94,7 @@ def _name(value: str) -> str:
     return value
 
 
-OptionalPath = Annotated[Path, AfterValidator(_beside_the_file)]
+OptionalPath = Annotated[Path, AfterValidator(beside_the_file)]
 """A path without a default; a relative one belongs to the directory of the configuration file."""
 OptionalAddress = Annotated[Address, PlainValidator(_address)]
 """An `Address` without a default, written as its `parse` takes it; relative unix paths as in OptionalPath."""
@@ -133,7 +134,7 @@ def _read(path: Path) -> dict[str, object]:
     try:
         return tomllib.loads(path.read_bytes().decode())
     except FileNotFoundError as exc:
-        raise ConfigError.one(path, "", "does not exist") from exc
+        raise ConfigError.one(path, "", "does not exist; name the configuration with --config, or see --help for how to begin") from exc
     except OSError as exc:
         raise ConfigError.one(path, "", f"cannot be read: {exc.strerror or exc}") from exc
     except UnicodeDecodeError as exc:

@@ -1,7 +1,8 @@
-"""Pure: JWTs of others, checked with public keys: the outer form first, then the signature. What the claims mean is the caller's.
+"""Pure: tickets and passes, checked with public keys: a narrow header first, then the signature. What the claims mean is the caller's.
 
 A key has one algorithm, by its type, and a token gets the key's: nothing in the token chooses how it is checked (RFC 8725, 3.1). Only
-public keys come in here, so there is no secret that an HMAC could be made with.
+public keys come in here, so there is no secret that an HMAC could be made with. What issuers of applications send is wider, and is for
+`jwt_verifying.py`; both stand on `compact_jwt.py`.
 """
 
 import base64
@@ -21,15 +22,12 @@ from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
 from jwt.algorithms import ECAlgorithm, OKPAlgorithm, RSAAlgorithm
 
-from fxtunnel.kit.tokens import SIGNATURE_ONLY
+from fxtunnel.kit.compact_jwt import MalformedToken, TooLongToken, proved_claims, unproved_header
 
-MAX_TOKEN_BYTES: Final = 8_192
-"""Decoding 20 MB of header costs a second of CPU; nobody has proved anything yet at that point."""
 MAX_KEYS: Final = 64
 MIN_RSA_BITS: Final = 2_048
 MAX_RSA_BITS: Final = 8_192
 
-_COMPACT: Final = re.compile(r"[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+")
 _KID: Final = re.compile(r"[!-~]{1,128}")
 # x5t names a certificate by its digest: some issuers always send it, and it is not looked at.
 _HEADERS: Final = frozenset({"alg", "kid", "typ", "x5t", "x5t#S256"})
@@ -122,12 +120,11 @@ def verified_claims(
     if key.algorithm is not algorithm:
         raise BadToken(Flaw.WRONG_ALGORITHM, f"its key {key.kid} is for {key.algorithm}, not for {algorithm}")
     try:
-        claims = jwt.decode(token, key.public, algorithms=[key.algorithm.value], options=SIGNATURE_ONLY)
-    except jwt.InvalidSignatureError:
-        raise BadToken(Flaw.BAD_SIGNATURE, f"its signature is not by the key {key.kid}") from None
-    # RecursionError: 8 KiB hold enough brackets to exhaust the JSON decoder. ValueError: digits without end.
-    except (jwt.InvalidTokenError, RecursionError, ValueError):
-        raise BadToken(Flaw.MALFORMED, "its claims are malformed") from None
+        claims = proved_claims(token, key.public, key.algorithm.value)
+    except MalformedToken as exc:
+        raise BadToken(Flaw.MALFORMED, str(exc)) from None
+    if claims is None:
+        raise BadToken(Flaw.BAD_SIGNATURE, f"its signature is not by the key {key.kid}")
     return SignedClaims(claims, key)
 
 
@@ -177,14 +174,12 @@ def signing_key(public: PublicKey, kid: str = "") -> SigningKey:
 
 def _read_header(token: str, algorithms: Collection[Algorithm], types: Collection[str]) -> tuple[Algorithm, str | None]:
     """Algorithm and key id of a token whose outer form is as it must be. Nothing else in a header is obeyed: no crit, jku, jwk, x5u."""
-    if len(token) > MAX_TOKEN_BYTES:
-        raise BadToken(Flaw.TOO_LONG, f"it is longer than {MAX_TOKEN_BYTES} bytes")
-    if not _COMPACT.fullmatch(token):
-        raise BadToken(Flaw.MALFORMED, "it is no signed JWT")
     try:
-        header = jwt.get_unverified_header(token)
-    except (jwt.InvalidTokenError, RecursionError, ValueError):
-        raise BadToken(Flaw.MALFORMED, "it cannot be read as a JWT") from None
+        header = unproved_header(token)
+    except TooLongToken as exc:
+        raise BadToken(Flaw.TOO_LONG, str(exc)) from None
+    except MalformedToken as exc:
+        raise BadToken(Flaw.MALFORMED, str(exc)) from None
     kind, kid, name = header.get("typ", "JWT"), header.get("kid"), header.get("alg")
     if not header.keys() <= _HEADERS or not isinstance(kind, str) or kind.lower() not in types:
         raise BadToken(Flaw.BAD_HEADER, "its header holds more than alg, kid and typ")

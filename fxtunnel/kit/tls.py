@@ -17,7 +17,14 @@ import trio
 from fxtunnel.errors import ConfigError, LocalProtocolError
 from fxtunnel.kit.files import read_secret
 from fxtunnel.kit.one_at_a_time import OneAtATime
-from fxtunnel.kit.tls_problems import HandshakeFailed, HandshakeProblem, describe_dates, explain_to_client, explain_to_server
+from fxtunnel.kit.tls_problems import (
+    HandshakeFailed,
+    HandshakeProblem,
+    describe_dates,
+    explain_to_client,
+    explain_to_server,
+    no_forged_end,
+)
 
 __all__ = [
     "HandshakeFailed",
@@ -48,7 +55,7 @@ def server_context(cert_path: Path, key_path: Path, alpn: Sequence[str]) -> ssl.
     if b"ENCRYPTED" in read_secret(key_path):
         raise ConfigError.one(key_path, "", "is encrypted with a passphrase; run: openssl pkey -in OLD -out NEW")
     if not cert_path.is_file():
-        raise ConfigError.one(cert_path, "", "does not exist")
+        raise ConfigError.one(cert_path, "", "does not exist; put the certificate there, or issue one (certs/README.md)")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.num_tickets = 0
     context.options |= ssl.OP_NO_TICKET
@@ -265,7 +272,7 @@ class TlsStream(trio.abc.HalfCloseableStream):
 def _tls13_only(context: ssl.SSLContext, alpn: Sequence[str]) -> ssl.SSLContext:
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.set_alpn_protocols(list(alpn))
-    return context
+    return no_forged_end(context)
 
 
 async def _handshake(

@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 
 from fxtunnel.errors import ConfigError, ConfigProblem
 from fxtunnel.kit.files import read_secret
-from fxtunnel.kit.tls_problems import describe_dates
+from fxtunnel.kit.tls_problems import describe_dates, no_forged_end
 
 ALPN: Final = ("http/1.1",)
 CIPHERS: Final = "ECDHE+AESGCM:ECDHE+CHACHA20"
@@ -84,8 +84,7 @@ def _one_context(cert_path: Path, key_path: Path) -> tuple[ssl.SSLContext, list[
     context.set_ciphers(CIPHERS)
     context.set_alpn_protocols(list(ALPN))
     context.options |= ssl.OP_NO_RENEGOTIATION | ssl.OP_NO_COMPRESSION
-    # Or a FIN, which anyone can forge, would read as a clean end.
-    context.options &= ~ssl.OP_IGNORE_UNEXPECTED_EOF
+    no_forged_end(context)
     try:
         context.load_cert_chain(cert_path, key_path)
     except (ssl.SSLError, OSError) as exc:
@@ -104,7 +103,7 @@ def _names_of(cert_path: Path) -> list[str]:
         with cert_path.open("rb") as file:
             pem = file.read(MAX_CERTIFICATE_BYTES)
     except FileNotFoundError as exc:
-        raise ConfigError.one(cert_path, "", "does not exist") from exc
+        raise ConfigError.one(cert_path, "", "does not exist; put the certificate there, or name the file it is in") from exc
     except OSError as exc:
         raise ConfigError.one(cert_path, "", f"cannot be read: {exc.strerror or exc}") from exc
     try:

@@ -1,8 +1,8 @@
 """Pure: receive windows. How much a stream may be sent before its reader has taken anything, and how that grows.
 
 Two kinds of memory are promised. A *first window* is promised to every stream, and shrinks in steps while many streams are open, so that
-thousands of readers that never read cannot fill the memory. *Growth* goes to streams whose reader keeps up, from a budget of its own, so
-stalled readers cannot take it from working ones.
+thousands of readers that never read cannot fill the memory. *Growth* goes to streams whose reader keeps up, from a budget of its own. The
+kernels on the way read for a reader that does not, a little: so much is no proof, and growth before the proof has but half of the budget.
 """
 
 from typing import Final
@@ -17,8 +17,12 @@ LOCAL_WINDOW_BYTES: Final = 1_048_576
 interactive streams behind bulk ones (docs/adr/0004)."""
 FAST_CONSUMPTION_S: Final = 1.0
 MIN_GROWTH_RTT_S: Final = 0.002
-"""Windows grow past LOCAL_WINDOW_BYTES only when the path's minimum round trip is longer than this; without the floor, queueing delay
-that the window itself causes would be taken for path length, and grow it for ever."""
+"""Windows follow the path only when its minimum round trip is longer than this; without the floor, queueing delay that the window itself
+causes would be taken for path length, and grow it for ever."""
+PROOF_BYTES: Final = 131_072
+"""What the kernels on the way may take for a reader that never reads: less than this does not show that somebody does."""
+FASTEST_GROWTH: Final = 4
+"""How many times larger one round trip may make a window."""
 
 
 class WindowBudget:
@@ -47,9 +51,10 @@ class WindowBudget:
         self.promised_bytes = promised + window
         return window
 
-    def take_growth(self, wanted_bytes: int) -> int:
-        """Up to `wanted_bytes` more for a stream whose reader keeps up."""
-        granted = min(wanted_bytes, self._growth_bytes - self.grown_bytes)
+    def take_growth(self, wanted_bytes: int, window_bytes: int = PROOF_BYTES) -> int:
+        """Up to `wanted_bytes` more for a stream whose reader keeps up; the last half is closed to windows below PROOF_BYTES."""
+        limit = self._growth_bytes if window_bytes >= PROOF_BYTES else self._growth_bytes >> 1
+        granted = min(wanted_bytes, limit - self.grown_bytes)
         if granted <= 0:
             return 0
         self.grown_bytes += granted
@@ -68,12 +73,13 @@ class ReceiveWindow:
     (`flow-control`).
     """
 
-    __slots__ = ("_budget", "_consumed", "_measured", "_since", "first_bytes", "left_bytes", "window_bytes")
+    __slots__ = ("_budget", "_consumed", "_measured", "_since", "_trip_bytes", "first_bytes", "left_bytes", "window_bytes")
 
     def __init__(self, budget: WindowBudget, first_bytes: int) -> None:
         self._budget = budget
         self._consumed = 0
         self._measured = 0
+        self._trip_bytes = 0
         self._since = 0.0
         self.first_bytes = first_bytes
         self.window_bytes = first_bytes
@@ -89,24 +95,39 @@ class ReceiveWindow:
         amount = self._consumed
         self._consumed = 0
         self._measured += amount
-        window = self.window_bytes
-        if self._measured >= window:
-            elapsed = now - self._since
-            wanted = 0
-            if elapsed < FAST_CONSUMPTION_S and window < LOCAL_WINDOW_BYTES:
-                wanted = min(window, LOCAL_WINDOW_BYTES - window, max_window_bytes - window)
-            elif min_rtt_s > MIN_GROWTH_RTT_S and elapsed > 0 and window < max_window_bytes:
-                # Twice the bandwidth-delay product of what this stream achieves now, at most doubling at a time.
-                target = int(2 * min_rtt_s * self._measured / elapsed)
-                wanted = min(window, target - window, max_window_bytes - window)
-            if wanted > 0:
-                growth = self._budget.take_growth(wanted)
-                self.window_bytes = window + growth
-                amount += growth
+        if min_rtt_s > MIN_GROWTH_RTT_S:
+            amount += self._follow_path(now, min_rtt_s, max_window_bytes)
+        elif self._measured >= (window := self.window_bytes) and self._measured >= PROOF_BYTES:
+            if (now - self._since) * window < FAST_CONSUMPTION_S * self._measured and window < LOCAL_WINDOW_BYTES:
+                amount += self._grow(min(window, LOCAL_WINDOW_BYTES - window, max_window_bytes - window))
             self._measured = 0
             self._since = now
         self.left_bytes += amount
         return amount
+
+    def _follow_path(self, now: float, min_rtt_s: float, max_window_bytes: int) -> int:
+        """Growth towards twice what the reader takes in a round trip, looked at once in each: how the kernel sizes its own windows.
+
+        What is measured is as old as the round trip, and on the way up the sender may have been held back by what the window was then. So
+        what was added since the last look counts again and again (docs/adr/0004).
+        """
+        window = self.window_bytes
+        elapsed_s = now - self._since if self._since else min_rtt_s
+        if self._measured << 1 < window or elapsed_s < 0.9 * min_rtt_s:
+            if not self._since:
+                self._since = now - min_rtt_s
+            return 0
+        trip_bytes = int(self._measured * min_rtt_s / elapsed_s)
+        wanted = 2 * trip_bytes + max(0, 4 * (trip_bytes - self._trip_bytes))
+        self._trip_bytes = trip_bytes
+        self._measured = 0
+        self._since = now
+        return self._grow(min(wanted, FASTEST_GROWTH * window, max_window_bytes) - window)
+
+    def _grow(self, wanted_bytes: int) -> int:
+        growth = self._budget.take_growth(wanted_bytes, self.window_bytes) if wanted_bytes > 0 else 0
+        self.window_bytes += growth
+        return growth
 
     def returned(self, amount_bytes: int) -> None:
         """The reader gives back bytes that it took: they count as taken when they have left."""

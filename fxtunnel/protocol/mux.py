@@ -5,7 +5,6 @@
 The gateway opens, the relay accepts (PROTOCOL.md, 6). What a stream is attached to is its `Endpoint`: the engine's is a socket.
 """
 
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
@@ -16,6 +15,7 @@ from fxtunnel.protocol import frames
 from fxtunnel.protocol.credit import ReceiveWindow, WindowBudget
 from fxtunnel.protocol.endpoint import Endpoint
 from fxtunnel.protocol.frames import EARLY_BYTES, MAX_CREDIT, MAX_STREAM_ID
+from fxtunnel.protocol.heartbeats import Heartbeats
 from fxtunnel.protocol.opening import Opening, UnsupportedTag, decode_open
 from fxtunnel.protocol.parser import FrameParser
 from fxtunnel.protocol.replay import ReplayRing
@@ -26,7 +26,6 @@ RING_RESERVE_BYTES: Final = 16_384
 """Room in the ring that DATA leaves to control frames, so that ACK and CREDIT get through when replay memory is full."""
 MAX_OVERFLOW_BYTES: Final = 4_194_304
 """Control frames that wait for room in the ring, at most; a peer that drives it further is cut off."""
-RTT_SAMPLES: Final = 16
 
 
 class Stream:
@@ -66,6 +65,7 @@ class Stream:
         if not self.closed and not self.accepted:
             self.accepted = True
             self.mux.queue(frames.encode_accept(self.id, self.window.first_bytes))
+            self.consumed(0)  # what was taken of the early bytes: no CREDIT goes before an ACCEPT
 
     def refuse(self, code: Code, text: str = "") -> None:
         """Turn the opening down; the opener may try elsewhere."""
@@ -111,7 +111,7 @@ class Stream:
 
     def consumed(self, amount_bytes: int) -> None:
         """The reader took that many of the bytes that arrived: credit goes back in time."""
-        if self.window.consumed(amount_bytes) and not self.fin_received and not self.closed:
+        if self.window.consumed(amount_bytes) and self.accepted and not self.fin_received and not self.closed:
             mux = self.mux
             mux.queue(frames.encode_credit(self.id, self.window.grant(mux.now, mux.min_rtt_s, mux.max_window_bytes)))
 
@@ -152,7 +152,6 @@ class Mux:
         self.streams: dict[int, Stream] = {}
         self.now = 0.0
         self.max_window_bytes = max_window_bytes
-        self.min_rtt_s = 0.0
         self.goaway: tuple[Code, str] | None = None
         self.bytes_in = 0
         self.opened = 0
@@ -162,7 +161,17 @@ class Mux:
         self._on_open = on_open
         self._last_id = 0
         self._acked_to_peer = 0
-        self._rtts: deque[float] = deque(maxlen=RTT_SAMPLES)
+        self.heartbeats = Heartbeats()
+
+    @property
+    def min_rtt_s(self) -> float:
+        """How long the path is; 0 before that is known."""
+        return self.heartbeats.min_rtt_s
+
+    @property
+    def passed_bytes(self) -> int:
+        """Bytes of both sequences so far."""
+        return self.bytes_in + self.ring.head
 
     @property
     def data_room(self) -> int:
@@ -234,6 +243,7 @@ class Mux:
         self.now = now
         self._queue_ack()
         self.queue(frames.encode_u64(frames.PING, int(now * 1e6)))
+        self.heartbeats.began(self.passed_bytes)
 
     def refill(self) -> None:
         """Move control frames that waited for room into the ring. Call after ACKs or `advance`."""
@@ -297,7 +307,7 @@ class Mux:
             self._queue_ack()
             self.queue(frames.encode_u64(frames.PONG, frames.decode_u64(payload)))
         elif kind == frames.PONG:
-            self._sample_rtt(frames.decode_u64(payload))
+            self.heartbeats.answered(self.now - frames.decode_u64(payload) / 1e6, self.passed_bytes)
         elif kind == frames.GOAWAY:
             self.goaway = (Code.from_wire(frames.decode_u16(payload)), frames.decode_text(payload))
 
@@ -306,6 +316,8 @@ class Mux:
         if endpoint is None:
             raise LocalProtocolError(f"stream {stream.id} has no endpoint")
         if kind == frames.CREDIT:
+            if stream.early is not None:  # the copy kept for a replay would grow with it, and no frame could carry that
+                raise RemoteProtocolError(Code.PROTOCOL_ERROR, f"CREDIT before ACCEPT on stream {stream.id}")
             self._credit(stream, endpoint, frames.decode_u32(payload))
         elif kind == frames.FIN:
             if stream.fin_received or stream.early is not None:
@@ -378,12 +390,6 @@ class Mux:
         if self.ring.keep and received > self._acked_to_peer:
             self._acked_to_peer = received
             self.queue(frames.encode_u64(frames.ACK, received))
-
-    def _sample_rtt(self, opaque: int) -> None:
-        rtt = self.now - opaque / 1e6
-        if 0 <= rtt < 60:
-            self._rtts.append(max(rtt, 1e-6))
-            self.min_rtt_s = min(self._rtts)
 
 
 def _asleep() -> None:

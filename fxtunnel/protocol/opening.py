@@ -30,9 +30,15 @@ MAX_HOST_BYTES: Final = 253
 MAX_TICKET_BYTES: Final = 1_024
 _OPTIONAL_TAG: Final = 0x80
 _KNOWN_TAGS: Final = frozenset({TAG_SERVICE, TAG_NODE, TAG_CLIENT, TAG_DOOR, TAG_VIA, TAG_NOT, TAG_TRACE, TAG_HOST, TAG_SCHEME, TAG_TICKET})
+_ALL_TAGS: Final = frozenset(range(256))
+_OWN_TAGS: Final = frozenset({TAG_CLIENT, TAG_TRACE, TAG_TICKET})
+"""What no two streams have in common. Where they stand in front, the bytes behind them are the same for all streams of a door and host,
+and are read once. Tickets are never remembered."""
+_MAX_REMEMBERED: Final = 256
 _SCHEMES: Final = frozenset({"", "http", "https", "tls"})
 _TRACE: Final = re.compile(r"[0-9a-f]{1,32}")
 _TLV: Final = struct.Struct(">BH")
+_remembered: Final[dict[bytes, tuple["Opening", frozenset[int]]]] = {}
 
 
 class Opening(NamedTuple):
@@ -105,15 +111,42 @@ def decode_open(payload: bytes | memoryview) -> tuple[int, Opening]:
     """
     raw = bytes(payload)
     window = decode_u32(raw)
+    own, at = _read_tags(raw, 4, _OWN_TAGS)
+    rest = raw[at:]
+    known = _remembered.get(rest)
+    if known is None:
+        known = _opening_of(rest)
+        if known[1].isdisjoint(_OWN_TAGS):
+            if len(_remembered) >= _MAX_REMEMBERED:
+                _remembered.clear()
+            _remembered[rest] = known
+    opening, tags = known
+    if not own:
+        return window, opening
+    if not tags.isdisjoint(own):
+        raise RemoteProtocolError(Code.PROTOCOL_ERROR, "OPEN repeats a tag")
+    return window, Opening(
+        opening.service,
+        own.get(TAG_CLIENT, opening.client),
+        opening.door,
+        opening.via,
+        opening.avoid,
+        _trace(own[TAG_TRACE]) if TAG_TRACE in own else opening.trace,
+        opening.host,
+        opening.scheme,
+        opening.node,
+        _bounded(own, TAG_TICKET, MAX_TICKET_BYTES) if TAG_TICKET in own else opening.ticket,
+    )
+
+
+def _read_tags(raw: bytes, position: int, wanted: frozenset[int]) -> tuple[dict[int, str], int]:
+    """The tags from there on, as long as they are `wanted`, and where they end. Those that are not known have no text."""
     found: dict[int, str] = {}
-    position = 4
     end = len(raw)
-    unsupported: int | None = None
-    while position < end:
+    while position < end and (tag := raw[position]) in wanted:
         start = position + 3
         if start > end:
             raise RemoteProtocolError(Code.PROTOCOL_ERROR, "OPEN ends inside a tag")
-        tag = raw[position]
         position = start + (raw[position + 1] << 8 | raw[position + 2])
         if position > end:
             raise RemoteProtocolError(Code.PROTOCOL_ERROR, "OPEN ends inside a value")
@@ -126,26 +159,19 @@ def decode_open(payload: bytes | memoryview) -> tuple[int, Opening]:
                 raise RemoteProtocolError(Code.PROTOCOL_ERROR, f"OPEN tag 0x{tag:02x} is not ASCII") from None
         else:
             found[tag] = ""
-            if tag < _OPTIONAL_TAG:
-                unsupported = tag
-    service = found.pop(TAG_SERVICE, "")
+    return found, position
+
+
+def _opening_of(raw: bytes) -> tuple[Opening, frozenset[int]]:
+    """What these tags say, and which they are."""
+    found, _ = _read_tags(raw, 0, _ALL_TAGS)
+    service = found.get(TAG_SERVICE, "")
     if not is_name(service):
         raise RemoteProtocolError(Code.PROTOCOL_ERROR, "OPEN names no valid service")
-    client, door = found.pop(TAG_CLIENT, ""), found.pop(TAG_DOOR, "")
-    opening = Opening(ServiceName(service), client, door)
-    if found:
-        opening = _with_more(opening, found)
-    if unsupported is not None:
-        raise UnsupportedTag(f"tag 0x{unsupported:02x}")
-    return window, opening
-
-
-def _with_more(opening: Opening, found: dict[int, str]) -> Opening:
-    """What few streams have."""
-    more = Opening(
-        opening.service,
-        opening.client,
-        opening.door,
+    opening = Opening(
+        ServiceName(service),
+        found.get(TAG_CLIENT, ""),
+        found.get(TAG_DOOR, ""),
         _relay(found[TAG_VIA]) if TAG_VIA in found else None,
         tuple(_relay(name) for name in found[TAG_NOT].split(",")) if TAG_NOT in found else (),
         _trace(found[TAG_TRACE]) if TAG_TRACE in found else "",
@@ -154,11 +180,14 @@ def _with_more(opening: Opening, found: dict[int, str]) -> Opening:
         _relay(found[TAG_NODE]) if TAG_NODE in found else None,
         _bounded(found, TAG_TICKET, MAX_TICKET_BYTES),
     )
-    if len(more.avoid) > MAX_AVOIDED or len(set(more.avoid)) < len(more.avoid):
-        raise RemoteProtocolError(Code.PROTOCOL_ERROR, f"OPEN rules out {len(more.avoid)} relays, or one of them twice")
-    if more.scheme not in _SCHEMES:
+    if len(opening.avoid) > MAX_AVOIDED or len(set(opening.avoid)) < len(opening.avoid):
+        raise RemoteProtocolError(Code.PROTOCOL_ERROR, f"OPEN rules out {len(opening.avoid)} relays, or one of them twice")
+    if opening.scheme not in _SCHEMES:
         raise RemoteProtocolError(Code.PROTOCOL_ERROR, "OPEN names no valid scheme")
-    return more
+    for tag in found:
+        if tag < _OPTIONAL_TAG and tag not in _KNOWN_TAGS:
+            raise UnsupportedTag(f"tag 0x{tag:02x}")
+    return opening, frozenset(found)
 
 
 def _relay(name: str) -> RelayId:

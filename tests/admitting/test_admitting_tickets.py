@@ -18,7 +18,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fxrelay.admitting.ticket import BadTicket, Objection, Ticket, TicketRules, Wish, mint_ticket, read_ticket
-from fxtunnel.kit.signed_claims import MAX_TOKEN_BYTES, Algorithm, BadToken, Flaw, KeySet, read_keys, signing_key, verified_claims
+from fxtunnel.kit.compact_jwt import MAX_TOKEN_BYTES
+from fxtunnel.kit.signed_claims import Algorithm, BadToken, Flaw, KeySet, read_keys, signing_key, verified_claims
 from fxtunnel.model import ServiceName
 
 NOW = 1_700_000_000

@@ -2,6 +2,7 @@
 
 import json
 import time
+from dataclasses import replace
 from ipaddress import ip_network
 from typing import Any
 
@@ -12,7 +13,8 @@ from balance_samples import DESK, Says, ids, server, server_text
 
 from fxrelay.balance.chain import builtin
 from fxrelay.balance.chooser import Balancing, ClusterEnvironment, PoolChooser
-from fxrelay.balance.model import Chosen, Failed
+from fxrelay.balance.model import Action, Chosen, Failed
+from fxrelay.balance.seating import SeatRules
 from fxrelay.balance.ways import Ways
 from fxrelay.cluster.members import Ages
 from fxrelay.cluster.ports import PLACEMENTS, SERVERS, Message
@@ -122,6 +124,37 @@ async def test_all_ways_in_turn_and_those_tried_are_left_out() -> None:
     assert isinstance(none, NoNode)
     assert (none.code, none.text, none.name) == (Code.CONNECT_FAILED, "NoServerAvailable (trace t1)", "NoServerAvailable")
     assert chooser.failures == {"NoServerAvailable": 1}
+
+
+async def test_built_in_entries_need_no_task() -> None:
+    chooser, view = make(Surroundings())
+    found = [chooser.choose_nowait(WANTED) for _ in range(3)]
+    assert [node.server_id for node in found if node is not None] == list("abc"), "those on their way count at once"
+    assert (chooser.decisions, len(view.in_flight)) == (3, 3)
+    slow = await chooser.choose(WANTED, frozenset())
+    assert isinstance(slow, Node)
+    assert slow.server_id == "a"
+    for node in (*found, slow):
+        assert node is not None
+        node.claim.release()
+    assert not len(view.in_flight)
+
+
+async def test_what_has_to_wait_or_to_be_explained_needs_one() -> None:
+    chooser, view = make(Surroundings())
+    assert chooser.choose_nowait(replace(WANTED, service=ServiceName("nothing"))) is None
+    assert chooser.choose_nowait(replace(WANTED, node=RelayId("nobody"))) is None
+    assert chooser.failures == {}, "the task counts it, and says why"
+    with chooser._lines[ServiceName("desk")].place(0.0):
+        assert chooser.choose_nowait(WANTED) is None, "others wait, and came before"
+    assert chooser.choose_nowait(WANTED) is not None
+    pools = {ServiceName("desk"): Balancing(DESK, (builtin("fewest-sessions", "desk"),), Action.LOGIN, SeatRules(always=True))}  # type: ignore[arg-type]  # an entry of the rig
+    chooser.reconfigure(pools)
+    assert chooser.choose_nowait(WANTED) is None, "a seat has to be taken"
+    for entry in (Says(Chosen(RelayId("a"))), builtin("round-robin", "desk")):
+        scripted, _ = make(Surroundings(), entry)
+        assert scripted.choose_nowait(WANTED) is None
+    assert len(view.in_flight) == 1
 
 
 async def test_refusals_tell_the_gateway_no_more_than_a_name() -> None:

@@ -8,6 +8,7 @@ from balance_samples import DESK, LOGIN, START, ids, member
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fxrelay.balance.builtins import fewest_sessions
 from fxrelay.balance.filters import (
     DRAINING,
     EXCLUDED,
@@ -216,9 +217,9 @@ CHANGES = st.lists(
 )
 
 
-@given(CHANGES, st.booleans())
+@given(CHANGES, st.booleans(), st.booleans())
 def test_a_sieve_that_looks_at_changes_alone_says_what_one_says_that_looks_at_everything(
-    changes: list[tuple[str, str, dict[str, int]]], is_guided: bool
+    changes: list[tuple[str, str, dict[str, int]]], is_guided: bool, is_open: bool
 ) -> None:
     roster: Roster[Member] = Roster()
     for each in "abcdefgh":
@@ -235,11 +236,16 @@ def test_a_sieve_that_looks_at_changes_alone_says_what_one_says_that_looks_at_ev
             )
         around = Circumstances(
             {RelayId(key): value for key, value in counts.items()},
-            ids("d"),
-            {RelayId("e"): "bob", RelayId("f"): "ann"},
+            () if is_open else ids("d"),
+            {} if is_open else {RelayId("e"): "bob", RelayId("f"): "ann"},
             only=RelayId("a") if is_guided else None,
         )
+        peeked = sieve.peek(roster, LOGIN.user, around)
+        chosen = fewest_sessions(LOGIN, peeked, RelayId("a"))
+        peeked = list(peeked)
         candidates, dropped = sieve.sift(roster, LOGIN.user, around)
+        assert peeked == candidates
+        assert chosen == fewest_sessions(LOGIN, candidates, RelayId("a"))
         expected, others = Sieve(DESK, LOGIN.action).sift(list(roster), LOGIN.user, around)
         assert candidates == expected
         assert sorted(dropped, key=lambda each: each.server_id) == sorted(others, key=lambda each: each.server_id)

@@ -5,12 +5,13 @@ from tests.chaos.fault_cuts import CUTS, SILENCE
 from tests.chaos.fault_kills import KILLS
 from tests.chaos.fault_known import KNOWN_FAULTS
 from tests.chaos.fault_links import GATEWAYS, LINKS_FAULT
+from tests.chaos.fault_logins import LOGINS
 from tests.chaos.fault_steady import STEADY
 from tests.chaos.fault_stops import STOPS
 from tests.chaos.fault_storm import NAT_STORM, STORM
 
 FAULTS = (
     *(CUTS, SILENCE, KILLS, STOPS, LINKS_FAULT, GATEWAYS, DESCRIPTORS, IDLE, STALLED),
-    *(STORM, NAT_STORM, KNOWN_FAULTS, STEADY),
+    *(STORM, NAT_STORM, LOGINS, KNOWN_FAULTS, STEADY),
 )
 SHORT = (CUTS, KILLS, DESCRIPTORS, STORM)

@@ -1,4 +1,4 @@
-"""Faults that have tests of their own, played from there: clocks, stores, exceptions at every await, reservations."""
+"""Faults that have tests of their own, played from there: clocks, stores, exceptions at every await."""
 
 import os
 import re
@@ -14,7 +14,6 @@ KNOWN = {
     "clock steps of five minutes": "tests/system/test_system_clock.py",
     "store killed, stopped, full, cut off": "tests/system/test_system_store.py tests/system/test_system_storefaults.py",
     "an exception at every await": "tests/faults",
-    "reservations while relays and stores are killed": "tests/reservations/test_reservations_chaos.py",
 }
 
 
@@ -32,4 +31,4 @@ def known(stage: Stage, outcome: Outcome) -> None:
         outcome.add(f"{what}: failed", counts.get("failed", 0) + counts.get("error", 0) + (done.returncode not in (0, 1)), "= 0")
 
 
-KNOWN_FAULTS = Fault("known", "clock steps, store faults, exceptions at every await, reservations: as their tests say", known)
+KNOWN_FAULTS = Fault("known", "clock steps, store faults, exceptions at every await: as their tests say", known)

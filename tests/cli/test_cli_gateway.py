@@ -16,6 +16,7 @@ import pytest
 from cli_samples import GATEWAY_TOML
 from click.testing import CliRunner, Result
 
+import fxrelay.cli
 from fxgateway.cli import main
 from fxgateway.tunnels.identities import EnrolOutcome, Identities
 from fxrelay.uplink.gateway_file import load_gateway_file
@@ -257,6 +258,11 @@ def test_as_a_process(made: Path) -> None:
     assert "chmod 600" in wrong.stderr
     assert "Traceback" not in wrong.stderr
     assert start("nonsense").returncode == 2
+
+
+def test_help_says_what_each_command_does_to_the_end() -> None:
+    for program in (main, fxrelay.cli.main):
+        assert "..." not in CliRunner().invoke(program, ["--help"]).stdout.partition("Commands:")[2].partition("Examples:")[0]
 
 
 def test_help_needs_no_heavy_module() -> None:

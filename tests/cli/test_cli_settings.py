@@ -35,6 +35,14 @@ def test_gateway_minimum_and_defaults(gateway_toml: Write) -> None:
     assert settings.liveness.dead_after_s == 10.0
 
 
+@pytest.mark.parametrize(
+    ("written", "meant"), [("off", "off"), ("stderr", "stderr"), ("a.log", "{here}/a.log"), ("/var/a.log", "/var/a.log")]
+)
+def test_the_access_log_is_beside_the_file_too(gateway_toml: Write, written: str, meant: str) -> None:
+    path = gateway_toml(f'[tunnel]\nlisten = "0.0.0.0:8443"\npublic_url = "wss://gw:1"\n[log]\naccess = "{written}"\n')
+    assert fxgateway.settings.load(path, {}).log.access == meant.format(here=path.parent)
+
+
 def test_relay_minimum_and_defaults(relay_toml: Write) -> None:
     path = relay_toml(RELAY_TOML)
     settings = fxrelay.settings.load(path, {})

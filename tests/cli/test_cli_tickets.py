@@ -83,7 +83,7 @@ def config(tmp_path: Path, *lines: str) -> Path:
 @pytest.mark.parametrize(
     ("lines", "words"),
     [
-        (["port = 22", "limits = {per_user_streams = 1}"], "only with `ticket`"),
+        (["port = 22", "limits = {per_user_streams = 1}"], "only with `ticket` or"),
         (["port = 22", 'ticket = {keys = "k", session_s = 5}'], "session_s"),
         (["port = 22", 'ticket = {keys = "k", algorithms = ["HS256"]}'], "algorithms"),
         (["port = 22", 'ticket = {keys = "k", algorithms = []}'], "algorithms"),

@@ -62,6 +62,13 @@ def test_placements_count_until_the_server_was_measured_after_them(view: Cluster
     assert view.in_flight.counts(view.now) == {}
 
 
+def test_news_of_a_placement_that_the_server_counts_already_adds_nothing(view: ClusterView) -> None:
+    view.hear(Message(SERVERS, server_text(measuredAt=4_000_000)))
+    for placed_ms, expected in ((3_999_700, {}), (3_999_900, {A: 1})):
+        view.hear(Message(PLACEMENTS, encode_placement(PLACED, Placement(PlacementId(f"p{placed_ms}"), A, placed_ms))))
+        assert view.in_flight.counts(view.now) == expected
+
+
 def test_a_placement_from_the_future_does_not_stay_longer_than_one_of_now(view: ClusterView) -> None:
     view.hear(Message(PLACEMENTS, encode_placement(PLACED, Placement(PlacementId("p"), A, 9_000_000))))
     view.hear(Message(SERVERS, server_text(measuredAt=5_001_000)))

@@ -295,3 +295,33 @@ def test_an_update_of_what_no_member_wrote_is_refused(backend: Backend) -> None:
         store._client.ask(lambda redis: redis.hset("{fx-test}:c:reservations", "n", "no stamp"))  # type: ignore[attr-defined]
     with pytest.raises(StoreError, match=r"ours|written"):
         store.update("reservations", "n", lambda present: "x")
+
+
+def test_what_was_read_is_removed_unless_it_was_written_again(backend: Backend) -> None:
+    store, other = backend.store(), backend.store()
+    store.put("servers", "n1", "ä")
+    store.put("servers", "n2", "two")
+    read = other.get("servers", "n1")
+    assert read is not None
+    time.sleep(0.005)
+    store.put("servers", "n1", "ä")  # the same text, later: the node is back
+    assert not other.delete_if_same("servers", read)
+    assert not other.delete_if_same("servers", Document("n1", "b", read.updated_ms))
+    assert not other.delete_if_same("servers", Document("gone", "ä", read.updated_ms))
+    read = other.get("servers", "n1")
+    assert read is not None
+    assert not other.delete_if_same("controls", read)
+    assert other.delete_if_same("servers", read)
+    assert not store.delete_if_same("servers", read)
+    assert [found.key for found in store.documents("servers")] == ["n2"]
+
+
+def test_of_many_who_remove_one_document_one_does(backend: Backend) -> None:
+    stores = [backend.store() for _ in range(4)]
+    for turn in range(20):
+        stores[0].put("servers", "n", str(turn))
+        read = stores[0].get("servers", "n")
+        assert read is not None
+        with ThreadPoolExecutor(4) as pool:
+            removed = list(pool.map(lambda store, read=read: store.delete_if_same("servers", read), stores))  # type: ignore[misc]  # a default has no inferred type
+        assert removed.count(True) == 1

@@ -56,7 +56,9 @@ class Spec:
 
 
 class ScriptedChooser:
-    """Answers with the first node that is not excluded. `before` is awaited first, when the test wants it to take time or to fail."""
+    """Answers with the first node that is not excluded; at once where it `is_instant`."""
+
+    is_instant = False
 
     def __init__(self, *nodes: Spec) -> None:
         self.nodes = nodes
@@ -78,6 +80,18 @@ class ScriptedChooser:
             raise
         if self.fails:
             raise ValueError("a bug of the chooser's")
+        return self._first(excluded)
+
+    def choose_nowait(self, wanted: Wanted) -> Node | None:
+        if not self.is_instant or self.hangs or self.fails:
+            return None
+        answer = self._first(frozenset())
+        if isinstance(answer, NoNode):
+            return None
+        self.asked.append((wanted, frozenset()))
+        return answer
+
+    def _first(self, excluded: frozenset[RelayId]) -> Node | NoNode:
         for spec in self.nodes:
             if RelayId(spec.name) not in excluded:
                 claim = CountedClaim(spec.name)

@@ -167,6 +167,7 @@ async def test_client_gone_at_the_moment_of_the_choice(contexts: Contexts) -> No
     for spec in (Spec("a", is_local=True), Spec("b", address=B), Spec("b", can_redirect=True)):
         async with open_plane(contexts) as plane:
             chooser = ScriptedChooser(spec)
+            chooser.is_instant = False
             nodes = serve_nodes(plane, A, B)
             relay = await add_pool_relay(plane, "a", chooser, nodes.port, host=A)
             chooser.on_choice = placer_of(relay).abort_all

@@ -186,6 +186,32 @@ async def test_first_words_cut_at_every_byte(contexts: Contexts, kind: Kind) -> 
         await plane.quiet()
 
 
+@pytest.mark.parametrize("cut", [1, 4_095, 4_096, 4_097, 5_000, 0])
+async def test_a_hello_longer_than_what_goes_with_the_open(contexts: Contexts, cut: int) -> None:
+    hello = hello_for("a.test")
+    body = hello[9:] + bytes((0x77, 0x77, 6_000 >> 8, 6_000 & 255)) + bytes(6_000)  # an extension that nobody knows
+    before = 34 + 1 + body[34]
+    before += 2 + int.from_bytes(body[before : before + 2])
+    before += 1 + body[before]
+    body = body[:before] + (len(body) - before - 2).to_bytes(2) + body[before + 2 :]
+    words = hello[:3] + (len(body) + 4).to_bytes(2) + b"\x01" + len(body).to_bytes(3) + body
+    async with open_plane(contexts) as plane:
+        await plane.add_relay(await plane.serve(echo))
+        port = door(plane, Kind.SNI, header_timeout_s=30)
+        for rest in (b"", bytes(9_000)):
+            async with await connect(port) as stream:
+                if cut:
+                    await stream.send_all(words[:cut])
+                    with trio.fail_after(5):
+                        while not any(getattr(visitor, "_said", b"") for visitor in plane.doors[0].hall.visitors):
+                            await trio.sleep(0.01)
+                await stream.send_all(words[cut:] + rest)
+                await stream.send_eof()
+                with trio.fail_after(5):
+                    assert await receive_all(stream) == words + rest
+        await plane.quiet()
+
+
 @pytest.mark.parametrize(
     ("kind", "words", "status"),
     [

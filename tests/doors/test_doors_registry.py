@@ -8,6 +8,7 @@ from fxgateway.tunnels.registry import RegistryLimits
 from fxtunnel.codes import Code
 from fxtunnel.engine.ports import SessionConfig, State
 from fxtunnel.model import InstanceId, Offer, RelayId, ServiceName, SessionId
+from fxtunnel.protocol.heartbeats import BULK_BYTES
 
 OFFERS = (Offer(ServiceName("s")),)
 
@@ -118,6 +119,26 @@ async def test_streams_go_to_the_session_that_is_up(contexts: Contexts) -> None:
             assert await exchange(plane.add_door(), b"x") == b"x"
         assert held.mux.opened == 0
         held.close(Code.NORMAL)
+
+
+async def test_streams_keep_away_from_bulk(contexts: Contexts) -> None:
+    """Of two sessions, the one that carries bulk gets no new stream, however few it has."""
+    async with open_plane(contexts) as plane:
+        relay = await plane.add_relay(await plane.serve(echo))
+        first, second = relay.far_session, plane.registry.new_session(relay.id, relay.instance)
+        assert second is not None
+        second.state = State.UP
+        chosen = plane.registry.relays()[0].session_for_stream
+        assert chosen() is first
+        first.mux.bytes_in += BULK_BYTES
+        assert first.is_bulk
+        assert chosen() is second
+        with trio.fail_after(10):
+            while first.is_bulk:  # two heartbeats later
+                await trio.sleep(0.02)
+        assert chosen() is first
+        second.state = State.HELD
+        second.close(Code.NORMAL)
 
 
 async def test_least_loaded_relay_gets_the_client(contexts: Contexts) -> None:

@@ -54,6 +54,54 @@ async def test_who_makes_way_serves_until_its_successor_does_and_keeps_its_strea
         assert await exchange(port, b"y") == b"y"
 
 
+async def test_who_has_yielded_to_another_process_serves_until_that_one_does(contexts: Contexts) -> None:
+    async with open_plane(contexts) as plane:
+        old = await plane.add_relay(await plane.serve(echo))
+        port = plane.add_door()
+        async with await connect(port) as kept:
+            await say(kept)
+            plane.registry.relieve(old.id)
+            assert await exchange(port, b"it has not yielded") == b"it has not yielded"
+            plane.registry.mark_draining(old.id, old.instance, MAKES_WAY)
+            plane.registry.yield_name(old.id, old.instance, Code.FENCED, "")
+            assert await exchange(port, b"not yet") == b"not yet"
+            assert old.control.drained == []
+            plane.registry.relieve(old.id)
+            assert (old.control.drained, old.control.closed) == ([0], [])
+            await refused(port)
+            await say(kept)
+            assert [relay.instance for relay in plane.registry.leaving(old.id)] == [old.instance]
+            assert plane.registry.relays() == ()
+
+
+async def test_who_drains_steps_aside_at_once_for_a_successor_at_another_process(contexts: Contexts) -> None:
+    async with open_plane(contexts) as plane:
+        old = await plane.add_relay(await plane.serve(echo))
+        port = plane.add_door()
+        async with await connect(port) as kept:
+            await say(kept)
+            plane.registry.mark_draining(old.id, old.instance, Departure(60.0))
+            plane.registry.yield_name(old.id, old.instance, Code.FENCED, "")
+            assert (old.control.drained, old.control.closed) == ([], [])
+            await say(kept)
+            assert [relay.instance for relay in plane.registry.leaving(old.id)] == [old.instance]
+
+
+@pytest.mark.parametrize(("departure", "code"), [(None, Code.FENCED), (MAKES_WAY, Code.LINK_LOST)])
+async def test_who_does_not_go_away_or_is_elsewhere_itself_loses_its_streams(
+    contexts: Contexts, departure: Departure | None, code: Code
+) -> None:
+    async with open_plane(contexts) as plane:
+        old = await plane.add_relay(await plane.serve(echo))
+        async with await connect(plane.add_door()) as kept:
+            await say(kept)
+            if departure is not None:
+                plane.registry.mark_draining(old.id, old.instance, departure)
+            plane.registry.yield_name(old.id, old.instance, code, "")
+            await until_reset(kept)
+            assert (plane.registry.relays(), plane.registry.leaving(old.id)) == ((), ())
+
+
 async def test_others_go_before_one_that_makes_way(contexts: Contexts) -> None:
     async with open_plane(contexts) as plane:
         service = await plane.serve(echo)

@@ -16,6 +16,7 @@ from fxgateway.tunnels.registry import Registry, RegistryLimits
 from fxrelay.delivery.delivery import DeliveryDesk, DeliveryLimits
 from fxrelay.delivery.services import Endpoint, Service, ServiceTable
 from fxtunnel.codes import Code
+from fxtunnel.engine import session
 from fxtunnel.engine.ports import SessionConfig, State
 from fxtunnel.engine.reactor import Reactor
 from fxtunnel.engine.session import Session
@@ -269,7 +270,7 @@ class Plane:
             and not any(budget.promised_bytes or budget.grown_bytes for budget in budgets)
         )
 
-    async def quiet(self, within_s: float = 3.0) -> None:
+    async def quiet(self, within_s: float = 10.0) -> None:
         """Wait until every stream has ended and everything it held has been given back."""
         with trio.fail_after(within_s):
             while not self.is_quiet:
@@ -296,7 +297,9 @@ async def open_plane(contexts: Contexts, config: SessionConfig = QUICK) -> Async
                 await plane.quiet()
             finally:
                 plane.close()
-                with trio.CancelScope(shield=True):
-                    await trio.sleep(0.12)  # goodbyes linger for GOODBYE_S
+                said = trio.Event()
+                plane.reactor.call_later(session.GOODBYE_S + 0.02, said.set)  # behind the timers of the goodbyes, however late those are
+                with trio.move_on_after(10, shield=True):
+                    await said.wait()
                 nursery.cancel_scope.cancel()
         plane.reactor.close()

@@ -76,7 +76,7 @@ def _stream_frame(rng: random.Random, kind: str, stream: Stream) -> bytes:
         return frames.encode_fin(stream.id)
     if kind == "RESET":
         return frames.encode_reset(stream.id, rng.choice(CODES))
-    room = frames.MAX_CREDIT - stream.send_credit
+    room = frames.MAX_CREDIT - stream.send_credit if answered else 0
     return frames.encode_credit(stream.id, rng.randrange(1, min(room, 2**20))) if room > 1 else frames.encode_u64(frames.PING, 1)
 
 
@@ -100,6 +100,8 @@ def unlawful_frame(rng: random.Random, mux: Mux) -> bytes:
         over = stream.window.left_bytes + 1
         if over <= frames.MAX_DATA_BYTES:
             choices.append(frames.encode(frames.DATA, stream.id, bytes(over)))
+        if stream.early is not None:
+            choices.append(frames.encode_credit(stream.id, 1))
         if stream.fin_received:
             choices += [frames.encode(frames.DATA, stream.id, b"x"), frames.encode_fin(stream.id)]
         if accepts or stream.accepted:

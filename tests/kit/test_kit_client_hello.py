@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fxtunnel.kit import client_hello
 from fxtunnel.kit.client_hello import (
     MAX_HELLO_BYTES,
     MAX_RECORDS_BYTES,
@@ -142,6 +143,45 @@ def test_any_bytes_are_an_answer(noise: bytes, at: int) -> None:
     for data in (noise, b"\x16\x03\x01" + noise, whole[:at] + noise + whole[at + len(noise) :]):
         found = read_client_hello(data)
         assert not isinstance(found, NeedMore) or len(data) < found.at_least <= MAX_RECORDS_BYTES
+
+
+KEY_SHARE = extension(51, vector(2, b"\x11\xec" + vector(2, bytes(40))))
+KNOWN = records(message(sni(b"a.example.com"), extension(16, vector(2, vector(1, b"h2"))), KEY_SHARE, GREASE))
+
+
+@given(st.integers(0, len(KNOWN) - 1), st.binary(min_size=1, max_size=4))
+def test_a_hello_like_one_before_is_read_as_if_it_were_the_first(at: int, noise: bytes) -> None:
+    other = (KNOWN[:at] + noise + KNOWN[at + len(noise) :])[: len(KNOWN)]
+    client_hello._shapes.clear()
+    fresh = read_client_hello(other)
+    for data in (KNOWN, KNOWN, KNOWN):
+        assert read_client_hello(data) == ClientHello("a.example.com", (b"h2",))
+    for _ in range(3):
+        assert read_client_hello(other) == fresh
+        assert read_client_hello(KNOWN) == ClientHello("a.example.com", (b"h2",))
+
+
+def test_lengths_that_make_up_for_each_other_are_no_known_hello() -> None:
+    """The extensions begin where they did, but what is before them is cut differently."""
+    body = b"\x03\x03" + bytes(32)
+    rest = vector(2, sni(b"a.test"))
+    one = records(b"\x01" + vector(3, body + vector(1, b"\0\0\1\0\0\0") + vector(2, b"\0\0\0\0") + vector(1, b"\0") + rest))
+    two = records(b"\x01" + vector(3, body + vector(1, b"\0\0\1") + vector(2, bytes(7)) + vector(1, b"\0") + rest))
+    client_hello._shapes.clear()
+    for data in (one, one, two, two, one, two):
+        assert read_client_hello(data) == ClientHello("a.test", ())
+        assert isinstance(read_client_hello(data[:-1]), NeedMore)
+
+
+def test_what_is_remembered_is_bounded() -> None:
+    client_hello._shapes.clear()
+    for length in range(1, 120):
+        for _ in range(3):
+            read_client_hello(records(message(sni(b"a" * 5 + b".b" * (length // 2) + b"c" * (length % 2)))))
+    assert len(client_hello._shapes) <= 32
+    for number in range(1_000, 1_200):
+        read_client_hello(records(message(sni(b"host%d.test" % number))))
+    assert max(len(shape.hellos) for shape in client_hello._shapes.values()) <= 32
 
 
 def test_a_dot_at_the_end_is_no_part_of_the_name() -> None:

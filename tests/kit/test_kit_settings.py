@@ -101,7 +101,7 @@ ports = ["hunter2"]
 
 
 def test_what_cannot_be_read_is_said_with_file_and_line(file: Path, tmp_path: Path) -> None:
-    assert complaints(tmp_path / "gone.toml") == ["does not exist"]
+    assert complaints(tmp_path / "gone.toml") == ["does not exist; name the configuration with --config, or see --help for how to begin"]
     assert complaints(tmp_path) == ["cannot be read: Is a directory"]
     file.write_text('name = "a"\nlisten 5\n')
     (text,) = complaints(file)

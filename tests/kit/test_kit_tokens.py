@@ -283,3 +283,40 @@ def test_enrolment_tokens_are_long_new_and_kept_as_a_digest() -> None:
     assert token != tokens.new_enrolment_token()
     assert tokens.token_digest("abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     assert tokens.token_digest("\udc80"), "any text has a digest"
+
+
+@pytest.mark.parametrize("now_unix", [NOW, 4_000_000_000], ids=["long ago", "far ahead"])
+@pytest.mark.parametrize("ahead_s", [0, 29])
+def test_the_callers_clock_counts_and_no_other(now_unix: int, ahead_s: int) -> None:
+    issued = now_unix + ahead_s
+    assert verify(with_claims(iat=issued, nbf=issued, exp=issued + 60), now_unix).exp_unix == issued + 60
+
+
+@pytest.mark.parametrize("exp", [10**18, 4_102_444_801])
+def test_times_beyond_the_century_are_no_times(exp: int) -> None:
+    with pytest.raises(PeerRefused) as caught:
+        verify(with_claims(iat=exp - 60, nbf=exp - 60, exp=exp), exp - 30)
+    assert caught.value.refusal is Refusal.BAD_ASSERTION
+
+
+def test_an_assertion_lives_for_a_moment_at_least() -> None:
+    with pytest.raises(PeerRefused, match="not at all"):
+        verify(with_claims(exp=NOW))
+    assert verify(with_claims(exp=NOW + 1)).exp_unix == NOW + 1
+    assert verify(with_claims(nbf=NOW + 20, exp=NOW + 20)).exp_unix == NOW + 20
+
+
+def test_the_cap_is_8_kib_to_the_byte() -> None:
+    def of_length(size: int) -> str:
+        return swap(TRUE, 1, "A" * (size - len(HEADER_64) - len(SIGNATURE_64) - 2))
+
+    for size, why in ((8_192, "claims"), (8_193, "longer than 8192 bytes")):
+        assert len(of_length(size)) == size
+        with pytest.raises(PeerRefused, match=why):
+            verify(of_length(size))
+
+
+def test_a_guard_remembers_so_many_by_default() -> None:
+    guard = ReplayGuard()
+    assert all(guard.first_use(str(number), NOW, NOW) for number in range(65_536))
+    assert not guard.first_use("one more", NOW, NOW)

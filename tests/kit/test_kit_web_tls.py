@@ -43,7 +43,10 @@ def test_only_what_is_safe(pair: tuple[Path, Path]) -> None:
 
 
 def test_missing_files(pair: tuple[Path, Path], tmp_path: Path) -> None:
-    assert problem((tmp_path / "no.pem", pair[1])) == f"{tmp_path}/no.pem: does not exist"
+    assert (
+        problem((tmp_path / "no.pem", pair[1])) == f"{tmp_path}/no.pem: "
+        "does not exist; put the certificate there, or name the file it is in"
+    )
     assert problem((pair[0], tmp_path / "no.key")) == f"{tmp_path}/no.key: does not exist"
 
 
@@ -69,7 +72,8 @@ def test_files_that_are_something_else(pair: tuple[Path, Path], tmp_path: Path) 
 def test_every_problem_is_told(pair: tuple[Path, Path], tmp_path: Path, authority: Authority) -> None:
     other = issue(tmp_path, authority, "other.test")
     assert problem((pair[0], other[1]), (tmp_path / "no.pem", pair[1])) == (
-        f"{pair[0]}: does not belong to the key {other[1]}; name the key it was issued for; {tmp_path}/no.pem: does not exist"
+        f"{pair[0]}: does not belong to the key {other[1]}; name the key it was issued for; {tmp_path}/no.pem: "
+        "does not exist; put the certificate there, or name the file it is in"
     )
 
 

@@ -8,7 +8,6 @@ import json
 import os
 import random
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -24,8 +23,8 @@ from fxtunnel.model import RelayId
 from tests.cluster_store.store_rig import PASSWORD, RedisServer, broker_content, write_broker
 from tests.reservations.lock_history import falling_tokens, is_linearizable, overlaps, read_history
 from tests.reservations.reservation_worker import open_both
+from tests.system import forks
 
-ROOT = Path(__file__).resolve().parents[2]
 RELAYS = ("r1", "r2", "r3")
 SERVERS = tuple(f"s{number}" for number in range(8))
 LEASE_S = 2.0
@@ -42,6 +41,7 @@ class Outcome:
     not_linearizable: list[str] = field(default_factory=list)
     leaked: list[str] = field(default_factory=list)
     unanswered: list[str] = field(default_factory=list)
+    slowest_s: float = 0.0
 
     @property
     def problems(self) -> list[str]:
@@ -51,6 +51,7 @@ class Outcome:
 class Chaos:
     def __init__(self, directory: Path, redis_options: tuple[str, ...] | None, clients: int, seed: int) -> None:
         self.directory = directory
+        self.seed = seed
         self.rng = random.Random(seed)
         self.server: RedisServer | None = None
         where: dict[str, Any] = {"sqlite": str(directory / "cluster.db")}
@@ -68,16 +69,16 @@ class Chaos:
             "pause_s": 0.4,
             "stay_s": 0.5,
         }
-        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        self.processes: dict[str, forks.Fork] = {}
         self.kills: list[tuple[str, float]] = []
+        self.store_kills = 0
 
     def start(self, relay: str) -> None:
         config = self.directory / f"{relay}.json"
         config.write_text(json.dumps({**self.config, "relay": relay}))
         with (self.directory / f"{relay}.err").open("ab") as errors:
-            self.processes[relay] = subprocess.Popen(
-                [sys.executable, "-m", "tests.reservations.reservation_worker", str(config)], cwd=ROOT, stderr=errors
-            )
+            arguments = ["tests.reservations.reservation_worker", str(config)]
+            self.processes[relay] = forks.start(arguments, os.environ, errors.fileno(), errors.fileno())
 
     def kill(self, relay: str) -> None:
         process = self.processes.pop(relay)
@@ -98,6 +99,7 @@ class Chaos:
             time.sleep(self.rng.uniform(0.3, 2.5))
             if self.server is not None and self.rng.random() < 0.4:
                 self.server.kill()
+                self.store_kills += 1
                 time.sleep(self.rng.choice([0.0, 0.3, LEASE_S * 1.5]))
                 self.server.start()
             else:
@@ -141,6 +143,7 @@ class Chaos:
             if not is_linearizable(operations[server]):
                 outcome.not_linearizable.append(f"{server} is no lock")
         outcome.unanswered = self._unanswered(lines)
+        outcome.slowest_s = max((line["t"] - line["call"] for line in lines if line["event"] in ("in", "no")), default=0.0)
         outcome.leaked = self._leaked()
         return outcome
 

@@ -31,8 +31,9 @@ from fxrelay.cluster.sqlite_bus import SqliteTransporter
 from fxrelay.cluster.sqlite_store import SqliteStore
 from fxrelay.cluster.threads import Threads
 from fxrelay.cluster.view import ClusterView
+from fxrelay.reserving.books import ReservingConfig
 from fxrelay.reserving.leases import Terms
-from fxrelay.reserving.reservations import Refused, Reservations, ReservingConfig
+from fxrelay.reserving.reservations import Refused, Reservations
 from fxtunnel.model import RelayId
 
 

@@ -8,6 +8,7 @@ from fxrelay.balance.holders import Holders
 from fxrelay.balance.reservations import ENTRY_TTL_MS, Login, Moment, Reason, Record, Rejected
 from fxrelay.reserving.kept import is_kept
 from fxrelay.reserving.leases import Hold, Terms
+from fxrelay.reserving.ledger import Ledger
 from fxrelay.reserving.reservations import Entered, Refused
 from fxtunnel.model import RelayId
 from tests.reservations.test_reservations_service import LEASE_S, S1, S2, Relay, proved, relays, until
@@ -33,7 +34,7 @@ async def test_a_login_outlives_its_relay_and_ends_at_any_other(tmp_path: Path) 
         await logged_in(first, S1, "ann")
         await first.reservations.close()
     async with relays(tmp_path, "b", "a") as (second, again):
-        await until(lambda: second.reservations.has_read and again.reservations.has_read)
+        await until(lambda: second.reservations.upkeep.has_read and again.reservations.upkeep.has_read)
         assert second.reservations.holders.server_of("t1", second.store.now_ms()) == S1
         await until(lambda: [hold.login_id for hold in again.reservations.leases.kept()] == ["t1"])  # it remembers what it committed
         assert not second.reservations.leases.kept()
@@ -41,6 +42,22 @@ async def test_a_login_outlives_its_relay_and_ends_at_any_other(tmp_path: Path) 
         await until(lambda: not again.reservations.holders.users(0).get(S1))
         await until(lambda: not again.reservations.leases.kept())
         assert (await second.taken(S1, "bob")).user == "bob"
+
+
+async def test_what_an_administrator_takes_away_is_told_by_the_relay_that_let_it_in(tmp_path: Path) -> None:
+    async with relays(tmp_path, "a", "b") as (first, second):
+        await until(lambda: first.reservations.tidings.counts["released"] == 1)  # of the first login of all, which settles the store
+        await logged_in(first, S1, "ann")
+        await logged_in(first, S2, "bob", "t2")
+        await until(lambda: second.reservations.holders.server_of("t2", 0) == S2)
+        second.reservations.end_login(S2, "t2", Terms())
+        await until(lambda: second.reservations.tidings.counts["released"] == 1)
+        before = first.reservations.tidings.counts["released"]
+        Ledger(second.store, RelayId("admin"), LEASE_S).clear(S1)
+        await until(lambda: not first.reservations.leases.kept())
+        # The logout was told by the relay that it came to.
+        assert first.reservations.tidings.counts["released"] == before + 1
+        assert second.reservations.tidings.counts["released"] == 1
 
 
 async def test_a_login_of_which_a_relay_lost_the_answer_does_not_stay(tmp_path: Path) -> None:

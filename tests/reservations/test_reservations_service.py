@@ -17,8 +17,9 @@ from fxrelay.cluster.ports import RESERVATIONS, Change, Present
 from fxrelay.cluster.sqlite_bus import SqliteTransporter
 from fxrelay.cluster.sqlite_store import SqliteStore
 from fxrelay.cluster.view import ClusterView
+from fxrelay.reserving.books import ReservingConfig
 from fxrelay.reserving.leases import Hold, Terms
-from fxrelay.reserving.reservations import NO_STORE, Entered, Refused, Reservations, ReservingConfig
+from fxrelay.reserving.reservations import NO_STORE, Entered, Refused, Reservations
 from fxrelay.reserving.tidings import encode_tidings, read_tidings
 from fxtunnel.errors import StoreError
 from fxtunnel.model import RelayId
@@ -90,7 +91,8 @@ def proved(entered: Entered | Refused) -> Entered:
     return Entered(entered.server_id, attempt)
 
 
-async def test_of_two_who_authenticate_at_once_one_is_let_in(tmp_path: Path) -> None:
+async def test_of_two_who_authenticate_at_once_one_is_let_in(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
     async with relays(tmp_path, "a", "b") as (first, second):
         ann = await first.reservations.enter(S1, "ann", "192.0.2.1")
         bob = await second.reservations.enter(S1, "bob", "192.0.2.2")
@@ -109,6 +111,8 @@ async def test_of_two_who_authenticate_at_once_one_is_let_in(tmp_path: Path) -> 
         counts = second.reservations.tidings.counts
         assert (counts["entered"], counts["committed"], counts["released"]) == (1, 1, 1)
         assert first.reservations.tidings.rejections["reserved"] == 1
+        told = [(record.user, record.reason) for record in caplog.records if getattr(record, "reservation", "") == "rejected"]  # type: ignore[attr-defined]  # extras of logging
+        assert ("ann", "reserved") in told
 
 
 async def test_an_entry_that_came_to_nothing_is_taken_out(tmp_path: Path) -> None:
@@ -183,7 +187,7 @@ async def test_a_store_that_was_away_for_everybody_ends_nothing(tmp_path: Path) 
 async def test_a_server_is_held_while_its_user_has_sessions(tmp_path: Path) -> None:
     async with relays(tmp_path, "a", "b") as (first, second):
         sessions = {(S1, "ann")}
-        first.reservations.has_sessions = lambda server, user: (server, user) in sessions
+        first.reservations.upkeep.has_sessions = lambda server, user: (server, user) in sessions
         hold = await first.reservations.take(S1, "ann", "192.0.2.1", Terms(hold_while_sessions=True))
         assert isinstance(hold, Hold)
         first.reservations.release(hold)

@@ -3,6 +3,7 @@
 import json
 import shutil
 import socket
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -11,6 +12,8 @@ from tests.system.peers import Service, dial, echo, read_exactly, read_to_end
 from tests.system.stack import Stack, wait_until
 
 NAME_BYTES = 6
+HEARD_S = 0.2
+"""Relays hear at once what others publish, if they get that much of a processor."""
 
 
 class NamedService(Service):
@@ -73,16 +76,19 @@ class Cluster:
         return json.loads(self.stack.relay_cli(name, "reservations", "--json").stdout)
 
     def status(self, name: str) -> dict:
-        """What `fxrelay status --json` says."""
-        return json.loads(self.stack.relay_cli(name, "status", "--json").stdout)
+        """What the relay's status socket says; much quicker than `fxrelay status --json`, which says the same."""
+        return json.loads(self._page(name, "/status"))
 
     def metrics(self, name: str) -> str:
         """What the relay's status socket serves to Prometheus."""
+        return self._page(name, "/metrics")
+
+    def _page(self, name: str, path: str) -> str:
         with socket.socket(socket.AF_UNIX) as sock:
             sock.settimeout(10)
             sock.connect(str(self.stack.directory / name / "state" / "status.sock"))
-            sock.sendall(b"GET /metrics HTTP/1.1\r\nHost: relay\r\nConnection: close\r\n\r\n")
-            return read_to_end(sock).decode()
+            sock.sendall(f"GET {path} HTTP/1.1\r\nHost: relay\r\nConnection: close\r\n\r\n".encode())
+            return read_to_end(sock).decode().partition("\r\n\r\n")[2]
 
     def wait_until_known(self, names: Sequence[str], by: Sequence[str], timeout_s: float = 20.0) -> None:
         """Until each relay of `by` has all of `names` up, tunnels included."""
@@ -91,16 +97,21 @@ class Cluster:
             return all(self.status(relay)["cluster"]["nodes"].get("up") == len(names) for relay in by)
 
         wait_until(all_know, timeout_s, f"{by} know {names}")
+        # A node's first words may be from before its tunnel was up.
+        published = {name: self.status(name)["cluster"]["published"] for name in names}
+        wait_until(lambda: all(self.status(name)["cluster"]["published"] > published[name] for name in names), timeout_s, "their tunnels")
+        time.sleep(HEARD_S)
 
     def who_serves(self, timeout_s: float = 10.0) -> str:
         """A client's visit: the node that served it."""
         with dial(self.stack.doors[self.service], timeout_s) as client:
             return read_exactly(client, NAME_BYTES).decode().strip()
 
-    def held(self, count: int) -> tuple[list[socket.socket], list[str]]:
-        """Clients that stay, one after the other, and who serves each."""
+    def held(self, count: int, pause_s: float = 0.0) -> tuple[list[socket.socket], list[str]]:
+        """Clients that stay, one after the other, and who serves each. `pause_s` lets relays hear of each other's decisions."""
         clients, names = [], []
         for _ in range(count):
+            time.sleep(pause_s)
             client = dial(self.stack.doors[self.service], 10)
             clients.append(client)
             names.append(read_exactly(client, NAME_BYTES).decode().strip())

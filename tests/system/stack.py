@@ -15,6 +15,7 @@ from typing import Self
 
 from examples.cutter import Cutter
 from tests.ports import free_port
+from tests.system import forks
 
 READY_S = 30.0
 STOP_S = 20.0
@@ -40,16 +41,20 @@ class Daemon:
         pass_fds: tuple[int, ...] = (),
     ) -> None:
         self.log = log
+        environ = {**os.environ, **(env or {})}
         with log.open("ab") as stderr:
-            self.process = subprocess.Popen(
-                [*prefix, sys.executable, "-m", *arguments],
-                stdout=subprocess.PIPE,
-                stderr=stderr,
-                text=True,
-                env={**os.environ, **(env or {})},
-                start_new_session=True,
-                pass_fds=pass_fds,
-            )
+            if prefix or pass_fds or not forks.suits(arguments, env):
+                self.process = subprocess.Popen(
+                    [*prefix, sys.executable, "-m", *arguments],
+                    stdout=subprocess.PIPE,
+                    stderr=stderr,
+                    text=True,
+                    env=environ,
+                    start_new_session=True,
+                    pass_fds=pass_fds,
+                )
+            else:
+                self.process = forks.start(arguments, environ, stderr.fileno())
         self.ready_line = ""
 
     def wait_ready(self) -> Self:
@@ -217,8 +222,10 @@ class Stack:
 
 def cli(arguments: list[str], check: bool = True, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     """Run one of our commands."""
-    result = subprocess.run(
-        [sys.executable, "-m", *arguments], capture_output=True, text=True, timeout=60, env={**os.environ, **(env or {})}, check=False
-    )
+    environ = {**os.environ, **(env or {})}
+    if forks.suits(arguments, env):
+        result = forks.run(arguments, environ, timeout_s=60)
+    else:
+        result = subprocess.run([sys.executable, "-m", *arguments], capture_output=True, text=True, timeout=60, env=environ, check=False)
     assert not check or result.returncode == 0, f"{arguments}: exit {result.returncode}\n{result.stdout}{result.stderr}"
     return result

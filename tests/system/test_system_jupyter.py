@@ -43,8 +43,12 @@ def run_cell(window: Browser, number: int, code: str) -> None:
     """Type into this cell, the last there is, and run it."""
     cell = f"{_CELLS}[{number}]"
     window.wait(f"{_CELLS}.length == {number + 1}")
-    window.click_on(cell)
-    window.wait(f"{cell}.contains(document.activeElement)")
+
+    def is_entered() -> bool:
+        window.click_on(cell)  # again, if the page was still moving when it came
+        return bool(window.run(f"return {cell}.contains(document.activeElement);"))
+
+    wait_until(is_entered, 30, f"the cursor in cell {number}")
     window.type(code)
     window.wait(f"{cell}.innerText.includes({json.dumps(code)})")
     window.press(SHIFT, ENTER)

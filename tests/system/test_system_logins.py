@@ -1,7 +1,7 @@
 """System: reserved nodes of HTTP services, where the application on the nodes says who has logged in."""
 
+import http.client
 import json
-import socket
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,7 +12,6 @@ from fxtunnel.kit.certificates import new_authority
 from tests.cluster_store.store_rig import NEEDS_REDIS, PASSWORD, RedisServer, broker_content, write_broker
 from tests.system.cluster import Cluster
 from tests.system.login_nodes import Browser, LoginNode, public_pem
-from tests.system.peers import read_to_end
 from tests.system.stack import Stack, wait_until
 
 pytestmark = [pytest.mark.system, pytest.mark.xdist_group("cluster")]
@@ -47,12 +46,8 @@ class Site:
         wait_until(lambda: self.status()["cluster"]["nodes"].get("up") == len(self.nodes), 30, "the nodes")
 
     def status(self) -> dict:
-        """What the status socket of the relay with the tunnel says; much quicker than the command."""
-        with socket.socket(socket.AF_UNIX) as sock:
-            sock.settimeout(10)
-            sock.connect(str(self.cluster.stack.directory / "node-2" / "state" / "status.sock"))
-            sock.sendall(b"GET /status HTTP/1.1\r\nHost: relay\r\nConnection: close\r\n\r\n")
-            return json.loads(read_to_end(sock).partition(b"\r\n\r\n")[2])
+        """Of the relay with the tunnel."""
+        return self.cluster.status("node-2")
 
     def is_settled(self, login: str) -> bool:
         """A store that is new gives nothing out for one lease."""
@@ -133,6 +128,35 @@ def test_every_user_has_a_node_alone_by_a_form(make_site: MakeSite) -> None:
     events = [json.loads(line) for line in site.log().splitlines() if line.startswith("{")]
     told = [event["reservation"] for event in events if "reservation" in event]
     assert {"entered", "committed", "released"} <= set(told)
+
+
+def test_a_users_connections_are_counted_once_he_has_logged_in(make_site: MakeSite) -> None:
+    site = make_site()
+    site.start(1, FORM, "limits = {per_user_streams = 1}")
+    ann = site.browser(1, "ann")
+    assert ann.log_in_by_form().status == 302
+    fields = {"Cookie": "; ".join(f"{name}={value}" for name, value in ann.cookies.items())}
+    first, second, stranger = (http.client.HTTPConnection("127.0.0.1", ann.port, timeout=30) for _ in range(3))
+    try:
+        for expected, connection in ((200, first), (429, second), (200, first)):
+            connection.request("GET", "/whoami", headers=fields)
+            answer = connection.getresponse()
+            assert (answer.status, bool(answer.read())) == (expected, True)
+        stranger.request("GET", "/")  # nobody knows whose it is
+        assert stranger.getresponse().status != 429
+        first.close()
+        wait_until(lambda: ann.ask("GET", "/whoami").status == 200, 10, "room again")
+        third = site.browser(2, "ann")
+        third.cookies = dict(ann.cookies)
+        fourth = http.client.HTTPConnection("127.0.0.1", ann.port, timeout=30)
+        fourth.request("GET", "/whoami", headers=fields)
+        assert fourth.getresponse().status == 200
+        assert third.ask("GET", "/whoami").status == 429
+        assert third.ask("POST", "/logout").status == 200, "who has too many may still log out"
+        fourth.close()
+    finally:
+        for connection in (first, second, stranger):
+            connection.close()
 
 
 def held_by(site: Site, user: str) -> str:

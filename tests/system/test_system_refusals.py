@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from fxgateway.tunnels.identities import WATCH_S
 from tests.system.peers import Service, dial, how_it_ends, read_exactly
 from tests.system.stack import Daemon, Stack, cli, wait_until
 
@@ -69,6 +70,7 @@ def test_a_revoked_relay_is_gone_within_seconds_and_can_be_let_in_again(make_sta
     relay.log.unlink()
     assert "revoked" in ends_with(stack, "node-a")
     stack.gateway_cli("forget", "node-a")
+    time.sleep(2 * WATCH_S)  # a gateway that runs looks at its file so often
     relay.log.unlink()
     invite(stack, "node-a")
     stack.start_relay("node-a")

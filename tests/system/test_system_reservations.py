@@ -121,8 +121,7 @@ def test_a_node_lingers_with_its_user_and_can_be_released(make_cluster: MakeClus
     wait_until(lambda: bob.where() == "node-2", 10, "the next user")
     events = [json.loads(line) for line in (cluster.stack.directory / "node-2.log").read_text().splitlines() if line.startswith("{")]
     told = [event["reservation"] for event in events if "reservation" in event]
-    assert {"entered", "committed", "rejected", "released", "lost"} <= set(told)
-    assert "fxrelay_reservations_rejected_total{" in cluster.metrics("node-2")
+    assert {"entered", "committed", "released", "lost"} <= set(told)
     refused = cluster.stack.relay_cli("node-2", "release", "nobody", check=False)
     assert refused.returncode == 1
     assert "node-2" in refused.stderr

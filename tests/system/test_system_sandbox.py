@@ -62,6 +62,8 @@ BURGLAR = textwrap.dedent(
 )
 """What somebody could try who runs code in the gateway: as sitecustomize.py, at SIGUSR1."""
 
+FRESH = ("env",)
+"""An interpreter of its own: what is imported only later must be within reach."""
 LOST = {"connect": "EACCES", "read": "EACCES", "read of another process": "EACCES", "list": "EACCES", "write": "EACCES", "run": "EACCES"}
 KEPT = {"bind": "done", "read of itself": "done"}
 
@@ -97,7 +99,7 @@ def test_whoever_breaks_in_can_open_and_call_nothing(make_stack: Callable[..., S
 
 def test_switched_off_it_is_no_sandbox(make_stack: Callable[..., Stack], home: Path) -> None:
     stack = make_stack("echo", extra='[sandbox]\nmode = "off"\n')
-    stack.start_gateway()
+    stack.start_gateway(prefix=FRESH)
     assert "sandbox: off" in stack.logs()
 
 
@@ -105,7 +107,7 @@ def test_everything_that_a_running_gateway_does_still_works(make_stack: Callable
     logs = home / "logs"
     logs.mkdir()
     stack = make_stack("echo", extra=f'[log]\naccess = "{logs}/access.log"\n[sandbox]\nmode = "required"\n')
-    stack.start_gateway()
+    stack.start_gateway(prefix=FRESH)
     stack.start_relay("node-a", {"echo": echo_service.target})  # enrols: relays.json is written
     stack.wait_for_relays("node-a")
     assert is_served(stack.doors["echo"])
@@ -132,7 +134,7 @@ def test_everything_that_a_running_gateway_does_still_works(make_stack: Callable
 
 def test_a_reload_that_would_need_more_says_so(make_stack: Callable[..., Stack], home: Path) -> None:
     stack = make_stack("echo")
-    stack.start_gateway()
+    stack.start_gateway(prefix=FRESH)
     elsewhere = home / "elsewhere"
     elsewhere.mkdir(mode=0o700)
     for name in ("server.pem", "server.key"):
@@ -146,6 +148,6 @@ def test_a_reload_that_would_need_more_says_so(make_stack: Callable[..., Stack],
     wait_until(lambda: "out of reach since the start" in stack.logs(), 10, "a word about the sandbox")
     stack.gateway_config.write_text(stack.gateway_config.read_text() + f'[sandbox]\nread = ["{elsewhere}"]\n')
     stack.gateway.stop()
-    stack.start_gateway()
+    stack.start_gateway(prefix=FRESH)
     stack.gateway.signal(signal.SIGHUP)
     wait_until(lambda: "reloaded" in stack.logs(), 10, "the reload")

@@ -32,7 +32,7 @@ def cluster(make_stack: Callable[..., Stack], redis: RedisServer) -> Iterator[Cl
     broker = write_broker(redis.directory, broker_content(redis))
     stack = make_stack("desk")
     stack.start_gateway()
-    cluster = Cluster(stack, f'broker = "{broker}"\npublish_s = 1\nstale_s = 8\ndown_s = 16\nresync_s = 2')
+    cluster = Cluster(stack, f'broker = "{broker}"\npublish_s = 0.5\nstale_s = 5\ndown_s = 10\nresync_s = 1')
     names = [cluster.node(2), cluster.node(3), cluster.node(4, gateway=False)]
     cluster.wait_until_known(names, names[:2])
     yield cluster
@@ -55,13 +55,13 @@ def test_a_store_that_goes_away_and_comes_back(cluster: Cluster, redis: RedisSer
     assert everyone_serves(cluster)
     # What is published last is what decisions go on with: it should not be the clients that have just left.
     wait_until(lambda: all(node["server"]["sessions"] == 0 for node in cluster.nodes("node-2").values()), 20, "no sessions published")
-    time.sleep(1.5)
+    time.sleep(0.7)
     if fault == "kill":
         redis.kill()
     else:
         redis.signal(signal.SIGSTOP)
     wait_until(lambda: down_s(cluster) > 0, 15, "the outage in status")
-    time.sleep(9)  # longer than a server needs to get stale
+    time.sleep(6)  # longer than a server needs to get stale
     assert everyone_serves(cluster)
     assert "fxrelay_store_up 0" in cluster.metrics("node-2")
     if fault == "kill":
@@ -70,6 +70,7 @@ def test_a_store_that_goes_away_and_comes_back(cluster: Cluster, redis: RedisSer
         redis.signal(signal.SIGCONT)
     began = time.monotonic()
     wait_until(lambda: down_s(cluster) == 0 and cluster.status("node-2")["cluster"]["nodes"]["up"] == 3, 15, "caught up")
+    wait_until(lambda: len(cluster.nodes("node-2")) == 3, 15, "all of them in the store, which may have forgotten them")
     assert time.monotonic() - began < CATCHES_UP_S + 3  # what asking takes included
     cluster.stack.relay_cli("node-2", "drain", "node-4")
     wait_until(lambda: "node-4" not in {cluster.who_serves() for _ in range(6)}, 10, "the drain heard")

@@ -20,8 +20,8 @@ pytestmark = [pytest.mark.system, pytest.mark.xdist_group("cluster")]
 CATCHES_UP_S = 5.0
 ASKING_S = 3.0
 """What asking takes: commands, on a busy machine."""
-STALE_S = 6
-TIMES = f"publish_s = 1\nstale_s = {STALE_S}\ndown_s = {2 * STALE_S}\nresync_s = 2"
+STALE_S = 5
+TIMES = f"publish_s = 0.5\nstale_s = {STALE_S}\ndown_s = {2 * STALE_S}\nresync_s = 1"
 NODES = {"node-2", "node-3"}
 
 
@@ -46,10 +46,10 @@ class Faults:
         cluster = self.cluster
         # What is published last is what decisions go on with: it should not be clients that have just left.
         wait_until(lambda: all(node["server"]["sessions"] == 0 for node in self.nodes().values()), 20, "no sessions published")
-        time.sleep(1.2)
+        time.sleep(0.7)
         begin()
         wait_until(lambda: self.down_s() > 0, 20, "the outage in status")
-        time.sleep(STALE_S + 2)
+        time.sleep(STALE_S + 1)
         assert self.down_s() > 0
         assert self.everyone_serves()
         assert "fxrelay_store_up 0" in cluster.metrics("node-2")

@@ -181,6 +181,14 @@ def test_a_local_port(site: Site) -> None:
             process.terminate()
 
 
+@pytest.mark.parametrize("node", ["node-a", "node-z"])
+def test_a_relay_can_be_asked_for_by_its_name(site: Site, node: str) -> None:
+    """Also for a service at one address: `ssh HOST` with `--node %h` in the ProxyCommand."""
+    command = connect_command("vnc", "--node", node, "--via", f"http://127.0.0.1:{site.port}")
+    done = subprocess.run(command, input=b"RFB 003.008\n", capture_output=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout[:12]) == ((0, b"RFB 003.008\n") if node == "node-a" else (1, b"")), done.stderr
+
+
 @pytest.mark.parametrize(
     ("service", "words"), [("tls", "does not give out this stream"), ("away", "no relay offers it"), ("ssh --node node-z", "502")]
 )

@@ -47,3 +47,27 @@ def test_all_tickets_together_are_bounded() -> None:
     texts = [tickets.issue(RelayId(f"r{i}"), ONE, None, now=0) for i in range(5)]
     assert len(tickets) == 3
     assert [tickets.redeem(text, now=0) is not None for text in texts] == [False, False, True, True, True]
+
+
+def test_used_tickets_count_no_longer() -> None:
+    tickets = book(per_relay=2)
+    waiting = tickets.issue(A, ONE, None, now=0)
+    for _ in range(10):
+        assert tickets.redeem(tickets.issue(A, ONE, None, now=0), now=0)
+    assert tickets.redeem(waiting, now=0)
+    assert not tickets._by_relay  # not even its name is kept
+
+
+def test_expired_tickets_are_forgotten_when_others_are_issued() -> None:
+    tickets = book()
+    tickets.issue(A, ONE, None, now=0)
+    tickets.issue(B, ONE, None, now=LIFETIME_S)
+    assert len(tickets) == 1
+
+
+def test_what_the_documents_say() -> None:
+    """PROTOCOL.md and dos.md: 30 s, 32 of a relay."""
+    tickets = TicketBook(itertools.count().__next__)  # type: ignore[arg-type]  # whole seconds do
+    texts = [tickets.issue(A, ONE, None, now=0) for _ in range(40)]
+    assert LIFETIME_S == 30.0
+    assert [tickets.redeem(text, now=29.9) is not None for text in texts] == [False] * 8 + [True] * 32

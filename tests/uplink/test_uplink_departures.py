@@ -117,3 +117,20 @@ async def test_a_gateway_that_was_there_a_moment_ago_is_looked_for_often(
         with trio.move_on_after(1.8) as scope:
             await until(lambda: len(gateway.hellos) >= dialled + 7)
         assert scope.cancelled_caught is not is_quick
+
+
+async def test_a_gateway_that_goes_away_again_and_again_is_kept_so_many_times(
+    gateway: FakeGateway, state_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It welcomes, says that it goes away, and stays: each time with links that cost this relay descriptors and memory."""
+    monkeypatch.setattr(uplink, "DEPARTURE_SPREAD_S", 0.0)
+    async with running(gateway, state_dir) as it:
+        for number in range(1, 15):
+            await until(lambda: len(it.factory.sessions) == number and it.is_carrying)  # noqa: B023 - over before the next one begins
+            gateway.controls[-1][0].send_nowait(Drain(deadline_s=86_400))
+        await until(lambda: len(it.factory.sessions) == 15 and it.is_carrying)
+        await until(lambda: len([session for session in it.factory.sessions if session.closed is None]) == 1 + uplink.MAX_DEPARTING)
+        assert it.factory.sessions[0].closed is not None
+        assert it.factory.sessions[0].closed[0] is Code.OVERLOAD
+        await until(lambda: len(it.uplink.statistics().sessions) == 1 + uplink.MAX_DEPARTING)
+        assert it.uplink.statistics().state is UplinkState.UP

@@ -3,8 +3,11 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
+
 from fxgateway.routing.table import Forward, Readiness, Reject, RejectReason, RouteTable
 from fxgateway.workers.far_relays import AllRelays, FarRelay, holders
+from fxtunnel.codes import Code
 from fxtunnel.model import InstanceId, Offer, RelayId, ServiceName
 
 SSH, DESK = ServiceName("ssh"), ServiceName("desk")
@@ -28,12 +31,19 @@ class Registry:
     is_draining: bool = False
     here: dict[RelayId, Near] = field(default_factory=dict)
     routes: RouteTable[Near] = field(default_factory=RouteTable)
+    relieved: list[RelayId] = field(default_factory=list)
 
     def relays(self) -> tuple[Near, ...]:
         return tuple(self.here.values())
 
     def named(self, relay_id: RelayId) -> Near | None:
         return self.here.get(relay_id)
+
+    def yield_name(self, relay_id: RelayId, instance: InstanceId, code: Code, text: str) -> None:
+        pass
+
+    def relieve(self, relay_id: RelayId) -> None:
+        self.relieved.append(relay_id)
 
     def put(self, relay: Near) -> Near:
         self.here[relay.relay_id] = relay
@@ -131,3 +141,39 @@ def test_a_name_that_was_claimed_in_vain_is_given_back() -> None:
     news = world.relays.news()
     assert list(holders(news)) == [(A, None)]
     assert list(holders({B: ["i", 7, UP, 0]})) == [(B, (InstanceId("i"), 7))]
+
+
+def test_a_successor_is_told_of_when_it_can_take_streams() -> None:
+    world = World()
+    world.relays.expect(A)
+    near = world.registry.put(Near(A, readiness=Readiness.NONE))
+    assert world.relays.news() == {}
+    assert world.relays.everything() == {}
+    near.readiness = Readiness.UP
+    assert world.relays.news() == {A: ["first", 1, UP, 0, [SSH]]}
+    near.readiness = Readiness.NONE
+    assert world.relays.news() == {A: ["first", 1, NONE, 0]}
+
+
+def test_a_successor_that_does_not_come_after_all_is_news() -> None:
+    world = World()
+    world.relays.expect(A)
+    world.registry.put(Near(A, readiness=Readiness.NONE))
+    assert world.relays.news() == {}
+    del world.registry.here[A]
+    assert world.relays.news() == {A: None}
+
+
+@pytest.mark.parametrize("order", [("yield", "news"), ("news", "yield")])
+def test_who_has_yielded_is_relieved_when_its_successor_serves_elsewhere(order: tuple[str, str]) -> None:
+    world = World()
+    world.registry.put(Near(A))
+    world.relays.note(2, {A: ["second", 2, HELD, 0, [SSH]]})
+    assert world.registry.relieved == []
+    for what in order:
+        world.registry.relieved.clear()
+        if what == "yield":
+            world.relays.yield_name(A, FIRST, Code.FENCED, "")
+        else:
+            world.relays.note(2, {A: ["second", 2, UP, 0]})
+    assert world.registry.relieved == [A]  # it knows whether its own has yielded

@@ -1,0 +1,78 @@
+"""Pump: one instance of a relay: its control link, its sessions, and how well it could take a stream."""
+
+from fxgateway.routing.table import Readiness
+from fxgateway.tunnels.ports import ControlHandle
+from fxtunnel.engine.session import Session
+from fxtunnel.model import InstanceId, Offer, RelayId, SessionId
+
+
+class LiveRelay:
+    """One instance of a relay, from its first control link until its last session has ended."""
+
+    __slots__ = (
+        "draining",
+        "epoch",
+        "hands_over",
+        "has_yielded",
+        "instance",
+        "is_drained",
+        "leave_by",
+        "link",
+        "offers",
+        "predecessor",
+        "relay_id",
+        "reported_streams",
+        "sessions",
+        "since",
+    )
+
+    def __init__(self, relay_id: RelayId, instance: InstanceId, epoch: int, now: float) -> None:
+        self.relay_id = relay_id
+        self.instance = instance
+        self.epoch = epoch
+        self.since = now
+        self.offers: tuple[Offer, ...] = ()
+        self.link: ControlHandle | None = None
+        self.sessions: dict[SessionId, Session] = {}
+        self.draining = False
+        """It has said that it goes away."""
+        self.hands_over = False
+        """It said so to make way for a successor, and serves until that one does."""
+        self.has_yielded = False
+        """Its successor is at another process of this gateway, and does not serve yet."""
+        self.is_drained = False
+        """An administrator here wants nothing new to go there."""
+        self.leave_by = 0.0
+        self.predecessor: LiveRelay | None = None
+        """The instance that makes way for this one, while it has streams."""
+        self.reported_streams = 0
+
+    @property
+    def open_streams(self) -> int:
+        """Streams on all its sessions."""
+        return sum(len(session.mux.streams) for session in self.sessions.values())
+
+    @property
+    def readiness(self) -> Readiness:
+        """See `Candidate`. Until its own first session is up, a predecessor stands in."""
+        own, older = self._readiness, self.predecessor
+        return own if older is None or own is Readiness.UP or self.is_drained else min(own, older.readiness)
+
+    @property
+    def _readiness(self) -> Readiness:
+        if self.is_drained or not self.sessions or (self.draining and not self.hands_over):
+            return Readiness.NONE
+        for session in self.sessions.values():
+            if session.is_up:
+                return Readiness.LEAVING if self.draining else Readiness.UP
+        return Readiness.HELD
+
+    def session_for_stream(self) -> Session | None:
+        """The session a new stream should go on: one that is up, carries no bulk, and has the fewest streams."""
+        older = self.predecessor
+        if older is not None and older.readiness < self._readiness:
+            return older.session_for_stream()
+        if len(self.sessions) == 1:
+            (only,) = self.sessions.values()
+            return only
+        return min(self.sessions.values(), key=lambda s: (not s.is_up, s.is_bulk, len(s.mux.streams)), default=None)

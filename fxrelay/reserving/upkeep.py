@@ -1,0 +1,164 @@
+"""Task: what goes on by itself while reservations are held: leases renewed, endings told to the store, records read and swept."""
+
+import logging
+from collections.abc import Callable
+from functools import partial
+from typing import Final
+
+import trio
+
+from fxrelay.balance.reservations import Granted
+from fxrelay.cluster.view import ClusterView
+from fxrelay.reserving.books import Books
+from fxrelay.reserving.kept import adopt_kept, learn_kept
+from fxrelay.reserving.leases import Hold, Leases
+from fxrelay.reserving.tidings import LOST, REASSERTED, RELEASED
+from fxtunnel.errors import StoreError
+from fxtunnel.model import RelayId, is_name
+
+logger = logging.getLogger(__name__)
+
+AT_ONCE: Final = 6
+"""Renewals and releases at once: as many as there are threads."""
+SLICE: Final = 64
+OVERDUE: Final = 0.9
+
+
+class Upkeep:
+    """The leases of this relay's logins, and what the others have. `run` it once."""
+
+    def __init__(self, books: Books, leases: Leases, view: ClusterView) -> None:
+        self.has_sessions: Callable[[RelayId, str], bool] = lambda server_id, user: False
+        """Whether a user has sessions on a server, for `Terms.hold_while_sessions`."""
+        self.has_read = False
+        """Whether all records have been read once."""
+        self._books = books
+        self._leases = leases
+        self._view = view
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Until cancelled; started when the store has been looked at, or has not answered."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._keep_releasing)
+            await nursery.start(self._keep_renewing)
+            nursery.start_soon(self._keep_reading)
+            if self._books.config.on_lost_lease == "end":
+                nursery.start_soon(self._end_overdue)
+            task_status.started()
+
+    async def _keep_renewing(self, *, task_status: trio.TaskStatus[None]) -> None:
+        # Five times a lease: after an outage that nobody notices, every holder is back before his lease is over (settling.py).
+        every_s = self._books.config.lease_s / 5
+        is_started = False
+        while True:
+            looked = await self._books.ask(self._books.ledger.look)
+            if not is_started:
+                is_started = True
+                task_status.started()
+            if isinstance(looked, StoreError):
+                await trio.sleep(every_s / 3)
+                continue
+            began = trio.current_time()
+            limiter = trio.CapacityLimiter(AT_ONCE)
+            async with trio.open_nursery() as nursery:
+                for hold in self._leases.holds() + self._forgotten():
+                    nursery.start_soon(self._renew, hold, limiter)
+            await trio.sleep(max(every_s / 3, every_s - (trio.current_time() - began)))
+
+    def _forgotten(self) -> list[Hold]:
+        """Logins that the store kept, before it forgot."""
+        return [hold for hold in self._leases.kept() if hold.token.epoch != self._books.ledger.epoch and hold.ends_ms > self._view.now_ms]
+
+    async def _renew(self, hold: Hold, limiter: trio.CapacityLimiter) -> None:
+        async with limiter, hold.lock:
+            if hold.is_ending or hold.is_lost:
+                return
+            began = self._leases.now
+            ttl_ms = max(1, hold.ends_ms - self._view.now_ms) if hold.is_kept else 0
+            outcome = await self._books.ask(
+                lambda: self._books.ledger.renew(hold.server_id, hold.login_id, hold.user, hold.token, hold.since_ms, ttl_ms)
+            )
+            if isinstance(outcome, StoreError):
+                return
+            granted, written = outcome
+            self._books.learn(hold.server_id, written)
+            if isinstance(granted, Granted):
+                if granted.token.epoch != hold.token.epoch:
+                    self._books.tidings.happened(REASSERTED, hold.server_id, hold.user, hold.login_id, granted.record)
+                hold.token, hold.confirmed_at = granted.token, began
+            else:
+                self._lose(hold, f"it was given to {granted.holder or 'somebody else'} since")
+
+    async def _end_overdue(self) -> None:
+        """Give up what could not be renewed, a little before anybody else can be let in."""
+        while True:
+            for hold in self._leases.holds():
+                if self._leases.now - hold.confirmed_at > OVERDUE * self._books.config.lease_s:
+                    self._lose(hold, "it could not be renewed in time")
+            await trio.sleep(self._books.config.lease_s / 50)
+
+    def _lose(self, hold: Hold, why: str) -> None:
+        if not (hold.is_lost or hold.is_ending):
+            logger.warning("%s is lost to %s: %s", hold.server_id, hold.user, why)
+            self._books.tidings.happened(LOST, hold.server_id, hold.user, hold.login_id)
+            self._leases.lose(hold)
+
+    async def _keep_releasing(self) -> None:
+        while True:
+            if not self._leases.has_ending:
+                self._leases.something_ends = trio.Event()
+                await self._leases.something_ends.wait()
+            await self.release_all()
+            if self._leases.has_ending:
+                await trio.sleep(0.1 if not self._books.last_error else 1.0)
+
+    async def release_all(self) -> None:
+        """Tell the store of every login that has ended, once."""
+        limiter = trio.CapacityLimiter(AT_ONCE)
+        async with trio.open_nursery() as nursery:
+            for hold in self._leases.ending():
+                nursery.start_soon(self._release, hold, limiter)
+
+    async def _release(self, hold: Hold, limiter: trio.CapacityLimiter) -> None:
+        async with limiter, hold.lock:
+            if hold.terms.hold_while_sessions and self.has_sessions(hold.server_id, hold.user):
+                hold.not_before = self._leases.now + self._books.config.lease_s / 5
+                await self._books.ask(lambda: self._books.ledger.renew(hold.server_id, hold.login_id, hold.user, hold.token, hold.since_ms))
+                return
+            outcome = await self._books.ask(lambda: self._books.ledger.release(hold.server_id, hold.login_id, hold.terms.linger_ms))
+            if isinstance(outcome, StoreError):
+                is_long_ago = self._leases.now - hold.confirmed_at > 2 * self._books.config.lease_s
+                if hold.ends_ms <= self._view.now_ms if hold.is_kept else is_long_ago:
+                    self._leases.ended(hold)  # by its lease, or by its time
+                return
+            self._leases.ended(hold)
+            self._books.learn(hold.server_id, outcome)
+            if hold.token.fence:
+                self._books.tidings.happened(RELEASED, hold.server_id, hold.user, hold.login_id, outcome.record)
+
+    async def _keep_reading(self) -> None:
+        """What was not heard, and what expired."""
+        while True:
+            found = await self._books.ask(lambda: list(self._books.ledger.records()))
+            if not isinstance(found, StoreError):
+                for start in range(0, len(found), SLICE):
+                    for server_id, record in found[start : start + SLICE]:
+                        if is_name(server_id):
+                            self._books.know(RelayId(server_id), record)
+                            adopt_kept(self._leases, self._books.config.relay_id, RelayId(server_id), record, self._books.ledger.lease_ms)
+                    await trio.lowlevel.checkpoint()
+                self._books.holders.forget_unless(frozenset(server_id for server_id, _ in found))
+                records = {server_id: standing.record for server_id, standing in self._books.holders.standings().items()}
+                learn_kept(self._leases, self._books.tidings, records, self._view.now_ms)
+                self.has_read = True
+                await self._sweep()
+            await trio.sleep(self._books.config.lease_s / 3)
+
+    async def _sweep(self) -> None:
+        now_ms = self._view.now_ms
+        for server_id, standing in list(self._books.holders.standings().items()):
+            if any(login.expires_ms < now_ms for login in standing.record.logins):
+                outcome = await self._books.ask(partial(self._books.ledger.sweep, server_id))
+                if isinstance(outcome, StoreError):
+                    return
+                self._books.learn(server_id, outcome)

@@ -1,0 +1,57 @@
+"""A peer that makes its bytes dear takes turns like everybody else."""
+
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from peers import echo, exchange, pattern
+from plane import Contexts, open_plane
+
+from fxtunnel.engine.read_share import LONG_S, ReadShare
+from fxtunnel.engine.session import RECORD_BYTES
+
+KIB = 1_024
+
+
+@given(st.lists(st.tuples(st.integers(1, 256 * KIB), st.floats(0, 1))))
+def test_a_share_stays_within_its_bounds(turns: list[tuple[int, float]]) -> None:
+    share = ReadShare(16 * KIB, 256 * KIB)
+    for size_bytes, took_s in turns:
+        share.dealt_with(min(size_bytes, share.limit_bytes), took_s)
+        assert 16 * KIB <= share.limit_bytes <= 256 * KIB
+
+
+def test_a_share_shrinks_while_turns_are_long_and_grows_again_when_they_are_full() -> None:
+    share = ReadShare(16 * KIB, 256 * KIB)
+    sizes = []
+    for _ in range(6):
+        share.dealt_with(share.limit_bytes, LONG_S + 0.001)
+        sizes.append(share.limit_bytes // KIB)
+    assert sizes == [128, 64, 32, 16, 16, 16]
+    share.dealt_with(15 * KIB, 0.0)
+    assert share.limit_bytes == 16 * KIB  # what was not all used need not grow
+    for _ in range(6):
+        share.dealt_with(share.limit_bytes, LONG_S)
+        sizes.append(share.limit_bytes // KIB)
+    assert sizes[6:] == [32, 64, 128, 256, 256, 256]
+
+
+async def test_a_link_whose_bytes_take_long_is_read_in_small_pieces(contexts: Contexts, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with open_plane(contexts) as plane:
+        relay = await plane.add_relay(await plane.serve(echo))
+        port = plane.add_door()
+        mux = relay.far_session.mux
+        receive, sizes = mux.receive, []
+
+        def dear(data: memoryview, now: float) -> None:
+            sizes.append(len(data))
+            time.sleep(2 * LONG_S)
+            receive(data, now)
+
+        monkeypatch.setattr(mux, "receive", dear)
+        assert await exchange(port, pattern(2_000_000)) == pattern(2_000_000)
+        assert max(sizes[len(sizes) // 2 :]) <= RECORD_BYTES
+        monkeypatch.setattr(mux, "receive", receive)
+        assert await exchange(port, pattern(3_000_000)) == pattern(3_000_000)
+        assert relay.far_session._share.limit_bytes > RECORD_BYTES

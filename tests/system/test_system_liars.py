@@ -1,0 +1,188 @@
+"""System: a relay that is enrolled and lies. It may harm its own clients; not the gateway, and not the clients of others."""
+
+import contextlib
+import socket
+import statistics
+import threading
+import time
+from collections.abc import Awaitable, Callable
+
+import psutil
+import pytest
+import trio
+from trio_websocket import ConnectionClosed, WebSocketConnection
+
+from fxrelay.uplink.datalink import open_data_link
+from fxtunnel.codes import Code, Refusal
+from fxtunnel.control.messages import Load, Services, TicketRequest, encode
+from fxtunnel.errors import PeerRefused, TunnelError
+from fxtunnel.model import Offer, ServiceName, SessionId
+from fxtunnel.protocol import frames
+from fxtunnel.protocol.hello import Hello
+from tests.system.liars import Liar, enrolled_liar, until
+from tests.system.peers import Service, dial, is_served, say
+from tests.system.stack import Stack
+
+pytestmark = [pytest.mark.system, pytest.mark.xdist_group("liars")]
+
+MIB = 1 << 20
+FLOOD_S = 2.0
+GONE = (trio.BrokenResourceError, trio.ClosedResourceError, ConnectionClosed, TunnelError)
+
+
+def memory_bytes(stack: Stack) -> int:
+    return psutil.Process(stack.gateway.pid).memory_info().rss
+
+
+def push(client: socket.socket, size_bytes: int) -> threading.Thread:
+    """A client that sends as much as anyone takes."""
+
+    def run() -> None:
+        with contextlib.suppress(OSError):
+            client.sendall(bytes(size_bytes))
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    return thread
+
+
+@pytest.fixture(scope="module")
+def stack(make_shared_stack: Callable[..., Stack], echo_service: Service) -> Stack:
+    """An honest relay with two services; liars offer one of them as well."""
+    stack = make_shared_stack("echo", "shared")
+    stack.start_gateway()
+    stack.start_relay("node-a", {"echo": echo_service.target, "shared": echo_service.target})
+    return stack
+
+
+async def test_a_relay_cannot_make_the_gateway_keep_more_for_a_replay(stack: Stack) -> None:
+    """CREDIT before ACCEPT, and then REFUSE: what was sent until then would go to the honest relay, in a frame that none may send."""
+    liar = await enrolled_liar(stack, "greedy", "shared")
+    with dial(stack.doors["echo"]) as bystander, contextlib.ExitStack() as crowd:
+        say(bystander)
+        async with liar.control() as control, liar.data_link(control) as line:
+            before = memory_bytes(stack)
+            for _ in range(4):
+                push(crowd.enter_context(dial(stack.doors["shared"])), 30 * MIB)
+            _, stream_id, _ = await line.wait_for(frames.OPEN)
+            await line.send(frames.encode_credit(stream_id, 1 << 30))
+            await trio.sleep(0.5)  # the client sends what it may
+            with contextlib.suppress(trio.BrokenResourceError):
+                await line.send(frames.encode_refuse(stream_id, Code.BUSY, "elsewhere, please"))
+            assert await line.wait_closed() == Code.PROTOCOL_ERROR
+            assert memory_bytes(stack) - before < 16 * MIB
+            say(bystander, b"still here")
+            await until(lambda: is_served(stack.doors["shared"]), "the honest relay serving alone")
+
+
+async def test_what_belongs_to_others_is_not_had(stack: Stack) -> None:
+    """Sessions of other relays, tickets that were used, counters that cannot be, and names that are somebody's."""
+    liar = await enrolled_liar(stack, "thief", "shared")
+    (theirs,) = sessions_of(stack, "node-a")
+    with dial(stack.doors["echo"]) as bystander:
+        say(bystander)
+        async with liar.control() as control:
+            await refused(liar, await control.ticket(theirs), theirs, 0, Refusal.UNKNOWN_SESSION)
+            ticket = await control.ticket(None)
+            sock, welcome = await open_data_link(liar.dialler, liar.url, Hello(ticket, None, 0))
+            await refused(liar, ticket, None, 0, Refusal.BAD_TICKET)
+            await refused(liar, await control.ticket(None), welcome.session, 0, Refusal.BAD_TICKET)
+            await refused(liar, await control.ticket(theirs), welcome.session, 0, Refusal.BAD_TICKET)
+            for received in (1 << 40, 2**63):
+                await refused(liar, await control.ticket(welcome.session), welcome.session, received, Refusal.BAD_RESUME)
+            sock.close()
+        with pytest.raises(PeerRefused) as caught:
+            await enrolled_liar(stack, "node-a", "shared")
+        assert caught.value.refusal is Refusal.NAME_TAKEN
+        say(bystander, b"still here")
+        assert sessions_of(stack, "node-a") == [theirs]
+
+
+async def test_floods_leave_a_bystander_its_turns(stack: Stack) -> None:
+    """Frames and messages that are lawful one by one, as many as go through: nothing grows, the log is quiet, others are served."""
+    liar = await enrolled_liar(stack, "flooder", "shared")
+    services = encode(Services(services=tuple(Offer(ServiceName(f"s{number}")) for number in range(300))))
+    flood = {
+        "pings that are answered": frames.encode_u64(frames.PING, 1),
+        "frames of later versions": frames.encode(0x80, 0),
+        "acknowledgements of nothing": frames.encode_u64(frames.ACK, 0),
+    }
+    with dial(stack.doors["echo"], 10) as bystander:
+        say(bystander)
+        before, lines = memory_bytes(stack), stack.logs().count("\n")
+        for name, frame in flood.items():
+            async with liar.control() as control, liar.data_link(control) as line:
+                with trio.move_on_after(FLOOD_S), contextlib.suppress(trio.BrokenResourceError):
+                    async with trio.open_nursery() as nursery:
+                        nursery.start_soon(send_for_ever, line.send, frame * 4_096)
+                        await trio.to_thread.run_sync(talk, bystander, name)
+                        nursery.cancel_scope.cancel()
+        for text in (services, encode(TicketRequest(request=1)), encode(Load(streams=1)), '{"type":"later"}'):
+            async with liar.raw_control() as (websocket, _):
+                with trio.move_on_after(FLOOD_S):
+                    async with trio.open_nursery() as nursery:
+                        nursery.start_soon(take_all, websocket)
+                        nursery.start_soon(send_for_ever, websocket.send_message, text)
+                        await trio.to_thread.run_sync(talk, bystander, text[:30])
+                        nursery.cancel_scope.cancel()
+        assert memory_bytes(stack) - before < 16 * MIB
+        assert stack.logs().count("\n") - lines < 100
+
+
+async def test_a_relay_revoked_while_it_resumes_stays_out(stack: Stack) -> None:
+    """Whatever it holds at that moment: a session without a link, a fresh ticket, an open control link."""
+    liar = await enrolled_liar(stack, "revoked", "shared")
+    told = ""
+    try:
+        async with liar.control() as control:
+            async with liar.data_link(control) as line:
+                session = line.welcome.session
+            ticket = await control.ticket(session)
+            await trio.to_thread.run_sync(stack.gateway_cli, "revoke", "revoked")
+            await until(lambda: "revoked" not in stack.live_relays(), "the revoked relay gone")
+            with trio.fail_after(10):
+                await trio.sleep_forever()  # what it is told ends this
+    except* TunnelError as ended:
+        told = str(ended.exceptions)
+    assert "the administrator revoked this relay" in told
+    await refused(liar, ticket, session, 0, Refusal.UNKNOWN_SESSION)
+    with pytest.raises(PeerRefused) as caught:
+        async with liar.control():
+            pass
+    assert caught.value.refusal is Refusal.REVOKED
+    assert is_served(stack.doors["echo"])
+
+
+def sessions_of(stack: Stack, name: str) -> list[SessionId]:
+    """A relay's sessions as the gateway's status page names them."""
+    return [SessionId(link["session"]) for link in stack.live_relays()[name]["links"]]
+
+
+async def refused(liar: Liar, ticket: str, session: SessionId | None, received: int, why: Refusal) -> None:
+    with pytest.raises(PeerRefused) as caught:
+        await open_data_link(liar.dialler, liar.url, Hello(ticket, session, received))
+    assert caught.value.refusal is why
+
+
+async def send_for_ever(send: Callable[[object], Awaitable[None]], what: object) -> None:
+    with contextlib.suppress(*GONE):
+        while True:
+            await send(what)
+            await trio.lowlevel.checkpoint()
+
+
+async def take_all(websocket: WebSocketConnection) -> None:
+    with contextlib.suppress(*GONE):
+        while True:
+            await websocket.get_message()
+
+
+def talk(client: socket.socket, what: str) -> None:
+    """An echo is not kept waiting for longer than a busy machine explains: with the other test workers, that can be a second."""
+    ends_at = time.monotonic() + FLOOD_S / 2
+    waits_s = []
+    while time.monotonic() < ends_at:
+        began = time.monotonic()
+        say(client)
+        waits_s.append(time.monotonic() - began)
+    assert statistics.median(waits_s) < 1.5, what

@@ -1,0 +1,34 @@
+"""System: a relay that is restarted behind a gateway of several processes: its successor is at another one than itself."""
+
+import pytest
+from workers_rig import MakeStack, worker_of
+
+from tests.system.peers import Service
+from tests.system.stack import wait_until
+from tests.system.test_system_upgrades import RELAY_LIMITS, through
+from tests.system.units import Unit
+
+pytestmark = [pytest.mark.system, pytest.mark.xdist_group("workers")]
+
+
+def test_a_relay_is_replaced_by_one_at_another_worker(make_stack: MakeStack, echo_service: Service) -> None:
+    stack = make_stack("echo")
+    stack.start_gateway({"FXGATEWAY__TUNNEL__WORKERS": "2"})
+    config = stack.write_relay_config("node-a", {"echo": echo_service.target}, RELAY_LIMITS)
+    relay = Unit(["fxrelay.cli", "launch", "--config", str(config)], stack.directory / "node-a.log", stack.directory)
+    try:
+        relay.start()
+        stack.wait_for_relays("node-a")
+        seen = [worker_of(stack, "node-a")]
+
+        def restart() -> None:
+            relay.restart()
+            stack.wait_for_relays("node-a")
+            seen.append(worker_of(stack, "node-a"))
+
+        through(stack.doors["echo"], restart, 2)
+        wait_until(lambda: not relay.left_over(), 8, "the end of the old processes")  # sooner than handover_s
+        assert seen in ([1, 2, 1], [2, 1, 2])
+        assert "fenced" not in stack.logs()
+    finally:
+        relay.close()
