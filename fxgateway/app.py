@@ -26,7 +26,7 @@ from fxgateway.sandbox import Sandbox
 from fxgateway.settings import GatewaySettings
 from fxgateway.steering import Steering
 from fxgateway.tunnels.colleagues import Alone, Colleagues
-from fxgateway.tunnels.control import ControlConfig
+from fxgateway.tunnels.control import YIELDED_BEATS, ControlConfig
 from fxgateway.tunnels.identities import Identities
 from fxgateway.tunnels.port import PortLimits, TunnelPort
 from fxgateway.tunnels.registry import Registry, RegistryLimits
@@ -325,6 +325,7 @@ def session_config(settings: GatewaySettings) -> SessionConfig:
         hold_s=settings.resume.hold_s,
         heartbeat_s=settings.liveness.heartbeat_s,
         dead_after_s=settings.liveness.dead_after_s,
+        yield_s=settings.liveness.heartbeat_s * YIELDED_BEATS,
     )
 
 

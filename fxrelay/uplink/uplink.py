@@ -281,7 +281,7 @@ class Uplink:
                 if self._welcomes == 1:
                     task_status.started()
                 try:
-                    await link.run(lambda: ties.streams, partial(self._on_drain, ties))
+                    await link.run(lambda: ties.streams, partial(self._on_drain, ties), lambda: ties.is_up)
                 finally:
                     if not ties.departs.is_set():
                         self._lost_at = trio.current_time()
