@@ -20,6 +20,8 @@ LONGEST_WAIT_S: Final = 7.0
 """Whoever has waited this long, because things went slower than they looked, is told so while he still listens."""
 LATE_SHARE: Final = 2
 """So many times those who have turns may be late; then the one that is so for the longest time goes."""
+CROWD_SHARE: Final = 4
+"""A source with so many times as many who wait as a newcomer's source has makes room for it when the lobby is full: each its share."""
 _LOOK_S: Final = 0.1
 
 
@@ -63,8 +65,9 @@ class Lobby:
 
     They owe us their first bytes; then they wait for a turn, which at most `at_once` have at the same time, so that whoever is begun is
     finished; turns go round among the sources. When the lobby is full, the one that has been silent for the longest time goes: a good
-    relay needs milliseconds. If nobody is silent, newcomers are turned away, before any work for them. Work that was begun is not thrown
-    away for newcomers; who keeps us waiting in the middle of it loses its turn, and its place too, to others who do the same.
+    relay needs milliseconds. If nobody is silent, newcomers are turned away, before any work for them, unless another source has far more
+    than its share of those who wait. Work that was begun is not thrown away for newcomers; who keeps us waiting in the middle of it loses
+    its turn, and its place too, to others who do the same. While this process does not run, nobody's time does.
     """
 
     def __init__(self) -> None:
@@ -87,7 +90,9 @@ class Lobby:
         while True:
             await self._is_crowded.wait()
             while self._waiting:
-                await trio.sleep(_LOOK_S)
+                due = trio.current_time() + _LOOK_S
+                await trio.sleep_until(due)
+                self._give_back(trio.current_time() - due)
                 self._end_long_turns()
             self._is_crowded = trio.Event()
 
@@ -99,12 +104,12 @@ class Lobby:
         """
         now, source = trio.current_time(), source_of(address)
         self._at_once = limits.at_once
-        if self._pace.wait_s(self._waiting_count) > FULL_WAIT_S:
-            self._make_room(None)
+        if self._pace.wait_s(self._waiting_count) > FULL_WAIT_S and self._pace.wait_s(self._ahead_of(source)) > FULL_WAIT_S:
+            raise TurnedAway(self.appointment())
         if self._by_source.get(source, 0) >= limits.pending_per_source:
             self._make_room(next((guest for guest in self._silent if guest.source == source), None))
         elif len(self._strangers) >= limits.pending:
-            self._make_room(next(iter(self._silent), None))
+            self._make_room(next(iter(self._silent), None) or self._last_of_crowd(source))
         guest = Guest(source, now + limits.hello_timeout_s)
         self._strangers.add(guest)
         if not has_spoken:
@@ -140,8 +145,6 @@ class Lobby:
 
     def admit(self, guest: Guest) -> None:
         """It has proved who it is, and is not a stranger any more. It keeps its turn until it leaves."""
-        if guest.is_stranger:
-            self._pace.note_done(trio.current_time(), is_crowded=bool(self._waiting))
         self._forget(guest)
 
     def _forget(self, guest: Guest) -> None:
@@ -163,13 +166,26 @@ class Lobby:
             self._waiting_count -= 1
             if not queue:
                 del self._waiting[guest.source]
-        if self._served.pop(guest, guest) is None:
+        if guest in self._served:
+            self._end_turn(guest)
             self._begin_turns()
 
-    def _make_room(self, oldest: Guest | None) -> None:
-        if oldest is None:
+    def _make_room(self, loser: Guest | None) -> None:
+        if loser is None:
             raise TurnedAway(self.appointment())
-        self._evict(oldest)
+        self._evict(loser)
+
+    def _ahead_of(self, source: str) -> int:
+        """How many have a turn before one more of this source has: all of its own, and as many of each other source."""
+        own = len(self._waiting.get(source, ()))
+        return own + sum(min(len(queue), own + 1) for other, queue in self._waiting.items() if other != source)
+
+    def _last_of_crowd(self, source: str) -> Guest | None:
+        """Who came last of the source that has most waiting here, if that is far more than this one has; nothing was done for it yet."""
+        longest = max(self._waiting.values(), key=len, default=None)
+        if longest is None or len(longest) <= CROWD_SHARE * (1 + self._by_source.get(source, 0)):
+            return None
+        return longest[-1]
 
     def _evict(self, guest: Guest) -> None:
         guest.is_evicted = True
@@ -189,13 +205,23 @@ class Lobby:
         if self._waiting:
             self._is_crowded.set()
 
+    def _end_turn(self, guest: Guest) -> None:
+        del self._served[guest]
+        self._pace.note_done(trio.current_time(), is_crowded=bool(self._waiting))
+
+    def _give_back(self, late_s: float) -> None:
+        """This process has had no turn itself for so long: that was no fault of those who have one, or had."""
+        for guest in (*self._served, *self._late):
+            guest.served_at += late_s
+            guest.scope.deadline += late_s
+
     def _end_long_turns(self) -> None:
         now = trio.current_time()
         while self._served:
             guest = next(iter(self._served))
             if now - guest.served_at < TURN_S:
                 break
-            del self._served[guest]
+            self._end_turn(guest)
             if guest.is_stranger:
                 self._late[guest] = None
                 if len(self._late) > LATE_SHARE * self._at_once:

@@ -32,11 +32,11 @@ class Pace:
 
     @property
     def gap_s(self) -> float:
-        """Seconds from one arrival that was dealt with to the next, while others waited."""
+        """Seconds from one turn's end to the next, while others waited."""
         return self._gap_s
 
     def note_done(self, now: float, *, is_crowded: bool) -> None:
-        """One more was dealt with; `is_crowded`: others wait, so that the time until the next one says how fast we are."""
+        """One more turn has ended, well or not; `is_crowded`: others wait, so that the time until the next one says how fast we are."""
         if self._was_crowded:
             gap_s = min(max(now - self._last, 0.0), _MOST_GAP_S)
             self._gap_s = max(_LEAST_GAP_S, self._gap_s + (gap_s - self._gap_s) * _WEIGHT)

@@ -107,7 +107,7 @@ class TunnelPort:
         When it is cancelled, control links say goodbye, which takes at most a second.
         """
         async with trio.open_nursery() as around:
-            around.start_soon(self._lobby.run)
+            around.start_soon(self._end_turns)
             async with trio.open_nursery() as handlers:
                 await self._accept_all(listeners, handlers, task_status)
             around.cancel_scope.cancel()
@@ -119,6 +119,14 @@ class TunnelPort:
                     accepting.start_soon(self._accept, listener, handlers)
                 accepting.start_soon(self._take_passed, handlers)
                 task_status.started()
+
+    async def _end_turns(self) -> None:
+        while True:
+            try:
+                await self._lobby.run()
+            except Exception:
+                logger.exception("tunnel port: internal error in the order of turns")
+                await trio.sleep(_PAUSE_S)
 
     def stop_accepting(self) -> None:
         """Close the listeners, soon: a successor has them. Whoever is in stays."""

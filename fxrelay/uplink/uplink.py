@@ -218,7 +218,7 @@ class Uplink:
         flaps = FullJitter(base_s=config.min_backoff_s, cap_s=min(config.max_backoff_s, FLAP_CAP_S), rng=rng)
         recent = FullJitter(base_s=config.min_backoff_s, cap_s=min(config.max_backoff_s, RECENT_CAP_S), rng=rng)
         absent = FullJitter(base_s=config.min_backoff_s, cap_s=min(config.max_backoff_s, ABSENT_CAP_S), rng=rng)
-        failures = Doubling()
+        failures, waits = Doubling(), Doubling()
         wait_s = 0.0
         while not (self._is_stopping or ties.departs.is_set()):
             welcomes = self._welcomes
@@ -233,6 +233,11 @@ class Uplink:
                 at_least_s, is_absent = retry_after_s(exc), isinstance(exc, Unreachable)
                 if isinstance(exc, GatewayBusy):
                     wait_s = appointed_s(exc.appointment, rng.random(), config.max_backoff_s)
+                    self._url_number += (
+                        1  # it is no failure; but who only claims to be the gateway must not keep us from its other addresses
+                    )
+                    if waits.is_due():
+                        logger.info("%s; coming for the time no. %d in %.1f s", exc, waits.count + 1, wait_s)
                     self._enter(UplinkState.WAITING)
                     continue
             except Exception:  # whatever a peer's bytes did to a library, the relay and its sessions live on
@@ -252,6 +257,7 @@ class Uplink:
                 if trio.current_time() - self._welcome_at >= SETTLED_S:
                     flaps.reset()
                     failures.reset()
+                    waits.reset()
                 wait_s = flaps.next_s(at_least_s=at_least_s)
             if failures.is_due():
                 logger.warning(
@@ -272,11 +278,14 @@ class Uplink:
         try:
             async with open_control_link(self._dialler, url, self._gateway, hello, self._bearer, self._config, ties.worker) as link:
                 if ties.process not in ("", link.welcome.process) and link.welcome.process:
-                    # It has been restarted, and its word of that missed us: what is open at the old process must not be in the way.
                     logger.info("gateway %s is another process now", self.gateway_id)
                     self._lost_at = trio.current_time()
-                    ties.depart()
-                    return
+                    if ties.is_up:
+                        # Its word of that missed us: what is open at the old process must not be in the way.
+                        ties.depart()
+                        return
+                    # Nothing is open there, and nothing could be resumed here: this link will do, and no ticket is asked for in vain.
+                    ties.close_sessions(Code.LINK_LOST, "its process of the gateway is gone")
                 self._welcomed(ties, link, url)
                 if self._welcomes == 1:
                     task_status.started()

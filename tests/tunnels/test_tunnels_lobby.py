@@ -1,12 +1,13 @@
 """Whose turn it is among strangers, whose time runs, and who is told to come again, on a clock that is faked."""
 
+import contextlib
 import itertools
 
 import pytest
 import trio
 import trio.testing
 
-from fxgateway.tunnels.lobby import LATE_SHARE, LONGEST_WAIT_S, TURN_S, Guest, Lobby, PortLimits, TurnedAway
+from fxgateway.tunnels.lobby import CROWD_SHARE, LATE_SHARE, LONGEST_WAIT_S, TURN_S, Guest, Lobby, PortLimits, TurnedAway
 from fxgateway.tunnels.pace import FIRST_GAP_S, LEAST_S, MOST_S, TURNS_A_RELAY, Pace
 
 LIMITS = PortLimits(hello_timeout_s=5.0, pending=8, pending_per_source=4, at_once=2)
@@ -132,6 +133,76 @@ async def test_nobody_waits_for_long(autojump_clock: trio.testing.MockClock) -> 
         assert trio.current_time() - began == pytest.approx(LONGEST_WAIT_S)
         lobby.leave(second)
         assert len(lobby) == 1
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_crowd_that_only_keeps_its_turns_turns_nobody_else_away(autojump_clock: trio.testing.MockClock) -> None:
+    """It takes every turn there is, for a second each, and always has more who wait; another's relays wait for about a turn each."""
+    lobby, finished = Lobby(), []
+    limits = PortLimits(hello_timeout_s=60.0, pending=100, pending_per_source=40, at_once=2)
+
+    async def waits_for_ever(guest: Guest) -> None:
+        with contextlib.suppress(TurnedAway):
+            await served(lobby, guest, [], 1e9)
+
+    async def dials_for_ever() -> None:
+        while True:
+            try:
+                nursery.start_soon(waits_for_ever, lobby.enter("10.0.0.1", limits, has_spoken=True))
+            except TurnedAway:
+                await trio.sleep(0.01)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(lobby.run)
+        nursery.start_soon(dials_for_ever)
+        await trio.sleep(120.0)
+        for _ in range(20):
+            began = trio.current_time()
+            await served(lobby, lobby.enter("10.0.0.2", limits, has_spoken=True), finished, 0.05)
+            assert trio.current_time() - began < 3 * TURN_S
+        nursery.cancel_scope.cancel()
+    assert len(finished) == 20
+
+
+async def test_a_crowd_makes_room_for_others_when_the_lobby_is_full(autojump_clock: trio.testing.MockClock) -> None:
+    lobby = Lobby()
+    limits = PortLimits(pending=8, pending_per_source=8, at_once=1)
+    crowd = [lobby.enter("10.0.0.1", limits, has_spoken=True) for _ in range(8)]
+    async with trio.open_nursery() as nursery:
+        for guest in crowd:
+            nursery.start_soon(served, lobby, guest, [], 1e9)
+            await trio.testing.wait_all_tasks_blocked()
+        lobby.enter("10.0.0.2", limits, has_spoken=True)
+        assert [guest.is_evicted for guest in crowd] == [False] * 7 + [True]
+        await trio.testing.wait_all_tasks_blocked()
+        lobby.enter("10.0.0.3", limits, has_spoken=True)
+        lobby.enter("10.0.0.4", limits, has_spoken=True)
+        assert sum(guest.is_evicted for guest in crowd) == 3
+        assert len(lobby) == 8
+        with pytest.raises(TurnedAway):  # four wait there: no crowd any more
+            lobby.enter("10.0.0.5", limits, has_spoken=True)
+        assert not crowd[0].is_evicted, "it was begun"
+        nursery.cancel_scope.cancel()
+    assert CROWD_SHARE == 4
+
+
+async def test_nobody_pays_for_a_machine_that_stood_still(mock_clock: trio.testing.MockClock) -> None:
+    lobby = Lobby()
+    limits = PortLimits(hello_timeout_s=5.0, at_once=1)
+    first, second = (lobby.enter("10.0.0.1", limits, has_spoken=True) for _ in range(2))
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(lobby.run)
+        for guest in (first, second):
+            nursery.start_soon(served, lobby, guest, [], 1e9)
+            await trio.testing.wait_all_tasks_blocked()
+        mock_clock.jump(4.5)
+        await trio.testing.wait_all_tasks_blocked()
+        assert not second.turn.is_set()
+        for _ in range(10):
+            mock_clock.jump(0.1)
+            await trio.testing.wait_all_tasks_blocked()
+        assert second.turn.is_set()
+        assert not first.scope.cancelled_caught, "it has had a second of its five"
         nursery.cancel_scope.cancel()
 
 

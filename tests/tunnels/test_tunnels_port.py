@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import trio
 from trio_websocket import ConnectionClosed
-from tunnels_rig import ended, hello, raw_answer, reply, running
+from tunnels_rig import ended, hello, raw_answer, reply, running, until
 
+from fxgateway.tunnels.lobby import Lobby
 from fxgateway.tunnels.port import PortLimits
 from fxtunnel.control.busy import BUSY_BYTES, parse_busy
 from fxtunnel.control.messages import Load, Ping, Welcome, encode
@@ -217,6 +218,47 @@ async def test_no_error_of_ours_stops_the_port(tmp_path: Path, caplog: pytest.Lo
             with trio.fail_after(5):
                 assert "pong" in await bystander.get_message()
         assert "internal error" in caplog.text
+
+
+async def test_strangers_that_hold_every_turn_do_not_keep_a_good_relay_out(tmp_path: Path) -> None:
+    limits = PortLimits(hello_timeout_s=5.0, pending=24, pending_per_source=24, at_once=2)
+    async with running(tmp_path, limits) as rig:
+        await rig.enrol()
+        hello_begun = b"\x16\x03\x01\x02\x00\x01"
+        crowd = [await rig.connect("127.0.0.2") for _ in range(24)]
+        for sock in crowd:
+            sock.sendall(hello_begun)
+        await until(lambda: rig.port.pending == 24)
+        await trio.sleep(0.1)
+        with trio.fail_after(5):
+            async with rig.control() as (_, welcome):
+                assert isinstance(welcome, Welcome)
+        for sock in crowd:
+            sock.close()
+
+
+async def test_a_bug_in_the_order_of_turns_ends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with running(tmp_path, PortLimits(hello_timeout_s=5.0, at_once=1)) as rig:
+        await rig.enrol()
+        really, failed = Lobby._end_long_turns, trio.Event()
+
+        def fail(lobby: Lobby) -> None:
+            monkeypatch.setattr(Lobby, "_end_long_turns", really)
+            failed.set()
+            raise RuntimeError("a bug")
+
+        monkeypatch.setattr(Lobby, "_end_long_turns", fail)
+        idler = await rig.connect("127.0.0.2")
+        idler.sendall(b"\x16")
+        await until(lambda: rig.port.pending == 1)
+        with trio.fail_after(5):
+            async with rig.control() as (_, welcome):
+                assert isinstance(welcome, Welcome)
+        assert failed.is_set()
+        assert "internal error in the order of turns" in caplog.text
+        idler.close()
 
 
 @pytest.mark.parametrize("exc", BOOMS, ids=lambda e: type(e).__name__)
