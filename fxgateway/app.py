@@ -26,7 +26,7 @@ from fxgateway.sandbox import Sandbox
 from fxgateway.settings import GatewaySettings
 from fxgateway.steering import Steering
 from fxgateway.tunnels.colleagues import Alone, Colleagues
-from fxgateway.tunnels.control import ControlConfig
+from fxgateway.tunnels.control import YIELDED_BEATS, ControlConfig
 from fxgateway.tunnels.identities import Identities
 from fxgateway.tunnels.port import PortLimits, TunnelPort
 from fxgateway.tunnels.registry import Registry, RegistryLimits
@@ -325,6 +325,7 @@ def session_config(settings: GatewaySettings) -> SessionConfig:
         hold_s=settings.resume.hold_s,
         heartbeat_s=settings.liveness.heartbeat_s,
         dead_after_s=settings.liveness.dead_after_s,
+        yield_s=settings.liveness.heartbeat_s * YIELDED_BEATS,
     )
 
 
@@ -341,4 +342,5 @@ def port_limits(settings: GatewaySettings) -> PortLimits:
         hello_bytes=limits.hello_bytes,
         pending=limits.pending_handshakes,
         pending_per_source=limits.pending_handshakes_per_source,
+        at_once=limits.handshakes_at_once,
     )

@@ -102,6 +102,7 @@ class LimitSettings(Section):
     hello_bytes: Size = Field(16_384, ge=9_216, le=65_536, description="Bytes taken from a peer that has not proved who it is.")
     pending_handshakes: int = Field(512, ge=1, le=100_000, description="Peers that have not yet proved who they are, in all.")
     pending_handshakes_per_source: int = Field(64, ge=1, le=100_000, description="The same per source, exempt_sources included.")
+    handshakes_at_once: int = Field(32, ge=1, le=10_000, description="Of those, how many are worked on at the same time; the others wait.")
     open_timeout_s: Seconds = Field(10.0, ge=0.1, le=300, description="Seconds for a relay to accept a stream.")
     idle_timeout_s: Seconds = Field(
         86_400.0, ge=1, le=31_536_000, description="Seconds without a byte in either direction before a stream ends."

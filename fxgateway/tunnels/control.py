@@ -40,6 +40,8 @@ logger = logging.getLogger(__name__)
 
 CAPS: Final = ("resume",)
 RETRY_AFTER_S: Final = 5.0
+YIELDED_BEATS: Final = 1 / 3
+"""It is the relay that pings: the gateway has thousands of links, and does so itself only where the relay is late."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,11 +57,12 @@ class ControlConfig:
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who opened a control link: proved by an assertion. `is_trusted` asks whether that still holds."""
+    """Who opened a control link: proved by an assertion. `is_trusted` asks whether that still holds; `on_welcome` is told when it is in."""
 
     relay_id: RelayId
     remote_address: str
     is_trusted: Callable[[], bool]
+    on_welcome: Callable[[], None] = lambda: None
 
 
 class ControlLink:
@@ -177,10 +180,13 @@ class ControlDesk:
                     worker=self._colleagues.worker,
                 )
             )
+            caller.on_welcome()
             await channel.run(
                 lambda message: self._take(channel, relay_id, hello.instance, message),
                 heartbeat_s=config.heartbeat_s,
                 dead_after_s=config.dead_after_s,
+                yield_s=config.heartbeat_s * YIELDED_BEATS,
+                is_vouched_for=lambda: self._registry.is_up(relay_id, hello.instance),
             )
         except TunnelClosed as exc:
             lasted_s = trio.current_time() - link.connected_at

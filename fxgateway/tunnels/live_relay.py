@@ -53,6 +53,11 @@ class LiveRelay:
         return sum(len(session.mux.streams) for session in self.sessions.values())
 
     @property
+    def is_up(self) -> bool:
+        """Whether one of its data links is up."""
+        return any(session.is_up for session in self.sessions.values())
+
+    @property
     def readiness(self) -> Readiness:
         """See `Candidate`. Until its own first session is up, a predecessor stands in."""
         own, older = self._readiness, self.predecessor

@@ -1,13 +1,28 @@
-"""Task: peers that have not yet proved who they are: how many, from where, and for how long."""
+"""Task: peers that have not yet proved who they are: how many, from where, for how long; and whose turn it is (decision 0019)."""
 
 import ipaddress
-from collections import OrderedDict
+import math
+from collections import OrderedDict, deque
 from dataclasses import dataclass
 from typing import Final
 
 import trio
 
+from fxgateway.tunnels.pace import Pace
+from fxtunnel.control.busy import Appointment
+
 _V6_PREFIX_BITS: Final = 64  # one customer's network: its addresses are free
+TURN_S: Final = 1.0
+"""A peer that is not through by then goes on without a turn: waiting for a slow one must not cost the others theirs."""
+FULL_WAIT_S: Final = 4.0
+"""Newcomers who would wait longer than this for a turn are told to come again: relays give a dial 10 s."""
+LONGEST_WAIT_S: Final = 7.0
+"""Whoever has waited this long, because things went slower than they looked, is told so while he still listens."""
+LATE_SHARE: Final = 2
+"""So many times those who have turns may be late; then the one that is so for the longest time goes."""
+CROWD_SHARE: Final = 4
+"""A source with so many times as many who wait as a newcomer's source has makes room for it when the lobby is full: each its share."""
+_LOOK_S: Final = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,55 +33,200 @@ class PortLimits:
     hello_bytes: int = 16_384
     pending: int = 512
     pending_per_source: int = 64
+    at_once: int = 32
+
+
+class TurnedAway(Exception):
+    """There is no time for this peer now. Tell it when to come again."""
+
+    def __init__(self, appointment: Appointment) -> None:
+        super().__init__(f"come again in {appointment.retry_after_s:.1f} s")
+        self.appointment = appointment
 
 
 class Guest:
-    """One such peer. Whatever is done for it runs inside `scope`."""
+    """One such peer. Whatever is done for it runs inside `scope`. Its time stands still while it waits for us."""
 
-    __slots__ = ("is_evicted", "scope", "source")
+    __slots__ = ("completes", "is_evicted", "is_stranger", "scope", "served_at", "source", "turn")
 
     def __init__(self, source: str, deadline: float) -> None:
         self.source = source
         self.scope = trio.CancelScope(deadline=deadline)
+        self.completes = False
+        """It brings the second half of something whose first half is in: a data link. It goes before others of its source."""
         self.is_evicted = False
+        self.is_stranger = True
+        self.turn = trio.Event()
+        self.served_at = math.inf
 
 
 class Lobby:
-    """Where peers wait. When it is full the one that waited longest goes: a good relay needs milliseconds, a silent one stays."""
+    """Where peers wait.
+
+    They owe us their first bytes; then they wait for a turn, which at most `at_once` have at the same time, so that whoever is begun is
+    finished; turns go round among the sources. When the lobby is full, the one that has been silent for the longest time goes: a good
+    relay needs milliseconds. If nobody is silent, newcomers are turned away, before any work for them, unless another source has far more
+    than its share of those who wait. Work that was begun is not thrown away for newcomers; who keeps us waiting in the middle of it loses
+    its turn, and its place too, to others who do the same. While this process does not run, nobody's time does.
+    """
 
     def __init__(self) -> None:
-        self._guests: OrderedDict[Guest, None] = OrderedDict()
-        self._by_source: dict[str, OrderedDict[Guest, None]] = {}
+        self._strangers: set[Guest] = set()
+        self._by_source: dict[str, int] = {}
+        self._silent: OrderedDict[Guest, None] = OrderedDict()
+        self._waiting: OrderedDict[str, deque[Guest]] = OrderedDict()
+        self._waiting_count = 0
+        self._served: OrderedDict[Guest, None] = OrderedDict()
+        self._late: OrderedDict[Guest, None] = OrderedDict()
+        self._at_once = 1
+        self._pace = Pace()
+        self._is_crowded = trio.Event()
 
     def __len__(self) -> int:
-        return len(self._guests)
+        return len(self._strangers)
 
-    def enter(self, address: str, limits: PortLimits) -> Guest:
-        """A peer from this IP address comes in; its time runs. Pair it with `leave`."""
-        source = source_of(address)
-        mine = self._by_source.get(source)
-        if mine is not None and len(mine) >= limits.pending_per_source:
-            self._evict(next(iter(mine)))
-        elif len(self._guests) >= limits.pending:
-            self._evict(next(iter(self._guests)))
-        guest = Guest(source, trio.current_time() + limits.hello_timeout_s)
-        self._guests[guest] = None
-        self._by_source.setdefault(source, OrderedDict())[guest] = None
+    async def run(self) -> None:
+        """Take turns back from peers that are too slow to keep them, until cancelled."""
+        while True:
+            await self._is_crowded.wait()
+            while self._waiting:
+                due = trio.current_time() + _LOOK_S
+                await trio.sleep_until(due)
+                self._give_back(trio.current_time() - due)
+                self._end_long_turns()
+            self._is_crowded = trio.Event()
+
+    def enter(self, address: str, limits: PortLimits, *, has_spoken: bool = False) -> Guest:
+        """A peer from this IP address comes in; its time runs. Pair it with `leave`. `has_spoken`: its first bytes are there already.
+
+        Raises:
+            TurnedAway: everybody here waits for us; so would this one, for too long.
+        """
+        now, source = trio.current_time(), source_of(address)
+        self._at_once = limits.at_once
+        if self._pace.wait_s(self._waiting_count) > FULL_WAIT_S and self._pace.wait_s(self._ahead_of(source)) > FULL_WAIT_S:
+            raise TurnedAway(self.appointment())
+        if self._by_source.get(source, 0) >= limits.pending_per_source:
+            self._make_room(next((guest for guest in self._silent if guest.source == source), None))
+        elif len(self._strangers) >= limits.pending:
+            self._make_room(next(iter(self._silent), None) or self._last_of_crowd(source))
+        guest = Guest(source, now + limits.hello_timeout_s)
+        self._strangers.add(guest)
+        if not has_spoken:
+            self._silent[guest] = None
+        self._by_source[source] = self._by_source.get(source, 0) + 1
         return guest
 
+    async def wait_turn(self, guest: Guest) -> None:
+        """Its first bytes are there. Returns when it is to be served; until then its time stands still. Ends with `leave`.
+
+        Raises:
+            TurnedAway: it has waited for too long.
+        """
+        left_s = guest.scope.deadline - trio.current_time()
+        guest.scope.deadline = math.inf
+        self._silent.pop(guest, None)
+        queue = self._waiting.setdefault(guest.source, deque())
+        if guest.completes:
+            queue.appendleft(guest)
+        else:
+            queue.append(guest)
+        self._waiting_count += 1
+        self._begin_turns()
+        with trio.move_on_after(LONGEST_WAIT_S):
+            await guest.turn.wait()
+        if not guest.turn.is_set():
+            raise TurnedAway(self.appointment())
+        guest.scope.deadline = trio.current_time() + left_s
+
+    def appointment(self) -> Appointment:
+        """For one more who is to come again."""
+        return self._pace.book(trio.current_time(), self._waiting_count)
+
+    def admit(self, guest: Guest) -> None:
+        """It has proved who it is, and is not a stranger any more. It keeps its turn until it leaves."""
+        self._forget(guest)
+
+    def _forget(self, guest: Guest) -> None:
+        self._silent.pop(guest, None)
+        self._late.pop(guest, None)
+        if guest in self._strangers:
+            self._strangers.remove(guest)
+            self._by_source[guest.source] -= 1
+            if not self._by_source[guest.source]:
+                del self._by_source[guest.source]
+        guest.is_stranger = False
+
     def leave(self, guest: Guest) -> None:
-        """It has proved who it is, or is gone. Twice is once."""
-        if self._guests.pop(guest, guest) is guest:
-            return
-        mine = self._by_source[guest.source]
-        del mine[guest]
-        if not mine:
-            del self._by_source[guest.source]
+        """All is done for it, or it is gone. Twice is once."""
+        self._forget(guest)
+        queue = self._waiting.get(guest.source)
+        if queue is not None and guest in queue:
+            queue.remove(guest)
+            self._waiting_count -= 1
+            if not queue:
+                del self._waiting[guest.source]
+        if guest in self._served:
+            self._end_turn(guest)
+            self._begin_turns()
+
+    def _make_room(self, loser: Guest | None) -> None:
+        if loser is None:
+            raise TurnedAway(self.appointment())
+        self._evict(loser)
+
+    def _ahead_of(self, source: str) -> int:
+        """How many have a turn before one more of this source has: all of its own, and as many of each other source."""
+        own = len(self._waiting.get(source, ()))
+        return own + sum(min(len(queue), own + 1) for other, queue in self._waiting.items() if other != source)
+
+    def _last_of_crowd(self, source: str) -> Guest | None:
+        """Who came last of the source that has most waiting here, if that is far more than this one has; nothing was done for it yet."""
+        longest = max(self._waiting.values(), key=len, default=None)
+        if longest is None or len(longest) <= CROWD_SHARE * (1 + self._by_source.get(source, 0)):
+            return None
+        return longest[-1]
 
     def _evict(self, guest: Guest) -> None:
         guest.is_evicted = True
         guest.scope.cancel()
         self.leave(guest)
+
+    def _begin_turns(self) -> None:
+        while self._waiting and len(self._served) < self._at_once:
+            source, queue = self._waiting.popitem(last=False)
+            guest = queue.popleft()
+            self._waiting_count -= 1
+            if queue:
+                self._waiting[source] = queue  # behind the other sources
+            self._served[guest] = None
+            guest.served_at = trio.current_time()
+            guest.turn.set()
+        if self._waiting:
+            self._is_crowded.set()
+
+    def _end_turn(self, guest: Guest) -> None:
+        del self._served[guest]
+        self._pace.note_done(trio.current_time(), is_crowded=bool(self._waiting))
+
+    def _give_back(self, late_s: float) -> None:
+        """This process has had no turn itself for so long: that was no fault of those who have one, or had."""
+        for guest in (*self._served, *self._late):
+            guest.served_at += late_s
+            guest.scope.deadline += late_s
+
+    def _end_long_turns(self) -> None:
+        now = trio.current_time()
+        while self._served:
+            guest = next(iter(self._served))
+            if now - guest.served_at < TURN_S:
+                break
+            self._end_turn(guest)
+            if guest.is_stranger:
+                self._late[guest] = None
+                if len(self._late) > LATE_SHARE * self._at_once:
+                    self._evict(next(iter(self._late)))
+        self._begin_turns()
 
 
 def source_of(address: str) -> str:

@@ -1,5 +1,6 @@
 """Task: the TLS port that relays come in through. Whatever one connection does, the others do not notice."""
 
+import contextlib
 import errno
 import logging
 import secrets
@@ -17,10 +18,11 @@ from fxgateway.tunnels.control import Caller, ControlConfig, ControlDesk
 from fxgateway.tunnels.datalinks import DataDesk
 from fxgateway.tunnels.enrolment import Enroller
 from fxgateway.tunnels.identities import Identities
-from fxgateway.tunnels.lobby import Guest, Lobby, PortLimits
+from fxgateway.tunnels.lobby import Guest, Lobby, PortLimits, TurnedAway
 from fxgateway.tunnels.ports import Registry
 from fxgateway.tunnels.tickets import TicketBook
 from fxtunnel.codes import Code, Refusal
+from fxtunnel.control.busy import Appointment, encode_busy
 from fxtunnel.control.upgrade import (
     BODY_BYTES,
     CONTROL_PATH,
@@ -45,6 +47,11 @@ logger = logging.getLogger(__name__)
 
 ALPN_DATA: Final = "fx-data/1"
 ALPN_HTTP: Final = "http/1.1"
+BUSY: Final = "busy"
+ACCEPTED_AT_ONCE: Final = 64
+"""Connections taken from the kernel's queue before others of this process have their turn."""
+_LOOKED_AT_BYTES: Final = 4096
+_DROPPED_BYTES: Final = 16_384
 _PAUSE_S: Final = 0.25  # at descriptor exhaustion; long enough for some connection to end
 _EXHAUSTED: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
@@ -99,43 +106,83 @@ class TunnelPort:
 
         When it is cancelled, control links say goodbye, which takes at most a second.
         """
-        async with trio.open_nursery() as handlers:
-            with self._accepting:
-                async with trio.open_nursery() as accepting:
-                    for listener in listeners:
-                        accepting.start_soon(self._accept, listener, handlers)
-                    accepting.start_soon(self._take_passed, handlers)
-                    task_status.started()
+        async with trio.open_nursery() as around:
+            around.start_soon(self._end_turns)
+            async with trio.open_nursery() as handlers:
+                await self._accept_all(listeners, handlers, task_status)
+            around.cancel_scope.cancel()
+
+    async def _accept_all(self, listeners: list[trio.SocketListener], handlers: trio.Nursery, task_status: trio.TaskStatus[None]) -> None:
+        with self._accepting:
+            async with trio.open_nursery() as accepting:
+                for listener in listeners:
+                    accepting.start_soon(self._accept, listener, handlers)
+                accepting.start_soon(self._take_passed, handlers)
+                task_status.started()
+
+    async def _end_turns(self) -> None:
+        while True:
+            try:
+                await self._lobby.run()
+            except Exception:
+                logger.exception("tunnel port: internal error in the order of turns")
+                await trio.sleep(_PAUSE_S)
 
     def stop_accepting(self) -> None:
         """Close the listeners, soon: a successor has them. Whoever is in stays."""
         self._accepting.cancel()
 
     async def _accept(self, listener: trio.SocketListener, handlers: trio.Nursery) -> None:
+        # The same queue once more: trio would take one connection a turn of its loop, and a storm's would time out in the kernel.
+        more = socket.fromfd(listener.socket.fileno(), listener.socket.family, listener.socket.type)
         async with listener:
-            while True:
-                try:
-                    accepted, address = await listener.socket.accept()
-                except OSError as exc:
-                    # Besides exhaustion these are errors of the connection that was to be accepted (accept(2)): nothing to do but go on.
-                    if exc.errno in _EXHAUSTED:
-                        logger.warning("the tunnel port takes no connections for a moment: %s", exc.strerror)
-                    await trio.sleep(_PAUSE_S if exc.errno in _EXHAUSTED else 0)
-                    continue
-                sock = socket.socket(accepted.family, accepted.type, accepted.proto, fileno=accepted.detach())
-                fresh = Passed(sock, str(address[0]), str(Address(str(address[0]), int(address[1]))))
-                handlers.start_soon(self._serve, fresh, self._colleagues.keeps)
+            with more:
+                more.setblocking(False)
+                while True:
+                    await self._accept_some(listener, more, handlers)
+
+    async def _accept_some(self, listener: trio.SocketListener, more: socket.socket, handlers: trio.Nursery) -> None:
+        try:
+            accepted, address = await listener.socket.accept()
+        except OSError as exc:
+            # Besides exhaustion these are errors of the connection that was to be accepted (accept(2)): nothing to do but go on.
+            if exc.errno in _EXHAUSTED:
+                logger.warning("the tunnel port takes no connections for a moment: %s", exc.strerror)
+            await trio.sleep(_PAUSE_S if exc.errno in _EXHAUSTED else 0)
+            return
+        sock = socket.socket(accepted.family, accepted.type, accepted.proto, fileno=accepted.detach())
+        self._welcome(_fresh(sock, address), self._colleagues.keeps, handlers)
+        with contextlib.suppress(OSError):  # none is left; anything else is met again above
+            for _ in range(ACCEPTED_AT_ONCE):
+                self._welcome(_fresh(*more.accept()), self._colleagues.keeps, handlers)
 
     async def _take_passed(self, handlers: trio.Nursery) -> None:
         while True:
-            handlers.start_soon(self._serve, await self._colleagues.wait_passed(), _always)
+            self._welcome(await self._colleagues.wait_passed(), _always, handlers)
 
-    async def _serve(self, passed: Passed, keeps: Callable[[Passed], Awaitable[bool]]) -> None:
+    def _welcome(self, passed: Passed, keeps: Callable[[Passed], Awaitable[bool]], handlers: trio.Nursery) -> None:
+        try:
+            guest = self._lobby.enter(passed.ip, self._limits, has_spoken=_first_words(passed.sock) is not None)
+        except TurnedAway as exc:
+            self._turn_away(passed, exc.appointment)
+        else:
+            handlers.start_soon(self._serve, passed, guest, keeps)
+
+    def _turn_away(self, passed: Passed, appointment: Appointment) -> None:
+        """Say when to come again, and close. It has cost us no TLS."""
+        self.refused[BUSY] = self.refused.get(BUSY, 0) + 1
+        if passed.counts_as_relay:
+            self._colleagues.was_no_relay()
+        logger.info("tunnel port: busy, connection from %s is to come again in %.1f s", passed.remote_address, appointment.retry_after_s)
+        with passed.sock as sock:
+            _say(sock, encode_busy(appointment))
+
+    async def _serve(self, passed: Passed, guest: Guest, keeps: Callable[[Passed], Awaitable[bool]]) -> None:
         """The barrier: nothing a connection raises gets past this."""
         sock, remote_address = passed.sock, passed.remote_address
         try:
             with sock:
-                await self._converse(passed, keeps)
+                await self._converse(passed, guest, keeps)
         except* TunnelError as group:
             for exc in leaves(group):
                 if isinstance(exc, PeerRefused):
@@ -146,23 +193,30 @@ class TunnelPort:
         except* Exception:
             logger.exception("tunnel port: connection from %s ended by an internal error", remote_address)
 
-    async def _converse(self, passed: Passed, keeps: Callable[[Passed], Awaitable[bool]]) -> None:
+    async def _converse(self, passed: Passed, guest: Guest, keeps: Callable[[Passed], Awaitable[bool]]) -> None:
         sock, remote_address = passed.sock, passed.remote_address
-        guest = self._lobby.enter(passed.ip, self._limits)
         stream: TlsStream | None = None
         upgrade: _Upgrade | None = None
         try:
             with guest.scope:
+                await trio.lowlevel.wait_readable(sock)
+                guest.completes = ALPN_DATA.encode() in (_first_words(sock) or b"")
+                await self._lobby.wait_turn(guest)
                 if not await keeps(passed):
                     return
                 _check_connected(sock)
                 stream = TlsStream(await handshake_server(sock, self._context))
                 upgrade = await self._identify(stream, remote_address)
-            self._lobby.leave(guest)
             if guest.scope.cancelled_caught:
                 self._log_unproven(guest, remote_address)
-            elif stream is not None and upgrade is not None:
-                await self._serve_control(stream, upgrade, remote_address)
+                if guest.is_evicted and not guest.turn.is_set():
+                    _say(sock, encode_busy(self._lobby.appointment()))
+                return
+            self._lobby.admit(guest)
+            if stream is not None and upgrade is not None:
+                await self._serve_control(stream, upgrade, remote_address, lambda: self._lobby.leave(guest))
+        except TurnedAway as exc:
+            self._turn_away(passed, exc.appointment)
         finally:
             self._lobby.leave(guest)
             if upgrade is None and passed.counts_as_relay:
@@ -209,7 +263,7 @@ class TunnelPort:
     def _verify(self, token: str) -> Assertion:
         return verify_assertion(token.strip(), gateway_id=self._gateway_id, find_key=self._identities.find_key, now_unix=self._now_unix())
 
-    async def _serve_control(self, stream: TlsStream, upgrade: _Upgrade, remote_address: str) -> None:
+    async def _serve_control(self, stream: TlsStream, upgrade: _Upgrade, remote_address: str, on_welcome: Callable[[], None]) -> None:
         def is_trusted() -> bool:
             return not isinstance(self._identities.find_key(upgrade.relay_id, upgrade.kid), KeyProblem)
 
@@ -221,7 +275,7 @@ class TunnelPort:
             except PeerRefused as exc:
                 refused = exc
             else:
-                await self._control.serve(ws, Caller(upgrade.relay_id, remote_address, is_trusted))
+                await self._control.serve(ws, Caller(upgrade.relay_id, remote_address, is_trusted, on_welcome))
             nursery.cancel_scope.cancel()
         if refused is not None:
             with trio.move_on_after(self._limits.hello_timeout_s):
@@ -233,9 +287,31 @@ class TunnelPort:
         logger.warning("tunnel port: connection from %s closed: it %s", remote_address, why)
 
 
+def _fresh(sock: socket.socket, address: tuple[str, int]) -> Passed:
+    return Passed(sock, str(address[0]), str(Address(str(address[0]), int(address[1]))))
+
+
+def _say(sock: socket.socket, last: bytes) -> None:
+    with contextlib.suppress(OSError):
+        sock.send(last)
+        sock.shutdown(socket.SHUT_WR)
+        sock.recv(_DROPPED_BYTES)  # what is left unread would become a reset, which could overtake the words
+
+
 async def _always(passed: Passed) -> bool:
     await trio.lowlevel.checkpoint()
     return True
+
+
+def _first_words(sock: socket.socket) -> bytes | None:
+    """What has come so far, left where it is; None if nothing has. Also makes the socket non-blocking."""
+    sock.setblocking(False)
+    try:
+        return sock.recv(_LOOKED_AT_BYTES, socket.MSG_PEEK)
+    except BlockingIOError:
+        return None
+    except OSError:
+        return b""
 
 
 def _check_connected(sock: socket.socket) -> None:

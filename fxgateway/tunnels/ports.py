@@ -83,6 +83,9 @@ class Registry(Protocol):
     def knows(self, relay_id: RelayId, instance: InstanceId) -> bool:
         """Whether this instance is here, or held."""
 
+    def is_up(self, relay_id: RelayId, instance: InstanceId) -> bool:
+        """Whether a data link of this instance is up."""
+
     def mark_draining(self, relay_id: RelayId, instance: InstanceId, departure: Departure) -> None:
         """This instance goes away."""
 

@@ -108,6 +108,11 @@ class Registry:
         """Whether this instance is here, or held."""
         return self._instance(relay_id, instance) is not None
 
+    def is_up(self, relay_id: RelayId, instance: InstanceId) -> bool:
+        """Whether a data link of this instance is up."""
+        relay = self._instance(relay_id, instance)
+        return relay is not None and relay.is_up
+
     def mark_draining(self, relay_id: RelayId, instance: InstanceId, departure: Departure = Departure(0.0)) -> None:  # noqa: B008 - frozen
         """This instance goes away: nothing new for it, or only what nobody else can take (`Departure.hands_over`)."""
         relay = self._instance(relay_id, instance)

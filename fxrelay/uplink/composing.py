@@ -1,6 +1,7 @@
 """Task: links and sessions as the configuration describes them."""
 
 from fxrelay.settings import GatewaySection, RelaySettings
+from fxrelay.uplink.control_link import BEATS_PER_DEATH
 from fxrelay.uplink.dial import Proxy
 from fxrelay.uplink.ports import UplinkConfig
 from fxtunnel.engine.ports import SessionConfig
@@ -27,5 +28,6 @@ def session_config(settings: RelaySettings) -> SessionConfig:
         max_ring_bytes=settings.resume.replay_bytes,
         resume=settings.resume.enabled,
         hold_s=settings.resume.hold_s,
+        heartbeat_s=min(SessionConfig().heartbeat_s, settings.liveness.dead_after_s / BEATS_PER_DEATH),
         dead_after_s=settings.liveness.dead_after_s,
     )

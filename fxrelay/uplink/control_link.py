@@ -85,8 +85,10 @@ class ControlLink:
             raise TunnelClosed(Code.LINK_LOST, "the control link ended before a ticket came")
         return answer.ticket
 
-    async def run(self, count_streams: Callable[[], int], on_drain: Callable[[float], None]) -> None:
-        """Carry messages until the link ends. Run it once; cancelling it is a goodbye.
+    async def run(
+        self, count_streams: Callable[[], int], on_drain: Callable[[float], None], is_vouched_for: Callable[[], bool] = lambda: False
+    ) -> None:
+        """Carry messages until the link ends. Run it once; cancelling it is a goodbye. For `is_vouched_for` see `Channel.run`.
 
         `on_drain` is called with the seconds that are left when the gateway wants no new streams to come this way any more.
 
@@ -98,7 +100,12 @@ class ControlLink:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._report_load, count_streams)
                 try:
-                    await self._channel.run(self._on_message, heartbeat_s=self._heartbeat_s, dead_after_s=self._dead_after_s)
+                    await self._channel.run(
+                        self._on_message,
+                        heartbeat_s=self._heartbeat_s,
+                        dead_after_s=self._dead_after_s,
+                        is_vouched_for=is_vouched_for,
+                    )
                 except TunnelClosed as exc:
                     ended = exc
                 nursery.cancel_scope.cancel()

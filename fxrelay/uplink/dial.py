@@ -15,6 +15,7 @@ import trio
 from pydantic import SecretStr
 
 from fxrelay.uplink.gateway_file import GatewayUrl
+from fxtunnel.control.busy import BUSY_BYTES, Appointment, parse_busy
 from fxtunnel.errors import TunnelError
 from fxtunnel.kit.tls import client_context, handshake_client
 
@@ -64,6 +65,14 @@ class Unreachable(TunnelError):
     """Nothing listens there, or no way leads there. Trying again soon costs nobody anything."""
 
 
+class GatewayBusy(TunnelError):
+    """The gateway has no time for us before `appointment`. It costs it next to nothing to say so, and it is no failure."""
+
+    def __init__(self, appointment: Appointment) -> None:
+        super().__init__(f"the gateway is busy, and wants us again in {appointment.retry_after_s:.1f} s")
+        self.appointment = appointment
+
+
 @contextmanager
 def within(limit_s: float, what: str) -> Iterator[None]:
     """A deadline whose passing is a TunnelError: "`what` within N s"."""
@@ -95,7 +104,7 @@ class Dialler:
         `worker` is who should take it, of a gateway that has said so (PROTOCOL.md, 1).
 
         Raises:
-            TunnelError: one line that says what did not work; HandshakeFailed when it was TLS.
+            TunnelError: one line that says what did not work; HandshakeFailed when it was TLS, GatewayBusy when it is to be later.
         """
         with within(self.timeout_s, f"no connection to {url.authority}" + (f" through {self._proxy}" if self._proxy else "")):
             if self._proxy is None:
@@ -107,7 +116,7 @@ class Dialler:
             sock = socket.socket(fileno=stream.socket.detach())
             for option, value in ((socket.TCP_NODELAY, 1), (socket.TCP_USER_TIMEOUT, int(self._dead_after_s * 1000))):
                 sock.setsockopt(socket.IPPROTO_TCP, option, value)
-            return await handshake_client(sock, self._context(alpn, worker), url.host)
+            return await handshake_client(sock, self._context(alpn, worker), url.host, _listen_for_busy)
 
     def _context(self, alpn: str, worker: str) -> ssl.SSLContext:
         protocols = (f"{ALPN_WORKER}{worker}", alpn) if worker else (alpn,)
@@ -117,6 +126,22 @@ class Dialler:
                 del self._contexts[next(known for known in self._contexts if len(known) > 1)]
             context = self._contexts[protocols] = client_context(self._ca_pem, protocols)
         return context
+
+
+def _listen_for_busy(sock: socket.socket) -> None:
+    """Raises GatewayBusy if that is what the gateway has said, instead of TLS."""
+    try:
+        # Not the method of SSLSocket, which refuses to peek.
+        first = socket.socket.recv(sock, BUSY_BYTES, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+    except OSError:
+        return
+    _raise_if_busy(first)
+
+
+def _raise_if_busy(first: bytes) -> None:
+    appointment = parse_busy(first)
+    if appointment is not None:
+        raise GatewayBusy(appointment)
 
 
 async def _connect(host: str, port: int, name: str) -> trio.SocketStream:
@@ -153,6 +178,7 @@ async def _ask_proxy(stream: trio.SocketStream, proxy: Proxy, url: GatewayUrl) -
         if 200 <= status < 300:
             # TLS begins with us: whatever the "gateway" says before that is not from one.
             if http.trailing_data[0]:
+                _raise_if_busy(http.trailing_data[0])
                 raise TunnelError(f"{proxy} sent bytes of its own before TLS")
             return
         if status == 407:

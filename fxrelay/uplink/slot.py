@@ -8,8 +8,9 @@ from typing import Final, Protocol
 
 import trio
 
+from fxrelay.uplink.dial import GatewayBusy
 from fxrelay.uplink.ports import LinkSession, UplinkConfig, UplinkSessionOwner
-from fxrelay.uplink.verdicts import Doubling, final_goodbye, retry_after_s
+from fxrelay.uplink.verdicts import Doubling, appointed_s, final_goodbye, retry_after_s
 from fxtunnel.codes import Code, Refusal
 from fxtunnel.errors import FxError, PeerRefused, RemoteProtocolError
 from fxtunnel.kit.backoff import FullJitter
@@ -18,6 +19,8 @@ from fxtunnel.protocol.hello import CAP_RESUME, Welcome
 
 logger = logging.getLogger(__name__)
 
+RESUMING_CAP_S: Final = 2.0
+"""A session is held for seconds only: with streams to resume a busy gateway is asked more often than it would like."""
 _SESSION_IS_GONE: Final = frozenset({Refusal.UNKNOWN_SESSION, Refusal.BAD_RESUME})
 
 
@@ -56,6 +59,8 @@ class Slot:
         self.session: LinkSession | None = None
         self._home = home
         self._settled_s = config.min_backoff_s
+        self._rng = rng
+        self._busy_cap_s = config.max_backoff_s
         self._backoff = FullJitter(base_s=config.min_backoff_s, cap_s=config.max_backoff_s, rng=rng)
         self._failures = Doubling()
         self._down = trio.Event()
@@ -160,6 +165,8 @@ class Slot:
         if self.session is not None and isinstance(exc, PeerRefused) and exc.refusal in _SESSION_IS_GONE:
             self.session.close(Code.LINK_LOST, f"the gateway cannot resume it: {exc}")
             return 0.0
+        if isinstance(exc, GatewayBusy):
+            return appointed_s(exc.appointment, self._rng.random(), self._busy_cap_s if self.session is None else RESUMING_CAP_S)
         wait_s = self._backoff.next_s(at_least_s=retry_after_s(exc))
         if self._failures.is_due():
             attempt = self._failures.count

@@ -75,6 +75,11 @@ class Ties:
         """Open streams."""
         return sum(slot.session.statistics().mux.streams for slot in self.slots if slot.session is not None)
 
+    @property
+    def is_up(self) -> bool:
+        """Whether a data link is up."""
+        return any(slot.session is not None and slot.session.statistics().is_up for slot in self.slots)
+
     async def open_link(self, session: LinkSession | None) -> tuple[ssl.SSLSocket, Welcome]:
         """See `SlotHome`. `session` must be detached."""
         with trio.CancelScope() as scope:

@@ -14,14 +14,14 @@ import trio
 
 from fxrelay.uplink.control_link import ControlLink, control_hello, open_control_link
 from fxrelay.uplink.datalink import open_data_link
-from fxrelay.uplink.dial import Dialler, Unreachable
+from fxrelay.uplink.dial import Dialler, GatewayBusy, Unreachable
 from fxrelay.uplink.enrol import enrol
 from fxrelay.uplink.gateway_file import GatewayFile, GatewayUrl
 from fxrelay.uplink.identity import Identity
 from fxrelay.uplink.ports import LinkSession, SessionFactory, UplinkConfig, UplinkSessionOwner, UplinkState, UplinkStatistics
 from fxrelay.uplink.slot import Slot
 from fxrelay.uplink.ties import Ties
-from fxrelay.uplink.verdicts import Doubling, final_error, retry_after_s
+from fxrelay.uplink.verdicts import Doubling, appointed_s, final_error, retry_after_s
 from fxtunnel.codes import Code, Refusal
 from fxtunnel.control.channel import GOODBYE_S
 from fxtunnel.control.messages import CAP_LEAVING, Drain, Services
@@ -37,7 +37,7 @@ SETTLED_S: Final = 1.0
 RECENT_S: Final = 120.0
 """For so long after a loss the gateway is most likely being restarted, and is looked for often: it should have its relays back at once."""
 RECENT_CAP_S: Final = 4.0
-ABSENT_CAP_S: Final = 2.0
+ABSENT_CAP_S: Final = 1.0
 """The same where nobody even listens: an attempt costs the gateway nothing then."""
 MAX_DEPARTING: Final = 8
 """Processes of a gateway that may go away at once: one that says so again and again must not fill this relay with links it keeps."""
@@ -218,7 +218,7 @@ class Uplink:
         flaps = FullJitter(base_s=config.min_backoff_s, cap_s=min(config.max_backoff_s, FLAP_CAP_S), rng=rng)
         recent = FullJitter(base_s=config.min_backoff_s, cap_s=min(config.max_backoff_s, RECENT_CAP_S), rng=rng)
         absent = FullJitter(base_s=config.min_backoff_s, cap_s=min(config.max_backoff_s, ABSENT_CAP_S), rng=rng)
-        failures = Doubling()
+        failures, waits = Doubling(), Doubling()
         wait_s = 0.0
         while not (self._is_stopping or ties.departs.is_set()):
             welcomes = self._welcomes
@@ -231,6 +231,15 @@ class Uplink:
                     return
                 self._last_error = str(exc)
                 at_least_s, is_absent = retry_after_s(exc), isinstance(exc, Unreachable)
+                if isinstance(exc, GatewayBusy):
+                    wait_s = appointed_s(exc.appointment, rng.random(), config.max_backoff_s)
+                    self._url_number += (
+                        1  # it is no failure; but who only claims to be the gateway must not keep us from its other addresses
+                    )
+                    if waits.is_due():
+                        logger.info("%s; coming for the time no. %d in %.1f s", exc, waits.count + 1, wait_s)
+                    self._enter(UplinkState.WAITING)
+                    continue
             except Exception:  # whatever a peer's bytes did to a library, the relay and its sessions live on
                 logger.exception("the control link to %s failed", self.gateway_id)
                 self._last_error = "internal error"
@@ -248,6 +257,7 @@ class Uplink:
                 if trio.current_time() - self._welcome_at >= SETTLED_S:
                     flaps.reset()
                     failures.reset()
+                    waits.reset()
                 wait_s = flaps.next_s(at_least_s=at_least_s)
             if failures.is_due():
                 logger.warning(
@@ -268,16 +278,19 @@ class Uplink:
         try:
             async with open_control_link(self._dialler, url, self._gateway, hello, self._bearer, self._config, ties.worker) as link:
                 if ties.process not in ("", link.welcome.process) and link.welcome.process:
-                    # It has been restarted, and its word of that missed us: what is open at the old process must not be in the way.
                     logger.info("gateway %s is another process now", self.gateway_id)
                     self._lost_at = trio.current_time()
-                    ties.depart()
-                    return
+                    if ties.is_up:
+                        # Its word of that missed us: what is open at the old process must not be in the way.
+                        ties.depart()
+                        return
+                    # Nothing is open there, and nothing could be resumed here: this link will do, and no ticket is asked for in vain.
+                    ties.close_sessions(Code.LINK_LOST, "its process of the gateway is gone")
                 self._welcomed(ties, link, url)
                 if self._welcomes == 1:
                     task_status.started()
                 try:
-                    await link.run(lambda: ties.streams, partial(self._on_drain, ties))
+                    await link.run(lambda: ties.streams, partial(self._on_drain, ties), lambda: ties.is_up)
                 finally:
                     if not ties.departs.is_set():
                         self._lost_at = trio.current_time()

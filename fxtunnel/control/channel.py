@@ -1,6 +1,7 @@
 """Task: a control link in use: one reader, one writer, a heartbeat, and the knowledge of whether the peer still lives."""
 
 import logging
+import math
 from collections import deque
 from collections.abc import Callable
 from typing import Final
@@ -16,6 +17,7 @@ logger = logging.getLogger(__name__)
 
 OUTBOX_MESSAGES: Final = 64  # a peer that lets this many pile up does not read; protects memory
 GOODBYE_S: Final = 1.0  # a peer that is gone must not hold up a shutdown
+_AT_ONCE_S: Final = 0.25  # a ping that would be due so soon goes now: it saves waking up twice
 
 
 class Channel:
@@ -79,11 +81,21 @@ class Channel:
             if message is not None:
                 return message
 
-    async def run(self, on_message: Callable[[Message], None], *, heartbeat_s: float, dead_after_s: float) -> None:
+    async def run(
+        self,
+        on_message: Callable[[Message], None],
+        *,
+        heartbeat_s: float,
+        dead_after_s: float,
+        yield_s: float = 0.0,
+        is_vouched_for: Callable[[], bool] = lambda: False,
+    ) -> None:
         """Carry messages until the link ends. Pings are sent and answered here; `on_message` sees everything else, in order.
 
         `on_message` must not block; a RemoteProtocolError from it ends the link with that code. A `Closing` is passed on before the
-        link ends. Cancelling is safe; say `goodbye` afterwards. Run it once.
+        link ends. `yield_s` is how much longer than the peer this end keeps quiet: it has the peer ping, which does for both.
+        `is_vouched_for` says whether the peer proves on a data link that it lives: this link is then pinged after half of `dead_after_s`,
+        for the sake of its own path. Cancelling is safe; say `goodbye` afterwards. Run it once.
 
         Raises:
             TunnelClosed: always, when it ends by itself: closed by the peer, lost, silent for `dead_after_s`, or broken by the peer's
@@ -95,8 +107,8 @@ class Channel:
             if self._ending is not None:  # ended before it began: send what is queued, no more
                 nursery.cancel_scope.deadline = trio.current_time() + GOODBYE_S
             nursery.start_soon(self._write, dead_after_s)
-            nursery.start_soon(self._beat, heartbeat_s)
-            nursery.start_soon(self._watch, dead_after_s)
+            slowly_s = max(heartbeat_s, dead_after_s / 2)
+            nursery.start_soon(self._beat, lambda: yield_s + (slowly_s if is_vouched_for() else heartbeat_s), dead_after_s)
             try:
                 await self._read(on_message)
             except RemoteProtocolError as exc:
@@ -165,32 +177,26 @@ class Channel:
                 self._end(self._ending)
                 return
 
-    async def _beat(self, heartbeat_s: float) -> None:
-        """Ping whenever nothing was heard for a heartbeat.
+    async def _beat(self, quiet_s: Callable[[], float], dead_after_s: float) -> None:
+        """Ping whenever nothing was heard for `quiet_s`, until nothing was for `dead_after_s`.
 
-        A peer that talks is alive, and its own pings are answered: one ping and one pong keep both ends sure of each other. With two of
-        each, 2,000 idle relays kept a core busy.
+        A peer that talks is alive, and its own pings are answered: one ping and one pong keep both ends sure of each other.
         """
-        due = self._heard_at + heartbeat_s
+        pinged_at = -math.inf
         while True:
-            await trio.sleep_until(due)
-            if self._heard_at + heartbeat_s > due:
-                due = self._heard_at + heartbeat_s
-                continue
-            self._pings_sent += 1
-            try:
-                self.send_nowait(Ping(n=self._pings_sent))
-            except TunnelClosed:
+            now, dead_at = trio.current_time(), self._heard_at + dead_after_s
+            if now >= dead_at:
+                self._end(TunnelClosed(Code.LINK_LOST, f"nothing heard from the peer for {dead_after_s:g} s"))
                 return
-            due = trio.current_time() + heartbeat_s
-
-    async def _watch(self, dead_after_s: float) -> None:
-        while True:
-            silent_s = trio.current_time() - self._heard_at
-            if silent_s >= dead_after_s:
-                break
-            await trio.sleep(dead_after_s - silent_s)
-        self._end(TunnelClosed(Code.LINK_LOST, f"nothing heard from the peer for {dead_after_s:g} s"))
+            due = max(self._heard_at, pinged_at) + quiet_s()
+            if due - now < min(_AT_ONCE_S, dead_after_s / 8):
+                self._pings_sent += 1
+                try:
+                    self.send_nowait(Ping(n=self._pings_sent))
+                except TunnelClosed:
+                    return
+                pinged_at, due = now, now + quiet_s()
+            await trio.sleep_until(min(due, dead_at))
 
 
 def _lost(exc: ConnectionClosed) -> TunnelClosed:

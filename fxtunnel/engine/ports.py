@@ -32,6 +32,8 @@ class SessionConfig:
     hold_s: float = 30.0
     heartbeat_s: float = 3.0
     dead_after_s: float = 10.0
+    yield_s: float = 0.0
+    """So much longer than its peer it keeps quiet on an idle link: then only the peer sends PINGs there."""
 
 
 class SessionOwner(Protocol):

@@ -22,6 +22,7 @@ from fxtunnel.errors import RemoteProtocolError
 from fxtunnel.model import SessionId
 from fxtunnel.protocol import frames
 from fxtunnel.protocol.credit import MIN_GROWTH_RTT_S, WindowBudget
+from fxtunnel.protocol.heartbeats import next_beat
 from fxtunnel.protocol.mux import Mux, Stream
 from fxtunnel.protocol.opening import Opening
 from fxtunnel.protocol.replay import ReplayRing
@@ -369,12 +370,15 @@ class Session:
     def _beat(self) -> None:
         if self.state is not State.UP:
             return
-        silent_s = self._reactor.now - self._last_arrival
-        if silent_s > self._config.dead_after_s:
+        config, silent_s = self._config, self._reactor.now - self._last_arrival
+        if silent_s >= config.dead_after_s:
             self._lost(f"nothing arrived for {silent_s:.1f} s")
             return
-        self._arm(self._config.heartbeat_s, self._beat)
-        self.mux.tick(self._reactor.now)
+        is_idle = self.mux.heartbeats.is_idle(self.mux.passed_bytes)
+        is_due, wait_s = next_beat(silent_s, config.heartbeat_s, config.dead_after_s, config.yield_s, is_idle=is_idle)
+        self._arm(wait_s, self._beat)
+        if is_due:
+            self.mux.tick(self._reactor.now)
 
     def _arm(self, delay_s: float, callback: Callable[[], None]) -> None:
         if self._timer is not None:

@@ -96,11 +96,14 @@ async def handshake_server(sock: socket.socket, context: ssl.SSLContext) -> ssl.
     return _with_alpn(await _handshake(sock, lambda: context.wrap_socket(sock, True, False, suppress_ragged_eofs=False), explain_to_server))
 
 
-async def handshake_client(sock: socket.socket, context: ssl.SSLContext, server_hostname: str) -> ssl.SSLSocket:
+async def handshake_client(
+    sock: socket.socket, context: ssl.SSLContext, server_hostname: str, look: Callable[[socket.socket], None] | None = None
+) -> ssl.SSLSocket:
     """Open TLS towards `server_hostname` (a name or an IP address) on a connected socket, which is taken over, or closed.
 
-    As `handshake_server`. When the server's certificate is refused for its dates, the address is dialled once more, for at most 2 s,
-    to read those dates: the message then says by how much.
+    As `handshake_server`. `look` may peek at what the server says first, before TLS takes it, and raise what that means. When the server's
+    certificate is refused for its dates, the address is dialled once more, for at most 2 s, to read those dates: the message then says by
+    how much.
 
     Raises:
         HandshakeFailed: with the reason; `problem` tells untrusted, expired, not yet valid and misnamed certificates apart.
@@ -113,7 +116,7 @@ async def handshake_client(sock: socket.socket, context: ssl.SSLContext, server_
 
     address = _address_of(sock)
     try:
-        return _with_alpn(await _handshake(sock, wrap, lambda exc: explain_to_client(exc, server_hostname)))
+        return _with_alpn(await _handshake(sock, wrap, lambda exc: explain_to_client(exc, server_hostname), look))
     except HandshakeFailed as exc:
         if exc.problem not in (HandshakeProblem.EXPIRED, HandshakeProblem.NOT_YET_VALID) or address is None:
             raise
@@ -273,16 +276,21 @@ def _tls13_only(context: ssl.SSLContext, alpn: Sequence[str]) -> ssl.SSLContext:
 
 
 async def _handshake(
-    sock: socket.socket, wrap: Callable[[], ssl.SSLSocket], explain: Callable[[OSError], HandshakeFailed]
+    sock: socket.socket,
+    wrap: Callable[[], ssl.SSLSocket],
+    explain: Callable[[OSError], HandshakeFailed],
+    look: Callable[[socket.socket], None] | None = None,
 ) -> ssl.SSLSocket:
     tls: ssl.SSLSocket | None = None
     try:
         try:
             sock.setblocking(False)
             tls = wrap()
-            await _shake_hands(tls)
+            await _shake_hands(tls, look)
         # In this order: a certificate error is both.
         except OSError as exc:
+            if look is not None:
+                look(tls or sock)  # the connection may have broken because the server has said it all
             raise explain(exc) from exc
         except ValueError as exc:
             raise HandshakeFailed(HandshakeProblem.OTHER, f"TLS cannot start: {exc}") from exc
@@ -292,8 +300,10 @@ async def _handshake(
     return tls
 
 
-async def _shake_hands(tls: ssl.SSLSocket) -> None:
+async def _shake_hands(tls: ssl.SSLSocket, look: Callable[[socket.socket], None] | None) -> None:
     while True:
+        if look is not None:
+            look(tls)  # each time: what is there when OpenSSL reads is gone
         try:
             # Writes to the socket itself: also the alert, before it raises.
             tls.do_handshake()

@@ -131,8 +131,9 @@ class MuxStatistics:
 class Mux:
     """The streams of one session and its two byte sequences.
 
-    Feed what arrives to `receive`; send what `ring.unsent` shows; call `tick` every heartbeat. `on_open` is called for each OPEN (relay);
-    it sets `stream.endpoint` before it returns, or refuses. `wake` is called whenever something was queued. Not for several threads.
+    Feed what arrives to `receive`; send what `ring.unsent` shows; call `tick` when a heartbeat is due. `on_open` is called for each OPEN
+    (relay); it sets `stream.endpoint` before it returns, or refuses. `wake` is called whenever something was queued. Not for several
+    threads.
     """
 
     def __init__(
@@ -239,7 +240,7 @@ class Mux:
             self._queue_ack()
 
     def tick(self, now: float) -> None:
-        """Once a heartbeat: PING, and an ACK of what has arrived."""
+        """A heartbeat is due: PING, and an ACK of what has arrived."""
         self.now = now
         self._queue_ack()
         self.queue(frames.encode_u64(frames.PING, int(now * 1e6)))

@@ -66,12 +66,15 @@ def storm(stage: Stage, outcome: Outcome, sources: int = 250) -> None:
     wait_until(lambda: all_back(0.0), 170, f"{count} relays up: {[crowd.ask() for crowd in crowds]}")
     outcome.add("relays", count)
     outcome.add("s until all are up, the first time", time.monotonic() - began, "≤ 60")
+    outcome.add("ms of the gateway's CPU for each until then", 1000 * usage(stack.gateway.pid).cpu_s / count)
+    outcome.add("ms of the simulated relays' own", 1000 * cpu_of(crowds) / count)
     time.sleep(stage.pick(2, 5))
     before = usage(stack.gateway.pid)
     idle_s = stage.pick(2, 10)
     time.sleep(idle_s)
     outcome.add("gateway's CPU with idle relays, percent", 100 * (usage(stack.gateway.pid).cpu_s - before.cpu_s) / idle_s)
     stack.gateway.kill()
+    relays_cpu_s = cpu_of(crowds)
     began = time.monotonic()
     stack.start_gateway()
     ready_s = time.monotonic() - began
@@ -85,6 +88,9 @@ def storm(stage: Stage, outcome: Outcome, sources: int = 250) -> None:
         thread.join()
     outcome.add("s until all are back, the gateway's start included", time.monotonic() - began, "≤ 60")
     outcome.add("of which its start", ready_s)
+    outcome.add("ms of the gateway's CPU for each, its start included", 1000 * usage(stack.gateway.pid).cpu_s / count)
+    outcome.add("ms of the simulated relays' own, after the restart", 1000 * (cpu_of(crowds) - relays_cpu_s) / count)
+    outcome.add("told to come again, before TLS", told_to_come_again(stack))
     outcome.add("files of the gateway, most", watch.most_files, f"≤ {2 * count + PENDING + 100}")
     outcome.add("files of each relay that is up", usage(stack.gateway.pid).files / count)
     outcome.add("MiB of the gateway, most", watch.most_rss_bytes / 2**20)
@@ -92,6 +98,17 @@ def storm(stage: Stage, outcome: Outcome, sources: int = 250) -> None:
     log = (stack.directory / "gateway.log").read_text()
     outcome.add("log lines about strangers who made room", log.count("made room for newer"))
     outcome.add("relays that gave up", sum(len(crowd.ask()["failures"]) for crowd in crowds), "= 0")
+
+
+def cpu_of(crowds: list[Helper]) -> float:
+    """Seconds that simulated relays have used."""
+    return sum(usage(crowd.process.pid).cpu_s for crowd in crowds)
+
+
+def told_to_come_again(stack: Stack) -> int:
+    """As the gateway counts them."""
+    lines = stack.page("/metrics").splitlines()
+    return sum(int(float(line.split()[-1])) for line in lines if line.startswith("fxgateway_relays_refused_total") and '"busy"' in line)
 
 
 STORM = Fault("storm", "2,000 relays dial a gateway that has restarted: all back in 60 s, what waits is bounded", storm)

@@ -3,6 +3,7 @@
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
@@ -47,10 +48,37 @@ async def stuck(_: int | None = None) -> bytes:
     raise AssertionError
 
 
-async def ended(channel: Channel, heard: list[Message] | None = None, *, heartbeat_s: float = 5, dead_after_s: float = 15) -> TunnelClosed:
+def sent_by(ws: Any) -> list[str]:
+    """What goes out through it from now on."""
+    texts: list[str] = []
+    really = ws.send_message
+
+    async def send(text: str) -> None:
+        texts.append(text)
+        await really(text)
+
+    ws.send_message = send
+    return texts
+
+
+async def ended(
+    channel: Channel,
+    heard: list[Message] | None = None,
+    *,
+    heartbeat_s: float = 5,
+    dead_after_s: float = 15,
+    yield_s: float = 0,
+    is_vouched_for: bool = False,
+) -> TunnelClosed:
     on_message = (lambda _: None) if heard is None else heard.append
     with pytest.raises(TunnelClosed) as caught:
-        await channel.run(on_message, heartbeat_s=heartbeat_s, dead_after_s=dead_after_s)
+        await channel.run(
+            on_message,
+            heartbeat_s=heartbeat_s,
+            dead_after_s=dead_after_s,
+            yield_s=yield_s,
+            is_vouched_for=lambda: is_vouched_for,
+        )
     return caught.value
 
 
@@ -82,10 +110,27 @@ async def test_a_peer_that_only_answers_pings_keeps_the_link(autojump_clock: obj
         far.end_soon(Closing(code=Code.NORMAL))
 
 
-async def test_a_silent_peer_is_found_dead_in_time(autojump_clock: object) -> None:
+@pytest.mark.parametrize(("is_vouched_for", "every_s"), [(False, 3), (True, 7.5)])
+async def test_the_relay_pings_and_the_gateway_answers(autojump_clock: object, is_vouched_for: bool, every_s: float) -> None:
+    async with linked() as pair, trio.open_nursery() as nursery:
+        near_sent, far_sent = sent_by(pair.near), sent_by(pair.far)
+        far = Channel(pair.far)
+        nursery.start_soon(partial(ended, Channel(pair.near), heartbeat_s=3, is_vouched_for=is_vouched_for))
+        nursery.start_soon(partial(ended, far, heartbeat_s=3, yield_s=1, is_vouched_for=is_vouched_for))
+        await trio.sleep(3600)
+        assert len(near_sent) == pytest.approx(3600 / every_s, abs=2)
+        assert all('"ping"' in text for text in near_sent)
+        assert all('"pong"' in text for text in far_sent)
+        far.end_soon(Closing(code=Code.NORMAL))
+
+
+@pytest.mark.parametrize("yield_s", [0, 1])
+@pytest.mark.parametrize("is_vouched_for", [False, True])
+async def test_a_silent_peer_is_found_dead_in_time(autojump_clock: object, is_vouched_for: bool, yield_s: float) -> None:
     async with linked() as pair:
         started = trio.current_time()
-        closed = await ended(Channel(pair.near), dead_after_s=15)  # nobody runs the far channel
+        # Nobody runs the far channel.
+        closed = await ended(Channel(pair.near), dead_after_s=15, is_vouched_for=is_vouched_for, yield_s=yield_s)
         assert closed.code is Code.LINK_LOST
         assert trio.current_time() - started == pytest.approx(15)
 

@@ -84,13 +84,17 @@ async def brings_a_bad_ticket(rig: Rig, relay_id: RelayId) -> None:
 SCENARIOS: tuple[Scenario, ...] = (enrols, uses_a_control_link, is_turned_away, opens_a_data_link, brings_a_bad_ticket)
 
 
-@pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.__name__)
+@pytest.mark.parametrize(
+    ("scenario", "at_once"),
+    [*((scenario, 32) for scenario in SCENARIOS), (opens_a_data_link, 1)],
+    ids=lambda value: getattr(value, "__name__", f"{value} at once"),
+)
 async def test_a_fault_at_every_await_of_a_connection(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, scenario: Scenario
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, scenario: Scenario, at_once: int
 ) -> None:
     caplog.set_level(logging.WARNING)
     victims = [RelayId(f"victim-{number}") for number in range(len(FAULTS))]
-    limits = PortLimits(hello_timeout_s=2.0, pending=256, pending_per_source=64)
+    limits = PortLimits(hello_timeout_s=2.0, pending=256, pending_per_source=64, at_once=at_once)
     monkeypatch.setattr(channel, "GOODBYE_S", 0.02)
     hits = told = 0
     async with running(tmp_path, limits, ControlConfig(heartbeat_s=0.03, dead_after_s=5.0, hello_timeout_s=2.0)) as rig:

@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 import trio
 from trio_websocket import ConnectionClosed
-from tunnels_rig import ended, hello, raw_answer, reply, running
+from tunnels_rig import ended, hello, raw_answer, reply, running, until
 
+from fxgateway.tunnels.lobby import Lobby
 from fxgateway.tunnels.port import PortLimits
+from fxtunnel.control.busy import BUSY_BYTES, parse_busy
 from fxtunnel.control.messages import Load, Ping, Welcome, encode
 from fxtunnel.kit.tls import HandshakeFailed, client_context, handshake_client
 from fxtunnel.kit.tokens import new_key
@@ -134,6 +136,44 @@ async def test_one_source_cannot_fill_the_lobby(tmp_path: Path) -> None:
             sock.close()
 
 
+async def test_a_busy_port_says_so_before_tls_and_finishes_what_it_has_begun(tmp_path: Path) -> None:
+    """Both places are taken by clients that have said their hello and wait for us; there is one turn, which a slow one has."""
+    async with running(tmp_path, PortLimits(hello_timeout_s=5, pending=2, pending_per_source=2, at_once=1)) as rig:
+        await rig.enrol()
+        context = client_context(rig.ca_pem, ["http/1.1"])
+        hello_bytes = client_hello(context)
+        crowd = [await rig.connect() for _ in range(2)]
+        for sock in crowd:
+            sock.sendall(hello_bytes)
+        await trio.sleep(0.05)
+        assert rig.port.pending == 2
+        late = await rig.connect()
+        late.sendall(hello_bytes)
+        stream = trio.SocketStream(trio.socket.from_stdlib_socket(late))
+        with trio.fail_after(2):
+            line = bytes(await stream.receive_some(BUSY_BYTES))
+        appointment = parse_busy(line)
+        assert appointment is not None
+        assert 0 < appointment.retry_after_s < 20
+        assert rig.port.refused == {"busy": 1}
+        await stream.aclose()
+        for sock in crowd:
+            sock.close()
+        with trio.fail_after(3):
+            while rig.port.pending:
+                await trio.sleep(0.01)
+        async with rig.control() as (_, welcome):
+            assert isinstance(welcome, Welcome)
+
+
+def client_hello(context: ssl.SSLContext) -> bytes:
+    outgoing = ssl.MemoryBIO()
+    tls = context.wrap_bio(ssl.MemoryBIO(), outgoing, server_hostname="127.0.0.1")
+    with contextlib.suppress(ssl.SSLWantReadError):
+        tls.do_handshake()
+    return outgoing.read()
+
+
 async def test_a_connection_reset_at_any_moment_is_only_logged(tmp_path: Path) -> None:
     async with running(tmp_path) as rig:
         await rig.enrol()
@@ -181,6 +221,47 @@ async def test_no_error_of_ours_stops_the_port(tmp_path: Path, caplog: pytest.Lo
             with trio.fail_after(5):
                 assert "pong" in await bystander.get_message()
         assert "internal error" in caplog.text
+
+
+async def test_strangers_that_hold_every_turn_do_not_keep_a_good_relay_out(tmp_path: Path) -> None:
+    limits = PortLimits(hello_timeout_s=5.0, pending=24, pending_per_source=24, at_once=2)
+    async with running(tmp_path, limits) as rig:
+        await rig.enrol()
+        hello_begun = b"\x16\x03\x01\x02\x00\x01"
+        crowd = [await rig.connect("127.0.0.2") for _ in range(24)]
+        for sock in crowd:
+            sock.sendall(hello_begun)
+        await until(lambda: rig.port.pending == 24)
+        await trio.sleep(0.1)
+        with trio.fail_after(5):
+            async with rig.control() as (_, welcome):
+                assert isinstance(welcome, Welcome)
+        for sock in crowd:
+            sock.close()
+
+
+async def test_a_bug_in_the_order_of_turns_ends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with running(tmp_path, PortLimits(hello_timeout_s=5.0, at_once=1)) as rig:
+        await rig.enrol()
+        really, failed = Lobby._end_long_turns, trio.Event()
+
+        def fail(lobby: Lobby) -> None:
+            monkeypatch.setattr(Lobby, "_end_long_turns", really)
+            failed.set()
+            raise RuntimeError("a bug")
+
+        monkeypatch.setattr(Lobby, "_end_long_turns", fail)
+        idler = await rig.connect("127.0.0.2")
+        idler.sendall(b"\x16")
+        await until(lambda: rig.port.pending == 1)
+        with trio.fail_after(5):
+            async with rig.control() as (_, welcome):
+                assert isinstance(welcome, Welcome)
+        assert failed.is_set()
+        assert "internal error in the order of turns" in caplog.text
+        idler.close()
 
 
 @pytest.mark.parametrize("exc", BOOMS, ids=lambda e: type(e).__name__)

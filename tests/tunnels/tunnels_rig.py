@@ -103,6 +103,9 @@ class FakeRegistry:
     def knows(self, relay_id: RelayId, instance: InstanceId) -> bool:
         return self.here.get(relay_id, (None, None))[0] == instance
 
+    def is_up(self, relay_id: RelayId, instance: InstanceId) -> bool:
+        return bool(self.sessions)
+
     def mark_draining(self, relay_id: RelayId, instance: InstanceId, departure: Departure) -> None:
         self._note("draining", relay_id, instance)
 

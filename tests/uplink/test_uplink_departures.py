@@ -82,6 +82,25 @@ async def test_another_process_that_nobody_announced(gateway: FakeGateway, state
         assert old.link is not None
 
 
+async def test_a_gateway_that_was_restarted_gets_one_control_link_and_one_data_link(gateway: FakeGateway, state_dir: Path) -> None:
+    gateway.greeting = [gateway.welcome(process="p1")]
+    async with running(gateway, state_dir) as it:
+        await until(lambda: it.is_carrying)
+        old = it.session
+        gateway.greeting = [gateway.welcome(process="p2")]
+        gateway.cut_control()
+        old.cut()
+        await until(lambda: len(it.factory.sessions) == 2 and it.is_carrying)
+        await trio.sleep(0.1)
+        assert old.closed is not None
+        assert old.closed[0] is Code.LINK_LOST
+        assert len(gateway.controls) == 2
+        assert [hello.session for hello in gateway.data_hellos] == [None, None]
+        it.session.cut()
+        await until(lambda: it.is_carrying)
+        assert gateway.data_hellos[2].session == session_id(2)
+
+
 async def test_making_way(gateway: FakeGateway, state_dir: Path) -> None:
     async with running(gateway, state_dir) as it:
         await until(lambda: it.is_carrying)

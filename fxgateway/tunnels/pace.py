@@ -1,0 +1,55 @@
+"""Pure: how fast arrivals are dealt with, as measured; and when those who are turned away should come again."""
+
+from typing import Final
+
+from fxtunnel.control.busy import Appointment
+
+FIRST_GAP_S: Final = 0.005
+"""Between two arrivals, before anything was measured: about what the CPU of one allows."""
+_LEAST_GAP_S: Final = 0.0005
+_MOST_GAP_S: Final = 0.5
+_WEIGHT: Final = 1 / 32
+TURNS_A_RELAY: Final = 2
+"""A control link and a data link."""
+LEAST_S: Final = 0.25
+MOST_S: Final = 15.0
+"""Longest appointment. Beyond it all come in the second half of this time, at random."""
+
+
+class Pace:
+    """Gives each one who is turned away a time of its own, one after the other, as fast as arrivals were dealt with lately.
+
+    Times are monotonic seconds. A crowd of strangers that never comes again costs the others MOST_S at most.
+    """
+
+    __slots__ = ("_booked_until", "_gap_s", "_last", "_was_crowded")
+
+    def __init__(self) -> None:
+        self._gap_s = FIRST_GAP_S
+        self._last = 0.0
+        self._was_crowded = False
+        self._booked_until = 0.0
+
+    @property
+    def gap_s(self) -> float:
+        """Seconds from one turn's end to the next, while others waited."""
+        return self._gap_s
+
+    def note_done(self, now: float, *, is_crowded: bool) -> None:
+        """One more turn has ended, well or not; `is_crowded`: others wait, so that the time until the next one says how fast we are."""
+        if self._was_crowded:
+            gap_s = min(max(now - self._last, 0.0), _MOST_GAP_S)
+            self._gap_s = max(_LEAST_GAP_S, self._gap_s + (gap_s - self._gap_s) * _WEIGHT)
+        self._last, self._was_crowded = now, is_crowded
+
+    def wait_s(self, waiting: int) -> float:
+        """How long somebody behind so many others would wait."""
+        return waiting * self._gap_s
+
+    def book(self, now: float, waiting: int) -> Appointment:
+        """The next free time behind those who wait here and those who have been given a time before."""
+        at = max(self._booked_until, now + max(LEAST_S, self.wait_s(waiting)))
+        if at - now > MOST_S:
+            return Appointment(MOST_S / 2, MOST_S / 2)
+        self._booked_until = at + TURNS_A_RELAY * self._gap_s
+        return Appointment(at - now, max(LEAST_S, (at - now) / 4))
