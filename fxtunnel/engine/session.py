@@ -249,9 +249,8 @@ class Session:
 
     def _write(self, link: ssl.SSLSocket) -> bool:
         """Send what the ring holds, several records as few segments. True: all of it; False: the link is full, or gone."""
-        if self.mux.ring.unsent_bytes <= RECORD_BYTES:
-            return self._write_records(link)
-        return corked(link, self._write_records, link)
+        is_one = self.mux.ring.unsent_bytes <= RECORD_BYTES
+        return self._write_records(link) if is_one else corked(link, self._write_records, link)
 
     def _write_records(self, link: ssl.SSLSocket) -> bool:
         mux = self.mux
@@ -372,8 +371,7 @@ class Session:
             return
         config, silent_s = self._config, self._reactor.now - self._last_arrival
         if silent_s >= config.dead_after_s:
-            self._lost(f"nothing arrived for {silent_s:.1f} s")
-            return
+            return self._lost(f"nothing arrived for {silent_s:.1f} s")
         is_idle = self.mux.heartbeats.is_idle(self.mux.passed_bytes)
         is_due, wait_s = next_beat(silent_s, config.heartbeat_s, config.dead_after_s, config.yield_s, is_idle=is_idle)
         self._arm(wait_s, self._beat)
