@@ -248,7 +248,8 @@ class Session:
 
     def _write(self, link: ssl.SSLSocket) -> bool:
         """Send what the ring holds, several records as few segments. True: all of it; False: the link is full, or gone."""
-        if self.mux.ring.unsent_bytes <= RECORD_BYTES:
+        ring = self.mux.ring
+        if ring.head - ring.sent <= RECORD_BYTES:
             return self._write_records(link)
         return corked(link, self._write_records, link)
 
