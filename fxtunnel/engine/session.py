@@ -249,7 +249,7 @@ class Session:
 
     def _write(self, link: ssl.SSLSocket) -> bool:
         """Send what the ring holds, several records as few segments. True: all of it; False: the link is full, or gone."""
-        is_one = self.mux.ring.unsent_bytes <= RECORD_BYTES
+        is_one = self.mux.ring.head - self.mux.ring.sent <= RECORD_BYTES
         return self._write_records(link) if is_one else corked(link, self._write_records, link)
 
     def _write_records(self, link: ssl.SSLSocket) -> bool:
