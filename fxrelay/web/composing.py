@@ -93,6 +93,8 @@ def cookie_key(path: Path | None, state_dir: Path) -> bytes:
 
 
 def _read_key(path: Path) -> bytes:
+    if not os.path.lexists(path):
+        raise ConfigError.one(path, "", f"does not exist; run: (umask 077; openssl rand -hex 32 > {path})")
     key = read_secret(path).strip()
     if len(key) < MIN_KEY_BYTES:
         raise ConfigError.one(path, "", f"holds less than {MIN_KEY_BYTES} bytes; run: openssl rand -hex 32")

@@ -4,6 +4,7 @@ import pytest
 from cli_samples import RELAY_TOML, Write
 
 import fxrelay.settings
+from fxrelay.web.composing import verify_web_files
 from fxtunnel.errors import ConfigError
 
 HTTP = '[[service]]\nname = "site"\nprotocol = "http"\n'
@@ -42,3 +43,9 @@ def test_what_does_not_go_together(relay_toml: Write, lines: str, said: str) -> 
     with pytest.raises(ConfigError) as caught:
         fxrelay.settings.load(relay_toml(RELAY_TOML + lines), {})
     assert said in str(caught.value)
+
+
+def test_a_missing_cookie_key_is_told_with_the_command_that_makes_it(relay_toml: Write) -> None:
+    path = relay_toml(RELAY_TOML + HTTP + 'port = 1\naffinity = {cookie = "n"}\ncookie_key = "c.key"\n')
+    (problem,) = verify_web_files(fxrelay.settings.load(path, {}))
+    assert f"does not exist; run: (umask 077; openssl rand -hex 32 > {path.parent / 'c.key'})" in str(problem)
