@@ -38,9 +38,9 @@ class Cutter:
             return len(self._ways)
 
     def freeze_one(self, number: int) -> None:
-        """As `freeze`, for the connection that is this one by age, the oldest being 0."""
+        """As `freeze`, for the connection that is this one by age among those that flow, the oldest being 0."""
         with self._lock:
-            self._ways[number].flows.clear()
+            [way for way in self._ways if way.flows.is_set()][number].flows.clear()
 
     def thaw(self) -> None:
         """What was frozen flows again."""
