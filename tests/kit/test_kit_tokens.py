@@ -297,6 +297,8 @@ def test_times_beyond_the_century_are_no_times(exp: int) -> None:
     with pytest.raises(PeerRefused) as caught:
         verify(with_claims(iat=exp - 60, nbf=exp - 60, exp=exp), exp - 30)
     assert caught.value.refusal is Refusal.BAD_ASSERTION
+    last = 4_102_444_800
+    assert verify(with_claims(iat=last - 60, nbf=last - 60, exp=last), last - 30).exp_unix == last
 
 
 def test_an_assertion_lives_for_a_moment_at_least() -> None:

@@ -38,3 +38,23 @@ def test_bytes_that_come_one_by_one_share_pieces() -> None:
     for _ in range(3 * PIECE_BYTES):
         pieces.append(b"x")
     assert len(pieces._pieces) == 3
+
+
+def test_what_waits_is_not_copied_again() -> None:
+    pieces = Pieces(b"a" * (PIECE_BYTES - 10))
+    pieces.append(b"b" * 10)
+    assert [len(piece) for piece in pieces._pieces] == [PIECE_BYTES]
+    pieces.append(b"c")
+    pieces.append(b"d" * PIECE_BYTES)
+    assert [len(piece) for piece in pieces._pieces] == [PIECE_BYTES, 1, PIECE_BYTES]
+
+
+def test_what_leaves_leaves_from_the_front() -> None:
+    pieces = Pieces(b"a" * PIECE_BYTES)
+    pieces.append(b"bc")
+    pieces.left(PIECE_BYTES - 1)
+    assert pieces.joined() == b"abc"
+    pieces.left(1)
+    assert pieces.first == b"bc"
+    pieces.left(1)
+    assert pieces.first == pieces.joined() == b"c"

@@ -78,6 +78,56 @@ def test_an_expired_token_says_since_when(ids: Identities) -> None:
     assert outcome(ids, token="fxe_old") is EnrolOutcome.ALREADY
 
 
+def test_a_token_ends_at_its_second(ids: Identities) -> None:
+    ids.add_token("fxe_ends_now", int(NOW))
+    ids.add_token("fxe_ends_next", int(NOW) + 1)
+    assert outcome(ids, token="fxe_ends_now") is EnrolOutcome.EXPIRED_TOKEN
+    assert outcome(ids, token="fxe_ends_next") is EnrolOutcome.ENROLLED
+
+
+def test_expired_tokens_are_kept_for_a_month(ids: Identities, tmp_path: Path) -> None:
+    month_s = 30 * 86_400
+    ids.add_token("fxe_forgotten", int(NOW) - month_s)
+    ids.add_token("fxe_remembered", int(NOW) - month_s + 1)
+    ids.add_token("fxe_new", int(NOW) + 60)
+    kept = [token["expires_unix"] - int(NOW) for token in json.loads((tmp_path / "relays.json").read_text())["tokens"]]
+    assert kept == [60, 1 - month_s, 60]
+
+
+def test_what_another_process_has_changed_counts_for_the_next_relay(ids: Identities, tmp_path: Path) -> None:
+    command = store(tmp_path)
+    token_id = command.add_token("fxe_theirs", int(NOW) + 60)
+    assert outcome(ids, token="fxe_theirs") is EnrolOutcome.ENROLLED
+    command.withdraw_token(token_id)
+    assert outcome(ids, relay=B, key=OTHER, token="fxe_theirs") is EnrolOutcome.BAD_TOKEN
+    command.revoke(A)
+    assert not isinstance(ids.find_key(A, KID), KeyProblem)
+    ids.look_again()
+    assert ids.find_key(A, KID) is KeyProblem.REVOKED
+
+
+def test_a_second_look_at_an_unusable_file_changes_nothing(ids: Identities, tmp_path: Path) -> None:
+    outcome(ids)
+    (tmp_path / "relays.json").write_text("{")
+    ids.look_again()
+    assert not isinstance(ids.find_key(A, KID), KeyProblem)
+
+
+def test_a_relay_is_revoked_once(ids: Identities, tmp_path: Path) -> None:
+    outcome(ids)
+    ids.revoke(A)
+    assert Identities(tmp_path / "relays.json", now_unix=lambda: NOW + 100).revoke(A)
+    ids.load()
+    assert [relay.revoked_unix for relay in ids.known()] == [int(NOW)]
+
+
+def test_a_lock_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "relays.json.lock").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ConfigError, match="cannot be opened"):
+        store(tmp_path).add_token("fxe_new", 1)
+    assert not (tmp_path / "elsewhere").exists()
+
+
 def test_revoking_withdraws_the_token_too(ids: Identities) -> None:
     ids.add_token("fxe_other", int(NOW) + 60)
     outcome(ids)
