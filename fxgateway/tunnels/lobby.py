@@ -112,7 +112,7 @@ class Lobby:
         if self._by_source.get(source, 0) >= limits.pending_per_source:
             self._make_room(self._silent_one(now, source))
         elif len(self._strangers) >= limits.pending:
-            self._make_room(self._silent_one(now) or self._last_of_crowd(source))
+            self._make_room(next(iter(self._silent), None) or self._last_of_crowd(source))
         guest = Guest(source, now, now + limits.hello_timeout_s)
         self._strangers.add(guest)
         if not has_spoken:
@@ -183,12 +183,12 @@ class Lobby:
         own = len(self._waiting.get(source, ()))
         return own + sum(min(len(queue), own + 1) for other, queue in self._waiting.items() if other != source)
 
-    def _silent_one(self, now: float, source: str = "") -> Guest | None:
-        """Who has been silent for the longest time, and for long enough; of that source, if one is named."""
+    def _silent_one(self, now: float, source: str) -> Guest | None:
+        """Who of this source has been silent for the longest time, and for long enough."""
         for guest in self._silent:
             if now - guest.entered_at < SILENT_S:
                 return None
-            if source in ("", guest.source):
+            if guest.source == source:
                 return guest
         return None
 
