@@ -6,8 +6,7 @@ from fxtunnel.control.busy import Appointment
 
 FIRST_GAP_S: Final = 0.005
 """Between two arrivals, before anything was measured: about what the CPU of one allows."""
-_LEAST_GAP_S: Final = 0.002
-"""A turn of a peer that is gone takes no time; one of a relay takes this much CPU on any machine."""
+_LEAST_GAP_S: Final = 0.0005
 _MOST_GAP_S: Final = 0.5
 _WEIGHT: Final = 1 / 32
 TURNS_A_RELAY: Final = 2
