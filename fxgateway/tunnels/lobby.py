@@ -22,6 +22,8 @@ LATE_SHARE: Final = 2
 """So many times those who have turns may be late; then the one that is so for the longest time goes."""
 CROWD_SHARE: Final = 4
 """A source with so many times as many who wait as a newcomer's source has makes room for it when the lobby is full: each its share."""
+SILENT_S: Final = 0.25
+"""For so long a newcomer's hello may be on its way: if every other newcomer took its place, nobody of a crowd would ever get to speak."""
 _LOOK_S: Final = 0.1
 
 
@@ -47,10 +49,11 @@ class TurnedAway(Exception):
 class Guest:
     """One such peer. Whatever is done for it runs inside `scope`. Its time stands still while it waits for us."""
 
-    __slots__ = ("completes", "is_evicted", "is_stranger", "scope", "served_at", "source", "turn")
+    __slots__ = ("completes", "entered_at", "is_evicted", "is_stranger", "scope", "served_at", "source", "turn")
 
-    def __init__(self, source: str, deadline: float) -> None:
+    def __init__(self, source: str, entered_at: float, deadline: float) -> None:
         self.source = source
+        self.entered_at = entered_at
         self.scope = trio.CancelScope(deadline=deadline)
         self.completes = False
         """It brings the second half of something whose first half is in: a data link. It goes before others of its source."""
@@ -107,10 +110,10 @@ class Lobby:
         if self._pace.wait_s(self._waiting_count) > FULL_WAIT_S and self._pace.wait_s(self._ahead_of(source)) > FULL_WAIT_S:
             raise TurnedAway(self.appointment())
         if self._by_source.get(source, 0) >= limits.pending_per_source:
-            self._make_room(next((guest for guest in self._silent if guest.source == source), None))
+            self._make_room(self._silent_one(now, source))
         elif len(self._strangers) >= limits.pending:
             self._make_room(next(iter(self._silent), None) or self._last_of_crowd(source))
-        guest = Guest(source, now + limits.hello_timeout_s)
+        guest = Guest(source, now, now + limits.hello_timeout_s)
         self._strangers.add(guest)
         if not has_spoken:
             self._silent[guest] = None
@@ -179,6 +182,15 @@ class Lobby:
         """How many have a turn before one more of this source has: all of its own, and as many of each other source."""
         own = len(self._waiting.get(source, ()))
         return own + sum(min(len(queue), own + 1) for other, queue in self._waiting.items() if other != source)
+
+    def _silent_one(self, now: float, source: str) -> Guest | None:
+        """Who of this source has been silent for the longest time, and for long enough."""
+        for guest in self._silent:
+            if now - guest.entered_at < SILENT_S:
+                return None
+            if guest.source == source:
+                return guest
+        return None
 
     def _last_of_crowd(self, source: str) -> Guest | None:
         """Who came last of the source that has most waiting here, if that is far more than this one has; nothing was done for it yet."""

@@ -14,7 +14,7 @@ import trio
 from trio_websocket import ConnectionClosed
 from tunnels_rig import ended, hello, raw_answer, reply, running, until
 
-from fxgateway.tunnels.lobby import Lobby
+from fxgateway.tunnels.lobby import SILENT_S, Lobby
 from fxgateway.tunnels.port import PortLimits
 from fxtunnel.control.busy import BUSY_BYTES, parse_busy
 from fxtunnel.control.messages import Load, Ping, Welcome, encode
@@ -113,7 +113,7 @@ async def test_silent_crowds_do_not_keep_a_good_relay_out(tmp_path: Path) -> Non
     async with running(tmp_path, PortLimits(hello_timeout_s=5, pending=100, pending_per_source=40)) as rig:
         await rig.enrol()
         silent = [await rig.connect(f"127.0.0.{1 + i % 8}") for i in range(200)]
-        await trio.sleep(0.05)
+        await trio.sleep(2 * SILENT_S)
         assert rig.port.pending <= 100
         started = trio.current_time()
         async with rig.control() as (_, welcome):
@@ -140,6 +140,7 @@ async def test_a_busy_port_says_so_before_tls_and_finishes_what_it_has_begun(tmp
     """Both places are taken by clients that have said their hello and wait for us; there is one turn, which a slow one has."""
     async with running(tmp_path, PortLimits(hello_timeout_s=5, pending=2, pending_per_source=2, at_once=1)) as rig:
         await rig.enrol()
+        await until(lambda: not rig.port.pending)
         context = client_context(rig.ca_pem, ["http/1.1"])
         hello_bytes = client_hello(context)
         crowd = [await rig.connect() for _ in range(2)]
