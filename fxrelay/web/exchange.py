@@ -62,6 +62,7 @@ class Exchange:
         self._order = order
         self._visit = visit
         self._is_sent = False
+        self._upload: Upload | None = None
         self._waited_s = 0.0
         self._has_interim = False
         self._has_answer = False
@@ -128,7 +129,7 @@ class Exchange:
         client, order = self._client, self._order
         if not await self._send(order.wire):
             return
-        upload = Upload(client, self._link, self._visit, order.head.length, order.max_body_bytes)
+        upload = self._upload = Upload(client, self._link, self._visit, order.head.length, order.max_body_bytes)
         tunnel = client.stream if isinstance(client.stream, TunnelStream) else None
         out = upload.feed(client.scanner.take_rest())
         while True:
@@ -140,9 +141,15 @@ class Exchange:
                 out = upload.feed(await client.receive())
             else:
                 out = await upload.pass_on(tunnel)
-        client.scanner.feed(upload.rest)
-        self._is_sent = True
-        self._waits.deadline = trio.current_time() + order.response_timeout_s
+        upload.is_passed = True
+        self._note_sent(upload)
+
+    def _note_sent(self, upload: Upload | None) -> None:
+        """If the body has been passed on: what came behind it is the client's next request. Twice is once."""
+        if upload is not None and upload.is_passed and not self._is_sent:
+            self._client.scanner.feed(upload.rest)
+            self._is_sent = True
+            self._waits.deadline = trio.current_time() + self._order.response_timeout_s
 
     async def _respond(self) -> Outcome:
         order = self._order
@@ -157,6 +164,7 @@ class Exchange:
                 return Outcome(switched=switched_back(head, order.upgrade))
             except BadHead as exc:
                 raise _bad_gateway(str(exc)) from exc
+        self._note_sent(self._upload)
         keeps_alive = order.keeps_alive and self._is_sent and not order.upgrade
         try:
             answer = answer_back(head, order.head, keeps_alive=keeps_alive, cookies=order.cookies)

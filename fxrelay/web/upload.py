@@ -26,6 +26,8 @@ class Upload:
         self._reader = request_body(length)
         self._is_chunked = length is None
         self._max_body_bytes = max_body_bytes
+        self.is_passed = False
+        """The service has all of it: whoever answers from now on has not answered early."""
         self._total = 0
         self._unsent = b""
         self._refused: Refused | None = None
@@ -110,6 +112,7 @@ class Upload:
                 self._unsent = out[sent:]
                 self._end()
             elif self.is_done:
+                self.is_passed = True  # here: the answer may be there before the task that waits has been woken
                 self._end()
 
     def _end(self) -> None:

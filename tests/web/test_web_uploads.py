@@ -2,12 +2,14 @@
 
 from contextlib import suppress
 
+import pytest
 import trio
 from peers import connect, pattern, receive_all
 from plane import SERVICE, Contexts, Plane, open_plane
 from web_rig import OK, add_web_relay, ask, read_head, statuses
 
 from fxrelay.web.ports import WebRules
+from fxrelay.web.upload import Upload
 
 
 async def web(plane: Plane, service: object, rules: WebRules | None = None) -> int:
@@ -95,3 +97,36 @@ async def test_an_upload_to_a_service_that_reads_slowly_is_whole(contexts: Conte
         port = await web(plane, service)
         head = b"POST / HTTP/1.1\r\nHost: a\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % len(body)
         assert (await ask(port, head + body)).endswith(b"ok")
+
+
+async def test_an_answer_before_the_bodys_task_is_woken_keeps_the_connection(contexts: Contexts, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The body is passed on in a callback; whose task runs first after that is nobody's business."""
+    async with open_plane(contexts) as plane:
+        heads = []
+
+        async def service(stream: trio.SocketStream) -> None:
+            while len(heads) < 2:
+                head, got = await read_head(stream)
+                heads.append(head)
+                while len(got) < 6:
+                    got += await stream.receive_some()
+                await stream.send_all(OK)
+
+        port = await web(plane, service)
+        woken_at_once = Upload._end
+
+        def woken_late(upload: Upload) -> None:
+            upload._is_over = True
+            plane.reactor.call_later(0.2, lambda: woken_at_once(upload))
+
+        monkeypatch.setattr(Upload, "_end", woken_late)
+        async with await connect(port) as stream:
+            await stream.send_all(b"PUT / HTTP/1.1\r\nHost: a\r\nContent-Length: 6\r\n\r\nfir")
+            await trio.sleep(0.1)
+            await stream.send_all(b"st.PUT /2 HTTP/1.1\r\nHost: a\r\nConnection: close\r\nContent-Length: 6\r\n\r\nsec")
+            await trio.sleep(0.1)
+            await stream.send_all(b"ond")
+            with trio.fail_after(5):
+                received = await receive_all(stream)
+        assert statuses(received) == [200, 200]
+        assert received.lower().count(b"connection: close") == 1
