@@ -121,7 +121,7 @@ class Handshake:
         else:
             self.is_over = True
             self.reactor.unregister(tls)
-            self._owner.on_secure(self, tls)  # type: ignore[arg-type]
+            self._owner.on_secure(self, tls)  # type: ignore[arg-type]  # a TlsSocket since `start`
 
     def on_crash(self) -> None:
         """From the reactor: a bug of ours; this connection ends, nothing else does."""

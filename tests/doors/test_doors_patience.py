@@ -27,7 +27,7 @@ async def one_service(plane: Plane) -> None:
 
 
 def door(plane: Plane, kind: Kind, **changes: float) -> int:
-    return plane.add_door(service=SERVICE, receptionist=Receptionist(kind, ROUTES, SERVICE), **changes)  # type: ignore[arg-type]
+    return plane.add_door(service=SERVICE, receptionist=Receptionist(kind, ROUTES, SERVICE), **changes)  # type: ignore[arg-type]  # of the rig
 
 
 async def test_where_clients_speak_first_the_kernel_waits_for_it(contexts: Contexts) -> None:

@@ -4,8 +4,10 @@ import threading
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 
 import outcome
+import pytest
 import trio
 
 from fxtunnel.engine.reactor import Reactor
@@ -45,17 +47,17 @@ async def test_work_is_done_elsewhere_one_after_the_other_and_told_here() -> Non
                 done.set()
 
         for number in range(5):
-            reactor.beside.do(lambda number=number: work(number), then)  # type: ignore[misc]
+            reactor.beside.do(partial(work, number), then)
         await trio.sleep(0.03)  # the thread may have ended by now
         for number in range(5, 10):
-            reactor.beside.do(lambda number=number: work(number), then)  # type: ignore[misc]
+            reactor.beside.do(partial(work, number), then)
         await done.wait()
         assert told == [0, 1, 2, "the fourth", 4, 5, 6, 7, 8, 9]
         assert most == 1
         assert threading.get_ident() not in threads
 
 
-async def test_the_loop_outlives_those_who_are_told(caplog: object) -> None:
+async def test_the_loop_outlives_those_who_are_told(caplog: pytest.LogCaptureFixture) -> None:
     async with running() as reactor:
         done = trio.Event()
 
@@ -65,4 +67,4 @@ async def test_the_loop_outlives_those_who_are_told(caplog: object) -> None:
         reactor.beside.do(lambda: 1, fails)
         reactor.beside.do(lambda: 2, lambda _: done.set())
         await done.wait()
-        assert "could not be told" in caplog.text  # type: ignore[attr-defined]
+        assert "could not be told" in caplog.text
