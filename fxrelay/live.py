@@ -99,7 +99,7 @@ class LiveView:
             sessions=member.server.sessions,
             placements=view.in_flight.counts(view.now).get(server_id, 0),
             gateways=tuple(sorted(member.server.gateways)),
-            switched_off=tuple(sorted(member.disabled | ({"drain"} if member.is_drained else frozenset()))),
+            switched_off=view.members.switched_off().get(name, ()),
             user="" if reservations is None else reservations.holders.user(server_id, view.now_ms),
         )
 

@@ -266,7 +266,7 @@ async def test_what_follows_quickly_is_told_together_as_it_is_then(autojump_cloc
             await trio.lowlevel.checkpoint()
             call()
 
-    tidings = Tidings(Bus(), AtOnce())  # type: ignore[arg-type]
+    tidings = Tidings(Bus(), AtOnce())  # type: ignore[arg-type]  # as much of them as is asked here
     async with trio.open_nursery() as nursery:
         nursery.start_soon(tidings.run)
         for revision in (1, 3, 2):

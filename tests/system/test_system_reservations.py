@@ -150,7 +150,7 @@ def test_who_waits_gets_the_node_when_it_is_free_in_order(make_cluster: MakeClus
     for number, user in enumerate((bob, cid), 1):
         waiting.append(threading.Thread(target=come, args=(user,)))
         waiting[-1].start()
-        wait_until(lambda: cluster.status("node-2")["reservations"]["waiting"] == {"desk": number}, 10, "the line")  # noqa: B023
+        wait_until(lambda: cluster.status("node-2")["reservations"]["waiting"] == {"desk": number}, 10, "the line")  # noqa: B023 - over before the next one
     assert dan.where() == ""  # the line is full
     time.sleep(7.0)  # longer than a gateway waits for an answer, together with what came before
     client.close()

@@ -169,7 +169,7 @@ def test_a_ticket_for_something_else(site: Site) -> None:
 def test_a_node_in_the_ticket_binds(site: Site) -> None:
     visitors = (f"visitor{number}" for number in itertools.count())  # a relay may take a while to learn that somebody has left
     for node in ("node-a", "node-b"):
-        wait_until(lambda: site.status("desk", site.ticket(next(visitors), "desk", node)) == 101, 30, f"{node} known")  # noqa: B023
+        wait_until(lambda: site.status("desk", site.ticket(next(visitors), "desk", node)) == 101, 30, f"{node} known")  # noqa: B023 - over before the next one
     assert site.status("desk", site.ticket(next(visitors), "desk", "node-a"), node="node-b") == 403
     # One of the two has to be asked first, and the stream has to come out at the other one.
     for node in ("node-a", "node-b") * 2:

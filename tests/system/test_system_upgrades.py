@@ -211,7 +211,7 @@ def test_without_a_service_manager_a_signal_brings_in_a_successor(make_stack: Ca
             for launcher in launchers:
                 before = {child.pid for child in psutil.Process(launcher.pid).children()}
                 launcher.signal(signal.SIGUSR2)
-                wait_until(lambda: f"launcher: process {newest(launcher)} has taken over" in stack.logs(), 30, "a successor")  # noqa: B023
+                wait_until(lambda: f"launcher: process {newest(launcher)} has taken over" in stack.logs(), 30, "a successor")  # noqa: B023 - over before the next one
                 assert newest(launcher) not in before
                 time.sleep(1)
             # One that cannot start changes nothing.
