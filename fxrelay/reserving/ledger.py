@@ -13,6 +13,7 @@ from fxtunnel.errors import StoreError
 from fxtunnel.model import RelayId
 
 T = TypeVar("T", Record, Granted | Rejected, Record | Rejected)
+Good = TypeVar("Good", Record, Granted)
 
 MARK: Final = "mark"
 LOOKS: Final = 3
@@ -62,12 +63,12 @@ class Ledger:
         return seen[-1]
 
     def enter(self, server_id: str, entry_id: str, user: str, address: str) -> tuple[Record | Rejected, Written]:
-        """Step 2, and each request of step 4."""
-        return self._apply(server_id, lambda record, at: rule.enter(record, entry_id, user, address, self._relay_id, at), _record_of)
+        """Step 2, and each request of step 4. Not before something may be granted: the request brings a password to the server."""
+        return self._once_settled(server_id, lambda record, at: rule.enter(record, entry_id, user, address, self._relay_id, at))
 
     def go_on(self, server_id: str, entry_id: str) -> tuple[Record | Rejected, Written]:
-        """Step 4, for a login that must have its entry."""
-        return self._apply(server_id, lambda record, at: rule.go_on(record, entry_id, at), _record_of)
+        """Step 4, for a login that must have its entry. As `enter`, not before something may be granted."""
+        return self._once_settled(server_id, lambda record, at: rule.go_on(record, entry_id, at))
 
     def extend(self, server_id: str, login_id: str, ttl_ms: int) -> Written:
         """Step 6, for a login that the store keeps by itself."""
@@ -85,7 +86,7 @@ class Ledger:
         def apply(record: Record, at: Moment) -> Granted | Rejected:
             return rule.commit(record, entry_id, self._login(login_id, user, at, ttl_ms), relogin, at)
 
-        return self._grant(server_id, apply)
+        return self._once_settled(server_id, apply)
 
     def take(self, server_id: str, login_id: str, user: str, address: str, relogin: OwnerRelogin) -> tuple[Granted | Rejected, Written]:
         """Steps 2 and 5 at once, for a login that has nothing in between: its entry is gone when others could see it."""
@@ -96,7 +97,7 @@ class Ledger:
                 return entered
             return rule.commit(entered, login_id, self._login(login_id, user, at), relogin, at)
 
-        return self._grant(server_id, both)
+        return self._once_settled(server_id, both)
 
     def renew(
         self, server_id: str, login_id: str, user: str, token: Token, since_ms: int, ttl_ms: int = 0
@@ -150,7 +151,8 @@ class Ledger:
             yield document.key, known[1]
         self._read = after
 
-    def _grant(self, server_id: str, apply: Callable[[Record, Moment], Granted | Rejected]) -> tuple[Granted | Rejected, Written]:
+    def _once_settled(self, server_id: str, apply: Callable[[Record, Moment], Good | Rejected]) -> tuple[Good | Rejected, Written]:
+        """`apply`, or a rejection as long as the store cannot be trusted to know who holds what."""
         for _ in range(LOOKS):
             outcome, written = self._apply(server_id, self._proven(apply), _record_of)
             if not (isinstance(outcome, Rejected) and outcome.reason is Reason.STALE):
@@ -158,10 +160,10 @@ class Ledger:
             self.look()
         return outcome, written
 
-    def _proven(self, apply: Callable[[Record, Moment], Granted | Rejected]) -> Callable[[Record, Moment], Granted | Rejected]:
+    def _proven(self, apply: Callable[[Record, Moment], Good | Rejected]) -> Callable[[Record, Moment], Good | Rejected]:
         evidence = self._evidence
 
-        def checked(record: Record, at: Moment) -> Granted | Rejected:
+        def checked(record: Record, at: Moment) -> Good | Rejected:
             if evidence is None or not evidence.is_fresh(at.now_ms, at.epoch):
                 return Rejected(record, Reason.STALE)
             if evidence.settles_in_ms(at.now_ms):

@@ -1,6 +1,7 @@
 """Logins at one relay with a real store: what becomes of each, and of its entry, when the service, the client or a rival does something."""
 
 import json
+import sqlite3
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,15 +11,20 @@ import trio
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fxrelay.balance.seating import SeatRules
+from fxrelay.balance.settling import Mark, encode_mark
 from fxrelay.cluster.members import MemberState
+from fxrelay.cluster.ports import RESERVATION_MARKS
+from fxrelay.cluster.sqlite_store import SqliteStore
 from fxrelay.logins.gate import LoginGate, Timing
 from fxrelay.logins.login import HeldLogin
 from fxrelay.logins.rules import FASTX3, Bounds, Retry, Spot, Where
 from fxrelay.reserving.leases import Hold
+from fxrelay.reserving.ledger import MARK
 from fxrelay.web.heads import Field
 from fxtunnel.kit.answers import Refused
 from fxtunnel.model import RelayId, ServiceName
 from tests.logins.login_rig import GONE, N1, N2, SIMPLE, SITE, Service, answer, open_rig, pass_of, stage, success
+from tests.reservations.test_reservations_kept import ANOTHER
 from tests.reservations.test_reservations_service import until
 
 
@@ -209,6 +215,26 @@ async def test_without_the_store(tmp_path: Path) -> None:
         rig.relay.store.is_cut = False
         await rig.refused(Service([answer(302)], breaks), 503, "ReservationsUnavailable", b"username=bob")
         rig.relay.store.is_cut = False
+
+
+async def test_nothing_is_sent_to_a_server_before_the_store_can_be_trusted(tmp_path: Path) -> None:
+    async with open_rig(tmp_path, FASTX3, N1) as rig:
+        first = b'{"username": "ann"}'
+        await rig.ask(Service([stage("t1")]), first)
+        await trio.to_thread.run_sync(forget, tmp_path, rig.relay.store)
+        for body in (first, b'{"authtoken": "t1", "password": "x"}'):
+            service = Service([])
+            with pytest.raises(Refused) as caught:
+                await rig.ask(service, body)
+            assert (caught.value.status, caught.value.name, service.sent_to) == (503, "ReservationsUnavailable", [])
+
+
+def forget(path: Path, store: SqliteStore) -> None:
+    """The store has lost its memory, and goes on having lost it a moment ago."""
+    with sqlite3.connect(path / "cluster.db", timeout=10) as database:
+        database.execute(f"UPDATE facts SET value = '{ANOTHER}' WHERE name = 'epoch'")
+    database.close()
+    store.put(RESERVATION_MARKS, MARK, encode_mark(Mark(ANOTHER, store.now_ms() + 60_000, store.now_ms())))
 
 
 async def test_one_address_may_hold_so_many(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -67,6 +68,10 @@ class Site:
 
     def reserved(self) -> dict[str, str]:
         return {line["serverId"]: line["user"] for line in self.cluster.reservations("node-2") if line["user"]}
+
+    def logins_sent(self, user: str) -> int:
+        """Requests of logins of this user that any node has seen."""
+        return sum(node.asked.count(("/login", user)) for node in self.nodes.values())
 
     def entries(self) -> int:
         return sum(line["entries"] for line in self.cluster.reservations("node-2"))
@@ -297,10 +302,23 @@ def test_without_the_store_nobody_is_let_in_and_nobody_is_thrown_out(make_site: 
         told = bob.log_in_by_form()
         assert (told.status, told.error) == (503, "ReservationsUnavailable")
         assert told.fields["Retry-After"] is not None
+        assert site.logins_sent("bob") == 0, "a password left for a login that could not be granted"
         assert ann.where() == held
         assert bob.ask("GET", "/").status == 200  # pages without a login go on
+        shutil.rmtree(home / "redis" / "appendonlydir")  # it comes back, and has forgotten who has what
         server.start()
-        wait_until(lambda: bob.log_in_by_form().status == 302, 20, "the store")
+        answers: list[str] = []
+
+        def is_let_in() -> bool:
+            told = bob.log_in_by_form()
+            answers.append("" if told.status == 302 else told.error)
+            assert bob.ask("GET", "/").status == 200
+            return told.status == 302
+
+        wait_until(is_let_in, 20, "the store")
+        assert "ReservationsUnavailable" in answers
+        assert "has forgotten who has which server" in site.log()
+        assert site.logins_sent("bob") == 1
         assert bob.where() not in ("", held)
         assert ann.where() == held
     finally:
