@@ -21,6 +21,7 @@ from fxrelay.web.link import RECEIVE_BYTES, ServiceLink
 from fxrelay.web.reaching import Reacher
 from fxtunnel.engine.reactor import Reactor
 from fxtunnel.engine.stream import TunnelStream
+from fxtunnel.kit.waiter import Waiter
 from fxtunnel.model import RelayId
 
 MAX_PLANS: Final = 4
@@ -97,9 +98,9 @@ class Express:
         "_plans",
         "_raw",
         "_reactor",
-        "_task",
         "_terms",
         "_tunnel",
+        "_waiter",
         "is_last",
     )
 
@@ -112,7 +113,7 @@ class Express:
         self._plans: dict[bytes, Plan] = {}
         self._handed: Handed | None = None
         self._is_active = False
-        self._task: trio.lowlevel.Task | None = None
+        self._waiter = Waiter()
         self._deadline = 0.0
         self._link: ServiceLink | None = None
         self._raw = b""
@@ -137,8 +138,7 @@ class Express:
                 self._time_out()
                 break
             with trio.move_on_after(left_s):
-                self._task = trio.lowlevel.current_task()
-                await trio.lowlevel.wait_task_rescheduled(self._stop_waiting)
+                await self._waiter.wait()
         handed, self._handed = self._handed, None
         assert handed is not None
         return handed
@@ -283,13 +283,7 @@ class Express:
         self._handed = handed
         self._is_active = False
         self._tunnel.on_arrival = None
-        task, self._task = self._task, None
-        if task is not None:
-            trio.lowlevel.reschedule(task)
-
-    def _stop_waiting(self, _: object) -> trio.lowlevel.Abort:
-        self._task = None
-        return trio.lowlevel.Abort.SUCCEEDED
+        self._waiter.wake()
 
 
 def _with_method(head: RequestHead, method: bytes) -> RequestHead:

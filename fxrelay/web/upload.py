@@ -11,6 +11,7 @@ from fxrelay.web.client import ClientSide
 from fxrelay.web.link import ServiceLink
 from fxtunnel.engine.stream import TunnelStream
 from fxtunnel.kit.answers import Refused
+from fxtunnel.kit.waiter import Waiter
 
 
 class Upload:
@@ -33,7 +34,7 @@ class Upload:
         self._refused: Refused | None = None
         self._heard_at = 0.0
         self._is_over = False
-        self._task: trio.lowlevel.Task | None = None
+        self._waiter = Waiter()
 
     @property
     def is_done(self) -> bool:
@@ -83,8 +84,7 @@ class Upload:
                 if left_s <= 0:
                     raise self._client.too_slow()
                 with trio.move_on_after(left_s):
-                    self._task = trio.lowlevel.current_task()
-                    await trio.lowlevel.wait_task_rescheduled(self._stop_waiting)
+                    await self._waiter.wait()
         finally:
             tunnel.on_arrival = None
         if self._refused is not None:
@@ -117,10 +117,4 @@ class Upload:
 
     def _end(self) -> None:
         self._is_over = True
-        task, self._task = self._task, None
-        if task is not None:
-            trio.lowlevel.reschedule(task)
-
-    def _stop_waiting(self, _: object) -> trio.lowlevel.Abort:
-        self._task = None
-        return trio.lowlevel.Abort.SUCCEEDED
+        self._waiter.wake()
