@@ -4,6 +4,7 @@ import socket
 import ssl
 from typing import TYPE_CHECKING, Final
 
+from fxgateway.routing.admission import source_of
 from fxgateway.routing.reception import TurnAway
 from fxtunnel.engine.tls_handshake import Handshake
 from fxtunnel.engine.tls_socket import TlsSocket
@@ -32,7 +33,7 @@ class Securing:
         self.named = named
         self.admitted_by = self.door.name
         self._turned_away = ""
-        self._handshake = Handshake(self.door.reactor, sock, context, self, http_answer=PLAIN_HTTP)
+        self._handshake = Handshake(self.door.reactor, sock, context, self, source=source_of(address), http_answer=PLAIN_HTTP)
 
     def start(self) -> None:
         """Begin the handshake."""

@@ -10,7 +10,9 @@ from typing import Final
 import trio
 
 from fxrelay.admitting.porter import Porter
+from fxrelay.admitting.quotas import source_of
 from fxrelay.delivery.delivery import DeliveryDesk
+from fxrelay.delivery.identity import identity_of
 from fxrelay.delivery.ports import Wanted
 from fxrelay.delivery.services import AnyService, PoolService
 from fxrelay.web.access import Visit
@@ -27,7 +29,7 @@ from fxrelay.web.judging import Asked, Judge, admitted, watched
 from fxrelay.web.link import ServiceLink
 from fxrelay.web.ports import HeldRequest, NodeChooser, RequestGate, WebLimits, WebRules
 from fxrelay.web.reaching import Held, Reacher
-from fxrelay.web.secure import HandshakeFailed, end_tls
+from fxrelay.web.secure import HandshakeFailed, HandshakeTurns, end_tls
 from fxrelay.web.upgrade import UpgradedDelivery, copy_both_ways
 from fxtunnel.codes import Code
 from fxtunnel.engine.stream import TunnelStream
@@ -51,7 +53,8 @@ class Surroundings:
     given_back: set["WebConnection"]
     """Those whose stream the pump carries by now."""
     own_id: RelayId
-    porter: Porter | None = None
+    porter: Porter | None
+    handshakes: HandshakeTurns
 
 
 class WebConnection:
@@ -118,7 +121,8 @@ class WebConnection:
         limits, stream = self._around.limits, self.tunnel
         tls = None
         if self._rules.tls is not None:
-            tls = await end_tls(stream, self._rules.tls, limits.head_timeout_s)
+            source = source_of(identity_of(self._opening.client))
+            tls = await end_tls(stream, self._rules.tls, limits.head_timeout_s, self._around.handshakes, source)
         self._client = client = ClientSide(tls or stream, limits)
         if tls is None and self._gate is None and not self._rules.is_guarded:
             self._express = self._new_express(client)

@@ -13,6 +13,7 @@ from fxrelay.delivery.delivery import DeliveryDesk
 from fxrelay.delivery.services import AnyService, PoolService
 from fxrelay.web.connection import Surroundings, WebConnection
 from fxrelay.web.ports import NodeChooser, RequestGate, WebLimits, WebRules
+from fxrelay.web.secure import HandshakeTurns
 from fxtunnel.codes import Code
 from fxtunnel.engine.stream import TunnelStream
 from fxtunnel.model import GatewayId, RelayId, ServiceName
@@ -50,6 +51,7 @@ class WebDesk:
         self._gate = gate
         self.porter: Porter | None = None
         """Who admits the requests of guarded services; without one nobody gets in."""
+        self.handshakes = HandshakeTurns()
         self._rules: Mapping[ServiceName, WebRules] = {}
         self._given_back: set[WebConnection] = set()
         self._is_draining = False
@@ -95,6 +97,7 @@ class WebDesk:
         try:
             with self._arrived:
                 async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self.handshakes.run)
                     task_status.started()
                     async for arrival in self._arrived:
                         nursery.start_soon(self._serve, arrival)
@@ -119,7 +122,9 @@ class WebDesk:
         only = opening.node
         if opening.via is not None and isinstance(service, PoolService):
             only = self._own_id  # PROTOCOL.md, 6: whoever was redirected to serves the stream itself
-        around = Surroundings(self._desk, self._chooser, self.limits, self._gate, self._given_back, self._own_id, self.porter)
+        around = Surroundings(
+            self._desk, self._chooser, self.limits, self._gate, self._given_back, self._own_id, self.porter, self.handshakes
+        )
         connection = WebConnection(around, arrival.tunnel, service, arrival.rules, opening, only)
         self.connections.add(connection)
         self._waiting -= 1

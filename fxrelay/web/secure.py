@@ -7,19 +7,67 @@ from typing import Final
 import trio
 
 from fxtunnel.engine.stream import TunnelStream
+from fxtunnel.kit.fair_queue import FairQueue
+from fxtunnel.kit.waiter import Waiter
 
 GOODBYE_S: Final = 1.0
+STEPS_AT_ONCE: Final = 8
+"""Steps of handshakes that are computed in one turn of trio's loop. One takes up to a millisecond, and everything else waits meanwhile."""
 
 
 class HandshakeFailed(Exception):
     """A client with which no TLS comes about. It has its alert."""
 
 
-class EndingTransport(trio.abc.Stream):
-    """The tunnel's stream under TLS: closing lets the client read what was sent."""
+class HandshakeTurns:
+    """Who may compute: a few steps of handshakes in one turn of the loop, the sources of clients one after the other. One for a relay."""
 
-    def __init__(self, tunnel: TunnelStream) -> None:
+    def __init__(self) -> None:
+        self.waiting: FairQueue[trio.Event] = FairQueue()
+        self._left = STEPS_AT_ONCE
+        self._used_up = Waiter()
+
+    async def run(self) -> None:
+        """Let those who wait have their steps, until cancelled."""
+        while True:
+            if self._left:
+                await self._used_up.wait()  # so steps that nobody waits for wake this once in eight
+            else:
+                await trio.lowlevel.checkpoint()
+            self._left = STEPS_AT_ONCE
+            while self._left and self.waiting:
+                self.waiting.take().set()
+                self._left -= 1
+
+    def begin_nowait(self) -> bool:
+        """Whether a step may be done at once."""
+        if not self._left:
+            return False
+        self._left -= 1
+        if not self._left:
+            self._used_up.wake()
+        return True
+
+    async def begin(self, source: str) -> None:
+        """Returns when a client of this source may do a step. Cancelling gives its place up."""
+        turn = trio.Event()
+        self.waiting.put(source, turn)
+        try:
+            await turn.wait()
+        except trio.Cancelled:
+            self.waiting.discard(source, turn)
+            raise
+
+
+class EndingTransport(trio.abc.Stream):
+    """The tunnel's stream under TLS: closing lets the client read what was sent. What it receives is handed over when it is the source's
+    turn, while it has `turns`: what it has during the handshake.
+    """
+
+    def __init__(self, tunnel: TunnelStream, turns: HandshakeTurns, source: str) -> None:
+        self.turns: HandshakeTurns | None = turns
         self._tunnel = tunnel
+        self._source = source
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
         """See `trio.abc.SendStream`."""
@@ -31,7 +79,10 @@ class EndingTransport(trio.abc.Stream):
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
         """See `trio.abc.ReceiveStream`."""
-        return await self._tunnel.receive_some(max_bytes)
+        data = await self._tunnel.receive_some(max_bytes)
+        if self.turns is not None and not self.turns.begin_nowait():
+            await self.turns.begin(self._source)
+        return data
 
     async def aclose(self) -> None:
         """See `TunnelStream.end`."""
@@ -39,13 +90,16 @@ class EndingTransport(trio.abc.Stream):
         await trio.lowlevel.checkpoint()
 
 
-async def end_tls(tunnel: TunnelStream, context: ssl.SSLContext, timeout_s: float) -> trio.SSLStream[EndingTransport]:
-    """The client's TLS, ended here.
+async def end_tls(
+    tunnel: TunnelStream, context: ssl.SSLContext, timeout_s: float, turns: HandshakeTurns, source: str
+) -> trio.SSLStream[EndingTransport]:
+    """The TLS of a client, ended here. `source` is whom the client counts as.
 
     Raises:
         HandshakeFailed: none came about in time; the client was sent its alert and the stream is ended.
     """
-    stream = trio.SSLStream(EndingTransport(tunnel), context, server_side=True)
+    transport = EndingTransport(tunnel, turns, source)
+    stream = trio.SSLStream(transport, context, server_side=True)
     why = "no TLS handshake in time"
     with trio.move_on_after(timeout_s):
         try:
@@ -53,6 +107,8 @@ async def end_tls(tunnel: TunnelStream, context: ssl.SSLContext, timeout_s: floa
             return stream
         except (trio.BrokenResourceError, ssl.CertificateError) as exc:
             why = f"TLS: {getattr(exc.__cause__, 'reason', None) or exc}"
+        finally:
+            transport.turns = None
     # trio's SSLStream leaves the alert in its buffer, and the client would wait for it.
     alert = stream._outgoing.read()
     with trio.move_on_after(GOODBYE_S, shield=True), suppress(trio.BrokenResourceError, trio.ClosedResourceError):

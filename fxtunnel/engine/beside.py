@@ -1,13 +1,15 @@
 """Pump: work that would hold the loop, done in one thread beside it, one piece after the other."""
 
 import logging
-from collections import deque
+import threading
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Final
 
 import outcome
 import trio
+
+from fxtunnel.kit.fair_queue import FairQueue
 
 logger = logging.getLogger(__name__)
 
@@ -20,19 +22,22 @@ class Beside:
     """One for each reactor. The work should be C code that lets go of the interpreter, or the loop is held all the same.
 
     There is never more than one thread, so that a crowd cannot make many of them, nor take more than one core. It is trio's, which keeps
-    idle ones for a while.
+    idle ones for a while. The sources of work take turns, so that a crowd from one of them keeps no other one waiting.
     """
 
-    __slots__ = ("_call_soon_threadsafe", "_has_thread", "_waiting")
+    __slots__ = ("_call_soon_threadsafe", "_has_thread", "_lock", "_waiting")
 
     def __init__(self, call_soon_threadsafe: Callable[[Callable[[], object]], None]) -> None:
         self._call_soon_threadsafe = call_soon_threadsafe
         self._has_thread = False
-        self._waiting: deque[tuple[Work, Then]] = deque()
+        self._lock = threading.Lock()
+        """Held for a moment only: for putting one piece in, or taking one out."""
+        self._waiting: FairQueue[tuple[Work, Then]] = FairQueue()
 
-    def do(self, work: Work, then: Then) -> None:
+    def do(self, work: Work, then: Then, source: str = "") -> None:
         """Call `work` in the thread, then `then` with its outcome in the loop. Whoever asks bounds how much waits."""
-        self._waiting.append((work, then))
+        with self._lock:
+            self._waiting.put(source, (work, then))
         if not self._has_thread:
             self._begin()
 
@@ -41,9 +46,11 @@ class Beside:
         trio.lowlevel.start_thread_soon(self._work, self._ended, THREAD_NAME)
 
     def _work(self) -> None:
-        waiting = self._waiting
-        while waiting:
-            work, then = waiting.popleft()
+        while True:
+            with self._lock:
+                if not self._waiting:
+                    return
+                work, then = self._waiting.take()
             self._call_soon_threadsafe(partial(_told, then, outcome.capture(work)))
 
     def _ended(self, result: outcome.Outcome[None]) -> None:

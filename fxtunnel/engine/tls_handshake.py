@@ -36,7 +36,7 @@ class Handshake:
     message of more than it may have (at most 100 KiB), is refused before it is read; 32 empty records or 5 warnings in a row are, too.
     Everything else stays in the kernel. A handshake costs about 1 ms, most of it signing: that is done beside the loop, which goes on.
 
-    `http_answer` is sent, in the clear, to a client that begins with a plain HTTP request.
+    `source` is whose turn it takes there. `http_answer` is sent, in the clear, to a client that begins with a plain HTTP request.
     """
 
     __slots__ = (
@@ -48,19 +48,28 @@ class Handshake:
         "_leaving",
         "_owner",
         "_sock",
+        "_source",
         "_timer",
         "is_over",
         "reactor",
     )
 
     def __init__(
-        self, reactor: Reactor, sock: socket.socket, context: ssl.SSLContext, owner: SecureOwner, *, http_answer: bytes = b""
+        self,
+        reactor: Reactor,
+        sock: socket.socket,
+        context: ssl.SSLContext,
+        owner: SecureOwner,
+        *,
+        source: str = "",
+        http_answer: bytes = b"",
     ) -> None:
         self.reactor = reactor
         self.is_over = False
         self._owner = owner
         self._context = context
         self._sock = sock
+        self._source = source
         self._answer = http_answer
         self._leaving = ""
         self._discarded = 0
@@ -93,7 +102,7 @@ class Handshake:
             self._has_news = True
             return
         self._is_beside, self._has_news = True, False
-        self.reactor.beside.do(self._step, self._stepped)
+        self.reactor.beside.do(self._step, self._stepped, self._source)
 
     def _step(self) -> None:
         """In the thread."""

@@ -57,6 +57,18 @@ async def test_work_is_done_elsewhere_one_after_the_other_and_told_here() -> Non
         assert threading.get_ident() not in threads
 
 
+async def test_a_crowd_of_one_source_keeps_no_other_waiting() -> None:
+    async with running() as reactor:
+        may_go_on, told, done = threading.Event(), [], trio.Event()
+        reactor.beside.do(lambda: may_go_on.wait(10), lambda _: None)
+        for source, count in (("crowd", 200), ("one", 1), ("two", 2)):
+            for _ in range(count):
+                reactor.beside.do(partial(told.append, source), lambda _: done.set() if len(told) == 203 else None, source)
+        may_go_on.set()
+        await done.wait()
+        assert told[:6] == ["crowd", "one", "two", "crowd", "two", "crowd"]
+
+
 async def test_the_loop_outlives_those_who_are_told(caplog: pytest.LogCaptureFixture) -> None:
     async with running() as reactor:
         done = trio.Event()
