@@ -115,11 +115,15 @@ class Upkeep:
     async def _keep_releasing(self) -> None:
         while True:
             if not self._leases.has_ending:
-                self._leases.something_ends = trio.Event()
                 await self._leases.something_ends.wait()
+            self._leases.something_ends = trio.Event()
             await self.release_all()
-            if self._leases.has_ending:
-                await trio.sleep(0.1 if not self._books.last_error else 1.0)
+            if self._leases.has_ending and self._books.last_error:
+                await trio.sleep(1.0)
+            elif self._leases.has_ending:
+                # What has ended meanwhile is told at once; what could not be told, or may not be yet, is tried again.
+                with trio.move_on_after(0.1):
+                    await self._leases.something_ends.wait()
 
     async def release_all(self) -> None:
         """Tell the store of every login that has ended, once."""

@@ -1,0 +1,70 @@
+"""When logins that have ended are told to the store. The store is the test's, and takes as long as it says."""
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import trio
+from trio.testing import MockClock, wait_all_tasks_blocked
+
+from fxrelay.balance.login_attempt import Attempt
+from fxrelay.balance.reservations import Record, Token
+from fxrelay.cluster.members import Ages
+from fxrelay.cluster.view import ClusterView
+from fxrelay.reserving.books import ReservingConfig
+from fxrelay.reserving.leases import Hold, Leases, Terms
+from fxrelay.reserving.ledger import Written
+from fxrelay.reserving.upkeep import Upkeep
+from fxtunnel.errors import StoreError
+from fxtunnel.model import RelayId
+
+CALL_S = 0.01
+
+
+class SlowBooks:
+    """`failing`: so many calls get no answer."""
+
+    def __init__(self) -> None:
+        self.config = ReservingConfig(RelayId("a"))
+        self.ledger = SimpleNamespace(release=lambda server_id, login_id, linger_ms: Written(Record(), ()))
+        self.tidings = SimpleNamespace(happened=lambda *_: None)
+        self.last_error = ""
+        self.failing = 0
+
+    async def ask(self, call: Callable[[], Any]) -> Any:
+        await trio.sleep(CALL_S)
+        self.last_error = "no answer" if self.failing else ""
+        if self.failing:
+            self.failing -= 1
+            return StoreError(self.last_error)
+        return call()
+
+    def learn(self, server_id: RelayId, written: Written) -> None:
+        """Nothing to be learnt."""
+
+
+def held(name: str) -> Hold:
+    return Hold(RelayId(f"s-{name}"), "ann", Attempt(name), Terms(), Token("e", 1), 0, trio.current_time())
+
+
+async def test_a_login_that_ends_while_another_is_taken_out_does_not_wait(autojump_clock: MockClock) -> None:
+    books, leases = SlowBooks(), Leases(trio.current_time)
+    upkeep = Upkeep(books, leases, ClusterView(Ages()))  # type: ignore[arg-type]  # as much of them as it uses
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(upkeep._keep_releasing)
+        await wait_all_tasks_blocked()
+        for number in range(10):
+            leases.end(held(str(number)))
+            await trio.sleep(CALL_S / 2)
+        await trio.sleep(2 * CALL_S)
+        assert not leases.has_ending
+
+        books.failing = 1
+        leases.end(held("failing"))
+        await trio.sleep(2 * CALL_S)
+        leases.end(held("behind it"))
+        await trio.sleep(0.5)
+        assert len(leases.ending()) == 2  # a store that does not answer is not asked all the time
+        await trio.sleep(1.0)
+        assert not leases.has_ending
+        nursery.cancel_scope.cancel()
