@@ -30,6 +30,7 @@ class Client(Splice):
         "_asked",
         "_attempts",
         "_avoid",
+        "_open_ends_at",
         "_target",
         "address",
         "admitted_by",
@@ -68,6 +69,8 @@ class Client(Splice):
         self._target: RelayId | None = None
         self._avoid: tuple[RelayId, ...] = ()
         """Relays that were redirected to in vain."""
+        self._open_ends_at = 0
+        """Where in the session's sequence its OPEN ends."""
 
     def has_spoken(self) -> None:
         """What it said first was looked at and is still in the socket: it goes with the OPEN, before any event tells of it."""
@@ -149,6 +152,26 @@ class Client(Splice):
             self.stream.reset(Code.CANCELLED)
         self._try_another()
 
+    @property
+    def waits_for_link(self) -> bool:
+        """Whether its OPEN has not been sent, because the session has lost its link: whoever takes it now is the first to hear of it."""
+        session = self.session
+        return session is not None and not session.is_up and session.mux.ring.sent < self._open_ends_at
+
+    @property
+    def wish(self) -> tuple[ServiceName, tuple[RelayId, ...], RelayId | None]:
+        """What decides where it could go instead of waiting: service, relays that will not have it, and the one it must go to, if any."""
+        return self.service, self._asked[:-1], self._target
+
+    def go_on_elsewhere(self) -> None:
+        """It `waits_for_link`, and there is a relay that could take it now: by another link, or another relay."""
+        if self.stream is None or self._attempts >= MAX_ATTEMPTS:
+            return
+        self.stream.reset(Code.CANCELLED)
+        if self._target is None:
+            self._asked = self._asked[:-1]  # that one was not asked after all
+        self._open_again(asks_again=False)
+
     def end_idle(self) -> None:
         """Nothing has moved for too long."""
         self.fail(Code.IDLE_TIMEOUT)
@@ -218,6 +241,7 @@ class Client(Splice):
                 asks_again = self._give_up_target()
                 continue
             self.door.opening[self] = self.reactor.now
+            self._open_ends_at = session.mux.ring.head + len(session.mux.overflow)
             stream.replay(early)
             self.join(session, stream)
             if self._read_done:

@@ -15,6 +15,7 @@ from fxgateway.doors.elsewhere import Elsewhere
 from fxgateway.doors.hall import Hall, until
 from fxgateway.doors.proxied import Network, Proxied, is_within
 from fxgateway.doors.recorded import AccessSink, Diary, RecordedClient
+from fxgateway.doors.waiting import spare_the_wait
 from fxgateway.doors.web_client import error_words
 from fxgateway.routing.admission import Admission, Verdict
 from fxgateway.routing.reception import Kind, Lead, Receptionist
@@ -347,6 +348,7 @@ class Door:
         for client in until(self.opening, now - self.config.open_timeout_s):
             self.opening.pop(client, None)
             client.open_timed_out()
+        spare_the_wait(self.opening, self.relays)
         for proxied in until(self.proxied, now - self.config.header_timeout_s):
             proxied.fail("proxy-header-timeout", f"nothing complete within {self.config.header_timeout_s:g} s")
         self.hall.turn_away_late(now - self.config.header_timeout_s)

@@ -73,6 +73,10 @@ class Carrier(Protocol):
 
     mux: Mux
 
+    @property
+    def is_up(self) -> bool:
+        """Whether what is written is sent now; otherwise it is kept."""
+
     def want_turn(self, taker: TurnTaker) -> None:
         """There are bytes to send; `read_turn` is called when it is this taker's turn. Ask once."""
 

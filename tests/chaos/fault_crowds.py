@@ -6,13 +6,15 @@ import time
 from contextlib import ExitStack
 
 from tests.chaos.figures import Outcome
-from tests.chaos.stage import MIB, Fault, Stage, judge, served_again_s, usage
+from tests.chaos.stage import MIB, Fault, Stage, Unplayable, judge, served_again_s, usage
 from tests.system.peers import dial, is_served, say
 from tests.system.stack import Daemon, wait_until
 
 KIB = 1024
 FILES = 100
 TO_RECOVER_S = 3
+SOURCES = 100
+"""Addresses of this machine from which idle clients come: one has ports for fewer than there are, with those of others."""
 
 
 def descriptors(stage: Stage, outcome: Outcome) -> None:
@@ -46,7 +48,9 @@ def descriptors(stage: Stage, outcome: Outcome) -> None:
 
 def idle(stage: Stage, outcome: Outcome) -> None:
     """10,000 clients that have said one word (R6)."""
-    count = stage.pick(500, 8_000 if resource.getrlimit(resource.RLIMIT_NOFILE)[1] < 20_100 else 10_000)
+    count = stage.pick(500, 10_000)
+    if resource.getrlimit(resource.RLIMIT_NOFILE)[1] < count * 5 // 4 + 500:  # the gateway keeps a tenth for itself
+        raise Unplayable(f"a process may not have the descriptors for {count} clients (ulimit -Hn)")
     _, (echo,) = stage.services("echo")
     stack = stage.stack("echo", extra="[limits]\nmemory_bytes = 419430400\n")
     gateway = stack.start_gateway()
@@ -59,7 +63,7 @@ def idle(stage: Stage, outcome: Outcome) -> None:
     crowd = ExitStack()
     with crowd:
         for number in range(count):
-            client = crowd.enter_context(dial(stack.doors["echo"], 20))
+            client = crowd.enter_context(dial(stack.doors["echo"], 20, f"127.0.0.{2 + number % SOURCES}"))
             say(client, b"x")
             if number % 500 == 0:
                 stage.show(f"{number} clients", number / count)
@@ -68,7 +72,7 @@ def idle(stage: Stage, outcome: Outcome) -> None:
         rested = [usage(pid) for pid in pids]
         outcome.add("idle clients", count)
         grown = sum(after.rss_bytes - first.rss_bytes for first, after in zip(before, full, strict=True))
-        outcome.add("KiB each, both daemons", grown / count / KIB, f"≤ {stage.pick(12, 3)}")
+        outcome.add("KiB each, both daemons", grown / count / KIB, f"≤ {stage.pick(12, 2)}")
         cpu_s = sum(after.cpu_s - first.cpu_s for first, after in zip(full, rested, strict=True))
         outcome.add("CPU of both, percent", 100 * cpu_s / stage.pick(2, 10), "≤ 4")
         outcome.add("new clients served of 50", sum(is_served(stack.doors["echo"]) for _ in range(50)), "= 50")

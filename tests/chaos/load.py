@@ -58,10 +58,11 @@ class Order:
 
 @dataclass
 class Tally:
-    """What clients have seen so far. `stalled_s` is the longest that any stream has waited for its next byte, `stalled` how many streams
-    have waited for more than STALL_S."""
+    """What clients have seen so far. Of those `running`, who have a connection, the `moving` have heard something, and not all.
+    `stalled_s` is the longest that any stream has waited for its next byte, `stalled` how many have waited for more than STALL_S."""
 
     running: int = 0
+    moving: int = 0
     begun: int = 0
     ends: dict[str, int] = field(default_factory=dict)
     bytes_heard: int = 0
@@ -97,6 +98,7 @@ class Exchange:
         self._moved_at = self._heard_at = 0.0
         self._was_reset = False
         self._has_stalled = False
+        self._is_moving = False
 
     async def run(self) -> End:
         order = self._order
@@ -110,6 +112,7 @@ class Exchange:
                 return await self._watched(sock)
             finally:
                 self._tally.running -= 1
+                self._tally.moving -= self._is_moving
 
     async def _watched(self, sock: trio.socket.SocketType) -> End:
         end = End.STUCK
@@ -130,6 +133,9 @@ class Exchange:
     def _heard(self) -> None:
         now = trio.current_time()
         waited_s = now - self._heard_at
+        if not self._is_moving:
+            self._is_moving = True
+            self._tally.moving += 1
         self._tally.stalled_s = max(self._tally.stalled_s, waited_s)
         if waited_s > STALL_S and not self._has_stalled:
             self._has_stalled = True

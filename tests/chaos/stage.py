@@ -100,12 +100,21 @@ class Load(Helper):
 
     @property
     def running(self) -> int:
-        """Streams in mid-transfer."""
+        """Streams that have begun."""
         return self.ask()["running"]
 
+    @property
+    def moving(self) -> int:
+        """Streams in mid-transfer: something has arrived, and not all."""
+        return self.ask()["moving"]
+
     def wait_running(self, count: int | None = None) -> None:
-        """Until so many are, all by default."""
+        """Until so many have begun, all by default."""
         wait_until(lambda: self.running >= (count or self.streams), 60, "streams in transfer")
+
+    def wait_moving(self, count: int) -> None:
+        """Until so many are in mid-transfer."""
+        wait_until(lambda: self.moving >= count, 60, "streams in mid-transfer")
 
     def finish(self) -> dict[str, Any]:
         """Let what runs be the last; the whole tally."""

@@ -26,6 +26,8 @@ TAGS = encode_tags(Opening(ServiceName("web")))
 class Wire:
     """Implements `Carrier`: one end's mux, and a task that brings its frames to the other's."""
 
+    is_up = True
+
     def __init__(self, on_open: Callable[[Stream, Opening], None] | None = None) -> None:
         self.turns: deque[TurnTaker] = deque()
         self.stopped = False

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import trio
-from workers_rig import MakeStack, say, start, until_gone, worker_of, workers
+from workers_rig import MakeStack, say, slowness, start, until_gone, worker_of, workers
 
 from fxrelay.uplink.identity import load_identity
 from fxtunnel.model import GatewayId, RelayId
@@ -25,6 +25,7 @@ pytestmark = [pytest.mark.system, pytest.mark.xdist_group("workers")]
 
 MIB = 1 << 20
 RELAYS_BACK_S = 5.0
+"""On a machine that has nothing else to do; see `slowness`."""
 
 
 @pytest.fixture(scope="module")
@@ -100,8 +101,10 @@ def test_one_worker_dies_and_the_others_do_not_notice(make_stack: MakeStack, ech
         victim = worker_of(stack, "node-0")
         carried = workers(stack)[victim]["connections"]
         assert 0 < carried < 40
+        pid = workers(stack)[victim]["pid"]
+        slow = slowness()
         killed_at = time.monotonic()
-        os.kill(workers(stack)[victim]["pid"], signal.SIGKILL)
+        os.kill(pid, signal.SIGKILL)
         ends = []
         for client in open_clients:
             try:
@@ -110,9 +113,10 @@ def test_one_worker_dies_and_the_others_do_not_notice(make_stack: MakeStack, ech
             except OSError:
                 ends.append(False)
         assert ends.count(True) == 40 - carried
-        wait_until(lambda: is_served(stack.doors["echo"]), 5, "a new client")
-        stack.wait_for_relays("node-0", "node-1", timeout_s=RELAYS_BACK_S)
-        assert time.monotonic() - killed_at < RELAYS_BACK_S
+        wait_until(lambda: is_served(stack.doors["echo"]), 30, "a new client")
+        stack.wait_for_relays("node-0", "node-1", timeout_s=30)
+        took_s = time.monotonic() - killed_at
+        assert took_s < RELAYS_BACK_S * max(slow, slowness())
     wait_until(lambda: workers(stack)[victim]["up"], 20, "the worker to be back")
     assert workers(stack)[victim]["restarts"] == 1
     assert json.loads(stack.page("/relays"))["doors"][0]["accepted"] >= 40

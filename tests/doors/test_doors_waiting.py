@@ -1,0 +1,149 @@
+"""A client was given a session whose link is lost: it need not wait for that one when it can be served now."""
+
+import pytest
+import trio
+from peers import Serve, connect, echo, receive_all, receive_exactly
+from plane import Contexts, Plane, RelaySide, open_plane
+
+from fxgateway.doors.client import MAX_ATTEMPTS
+from fxtunnel.engine.ports import SessionConfig
+from fxtunnel.engine.session import Session
+from fxtunnel.model import SessionId
+
+LONG_HOLD = SessionConfig(hold_s=25.0, heartbeat_s=0.1, dead_after_s=0.5)
+SOON_S = 4.0
+"""Far less than anything else that could end the wait: OPEN's timeout, the hold."""
+
+
+async def held_relay(plane: Plane, serve: Serve = echo, name: str = "a") -> RelaySide:
+    """A relay that has lost its link and does not dial."""
+    relay = await plane.add_relay(await plane.serve(serve), name=name)
+    relay.redials = False
+    assert relay.wire is not None
+    relay.wire.cut()
+    with trio.fail_after(10):
+        while relay.far_session.is_up or relay.session.is_up:
+            await trio.sleep(0.005)
+    return relay
+
+
+async def link_anew(relay: RelaySide) -> Session:
+    """The relay has given its session up, and makes another one. Returns the gateway's end of the first."""
+    old, relay.far = relay.far_session, None
+    relay.session = Session(relay.plane.reactor, SessionId("anew"), relay, relay.plane.config, relay.budget, relay.desk.on_open)
+    await relay.link_up()
+    return old
+
+
+async def waiting(plane: Plane) -> None:
+    """Until a client waits for a link."""
+    with trio.fail_after(10):
+        while not any(client.waits_for_link for door in plane.doors for client in door.opening):
+            await trio.sleep(0.005)
+
+
+async def test_the_same_relay_by_a_new_session(contexts: Contexts) -> None:
+    """As after a gateway has stood still for longer than sessions are held: the relay has given the old session up."""
+    async with open_plane(contexts, LONG_HOLD) as plane:
+        relay = await held_relay(plane)
+        port = plane.add_door(open_timeout_s=25.0)
+        async with await connect(port) as stream:
+            await stream.send_all(b"early")
+            await waiting(plane)
+            old = await link_anew(relay)
+            with trio.fail_after(SOON_S):
+                assert await receive_exactly(stream, 5) == b"early"
+            assert not old.is_up
+            assert not old.mux.streams
+
+
+async def test_another_relay(contexts: Contexts) -> None:
+    async with open_plane(contexts, LONG_HOLD) as plane:
+        first = await held_relay(plane)
+        port = plane.add_door(open_timeout_s=25.0)
+        async with await connect(port) as stream:
+            await stream.send_all(b"early")
+            await waiting(plane)
+            await plane.add_relay(await plane.serve(echo), name="b")
+            with trio.fail_after(SOON_S):
+                assert await receive_exactly(stream, 5) == b"early"
+            first.redials = True
+            with trio.fail_after(10):
+                while not first.far_session.is_up:
+                    await trio.sleep(0.01)
+
+
+async def test_whoever_may_have_heard_of_it_is_waited_for(contexts: Contexts) -> None:
+    """The OPEN was sent before the link was lost: a service may have been reached, and must not be a second time."""
+    reached: list[str] = []
+
+    def service(name: str) -> Serve:
+        async def serve(stream: trio.SocketStream) -> None:
+            reached.append(name)
+            await stream.send_all(await receive_all(stream))
+
+        return serve
+
+    async with open_plane(contexts, LONG_HOLD) as plane:
+        relay = await plane.add_relay(await plane.serve(service("a")), name="a")
+        port = plane.add_door(open_timeout_s=25.0)
+        relay.redials = False
+        assert relay.wire is not None
+        relay.wire.silence()
+        async with await connect(port) as stream:
+            await stream.send_all(b"early")
+            await stream.send_eof()
+            with trio.fail_after(10):
+                while relay.far_session.is_up or relay.session.is_up:  # found dead; the OPEN is on its way
+                    await trio.sleep(0.005)
+            await plane.add_relay(await plane.serve(service("b")), name="b")
+            await trio.sleep(1.2)  # two sweeps of the door
+            assert reached == []
+            relay.redials = True
+            assert await receive_all(stream) == b"early"
+            assert reached == ["a"]
+
+
+async def test_a_crowd_asks_once_whether_there_is_a_better_way(contexts: Contexts, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with open_plane(contexts, LONG_HOLD) as plane:
+        relay = await held_relay(plane)
+        port = plane.add_door(open_timeout_s=25.0)
+        streams = [await connect(port) for _ in range(20)]
+        with trio.fail_after(10):
+            while len(plane.doors[0].opening) < len(streams):
+                await trio.sleep(0.01)
+        asked = 0
+        decide = plane.registry.routes.decide
+
+        def counting(*args: object) -> object:
+            nonlocal asked
+            asked += 1
+            return decide(*args)  # type: ignore[arg-type]  # as it was called
+
+        monkeypatch.setattr(plane.registry.routes, "decide", counting)
+        await trio.sleep(1.2)
+        assert 0 < asked <= 4
+        monkeypatch.undo()
+        await link_anew(relay)
+        for stream in streams:
+            await stream.send_all(b"x")
+            with trio.fail_after(SOON_S):
+                assert await receive_exactly(stream, 1) == b"x"
+            await stream.aclose()
+
+
+async def test_links_that_come_and_go_do_not_turn_a_client_away(contexts: Contexts) -> None:
+    """It has been moved as often as it may be: then it stays where it is, and is served when the link is resumed."""
+    async with open_plane(contexts, LONG_HOLD) as plane:
+        relay = await held_relay(plane)
+        port = plane.add_door(open_timeout_s=25.0)
+        async with await connect(port) as stream:
+            await stream.send_all(b"early")
+            await waiting(plane)
+            (client,) = plane.doors[0].clients
+            client._attempts = MAX_ATTEMPTS
+            await plane.add_relay(await plane.serve(echo), name="b")
+            await trio.sleep(1.2)
+            assert plane.doors[0].counters.refused == {}
+            relay.redials = True
+            assert await receive_exactly(stream, 5) == b"early"
