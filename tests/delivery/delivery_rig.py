@@ -12,7 +12,7 @@ from plane import SERVICE, Plane, RelaySide
 from fxrelay.cluster.settings import PathKind
 from fxrelay.delivery.delivery import DeliveryLimits
 from fxrelay.delivery.placing import ALL_PATHS, Placer
-from fxrelay.delivery.ports import Node, NoNode, Wanted
+from fxrelay.delivery.ports import Asking, Node, NoNode, Wanted
 from fxrelay.delivery.services import PoolService, resolve
 from fxtunnel.codes import Code
 from fxtunnel.kit.proxy_header import ProxyVersion
@@ -90,6 +90,9 @@ class ScriptedChooser:
             return None
         self.asked.append((wanted, frozenset()))
         return answer
+
+    def choose_soon(self, wanted: Wanted, then: Callable[[Node | NoNode | None], None]) -> Asking | None:
+        return None
 
     def _first(self, excluded: frozenset[RelayId]) -> Node | NoNode:
         for spec in self.nodes:
