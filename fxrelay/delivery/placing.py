@@ -110,7 +110,10 @@ class Placer:
 
     def chosen(self, placing: Placing, answer: Node | NoNode | None) -> None:
         """What came of `choose_soon`."""
-        if isinstance(answer, NoNode):
+        if placing.is_over:
+            if isinstance(answer, Node):
+                answer.claim.release()
+        elif isinstance(answer, NoNode):
             self._turn_away(placing, answer.code, answer.text)
         elif answer is None or not self._set_out(placing, answer):
             self._order(placing)
