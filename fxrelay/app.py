@@ -126,6 +126,7 @@ class Relay:
         identity = await load_identity(self._settings.relay.state_dir, RelayId(self._settings.relay.id))
         whose = Whose(identity.relay_id, identity.instance, lambda: [uplink.statistics() for uplink in self._uplinks])
         self._brain = brain = Brain(self._settings, self._directory, whose)
+        brain.use_reactor(self._reactor)
         self._desk.placer = placer = Placer(brain.chooser, self._settings.cluster.paths, brain.chooser)
         self._desk.node = identity.relay_id
         self._porter = porter = Porter(brain.tickets, identity.relay_id)

@@ -35,6 +35,7 @@ from fxrelay.service_settings import ServiceSection
 from fxrelay.settings import RelaySettings
 from fxrelay.uplink.ports import UplinkState, UplinkStatistics
 from fxtunnel import __version__
+from fxtunnel.engine.reactor import Reactor
 from fxtunnel.kit.process import keep_going
 from fxtunnel.model import GatewayId, InstanceId, RelayId, ServiceName
 
@@ -88,6 +89,10 @@ class Brain:
             self.reservations = Reservations(reserving, self._store, self._transporter, self.view)
             self.reservations.upkeep.has_sessions = self._has_sessions
             self.chooser.seating = StreamSeating(self.reservations)
+
+    def use_reactor(self, reactor: Reactor) -> None:
+        """Nodes for streams may be chosen in its thread from now on."""
+        self._scripts.use_reactor(reactor)
 
     @property
     def problems(self) -> tuple[str, ...]:

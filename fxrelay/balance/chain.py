@@ -1,13 +1,28 @@
 """Task: runs a balancing chain: each entry in its order, until one names a server or fails."""
 
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from fxrelay.balance import builtins
 from fxrelay.balance.builtins import BUILTINS, Choose
-from fxrelay.balance.model import Candidate, Chosen, Decision, Dropped, Entry, Environment, Failed, Narrowed, Passed, Request, Step, Verdict
+from fxrelay.balance.model import (
+    Asks,
+    Cancellable,
+    Candidate,
+    Chosen,
+    Decision,
+    Dropped,
+    Entry,
+    Environment,
+    Failed,
+    Narrowed,
+    Passed,
+    Request,
+    Step,
+    Verdict,
+)
 from fxrelay.balance.verdicts import NO_SERVER_SELECTED
 from fxtunnel.model import RelayId
 
@@ -84,6 +99,62 @@ def decide_nowait(
         return decision
 
 
+def needs_no_task(chain: Sequence[Entry]) -> bool:
+    """Whether `Deciding` can ask every entry."""
+    return all(isinstance(entry, Builtin | Asks) for entry in chain)
+
+
+class Deciding:
+    """As `decide`, from the reactor, for a chain that `needs_no_task`. `then` is called once, later, with the decision; with None where an
+    entry that is not the first could not be asked: then `decide`. Candidates may change meanwhile: each entry is asked about those that
+    are there then.
+    """
+
+    def __init__(
+        self,
+        chain: Sequence[Entry],
+        asked: tuple[Request, Sequence[Candidate], Environment],
+        then: Callable[[Decision | None], None],
+    ) -> None:
+        self._request, candidates, self._environment = asked
+        self._then = then
+        self._steps = _deciding(chain, candidates, ())
+        self._asked: Cancellable | None = None
+
+    def begin(self) -> bool:
+        """Ask the first entries. False: that cannot be done now, and `then` will not be called."""
+        try:
+            decision, is_waiting = self._go_on(*next(self._steps))
+        except StopIteration:
+            return False
+        return decision is None and is_waiting
+
+    def cancel(self) -> None:
+        """See `Cancellable`."""
+        if self._asked is not None:
+            self._asked.cancel()
+
+    def _go_on(self, entry: Entry, offered: Sequence[Candidate]) -> tuple[Decision | None, bool]:
+        """The decision, if there is one, and whether an entry is being asked."""
+        try:
+            while isinstance(entry, Builtin):
+                entry, offered = self._steps.send(entry.pick(self._request, offered, self._environment.local_id))
+        except StopIteration as done:
+            return done.value, False
+        assert isinstance(entry, Asks)
+        self._asked = entry.ask(self._request, offered, self._environment, self._told)
+        return None, self._asked is not None
+
+    def _told(self, verdict: Verdict) -> None:
+        self._asked = None
+        try:
+            decision, is_waiting = self._go_on(*self._steps.send(verdict))
+        except StopIteration as done:
+            decision, is_waiting = done.value, False
+        if not is_waiting:
+            self._then(decision)
+
+
 def _deciding(
     chain: Sequence[Entry], candidates: Sequence[Candidate], dropped: Sequence[Dropped]
 ) -> Generator[tuple[Entry, Sequence[Candidate]], Verdict, Decision]:
@@ -95,8 +166,9 @@ def _deciding(
         if not offered:
             break
         began = time.perf_counter()
+        count = len(offered)
         verdict = yield entry, offered
-        steps.append(Step(entry.name, len(offered), verdict, time.perf_counter() - began))
+        steps.append(Step(entry.name, count, verdict, time.perf_counter() - began))
         match verdict:
             case Chosen(server_id):
                 return Decision(server_id, None, tuple(dropped), tuple(steps))
@@ -113,4 +185,4 @@ def _deciding(
 
 def _in_order(candidates: Sequence[Candidate], server_ids: Sequence[RelayId]) -> list[Candidate]:
     by_id = {candidate.server_id: candidate for candidate in candidates}
-    return [by_id[server_id] for server_id in server_ids]
+    return [by_id[server_id] for server_id in server_ids if server_id in by_id]  # one may have left meanwhile

@@ -5,18 +5,19 @@ import logging
 import secrets
 import time
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Final
 
 import trio
 
-from fxrelay.balance.chain import decide, decide_nowait, is_instant
+from fxrelay.balance.chain import Deciding, decide, decide_nowait, is_instant, needs_no_task
+from fxrelay.balance.claims import TAKES_NO_PART, ClosedSeat, NoClaim, PlacementClaim
 from fxrelay.balance.filters import RESERVED, Circumstances, Pool, Sieve, reason_outside
 from fxrelay.balance.holders import against, of_others, prefer
-from fxrelay.balance.model import Action, Candidate, Decision, Dropped, Entry, Environment, Request
+from fxrelay.balance.model import Action, Cancellable, Candidate, Decision, Dropped, Entry, Environment, Request
 from fxrelay.balance.seating import NO_RULES, Queueing, Seating, SeatRules
 from fxrelay.balance.waiting import Line
 from fxrelay.balance.ways import Ways
@@ -25,9 +26,9 @@ from fxrelay.cluster.members import Member, MemberState
 from fxrelay.cluster.ports import PLACEMENTS, Store, Transporter
 from fxrelay.cluster.server import ServerObject
 from fxrelay.cluster.threads import Threads
-from fxrelay.cluster.view import ENDED, PLACED, ClusterView, encode_placement
+from fxrelay.cluster.view import ClusterView, encode_placement
 from fxrelay.delivery.identity import identity_of
-from fxrelay.delivery.ports import Claim, Node, NoNode, NotTaken, Seat, Then, Wanted
+from fxrelay.delivery.ports import Claim, Node, NoNode, Seat, Wanted
 from fxtunnel.codes import Code
 from fxtunnel.errors import StoreError, TransporterError
 from fxtunnel.model import GatewayId, RelayId, ServiceName
@@ -40,7 +41,9 @@ GATHER_S: Final = 0.05
 NEXT_NUMBER_S: Final = 1.0
 LOOK_AGAIN_S: Final = 1.0
 """Who waits for a server looks again after this long, whatever is heard: servers also get free by time."""
-TAKES_NO_PART: Final = "this relay takes no part in reservations until it is restarted"
+
+
+Told = Callable[[Node | NoNode | None], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,14 +140,50 @@ class PoolChooser:
     def choose_nowait(self, wanted: Wanted) -> Node | None:
         """See `Chooser`. Chains of built-in entries need no task; reservations, lines and refusals do."""
         balancing = self._balancing.get(wanted.service)
-        if balancing is None or self._lines.get(wanted.service) or not is_instant(balancing.chain):
+        if balancing is None or not is_instant(balancing.chain) or not self._is_free(balancing, wanted):
             return None
         request = _request(balancing, wanted)
-        if request.action is Action.LOGIN if self.seating is not None else balancing.seats.guard_start:
+        decision = decide_nowait(balancing.chain, request, self._peek(balancing, request, wanted), (), self._environment)
+        return self._free_node(balancing, request, wanted, decision)
+
+    def choose_soon(self, wanted: Wanted, then: Told) -> Cancellable | None:
+        """See `Chooser`. For chains with scripts, whose processes are asked from the reactor."""
+        balancing = self._balancing.get(wanted.service)
+        if balancing is None or not needs_no_task(balancing.chain) or not self._is_free(balancing, wanted):
             return None
-        around = self._around(balancing, request, wanted, ())
-        candidates = self._sieve(balancing.pool, request.action, wanted.gateway_id).peek(self._view.everyone(), request.user, around)
-        decision = decide_nowait(balancing.chain, request, candidates, (), self._environment)
+        request = _request(balancing, wanted)
+        told = partial(self._decided, balancing, request, wanted, then)
+        deciding = Deciding(balancing.chain, (request, self._peek(balancing, request, wanted), self._environment), told)
+        return deciding if deciding.begin() else None
+
+    def _decided(
+        self,
+        balancing: Balancing,
+        request: Request,
+        wanted: Wanted,
+        then: Told,
+        decision: Decision | None,
+    ) -> None:
+        if decision is None or decision.failure is None:
+            then(self._free_node(balancing, request, wanted, decision) if decision is not None else None)
+            return
+        self.decisions += 1
+        dropped = self._candidates(balancing, request, wanted, ())[1]
+        then(self._refusal(wanted, replace(decision, dropped=tuple(dropped))))
+
+    def _is_free(self, balancing: Balancing, wanted: Wanted) -> bool:
+        """Whether neither a line nor a reservation is between the stream and its node."""
+        if self._lines.get(wanted.service):
+            return False
+        is_login = _request(balancing, wanted).action is Action.LOGIN
+        return not (is_login if self.seating is not None else balancing.seats.guard_start)
+
+    def _peek(self, balancing: Balancing, request: Request, wanted: Wanted) -> Sequence[Candidate]:
+        sieve = self._sieve(balancing.pool, request.action, wanted.gateway_id)
+        return sieve.peek(self._view.everyone(), request.user, self._around(balancing, request, wanted, ()))
+
+    def _free_node(self, balancing: Balancing, request: Request, wanted: Wanted, decision: Decision) -> Node | None:
+        """The node that was chosen; None if it has gone, or has to be reserved."""
         member = self._view.members.get(decision.server_id, self._view.now) if decision.server_id is not None else None
         if member is None or _reserves(balancing, member.server, request.action):
             return None
@@ -162,7 +201,7 @@ class PoolChooser:
             return NoNode(Code.NO_SERVICE, "no such node in the pool")
         if member.state is MemberState.DOWN:
             return NoNode(Code.CONNECT_FAILED, "the node is down")
-        return self._node(member, wanted, _NoClaim())
+        return self._node(member, wanted, NoClaim())
 
     def seat_here(self, wanted: Wanted) -> Seat | None:
         """See `Seats`."""
@@ -309,67 +348,6 @@ def _waiting_in(channel: trio.MemoryReceiveChannel[tuple[str, Placement]]) -> It
     with suppress(trio.WouldBlock):
         while True:
             yield channel.receive_nowait()
-
-
-class _NoClaim:
-    """Implements `Claim` for what is counted already."""
-
-    def connected(self) -> None:
-        """See `Claim`."""
-
-    def release(self) -> None:
-        """See `Claim`."""
-
-    def hand_over(self) -> None:
-        """See `Claim`."""
-
-
-class ClosedSeat:
-    """Implements `Seat` at a relay that takes no part in reservations: nobody gets it."""
-
-    async def take(self) -> NotTaken:
-        """See `Seat`."""
-        await trio.lowlevel.checkpoint()
-        return NotTaken(TAKES_NO_PART, Then.GIVE_UP)
-
-    def watch(self, lost: Callable[[], None]) -> None:
-        """See `Seat`."""
-
-    def release(self) -> None:
-        """See `Seat`."""
-
-
-class PlacementClaim:
-    """Implements `Claim`: a placement that all relays count until the node does."""
-
-    __slots__ = ("_placement", "_released", "_tell", "_view")
-
-    def __init__(self, view: ClusterView, placement: Placement, tell: Callable[[str, Placement], None]) -> None:
-        self._view = view
-        self._placement = placement
-        self._tell = tell
-        self._released = False
-        tell(PLACED, placement)
-
-    def connected(self) -> None:
-        """See `Claim`."""
-        placement = self._placement
-        self._placement = later = Placement(placement.placement_id, placement.server_id, self._view.now_ms)
-        self._view.in_flight.add(later, self._view.now)
-        self._tell(PLACED, later)
-
-    def hand_over(self) -> None:
-        """See `Claim`."""
-        if not self._released:
-            self._released = True
-            self.connected()
-
-    def release(self) -> None:
-        """See `Claim`."""
-        if not self._released:
-            self._released = True
-            self._view.in_flight.withdraw(self._placement.placement_id)
-            self._tell(ENDED, self._placement)
 
 
 def _reserves(balancing: Balancing, server: ServerObject | None, action: Action) -> bool:

@@ -3,21 +3,27 @@
 import logging
 import os
 import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import trio
 
 from fxrelay.balance import builtins
+from fxrelay.balance.answers import Answer
 from fxrelay.balance.chain import builtin
-from fxrelay.balance.model import Candidate, Entry, Environment, Failed, Request, Verdict
-from fxrelay.balance.script_input import script_input
+from fxrelay.balance.model import Cancellable, Candidate, Entry, Environment, Failed, Request, Verdict
+from fxrelay.balance.offered import Offered
+from fxrelay.balance.script_input import offered_input, script_input
 from fxrelay.balance.verdicts import verdict_of, verdict_of_output
 from fxrelay.balance.workers import ScriptLimits, Workers
 from fxtunnel.errors import ConfigError
+from fxtunnel.model import RelayId
+
+if TYPE_CHECKING:
+    from fxtunnel.engine.reactor import Reactor
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +45,19 @@ class Script:
         """See `Entry`."""
         await trio.lowlevel.checkpoint()  # choosing the candidates took its time: streams first
         known = frozenset([candidate.server.server_id for candidate in candidates])
-        answer = await self.workers.call(self.kind, self.spec, script_input(request, candidates, environment.local_id))
+        return self._verdict(await self.workers.call(self.kind, self.spec, script_input(request, candidates, environment.local_id)), known)
+
+    def ask(
+        self, request: Request, candidates: Sequence[Candidate], environment: Environment, then: Callable[[Verdict], None]
+    ) -> Cancellable | None:
+        """See `Asks`."""
+        local_id = environment.local_id
+        offered = candidates if isinstance(candidates, Offered) else None
+        known = offered.ids() if offered is not None else frozenset([candidate.server.server_id for candidate in candidates])
+        given = offered_input(request, offered, local_id) if offered is not None else script_input(request, candidates, local_id)
+        return self.workers.ask(self.kind, self.spec, given, offered, lambda answer: then(self._verdict(answer, known)))
+
+    def _verdict(self, answer: Answer, known: Collection[RelayId]) -> Verdict:
         if answer.get("log"):
             logger.info("balancing script %s says: %s", self.name, answer["log"])
         match answer.get("kind"):
@@ -64,6 +82,10 @@ class Scripts:
             await trio.sleep_forever()
         finally:
             self.close()
+
+    def use_reactor(self, reactor: "Reactor") -> None:
+        """Streams may be decided in its thread from now on."""
+        self._workers.reactor = reactor
 
     def close(self) -> None:
         """End the processes. May be repeated."""

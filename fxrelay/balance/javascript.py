@@ -17,6 +17,7 @@ After the first two it is looked whether the call left anything behind; then the
 import json
 import re
 import socket
+from collections.abc import Sequence
 from enum import Enum
 from importlib import import_module
 from pathlib import Path
@@ -25,7 +26,9 @@ from typing import Any, Final
 from fxrelay.balance.answers import failed
 from fxrelay.balance.forked import in_child
 from fxrelay.balance.javascript_frame import FRAME
+from fxrelay.balance.offered import Op
 from fxrelay.balance.script_input import ScriptInput
+from fxrelay.balance.sent_texts import Listed
 
 MAX_ANSWER_BYTES: Final = 1 << 20
 MAX_KEPT: Final = 65_536
@@ -99,11 +102,12 @@ class Engine:
         quickjs = _engine_module()
         engine = self._shared
         names = ",".join(f"typeof {name} === 'function' ? {name} : undefined" for name in reversed(_DECLARED.findall(source)))
-        engine.choose(given)
+        chosen = engine.choose(given)
         engine.context.set_memory_limit(engine.used_bytes + memory_bytes)
         engine.context.set_time_limit(limit_s)
         try:
-            found = json.loads(engine.frame("call", source, f"[{names}]", json.dumps(words), given.base, _counts_of(given), way.value))
+            told = (given.base, _counts_of(given), chosen)
+            found = json.loads(engine.frame("call", source, f"[{names}]", json.dumps(words), *told, way.value))
         except (quickjs.JSException, quickjs.StackOverflow) as exc:
             self._shared = _Kept("learn-frozen")
             if "interrupted" in str(exc):
@@ -129,12 +133,12 @@ class Engine:
     def _in_copy(self, path: str, source: str, given: ScriptInput, limits: tuple[float, int], relay: socket.socket) -> dict[str, Any]:
         limit_s, memory_bytes = limits
         engine = self._copied
-        engine.choose(given)
+        told = (given.base, _counts_of(given), engine.choose(given))
 
         def work() -> bytes:
             engine.context.set_memory_limit(engine.used_bytes + memory_bytes)
             engine.context.set_time_limit(limit_s)
-            return json.dumps(_called(engine.context, engine.frame, (path, source), (given.base, _counts_of(given)))).encode()
+            return json.dumps(_called(engine.context, engine.frame, (path, source), told)).encode()
 
         try:
             answer: dict[str, Any] = json.loads(in_child(work, limit_s, relay, MAX_ANSWER_BYTES))
@@ -160,14 +164,31 @@ class _Kept:
         self.used_bytes: int = self.context.memory()["malloc_size"]
         self._places: dict[str, int] = {}
         self._texts: dict[int, str] = {}
-        self._chosen: list[int] = []
+        self._turns: dict[int, int] = {}
+        if self._learning == "learn-frozen":
+            self.frame("seal")
 
-    def choose(self, given: ScriptInput) -> None:
-        """These are the servers of the next call; those the engine does not know are read."""
+    def choose(self, given: ScriptInput) -> int:
+        """The engine's list with the servers of the next call; those that it does not know are read.
+
+        A list that the engine had a turn ago is only edited. A thousand texts are cold by the next call, and as many objects.
+        """
         if len(self._texts) > MAX_KEPT:
             self._begin()
+        listed = given.listed or Listed(given.servers, 0, 0, None)
+        if listed.edits is None or self._turns.get(listed.number) != listed.turn - 1:
+            self._learn(listed.texts)
+            self.frame("list", listed.number, json.dumps([self._places[text] for text in listed.texts]))
+        elif listed.edits:
+            self._learn([edit.text for edit in listed.edits if edit.op is not Op.LEAVE])
+            edits = [[edit.op, edit.at, self._places.get(edit.text, 0)] for edit in listed.edits]
+            self.frame("edit", listed.number, json.dumps(edits))
+        self._turns[listed.number] = listed.turn
+        return listed.number
+
+    def _learn(self, texts: Sequence[str]) -> None:
         places = self._places
-        new = list(dict.fromkeys([text for text in given.servers if text not in places]))
+        new = list(dict.fromkeys([text for text in texts if text not in places]))
         if new:
             for text, place in zip(new, json.loads(self.frame(self._learning, f"[{','.join(new)}]")), strict=True):
                 before = self._texts.get(place, "")
@@ -175,18 +196,14 @@ class _Kept:
                 places[text] = place
                 self._texts[place] = text
                 self.used_bytes += (len(text) - len(before)) * _BYTES_PER_CHAR
-        chosen = [places[text] for text in given.servers]
-        if chosen != self._chosen:
-            self.frame("choose", json.dumps(chosen))
-            self._chosen = chosen
 
 
 def _counts_of(given: ScriptInput) -> str:
     return json.dumps([[count.index, count.sessions, count.in_flight] for count in given.counts])
 
 
-def _called(context: Any, frame: Any, script: tuple[str, str], given: tuple[str, str]) -> dict[str, Any]:
-    """The answer, in the child; the engine is not to be used again. `script` is path and source, `given` base and counts."""
+def _called(context: Any, frame: Any, script: tuple[str, str], given: tuple[str, str, int]) -> dict[str, Any]:
+    """The answer, in the child; the engine is not to be used again. `script` is path and source, `given` base, counts and list."""
     quickjs = _engine_module()
     path, source = script
     try:

@@ -3,7 +3,7 @@
 A `call` gets the server objects that are kept themselves, frozen, and runs in strict mode: there every attempt to change what is frozen
 throws a TypeError, and what would become a global a ReferenceError. So a function that ends without one of them, and that has no way to
 catch them (which its caller sees to), has done what it would have done with a copy of its own. Otherwise the answer is null: ask again
-in another way.
+in another way. The global object is frozen as well (`seal`); what the source names of it is looked at after each call.
 """
 
 from typing import Final
@@ -11,7 +11,8 @@ from typing import Final
 FRAME: Final = r"""
 (function () {
   const { stringify, parse } = JSON, { isArray } = Array, text = String, realm = globalThis;
-  const { setPrototypeOf: bare, is, isExtensible, values, freeze } = Object, { ownKeys, getOwnPropertyDescriptor, apply } = Reflect;
+  const { setPrototypeOf: bare, is, isExtensible, keys: keysOf, freeze, defineProperty, preventExtensions } = Object;
+  const { ownKeys, getOwnPropertyDescriptor, apply } = Reflect;
   const telling = [TypeError, ReferenceError, SyntaxError], NotWritten = SyntaxError;
   const lines = [];
   const console = () => {
@@ -50,14 +51,22 @@ FRAME: Final = r"""
   };
 
   // ---- the server objects
-  const kept = [], places = new Map();
-  let chosen = [];
+  const kept = [], places = new Map(), lists = new Map();
+  // `freeze` would give each object a layout of its own, to be fetched for each access; objects made like this share theirs.
+  const slot = bare({ value: undefined, enumerable: true, writable: false, configurable: false }, null);
   const frozen = (value) => {
-    if (value !== null && typeof value === "object") {
-      values(value).forEach(frozen);
-      freeze(value);
+    if (value === null || typeof value !== "object") return value;
+    if (isArray(value)) {
+      for (let i = 0; i < value.length; i++) value[i] = frozen(value[i]);
+      return freeze(value);
     }
-    return value;
+    const made = {};
+    for (const key of keysOf(value)) {
+      const inner = frozen(value[key]);
+      slot.value = inner;
+      defineProperty(made, key, slot);
+    }
+    return preventExtensions(made);
   };
   const itself = (value) => value, fresh = (server) => ({ ...server });
   const learn = (servers, made) => servers.map((server) => {
@@ -66,9 +75,16 @@ FRAME: Final = r"""
     kept[place] = made(server);
     return place;
   });
-  const inputOf = (base, counts, made) => {
-    const input = parse(base);
-    input.servers = chosen.map((place) => made(kept[place]));
+  const edit = (list, edits) => {
+    for (const [op, at, place] of edits) {
+      if (op === 0) list[at] = kept[place];
+      else if (op === 1) list.splice(at, 0, kept[place]);
+      else list.splice(at, 1);
+    }
+  };
+  const inputOf = (base, counts, list, made) => {
+    const input = parse(base), servers = lists.get(list);
+    input.servers = made === itself ? servers.slice() : servers.map(made);
     for (const [index, sessions, inflight] of parse(counts)) input.servers[index] = { ...input.servers[index], sessions, inflight };
     return input;
   };
@@ -93,7 +109,7 @@ FRAME: Final = r"""
   };
   const isClean = (words) => {
     for (const word of words) if (shapes.has(word) && !isAsItWas(shapes.get(word))) return false;
-    return isAsItWas(shapes.get("globalThis"));
+    return true;
   };
 
   // A direct `eval` in a function: what a file declares ends with the call.
@@ -117,9 +133,9 @@ FRAME: Final = r"""
     }
     return run(source).find(isFunction) || run(source + "\n;" + names)[1].find(isFunction);
   };
-  const call = (source, names, words, base, counts, way) => {
+  const call = (source, names, words, base, counts, list, way) => {
     lines.length = 0;
-    const input = inputOf(base, counts, way === "fresh" ? fresh : itself);
+    const input = inputOf(base, counts, list, way === "fresh" ? fresh : itself);
     let found;
     try {
       const fn = functionIn(source, names);
@@ -158,9 +174,11 @@ FRAME: Final = r"""
     switch (task) {
       case "learn": return stringify(learn(parse(given[0]), itself));
       case "learn-frozen": return stringify(learn(parse(given[0]), frozen));
-      case "choose": chosen = parse(given[0]); return;
+      case "list": lists.set(given[0], parse(given[1]).map((place) => kept[place])); return;
+      case "edit": edit(lists.get(given[0]), parse(given[1])); return;
+      case "seal": freeze(realm); return;
       case "call": return call(...given);
-      case "input": input = inputOf(given[0], given[1], itself); lines.length = 0; return;
+      case "input": input = inputOf(...given, itself); lines.length = 0; return;
       case "is-function": return typeof given[0] === "function";
       case "run": return run(given[0]);
       case "result": return stringify(answer({ answer: settled, log: lines.join("\n") }));

@@ -1,9 +1,9 @@
 """Port: what a balancing decision is made of: who asks, among which servers, what each entry of the chain said, and what came of it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from fxrelay.cluster.server import ServerObject
 from fxtunnel.model import RelayId
@@ -103,6 +103,23 @@ class Entry(Protocol):
 
     async def choose(self, request: Request, candidates: Sequence[Candidate], environment: Environment) -> Verdict:
         """Decide, pass, or narrow down. Leaves its arguments alone. Whatever goes wrong is a `Failed`: it raises nothing."""
+
+
+class Cancellable(Protocol):
+    """Something that was asked for and is not told yet."""
+
+    def cancel(self) -> None:
+        """Nobody wants to be told any more. May be repeated, also after it was told."""
+
+
+@runtime_checkable
+class Asks(Protocol):
+    """An entry that can be asked from the reactor."""
+
+    def ask(
+        self, request: Request, candidates: Sequence[Candidate], environment: Environment, then: Callable[[Verdict], None]
+    ) -> Cancellable | None:
+        """As `Entry.choose`, but `then` is called with the verdict, later. None: it cannot be asked like this now."""
 
 
 @dataclass(frozen=True, slots=True)

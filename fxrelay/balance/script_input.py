@@ -12,6 +12,8 @@ from functools import lru_cache
 from typing import Any, Final
 
 from fxrelay.balance.model import Action, Candidate, Request
+from fxrelay.balance.offered import Offered
+from fxrelay.balance.sent_texts import Listed
 from fxtunnel.model import RelayId
 
 SECRET_WORDS: Final = ("password", "passwd", "passphrase", "token", "secret", "credential", "privatekey", "apikey")
@@ -40,8 +42,10 @@ class ScriptInput:
     """The input in parts: `base` is the object without `servers`, which are JSON texts as published, without what `counts` add."""
 
     base: str
-    servers: tuple[str, ...]
+    servers: Sequence[str]
     counts: tuple[Count, ...] = ()
+    listed: Listed | None = None
+    """In a script process: how `servers` came here."""
 
     def whole(self) -> str:
         """The input object of the clustering guide."""
@@ -53,7 +57,21 @@ class ScriptInput:
 
 def script_input(request: Request, candidates: Sequence[Candidate], local_id: RelayId) -> ScriptInput:
     """What a script is to be told."""
-    base = json.dumps(
+    counts = [_count(index, each) for index, each in enumerate(candidates) if each.in_flight]
+    return ScriptInput(_base(request, local_id), tuple([candidate.server.text for candidate in candidates]), tuple(counts))
+
+
+def offered_input(request: Request, offered: Offered, local_id: RelayId) -> ScriptInput:
+    """The same without the servers, which the script process knows, or is told: see `SentTexts.pack_offered`."""
+    return ScriptInput(_base(request, local_id), (), tuple([_count(place, candidate) for place, candidate in offered.counted()]))
+
+
+def _count(index: int, candidate: Candidate) -> Count:
+    return Count(index, candidate.load_sessions, candidate.in_flight)
+
+
+def _base(request: Request, local_id: RelayId) -> str:
+    return json.dumps(
         {
             "action": request.action.value,
             "user": _user(request),
@@ -64,8 +82,6 @@ def script_input(request: Request, candidates: Sequence[Candidate], local_id: Re
             "data": without_secrets(request.data),
         }
     )
-    counts = [Count(index, each.load_sessions, each.in_flight) for index, each in enumerate(candidates) if each.in_flight]
-    return ScriptInput(base, tuple([candidate.server.text for candidate in candidates]), tuple(counts))
 
 
 def without_secrets(data: Mapping[str, Any], depth: int = 0) -> dict[str, Any]:

@@ -1,40 +1,82 @@
-"""Pure: texts for another process, each sent once: most of a thousand server objects are the same as a moment ago.
+"""Pure: lists of texts for another process, each text sent once: most of a thousand server objects are the same as a moment ago.
 
-    kept u32 | count u32 | count × place u32 | the texts from place `kept` on, joined by U+001E
+    kept u32 | list u32 | edits u32 | count u32 | edits × (op u32, at u32, place u32) | count × place u32 | the texts from place `kept` on
 
-`kept` is how many texts the other end has from before; 0 begins anew. Native byte order: both ends are on one machine.
+The texts are joined by U+001E. `kept` is how many of them the other end has from before; 0 begins anew. `list` is the number of a list that
+the other end keeps: `edits` are what has changed in it since it was sent; with WHOLE in their stead come the places of all its texts.
+Native byte order: both ends are on one machine.
 """
 
 import struct
 from array import array
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import islice
 from typing import Final
 
-_HEAD: Final = struct.Struct("=II")
+from fxrelay.balance.offered import Edit, Offered, Op
+
+PASSING: Final = 0
+"""The number of lists that nobody keeps: each comes whole."""
+MAX_LISTS: Final = 16
+"""Lists kept, one for each pool, action and gateway; with more, all are sent again."""
+WHOLE: Final = 0xFFFF_FFFF
+_HEAD: Final = struct.Struct("=IIII")
 _SEPARATOR: Final = "\x1e"  # RFC 7464: no JSON text holds it
-_PLACE_BYTES: Final = 4
+_NUMBER_BYTES: Final = 4
+_EDIT_NUMBERS: Final = 3
 _KEPT_PER_TEXT: Final = 2
 _KEPT_BESIDES: Final = 1_000
 """Both ends keep twice what one call needs, and so many besides; then they begin anew. What is outdated must not fill their memory."""
 
 
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """Texts that came, and how: `edits` is what made them of those of this list's turn before; None: they came whole."""
+
+    texts: Sequence[str]
+    number: int
+    turn: int
+    edits: Sequence[Edit] | None
+
+
 class SentTexts:
-    """The sender's end, for one receiver."""
+    """The sender's end, for one receiver, which must get everything that is packed."""
 
     def __init__(self) -> None:
         self._places: dict[str, int] = {}
+        self._lists: dict[int, tuple[int, int]] = {}
 
     def pack(self, texts: Sequence[str]) -> bytes:
-        """These texts for the receiver, which must get everything that is packed."""
+        """These texts for the receiver."""
+        return self._pack(PASSING, texts, len(texts))
+
+    def pack_offered(self, offered: Offered) -> bytes:
+        """The texts of the candidates: of those that the receiver has from before, only what has changed."""
+        known = self._lists.get(offered.number)
+        if known is None and len(self._lists) >= MAX_LISTS:
+            self._lists.clear()
+        number, mark = known or (len(self._lists) + 1, 0)
+        edits = offered.since(mark) if known is not None else None
+        self._lists[offered.number] = (number, offered.mark)
+        if edits is None:
+            return self._pack(number, [candidate.server.text for candidate in offered], len(offered))
+        return self._pack(number, [edit.text for edit in edits if edit.op is not Op.LEAVE], len(offered), edits)
+
+    def _pack(self, number: int, texts: Sequence[str], length: int, edits: Sequence[Edit] | None = None) -> bytes:
         places = self._places
-        if len(places) > _KEPT_PER_TEXT * len(texts) + _KEPT_BESIDES:
+        if len(places) > _KEPT_PER_TEXT * length + _KEPT_BESIDES:
             places.clear()
         kept = len(places)
         wanted = array("I", [places.setdefault(text, len(places)) for text in texts])
+        if edits is None:
+            head = _HEAD.pack(kept, number, WHOLE, len(wanted))
+        else:
+            head = _HEAD.pack(kept, number, len(edits), 0)
+            wanted = array("I", [each for edit in edits for each in (edit.op, edit.at, places.get(edit.text, 0))])
         fresh = list(islice(reversed(places), len(places) - kept))
         fresh.reverse()
-        return _HEAD.pack(kept, len(wanted)) + wanted.tobytes() + _SEPARATOR.join(fresh).encode()
+        return head + wanted.tobytes() + _SEPARATOR.join(fresh).encode()
 
 
 class ReceivedTexts:
@@ -42,20 +84,39 @@ class ReceivedTexts:
 
     def __init__(self) -> None:
         self._kept: list[str] = []
+        self._lists: dict[int, list[str]] = {}
+        self._turns: dict[int, int] = {}
 
-    def unpack(self, packed: bytes) -> tuple[str, ...]:
-        """The texts.
+    def unpack(self, packed: bytes) -> Listed:
+        """The texts; they stay as they are until the next call.
 
         Raises:
             ValueError: what was packed before this did not come here.
         """
-        kept, count = _HEAD.unpack_from(packed)
-        end = _HEAD.size + count * _PLACE_BYTES
-        places = array("I", packed[_HEAD.size : end])
+        kept, number, edits, count = _HEAD.unpack_from(packed)
+        length = count if edits == WHOLE else edits * _EDIT_NUMBERS
+        end = _HEAD.size + length * _NUMBER_BYTES
+        numbers = array("I", packed[_HEAD.size : end])
         if not kept:
             self._kept.clear()
         elif kept != len(self._kept):
             raise ValueError(f"{len(self._kept)} texts are kept, not {kept}")
         if len(packed) > end:
             self._kept += packed[end:].decode().split(_SEPARATOR)
-        return tuple([self._kept[place] for place in places])
+        self._turns[number] = turn = self._turns.get(number, 0) + 1
+        if edits == WHOLE:
+            texts = self._lists[number] = [self._kept[place] for place in numbers]
+            return Listed(texts, number, turn, None)
+        texts = self._lists[number]
+        return Listed(texts, number, turn, [self._edit(texts, *numbers[at : at + _EDIT_NUMBERS]) for at in range(0, length, _EDIT_NUMBERS)])
+
+    def _edit(self, texts: list[str], op: int, at: int, place: int) -> Edit:
+        match op:
+            case Op.CHANGE:
+                texts[at] = self._kept[place]
+            case Op.ENTER:
+                texts.insert(at, self._kept[place])
+            case _:
+                del texts[at]
+                return Edit(Op.LEAVE, at)
+        return Edit(Op(op), at, texts[at])

@@ -48,7 +48,8 @@ def serve(channel: socket.socket) -> None:
         signal.setitimer(signal.ITIMER_REAL, request["limit_s"] * 2 + 1)
         try:
             counts = tuple(Count(*count) for count in request["counts"])
-            answer = server.answer(request, ScriptInput(request["base"], texts.unpack(packed), counts))
+            listed = texts.unpack(packed)
+            answer = server.answer(request, ScriptInput(request["base"], listed.texts, counts, listed))
         except RelayGone:
             return
         except MemoryError:

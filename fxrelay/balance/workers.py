@@ -8,18 +8,24 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import trio
 
+from fxrelay.balance import question
 from fxrelay.balance.answers import Answer, failed
+from fxrelay.balance.offered import Offered
+from fxrelay.balance.question import Question
 from fxrelay.balance.script_input import ScriptInput
 from fxrelay.balance.sent_texts import SentTexts
 from fxrelay.balance.worker_main import LENGTH, MAX_ANSWER_BYTES, READY
+
+if TYPE_CHECKING:
+    from fxtunnel.engine.reactor import Reactor
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +35,8 @@ START_S: Final = 10.0
 """For a process to start, on a busy machine, beside the script's own time."""
 GRACE_S: Final = 2.0
 """For a process to end its executable and itself, when nobody wants the answer any more."""
+LATE_BY_S: Final = 0.5
+"""Beside the script's own time, for its process to say itself that it took too long."""
 MAX_COMPLAINT_BYTES: Final = 65_536
 SHOWN_COMPLAINT: Final = 2_000
 _ENVIRONMENT: Final = ("PATH", "LANG", "LC_ALL", "HOME", "TZ", "PYTHONPATH", "VIRTUAL_ENV", "LD_LIBRARY_PATH", "PYTHONDONTWRITEBYTECODE")
@@ -51,6 +59,8 @@ class Workers:
         self.limits = limits
         self._directory = directory
         self._kinds: dict[str, _Kind] = {}
+        self.reactor: Reactor | None = None
+        """For `ask`; without it, `call` is the only way."""
         self.started = 0
         """Processes so far."""
 
@@ -59,9 +69,7 @@ class Workers:
         answer of its own kind. Cancelling kills the process.
         """
         limits = self.limits
-        counts = [[count.index, count.sessions, count.in_flight] for count in given.counts]
-        head = {"kind": kind, "spec": spec, "limit_s": limits.timeout_s, "memory_bytes": limits.memory_bytes}
-        head |= {"base": given.base, "counts": counts}
+        head = self._head(kind, spec, given)
         own = self._kinds.setdefault(kind, _Kind())
         async with own.limiter:
             worker = own.idle_one() or self._new_one()
@@ -80,6 +88,27 @@ class Workers:
                     worker.abandon()
         return answer
 
+    def ask(self, kind: str, spec: str, given: ScriptInput, offered: Offered | None, then: Callable[[Answer], None]) -> "Asked | None":
+        """As `call`, for the reactor: `then` is called later with the answer, unless what is returned is cancelled:
+        that kills the process. With `offered`, the servers are those, as they are now. None: no process is warm and free; use `call`.
+        """
+        reactor, own = self.reactor, self._kinds.get(kind)
+        worker = own.idle_one() if reactor is not None and own is not None else None
+        if reactor is None or own is None or worker is None:
+            return None
+        try:
+            own.limiter.acquire_on_behalf_of_nowait(worker)
+        except trio.WouldBlock:
+            own.idle.append(worker)
+            return None
+        own.busy.add(worker)
+        return Asked(reactor, own, worker, (self._head(kind, spec, given), given.servers, offered), self.limits.timeout_s, then)
+
+    def _head(self, kind: str, spec: str, given: ScriptInput) -> dict[str, Any]:
+        counts = [[count.index, count.sessions, count.in_flight] for count in given.counts]
+        head = {"kind": kind, "spec": spec, "limit_s": self.limits.timeout_s, "memory_bytes": self.limits.memory_bytes}
+        return head | {"base": given.base, "counts": counts}
+
     def _new_one(self) -> "_Worker":
         self.started += 1
         return _Worker(self._directory, self.limits.memory_bytes)
@@ -90,6 +119,8 @@ class Workers:
             for worker in kind.idle:
                 worker.kill()
             kind.idle.clear()
+            for asked in list(kind.asked):
+                asked.close()
             for worker in kind.busy:
                 worker.stop()
 
@@ -100,6 +131,7 @@ class _Kind:
     def __init__(self) -> None:
         self.idle: list[_Worker] = []
         self.busy: set[_Worker] = set()
+        self.asked: set[Asked] = set()
         self.limiter = trio.CapacityLimiter(PROCESSES)
         self.threads = trio.CapacityLimiter(PROCESSES)
 
@@ -111,6 +143,67 @@ class _Kind:
                 return worker
             worker.kill()
         return None
+
+
+class Asked:
+    """A call from the reactor that is not answered yet. The process is back among the idle ones, or given up, before `then` is called."""
+
+    def __init__(
+        self,
+        reactor: "Reactor",
+        own: _Kind,
+        worker: "_Worker",
+        asking: tuple[Mapping[str, Any], Sequence[str], Offered | None],
+        timeout_s: float,
+        then: Callable[[Answer], None],
+    ) -> None:
+        self._own = own
+        self._worker = worker
+        self._then = then
+        head, servers, offered = asking
+        self._question = worker.question(reactor, head, servers if offered is None else offered, timeout_s, self._told)
+        own.asked.add(self)
+
+    def cancel(self) -> None:
+        """Nobody wants the answer any more: the process is killed, without waiting for that. May be repeated, also after the answer."""
+        if self._leave():
+            self._give_up()
+
+    def close(self) -> None:
+        """As `cancel`, but its process has ended when this returns."""
+        if self._leave():
+            self._worker.kill()
+
+    def _leave(self) -> bool:
+        if self not in self._own.asked:
+            return False
+        self._question.abandon()
+        self._own.asked.discard(self)
+        self._own.busy.discard(self._worker)
+        self._own.limiter.release_on_behalf_of(self._worker)
+        return True
+
+    def _give_up(self) -> None:
+        # It may take GRACE_S for an executable to end.
+        trio.lowlevel.start_thread_soon(self._worker.kill, lambda _: None, "ending-a-script")
+
+    def _told(self, answer: Answer | str) -> None:
+        if not self._leave():
+            return
+        if not isinstance(answer, str):
+            self._worker.answered()
+            self._own.idle.append(self._worker)
+            self._then(answer)
+            return
+        complaint = self._worker.complaint()
+        self._give_up()
+        match answer:
+            case question.LATE:
+                self._then(failed("ScriptTimeout", "the balancing script took too long"))
+            case question.GARBAGE:
+                self._then(failed("BadReturn", "the balancing script broke its process"))
+            case _:
+                self._then(failed("ScriptDied", "the balancing script's process died", f"the channel ended {complaint}"))
 
 
 class _Worker:
@@ -138,7 +231,7 @@ class _Worker:
 
     def call(self, head: Mapping[str, Any], servers: Sequence[str], timeout_s: float) -> Answer:
         """Send one request and wait for its answer."""
-        self._grace_s = GRACE_S if head["kind"].endswith("exec") else 0.0
+        self._set_grace(head)
         self.is_usable = False
         with self._lock:
             self._is_in_call = True
@@ -147,7 +240,7 @@ class _Worker:
         except TimeoutError:
             answer = failed("ScriptTimeout", "the balancing script took too long")
         except (OSError, EOFError, ValueError) as exc:
-            answer = failed("ScriptDied", "the balancing script's process died", f"{type(exc).__name__}: {exc} {self._complaint()}")
+            answer = failed("ScriptDied", "the balancing script's process died", f"{type(exc).__name__}: {exc} {self.complaint()}")
         finally:
             with self._lock:
                 self._is_in_call = False
@@ -155,6 +248,25 @@ class _Worker:
             if not self.is_usable:
                 self.kill()
         return answer
+
+    def question(
+        self, reactor: "Reactor", head: Mapping[str, Any], servers: Sequence[str] | Offered, timeout_s: float, then: question.Then
+    ) -> Question:
+        """Send one request, without waiting for its answer; the process must have answered one before."""
+        assert self._channel is not None
+        self._set_grace(head)
+        packed = self._texts.pack_offered(servers) if isinstance(servers, Offered) else self._texts.pack(servers)
+        text = json.dumps(head).encode()
+        request = b"".join((LENGTH.pack(len(text)), text, LENGTH.pack(len(packed)), packed))
+        return Question(reactor, self._channel, request, timeout_s + LATE_BY_S, then)
+
+    def answered(self) -> None:
+        """The answer to a `question` came."""
+        self._grace_s = 0.0
+        self.complaint()
+
+    def _set_grace(self, head: Mapping[str, Any]) -> None:
+        self._grace_s = GRACE_S if head["kind"].endswith("exec") else 0.0
 
     def stop(self) -> None:
         """Have it ended soon, without waiting: the process sees its socket end, and `call`, if it runs, returns. May be repeated."""
@@ -190,7 +302,7 @@ class _Worker:
         if stderr is not None:
             os.close(stderr)
 
-    def _complaint(self) -> str:
+    def complaint(self) -> str:
         """What came on its stderr since the last call; the pipe holds 64 KiB, and what is more is lost."""
         if self._stderr is None:
             return ""
@@ -204,7 +316,7 @@ class _Worker:
         channel = self._channel or self._start()
         if self._stopped:
             raise EOFError("not wanted any more")
-        channel.settimeout(timeout_s + 0.5)
+        channel.settimeout(timeout_s + LATE_BY_S)
         for part in (head, packed):
             channel.sendall(LENGTH.pack(len(part)))
             channel.sendall(part)
@@ -214,7 +326,7 @@ class _Worker:
             return failed("BadReturn", "the balancing script broke its process")
         self.is_usable = True
         self._grace_s = 0.0
-        self._complaint()
+        self.complaint()
         return answer
 
     def _start(self) -> socket.socket:

@@ -7,7 +7,7 @@ import trio
 
 from fxrelay.cluster.settings import PathKind
 from fxrelay.delivery.delivery import Delivery, DeliveryDesk
-from fxrelay.delivery.ports import Claim, Entry, Node, Seat, Wanted
+from fxrelay.delivery.ports import Asking, Claim, Entry, Node, Seat, Wanted
 from fxrelay.delivery.services import AnyService, Endpoint, PoolService
 from fxtunnel.codes import Code
 from fxtunnel.model import RelayId
@@ -25,6 +25,7 @@ class Placing:
     """A stream that has no node yet. Implements `Endpoint`: keeps early bytes, at most a first window of them (the mux sees to that)."""
 
     __slots__ = (
+        "asking",
         "claim",
         "desk",
         "early",
@@ -57,6 +58,7 @@ class Placing:
         self.wanted = wanted
         self.early = bytearray()
         self.fin = False
+        self.asking: Asking | None = None
         self.claim: Claim | None = None
         self.seat: Seat | None = None
         self.entry: Entry | None = None
@@ -108,6 +110,9 @@ class Placing:
         self.is_over = True
         self.settled.set()
         self.scope.cancel()
+        asking, self.asking = self.asking, None
+        if asking is not None:
+            asking.cancel()
 
     def give_up(self, code: Code, text: str) -> None:
         """REFUSE, unless the stream is over; RESET if it has been accepted."""

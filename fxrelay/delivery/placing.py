@@ -16,7 +16,7 @@ from fxrelay.cluster.settings import PathKind
 from fxrelay.delivery.delivery import DeliveryDesk, connect_first
 from fxrelay.delivery.identity import identity_of
 from fxrelay.delivery.placed import PlacedDelivery, Placing
-from fxrelay.delivery.ports import Chooser, Entries, Node, NoNode, NotAdmitted, NotTaken, Seat, Seats, Then, Wanted
+from fxrelay.delivery.ports import Asking, Chooser, Entries, Node, NoNode, NotAdmitted, NotTaken, Seat, Seats, Then, Wanted
 from fxrelay.delivery.services import AnyService, Endpoint, PoolService
 from fxtunnel.codes import Code
 from fxtunnel.model import GatewayId, RelayId
@@ -24,6 +24,7 @@ from fxtunnel.protocol.mux import Stream
 from fxtunnel.protocol.opening import Opening
 
 if TYPE_CHECKING:
+    from fxtunnel.engine.reactor import Timer
     from fxtunnel.engine.session import Session
 
 logger = logging.getLogger(__name__)
@@ -62,6 +63,8 @@ class Placer:
         placing = Placing(desk, session, stream, service, opening, _wanted(service, opening, gateway_id))
         node = self._chooser.choose_nowait(placing.wanted)
         desk.count_opening(service)
+        if node is None and self._ask(placing):
+            return
         if node is None or not self._set_out(placing, node):
             self._order(placing)
 
@@ -91,6 +94,29 @@ class Placer:
         placing.entry = self.entries.entry(service.name, opening, wanted.trace_id)
         desk.count_opening(service)
         self._order(placing)
+
+    def _ask(self, placing: Placing) -> bool:
+        """Have a node chosen without a task. False: a task has to."""
+        if placing.wait_s or len(self.placings) >= MAX_PLACINGS:
+            return False
+        asked = _Asked(self, placing)
+        asking = self._chooser.choose_soon(placing.wanted, asked.told)
+        if asking is None:
+            return False
+        self.placings.add(placing)
+        placing.asking = asked
+        asked.begin(asking)
+        return True
+
+    def chosen(self, placing: Placing, answer: Node | NoNode | None) -> None:
+        """What came of `choose_soon`."""
+        if placing.is_over:
+            if isinstance(answer, Node):
+                answer.claim.release()
+        elif isinstance(answer, NoNode):
+            self._turn_away(placing, answer.code, answer.text)
+        elif answer is None or not self._set_out(placing, answer):
+            self._order(placing)
 
     def _set_out(self, placing: Placing, node: Node) -> bool:
         """Take the first way to the node without a task: most streams need none. False: there is none, or a task has to try."""
@@ -286,6 +312,44 @@ class Placer:
         if not placing.is_over:
             self.placings.add(placing)
         return placing.is_over
+
+
+class _Asked:
+    """Implements `Asking` for a stream: it ends with the stream, and the stream with its time."""
+
+    __slots__ = ("_asking", "_placer", "_placing", "_timer")
+
+    def __init__(self, placer: Placer, placing: Placing) -> None:
+        self._placer = placer
+        self._placing = placing
+        self._asking: Asking | None = None
+        self._timer: Timer | None = None
+
+    def begin(self, asking: Asking) -> None:
+        """It was asked."""
+        desk = self._placing.desk
+        self._asking = asking
+        self._timer = desk.reactor.call_later(desk.limits.place_timeout_s, self._late)
+
+    def told(self, answer: Node | NoNode | None) -> None:
+        """It is answered."""
+        self._placing.asking = None
+        self._leave()
+        self._placer.chosen(self._placing, answer)
+
+    def cancel(self) -> None:
+        """See `Asking`."""
+        self._leave()
+        if self._asking is not None:
+            self._asking.cancel()
+
+    def _leave(self) -> None:
+        self._placer.placings.discard(self._placing)
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _late(self) -> None:
+        self._placing.give_up(Code.CONNECT_TIMEOUT, "no node in time")
 
 
 def _can_redirect(placing: Placing, node: Node) -> bool:

@@ -113,6 +113,13 @@ class NoNode:
     position: int = 0
 
 
+class Asking(Protocol):
+    """A node that was asked for and is not told yet."""
+
+    def cancel(self) -> None:
+        """The stream needs none any more. May be repeated, also after it was told."""
+
+
 class Chooser(Protocol):
     """Decides. Safe to cancel: a claim that was not handed over is released by the chooser. May wait until a node is free."""
 
@@ -121,6 +128,11 @@ class Chooser(Protocol):
 
     def choose_nowait(self, wanted: Wanted) -> Node | None:
         """A node without a seat, if it can be told without waiting; None: ask `choose`. From the reactor. Raises nothing."""
+
+    def choose_soon(self, wanted: Wanted, then: Callable[[Node | NoNode | None], None]) -> Asking | None:
+        """As `choose_nowait`, where it takes a moment: `then` is called later, in the reactor's thread, with a node, why there is none, or
+        None: ask `choose`. If that is clear from the beginning, None is returned. Raises nothing.
+        """
 
 
 class StreamTaker(Protocol):

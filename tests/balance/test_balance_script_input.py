@@ -144,7 +144,7 @@ def test_of_each_server_only_the_newest_object_is_kept() -> None:
         texts = tuple(candidate(f"n{n:02}", sessions=number, x="y" * 10_000).server.text for n in range(50))
         kept.choose(ScriptInput("{}", texts))
         used.add(kept.used_bytes)
-    assert kept._chosen == list(range(50))
+    assert [kept._places[text] for text in texts] == list(range(50))
     assert len(kept._places) == len(kept._texts) == 50
     assert len(used) == 1
 
@@ -153,6 +153,6 @@ def test_with_too_many_servers_all_are_read_again(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(javascript, "MAX_KEPT", 20)
     kept = _Kept("learn")
     for number in range(100):
-        kept.choose(ScriptInput("{}", (server_text(f"n{number}"),)))
-        (place,) = kept._chosen
-        assert place <= 21
+        text = server_text(f"n{number}")
+        kept.choose(ScriptInput("{}", (text,)))
+        assert kept._places[text] <= 21

@@ -12,9 +12,10 @@ from plane import SERVICE, Plane, RelaySide
 from fxrelay.cluster.settings import PathKind
 from fxrelay.delivery.delivery import DeliveryLimits
 from fxrelay.delivery.placing import ALL_PATHS, Placer
-from fxrelay.delivery.ports import Node, NoNode, Wanted
+from fxrelay.delivery.ports import Asking, Node, NoNode, Wanted
 from fxrelay.delivery.services import PoolService, resolve
 from fxtunnel.codes import Code
+from fxtunnel.engine.reactor import Reactor
 from fxtunnel.kit.proxy_header import ProxyVersion
 from fxtunnel.kit.settings import Address
 from fxtunnel.model import GatewayId, RelayId
@@ -56,11 +57,13 @@ class Spec:
 
 
 class ScriptedChooser:
-    """Answers with the first node that is not excluded; at once where it `is_instant`."""
+    """Answers with the first node that is not excluded; at once where it `is_instant`, from the reactor where it `is_soon`."""
 
     is_instant = False
+    is_soon = False
 
     def __init__(self, *nodes: Spec) -> None:
+        self.reactor: Reactor | None = None
         self.nodes = nodes
         self.asked: list[tuple[Wanted, frozenset[RelayId]]] = []
         self.claims: list[CountedClaim] = []
@@ -91,6 +94,15 @@ class ScriptedChooser:
         self.asked.append((wanted, frozenset()))
         return answer
 
+    def choose_soon(self, wanted: Wanted, then: Callable[[Node | NoNode | None], None]) -> Asking | None:
+        if not self.is_soon or self.fails or self.reactor is None:
+            return None
+        self.asked.append((wanted, frozenset()))
+        asking = Soon(self, then)
+        if not self.hangs:
+            self.reactor.call_soon(asking.tell)
+        return asking
+
     def _first(self, excluded: frozenset[RelayId]) -> Node | NoNode:
         for spec in self.nodes:
             if RelayId(spec.name) not in excluded:
@@ -108,6 +120,24 @@ class ScriptedChooser:
         assert [claim.released for claim in self.claims] == [1] * len(self.claims)
 
 
+class Soon:
+    """Implements `Asking`."""
+
+    def __init__(self, chooser: ScriptedChooser, then: Callable[[Node | NoNode | None], None]) -> None:
+        self._chooser = chooser
+        self._then: Callable[[Node | NoNode | None], None] | None = then
+
+    def tell(self) -> None:
+        then, self._then = self._then, None
+        if then is not None:
+            then(self._chooser._first(frozenset()))
+
+    def cancel(self) -> None:
+        if self._then is not None:
+            self._then = None
+            self._chooser.cancelled += 1
+
+
 async def add_pool_relay(
     plane: Plane,
     name: str,
@@ -123,6 +153,7 @@ async def add_pool_relay(
     relay = await plane.add_relay(name=name, limits=limits)
     pool = PoolService(SERVICE, host, port, resolve(Address(host, port)), proxy_protocol=proxy_protocol)
     relay.table.replace([pool])
+    chooser.reactor = relay.desk.reactor
     relay.desk.placer = placer = Placer(chooser, paths)
     relay.session.mux._on_open = lambda stream, opening: relay.desk.on_open(relay.session, stream, opening, GATEWAY)
     await plane.nursery.start(placer.run)
