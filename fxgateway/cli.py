@@ -19,6 +19,7 @@ from fxtunnel.kit.console import (
     Program,
     config_option,
     duration,
+    hold_reload,
     link_cells,
     print_table,
     reasons,
@@ -119,6 +120,7 @@ def run(config_path: Path) -> None:
 
     Prints one line when it is ready. SIGTERM drains and stops, SIGHUP reads the configuration again.
     """
+    hold_reload()
     settings = _load(config_path)
     refuse(_file_problems(settings, config_path))
     if settings.tunnel.workers > 1:
@@ -233,7 +235,11 @@ def drain(config_path: Path, relay_id: str | None, undo: bool, timeout_s: float 
     control = Address(path=_load(config_path).tunnel.steering_path)
 
     def ask(method: str) -> int:
-        return int(fetch_json(control, f"/drain/{relay_id}" if relay_id is not None else "/drain", ASK_TIMEOUT_S, method)["left"])
+        path = f"/drain/{relay_id}" if relay_id is not None else "/drain"
+        try:
+            return int(fetch_json(control, path, ASK_TIMEOUT_S, method)["left"])
+        except FxError as exc:
+            raise FxError(f"the gateway does not answer; is it running? {exc}") from exc
 
     if relay_id is not None and ask("GET") < 0:
         raise FxError(f"no relay {relay_id} is here; `fxgateway relays` shows them")

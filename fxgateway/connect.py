@@ -22,7 +22,7 @@ from fxtunnel.engine.tls_socket import TlsSocket
 from fxtunnel.errors import FxError
 from fxtunnel.kit.settings import Address
 from fxtunnel.kit.tls import handshake_client
-from fxtunnel.kit.tls_problems import no_forged_end
+from fxtunnel.kit.tls_problems import HandshakeFailed, HandshakeProblem, no_forged_end
 
 DIRECT_TIMEOUT_S: Final = 2.0
 """For the node itself to answer: from outside it usually cannot, and a user waits."""
@@ -141,7 +141,7 @@ async def forward(wanted: Wanted, listen: Address, *, task_status: trio.TaskStat
     try:
         listeners = await trio.open_tcp_listeners(listen.port or 0, host=listen.host)
     except OSError as exc:
-        raise FxError(f"cannot listen on {listen}: {exc}") from exc
+        raise FxError(f"cannot listen on {listen}: {_said(exc)}") from exc
     host, port = listeners[0].socket.getsockname()[:2]
     async with trio.open_nursery() as nursery:
         await nursery.start(partial(trio.serve_listeners, serve, listeners))
@@ -181,10 +181,20 @@ async def _through_gateway(wanted: Wanted) -> "_Begun":
     tcp = await trio.open_tcp_stream(host, parts.port or (443 if parts.scheme == "https" else 80))
     stream: trio.SocketStream | TlsHalves = tcp
     if parts.scheme == "https":
-        context = no_forged_end(ssl.create_default_context(cafile=wanted.ca_file))
+        try:
+            context = no_forged_end(ssl.create_default_context(cafile=wanted.ca_file))
+        except ssl.SSLError as exc:
+            await trio.aclose_forcefully(tcp)
+            raise FxError(f"{wanted.ca_file}: holds no certificates in PEM format") from exc
         context.set_alpn_protocols(["http/1.1"])
         context.sslsocket_class = TlsSocket
-        stream = TlsHalves(cast(TlsSocket, await handshake_client(socket.socket(fileno=tcp.socket.detach()), context, host)))
+        try:
+            stream = TlsHalves(cast(TlsSocket, await handshake_client(socket.socket(fileno=tcp.socket.detach()), context, host)))
+        except HandshakeFailed as exc:
+            if exc.problem is not HandshakeProblem.UNTRUSTED:
+                raise FxError(f"{wanted.via}: {exc}") from exc
+            known = f"an authority in {wanted.ca_file}" if wanted.ca_file else "an authority that this system knows; name it with --ca"
+            raise FxError(f"{wanted.via}: the certificate is not from {known}") from exc
     try:
         return await _upgraded(stream, wanted, parts.netloc.rpartition("@")[2])
     except BaseException:

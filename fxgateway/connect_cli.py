@@ -1,5 +1,7 @@
 """Task: `fxgateway connect`, the one command that is for clients: it needs no configuration, and no gateway on this machine."""
 
+from urllib.parse import urlsplit
+
 import click
 
 
@@ -29,6 +31,7 @@ def connect(service: str, via: str, node: str, direct: str | None, listen: str |
 
     from fxgateway.connect import Wanted, forward, join_terminal, ticket_source
     from fxtunnel.kit.settings import Address
+    from fxtunnel.model import is_name
 
     def address(text: str, option: str) -> Address:
         try:
@@ -39,7 +42,11 @@ def connect(service: str, via: str, node: str, direct: str | None, listen: str |
             raise click.UsageError(f"--{option}: expected HOST:PORT")
         return found
 
-    if not via.startswith(("http://", "https://")):
+    if not all(map(is_name, (service, node or service))):
+        raise click.UsageError(
+            f"{'--node' if is_name(service) else 'SERVICE'}: expected a name: 1 to 64 of the characters A-Z a-z 0-9 . _ -"
+        )
+    if not _is_door(via):
         raise click.UsageError("--via: expected http://HOST:PORT or https://HOST:PORT")
     if ticket == "-" and listen is not None:
         raise click.UsageError("--ticket -: one ticket is for one connection; give --listen a file, which is read for each")
@@ -59,3 +66,13 @@ def connect(service: str, via: str, node: str, direct: str | None, listen: str |
         trio.run(listening)
     except KeyboardInterrupt:
         raise SystemExit(0) from None
+
+
+def _is_door(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return (
+            parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0 and parts.path in ("", "/") and not parts.query
+        )
+    except ValueError:  # a port that is none, an address in brackets that is none
+        return False

@@ -164,7 +164,7 @@ def store() -> None:
     """Export and import the cluster's configuration."""
 
 
-@store.command("export")
+@store.command("export", short_help="Write the store's collections to DIRECTORY.")
 @_config_option
 @click.argument("directory", type=click.Path(path_type=Path, file_okay=False))
 def store_export(config_path: Path, directory: Path) -> None:
@@ -177,7 +177,7 @@ def store_export(config_path: Path, directory: Path) -> None:
             click.echo(f"{collection}: {count} documents")
 
 
-@store.command("import")
+@store.command("import", short_help="Bring the files of DIRECTORY into the store.")
 @_config_option
 @click.argument("directory", type=click.Path(path_type=Path, file_okay=False, exists=True))
 @click.option("--dry-run", is_flag=True, help="Only say what would change.")
@@ -258,8 +258,15 @@ def _drain_process(config_path: Path, timeout_s: float | None) -> None:
     from fxtunnel.kit.pages import fetch_json
 
     status = _load(config_path).relay.status_address
-    fetch_json(status, "/drain", ASK_TIMEOUT_S, "POST")
-    watch_drain(lambda: int(fetch_json(status, "/drain", ASK_TIMEOUT_S)["left"]), "streams", timeout_s)
+
+    def ask(method: str) -> int:
+        try:
+            return int(fetch_json(status, "/drain", ASK_TIMEOUT_S, method)["left"])
+        except FxError as exc:
+            raise FxError(f"the relay does not answer; is it running? {exc}") from exc
+
+    ask("POST")
+    watch_drain(lambda: ask("GET"), "streams", timeout_s)
 
 
 def _change(config_path: Path, node: str, change: "Control | None") -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 import click
 
 from fxtunnel.errors import ConfigError, FxError
-from fxtunnel.model import NAME_PATTERN, ServiceName, is_name
+from fxtunnel.model import ServiceName, is_name
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
@@ -25,7 +25,7 @@ def ticket() -> None:
     """
 
 
-@ticket.command()
+@ticket.command(short_help="Make a key pair, Ed25519.")
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), default="tickets.key", show_default=True, help="The private key.")
 def keygen(out: Path) -> None:
     """Make an Ed25519 key: the private one (mode 0600), and beside it the public one, which relays get.
@@ -41,6 +41,8 @@ def keygen(out: Path) -> None:
     from fxtunnel.kit.tokens import key_to_pem, new_key
 
     public_path = out.with_suffix(".pub")
+    if public_path == out:
+        raise click.UsageError("--out: .pub is for the public key, which is written beside it")
     for path in (out, public_path):
         if os.path.lexists(path):
             raise FxError(f"{path} exists already; whoever holds tickets of that key would be locked out. Give another --out")
@@ -68,12 +70,15 @@ def mint(key_path: Path, sub: str, service: str, node: str, groups: str, ttl: in
     FXGATEWAY_TICKET=$(fxrelay ticket mint --key tickets.key --sub alice --service ssh) \\
       ssh -o ProxyCommand='fxgateway connect ssh --via https://gw.example.com' node-a
     """
-    from fxrelay.admitting.ticket import Wish, mint_ticket
+    from fxrelay.admitting.ticket import Wish, flaw_of_user, mint_ticket
     from fxtunnel.kit.signed_claims import signing_key
 
     for option, name in (("--service", service), ("--node", node)):
         if name and not is_name(name):
-            raise click.UsageError(f"{option}: expected a name ({NAME_PATTERN})")
+            raise click.UsageError(f"{option}: expected a name: 1 to 64 of the characters A-Z a-z 0-9 . _ -")
+    flaw = flaw_of_user(sub)
+    if flaw:
+        raise click.UsageError(f"--{flaw}")
     private = _load(key_path)
     try:
         known = signing_key(private.public_key(), kid)  # type: ignore[arg-type]  # it raises for the others

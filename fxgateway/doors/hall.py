@@ -12,10 +12,10 @@ from fxgateway.doors.recorded import RECORDED, RecordedClient
 from fxgateway.doors.securing import Securing
 from fxgateway.doors.visitor import HelloVisitor, SecureVisitor, Visitor
 from fxgateway.doors.web_client import TlsWebClient, WebClient, error_words
-from fxgateway.routing.reception import Kind, Lead, Receptionist, TurnAway
+from fxgateway.routing.reception import STREAM_PROTOCOL, Kind, Lead, Receptionist, TurnAway
 from fxtunnel.engine.splice import abort
 from fxtunnel.engine.tls_socket import TlsSocket
-from fxtunnel.kit.answers import Refused
+from fxtunnel.kit.answers import NAMES, Refused
 from fxtunnel.model import ServiceName
 from fxtunnel.protocol.frames import EARLY_BYTES
 from fxtunnel.protocol.opening import TAG_TRACE, Opening, encode_tag, encode_tags
@@ -125,7 +125,10 @@ class Hall:
         if away.status:
             trace = next(self.door.traces)
             logger.info("door %s: %d for %s: %s (trace %s)", self.door.name, away.status, visitor.address, away.text, trace)
-            refusal = Refused(away.status, away.reason, f"{away.text[:1].upper()}{away.text[1:]}.")
+            # RFC 9110, 15.5.22: a 426 has to say to what.
+            fields = (f"Upgrade: {STREAM_PROTOCOL}\r\n".encode(),) if away.status == 426 else ()
+            name = NAMES.get(away.status) or "".join(map(str.capitalize, away.reason.split("-")))
+            refusal = Refused(away.status, name, f"{away.text[:1].upper()}{away.text[1:]}.", fields=fields)
             self.say_farewell(visitor.sock, error_words(refusal, trace, away.accept))
         elif away.farewell:
             self.say_farewell(visitor.sock, away.farewell)

@@ -141,13 +141,15 @@ class Receptionist:
 
     def _receive_stream(self, head: RequestHead, scheme: str) -> Reception:
         path, _, query = head.path.removeprefix(STREAM_PATH).partition("?")
-        nodes = parse_qs(query).get("node", [])
+        asked = parse_qs(query, keep_blank_values=True)
+        nodes = asked.get("node", [])
         if "upgrade" not in head.connection or head.upgrade != STREAM_PROTOCOL:
             return TurnAway("bad-request", f"{STREAM_PATH} is for upgrades to {STREAM_PROTOCOL}", 426, accept=head.accept, host=head.host)
         if path not in self.streams:
             return TurnAway("no-route", "no such stream can be asked for here", 404, accept=head.accept, host=head.host)
-        if not all(map(is_name, nodes)) or len(nodes) > 1 or len(head.ticket) > MAX_TICKET_BYTES:
-            return TurnAway("bad-request", "the node is no name, or the ticket is too long", 400, accept=head.accept, host=head.host)
+        if not asked.keys() <= {"node"} or not all(map(is_name, nodes)) or len(nodes) > 1 or len(head.ticket) > MAX_TICKET_BYTES:
+            text = "the node is no name, something else is asked for, or the ticket is too long"
+            return TurnAway("bad-request", text, 400, accept=head.accept, host=head.host)
         node = RelayId(nodes[0]) if nodes else None
         return Lead(ServiceName(path), head.host, scheme, head, b"", SWITCHING, node, head.ticket)
 

@@ -55,7 +55,7 @@ def read_request_head(data: bytes) -> RequestHead | BadHead | None:
         parser.receive_data(raw)
         request = parser.next_event()
     except h11.RemoteProtocolError as exc:
-        return BadHead(exc.error_status_hint, str(exc))
+        return BadHead(exc.error_status_hint, str(exc).partition(": bytearray(")[0])  # the client's own bytes are left out
     if not isinstance(request, h11.Request):
         return BadHead(400, "no request")
     return _checked(request, raw)

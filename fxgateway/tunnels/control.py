@@ -191,7 +191,7 @@ class ControlDesk:
         except TunnelClosed as exc:
             lasted_s = trio.current_time() - link.connected_at
             by = "by the relay" if exc.by_peer else "by the gateway"
-            logger.info("control link of %s ended %s after %.0f s: %s %s", relay_id, by, lasted_s, exc.code.label, exc)
+            logger.info("control link of %s ended %s after %.0f s: %s (%s)", relay_id, by, lasted_s, exc.code.label, exc)
         finally:
             self._registry.leave(relay_id, link)
             # Not ended by `run`: cancelled because the gateway stops, or a bug of ours on its way up.

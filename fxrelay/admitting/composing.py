@@ -53,7 +53,7 @@ def _rules(section: ServiceSection, workers: Workers, directory: Path) -> EntryR
     try:
         owner = owner_of(section.owner, workers, directory) if section.owner is not None else None
     except ValueError as exc:
-        raise ConfigError.one("relay.toml", f"service {section.name}: owner", str(exc)) from exc
+        raise ConfigError.one(f"service {section.name}", "owner", str(exc)) from exc
     limits = StreamLimits()
     if section.limits is not None:
         limits = StreamLimits(section.limits.per_user_streams, section.limits.per_address_streams)

@@ -176,14 +176,22 @@ def _check_times(claims: Mapping[str, object], rules: TicketRules, now_unix: flo
 
 def _user(claims: Mapping[str, object]) -> str:
     user = claims.get("sub")
+    flaw = flaw_of_user(user)
+    if flaw:
+        raise BadTicket(Objection.BAD_CLAIMS, flaw)
+    return str(user)
+
+
+def flaw_of_user(user: object) -> str:
+    """Why nobody can be called this in a ticket; "" for a user's name."""
     if not isinstance(user, str) or not 0 < len(user) <= MAX_USER_CHARS or not user.isprintable() or user != user.strip():
-        raise BadTicket(Objection.BAD_CLAIMS, f"sub must be a user: printable, at most {MAX_USER_CHARS} characters")
+        return f"sub must be a user: printable, 1 to {MAX_USER_CHARS} characters, no space around them"
     # Who shows no ticket goes by his address: nobody may be given the name of one.
     try:
         ip_address(user)
     except ValueError:
-        return user
-    raise BadTicket(Objection.BAD_CLAIMS, "sub is an address")
+        return ""
+    return "sub is an address"
 
 
 def _groups(claims: Mapping[str, object]) -> tuple[str, ...]:

@@ -179,7 +179,7 @@ class DeliveryDesk:
 
     def on_open(self, session: "Session", stream: Stream, opening: Opening, gateway_id: GatewayId = _NO_GATEWAY) -> None:
         """Serve a stream. What the gateway asks for counts only as a name in this relay's own table."""
-        service = self.services.get(opening.service)
+        service, asked = self.services.get(opening.service), opening
         if opening.node is not None and opening.node == self.node and not isinstance(service, PoolService):
             opening = opening._replace(node=None)
         if service is None:
@@ -196,7 +196,8 @@ class DeliveryDesk:
             else:
                 self.web.take(session, stream, service, opening, gateway_id)
         elif service.is_guarded:
-            self._serve_guarded(session, stream, service, opening, gateway_id)
+            # A ticket may be for one node: which one was asked for counts, also where it is this one.
+            self._serve_guarded(session, stream, service, asked, gateway_id)
         elif isinstance(service, PoolService) and opening.via is None:
             if self.placer is None:
                 self.turn_down(stream, service, Code.NO_SERVICE, "this relay chooses no nodes")

@@ -11,6 +11,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, Va
 
 from fxtunnel.errors import ConfigError, ConfigProblem
 from fxtunnel.kit.files import read_secret
+from fxtunnel.kit.settings import dotted, said_plainly
 from fxtunnel.model import NAME_PATTERN, GatewayId
 
 FILE_VERSION: Final = 1
@@ -147,8 +148,8 @@ def _problems(path: Path, exc: ValidationError) -> list[ConfigProblem]:
     return [
         ConfigProblem(
             str(path),
-            ".".join(str(part) for part in error["loc"]),
-            f"is missing; {_INVITE}" if error["type"] == "missing" else error["msg"].removeprefix("Value error, "),
+            dotted(error["loc"]),
+            f"is missing; {_INVITE}" if error["type"] == "missing" else said_plainly(error),
         )
         for error in exc.errors(include_url=False, include_context=False, include_input=False)
     ]

@@ -5,7 +5,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Final
 
 import trio
 
@@ -33,13 +32,11 @@ from fxrelay.web.secure import HandshakeFailed, HandshakeTurns, end_tls
 from fxrelay.web.upgrade import UpgradedDelivery, copy_both_ways
 from fxtunnel.codes import Code
 from fxtunnel.engine.stream import TunnelStream
-from fxtunnel.kit.answers import Refused, render
+from fxtunnel.kit.answers import NAMES, Refused, render
 from fxtunnel.model import GatewayId, RelayId
 from fxtunnel.protocol.opening import Opening
 
 logger = logging.getLogger(__name__)
-
-_NAMES: Final = {405: "MethodNotAllowed", 408: "Timeout", 414: "TooLong", 431: "TooLarge", 501: "NotImplemented", 505: "Version"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +136,10 @@ class WebConnection:
             try:
                 raw = handed.raw or await client.next_head(is_first=is_first)
             except BadHead as exc:
-                await self._answer_alone(_refusal(exc), None, keeps_on=False)
+                try:
+                    await self._answer_alone(_refusal(exc), None, keeps_on=False)
+                finally:
+                    self._visit.log(trio.current_time())
                 break
             if raw is None:
                 break
@@ -357,8 +357,6 @@ class WebConnection:
         body = b"" if head is not None and head.method == b"HEAD" else answer.body
         await client.send(answer.head + connection + b"\r\n" + body)
         visit.bytes_out = len(body)
-        if head is None:
-            visit.log(trio.current_time())
 
     def _new_entrance(self) -> Entrance | None:
         porter, opening, rules = self._around.porter, self._opening, self._rules
@@ -381,4 +379,4 @@ def _keeps_alive(head: RequestHead) -> bool:
 
 def _refusal(bad: BadHead) -> Refused:
     text = str(bad)
-    return Refused(bad.status, _NAMES.get(bad.status, "BadRequest"), f"{text[:1].upper()}{text[1:]}.")
+    return Refused(bad.status, NAMES.get(bad.status, "BadRequest"), f"{text[:1].upper()}{text[1:]}.")

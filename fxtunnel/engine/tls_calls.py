@@ -46,6 +46,8 @@ def no_link(*_: object) -> int:
 
 def reason_of(exc: Exception) -> str:
     """Why such a call failed, for a log line."""
+    if isinstance(exc, ssl.SSLEOFError):
+        return "the connection ended without a goodbye"
     if isinstance(exc, ssl.SSLError):
         return f"TLS: {exc.reason or exc}"
     return str(exc.strerror) if isinstance(exc, OSError) and exc.strerror else str(exc)

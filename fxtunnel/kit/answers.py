@@ -8,6 +8,16 @@ from http import HTTPStatus
 from typing import Final
 
 _TEXTS: Final = {421: "Misdirected Request", 431: "Request Header Fields Too Large"}
+NAMES: Final = {
+    405: "MethodNotAllowed",
+    408: "Timeout",
+    414: "TooLong",
+    426: "UpgradeRequired",
+    431: "TooLarge",
+    501: "NotImplemented",
+    505: "Version",
+}
+"""The one word for a request that cannot be served as it is, where the status says more than BadRequest."""
 _PAGE: Final = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{status} {text}</title>
 <style>body{{font:16px/1.5 system-ui,sans-serif;max-width:40em;margin:4em auto;padding:0 1em;color:#222}}small{{color:#666}}</style></head>
@@ -45,7 +55,7 @@ def render(refused: Refused, trace: str, accept: bytes) -> Answer:
     wanted = accept.lower()
     if b"json" in wanted and b"text/html" not in wanted:
         error = {"name": refused.name, "message": refused.message, "status": refused.status, "trace": trace}
-        kind, body = "application/json", json.dumps({"error": error}).encode()
+        kind, body = "application/json", json.dumps({"error": error}).encode() + b"\n"
     else:
         kind = "text/html; charset=utf-8"
         body = _PAGE.format(

@@ -3,6 +3,7 @@
 Imports nothing heavy: it is loaded for `--version` and for completion as well.
 """
 
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -83,6 +84,11 @@ timeout_option = click.option(
     "--timeout", "timeout_s", type=click.FloatRange(min=0), metavar="SECONDS", help="Stop watching after so long, with exit code 1."
 )
 """The decorator that gives a command --timeout, as `timeout_s`."""
+
+
+def hold_reload() -> None:
+    """For daemons, first of all: a SIGHUP that comes before one is ready waits for `watch_signals`; it would end the process."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
 
 
 def refuse(problems: Sequence[ConfigProblem]) -> None:

@@ -172,6 +172,8 @@ def _listen_unix(path: Path) -> socket.socket:
 
 def _explain(address: Address, exc: OSError) -> str:
     match exc.errno:
+        case errno.EADDRINUSE if address.path is not None:
+            return f"cannot listen on {address}: it is in use; stop the other process (ss -lxp shows it)"
         case errno.EADDRINUSE:
             return f"cannot listen on {address}: it is in use; stop the other process (ss -ltnp shows it) or choose another port"
         case errno.EACCES:

@@ -26,6 +26,24 @@ MAX_SOCKET_PATH_BYTES: Final = 107
 _HOST: Final = re.compile(r"[A-Za-z0-9._-]{1,253}")
 _PORT: Final = re.compile(r"[0-9]{1,5}")
 _SUBJECT: Final = re.compile(r"^[A-Z][a-z]+ should ")
+_NETWORK: Final = "expected a network, such as 10.0.0.0/8 or fd00::/8"
+_PLAIN: Final = {
+    "path_type": "must be a path",
+    "bool_type": "must be true or false",
+    "bool_parsing": "must be true or false",
+    "int_type": "must be a whole number",
+    "int_parsing": "must be a whole number",
+    "int_parsing_size": "must be a whole number of at most 18 digits",
+    "int_from_float": "must be a whole number",
+    "float_type": "must be a number",
+    "float_parsing": "must be a number",
+    "list_type": "must be a list",
+    "tuple_type": "must be a list",
+    "ip_v4_network": _NETWORK,
+    "ip_v6_network": _NETWORK,
+}
+"""What stands for pydantic's own text, which speaks of Python or of what it tried in vain."""
+_BOUNDS: Final = (("greater than or equal to", "at least"), ("less than or equal to", "at most"))
 _WANTED_TEXT: Final = frozenset({"string_type", "path_type"})
 
 
@@ -185,7 +203,7 @@ class _Overlay:
         return self._problem(loc, message, next((self._made[loc[:end]] for end in range(len(loc), 0, -1) if loc[:end] in self._made), ""))
 
     def _problem(self, loc: _Loc, message: str, variable: str) -> ConfigProblem:
-        return ConfigProblem(str(self._path), _dotted(loc), f"{message} (from {variable} in the environment)" if variable else message)
+        return ConfigProblem(str(self._path), dotted(loc), f"{message} (from {variable} in the environment)" if variable else message)
 
     def _put(self, loc: _Loc, value: object) -> None:
         if "" in loc:
@@ -206,7 +224,7 @@ class _Overlay:
                     container[part] = fresh
                 container = container[part]
             else:
-                raise LookupError(f"{_dotted(loc[:position])} {_why_no_entry(container, part)}")
+                raise LookupError(f"{dotted(loc[:position])} {_why_no_entry(container, part)}")
 
 
 def _loc(name: str) -> _Loc:
@@ -228,14 +246,28 @@ def _why_no_entry(container: object, part: _Part) -> str:
     return "is a single value; nothing can be below it"
 
 
-def _dotted(loc: _Loc) -> str:
+def said_plainly(error: ErrorDetails) -> str:
+    """What was expected, for a person who wrote a file: pydantic's text without its subject, its Python, and its attempts."""
+    text = _PLAIN.get(error["type"]) or error["msg"].removeprefix("Value error, ")
+    text = _SUBJECT.sub("must ", text)
+    for long, short in _BOUNDS:
+        text = text.replace(long, short)
+    return text[:1].lower() + text[1:]
+
+
+def dotted(loc: _Loc) -> str:
+    """Where a value is, as a person writes it: door[0].listen."""
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc).removeprefix(".")
 
 
 def _problems(errors: list[ErrorDetails], model: type[BaseModel], data: object, overlay: _Overlay) -> list[ConfigProblem]:
     """One problem for each place: the branches of a union complain separately, about the same value."""
     messages: dict[_Loc, list[str]] = {}
+    places = [error["loc"] for error in errors]
     for error in errors:
+        # Of a list with a bad entry pydantic says as well that it is too short without it.
+        if error["type"] == "too_short" and any(place[: len(error["loc"])] == error["loc"] != place for place in places):
+            continue
         loc = _within(data, error["loc"])
         message = _message(error, loc, model, data)
         if message not in messages.setdefault(loc, []):
@@ -265,10 +297,7 @@ def _message(error: ErrorDetails, loc: _Loc, model: type[BaseModel], data: objec
         return "is required"
     if error["type"] == "extra_forbidden":
         return f"unknown key; {_known_keys(model, loc)}"
-    # Pydantic's own text for a path names a Python class.
-    text = "must be a path" if error["type"] == "path_type" else error["msg"].removeprefix("Value error, ")
-    message = _SUBJECT.sub("must ", text)
-    message = message[:1].lower() + message[1:]
+    message = said_plainly(error)
     if not error["type"].endswith(("_type", "_parsing")):
         return message
     for part in loc:

@@ -137,6 +137,20 @@ async def test_the_relay_of_another_node_is_passed_over(contexts: Contexts) -> N
         assert asked.count("b") == 4
 
 
+async def test_who_asks_for_another_node_than_the_tickets_is_told_so(contexts: Contexts, caplog: pytest.LogCaptureFixture) -> None:
+    """Also where it is asked for by the name of the relay in front of the one address."""
+    async with open_plane(contexts) as plane:
+        nodes, memory = serve_nodes(plane, A), Memory()
+        relay = await add_guarded_relay(plane, porter_of(memory, "a"), nodes.port, lambda: mint(node="b"), host=A)
+        relay.desk.node = RelayId("a")
+        inner = relay.session.mux._on_open
+        relay.session.mux._on_open = lambda stream, opening: inner(stream, opening._replace(node=RelayId("a")))
+        await refused(plane.add_door())
+        assert relay.desk.counters.refused_by_service == {SERVICE: {"forbidden": 1}}
+        assert "the ticket is for b, asked for is a" in caplog.text
+        assert nodes.got == {A: []}
+
+
 async def test_the_owner_says_no_before_anything_is_used(contexts: Contexts, caplog: pytest.LogCaptureFixture) -> None:
     async with open_plane(contexts) as plane:
         nodes, memory, owner = serve_nodes(plane, A), Memory(), ScriptedOwner(lambda question: f"not for {question.user}")

@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 import trio
 import trustme
+from click.testing import CliRunner
 
+import fxgateway.cli
 from fxgateway.connect import Wanted, connect, forward
 from fxgateway.connect_streams import TlsHalves
 from fxtunnel.engine.tls_socket import TlsSocket
@@ -149,3 +151,54 @@ async def test_a_door_that_is_not_there_is_said_in_a_few_words(autojump_clock: t
         via = f"http://127.0.0.1:{held.getsockname()[1]}"
         with pytest.raises(FxError, match=r"Connection refused; is a door of the gateway there\?$"):
             await connect(Wanted("echo", via))
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["a b", "--via", "http://gw"], "SERVICE: expected a name"),
+        (["ssh", "--via", "http://gw", "--node", "x/y"], "--node: expected a name"),
+        *(
+            (["ssh", "--via", via], "--via: expected http://HOST:PORT")
+            for via in ("gw:80", "ftp://gw", "http://", "http://gw:99999", "http://[::1")
+        ),
+        (["ssh", "--via", "http://gw/path"], "--via: expected http://HOST:PORT"),
+        (["ssh", "--via", "http://gw", "--listen", "5901"], "--listen: expected HOST:PORT"),
+    ],
+)
+def test_what_cannot_be_meant_is_said_before_anything_is_dialled(words: list[str], expected: str) -> None:
+    done = CliRunner().invoke(fxgateway.cli.main, ["connect", *words])
+    assert (done.exit_code, expected in done.output) == (2, True), done.output
+
+
+async def test_a_local_port_in_use_is_said_in_a_few_words() -> None:
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        held.listen()
+        with pytest.raises(FxError, match=r"^cannot listen on 127\.0\.0\.1:\d+: Address already in use$"):
+            await forward(Wanted("echo", "http://gw"), Address.parse(f"127.0.0.1:{held.getsockname()[1]}"))
+
+
+async def test_an_authority_that_is_not_known_is_named_by_an_option(tmp_path: Path) -> None:
+    certificate = trustme.CA().issue_cert("127.0.0.1")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    certificate.configure_cert(context)
+
+    async def serve(stream: trio.SocketStream) -> None:
+        with pytest.raises(FxError):
+            await handshake_server(socket.socket(fileno=stream.socket.detach()), context)
+
+    other, none = tmp_path / "other.pem", tmp_path / "none.pem"
+    trustme.CA().cert_pem.write_to_path(str(other))
+    none.write_text("no certificate")
+    async with trio.open_nursery() as nursery:
+        (listener,) = await nursery.start(partial(trio.serve_tcp, serve, 0, host="127.0.0.1"))
+        via = f"https://127.0.0.1:{listener.socket.getsockname()[1]}"
+        with trio.fail_after(10):
+            with pytest.raises(FxError, match=r"name it with --ca$"):
+                await connect(Wanted("echo", via))
+            with pytest.raises(FxError, match=r"not from an authority in .*other\.pem$"):
+                await connect(Wanted("echo", via, ca_file=str(other)))
+        with pytest.raises(FxError, match=r"none\.pem: holds no certificates in PEM format$"):
+            await connect(Wanted("echo", f"https://127.0.0.1:{listener.socket.getsockname()[1]}", ca_file=str(none)))
+        nursery.cancel_scope.cancel()

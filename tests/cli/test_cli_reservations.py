@@ -34,7 +34,7 @@ def config(tmp_path: Path, more: str = "") -> Path:
         ("linger_s = 3", "only for a pool with reservations"),
         ("queue = {max = 1, wait_s = 1}", "only for a pool with reservations"),
         ("reservations = true\nguard_start = true", "only for a pool whose action is session/start"),
-        ("reservations = true\nqueue = {max = 0}", "greater than or equal to 1"),
+        ("reservations = true\nqueue = {max = 0}", "at least 1"),
         ('reservations = true\n[[service]]\nname = "x"\ntarget = "127.0.0.1:1"\nreservations = true', "only for a pool"),
     ],
 )

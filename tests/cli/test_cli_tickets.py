@@ -58,9 +58,23 @@ def test_a_key_is_never_overwritten(tmp_path: Path) -> None:
     key.unlink()
     assert run("keygen", "--out", str(key)).exit_code != 0  # its public key is still there
     assert before
+    assert run("keygen", "--out", str(tmp_path / "other.pub")).exit_code == 2
+    assert not (tmp_path / "other.pub").exists()
 
 
-@pytest.mark.parametrize("words", [("--service", "a/b"), ("--node", "x y", "--service", "ssh"), ("--ttl", "0"), ("--ttl", "3601")])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--service", "a/b"),
+        ("--node", "x y", "--service", "ssh"),
+        ("--ttl", "0"),
+        ("--ttl", "3601"),
+        ("--sub", ""),
+        ("--sub", " alice"),
+        ("--sub", "192.0.2.7"),
+        ("--sub", "a" * 129),
+    ],
+)
 def test_tickets_that_no_relay_would_take(tmp_path: Path, words: tuple[str, ...]) -> None:
     base = ("--service", "ssh") if "--service" not in words else ()
     assert run("mint", "--key", str(make_key(tmp_path)), "--sub", "alice", *base, *words).exit_code == 2

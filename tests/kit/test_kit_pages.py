@@ -90,6 +90,15 @@ async def test_a_unix_socket_is_ours_alone_replaces_a_stale_one_and_goes_away(tm
     assert os.umask(before) == before
 
 
+async def test_a_socket_in_use_is_said_without_talk_of_ports(tmp_path: Path) -> None:
+    path = Address(path=tmp_path / "status.sock")
+    async with trio.open_nursery() as nursery:
+        await nursery.start(serve_pages, APP, path)
+        with pytest.raises(ListenError, match=r"it is in use; stop the other process \(ss -lxp shows it\)$"):
+            await serve_pages(APP, path)
+        nursery.cancel_scope.cancel()
+
+
 async def test_a_port_in_use_is_said() -> None:
     async with trio.open_nursery() as nursery:
         bound: Address = await nursery.start(serve_pages, APP, ANYWHERE)

@@ -1,13 +1,14 @@
+from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
 from typing import Literal
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import BaseModel, ConfigDict, Field, SecretStr
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
 
 from fxtunnel.errors import ConfigError
-from fxtunnel.kit.settings import Address, AddressField, ConfigPath, NameField, load_settings
+from fxtunnel.kit.settings import Address, AddressField, ConfigPath, NameField, dotted, load_settings, said_plainly
 
 
 class Section(BaseModel):
@@ -84,20 +85,39 @@ ports = ["hunter2"]
     assert sorted(complaints(file)) == sorted(
         [
             "name: is required",
-            "limit_bytes: must be greater than or equal to 1",
+            "limit_bytes: must be at least 1",
             "colour: unknown key; known here: name, door, admin, limit_bytes",
             "admin.key: must be a path; found an integer",
             "admin.password: must be a valid string; found an array",
             "admin.level: must be 'info' or 'debug'",
-            "admin.either: must be a valid integer, unable to parse string as an integer; found a string; "
-            "or must be a valid boolean, unable to interpret input; found a string",
+            "admin.either: must be a whole number; found a string; or must be true or false; found a string",
             "admin.lissten: unknown key; did you mean listen?",
             "door[0].listen: expected HOST:PORT, [IPV6]:PORT or unix:PATH, found 'nowhere'",
             "door[1].listen: is required",
             "door[1].service: expected a name: 1 to 64 of the characters A-Z a-z 0-9 . _ -",
-            "door[1].ports[0]: must be a valid integer, unable to parse string as an integer; found a string",
+            "door[1].ports[0]: must be a whole number; found a string",
         ]
     )
+
+
+def test_what_was_expected_is_said_without_the_words_of_a_library() -> None:
+    class Limits(BaseModel):
+        size: int = Field(1, le=8)
+        share: float = 1.0
+        networks: tuple[IPv4Network | IPv6Network, ...] = ()
+        kinds: tuple[Literal["a", "b"], ...] = Field((), min_length=1)
+        is_on: bool = False
+
+    with pytest.raises(ValidationError) as caught:
+        Limits.model_validate({"size": 9, "share": "x", "networks": ["10.0.0.0/33"], "kinds": ["c"], "is_on": "perhaps"})
+    assert [(dotted(error["loc"][:2]), said_plainly(error)) for error in caught.value.errors() if error["type"] != "too_short"] == [
+        ("size", "must be at most 8"),
+        ("share", "must be a number"),
+        ("networks[0]", "expected a network, such as 10.0.0.0/8 or fd00::/8"),
+        ("networks[0]", "expected a network, such as 10.0.0.0/8 or fd00::/8"),
+        ("kinds[0]", "must be 'a' or 'b'"),
+        ("is_on", "must be true or false"),
+    ]
 
 
 def test_what_cannot_be_read_is_said_with_file_and_line(file: Path, tmp_path: Path) -> None:
@@ -153,7 +173,7 @@ def test_any_text_is_one_value_and_never_a_second_key(file: Path, text: str) -> 
 
 def test_a_variable_cannot_smuggle_in_a_second_key(file: Path) -> None:
     (text,) = complaints(file, FX__LIMIT_BYTES="5\nname = 2")
-    assert text.startswith("limit_bytes: must be a valid integer")
+    assert text.startswith("limit_bytes: must be a whole number")
 
 
 def test_problems_of_variables_name_them_and_keep_their_values_to_themselves(file: Path) -> None:
@@ -171,8 +191,7 @@ def test_problems_of_variables_name_them_and_keep_their_values_to_themselves(fil
             "door[7].listen: door is a list of 1; expected a number up to 1, not 7 (from FX__DOOR__7__LISTEN in the environment)",
             "name.first: name is a single value; nothing can be below it (from FX__NAME__FIRST in the environment)",
             ".name: expected PREFIX__SECTION__KEY with nothing left out (from FX____NAME in the environment)",
-            "limit_bytes: must be a valid integer, unable to parse string as an integer; found a string "
-            "(from FX__LIMIT_BYTES in the environment)",
+            "limit_bytes: must be a whole number; found a string (from FX__LIMIT_BYTES in the environment)",
             "admin.password: must be a valid string; found an array (from FX__ADMIN in the environment)",
             "typo: unknown key; known here: name, door, admin, limit_bytes (from FX__TYPO in the environment)",
         ]

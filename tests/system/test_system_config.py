@@ -43,6 +43,23 @@ def stack(make_stack: Callable[..., Stack], echo_service: Service) -> Stack:
     return stack
 
 
+def test_a_reload_that_is_asked_for_too_early_comes_after_the_start(make_stack: Callable[..., Stack]) -> None:
+    """SIGHUP ends a process that has not said what it wants with it."""
+    stack = make_stack("echo")
+    daemon = stack.launch_gateway(prefix=("env",))
+    wait_until(lambda: blocks(daemon.pid, signal.SIGHUP), 20, "the process reads its configuration")
+    daemon.signal(signal.SIGHUP)
+    daemon.wait_ready()
+    wait_until(lambda: any("reloaded" in event for event in events(daemon)), 10, "it has reloaded")
+    assert not blocks(daemon.pid, signal.SIGHUP)
+    assert daemon.stop() == 0
+
+
+def blocks(pid: int, number: int) -> bool:
+    (mask,) = (line.split()[1] for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("SigBlk:"))
+    return bool(int(mask, 16) >> (number - 1) & 1)
+
+
 @pytest.mark.parametrize("command", ["run", "check"])
 def test_every_problem_of_a_configuration_at_once(make_stack: Callable[..., Stack], command: str) -> None:
     stack = make_stack("echo", extra='[limits]\nconections = 5\ndrain_s = "soon"\n[surprise]\nx = 1\n')

@@ -58,7 +58,7 @@ def test_everything_wrong_is_told_at_once_and_the_token_never(tmp_path: Path, co
     content["enrolment"] = {"token": "s3cret", "expires_unix": "soon"}
     with pytest.raises(ConfigError) as caught:
         load_gateway_file(written(tmp_path, content))
-    assert [p.key for p in caught.value.problems] == ["gateway_id", "urls.1", "ca", "enrolment.token", "enrolment.expires_unix"]
+    assert [p.key for p in caught.value.problems] == ["gateway_id", "urls[1]", "ca", "enrolment.token", "enrolment.expires_unix"]
     assert "expected wss://HOST:PORT, found 'https://gw'" in str(caught.value)
     assert "s3cret" not in str(caught.value)
 

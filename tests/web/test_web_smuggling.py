@@ -1,5 +1,8 @@
 """Requests that two readers could take for different things are refused, and whatever is behind them is not served."""
 
+import logging
+
+import pytest
 import trio
 from plane import Contexts, Plane, open_plane
 from web_rig import Canned, add_web_relay, ask, read_head, statuses
@@ -82,6 +85,20 @@ async def test_smuggling_shapes_are_refused_and_nothing_behind_them_is_served(co
             assert statuses(await ask(port, request + LAST)) == [status], name
         assert service.got == []
         assert statuses(await ask(port, LAST)) == [200]
+
+
+async def test_what_is_refused_is_in_the_access_log_once(contexts: Contexts, caplog: pytest.LogCaptureFixture) -> None:
+    async with open_plane(contexts) as plane:
+        port = await web(plane, Canned())
+        for number, request in enumerate([SMUGGLING["both lengths"], SMUGGLING["bare LF"], b"CONNECT a:1 HTTP/1.1\r\nHost: a\r\n\r\n"], 1):
+            with caplog.at_level(logging.INFO, "fxrelay.access"):
+                await ask(port, request)
+                with trio.fail_after(5):
+                    while len(found := [record for record in caplog.records if record.name == "fxrelay.access"]) < number:
+                        await trio.sleep(0.01)
+            assert len(found) == number, request
+        await plane.quiet()
+        assert len([record for record in caplog.records if record.name == "fxrelay.access"]) == 3
 
 
 async def test_bad_chunks_end_the_request_on_both_sides(contexts: Contexts) -> None:
