@@ -75,7 +75,7 @@ def _resumption() -> list[Target]:
     for word in ("down", "up"):
         cpu = Metric("bulk", f"{word}_cpu_s_per_gib")
         against = Metric("bulk", cpu.name, "fx-noresume")
-        targets.append(Target(f"1 bulk stream {word}, resumption on", cpu, 1.1, "× CPU with it off", against))
+        targets.append(Target(f"1 bulk stream {word}, resumption on", cpu, 1.1, "× without resumption", against))
     return targets
 
 

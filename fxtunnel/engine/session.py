@@ -7,7 +7,6 @@ import logging
 import socket
 import ssl
 import time
-from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Final
@@ -18,6 +17,7 @@ from fxtunnel.engine.reactor import ERROR, INCOMING, LINK_EVENTS, READ, READ_BUF
 from fxtunnel.engine.read_share import ReadShare
 from fxtunnel.engine.splice import Splice
 from fxtunnel.engine.tls_calls import RecvInto, Send, corked, no_link, reason_of, tls_calls
+from fxtunnel.engine.turns import BESIDE_BYTES, SPARSE_TURN_BYTES, TURN_BYTES, Turns
 from fxtunnel.errors import RemoteProtocolError
 from fxtunnel.model import SessionId
 from fxtunnel.protocol import frames
@@ -32,9 +32,6 @@ logger = logging.getLogger(__name__)
 RECORD_BYTES: Final = 16_384
 WRITE_BYTES: Final = 262_144
 """Handed to OpenSSL at once: it cuts records itself, which saves a Python call for each (about 10 % of a link's CPU)."""
-TURN_BYTES: Final = 262_144
-CROWD: Final = 3
-CROWDED_TURN_BYTES: Final = 65_536
 MIN_TURN_BYTES: Final = 4_096
 NOTSENT_LOWAT_BYTES: Final = 131_072
 """Unsent bytes the kernel may hold for a link: interactive frames queue behind these."""
@@ -71,7 +68,7 @@ class Session:
         self._interest = 0
         self._share = ReadShare(RECORD_BYTES, READ_BUFFER_BYTES)
         self._dirty = False
-        self._ready: deque[TurnTaker] = deque()
+        self._turns = Turns()
         self._last_arrival = reactor.now
         self._timer: Timer | None = None
         self.mux = Mux(
@@ -164,20 +161,19 @@ class Session:
 
     def cancel_turn(self, taker: TurnTaker) -> None:
         """The taker goes elsewhere; it must not be read on behalf of this session any more."""
-        with suppress(ValueError):
-            self._ready.remove(taker)
+        self._turns.cancel(taker)
 
     def want_turn(self, taker: TurnTaker) -> None:
         """A socket or a task has bytes; it gets its turn. The taker keeps itself from asking twice."""
-        self._ready.append(taker)
+        self._turns.want(taker)
         if not self._dirty:
             self.wake()
 
     def has_room(self, limit_bytes: int) -> int:
         """See `Carrier`."""
-        if self._ready or self._blocked or self._link is None or self.mux.ring.unsent_bytes > RECORD_BYTES:
+        if self._turns.waiting or self._blocked or self._link is None or self.mux.ring.unsent_bytes > RECORD_BYTES:
             return 0
-        return max(0, min(limit_bytes, CROWDED_TURN_BYTES, self.mux.data_room - frames.HEADER_BYTES))
+        return max(0, min(limit_bytes, SPARSE_TURN_BYTES, self.mux.data_room - frames.HEADER_BYTES))
 
     def wake(self) -> None:
         """There is something to send: write at the end of this turn."""
@@ -221,27 +217,31 @@ class Session:
         ring = mux.ring
         if (ring.sent != ring.head or mux.overflow) and not self._write(link):
             return
-        if self._ready:
-            self._fill()
-            if self._write(link) and self._ready and mux.data_room >= MIN_TURN_BYTES + frames.HEADER_BYTES:
+        if self._turns.waiting:
+            may_go_on = self._fill()
+            if self._write(link) and may_go_on and mux.data_room >= MIN_TURN_BYTES + frames.HEADER_BYTES:
                 self.wake()  # the rest in the next turn: others' events come between
         elif self.state is State.CLOSED:
             self._drop_link(GOODBYE_S)
 
-    def _fill(self) -> None:
-        """One turn: up to TURN_BYTES from the sockets that wait, round robin."""
-        ready, mux = self._ready, self.mux
-        quantum = CROWDED_TURN_BYTES if len(ready) > CROWD else TURN_BYTES - frames.HEADER_BYTES
+    def _fill(self) -> bool:
+        """One turn: up to TURN_BYTES from those who wait. Whether somebody is left who may go on in the next."""
+        turns, mux, ring = self._turns, self.mux, self.mux.ring
         filled = 0
-        while ready and filled < TURN_BYTES:
+        while turns.waiting and filled < TURN_BYTES:
             room = mux.data_room - frames.HEADER_BYTES
             if room < MIN_TURN_BYTES:
                 self._grow_ring()
-                return
-            filled += ready.popleft().read_turn(quantum if quantum < room else room) or 256
+                return True
+            beside_bytes = max(ring.size_bytes >> 1, BESIDE_BYTES) - ring.head + ring.acked
+            if (chosen := turns.next(filled, beside_bytes)) is None:
+                self._grow_ring()
+                return False
+            filled += chosen[0].read_turn(min(chosen[1], room)) or 256
+        return turns.waiting > 0
 
     def _grow_ring(self) -> None:
-        # Replay memory is full while data waits. On a long path that is the bandwidth-delay product; on a short one a slow peer.
+        # Replay memory is full, or as full as it may be beside somebody who types. On a long path that is the bandwidth-delay product.
         ring = self.mux.ring
         if self.mux.min_rtt_s > MIN_GROWTH_RTT_S and ring.size_bytes < self._config.max_ring_bytes:
             ring.grow(min(ring.size_bytes * 2, self._config.max_ring_bytes))
@@ -319,7 +319,7 @@ class Session:
                 self._drop_link()
                 self._finish(*self.mux.goaway)
                 return
-            if not self._dirty and (self._ready or self.mux.ring.sent != self.mux.ring.head):
+            if not self._dirty and (self._turns.waiting or self.mux.ring.sent != self.mux.ring.head):
                 self.wake()
         if lost is not None:
             self._lost(lost)
@@ -389,7 +389,7 @@ class Session:
         self.state = State.CLOSED
         if self._timer is not None:
             self._timer.cancel()
-        self._ready.clear()
+        self._turns.clear()
         try:
             self.mux.reset_all(code)
         finally:

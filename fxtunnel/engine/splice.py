@@ -52,6 +52,7 @@ class Splice:
         "session",
         "sock",
         "stream",
+        "turn_bytes",
     )
 
     def __init__(self, reactor: Reactor, sock: socket.socket) -> None:
@@ -60,6 +61,7 @@ class Splice:
         self.session: Carrier | None = None
         self.stream: Stream | None = None
         self.closed = False
+        self.turn_bytes = 0
         self._pending: Pieces | None = None
         self._readable = False
         self._queued = False
@@ -113,6 +115,7 @@ class Splice:
             self._close_if_done()
             return 0
         stream.sent(slot, count)
+        self.turn_bytes = count
         if count < limit_bytes and not self._hung_up:
             # A short read has drained the socket (epoll(7), question 9); the next byte makes a new edge.
             self._readable = False

@@ -37,6 +37,7 @@ class TunnelStream(trio.abc.HalfCloseableStream):
         self.on_broken = on_broken
         self.on_arrival: Callable[[], None] | None = None
         self.broken: Code | None = None
+        self.turn_bytes = 0
         self.session = carrier
         self._call_later = call_later
         self._arrived = bytearray()
@@ -230,7 +231,7 @@ class TunnelStream(trio.abc.HalfCloseableStream):
     def read_turn(self, limit_bytes: int) -> int:
         """See `TurnTaker`."""
         self._queued = False
-        count = self._write(limit_bytes)
+        count = self.turn_bytes = self._write(limit_bytes)
         if self._outgoing is None:
             self._wake_sender()
         elif self.stream.send_credit > 0:

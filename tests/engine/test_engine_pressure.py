@@ -7,6 +7,7 @@ from peers import connect, echo, exchange, pattern, receive_exactly, reset
 from plane import Contexts, open_plane
 
 from fxtunnel.engine.ports import SessionConfig
+from fxtunnel.engine.turns import SPARSE_BYTES
 
 MIB = 1 << 20
 
@@ -46,6 +47,23 @@ async def test_clients_that_never_read_stop_only_themselves(contexts: Contexts) 
                 await trio.sleep(0.2)
         assert relay.far_session.is_up
         for stream in stalled:
+            reset(stream)
+
+
+async def test_who_has_little_is_told_from_who_has_much(contexts: Contexts) -> None:
+    async with open_plane(contexts) as plane:
+        relay = await plane.add_relay(await plane.serve(mixed))
+        port = plane.add_door()
+        download, typist = await connect(port), await connect(port)
+        await download.send_all(b"f")
+        await receive_exactly(download, 4 * MIB)  # by now its window lets it send much at once
+        await typist.send_all(b"exy")
+        assert await receive_exactly(typist, 2) == b"xy"
+        turns = sorted(delivery.turn_bytes for delivery in relay.desk.deliveries)
+        assert turns[0] == 2
+        assert turns[1] >= SPARSE_BYTES
+        assert sorted(client.turn_bytes for client in plane.doors[0].clients) == [1, 3]
+        for stream in (download, typist):
             reset(stream)
 
 
@@ -163,5 +181,5 @@ async def test_many_open_and_reset_leave_nothing(contexts: Contexts) -> None:
                 for number in range(40):
                     nursery.start_soon(one, number)
         await plane.quiet()
-        assert not relay.session._ready
-        assert not relay.far_session._ready
+        assert not relay.session._turns.waiting
+        assert not relay.far_session._turns.waiting

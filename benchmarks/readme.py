@@ -1,0 +1,127 @@
+"""Task: README's tables, written from results/latest.json: what README says is what was measured last.
+
+`python -m benchmarks.readme`, after a whole `make bench`.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from benchmarks.report import Report
+from benchmarks.targets import TARGETS, Medians, Metric, Target, Verdict
+
+ROOT: Final = Path(__file__).resolve().parent.parent
+LATEST: Final = ROOT / "benchmarks" / "results" / "latest.json"
+README: Final = ROOT / "README.md"
+BEGIN: Final = "<!-- bench:begin -->\n"
+END: Final = "<!-- bench:end -->"
+FURTHER: Final = "further: "
+"""Titles of targets that go beyond the first ones begin with it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """A line of README's table: a metric of ours, its title, and how many digits it is printed with."""
+
+    title: str
+    metric: Metric
+    digits: int = 0
+
+    def cells(self, medians: Medians) -> list[str]:
+        """Title, our value, nginx's, ssh's, the first aims and the further ones."""
+        measure, name = self.metric.measure, self.metric.name
+        nginx = "nginx-web" if self.metric.peer == "fx-web" else "nginx"
+        others = [Metric(measure, name, peer).of(medians) if self.metric.peer != "workers" else None for peer in (nginx, "ssh-tty")]
+        mine = [target for target in TARGETS if target.value == self.metric]
+        first = [target for target in mine if not target.title.startswith(FURTHER)]
+        further = [target for target in mine if target.title.startswith(FURTHER)]
+        values = [self.metric.of(medians), *others]
+        return [
+            self.title,
+            *("–" if value is None else f"{value:,.{self.digits}f}" for value in values),
+            _aims(first, medians),
+            _aims(further, medians),
+        ]
+
+
+def _aims(targets: list[Target], medians: Medians) -> str:
+    return "; ".join(_aim(target, medians) for target in targets)
+
+
+def _aim(target: Target, medians: Medians) -> str:
+    reached = target.reached(medians)
+    if reached is None:
+        return f"{target.wanted()}: not measured"
+    text = f"{reached:.2f}" if reached < 10 else f"{reached:.0f}"
+    return f"{target.wanted()}: " + (text if target.verdict(medians) is Verdict.MET else f"**{text}, missed**")
+
+
+STREAMS: Final = (
+    Line("1 stream down, CPU s/GiB", Metric("bulk", "down_cpu_s_per_gib"), 2),
+    Line("1 stream up, CPU s/GiB", Metric("bulk", "up_cpu_s_per_gib"), 2),
+    Line("1 stream down, MB/s", Metric("bulk", "down_mb_per_s")),
+    Line("1 stream up, MB/s", Metric("bulk", "up_mb_per_s")),
+    Line("16 streams, CPU s/GiB", Metric("bulk16", "cpu_s_per_gib"), 2),
+    Line("16 streams, MB/s", Metric("bulk16", "mb_per_s")),
+    Line("1 stream down, 2 workers, CPU s/GiB", Metric("bulk", "down_cpu_s_per_gib", "workers"), 2),
+    Line("16 streams, 2 workers, CPU s/GiB", Metric("bulk16", "cpu_s_per_gib", "workers"), 2),
+    Line("connections/s, 32 at a time", Metric("conn", "conn_per_s")),
+    Line("CPU ms per connection", Metric("conn", "cpu_ms_per_conn"), 3),
+    Line("64-byte echo p50, idle, µs", Metric("echo", "idle_p50_us")),
+    Line("echo p50 beside a bulk stream, µs", Metric("echo", "beside_p50_us")),
+    Line("echo p99 beside a bulk stream, µs", Metric("echo", "beside_p99_us")),
+    Line("memory per idle client of 5,000, KiB", Metric("idle", "user_kib_per_client"), 1),
+    Line("echo p50 beside them, × without", Metric("idle", "p50_ratio"), 2),
+    Line("memory per idle client of 10,000, KiB", Metric("crowd", "user_kib_per_client"), 2),
+    Line("1,000 clients that never read, larger daemon, MiB", Metric("stalled", "worst_daemon_mib")),
+    Line("goodput of 99 others beside them, × without", Metric("stalled", "goodput_ratio"), 2),
+    Line("streams of 20 that survive two cuts of the tunnel", Metric("cut", "survived")),
+    Line("50 ms, 1 Gbit/s: 1 stream down, × the line", Metric("rtt", "down_share"), 2),
+    Line("the same up", Metric("rtt", "up_share"), 2),
+    Line("16 streams down", Metric("rtt", "down16_share"), 2),
+    Line("16 streams up", Metric("rtt", "up16_share"), 2),
+    Line("the larger daemon meanwhile, MiB", Metric("rtt", "worst_daemon_mib")),
+)
+WEB: Final = (
+    Line("short GETs/s, 16 kept connections", Metric("get", "requests_per_s", "fx-web")),
+    Line("the same, no two heads alike", Metric("get", "varied_per_s", "fx-web")),
+    Line("CPU µs per short GET, all daemons", Metric("get", "cpu_us_per_request", "fx-web")),
+    Line("WebSocket echo p50, × a raw stream's", Metric("socket", "ratio", "fx-web"), 2),
+    Line("connections led by SNI, CPU × a raw door's", Metric("sni", "ratio", "fx-web"), 2),
+    Line("TLS ended at the gateway, CPU s/GiB", Metric("https", "cpu_s_per_gib", "fx-web"), 2),
+    Line("GET p99 beside 1,000 slow clients, × without", Metric("slow", "p99_ratio", "fx-web"), 2),
+    Line("1,000 slow clients, larger daemon, MiB", Metric("slow", "worst_daemon_mib", "fx-web")),
+)
+
+
+def _table(lines: tuple[Line, ...], medians: Medians, heads: list[str]) -> str:
+    """Columns that nobody has anything in are left out."""
+    rows = [line.cells(medians) for line in lines]
+    kept = [column for column in range(len(heads)) if column == 0 or any(row[column] not in ("", "–") for row in rows)]
+    marks = ["---" if column in (0, 4, 5) else "---:" for column in range(len(heads))]
+    return "\n".join("| " + " | ".join(row[column] for column in kept) + " |" for row in (heads, marks, *rows))
+
+
+def shown(report: Report) -> str:
+    """What stands between README's marks."""
+    machine = report["machine"]
+    versions = ", ".join(report["peers"][name]["version"] for name in ("nginx", "ssh-tty") if name in report["peers"])
+    where = (
+        f"{report['date']}, {machine['cores']} cores of {machine['cpu']}, Linux {machine['kernel']}, Python {machine['python']},\n"
+        f"{versions}. `{report['command']}`: {report['rounds']} rounds, all in turn, medians."
+    )
+    heads = ["measure", "FX Gateway", "nginx", "ssh -tt -R", "aim: reached", "further aim: reached"]
+    medians = report["medians"]
+    return "\n\n".join([where, _table(STREAMS, medians, heads), "The web:", _table(WEB, medians, heads)]) + "\n"
+
+
+def main() -> None:
+    """Write README anew."""
+    before, rest = README.read_text().split(BEGIN)
+    after = rest.split(END)[1]
+    README.write_text(before + BEGIN + shown(json.loads(LATEST.read_text())) + END + after)
+
+
+if __name__ == "__main__":
+    main()

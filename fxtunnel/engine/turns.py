@@ -1,0 +1,78 @@
+"""Pure: in which order those who have bytes for a link send them: whoever has little goes before whoever has much."""
+
+from collections import deque
+from contextlib import suppress
+from typing import Final
+
+from fxtunnel.engine.ports import TurnTaker
+from fxtunnel.protocol.frames import HEADER_BYTES
+
+TURN_BYTES: Final = 262_144
+"""What all takers together send in one turn of the loop, about."""
+BULK_TURN_BYTES: Final = TURN_BYTES - HEADER_BYTES
+"""What one that has much sends at once: read by one call, handed to TLS by one, and in one piece at the other end."""
+SPARSE_BYTES: Final = 16_384
+"""Who sent less than this in its last turn has little: keystrokes, requests, answers, the start of everything."""
+SPARSE_TURN_BYTES: Final = 65_536
+SPARSE_SHARE_BYTES: Final = TURN_BYTES // 4
+"""So much of a turn belongs to those who have little, so that however many they are, the others go on."""
+
+BESIDE_BYTES: Final = 524_288
+"""What may be unacknowledged, at least, beside somebody who has little: twice what a peer may leave unacknowledged (PROTOCOL.md)."""
+ALONE_TURNS: Final = 256
+"""So many turns of bulk, 64 MiB, since somebody had little to send: bulk is alone."""
+
+
+class Turns:
+    """The takers that wait, in two queues, as new and old flows do in FQ-CoDel (RFC 8290, section 4.2).
+
+    A client that types beside sixteen downloads waits for what is on the link already, not for a round of sixteen turns. So turns may be
+    large, and bulk is cheap. Neither queue starves the other: the first has a quarter of each turn, and all that the second leaves.
+    What is on the link already is kept short as well, but only while somebody is there who would wait for it.
+    """
+
+    __slots__ = ("_bulk", "_bulk_turns", "_sparse", "waiting")
+
+    def __init__(self) -> None:
+        self._bulk: deque[TurnTaker] = deque()
+        self._sparse: deque[TurnTaker] = deque()
+        self._bulk_turns = ALONE_TURNS  # since the last sparse one
+        self.waiting = 0
+        """How many takers wait."""
+
+    def want(self, taker: TurnTaker) -> None:
+        """It has bytes. It keeps itself from asking twice."""
+        (self._sparse if taker.turn_bytes < SPARSE_BYTES else self._bulk).append(taker)
+        self.waiting += 1
+
+    def cancel(self, taker: TurnTaker) -> None:
+        """It wants its turn no more."""
+        for queue in (self._sparse, self._bulk):
+            with suppress(ValueError):
+                queue.remove(taker)
+                self.waiting -= 1
+
+    def clear(self) -> None:
+        """Nobody gets a turn any more."""
+        self._sparse.clear()
+        self._bulk.clear()
+        self.waiting = 0
+
+    def next(self, filled_bytes: int, beside_bytes: int) -> tuple[TurnTaker, int] | None:
+        """Who is next in a turn that has `filled_bytes` already, and how much it may write.
+
+        While somebody who has little was there lately, those who have much may send `beside_bytes` together. None: they have done so, or
+        nobody waits.
+        """
+        if self._sparse and (filled_bytes < SPARSE_SHARE_BYTES or not self._bulk):
+            self._bulk_turns = 0
+            self.waiting -= 1
+            return self._sparse.popleft(), SPARSE_TURN_BYTES
+        most = BULK_TURN_BYTES
+        if self._bulk_turns < ALONE_TURNS:
+            most = min(most, beside_bytes)
+        if not self._bulk or most < SPARSE_BYTES:
+            return None
+        self._bulk_turns += 1
+        self.waiting -= 1
+        return self._bulk.popleft(), most

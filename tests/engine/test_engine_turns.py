@@ -1,0 +1,110 @@
+"""Who sends next on a link: those who have little before those who have much, and neither starves the other."""
+
+from dataclasses import dataclass
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fxtunnel.engine.turns import (
+    ALONE_TURNS,
+    BULK_TURN_BYTES,
+    SPARSE_BYTES,
+    SPARSE_SHARE_BYTES,
+    SPARSE_TURN_BYTES,
+    TURN_BYTES,
+    Turns,
+)
+
+FREE = 1 << 30
+
+
+@dataclass(eq=False)
+class Taker:
+    """Sends what it is allowed to, up to `each_bytes` at once."""
+
+    each_bytes: int
+    turn_bytes: int = 0
+    sent_bytes: int = 0
+
+    def read_turn(self, limit_bytes: int) -> int:
+        self.turn_bytes = min(limit_bytes, self.each_bytes)
+        self.sent_bytes += self.turn_bytes
+        return self.turn_bytes
+
+
+def one_turn(turns: Turns, beside_bytes: int = FREE) -> int:
+    """A turn as a session has it: who has sent wants the next one at once."""
+    filled, again = 0, []
+    while filled < TURN_BYTES and (chosen := turns.next(filled, beside_bytes - filled)) is not None:
+        taker, most = chosen
+        filled += taker.read_turn(most)
+        again.append(taker)
+    for taker in again:
+        turns.want(taker)
+    return filled
+
+
+def test_who_has_little_goes_before_who_has_much() -> None:
+    turns, downloads, typist = Turns(), [Taker(FREE) for _ in range(16)], Taker(64)
+    for download in downloads:
+        turns.want(download)
+    for _ in range(16):
+        one_turn(turns)  # by now it is known who they are
+    turns.want(typist)
+    one_turn(turns)
+    assert typist.sent_bytes == 64
+
+
+def test_bulk_is_sent_in_large_pieces_round_robin() -> None:
+    turns, downloads = Turns(), [Taker(FREE) for _ in range(4)]
+    for download in downloads:
+        turns.want(download)
+    one_turn(turns)
+    assert [download.turn_bytes for download in downloads] == [SPARSE_TURN_BYTES] * 4
+    for _ in range(8):
+        one_turn(turns)
+    assert [download.sent_bytes for download in downloads] == [SPARSE_TURN_BYTES + 4 * BULK_TURN_BYTES] * 4
+
+
+@given(st.integers(1, 400), st.integers(1, SPARSE_BYTES - 1), st.integers(1, 20))
+def test_neither_starves_the_other(typists: int, each_bytes: int, downloads: int) -> None:
+    turns = Turns()
+    little, much = [Taker(each_bytes) for _ in range(typists)], [Taker(FREE, SPARSE_BYTES) for _ in range(downloads)]
+    for taker in [*little, *much]:
+        turns.want(taker)
+    rounds = 2 * downloads + typists * SPARSE_BYTES // SPARSE_SHARE_BYTES + 2
+    for _ in range(rounds):
+        one_turn(turns)
+    assert all(taker.sent_bytes >= BULK_TURN_BYTES for taker in much)
+    assert all(taker.sent_bytes >= each_bytes for taker in little)
+    assert turns.waiting == typists + downloads
+
+
+def test_beside_somebody_who_types_bulk_keeps_the_link_short_and_alone_it_does_not() -> None:
+    turns, download, typist = Turns(), Taker(FREE, SPARSE_BYTES), Taker(64)
+    turns.want(download)
+    assert one_turn(turns, beside_bytes=0) == BULK_TURN_BYTES, "nobody is there who would wait"
+    turns.want(typist)
+    assert one_turn(turns, beside_bytes=100_000) == 100_000
+    assert download.turn_bytes == 100_000 - 64
+    turns.cancel(typist)
+    assert turns.next(0, SPARSE_BYTES - 1) is None
+    assert turns.waiting == 1
+    for _ in range(ALONE_TURNS - 1):
+        assert one_turn(turns) == BULK_TURN_BYTES
+    assert one_turn(turns, beside_bytes=0) == BULK_TURN_BYTES, "the typist has left long ago"
+
+
+def test_who_is_cancelled_or_cleared_gets_no_turn() -> None:
+    turns, download, typist = Turns(), Taker(FREE, SPARSE_BYTES), Taker(64)
+    turns.want(download)
+    turns.want(typist)
+    turns.cancel(download)
+    turns.cancel(download)
+    assert turns.waiting == 1
+    assert turns.next(0, FREE) == (typist, SPARSE_TURN_BYTES)
+    assert turns.next(0, FREE) is None
+    turns.want(download)
+    turns.clear()
+    assert turns.next(0, FREE) is None
+    assert turns.waiting == 0
