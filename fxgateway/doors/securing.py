@@ -4,10 +4,10 @@ import socket
 import ssl
 from typing import TYPE_CHECKING, Final
 
-from fxgateway.routing.admission import source_of
 from fxgateway.routing.reception import TurnAway
 from fxtunnel.engine.tls_handshake import Handshake
 from fxtunnel.engine.tls_socket import TlsSocket
+from fxtunnel.kit.sources import source_of
 
 if TYPE_CHECKING:
     from fxgateway.doors.hall import Hall

@@ -6,13 +6,13 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Final
 
+from fxtunnel.kit.sources import source_of
+
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 REMEMBERED_SOURCES: Final = 65_536
 _SWEEP_EVERY_S: Final = 1.0
 """When the memory is full every stranger would cost a sweep of all of it."""
-_IPV6_PREFIX: Final = 64
-"""A site has at least a /64 (RFC 6177), so its single addresses mean nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,16 +143,6 @@ class Admission:
                 self._exempt_cache.clear()
             known = self._exempt_cache[address] = _in_any(address, self.limits.exempt)
         return known
-
-
-def source_of(address: str) -> str:
-    """What counts as one source: an IPv4 address, or an IPv6 /64."""
-    if ":" not in address:
-        return address
-    parsed = ipaddress.IPv6Address(address.partition("%")[0])
-    if parsed.ipv4_mapped is not None:
-        return str(parsed.ipv4_mapped)
-    return str(ipaddress.IPv6Network((int(parsed) >> 64 << 64, _IPV6_PREFIX)))
 
 
 def _in_any(address: str, networks: tuple[Network, ...]) -> bool:

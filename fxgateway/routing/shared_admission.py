@@ -6,7 +6,8 @@ A limit is exact in one process, and over all of them but for what has come in s
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from fxgateway.routing.admission import REMEMBERED_SOURCES, Admission, AdmissionLimits, Verdict, source_of
+from fxgateway.routing.admission import REMEMBERED_SOURCES, Admission, AdmissionLimits, Verdict
+from fxtunnel.kit.sources import source_of
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,5 @@
 """Task: peers that have not yet proved who they are: how many, from where, for how long; and whose turn it is (decision 0019)."""
 
-import ipaddress
 import math
 from collections import OrderedDict, deque
 from dataclasses import dataclass
@@ -10,8 +9,8 @@ import trio
 
 from fxgateway.tunnels.pace import Pace
 from fxtunnel.control.busy import Appointment
+from fxtunnel.kit.sources import source_of
 
-_V6_PREFIX_BITS: Final = 64  # one customer's network: its addresses are free
 TURN_S: Final = 1.0
 """A peer that is not through by then goes on without a turn: waiting for a slow one must not cost the others theirs."""
 FULL_WAIT_S: Final = 4.0
@@ -239,16 +238,3 @@ class Lobby:
                 if len(self._late) > LATE_SHARE * self._at_once:
                     self._evict(next(iter(self._late)))
         self._begin_turns()
-
-
-def source_of(address: str) -> str:
-    """What counts as one source: an IPv4 address, or an IPv6 /64."""
-    try:
-        ip = ipaddress.ip_address(address.partition("%")[0])
-    except ValueError:
-        return address
-    if isinstance(ip, ipaddress.IPv4Address):
-        return str(ip)
-    if ip.ipv4_mapped is not None:
-        return str(ip.ipv4_mapped)
-    return str(ipaddress.ip_network((ip, _V6_PREFIX_BITS), strict=False).network_address)

@@ -13,12 +13,13 @@ import trio
 
 from fxrelay.admitting.memory import TicketMemory, Use
 from fxrelay.admitting.owner import Owner, Question
-from fxrelay.admitting.quotas import NO_LIMITS, Quotas, StreamLimits, source_of
+from fxrelay.admitting.quotas import NO_LIMITS, Quotas, StreamLimits
 from fxrelay.admitting.ticket import BadTicket, Caller, Objection, Ticket, TicketRules, read_ticket
 from fxrelay.delivery.identity import identity_of
 from fxrelay.delivery.ports import NotAdmitted
 from fxtunnel.codes import Code
 from fxtunnel.kit.signed_claims import Flaw
+from fxtunnel.kit.sources import source_of
 from fxtunnel.model import RelayId, ServiceName
 
 logger = logging.getLogger(__name__)

@@ -1,11 +1,8 @@
 """Pure: how many streams of a service a user, or an address, has at this relay."""
 
-import ipaddress
 from collections import Counter
 from dataclasses import dataclass
 from typing import Final
-
-_IPV6_SITE_BITS: Final = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,15 +37,3 @@ class Quotas:
         self._counts[key] -= 1
         if self._counts[key] <= 0:
             del self._counts[key]
-
-
-def source_of(address: str) -> str:
-    """Whom an address counts as: itself, or its /64 if it is an IPv6 one, since whoever has one address there has all of them."""
-    try:
-        found = ipaddress.ip_address(address)
-    except ValueError:
-        return address
-    if found.version == 4:
-        return str(found)
-    mapped = found.ipv4_mapped
-    return str(mapped) if mapped is not None else str(ipaddress.ip_network((found, _IPV6_SITE_BITS), strict=False))

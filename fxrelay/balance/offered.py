@@ -4,7 +4,6 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
-from itertools import count
 from typing import Final
 
 from fxrelay.balance.model import Candidate
@@ -15,7 +14,6 @@ Rank = Callable[[Candidate], int | float]
 
 MAX_EDITS: Final = 256
 """Changes that are remembered; who has missed more of them reads the whole list again."""
-_numbers: Final = count(1)
 
 
 class Op(IntEnum):
@@ -42,12 +40,12 @@ class Offered(list[Candidate]):
     a script process, which has the list from before, need more than what was edited since.
     """
 
-    __slots__ = ("_counted", "_edits", "_ids", "_ranks", "mark", "number")
+    __slots__ = ("_counted", "_edits", "_ids", "_ranks", "key", "mark")
 
     def __init__(self, candidates: list[Candidate]) -> None:
         super().__init__(candidates)
-        self.number = next(_numbers)
-        """No other list of this process has it."""
+        self.key = object()
+        """What those know this list by who remember what they have had of it."""
         self.mark = 0
         """Edits so far: what to give to `since` the next time."""
         self._edits: deque[Edit] = deque(maxlen=MAX_EDITS)

@@ -45,7 +45,7 @@ class SentTexts:
 
     def __init__(self) -> None:
         self._places: dict[str, int] = {}
-        self._lists: dict[int, tuple[int, int]] = {}
+        self._lists: dict[object, tuple[int, int]] = {}
 
     def pack(self, texts: Sequence[str]) -> bytes:
         """These texts for the receiver."""
@@ -53,12 +53,12 @@ class SentTexts:
 
     def pack_offered(self, offered: Offered) -> bytes:
         """The texts of the candidates: of those that the receiver has from before, only what has changed."""
-        known = self._lists.get(offered.number)
+        known = self._lists.get(offered.key)
         if known is None and len(self._lists) >= MAX_LISTS:
             self._lists.clear()
         number, mark = known or (len(self._lists) + 1, 0)
         edits = offered.since(mark) if known is not None else None
-        self._lists[offered.number] = (number, offered.mark)
+        self._lists[offered.key] = (number, offered.mark)
         if edits is None:
             return self._pack(number, [candidate.server.text for candidate in offered], len(offered))
         return self._pack(number, [edit.text for edit in edits if edit.op is not Op.LEAVE], len(offered), edits)

@@ -9,7 +9,6 @@ from functools import partial
 import trio
 
 from fxrelay.admitting.porter import Porter
-from fxrelay.admitting.quotas import source_of
 from fxrelay.delivery.delivery import DeliveryDesk
 from fxrelay.delivery.identity import identity_of
 from fxrelay.delivery.ports import Wanted
@@ -33,6 +32,7 @@ from fxrelay.web.upgrade import UpgradedDelivery, copy_both_ways
 from fxtunnel.codes import Code
 from fxtunnel.engine.stream import TunnelStream
 from fxtunnel.kit.answers import NAMES, Refused, render
+from fxtunnel.kit.sources import source_of
 from fxtunnel.model import GatewayId, RelayId
 from fxtunnel.protocol.opening import Opening
 

@@ -11,10 +11,11 @@ from delivery_rig import ScriptedChooser, Spec, serve_nodes
 from peers import connect, hanging_port, receive_all, refused, until_reset
 from plane import SERVICE, Contexts, open_plane
 
-from fxrelay.admitting.quotas import Quotas, StreamLimits, source_of
+from fxrelay.admitting.quotas import Quotas, StreamLimits
 from fxrelay.admitting.ticket import TicketRules
 from fxrelay.delivery.delivery import DeliveryLimits
 from fxrelay.delivery.ports import Node, NoNode, Taken, Wanted
+from fxtunnel.kit.sources import source_of
 from fxtunnel.model import RelayId
 
 A, B = "127.0.0.11", "127.0.0.12"

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from fxgateway.routing import admission as module
-from fxgateway.routing.admission import Admission, AdmissionLimits, Verdict, source_of
+from fxgateway.routing.admission import Admission, AdmissionLimits, Verdict
+from fxtunnel.kit.sources import source_of
 
 ADMIT = Verdict.ADMIT
 
