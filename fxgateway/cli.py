@@ -19,11 +19,11 @@ from fxtunnel.kit.console import (
     Program,
     config_option,
     duration,
-    hold_reload,
     link_cells,
     print_table,
     reasons,
     refuse,
+    reload_held,
     timeout_option,
     watch_drain,
 )
@@ -120,16 +120,16 @@ def run(config_path: Path) -> None:
 
     Prints one line when it is ready. SIGTERM drains and stops, SIGHUP reads the configuration again.
     """
-    hold_reload()
-    settings = _load(config_path)
-    refuse(_file_problems(settings, config_path))
-    if settings.tunnel.workers > 1:
-        from fxgateway.workers import parent
+    with reload_held():
+        settings = _load(config_path)
+        refuse(_file_problems(settings, config_path))
+        if settings.tunnel.workers > 1:
+            from fxgateway.workers import parent
 
-        sys.exit(parent.run(settings, config_path))
-    from fxgateway import app
+            sys.exit(parent.run(settings, config_path))
+        from fxgateway import app
 
-    sys.exit(app.run(settings, config_path))
+        sys.exit(app.run(settings, config_path))
 
 
 @main.command()

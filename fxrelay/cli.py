@@ -20,11 +20,11 @@ from fxtunnel.kit.console import (
     Program,
     config_option,
     duration,
-    hold_reload,
     link_cells,
     print_table,
     reasons,
     refuse,
+    reload_held,
 )
 
 if TYPE_CHECKING:
@@ -73,12 +73,12 @@ def run(config_path: Path) -> None:
     Prints one line when it is ready. It dials again whenever a tunnel is lost, and stops by itself only where trying again is pointless.
     SIGTERM drains and stops, SIGHUP reads the configuration again.
     """
-    hold_reload()
-    settings = _load(config_path)
-    _refuse_bad_files(settings, config_path)
-    from fxrelay import app
+    with reload_held():
+        settings = _load(config_path)
+        _refuse_bad_files(settings, config_path)
+        from fxrelay import app
 
-    sys.exit(app.run(settings, config_path))
+        sys.exit(app.run(settings, config_path))
 
 
 @main.command()

@@ -6,7 +6,8 @@ Imports nothing heavy: it is loaded for `--version` and for completion as well.
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -86,9 +87,14 @@ timeout_option = click.option(
 """The decorator that gives a command --timeout, as `timeout_s`."""
 
 
-def hold_reload() -> None:
-    """For daemons, first of all: a SIGHUP that comes before one is ready waits for `watch_signals`; it would end the process."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+@contextmanager
+def reload_held() -> Iterator[None]:
+    """For daemons, around everything: a SIGHUP that comes before one is ready waits for `watch_signals`; it would end the process."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def refuse(problems: Sequence[ConfigProblem]) -> None:

@@ -57,7 +57,7 @@ def settle() -> None:
 async def watch_signals(on_reload: Callable[[], None], on_stop: Callable[[], None], *, task_status: trio.TaskStatus[None]) -> None:
     """SIGHUP calls `on_reload`, SIGTERM and SIGINT call `on_stop`, until cancelled."""
     with trio.open_signal_receiver(signal.SIGHUP, signal.SIGTERM, signal.SIGINT) as signals:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})  # see `hold_reload`
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})  # see `reload_held`
         task_status.started()
         async for number in signals:
             if number == signal.SIGHUP:

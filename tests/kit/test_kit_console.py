@@ -1,11 +1,15 @@
 """How the commands say what went wrong, and what they leave behind for scripts: the exit code."""
 
+import signal
+import sys
+from contextlib import suppress
+
 import click
 import pytest
 from click.testing import CliRunner, Result
 
 from fxtunnel.errors import ConfigError, ConfigProblem, FxError
-from fxtunnel.kit.console import Program, duration, link_cells
+from fxtunnel.kit.console import Program, duration, link_cells, reload_held
 
 BAD = ConfigError([ConfigProblem("x.toml", "a", "is wrong"), ConfigProblem("x.toml", "b", "too")])
 
@@ -58,3 +62,12 @@ def test_links_in_a_row() -> None:
 @pytest.mark.parametrize(("seconds", "text"), [(5.9, "0 min 5 s"), (3_720, "1 h 2 min"), (90_000, "1 d 1 h")])
 def test_durations_in_two_units(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+def test_a_reload_waits_for_the_start_and_for_no_more() -> None:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    with suppress(SystemExit), reload_held():
+        assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before | {signal.SIGHUP}
+        sys.exit(2)
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
+    assert signal.SIGHUP not in before, "whoever is started from here could not be reloaded"
