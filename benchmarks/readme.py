@@ -1,9 +1,10 @@
-"""Task: README's tables, written from results/latest.json: what README says is what was measured last.
+"""Task: README's tables, written from benchmarks/results: what README says is what was measured last.
 
-`python -m benchmarks.readme`, after a whole `make bench`.
+`python -m benchmarks.readme`, when one of REPORTS is new.
 """
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -12,7 +13,8 @@ from benchmarks.report import Report
 from benchmarks.targets import TARGETS, Medians, Metric, Target, Verdict
 
 ROOT: Final = Path(__file__).resolve().parent.parent
-LATEST: Final = ROOT / "benchmarks" / "results" / "latest.json"
+REPORTS: Final = ("latest", "web")
+"""Later ones count for the measures that both have."""
 README: Final = ROOT / "README.md"
 BEGIN: Final = "<!-- bench:begin -->\n"
 END: Final = "<!-- bench:end -->"
@@ -95,32 +97,43 @@ WEB: Final = (
 )
 
 
+def load() -> list[Report]:
+    """The reports that README shows."""
+    return [json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text()) for name in REPORTS]
+
+
 def _table(lines: tuple[Line, ...], medians: Medians, heads: list[str]) -> str:
-    """Columns that nobody has anything in are left out."""
-    rows = [line.cells(medians) for line in lines]
+    """Lines and columns that have nothing are left out."""
+    rows = [line.cells(medians) for line in lines if line.metric.of(medians) is not None]
     kept = [column for column in range(len(heads)) if column == 0 or any(row[column] not in ("", "–") for row in rows)]
     marks = ["---" if column in (0, 4, 5) else "---:" for column in range(len(heads))]
     return "\n".join("| " + " | ".join(row[column] for column in kept) + " |" for row in (heads, marks, *rows))
 
 
-def shown(report: Report) -> str:
-    """What stands between README's marks."""
+def _where(report: Report) -> str:
     machine = report["machine"]
-    versions = ", ".join(report["peers"][name]["version"] for name in ("nginx", "ssh-tty") if name in report["peers"])
-    where = (
-        f"{report['date']}, {machine['cores']} cores of {machine['cpu']}, Linux {machine['kernel']}, Python {machine['python']},\n"
-        f"{versions}. `{report['command']}`: {report['rounds']} rounds, all in turn, medians."
+    versions = ", ".join(dict.fromkeys(peer["version"] for peer in report["peers"].values() if peer["version"]))
+    return (
+        f"- {report['date']}, `{report['command']}`, {report['rounds']} rounds, all in turn, medians; {machine['cores']} cores of\n"
+        f"  {machine['cpu']}, Linux {machine['kernel']}; {versions}"
     )
+
+
+def shown(reports: Sequence[Report]) -> str:
+    """What stands between README's marks."""
+    medians: dict[str, Mapping[str, Mapping[str, float]]] = {}
+    for report in reports:
+        medians.update(report["medians"])
     heads = ["measure", "FX Gateway", "nginx", "ssh -tt -R", "aim: reached", "further aim: reached"]
-    medians = report["medians"]
-    return "\n\n".join([where, _table(STREAMS, medians, heads), "The web:", _table(WEB, medians, heads)]) + "\n"
+    tables = [_table(lines, medians, heads) for lines in (STREAMS, WEB)]
+    return "\n\n".join(["\n".join(map(_where, reports)), tables[0], "The web:", tables[1]]) + "\n"
 
 
 def main() -> None:
     """Write README anew."""
     before, rest = README.read_text().split(BEGIN)
     after = rest.split(END)[1]
-    README.write_text(before + BEGIN + shown(json.loads(LATEST.read_text())) + END + after)
+    README.write_text(before + BEGIN + shown(load()) + END + after)
 
 
 if __name__ == "__main__":
