@@ -106,8 +106,8 @@ def make(around: Surroundings, *entries: Any) -> tuple[PoolChooser, ClusterView]
     view.store_said(1_000_000)
     for text in (server_text("a"), server_text("b", address="10.0.0.2"), server_text("c", gateways=["gw"]), server_text("d")):
         view.hear(Message(SERVERS, text))
-    environment = ClusterEnvironment(RelayId("a"), around, Threads())  # type: ignore[arg-type]
-    chooser = PoolChooser(view, ways(), environment, around, Threads(), "i" * 40)  # type: ignore[arg-type]
+    environment = ClusterEnvironment(RelayId("a"), around, Threads())  # type: ignore[arg-type]  # as much of it as is used
+    chooser = PoolChooser(view, ways(), environment, around, Threads(), "i" * 40)  # type: ignore[arg-type]  # as much of it as is used
     chain = entries or (builtin("fewest-sessions", "desk"),)
     chooser.reconfigure({ServiceName("desk"): Balancing(DESK, chain)})
     return chooser, view
@@ -228,7 +228,7 @@ async def test_claims_work_while_nobody_can_be_told() -> None:
 
 async def test_numbers_come_from_the_store_or_from_here() -> None:
     around = Surroundings()
-    environment = ClusterEnvironment(RelayId("a"), around, Threads())  # type: ignore[arg-type]
+    environment = ClusterEnvironment(RelayId("a"), around, Threads())  # type: ignore[arg-type]  # as much of it as is used
     assert [await environment.next_number("x") for _ in range(2)] == [41, 42]
     around.error = True
     assert [await environment.next_number("x") for _ in range(2)] == [43, 44]

@@ -50,8 +50,8 @@ class Desk:
         self.view.store_said(1_000_000)
         self.seq = 1
         ways = Ways(RelayId("a"), ("local", "redirect", "direct"), force_indirect=False, networks=(), address="10.0.0.1")
-        environment = ClusterEnvironment(RelayId("a"), Nobody(), Threads())  # type: ignore[arg-type]
-        self.chooser = PoolChooser(self.view, ways, environment, Nobody(), Threads(), "i" * 40)  # type: ignore[arg-type]
+        environment = ClusterEnvironment(RelayId("a"), Nobody(), Threads())  # type: ignore[arg-type]  # as much of it as is used
+        self.chooser = PoolChooser(self.view, ways, environment, Nobody(), Threads(), "i" * 40)  # type: ignore[arg-type]  # as much of it as is used
         bench.scripts.use_reactor(reactor)
         for number, name in enumerate("abcd"):
             self.hear(name, sessions=number)

@@ -1,5 +1,8 @@
 """A client was given a session whose link is lost: it need not wait for that one when it can be served now."""
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
 import pytest
 import trio
 from peers import Serve, connect, echo, receive_all, receive_exactly
@@ -35,21 +38,22 @@ async def link_anew(relay: RelaySide) -> Session:
     return old
 
 
-async def waiting(plane: Plane) -> None:
-    """Until a client waits for a link."""
-    with trio.fail_after(10):
-        while not any(client.waits_for_link for door in plane.doors for client in door.opening):
-            await trio.sleep(0.005)
+@asynccontextmanager
+async def waiting_client(plane: Plane) -> AsyncIterator[trio.SocketStream]:
+    """A client of a new door that has said "early", and waits for a link."""
+    async with await connect(plane.add_door(open_timeout_s=25.0)) as stream:
+        await stream.send_all(b"early")
+        with trio.fail_after(10):
+            while not any(client.waits_for_link for client in plane.doors[-1].opening):
+                await trio.sleep(0.005)
+        yield stream
 
 
 async def test_the_same_relay_by_a_new_session(contexts: Contexts) -> None:
     """As after a gateway has stood still for longer than sessions are held: the relay has given the old session up."""
     async with open_plane(contexts, LONG_HOLD) as plane:
         relay = await held_relay(plane)
-        port = plane.add_door(open_timeout_s=25.0)
-        async with await connect(port) as stream:
-            await stream.send_all(b"early")
-            await waiting(plane)
+        async with waiting_client(plane) as stream:
             old = await link_anew(relay)
             with trio.fail_after(SOON_S):
                 assert await receive_exactly(stream, 5) == b"early"
@@ -60,10 +64,7 @@ async def test_the_same_relay_by_a_new_session(contexts: Contexts) -> None:
 async def test_another_relay(contexts: Contexts) -> None:
     async with open_plane(contexts, LONG_HOLD) as plane:
         first = await held_relay(plane)
-        port = plane.add_door(open_timeout_s=25.0)
-        async with await connect(port) as stream:
-            await stream.send_all(b"early")
-            await waiting(plane)
+        async with waiting_client(plane) as stream:
             await plane.add_relay(await plane.serve(echo), name="b")
             with trio.fail_after(SOON_S):
                 assert await receive_exactly(stream, 5) == b"early"
@@ -136,10 +137,7 @@ async def test_links_that_come_and_go_do_not_turn_a_client_away(contexts: Contex
     """It has been moved as often as it may be: then it stays where it is, and is served when the link is resumed."""
     async with open_plane(contexts, LONG_HOLD) as plane:
         relay = await held_relay(plane)
-        port = plane.add_door(open_timeout_s=25.0)
-        async with await connect(port) as stream:
-            await stream.send_all(b"early")
-            await waiting(plane)
+        async with waiting_client(plane) as stream:
             (client,) = plane.doors[0].clients
             client._attempts = MAX_ATTEMPTS
             await plane.add_relay(await plane.serve(echo), name="b")
