@@ -7,13 +7,13 @@ from typing import Final
 
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.routing import Route
 
 from fxgateway.doors.doors import Doors
 from fxgateway.tunnels.registry import Registry
 from fxtunnel.kit.listeners import Inherited, ListenError
-from fxtunnel.kit.pages import serve_pages
+from fxtunnel.kit.pages import JsonPage, pages_app, serve_pages
 from fxtunnel.kit.settings import MAX_SOCKET_PATH_BYTES, Address
 from fxtunnel.model import RelayId
 
@@ -35,8 +35,8 @@ class Steering:
         """The pages. POST /drain: no more clients. POST and DELETE /drain/RELAY_ID: nothing new for a relay, and again. All answer with the
         clients or streams that are left.
         """
-        return Starlette(
-            routes=[
+        return pages_app(
+            [
                 Route("/drain", self._drain, methods=["POST", "GET"]),
                 Route("/drain/{relay_id}", self._drain_relay, methods=["POST", "GET", "DELETE"]),
             ]
@@ -57,14 +57,14 @@ class Steering:
             logger.info("draining, as an administrator wished: no more clients until the next restart")
             self._doors.close()
             self._on_drain()
-        return JSONResponse({"left": self._doors.clients})
+        return JsonPage({"left": self._doors.clients})
 
     async def _drain_relay(self, request: Request) -> Response:
         relay_id = RelayId(request.path_params["relay_id"])
         relay = next((relay for relay in self._registry.relays() if relay.relay_id == relay_id), None)
         leaving = self._registry.leaving(relay_id)
         if relay is None and not leaving:
-            return JSONResponse({"left": UNKNOWN})
+            return JsonPage({"left": UNKNOWN})
         if request.method == "POST":
             self._registry.drain(relay_id)
             logger.info("relay %s gets nothing new, as an administrator wished", relay_id)
@@ -72,4 +72,4 @@ class Steering:
             self._registry.undrain(relay_id)
             logger.info("relay %s gets streams again", relay_id)
         instances = (*leaving, relay) if relay is not None else leaving
-        return JSONResponse({"left": sum(instance.open_streams for instance in instances)})
+        return JsonPage({"left": sum(instance.open_streams for instance in instances)})

@@ -2,7 +2,9 @@
 
 import logging
 import os
+import socket
 import sys
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -15,6 +17,7 @@ from fxrelay.admitting.porter import Porter
 from fxrelay.admitting.streams import StreamEntries
 from fxrelay.balance.workers import Workers
 from fxrelay.brain import Brain, Whose
+from fxrelay.cluster.static_data import site_environment
 from fxrelay.delivery.composing import delivery_limits, resolved
 from fxrelay.delivery.delivery import DeliveryDesk
 from fxrelay.delivery.placing import Placer
@@ -40,7 +43,7 @@ from fxtunnel.errors import FxError
 from fxtunnel.kit import logs
 from fxtunnel.kit.listeners import Inherited
 from fxtunnel.kit.notify import Notifier
-from fxtunnel.kit.pages import serve_pages
+from fxtunnel.kit.pages import listening_for_pages, serve_pages_on
 from fxtunnel.kit.process import (
     POLL_S,
     Reloads,
@@ -101,6 +104,7 @@ class Relay:
         self._config_path = config_path
         self._notifier = notifier
         self._inherited = Inherited.from_environ(os.environ, os.getpid(), notifier)
+        self._status = ExitStack()
         self._pages = trio.CancelScope()
         self._pages_ended = trio.Event()
         self._stop = trio.Event()
@@ -125,7 +129,7 @@ class Relay:
         files = [await trio.to_thread.run_sync(load_gateway_file, gateway.file) for gateway in self._settings.gateways]
         identity = await load_identity(self._settings.relay.state_dir, RelayId(self._settings.relay.id))
         whose = Whose(identity.relay_id, identity.instance, lambda: [uplink.statistics() for uplink in self._uplinks])
-        self._brain = brain = Brain(self._settings, self._directory, whose)
+        self._brain = brain = Brain(self._settings, self._config_path, whose)
         brain.use_reactor(self._reactor)
         self._desk.placer = placer = Placer(brain.chooser, self._settings.cluster.paths, brain.chooser)
         self._desk.node = identity.relay_id
@@ -146,11 +150,13 @@ class Relay:
         async with trio.open_nursery() as nursery:
             await nursery.start(watch_signals, self._reloads.ask, self._stop.set)
             await nursery.start(follow_launcher, self._notifier, self._stop.set)
+            # Before anything is said to the cluster or a gateway: another process that has this state directory has this socket, and stays.
+            status = self._status.enter_context(listening_for_pages(self._settings.relay.status_address, self._inherited))
             await nursery.start(brain.run)
             await nursery.start(placer.run)
             await nursery.start(gate.run)
             await nursery.start(web.run)
-            await nursery.start(self._serve_pages, view)
+            await nursery.start(self._serve_pages, view, status)
             self._inherited.close()
             nursery.start_soon(keep_going, "ending idle streams", self._sweep)
             nursery.start_soon(keep_going, "resolving targets", self._keep_resolved)
@@ -171,8 +177,9 @@ class Relay:
         return 1 if self._has_failed else 0
 
     def close(self) -> None:
-        """End the processes of owner scripts."""
+        """End the processes of owner scripts, and let go of the status socket."""
         self._owners.close()
+        self._status.close()
 
     @property
     def _directory(self) -> Path:
@@ -223,11 +230,10 @@ class Relay:
                     return
             await trio.sleep(READY_POLL_S)
 
-    async def _serve_pages(self, view: LiveView, *, task_status: trio.TaskStatus[Address]) -> None:
+    async def _serve_pages(self, view: LiveView, status: socket.socket, *, task_status: trio.TaskStatus[Address]) -> None:
         """What administrators ask, until there is a successor to ask."""
-        with self._pages:
-            status = self._settings.relay.status_address
-            await serve_pages(make_app(view, self._drain_as_planned), status, self._inherited, task_status=task_status)
+        with self._pages, self._status:
+            await serve_pages_on(make_app(view, self._drain_as_planned), status, task_status=task_status)
         self._pages_ended.set()
 
     def _drain_as_planned(self) -> None:
@@ -292,8 +298,9 @@ class Relay:
         rules = await trio.to_thread.run_sync(web_rules, fresh)
         entries = await trio.to_thread.run_sync(entry_rules, fresh, self._owners, self._directory)
         logins = await trio.to_thread.run_sync(login_services, fresh)
+        environ = await trio.to_thread.run_sync(site_environment, fresh.node, os.environ)
         if self._brain is not None:
-            self._brain.reconfigure(fresh)  # first: a script that cannot be used refuses the whole configuration
+            self._brain.reconfigure(fresh, environ)  # first: a script that cannot be used refuses the whole configuration
         if self._web is not None:
             self._web.limits = web_limits(fresh.limits)
             self._web.reconfigure(rules)

@@ -3,7 +3,7 @@
 import json
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from ipaddress import ip_network
 from pathlib import Path
@@ -24,7 +24,9 @@ from fxrelay.cluster.follow import FollowConfig, Follower
 from fxrelay.cluster.gather import Gatherer
 from fxrelay.cluster.members import Ages
 from fxrelay.cluster.opening import open_cluster
+from fxrelay.cluster.programs import ProgramBounds
 from fxrelay.cluster.publish import Publisher, PublisherConfig
+from fxrelay.cluster.static_data import site_environment
 from fxrelay.cluster.threads import Threads
 from fxrelay.cluster.view import ClusterView
 from fxrelay.forgetting import Forgetter
@@ -60,16 +62,16 @@ class Brain:
         ConfigError: broker.json or a balancing script cannot be used.
     """
 
-    def __init__(self, settings: RelaySettings, directory: Path, whose: Whose) -> None:
+    def __init__(self, settings: RelaySettings, config_path: Path, whose: Whose) -> None:
         cluster = settings.cluster
         self._settings = settings
         self._whose = whose
         self._store, self._transporter = open_cluster(cluster, settings.relay.state_dir)
         self._threads = Threads()
-        self._scripts = Scripts(ScriptLimits(cluster.script_timeout_s, cluster.script_memory_bytes), directory)
+        self._scripts = Scripts(ScriptLimits(cluster.script_timeout_s, cluster.script_memory_bytes), config_path)
         self.view = ClusterView(Ages(cluster.stale_s, cluster.down_s))
         self._follower = Follower(self._store, self._transporter, self.view, self._threads, FollowConfig(resync_s=cluster.resync_s))
-        self._gatherer = Gatherer(settings)
+        self._gatherer = Gatherer(settings, bounds=ProgramBounds(module_dir=config_path.parent))
         self.publisher = Publisher(
             PublisherConfig(whose.relay_id, whose.instance, __version__, cluster.publish_s),
             self._store,
@@ -80,7 +82,7 @@ class Brain:
         )
         environment = ClusterEnvironment(whose.relay_id, self._store, self._threads)
         self.chooser = PoolChooser(self.view, ways(settings), environment, self._transporter, self._threads, whose.instance)
-        self.chooser.reconfigure(balancing(settings, self._scripts))
+        self.chooser.reconfigure(balancing(settings, self._scripts, site_environment(settings.node, os.environ)))
         self.tickets = SharedMemory(self._store, self._threads)
         self._forgetter = Forgetter(self._store, self._threads, cluster.forget_after_s)
         self.reservations: Reservations | None = None
@@ -98,6 +100,11 @@ class Brain:
     def problems(self) -> tuple[str, ...]:
         """What is wrong with what this node says about itself."""
         return tuple(self._gatherer.problems)
+
+    @property
+    def dropped(self) -> dict[str, int]:
+        """What was read or heard, besides server objects, that no member of ours would have written."""
+        return {"malformed-message": self.view.dropped_messages, "malformed-document": self._store.skipped}
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Publish, follow and tell until cancelled. Started when the cluster has been read once, or could not be."""
@@ -120,13 +127,13 @@ class Brain:
             self._transporter.close()
             self._store.close()
 
-    def reconfigure(self, settings: RelaySettings) -> None:
-        """Pools, chains and what this node says about itself, from a reloaded configuration.
+    def reconfigure(self, settings: RelaySettings, environ: Mapping[str, str]) -> None:
+        """Pools, chains and what this node says about itself, from a reloaded configuration. `environ`: see `site_environment`.
 
         Raises:
             ConfigError: a balancing script cannot be used; nothing has changed.
         """
-        self.chooser.reconfigure(balancing(settings, self._scripts))
+        self.chooser.reconfigure(balancing(settings, self._scripts, environ))
         self._gatherer.reconfigure(settings)
         self._settings = settings
         self.publisher.changed()
@@ -145,7 +152,9 @@ class Brain:
         return [uplink for uplink in self._whose.uplinks() if uplink.state is UplinkState.UP and not uplink.is_draining]
 
     def _agent(self) -> dict[str, Any]:
+        rivals = self._rivals()
         return {
+            **({"rivals": rivals} if rivals else {}),
             "tunnels": [
                 {
                     "gatewayId": uplink.gateway_id,
@@ -153,8 +162,13 @@ class Brain:
                     "streams": sum(session.mux.streams for session in uplink.sessions),
                 }
                 for uplink in self._usable()
-            ]
+            ],
         }
+
+    def _rivals(self) -> list[InstanceId]:
+        """Other processes that call themselves as this one does: who only reads the store sees one of them."""
+        member = self.view.members.get(self._whose.relay_id, self.view.now)
+        return sorted({member.server.instance, *member.rivals} - {self._whose.instance}) if member is not None and member.rivals else []
 
     async def _watch_tunnels(self) -> None:
         """Others redirect to this node by its tunnels: tell them at once when one comes or goes."""
@@ -197,7 +211,7 @@ def seat_rules(section: ServiceSection) -> SeatRules:
     )
 
 
-def balancing(settings: RelaySettings, scripts: Scripts) -> dict[ServiceName, Balancing]:
+def balancing(settings: RelaySettings, scripts: Scripts, environ: Mapping[str, str]) -> dict[ServiceName, Balancing]:
     """Every pool of the configuration with its chain.
 
     Raises:
@@ -206,7 +220,7 @@ def balancing(settings: RelaySettings, scripts: Scripts) -> dict[ServiceName, Ba
     return {
         ServiceName(section.name): Balancing(
             pool_of(section),
-            scripts.chain(section.balance, section.name, os.environ),
+            scripts.chain(section.balance, section.name, environ),
             Action.LOGIN if section.is_login and section.login is None else Action.START,
             seat_rules(section),
         )

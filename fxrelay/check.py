@@ -58,6 +58,7 @@ def _cluster_problems(settings: RelaySettings, config_path: Path) -> list[Config
     from fxrelay.balance.entries import Scripts
     from fxrelay.balance.workers import ScriptLimits
     from fxrelay.cluster.opening import open_cluster
+    from fxrelay.cluster.static_data import site_environment
 
     problems: list[ConfigProblem] = []
     try:
@@ -66,12 +67,17 @@ def _cluster_problems(settings: RelaySettings, config_path: Path) -> list[Config
         store.close()
     except ConfigError as exc:
         problems += exc.problems
-    scripts = Scripts(ScriptLimits(), config_path.absolute().parent)
+    scripts = Scripts(ScriptLimits(), config_path)
+    try:
+        environ = site_environment(settings.node, os.environ)
+    except ConfigError as exc:
+        problems += exc.problems
+        environ = dict(os.environ)
     try:
         for section in settings.services:
             if section.is_pool:
                 try:
-                    scripts.chain(section.balance, section.name, os.environ)
+                    scripts.chain(section.balance, section.name, environ)
                 except ConfigError as exc:
                     problems += exc.problems
     finally:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 import click
 
-from fxtunnel.errors import FxError
+from fxtunnel.errors import FxError, StoreError
 from fxtunnel.kit.console import ASK_TIMEOUT_S, config_option, duration, print_table, timeout_option, watch_drain
 
 if TYPE_CHECKING:
@@ -46,9 +46,16 @@ def nodes(config_path: Path, as_json: bool, watch: bool) -> None:
     settings = _load(config_path)
     with cluster_of(settings) as (store, _):
         while True:
-            view = read_view(settings, store)
+            try:
+                view = read_view(settings, store)
+                holders = holders_in(settings, store).users(view.now_ms)
+            except StoreError as exc:
+                if not watch:
+                    raise
+                click.echo(f"the store does not answer: {exc}", err=True)  # who watches wants to see it come back
+                time.sleep(WATCH_S)
+                continue
             members = sorted(view.everyone(), key=lambda member: member.server.server_id)
-            holders = holders_in(settings, store).users(view.now_ms)
             if watch:
                 click.clear()
             if as_json:
@@ -184,14 +191,15 @@ def store_export(config_path: Path, directory: Path) -> None:
 def store_import(config_path: Path, directory: Path, dry_run: bool) -> None:
     """Bring the files of DIRECTORY into the store, as the original's upload tool does. May be repeated."""
     from fxrelay.cluster.reading import cluster_of
-    from fxrelay.cluster.transfer import apply_import, plan_import
+    from fxrelay.cluster.transfer import apply_import, plan_import, tell_controls
 
-    with cluster_of(_load(config_path)) as (found, _):
+    with cluster_of(_load(config_path)) as (found, transporter):
         plan = plan_import(found, directory)
         for line in plan.lines():
             click.echo(line)
         if not dry_run:
             apply_import(found, plan)
+            tell_controls(transporter, plan)
 
 
 @click.command()
@@ -296,8 +304,9 @@ def _row(member: "Member", now: float, holder: str) -> tuple[str, ...]:
 
 
 def _print_rivals(members: "list[Member]") -> None:
+    from fxrelay.cluster.reading import rivals_of
+
     for member in members:
-        if member.rivals:
-            click.echo(
-                f"warning: {len(member.rivals) + 1} processes call themselves {member.server.server_id}; the newest is shown", err=True
-            )
+        rivals = rivals_of(member)
+        if rivals:
+            click.echo(f"warning: {len(rivals) + 1} processes call themselves {member.server.server_id}; the newest is shown", err=True)

@@ -9,10 +9,11 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 from prometheus_client.registry import Collector
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
 from fxtunnel.engine.status import LinkStatus
+from fxtunnel.kit.pages import JsonPage, pages_app
 
 UplinkState = Literal["up", "connecting", "waiting", "failed"]
 
@@ -53,7 +54,7 @@ class ClusterStatus:
     """What this relay knows of its cluster. `store_down_s` is 0 while the store answers; `live`: changes are heard at once.
 
     `nodes` counts servers by state, `switched_off` is what administrators have switched off, by node, as far as this relay has heard,
-    `updates` received server objects by what became of them, `failures` decisions without a node.
+    `updates` received server objects by what became of them, and what else was dropped; `failures` decisions without a node.
     `problems` is what is wrong with this node's static data and metadata.
     """
 
@@ -157,7 +158,7 @@ def make_app(view: RelayView, drain: Callable[[], None] | None = None) -> Starle
         return PlainTextResponse("ok\n", headers=_HEADERS)
 
     async def status(request: Request) -> Response:
-        return JSONResponse(
+        return JsonPage(
             {
                 "relay": asdict(view.totals()),
                 "uplinks": [asdict(uplink) for uplink in view.uplinks()],
@@ -172,7 +173,7 @@ def make_app(view: RelayView, drain: Callable[[], None] | None = None) -> Starle
         found = view.node(request.path_params["name"])
         if found is None:
             return PlainTextResponse("no such node has been heard of\n", 404, headers=_HEADERS)
-        return JSONResponse(asdict(found), headers=_HEADERS)
+        return JsonPage(asdict(found), headers=_HEADERS)
 
     async def metrics(request: Request) -> Response:
         return Response(generate_latest(registry), media_type=CONTENT_TYPE_PLAIN_0_0_4, headers=_HEADERS)
@@ -180,10 +181,10 @@ def make_app(view: RelayView, drain: Callable[[], None] | None = None) -> Starle
     async def planned(request: Request) -> Response:
         if drain is not None and request.method == "POST":
             drain()
-        return JSONResponse({"left": view.totals().streams}, headers=_HEADERS)
+        return JsonPage({"left": view.totals().streams}, headers=_HEADERS)
 
-    return Starlette(
-        routes=[
+    return pages_app(
+        [
             Route("/drain", planned, methods=["GET", "POST"]),
             Route("/healthz", healthz, methods=["GET"]),
             Route("/status", status, methods=["GET"]),
@@ -249,7 +250,7 @@ def _uplinks(uplinks: list[UplinkStatus]) -> Iterator[Metric]:
 
 def _services(services: list[ServiceStatus]) -> Iterator[Metric]:
     streams = GaugeMetricFamily("fxrelay_service_streams", "Open streams.", labels=["service"])
-    opened = CounterMetricFamily("fxrelay_service_opened", "Streams the service accepted.", labels=["service"])
+    opened = CounterMetricFamily("fxrelay_service_opened", "Streams that asked for the service, refused ones included.", labels=["service"])
     refused = CounterMetricFamily("fxrelay_service_refused", "Streams refused.", labels=["service", "reason"])
     paths = CounterMetricFamily("fxrelay_service_paths", "Streams of a pool by the way they took.", labels=["service", "path"])
     for service in services:
@@ -266,7 +267,11 @@ def _cluster(cluster: ClusterStatus) -> Iterator[Metric]:
     nodes = GaugeMetricFamily("fxrelay_cluster_nodes", "Nodes of the cluster by state.", labels=["state"])
     for state, count in sorted(cluster.nodes.items()):
         nodes.add_metric([state], count)
-    updates = CounterMetricFamily("fxrelay_cluster_updates", "Server objects received, by what became of them.", labels=["outcome"])
+    updates = CounterMetricFamily(
+        "fxrelay_cluster_updates",
+        "Server objects by what became of them; other dropped messages.",
+        labels=["outcome"],
+    )
     for outcome, count in sorted(cluster.updates.items()):
         updates.add_metric([outcome], count)
     failures = CounterMetricFamily("fxrelay_decision_failures", "Decisions that chose no node, by reason.", labels=["reason"])

@@ -7,11 +7,12 @@ import trio
 from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
 from fxgateway.admin.metrics import make_registry
 from fxgateway.admin.view import DoorStatus, GatewayView, RelayStatus, Totals, WorkerStatus
+from fxtunnel.kit.pages import JsonPage, pages_app
 
 __all__ = ["DoorStatus", "GatewayView", "RelayStatus", "Totals", "WorkerStatus", "make_app"]
 
@@ -32,7 +33,7 @@ def make_app(view: GatewayView, look: Callable[[], Awaitable[None]] = trio.lowle
     async def readyz(request: Request) -> Response:
         await look()
         is_ready, reasons = view.ready()
-        return JSONResponse({"ready": is_ready, "reasons": reasons}, status_code=200 if is_ready else 503, headers=_HEADERS)
+        return JsonPage({"ready": is_ready, "reasons": reasons}, status_code=200 if is_ready else 503, headers=_HEADERS)
 
     async def metrics(request: Request) -> Response:
         await look()
@@ -40,7 +41,7 @@ def make_app(view: GatewayView, look: Callable[[], Awaitable[None]] = trio.lowle
 
     async def relays(request: Request) -> Response:
         await look()
-        return JSONResponse(
+        return JsonPage(
             {
                 "gateway": asdict(view.totals()),
                 "relays": [asdict(relay) for relay in sorted(view.relays(), key=lambda relay: relay.relay_id)],
@@ -49,8 +50,8 @@ def make_app(view: GatewayView, look: Callable[[], Awaitable[None]] = trio.lowle
             headers=_HEADERS,
         )
 
-    return Starlette(
-        routes=[
+    return pages_app(
+        [
             Route("/healthz", healthz, methods=["GET"]),
             Route("/readyz", readyz, methods=["GET"]),
             Route("/metrics", metrics, methods=["GET"]),

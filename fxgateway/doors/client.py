@@ -142,6 +142,8 @@ class Client(Splice):
             return
         untouched = not stream.bytes_in and not stream.bytes_out and not stream.fin_received
         if not stream.accepted or (untouched and code in (Code.LINK_LOST, Code.FENCED, Code.REVOKED, Code.SHUTDOWN, Code.DRAINING)):
+            if code is Code.LINK_LOST and self._target is None:
+                self._asked = self._asked[:-1]  # it has refused nothing, and may have another link by now
             self._try_another()
         else:
             super().on_reset(code)

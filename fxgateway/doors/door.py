@@ -256,7 +256,9 @@ class Door:
             self._await_header(sock, peer[0], peer[1])  # type: ignore[index]  # who has an address has a port
         elif self._admit(sock, address):
             if self.config.receptionist is None:
-                self.let_in(self._client(sock, address), peer_text(peer))
+                client = self._client(sock, address)
+                client.has_spoken()  # most have, by now: then their first bytes leave with the OPEN
+                self.let_in(client, peer_text(peer))
             else:
                 self.hall.hear(sock, address, peer_text(peer), self.config.receptionist)
 

@@ -47,6 +47,12 @@ class Recorded(Client):
             self.diary.first_at = self.reactor.now
         super().on_data(data)
 
+    def on_last_data(self, data: memoryview) -> None:
+        """See `Endpoint`."""
+        if not self.diary.first_at:
+            self.diary.first_at = self.reactor.now
+        super().on_last_data(data)
+
     def on_reset(self, code: Code) -> None:
         """See `Endpoint`."""
         self.diary.why = f"relay: {code.label}"

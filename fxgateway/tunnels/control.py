@@ -200,7 +200,9 @@ class ControlDesk:
 
     def _take(self, channel: Channel, relay_id: RelayId, instance: InstanceId, message: Message) -> None:
         match message:
-            case TicketRequest(request=request, session=session):
+            case TicketRequest(request=request, session=session, sessions=kept):
+                if kept is not None:
+                    self._registry.note_sessions(relay_id, instance, kept)
                 text = self._tickets.issue(relay_id, instance, session, trio.current_time())
                 channel.send_nowait(Ticket(request=request, ticket=text, expires_s=LIFETIME_S))
             case Services(services=services):

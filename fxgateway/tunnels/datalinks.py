@@ -81,6 +81,7 @@ class DataDesk:
             session.detach("the connection broke during its hello")
             raise TunnelClosed(Code.LINK_LOST, "the connection broke during its hello", by_peer=True)
         logger.info("data link of %s from %s is up", ticket.relay_id, remote_address, extra={"tunnel": session.id})
+        self._registry.end_given_up(ticket.relay_id, ticket.instance)
 
     def _session(self, ticket: Ticket) -> SessionHandle:
         if ticket.session_id is not None:

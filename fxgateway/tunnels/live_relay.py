@@ -12,6 +12,7 @@ class LiveRelay:
     __slots__ = (
         "draining",
         "epoch",
+        "given_up",
         "hands_over",
         "has_yielded",
         "instance",
@@ -34,6 +35,8 @@ class LiveRelay:
         self.offers: tuple[Offer, ...] = ()
         self.link: ControlHandle | None = None
         self.sessions: dict[SessionId, Session] = {}
+        self.given_up: set[SessionId] = set()
+        """Sessions held here that the relay has no more: while this process, or the path, stood still, their time was over there."""
         self.draining = False
         """It has said that it goes away."""
         self.hands_over = False

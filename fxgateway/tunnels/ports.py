@@ -98,5 +98,11 @@ class Registry(Protocol):
     def new_session(self, relay_id: RelayId, instance: InstanceId) -> SessionHandle | None:
         """A session for a new data link; None if the instance is not here or has enough."""
 
+    def note_sessions(self, relay_id: RelayId, instance: InstanceId, kept: tuple[SessionId, ...]) -> None:
+        """The sessions that the instance still has."""
+
+    def end_given_up(self, relay_id: RelayId, instance: InstanceId) -> None:
+        """A data link of the instance is up: end the sessions that it has said it has no more."""
+
     def find_session(self, relay_id: RelayId, instance: InstanceId, session_id: SessionId) -> SessionHandle | None:
         """The session a relay wants to resume, if it is that instance's and not over."""

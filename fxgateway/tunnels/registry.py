@@ -160,7 +160,10 @@ class Registry:
     def new_session(self, relay_id: RelayId, instance: InstanceId) -> Session | None:
         """A session for a data link that has shown its ticket; None when the relay is not here or has enough."""
         relay = self._instance(relay_id, instance)
-        if relay is None or len(relay.sessions) >= self._limits.links_per_relay:
+        if relay is None:
+            return None
+        self._end_given_up(relay, 1 + len(relay.sessions) - self._limits.links_per_relay)  # no more: their streams need somewhere to go
+        if len(relay.sessions) >= self._limits.links_per_relay:
             return None
         session = Session(self._reactor, SessionId(secrets.token_hex(16)), _Owner(self, relay), self._config, self._budget)
         relay.sessions[session.id] = session
@@ -169,11 +172,27 @@ class Registry:
         self.on_change()
         return session
 
+    def note_sessions(self, relay_id: RelayId, instance: InstanceId, kept: tuple[SessionId, ...]) -> None:
+        """What the instance still has here. Of the others, those that are held will not be resumed; see `end_given_up`."""
+        relay = self._instance(relay_id, instance)
+        if relay is not None:
+            # One with a link stays: its welcome may be under way.
+            relay.given_up = {session.id for session in relay.sessions.values() if not session.is_up and session.id not in kept}
+
+    def end_given_up(self, relay_id: RelayId, instance: InstanceId) -> None:
+        """End what the instance has given up, now that streams which nobody has taken yet find another link of it."""
+        relay = self._instance(relay_id, instance)
+        if relay is not None:
+            self._end_given_up(relay, len(relay.given_up))
+
     def find_session(self, relay_id: RelayId, instance: InstanceId, session_id: SessionId) -> Session | None:
         """The session a relay wants to resume, if it is that relay's and still held."""
         relay = self._instance(relay_id, instance)
         self.on_change()
-        return relay.sessions.get(session_id) if relay is not None else None
+        if relay is None:
+            return None
+        relay.given_up.discard(session_id)
+        return relay.sessions.get(session_id)
 
     def revoke(self, relay_id: RelayId) -> None:
         """End everything this relay has here."""
@@ -243,6 +262,7 @@ class Registry:
             extra={"tunnel": session.id, "bytes_in": statistics.bytes_in, "bytes_out": statistics.bytes_out, "streams": statistics.opened},
         )
         relay.sessions.pop(session.id, None)
+        relay.given_up.discard(session.id)
         self.on_change()
         self._forget_if_gone(relay)
 
@@ -279,6 +299,10 @@ class Registry:
         if relay.link is not None:
             relay.link.close(code, text)
         self._close_sessions(relay, code, text)
+
+    def _end_given_up(self, relay: LiveRelay, count: int) -> None:
+        for session in [session for session in relay.sessions.values() if session.id in relay.given_up][: max(0, count)]:
+            session.close(Code.LINK_LOST, "the relay has given it up")
 
     def _close_sessions(self, relay: LiveRelay, code: Code, text: str) -> None:
         for session in list(relay.sessions.values()):

@@ -65,6 +65,8 @@ class Crew:
         self._told_until = 0.0
         self._behind: set[int] = set()
         """Workers that have not taken what was told them: they are told everything again."""
+        self._heard_of: set[int] = set()
+        """Workers that have said something: before that, a process is still on its way to serve."""
         self._waiting_peers: list[tuple[int, socket.socket]] = []
 
     @property
@@ -112,6 +114,7 @@ class Crew:
         if self.peers.get(channel.number) is channel:
             del self.peers[channel.number]
         self._behind.discard(channel.number)
+        self._heard_of.discard(channel.number)
         if self._is_complete:
             self._relays.forget(channel.number)
             self._admission.forget(channel.number, self._reactor.now)
@@ -144,6 +147,10 @@ class Crew:
         if not channel.send(message, [sock]):
             abort(sock)
         return True
+
+    def serves(self, worker: int) -> bool:
+        """Whether another worker is known to take what it is sent."""
+        return worker in self.peers and worker in self._heard_of
 
     def expect(self, relay_id: RelayId) -> None:
         """See `AllRelays`."""
@@ -186,6 +193,7 @@ class Crew:
 
     def _hear(self, worker: int, message: Message) -> None:
         now = self._reactor.now
+        self._heard_of.add(worker)
         if message["is_all"]:
             self._relays.forget(worker)
             self._admission.forget(worker, now)

@@ -27,7 +27,7 @@ class Guests:
     """Implements `Colleagues`.
 
     A connection that names a worker goes there, unread: a ClientHello is in the clear, and is only looked at. A control link that names
-    none goes where the fewest relays are.
+    none, or one that does not serve now, goes where the fewest relays are: it would have to wait for a process to start.
     """
 
     def __init__(self, crew: Crew, number: int) -> None:
@@ -40,14 +40,15 @@ class Guests:
         hello = await _look_at_hello(passed.sock)
         if hello is None:
             return True  # TLS says what is wrong with it
-        named = next((protocol for protocol in hello.alpn if protocol.startswith(ALPN_WORKER)), None)
-        if named is not None:
-            number = _number(named)
-        elif ALPN_DATA in hello.alpn:
+        named = next((_number(protocol) for protocol in hello.alpn if protocol.startswith(ALPN_WORKER)), None)
+        is_data = ALPN_DATA in hello.alpn
+        if named is None and is_data:
             return True
+        is_led = named is not None and (named == self._number or self._crew.serves(named))
+        if is_led and named is not None:
+            number = named
         else:
-            number = await self._place()
-            passed.counts_as_relay = True
+            number, passed.counts_as_relay = await self._place(named or 0, is_data=is_data)
         channel = self._crew.peers.get(number)
         if channel is None:
             return True
@@ -57,7 +58,7 @@ class Guests:
             passed.counts_as_relay = False
             return False
         copy.close()
-        return named is None
+        return not is_led
 
     async def wait_passed(self) -> Passed:
         """See `Colleagues`."""
@@ -85,11 +86,13 @@ class Guests:
         self._crew.expect(relay_id)
         return int(answer["epoch"])
 
-    async def _place(self) -> int:
+    async def _place(self, named: int, *, is_data: bool) -> tuple[int, bool]:
+        """Where it shall go, and whether it counts as a relay there."""
         try:
-            return int((await self._crew.ask("place"))["worker"])
+            answer = await self._crew.ask("place", named=named, is_data=is_data)
         except NoAnswer:
-            return self._number
+            return self._number, False
+        return int(answer["worker"]), bool(answer["counts"])
 
 
 async def _look_at_hello(sock: socket.socket) -> ClientHello | None:

@@ -164,7 +164,7 @@ class Parent:
                     else:
                         self._names.note(child.number, relay_id, *holder)
             case "place":
-                self._answer(channel, message, worker=self._names.place(self._candidates(), self.reactor.now) or child.number)
+                self._place(channel, message)
             case "unplace":
                 self._names.unplace(child.number)
             case "first_use":
@@ -179,6 +179,16 @@ class Parent:
 
     def _answer(self, channel: Channel, message: Message, **fields: Any) -> None:
         channel.send({"op": "answer", "n": message["n"], **fields})
+
+    def _place(self, channel: Channel, message: Message) -> None:
+        """Say where a relay's connection belongs: at the worker it names, if that one serves. A data link has no use for another one."""
+        if message["named"] in self._candidates():
+            self._answer(channel, message, worker=message["named"], counts=False)
+        elif message["is_data"]:
+            self._answer(channel, message, worker=channel.number, counts=False)
+        else:
+            worker = self._names.place(self._candidates(), self.reactor.now)
+            self._answer(channel, message, worker=worker or channel.number, counts=worker is not None)
 
     def _candidates(self) -> list[int]:
         """Workers that may have a newcomer. At the start also those that are on their way: all relays come at once then, and would all be

@@ -50,14 +50,22 @@ def load_keys(path: Path) -> KeySet:
 
 
 def _rules(section: ServiceSection, workers: Workers, directory: Path) -> EntryRules:
+    problems: list[ConfigProblem] = []
+    owner = ticket = None
     try:
         owner = owner_of(section.owner, workers, directory) if section.owner is not None else None
     except ValueError as exc:
-        raise ConfigError.one(f"service {section.name}", "owner", str(exc)) from exc
+        problems.append(ConfigProblem(f"service {section.name}", "owner", str(exc)))
+    try:
+        ticket = _ticket_rules(section.ticket, section.name) if section.ticket is not None else None
+    except ConfigError as exc:
+        problems += exc.problems
+    if problems:
+        raise ConfigError(problems)
     limits = StreamLimits()
     if section.limits is not None:
         limits = StreamLimits(section.limits.per_user_streams, section.limits.per_address_streams)
-    return EntryRules(_ticket_rules(section.ticket, section.name) if section.ticket is not None else None, owner, limits)
+    return EntryRules(ticket, owner, limits)
 
 
 def _ticket_rules(ticket: TicketSection, service: str) -> TicketRules:

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, cast
 
 from fxrelay.balance import builtins
 from fxrelay.balance.builtins import BUILTINS, Choose
@@ -23,10 +23,12 @@ from fxrelay.balance.model import (
     Step,
     Verdict,
 )
+from fxrelay.balance.offered import Offered, Part
 from fxrelay.balance.verdicts import NO_SERVER_SELECTED
 from fxtunnel.model import RelayId
 
 NO_CANDIDATES: Final = "NoServerAvailable"
+ROUND_ROBIN: Final = f"builtin:{builtins.ROUND_ROBIN}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,10 +55,15 @@ class RoundRobin:
         return builtins.round_robin(candidates, await environment.next_number(self.counter))
 
 
+def counter_of(service: str) -> str:
+    """The counter by which `builtin:round-robin` goes through a service's servers."""
+    return f"round-robin:{service}"
+
+
 def builtin(name: str, service: str) -> Entry | None:
     """The built-in entry of this name for a service's chain, or None."""
     if name == builtins.ROUND_ROBIN:
-        return RoundRobin(f"builtin:{name}", f"round-robin:{service}")
+        return RoundRobin(ROUND_ROBIN, counter_of(service))
     pick = BUILTINS.get(name)
     return Builtin(f"builtin:{name}", pick) if pick is not None else None
 
@@ -141,8 +148,7 @@ class Deciding:
                 entry, offered = self._steps.send(entry.pick(self._request, offered, self._environment.local_id))
         except StopIteration as done:
             return done.value, False
-        assert isinstance(entry, Asks)
-        self._asked = entry.ask(self._request, offered, self._environment, self._told)
+        self._asked = cast("Asks", entry).ask(self._request, offered, self._environment, self._told)
         return None, self._asked is not None
 
     def _told(self, verdict: Verdict) -> None:
@@ -184,5 +190,8 @@ def _deciding(
 
 
 def _in_order(candidates: Sequence[Candidate], server_ids: Sequence[RelayId]) -> list[Candidate]:
+    whole = candidates.offered if isinstance(candidates, Part) else candidates
+    if isinstance(whole, Offered):
+        return whole.only(server_ids)
     by_id = {candidate.server_id: candidate for candidate in candidates}
     return [by_id[server_id] for server_id in server_ids if server_id in by_id]  # one may have left meanwhile

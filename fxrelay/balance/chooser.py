@@ -7,7 +7,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Final
 
@@ -18,11 +18,12 @@ from fxrelay.balance.claims import TAKES_NO_PART, ClosedSeat, NoClaim, Placement
 from fxrelay.balance.filters import RESERVED, Circumstances, Pool, Sieve, reason_outside
 from fxrelay.balance.holders import against, of_others, prefer
 from fxrelay.balance.model import Action, Cancellable, Candidate, Decision, Dropped, Entry, Environment, Request
+from fxrelay.balance.reservations import OwnerRelogin
 from fxrelay.balance.seating import NO_RULES, Queueing, Seating, SeatRules
 from fxrelay.balance.waiting import Line
 from fxrelay.balance.ways import Ways
 from fxrelay.cluster.inflight import Placement, PlacementId
-from fxrelay.cluster.members import Member, MemberState
+from fxrelay.cluster.members import Member, MemberState, sessions_of
 from fxrelay.cluster.ports import PLACEMENTS, Store, Transporter
 from fxrelay.cluster.server import ServerObject
 from fxrelay.cluster.threads import Threads
@@ -54,6 +55,13 @@ class Balancing:
     chain: tuple[Entry, ...]
     action: Action = Action.START
     seats: SeatRules = NO_RULES
+    is_instant: bool = field(init=False)
+    needs_no_task: bool = field(init=False)
+    """Of the chain; asking each entry what it can do costs more than it seems."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "is_instant", is_instant(self.chain))
+        object.__setattr__(self, "needs_no_task", needs_no_task(self.chain))
 
 
 class ClusterEnvironment:
@@ -140,18 +148,18 @@ class PoolChooser:
     def choose_nowait(self, wanted: Wanted) -> Node | None:
         """See `Chooser`. Chains of built-in entries need no task; reservations, lines and refusals do."""
         balancing = self._balancing.get(wanted.service)
-        if balancing is None or not is_instant(balancing.chain) or not self._is_free(balancing, wanted):
+        if balancing is None or not balancing.is_instant or not self._is_free(balancing, wanted):
             return None
-        request = _request(balancing, wanted)
+        request = self._request(balancing, wanted)
         decision = decide_nowait(balancing.chain, request, self._peek(balancing, request, wanted), (), self._environment)
         return self._free_node(balancing, request, wanted, decision)
 
     def choose_soon(self, wanted: Wanted, then: Told) -> Cancellable | None:
         """See `Chooser`. For chains with scripts, whose processes are asked from the reactor."""
         balancing = self._balancing.get(wanted.service)
-        if balancing is None or not needs_no_task(balancing.chain) or not self._is_free(balancing, wanted):
+        if balancing is None or not balancing.needs_no_task or not self._is_free(balancing, wanted):
             return None
-        request = _request(balancing, wanted)
+        request = self._request(balancing, wanted)
         told = partial(self._decided, balancing, request, wanted, then)
         deciding = Deciding(balancing.chain, (request, self._peek(balancing, request, wanted), self._environment), told)
         return deciding if deciding.begin() else None
@@ -171,11 +179,27 @@ class PoolChooser:
         dropped = self._candidates(balancing, request, wanted, ())[1]
         then(self._refusal(wanted, replace(decision, dropped=tuple(dropped))))
 
+    def _request(self, balancing: Balancing, wanted: Wanted) -> Request:
+        """What is decided about. Sessions and data are for scripts, and only they wait for them to be gathered."""
+        action = _action(balancing, wanted)
+        user = wanted.user if action is Action.LOGIN or wanted.is_proven else ""
+        if is_instant(balancing.chain):
+            return Request(action, wanted.service, user)
+        return Request(
+            action,
+            wanted.service,
+            user,
+            sessions_of(self._view.everyone(), user) if user else (),
+            {"sub": user} if wanted.is_proven else {},
+            wanted.groups,
+            data={**({"serverId": wanted.node} if wanted.node else {}), **(wanted.data or {})},
+        )
+
     def _is_free(self, balancing: Balancing, wanted: Wanted) -> bool:
         """Whether neither a line nor a reservation is between the stream and its node."""
         if self._lines.get(wanted.service):
             return False
-        is_login = _request(balancing, wanted).action is Action.LOGIN
+        is_login = _action(balancing, wanted) is Action.LOGIN
         return not (is_login if self.seating is not None else balancing.seats.guard_start)
 
     def _peek(self, balancing: Balancing, request: Request, wanted: Wanted) -> Sequence[Candidate]:
@@ -211,7 +235,8 @@ class PoolChooser:
             return None
         if self.seating is None:
             return ClosedSeat()
-        return self.seating.seat(self._environment.local_id, wanted.user, balancing.seats)
+        candidates = self._candidates(balancing, self._request(balancing, wanted), wanted, ())[0]
+        return self.seating.seat(self._environment.local_id, wanted.user, balancing.seats, _would_do(balancing.seats, candidates))
 
     def waiting(self) -> dict[ServiceName, int]:
         """How many wait for a server, by service."""
@@ -251,10 +276,13 @@ class PoolChooser:
 
     async def _choose(self, balancing: Balancing, wanted: Wanted, excluded: frozenset[RelayId]) -> tuple[Node | NoNode | None, Decision]:
         """The node, or None and a decision that says why there is none."""
-        request = _request(balancing, wanted)
+        request = self._request(balancing, wanted)
+        if wanted.came_back and self.seating is not None and request.action is Action.LOGIN and wanted.user:
+            await self.seating.find_homes(wanted.user)  # the node it was sent to may have known of another one, which is his
         candidates, dropped = self._candidates(balancing, request, wanted, excluded)
         self.decisions += 1
-        decision = await decide(balancing.chain, request, candidates, dropped, self._environment)
+        preferred = self._preferred(balancing, request, candidates)
+        decision = await decide(balancing.chain, request, preferred, dropped, self._environment)
         member = self._view.members.get(decision.server_id, self._view.now) if decision.server_id is not None else None
         if member is None:
             return None, decision
@@ -264,7 +292,7 @@ class PoolChooser:
             if self.seating is None or not wanted.user:
                 why = "whose stream it is cannot be told" if self.seating is not None else "this relay takes no part in reservations"
                 return NoNode(Code.CONNECT_FAILED, f"{server.server_id} is for one user only, and {why}"), decision
-            seat = self.seating.seat(server.server_id, wanted.user, balancing.seats)
+            seat = self.seating.seat(server.server_id, wanted.user, balancing.seats, _would_do(balancing.seats, candidates))
         return self._node(member, wanted, self._claim(server.server_id), seat), decision
 
     def _candidates(
@@ -272,12 +300,15 @@ class PoolChooser:
     ) -> tuple[list[Candidate], list[Dropped]]:
         around = self._around(balancing, request, wanted, excluded)
         sieve = self._sieve(balancing.pool, request.action, wanted.gateway_id)
+        candidates: list[Candidate]
         candidates, dropped = sieve.sift(self._view.everyone(), request.user, around)
-        seats = balancing.seats
-        if self.seating is not None and any(_reserves(balancing, candidate.server, request.action) for candidate in candidates):
-            now_ms, holders = self._view.now_ms, self.seating.holders
-            candidates = prefer(candidates, request.user, holders.users(now_ms), holders.wanted(now_ms), seats.relogin)
         return candidates, dropped
+
+    def _preferred(self, balancing: Balancing, request: Request, candidates: list[Candidate]) -> list[Candidate]:
+        if self.seating is None or not any(_reserves(balancing, candidate.server, request.action) for candidate in candidates):
+            return candidates
+        now_ms, holders = self._view.now_ms, self.seating.holders
+        return prefer(candidates, request.user, holders.users(now_ms), holders.wanted(now_ms), balancing.seats.relogin)
 
     def _around(self, balancing: Balancing, request: Request, wanted: Wanted, excluded: Collection[RelayId]) -> Circumstances:
         seats = balancing.seats
@@ -338,10 +369,8 @@ class PoolChooser:
             self._news_in.send_nowait((event, placement))
 
 
-def _request(balancing: Balancing, wanted: Wanted) -> Request:
-    action = Action(wanted.action) if wanted.action else balancing.action
-    user = wanted.user if action is Action.LOGIN or wanted.is_proven else ""
-    return Request(action, wanted.service, user, groups=wanted.groups)
+def _action(balancing: Balancing, wanted: Wanted) -> Action:
+    return Action(wanted.action) if wanted.action else balancing.action
 
 
 def _waiting_in(channel: trio.MemoryReceiveChannel[tuple[str, Placement]]) -> Iterator[tuple[str, Placement]]:
@@ -354,6 +383,13 @@ def _reserves(balancing: Balancing, server: ServerObject | None, action: Action)
     if action is not Action.LOGIN:
         return False
     return balancing.seats.always or (server is not None and server.enable_reservations)
+
+
+def _would_do(seats: SeatRules, candidates: list[Candidate]) -> Callable[[str], bool] | None:
+    """Whether the user's login could be on a server, where he is to have one only."""
+    if seats.relogin is not OwnerRelogin.PREFER:
+        return None
+    return lambda server_id: any(candidate.server_id == server_id for candidate in candidates)
 
 
 def _may_wait(decision: Decision) -> bool:

@@ -3,7 +3,7 @@
 import logging
 import os
 import stat
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,11 +15,11 @@ from fxrelay.balance import builtins
 from fxrelay.balance.answers import Answer
 from fxrelay.balance.chain import builtin
 from fxrelay.balance.model import Cancellable, Candidate, Entry, Environment, Failed, Request, Verdict
-from fxrelay.balance.offered import Offered
-from fxrelay.balance.script_input import offered_input, script_input
+from fxrelay.balance.offered import Offered, Part
+from fxrelay.balance.script_input import ScriptInput, offered_input, script_input
 from fxrelay.balance.verdicts import verdict_of, verdict_of_output
 from fxrelay.balance.workers import ScriptLimits, Workers
-from fxtunnel.errors import ConfigError
+from fxtunnel.errors import ConfigError, ConfigProblem
 from fxtunnel.model import RelayId
 
 if TYPE_CHECKING:
@@ -44,20 +44,28 @@ class Script:
     async def choose(self, request: Request, candidates: Sequence[Candidate], environment: Environment) -> Verdict:
         """See `Entry`."""
         await trio.lowlevel.checkpoint()  # choosing the candidates took its time: streams first
-        known = frozenset([candidate.server.server_id for candidate in candidates])
-        return self._verdict(await self.workers.call(self.kind, self.spec, script_input(request, candidates, environment.local_id)), known)
+        # A whole list of the sieve's goes on changing meanwhile.
+        listed = candidates.without(()) if isinstance(candidates, Offered) else candidates
+        given, known, offered = self._given(request, listed, environment)
+        return self._verdict(await self.workers.call(self.kind, self.spec, given, offered), known)
 
     def ask(
         self, request: Request, candidates: Sequence[Candidate], environment: Environment, then: Callable[[Verdict], None]
     ) -> Cancellable | None:
         """See `Asks`."""
-        local_id = environment.local_id
-        offered = candidates if isinstance(candidates, Offered) else None
-        known = offered.ids() if offered is not None else frozenset([candidate.server.server_id for candidate in candidates])
-        given = offered_input(request, offered, local_id) if offered is not None else script_input(request, candidates, local_id)
+        given, known, offered = self._given(request, candidates, environment)
         return self.workers.ask(self.kind, self.spec, given, offered, lambda answer: then(self._verdict(answer, known)))
 
-    def _verdict(self, answer: Answer, known: Collection[RelayId]) -> Verdict:
+    def _given(
+        self, request: Request, candidates: Sequence[Candidate], environment: Environment
+    ) -> tuple[ScriptInput, Container[RelayId], Offered | Part | None]:
+        """What the script is told, about whom, and where its process knows them from; None: it is told all of them."""
+        if isinstance(candidates, Offered | Part):
+            return offered_input(request, candidates, environment.local_id), candidates.ids(), candidates
+        known = frozenset([candidate.server.server_id for candidate in candidates])
+        return script_input(request, candidates, environment.local_id), known, None
+
+    def _verdict(self, answer: Answer, known: Container[RelayId]) -> Verdict:
         if answer.get("log"):
             logger.info("balancing script %s says: %s", self.name, answer["log"])
         match answer.get("kind"):
@@ -70,11 +78,12 @@ class Script:
 
 
 class Scripts:
-    """Makes chains, and owns the processes their scripts run in."""
+    """Makes chains, and owns the processes their scripts run in. `config_path` is the file that names the scripts; they are beside it."""
 
-    def __init__(self, limits: ScriptLimits, directory: Path) -> None:
-        self._directory = directory
-        self._workers = Workers(limits, directory)
+    def __init__(self, limits: ScriptLimits, config_path: Path) -> None:
+        self._config_path = config_path
+        self._directory = config_path.absolute().parent
+        self._workers = Workers(limits, self._directory)
 
     async def run(self) -> None:
         """Keep the processes until cancelled, then end them."""
@@ -99,13 +108,13 @@ class Scripts:
         """
         problems: list[str] = []
         entries = []
-        for spec in specs or _from_environ(environ):
+        for spec in chain_meant(specs, environ):
             try:
                 entries.append(self._entry(spec, service))
             except ValueError as exc:
                 problems.append(str(exc))
         if problems:
-            raise ConfigError([p for text in problems for p in ConfigError.one("relay.toml", f"service {service}: balance", text).problems])
+            raise ConfigError([ConfigProblem(str(self._config_path), f"service {service}: balance", text) for text in problems])
         return tuple(entries)
 
     def _entry(self, spec: str, service: str) -> Entry:
@@ -129,8 +138,10 @@ class Scripts:
         return Script(spec, kind, str(path), self._workers)
 
 
-def _from_environ(environ: Mapping[str, str]) -> tuple[str, ...]:
-    """The FastX 4 way: LOAD_BALANCER=custom and LOAD_BALANCER_SCRIPT=/path, or the name of a built-in one."""
+def chain_meant(specs: Sequence[str], environ: Mapping[str, str]) -> tuple[str, ...]:
+    """`specs`; without any, the FastX 4 way: LOAD_BALANCER=custom and LOAD_BALANCER_SCRIPT=/path, or the name of a built-in one."""
+    if specs:
+        return tuple(specs)
     name = environ.get("LOAD_BALANCER", "").strip().lower().replace("_", "-").replace(" ", "-")
     if not name:
         return (DEFAULT,)

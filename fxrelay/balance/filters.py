@@ -1,13 +1,12 @@
 """Pure: which servers a chain is asked about at all, and why the others are not."""
 
-from bisect import bisect_left
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from operator import attrgetter, itemgetter
+from operator import attrgetter
 from typing import Any, Final
 
 from fxrelay.balance.model import Action, Candidate, Dropped
-from fxrelay.balance.offered import Offered
+from fxrelay.balance.offered import Offered, Part
 from fxrelay.cluster.members import Member, MemberState
 from fxrelay.cluster.roster import Mark, Roster
 from fxrelay.cluster.server import ServerObject
@@ -68,6 +67,10 @@ class _Known:
     dropped: Dropped | None
     room: int | None
 
+    def has_room(self, coming: int) -> bool:
+        """Whether another placement fits in beside those on their way."""
+        return self.room is None or self.room > coming
+
 
 class Sieve:
     """The filters of one pool for one action. What they say of a member is remembered for as long as nothing about it changes, so that a
@@ -84,69 +87,61 @@ class Sieve:
         self._reaches = reaches
         self._known: dict[RelayId, _Known] = {}
         self._mark: Mark | None = None
-        self._ids: list[RelayId] = []  # of those below, in order
         self._candidates = Offered([])
-        self._coming: dict[RelayId, int] = {}  # placements that the candidates above count
+        self._coming: dict[RelayId, int] = {}  # placements that are counted there
         self._dropped: dict[RelayId, Dropped] = {}
-        self._full: set[RelayId] = set()
+        self._full: set[RelayId] = set()  # neither here nor there
 
     def peek(self, members: Collection[Member], user: str, around: Circumstances) -> Sequence[Candidate]:
-        """The candidates that `sift` would give, until the next call; they are the sieve's own, so that nothing has to be copied."""
+        """The candidates that `sift` would give; most often they are the sieve's own, which change at the next call: nothing is copied."""
         self._catch_up(members)
         self._count(around.in_flight)
-        if around.only is not None or self._gone(user, around):
-            return self.sift(members, user, around)[0]
-        return self._candidates
+        gone = self._gone(user, around)
+        return self._left(gone, around.only) if gone or around.only is not None else self._candidates
 
-    def sift(self, members: Collection[Member], user: str, around: Circumstances) -> tuple[list[Candidate], list[Dropped]]:
+    def sift(self, members: Collection[Member], user: str, around: Circumstances) -> tuple[Part, list[Dropped]]:
         """The candidates in order of id, and everyone else with the first reason that applied."""
         self._catch_up(members)
         self._count(around.in_flight)
-        candidates, dropped, gone = self._candidates.copy(), list(self._dropped.values()), self._gone(user, around)
+        gone = self._gone(user, around)
+        reasons = dict.fromkeys(sorted(self._full), FULL) | {each.server_id: each.reason for each in gone}
         if around.only is not None:
-            dropped += [Dropped(server_id, NOT_ASKED_FOR) for server_id in self._ids if server_id != around.only]
-            gone = [(place, each) for place, each in gone if each.server_id == around.only]
-        dropped += [each for _, each in gone]
-        for place, _ in reversed(gone):
-            del candidates[place]
-        if around.only is not None:
-            candidates = [candidate for candidate in candidates if candidate.server_id == around.only]
-        return candidates, dropped
+            others = {candidate.server_id for candidate in self._candidates} | self._full
+            reasons |= dict.fromkeys(sorted(others - {around.only}), NOT_ASKED_FOR)
+        dropped = [Dropped(server_id, reason) for server_id, reason in reasons.items()]
+        return self._left(gone, around.only), [*self._dropped.values(), *dropped]
 
-    def _gone(self, user: str, around: Circumstances) -> list[tuple[int, Dropped]]:
-        """Candidates that are none for this request, in order, each with its place."""
+    def _left(self, gone: Sequence[Dropped], only: RelayId | None) -> Part:
+        if only is not None:
+            return self._candidates.only([] if any(each.server_id == only for each in gone) else [only])
+        places = [place for each in gone if (place := self._candidates.place(each.server_id)) is not None]
+        return self._candidates.without(places)
+
+    def _gone(self, user: str, around: Circumstances) -> list[Dropped]:
+        """Who takes part, full or not, but not in this request, in order."""
         holders = around.holders if around.holders and (self._action is Action.LOGIN or around.guards_start) else {}
         gone = []
-        for server_id in {*around.excluded, *holders, *around.in_flight, *self._full}:
-            place = self._place(server_id)
-            if place is not None:
-                reason = self._reason_now(server_id, around.in_flight.get(server_id, 0), holders, user, around)
-                if reason is not None:
-                    gone.append((place, Dropped(server_id, reason)))
-        gone.sort(key=itemgetter(0))
+        for server_id in {*around.excluded, *holders}:
+            known = self._known.get(server_id)
+            if known is None or known.dropped is not None:
+                continue
+            if server_id in around.excluded:
+                gone.append(Dropped(server_id, EXCLUDED))
+            elif holders[server_id] != user:
+                gone.append(Dropped(server_id, RESERVED))
+        gone.sort(key=attrgetter("server_id"))
         return gone
 
     def _count(self, in_flight: Mapping[RelayId, int]) -> None:
         """Have the candidates count these placements."""
         if in_flight == self._coming:
             return
-        for server_id in {*in_flight, *self._coming}:
-            place, coming = self._place(server_id), in_flight.get(server_id, 0)
-            if place is not None and self._candidates[place].in_flight != coming:
-                self._candidates.change(place, Candidate(self._candidates[place].server, coming))
+        changed = in_flight.items() ^ self._coming.items()
         self._coming = dict(in_flight)
-
-    def _place(self, server_id: RelayId) -> int | None:
-        place = bisect_left(self._ids, server_id)
-        return place if place < len(self._ids) and self._ids[place] == server_id else None
-
-    def _reason_now(self, server_id: RelayId, coming: int, holders: Mapping[RelayId, str], user: str, around: Circumstances) -> str | None:
-        if server_id in around.excluded:
-            return EXCLUDED
-        if server_id in holders and holders[server_id] != user:
-            return RESERVED
-        room = self._known[server_id].room
-        return FULL if room is not None and room <= coming else None
+        for server_id in {server_id for server_id, _ in changed}:
+            known = self._known.get(server_id)
+            if known is not None and known.dropped is None:
+                self._seat(known)
 
     def _catch_up(self, members: Collection[Member]) -> None:
         changed = None
@@ -162,34 +157,43 @@ class Sieve:
     def _look_at_all(self, members: Collection[Member]) -> None:
         before = self._known
         self._known = {member.server.server_id: self._known_of(member, before) for member in members}
-        candidates = sorted((known.candidate for known in self._known.values() if known.dropped is None), key=_ID)
+        candidates = sorted((known.candidate for known in self._known.values() if known.dropped is None and known.has_room(0)), key=_ID)
         self._coming = {}
-        self._candidates, self._ids = Offered(candidates), [candidate.server_id for candidate in candidates]
+        self._candidates = Offered(candidates)
         self._dropped = {server_id: known.dropped for server_id, known in self._known.items() if known.dropped is not None}
-        self._full = {server_id for server_id, known in self._known.items() if known.room is not None and known.room <= 0}
+        self._full = {server_id for server_id, known in self._known.items() if known.dropped is None and not known.has_room(0)}
 
     def _look_again(self, member: Member) -> None:
         server_id = member.server.server_id
-        self._coming.pop(server_id, None)
         known = self._known[server_id] = self._look_at(member)
-        place = bisect_left(self._ids, server_id)
-        is_there = place < len(self._ids) and self._ids[place] == server_id
         if known.dropped is not None:
             self._dropped[server_id] = known.dropped
-            if is_there:
-                del self._ids[place]
-                self._candidates.leave(place)
+            self._full.discard(server_id)
+            self._leave(server_id)
         else:
             self._dropped.pop(server_id, None)
-            if is_there:
-                self._candidates.change(place, known.candidate)
-            else:
-                self._ids.insert(place, server_id)
-                self._candidates.enter(place, known.candidate)
-        if known.room is not None and known.room <= 0:
+            self._seat(known)
+
+    def _seat(self, known: _Known) -> None:
+        """Have it among the candidates, or among those that are full."""
+        server_id = known.candidate.server_id
+        coming = self._coming.get(server_id, 0)
+        if not known.has_room(coming):
             self._full.add(server_id)
+            self._leave(server_id)
+            return
+        self._full.discard(server_id)
+        candidate = Candidate(known.candidate.server, coming) if coming else known.candidate
+        place = self._candidates.place(server_id)
+        if place is None:
+            self._candidates.enter(candidate)
         else:
-            self._full.discard(server_id)
+            self._candidates.change(place, candidate)
+
+    def _leave(self, server_id: RelayId) -> None:
+        place = self._candidates.place(server_id)
+        if place is not None:
+            self._candidates.leave(place)
 
     def _known_of(self, member: Member, before: Mapping[RelayId, _Known]) -> _Known:
         known = before.get(member.server.server_id)

@@ -9,9 +9,9 @@ server objects that are new are read. There are three ways to call a function; t
 - *frozen*: in the engine itself, with the server objects that all calls share, which nobody can change; about 1 ms for a thousand.
 - *fresh*: with a copy of each server object, of which only what lies deeper is shared: for functions that write into server objects.
 - *in a copy* of the process, which ends with the call; about 10 ms. For all others, and from the first for functions whose source has a
-  word by which they could reach, unseen, what calls share, or not be told that they may not write.
+  word by which they could not be told that they may not write.
 
-After the first two it is looked whether the call left anything behind; then the engine is made anew.
+For the first two everything that comes with the language is frozen too, however it is reached.
 """
 
 import json
@@ -43,13 +43,13 @@ _DECLARED: Final = re.compile(r"^\s*(?:async\s+)?function\s+([A-Za-z_$][\w$]*)",
 _WORD: Final = re.compile(r"[A-Za-z_$][\w$]*")
 _ESCAPE: Final = re.compile(r"\\[ux]")
 _DENIED: Final = frozenset(
-    """prototype __proto__ constructor getPrototypeOf setPrototypeOf __defineGetter__ __defineSetter__ __lookupGetter__ __lookupSetter__
+    """__proto__ getPrototypeOf setPrototypeOf __defineGetter__ __defineSetter__ __lookupGetter__ __lookupSetter__
     eval Function globalThis Reflect Proxy WeakRef FinalizationRegistry SharedArrayBuffer Atomics Iterator
     isFrozen isSealed isExtensible getOwnPropertyDescriptor getOwnPropertyDescriptors arguments
     try catch finally import async await fromAsync queueMicrotask Promise""".split()  # noqa: SIM905 - to be read
 )
-"""Words of sources that are called in copies: by them what calls share is reached otherwise than by a global's name, strict mode and frozen
-objects are told from others, or errors are kept from the caller.
+"""Words of sources that are called in copies: by them strict mode is left, frozen objects are told from others, or errors are kept from the
+caller.
 """
 
 
@@ -70,7 +70,7 @@ class Engine:
     """JavaScript with the server objects of earlier calls. `run` may be called again and again."""
 
     def __init__(self) -> None:
-        self._ways: dict[str, Way] = {}
+        self._sources: dict[str, _Source] = {}
         self._shared = _Kept("learn-frozen")
         self._copied = _Kept("learn")
 
@@ -86,54 +86,51 @@ class Engine:
             return failed("ScriptUnreadable", "the balancing script cannot be read", f"{path}: {exc}")
         if len(source) > MAX_SOURCE_BYTES:
             return failed("ScriptUnreadable", "the balancing script is too large", path)
-        words = frozenset(_WORD.findall(source))
-        first = self._ways.get(source)
-        if first is None:
-            first = Way.FROZEN if words.isdisjoint(_DENIED) and _ESCAPE.search(source) is None else Way.IN_COPY
-        for way in list(Way)[list(Way).index(first) : -1]:
-            found = self._here(way, (path, source, sorted(words)), given, limits)
+        known = self._known(source)
+        while known.way is not Way.IN_COPY:
+            found = self._here(path, known, given, limits)
             if found is not None:
                 return found
         return self._in_copy(path, source, given, limits, relay)
 
-    def _here(self, way: Way, script: tuple[str, str, list[str]], given: ScriptInput, limits: tuple[float, int]) -> dict[str, Any] | None:
-        """The answer; None if it has to be asked for in another way. `script` is its path, its source and the words of that."""
-        (path, source, words), (limit_s, memory_bytes) = script, limits
+    def _known(self, source: str) -> "_Source":
+        known = self._sources.get(source)
+        if known is None:
+            if len(self._sources) >= MAX_SOURCES:
+                self._sources.clear()
+            known = self._sources[source] = _Source(source)
+        return known
+
+    def _here(self, path: str, script: "_Source", given: ScriptInput, limits: tuple[float, int]) -> dict[str, Any] | None:
+        """The answer; None if it has to be asked for in another way, which is the script's from now on."""
+        limit_s, memory_bytes = limits
         quickjs = _engine_module()
         engine = self._shared
-        names = ",".join(f"typeof {name} === 'function' ? {name} : undefined" for name in reversed(_DECLARED.findall(source)))
         chosen = engine.choose(given)
         engine.context.set_memory_limit(engine.used_bytes + memory_bytes)
         engine.context.set_time_limit(limit_s)
         try:
-            told = (given.base, _counts_of(given), chosen)
-            found = json.loads(engine.frame("call", source, f"[{names}]", json.dumps(words), *told, way.value))
+            told = (given.base, _counts_of(given), *chosen)
+            found = json.loads(engine.frame("call", script.text, script.names, *told, script.way.value))
         except (quickjs.JSException, quickjs.StackOverflow) as exc:
             self._shared = _Kept("learn-frozen")
             if "interrupted" in str(exc):
                 return failed("ScriptTimeout", "the balancing script took too long", path)
-            self._next_way(source, Way.IN_COPY)
+            script.way = Way.IN_COPY
             return None
         engine.context.set_memory_limit(-1)
         engine.context.set_time_limit(-1)
         if found is None:
-            self._next_way(source, Way.FRESH if way is Way.FROZEN else Way.IN_COPY)
+            script.way = Way.FRESH if script.way is Way.FROZEN else Way.IN_COPY
             return None
-        if not found["clean"]:
-            self._next_way(source, Way.IN_COPY)
-        if not found["clean"] or found["answer"].get("name") in ("InternalError", "RangeError"):
+        if found["answer"].get("name") in ("InternalError", "RangeError"):
             self._shared = _Kept("learn-frozen")
         return _settled(found, path)
-
-    def _next_way(self, source: str, way: Way) -> None:
-        if len(self._ways) >= MAX_SOURCES:
-            self._ways.clear()
-        self._ways[source] = way
 
     def _in_copy(self, path: str, source: str, given: ScriptInput, limits: tuple[float, int], relay: socket.socket) -> dict[str, Any]:
         limit_s, memory_bytes = limits
         engine = self._copied
-        told = (given.base, _counts_of(given), engine.choose(given))
+        told = (given.base, _counts_of(given), *engine.choose(given))
 
         def work() -> bytes:
             engine.context.set_memory_limit(engine.used_bytes + memory_bytes)
@@ -149,6 +146,17 @@ class Engine:
         except ValueError:
             return failed("BadReturn", "the balancing script returned too much", path)
         return answer
+
+
+class _Source:
+    """What is known of a script's text: how to call it, and an array of the functions it declares."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        is_told = _DENIED.isdisjoint(_WORD.findall(text)) and _ESCAPE.search(text) is None
+        self.way = Way.FROZEN if is_told else Way.IN_COPY
+        names = (f"typeof {name} === 'function' ? {name} : undefined" for name in reversed(_DECLARED.findall(text)))
+        self.names = f"[{','.join(names)}]"
 
 
 class _Kept:
@@ -168,8 +176,8 @@ class _Kept:
         if self._learning == "learn-frozen":
             self.frame("seal")
 
-    def choose(self, given: ScriptInput) -> int:
-        """The engine's list with the servers of the next call; those that it does not know are read.
+    def choose(self, given: ScriptInput) -> tuple[int, str]:
+        """The engine's list with the servers of the next call, and which of them are meant; those that it does not know are read.
 
         A list that the engine had a turn ago is only edited. A thousand texts are cold by the next call, and as many objects.
         """
@@ -184,7 +192,7 @@ class _Kept:
             edits = [[edit.op, edit.at, self._places.get(edit.text, 0)] for edit in listed.edits]
             self.frame("edit", listed.number, json.dumps(edits))
         self._turns[listed.number] = listed.turn
-        return listed.number
+        return listed.number, json.dumps([listed.picked.pick, *listed.picked.places])
 
     def _learn(self, texts: Sequence[str]) -> None:
         places = self._places
@@ -202,8 +210,8 @@ def _counts_of(given: ScriptInput) -> str:
     return json.dumps([[count.index, count.sessions, count.in_flight] for count in given.counts])
 
 
-def _called(context: Any, frame: Any, script: tuple[str, str], given: tuple[str, str, int]) -> dict[str, Any]:
-    """The answer, in the child; the engine is not to be used again. `script` is path and source, `given` base, counts and list."""
+def _called(context: Any, frame: Any, script: tuple[str, str], given: tuple[str, str, int, str]) -> dict[str, Any]:
+    """The answer, in the child; the engine is not to be used again. `script` is path and source, `given` base, counts, list, picked."""
     quickjs = _engine_module()
     path, source = script
     try:

@@ -3,7 +3,7 @@
 A `call` gets the server objects that are kept themselves, frozen, and runs in strict mode: there every attempt to change what is frozen
 throws a TypeError, and what would become a global a ReferenceError. So a function that ends without one of them, and that has no way to
 catch them (which its caller sees to), has done what it would have done with a copy of its own. Otherwise the answer is null: ask again
-in another way. The global object is frozen as well (`seal`); what the source names of it is looked at after each call.
+in another way. So is everything that comes with the language, however a function reaches it (`seal`).
 """
 
 from typing import Final
@@ -11,7 +11,7 @@ from typing import Final
 FRAME: Final = r"""
 (function () {
   const { stringify, parse } = JSON, { isArray } = Array, text = String, realm = globalThis;
-  const { setPrototypeOf: bare, is, isExtensible, keys: keysOf, freeze, defineProperty, preventExtensions } = Object;
+  const { setPrototypeOf: bare, getPrototypeOf: prototypeOf, keys: keysOf, freeze, defineProperty, preventExtensions } = Object;
   const { ownKeys, getOwnPropertyDescriptor, apply } = Reflect;
   const telling = [TypeError, ReferenceError, SyntaxError], NotWritten = SyntaxError;
   const lines = [];
@@ -54,7 +54,17 @@ FRAME: Final = r"""
   const kept = [], places = new Map(), lists = new Map();
   // `freeze` would give each object a layout of its own, to be fetched for each access; objects made like this share theirs.
   const slot = bare({ value: undefined, enumerable: true, writable: false, configurable: false }, null);
+  // The same words again and again: what a thousand servers say in one place in memory need not be fetched from a thousand.
+  const words = new Map();
+  const word = (one) => {
+    const known = words.get(one);
+    if (known !== undefined) return known;
+    if (words.size > 20000) words.clear();
+    words.set(one, one);
+    return one;
+  };
   const frozen = (value) => {
+    if (typeof value === "string") return value.length <= 32 ? word(value) : value;
     if (value === null || typeof value !== "object") return value;
     if (isArray(value)) {
       for (let i = 0; i < value.length; i++) value[i] = frozen(value[i]);
@@ -82,49 +92,97 @@ FRAME: Final = r"""
       else list.splice(at, 1);
     }
   };
-  const inputOf = (base, counts, list, made) => {
-    const input = parse(base), servers = lists.get(list);
-    input.servers = made === itself ? servers.slice() : servers.map(made);
+  const some = (list, [pick, ...places]) => {
+    if (pick === 1) return places.map((place) => list[place]);
+    if (places.length > 256) {
+      const gone = new Set(places);
+      return list.filter((_, place) => !gone.has(place));
+    }
+    let from = 0;
+    const runs = places.map((place) => { const run = list.slice(from, place); from = place + 1; return run; });
+    return runs.length === 0 ? list.slice() : [].concat(...runs, list.slice(from));
+  };
+  const inputOf = (base, counts, list, picked, made) => {
+    const input = parse(base), servers = some(lists.get(list), parse(picked));
+    input.servers = made === itself ? servers : servers.map(made);
     for (const [index, sessions, inflight] of parse(counts)) input.servers[index] = { ...input.servers[index], sessions, inflight };
     return input;
   };
 
-  // ---- whether a call has left anything behind where the next one would find it
-  const shapes = new Map();
-  const sizeOf = (value) => typeof value === "function" ? ownKeys(value).length : 0;
-  const shapeOf = (object) => {
-    const keys = ownKeys(object), facts = keys.map((key) => getOwnPropertyDescriptor(object, key));
-    return { object, keys, facts, sizes: facts.map((fact) => sizeOf(fact.value)) };
-  };
-  const isAsItWas = ({ object, keys, facts, sizes }) => {
-    const now = ownKeys(object);
-    if (!isExtensible(object) || now.length !== keys.length) return false;
-    for (let i = 0; i < keys.length; i++) {
-      const fact = getOwnPropertyDescriptor(object, keys[i]), was = facts[i];
-      if (fact === undefined || !is(fact.value, was.value) || fact.get !== was.get || fact.set !== was.set) return false;
-      if (fact.writable !== was.writable || fact.enumerable !== was.enumerable || fact.configurable !== was.configurable) return false;
-      if (sizeOf(fact.value) !== sizes[i]) return false;
+  // ---- nothing that calls share can be changed
+  const fixed = new WeakSet();
+  const fix = (rest) => {
+    while (rest.length > 0) {
+      const one = rest.pop();
+      if (one === null || (typeof one !== "object" && typeof one !== "function") || fixed.has(one)) continue;
+      fixed.add(one);
+      for (const key of ownKeys(one)) {
+        const { value, get, set } = getOwnPropertyDescriptor(one, key);
+        rest.push(value, get, set);
+      }
+      rest.push(prototypeOf(one));
+      freeze(one);
     }
-    return true;
   };
-  const isClean = (words) => {
-    for (const word of words) if (shapes.has(word) && !isAsItWas(shapes.get(word))) return false;
-    return true;
+  const errors = [Error, EvalError, RangeError, ReferenceError, SyntaxError, TypeError, URIError, InternalError, AggregateError];
+  // Scripts give errors of their own a name: what is read-only there would keep them from it.
+  const asOwn = (object, key) => {
+    const { value } = getOwnPropertyDescriptor(object, key);
+    const get = () => value;
+    const set = function (own) {
+      "use strict";
+      if (this === object) throw new TypeError("read-only");
+      defineProperty(this, key, { value: own, writable: true, enumerable: true, configurable: true });
+    };
+    defineProperty(object, key, { get, set });
+  };
+  const makers = [() => {}, function* () {}, async () => {}, async function* () {}].map((one) => prototypeOf(one));
+  // Not reached by the name of a global.
+  const hidden = () => [
+    ...makers, [].values(), new Map().keys(), new Set().keys(), ""[Symbol.iterator](), "".matchAll(/./g), (function* () {})(),
+    (async function* () {})(), [].values().map(text), Iterator.from({ next: text }), Iterator.concat ? Iterator.concat([]) : null,
+  ];
+  const seal = () => {
+    for (const { prototype } of errors) for (const key of ["name", "message"]) asOwn(prototype, key);
+    for (const key of ["stackTraceLimit", "prepareStackTrace"]) defineProperty(Error, key, { value: undefined });
+    for (const maker of makers) {
+      // What makes functions of texts would make them without strict code.
+      const { name } = maker.constructor;
+      const another = function () { throw new TypeError("not here"); };
+      defineProperty(another, "name", { value: name });
+      defineProperty(maker, "constructor", { value: another });
+    }
+    fix([realm, ...hidden()]);
   };
 
   // A direct `eval` in a function: what a file declares ends with the call.
-  const evaluated = (0, eval)('(function (module, exports, console, __source) { "use strict"; return eval(__source) })');
+  const evaluated = (0, eval)('(function (module, exports, console) { "use strict"; return eval(arguments[3]) })');
+  const evaluatedOnce = (0, eval)(
+    '(function () { "use strict"; const [module, exports, console] = arguments; return eval(arguments[3]) })'
+  );
   const isFunction = (value) => typeof value === "function";
-  const statements = new Set();
+  const { toString: sourceOf } = isFunction, isNothing = /^(?:\s|\/\/[^\n]*(?:\n|$)|\/\*(?:[^*]|\*(?!\/))*\*\/)*$/;
+  const statements = new Set(), ready = new Map();
+  // A file that is one function and nothing else need not be run for each call, if nothing that the function can reach can be changed.
+  const isAll = (fn, source) => {
+    const its = apply(sourceOf, fn, []), at = source.indexOf(its);
+    return at >= 0 && isNothing.test(source.slice(0, at)) && isNothing.test(source.slice(at + its.length));
+  };
   const functionIn = (source, names) => {
-    const run = (text) => {
-      const module = { exports: {} };
-      const last = apply(evaluated, realm, [module, module.exports, console(), text]);
+    const run = (text, evaluate = evaluated) => {
+      const module = { exports: {} }, own = console();
+      const last = apply(evaluate, realm, [module, module.exports, own, text]);
+      if (evaluate === evaluatedOnce) fix([module, own, last]);
       return [module.exports, last];
     };
+    if (ready.has(source)) return ready.get(source);
     if (!statements.has(source)) {
       try {
-        return run("(" + source + "\n)")[1];
+        const expression = "(" + source + "\n)", fn = run(expression)[1];
+        if (!isFunction(fn) || !isAll(fn, source)) return fn;
+        if (ready.size > 64) ready.clear();
+        ready.set(source, run(expression, evaluatedOnce)[1]);
+        return ready.get(source);
       } catch (error) {
         if (!(error instanceof NotWritten)) throw error;
       }
@@ -133,9 +191,9 @@ FRAME: Final = r"""
     }
     return run(source).find(isFunction) || run(source + "\n;" + names)[1].find(isFunction);
   };
-  const call = (source, names, words, base, counts, list, way) => {
+  const call = (source, names, base, counts, list, picked, way) => {
     lines.length = 0;
-    const input = inputOf(base, counts, list, way === "fresh" ? fresh : itself);
+    const input = inputOf(base, counts, list, picked, way === "fresh" ? fresh : itself);
     let found;
     try {
       const fn = functionIn(source, names);
@@ -148,7 +206,7 @@ FRAME: Final = r"""
       for (const kind of telling) if (error instanceof kind) return "null";
       found = wrong(error);
     }
-    return stringify(answer({ answer: found, log: lines.join("\n"), clean: isClean(parse(words)) }));
+    return stringify(answer({ answer: found, log: lines.join("\n") }));
   };
 
   // ---- in a copy of the process
@@ -166,17 +224,13 @@ FRAME: Final = r"""
       settled = wrong(error);
     }
   };
-  for (const name of ownKeys(globalThis)) {
-    const value = globalThis[name];
-    if (value !== null && (typeof value === "object" || typeof value === "function")) shapes.set(name, shapeOf(value));
-  }
   return function (task, ...given) {
     switch (task) {
       case "learn": return stringify(learn(parse(given[0]), itself));
       case "learn-frozen": return stringify(learn(parse(given[0]), frozen));
       case "list": lists.set(given[0], parse(given[1]).map((place) => kept[place])); return;
       case "edit": edit(lists.get(given[0]), parse(given[1])); return;
-      case "seal": freeze(realm); return;
+      case "seal": seal(); return;
       case "call": return call(...given);
       case "input": input = inputOf(...given, itself); lines.length = 0; return;
       case "is-function": return typeof given[0] === "function";

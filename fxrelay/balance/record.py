@@ -6,7 +6,9 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from fxrelay.balance.filters import Circumstances, Pool
-from fxrelay.balance.model import Action, Chosen, Decision, Failed, Narrowed, Passed, Request, Verdict
+from fxrelay.balance.holders import prefer
+from fxrelay.balance.model import Action, Candidate, Chosen, Decision, Failed, Narrowed, Passed, Request, Verdict
+from fxrelay.balance.reservations import OwnerRelogin
 from fxrelay.cluster.members import Member, MemberState
 from fxrelay.cluster.server import BadServer, parse_server
 from fxtunnel.model import RelayId
@@ -17,7 +19,11 @@ _SHOWN: Final = 8
 
 @dataclass(frozen=True, slots=True)
 class Recording:
-    """Everything a decision is made from, but for what scripts look up by themselves."""
+    """Everything a decision is made from, but for what scripts look up by themselves.
+
+    `numbers` are the next ones of the cluster's counters. `reserves`: each server of the pool is for one user; `wanted` are those where
+    somebody is just logging in.
+    """
 
     request: Request
     pool: Pool
@@ -27,10 +33,21 @@ class Recording:
     local_id: RelayId
     holders: Mapping[RelayId, str] = field(default_factory=dict)
     guards_start: bool = False
+    numbers: Mapping[str, int] = field(default_factory=dict)
+    reserves: bool = False
+    relogin: OwnerRelogin = OwnerRelogin.PREFER
+    wanted: frozenset[RelayId] = frozenset()
 
     def circumstances(self) -> Circumstances:
         """As the filters take them."""
         return Circumstances(self.in_flight, holders=self.holders, guards_start=self.guards_start)
+
+    def preferred(self, candidates: list[Candidate]) -> list[Candidate]:
+        """Those of the candidates that a login should be given one of."""
+        is_login = self.request.action is Action.LOGIN
+        if not is_login or not any(self.reserves or candidate.server.enable_reservations for candidate in candidates):
+            return candidates
+        return prefer(candidates, self.request.user, self.holders, self.wanted, self.relogin)
 
 
 def encode_recording(recording: Recording) -> str:
@@ -60,6 +77,10 @@ def encode_recording(recording: Recording) -> str:
             "inFlight": dict(recording.in_flight),
             "holders": dict(recording.holders),
             "guardsStart": recording.guards_start,
+            "numbers": dict(recording.numbers),
+            "reserves": recording.reserves,
+            "ownerRelogin": recording.relogin.value,
+            "wanted": sorted(recording.wanted),
             "members": [
                 {
                     "state": member.state.value,
@@ -109,6 +130,10 @@ def decode_recording(text: str) -> Recording:
             RelayId(str(found["local"])),
             {RelayId(key): str(value) for key, value in found.get("holders", {}).items()},
             bool(found.get("guardsStart", False)),
+            {str(key): int(value) for key, value in found.get("numbers", {}).items()},
+            bool(found.get("reserves", False)),
+            OwnerRelogin(found.get("ownerRelogin", OwnerRelogin.PREFER.value)),
+            frozenset(map(RelayId, found.get("wanted", ()))),
         )
     except (KeyError, TypeError, AttributeError, RecursionError) as exc:
         raise ValueError(f"not a recorded decision: {type(exc).__name__} {exc}") from exc

@@ -67,6 +67,15 @@ def decode_record(text: str | None) -> Record:
         found = json.loads(text)
     except (ValueError, RecursionError) as exc:
         raise BadRecord("no JSON") from exc
+    return read_record(found)
+
+
+def read_record(found: Any) -> Record:
+    """The record of a text that has been parsed.
+
+    Raises:
+        BadRecord: see `decode_record`.
+    """
     if not isinstance(found, dict) or found.get("v") != VERSION:
         raise BadRecord(f"not of version {VERSION}")
     was = found.get("was")

@@ -45,6 +45,8 @@ class Reason(StrEnum):
     """Somebody else's commit cleared the entry, or it expired."""
     OWN_LOGIN = "own-login"
     """The user has a login there already, and a second one is not wanted."""
+    ELSEWHERE = "elsewhere"
+    """The user has another server that would do."""
     TOO_MANY = "too-many"
     """Entries of this client, or logins of this user."""
     UNSETTLED = "unsettled"
@@ -214,11 +216,12 @@ def abandon(record: Record, entry_id: str, at: Moment) -> Record:
     return replace(record, entries=tuple(entry for entry in record.entries if entry.entry_id != entry_id))
 
 
-def commit(record: Record, entry_id: str, login: Login, relogin: OwnerRelogin, at: Moment) -> Granted | Rejected:
+def commit(record: Record, entry_id: str, login: Login, relogin: OwnerRelogin, at: Moment, elsewhere: str = "") -> Granted | Rejected:
     """Step 5, as one atomic operation; only who is granted may be let in. Repeating it with the same login changes nothing.
 
     The literal algorithm asks for the entry alone. Then a login that was selected from a list made before somebody else's commit enters
-    after that commit has cleared the entries, finds its own, and there are two users: so the logins themselves are asked here.
+    after that commit has cleared the entries, finds its own, and there are two users: so the logins themselves are asked here. `elsewhere`
+    is a server that the user has and should use; with it he does not get this one, unless he has it, too.
     """
     record = purge(record, at)
     if any((known.login_id, known.user) == (login.login_id, login.user) for known in record.logins):
@@ -228,6 +231,8 @@ def commit(record: Record, entry_id: str, login: Login, relogin: OwnerRelogin, a
         return Rejected(abandon(record, entry_id, at), Reason.RESERVED, record.holder)
     if own and relogin is OwnerRelogin.DENY:
         return Rejected(abandon(record, entry_id, at), Reason.OWN_LOGIN, record.holder)
+    if elsewhere and not record.holder and relogin is OwnerRelogin.PREFER:
+        return Rejected(abandon(record, entry_id, at), Reason.ELSEWHERE)
     if all(entry.entry_id != entry_id for entry in record.entries):
         return Rejected(record, Reason.NO_ENTRY)
     if len(own) >= MAX_LOGINS:

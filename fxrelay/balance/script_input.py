@@ -12,7 +12,7 @@ from functools import lru_cache
 from typing import Any, Final
 
 from fxrelay.balance.model import Action, Candidate, Request
-from fxrelay.balance.offered import Offered
+from fxrelay.balance.offered import Offered, Part
 from fxrelay.balance.sent_texts import Listed
 from fxtunnel.model import RelayId
 
@@ -45,11 +45,15 @@ class ScriptInput:
     servers: Sequence[str]
     counts: tuple[Count, ...] = ()
     listed: Listed | None = None
-    """In a script process: how `servers` came here."""
+    """In a script process: how the servers came here, in their stead."""
+
+    def texts(self) -> Sequence[str]:
+        """The servers, however they came."""
+        return self.servers if self.listed is None else self.listed.meant()
 
     def whole(self) -> str:
         """The input object of the clustering guide."""
-        servers = list(self.servers)
+        servers = list(self.texts())
         for count in self.counts:
             servers[count.index] = _counted(servers[count.index], count)
         return f'{self.base[:-1]},"servers":[{",".join(servers)}]}}'
@@ -61,7 +65,7 @@ def script_input(request: Request, candidates: Sequence[Candidate], local_id: Re
     return ScriptInput(_base(request, local_id), tuple([candidate.server.text for candidate in candidates]), tuple(counts))
 
 
-def offered_input(request: Request, offered: Offered, local_id: RelayId) -> ScriptInput:
+def offered_input(request: Request, offered: Offered | Part, local_id: RelayId) -> ScriptInput:
     """The same without the servers, which the script process knows, or is told: see `SentTexts.pack_offered`."""
     return ScriptInput(_base(request, local_id), (), tuple([_count(place, candidate) for place, candidate in offered.counted()]))
 
@@ -121,9 +125,10 @@ def fastx4_input(given: ScriptInput) -> str:
 
     `jwt` is empty: scripts are not given a token that could act for the user.
     """
-    nodes = [_node_text(server) for server in given.servers]
+    servers = given.texts()
+    nodes = [_node_text(server) for server in servers]
     for count in given.counts:
-        nodes[count.index] = json.dumps(_node(json.loads(_counted(given.servers[count.index], count))))
+        nodes[count.index] = json.dumps(_node(json.loads(_counted(servers[count.index], count))))
     base = json.loads(given.base)
     params = json.dumps({"me": base["user"], "start": base["data"], "jwt": ""})
     return f'{{"nodes":[{",".join(nodes)}],"params":{params}}}'

@@ -1,5 +1,6 @@
 """Port: what choosing a node needs to know of reservations, and what it asks of them."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -45,5 +46,8 @@ class Seating(Protocol):
     def changed(self) -> trio.Event:
         """Set when that changes; made anew each time."""
 
-    def seat(self, server_id: RelayId, user: str, rules: SeatRules) -> Seat:
-        """A seat that nobody has taken yet."""
+    def seat(self, server_id: RelayId, user: str, rules: SeatRules, would_do: Callable[[str], bool] | None = None) -> Seat:
+        """A seat that nobody has taken yet. It is not taken by who has another server that `would_do`; asked in a worker thread."""
+
+    async def find_homes(self, user: str) -> None:
+        """Read anew which servers a user has."""

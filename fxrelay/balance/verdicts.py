@@ -10,7 +10,7 @@
 Source: the clustering guide, "The Return Value": String, Array, Falsy Value.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any, Final
 
 from fxrelay.balance.model import Chosen, Failed, Narrowed, Passed, Verdict
@@ -22,7 +22,7 @@ NO_SERVER_SELECTED: Final = "NoServerSelected"
 _SHOWN: Final = 80
 
 
-def verdict_of(value: Any, known: Collection[RelayId]) -> Verdict:
+def verdict_of(value: Any, known: Container[RelayId]) -> Verdict:
     """The verdict for a returned JSON value; `known` are the ids the entry was asked about. In an array a server is given as an object
     with `serverId`, as it was passed in, or by its id alone.
     """
@@ -32,10 +32,12 @@ def verdict_of(value: Any, known: Collection[RelayId]) -> Verdict:
         return _narrowed(value, known)
     if value is None or value is False or (isinstance(value, int | float) and (value == 0 or value != value)):
         return Passed()
-    return Failed(BAD_RETURN, f"expected a server id, a list of servers or nothing, got {_shown(value)}")
+    # Script processes hand on the kind of what is no answer, not the thing itself.
+    got = value["type"] if isinstance(value, Mapping) and value.keys() == {"type"} else _shown(value)
+    return Failed(BAD_RETURN, f"expected a server id, a list of servers or nothing, got {got}")
 
 
-def verdict_of_output(text: str, known: Collection[RelayId]) -> Verdict:
+def verdict_of_output(text: str, known: Container[RelayId]) -> Verdict:
     """The verdict for what a FastX 4 executable printed: one line with a node id. Nothing at all is an error there."""
     lines = text.strip().splitlines()
     if len(lines) != 1:
@@ -43,13 +45,13 @@ def verdict_of_output(text: str, known: Collection[RelayId]) -> Verdict:
     return _chosen(lines[0].strip(), known)
 
 
-def _chosen(server_id: str, known: Collection[RelayId]) -> Verdict:
+def _chosen(server_id: str, known: Container[RelayId]) -> Verdict:
     if RelayId(server_id) in known:
         return Chosen(RelayId(server_id))
     return Failed(UNKNOWN_SERVER, f"{_shown(server_id)} is not one of the servers that were offered")
 
 
-def _narrowed(entries: Sequence[Any], known: Collection[RelayId]) -> Verdict:
+def _narrowed(entries: Sequence[Any], known: Container[RelayId]) -> Verdict:
     found: dict[RelayId, None] = {}
     for entry in entries:
         server_id = entry.get("serverId") if isinstance(entry, Mapping) else entry

@@ -37,6 +37,7 @@ MAX_ANSWER_BYTES: Final = 8 << 20
 HEADROOM_BYTES: Final = 512 << 20
 """Memory for Python itself and the input, beside what the script may take."""
 MAX_LOG_CHARS: Final = 4_000
+NICE: Final = 5
 
 
 def serve(channel: socket.socket) -> None:
@@ -48,8 +49,7 @@ def serve(channel: socket.socket) -> None:
         signal.setitimer(signal.ITIMER_REAL, request["limit_s"] * 2 + 1)
         try:
             counts = tuple(Count(*count) for count in request["counts"])
-            listed = texts.unpack(packed)
-            answer = server.answer(request, ScriptInput(request["base"], listed.texts, counts, listed))
+            answer = server.answer(request, ScriptInput(request["base"], (), counts, texts.unpack(packed)))
         except RelayGone:
             return
         except MemoryError:
@@ -183,7 +183,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the relay's to handle; it ends this process by closing the socket
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     # Decisions can wait a moment, streams cannot: scripts give way, and do not interrupt the relay when they wake up.
-    os.nice(5)
+    os.nice(NICE)
     os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     sys.path.append(sys.argv[3])  # the last: a site's json.py does not replace the standard one
     # What scripts print must not get into anybody's protocol.

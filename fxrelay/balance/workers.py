@@ -18,7 +18,7 @@ import trio
 
 from fxrelay.balance import question
 from fxrelay.balance.answers import Answer, failed
-from fxrelay.balance.offered import Offered
+from fxrelay.balance.offered import Offered, Part
 from fxrelay.balance.question import Question
 from fxrelay.balance.script_input import ScriptInput
 from fxrelay.balance.sent_texts import SentTexts
@@ -64,9 +64,9 @@ class Workers:
         self.started = 0
         """Processes so far."""
 
-    async def call(self, kind: str, spec: str, given: ScriptInput) -> Answer:
-        """Run a script; `kind` is "js", "exec" or "python"; "owner-exec" and "owner-python" get `given.base` alone. Every failure is an
-        answer of its own kind. Cancelling kills the process.
+    async def call(self, kind: str, spec: str, given: ScriptInput, offered: Offered | Part | None = None) -> Answer:
+        """Run a script; `kind` is "js", "exec" or "python"; "owner-exec" and "owner-python" get `given.base` alone. With `offered`, the
+        servers are those. Every failure is an answer of its own kind. Cancelling kills the process.
         """
         limits = self.limits
         head = self._head(kind, spec, given)
@@ -76,8 +76,9 @@ class Workers:
             own.busy.add(worker)
             usable = False
             try:
+                packed = worker.pack(given.servers if offered is None else offered)  # here: what is offered changes, and in this thread
                 answer = await trio.to_thread.run_sync(
-                    worker.call, head, given.servers, limits.timeout_s, abandon_on_cancel=True, limiter=own.threads
+                    worker.call, head, packed, limits.timeout_s, abandon_on_cancel=True, limiter=own.threads
                 )
                 usable = worker.is_usable
             finally:
@@ -88,7 +89,9 @@ class Workers:
                     worker.abandon()
         return answer
 
-    def ask(self, kind: str, spec: str, given: ScriptInput, offered: Offered | None, then: Callable[[Answer], None]) -> "Asked | None":
+    def ask(
+        self, kind: str, spec: str, given: ScriptInput, offered: Offered | Part | None, then: Callable[[Answer], None]
+    ) -> "Asked | None":
         """As `call`, for the reactor: `then` is called later with the answer, unless what is returned is cancelled:
         that kills the process. With `offered`, the servers are those, as they are now. None: no process is warm and free; use `call`.
         """
@@ -102,7 +105,8 @@ class Workers:
             own.idle.append(worker)
             return None
         own.busy.add(worker)
-        return Asked(reactor, own, worker, (self._head(kind, spec, given), given.servers, offered), self.limits.timeout_s, then)
+        asking = (self._head(kind, spec, given), given.servers if offered is None else offered)
+        return Asked(reactor, own, worker, asking, self.limits.timeout_s, then)
 
     def _head(self, kind: str, spec: str, given: ScriptInput) -> dict[str, Any]:
         counts = [[count.index, count.sessions, count.in_flight] for count in given.counts]
@@ -153,15 +157,14 @@ class Asked:
         reactor: "Reactor",
         own: _Kind,
         worker: "_Worker",
-        asking: tuple[Mapping[str, Any], Sequence[str], Offered | None],
+        asking: tuple[Mapping[str, Any], Sequence[str] | Offered | Part],
         timeout_s: float,
         then: Callable[[Answer], None],
     ) -> None:
         self._own = own
         self._worker = worker
         self._then = then
-        head, servers, offered = asking
-        self._question = worker.question(reactor, head, servers if offered is None else offered, timeout_s, self._told)
+        self._question = worker.question(reactor, *asking, timeout_s, self._told)
         own.asked.add(self)
 
     def cancel(self) -> None:
@@ -229,14 +232,18 @@ class _Worker:
         """Whether its process still runs."""
         return self._process is not None and self._process.poll() is None
 
-    def call(self, head: Mapping[str, Any], servers: Sequence[str], timeout_s: float) -> Answer:
+    def pack(self, servers: Sequence[str] | Offered | Part) -> bytes:
+        """The servers for the next request, which must be the next one that is sent."""
+        return self._texts.pack_offered(servers) if isinstance(servers, Offered | Part) else self._texts.pack(servers)
+
+    def call(self, head: Mapping[str, Any], packed: bytes, timeout_s: float) -> Answer:
         """Send one request and wait for its answer."""
         self._set_grace(head)
         self.is_usable = False
         with self._lock:
             self._is_in_call = True
         try:
-            answer = self._answer(json.dumps(head).encode(), self._texts.pack(servers), timeout_s)
+            answer = self._answer(json.dumps(head).encode(), packed, timeout_s)
         except TimeoutError:
             answer = failed("ScriptTimeout", "the balancing script took too long")
         except (OSError, EOFError, ValueError) as exc:
@@ -250,12 +257,12 @@ class _Worker:
         return answer
 
     def question(
-        self, reactor: "Reactor", head: Mapping[str, Any], servers: Sequence[str] | Offered, timeout_s: float, then: question.Then
+        self, reactor: "Reactor", head: Mapping[str, Any], servers: Sequence[str] | Offered | Part, timeout_s: float, then: question.Then
     ) -> Question:
         """Send one request, without waiting for its answer; the process must have answered one before."""
         assert self._channel is not None
         self._set_grace(head)
-        packed = self._texts.pack_offered(servers) if isinstance(servers, Offered) else self._texts.pack(servers)
+        packed = self.pack(servers)
         text = json.dumps(head).encode()
         request = b"".join((LENGTH.pack(len(text)), text, LENGTH.pack(len(packed)), packed))
         return Question(reactor, self._channel, request, timeout_s + LATE_BY_S, then)

@@ -2,13 +2,13 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from typing import Final
+from typing import Any, Final
 
 from fxrelay.cluster.roster import Roster
-from fxrelay.cluster.server import BadServer, ServerObject, parse_server
+from fxrelay.cluster.server import BadServer, ServerObject, listed_sessions, parse_server
 from fxtunnel.model import InstanceId, RelayId, is_name
 
 MAX_MEMBERS: Final = 65_536
@@ -79,6 +79,13 @@ class Member:
     is_drained: bool = False
     disabled: frozenset[str] = frozenset()
     rivals: tuple[InstanceId, ...] = ()
+
+
+def sessions_of(members: Iterable[Member], user: str) -> tuple[dict[str, Any], ...]:
+    """The sessions of a user, as servers that are not down list them."""
+    found = [member.server for member in members if user in member.server.owners and member.state is not MemberState.DOWN]
+    found.sort(key=lambda server: server.server_id)
+    return tuple(session for server in found for session in listed_sessions(server.document()) if session.get("owner") == user)
 
 
 @dataclass(slots=True)

@@ -4,7 +4,7 @@ Both are blocking: call them in worker threads only. Adapters turn every excepti
 What comes back may have been written by anyone who can reach the store: it is data to be checked, never trusted.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -18,6 +18,8 @@ RESERVATIONS: Final = "reservations"
 """Collection and topic of who has which server, by server id."""
 RESERVATION_MARKS: Final = "reservation-marks"
 """Collection of one document: what tells relays that the store has forgotten something."""
+RESERVATION_USERS: Final = "reservation-users"
+"""Collection of the servers that each user has, by user."""
 TICKETS: Final = "tickets"
 """Collection of the tickets that were used, until they expire."""
 TOPICS: Final = (SERVERS, CONTROLS, PLACEMENTS, RESERVATIONS)
@@ -38,17 +40,38 @@ class Document:
 @dataclass(frozen=True, slots=True)
 class Present:
     """A document as `update` finds or leaves it. `text` None: there is none. `number` counts the updates of this key: it survives the
-    document's deletion, and is never given twice within an epoch.
+    document's deletion, and is never given twice within an epoch. `beside` is the text of the second document, if there is one.
     """
 
     text: str | None
     number: int
     now_ms: int
     epoch: str
+    beside: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Both:
+    """What the two documents of an update become, in one step. `beside` None: the second one is removed, or stays away."""
+
+    text: str
+    beside: str | None
 
 
 Change = Callable[[Present], str | None]
 """What a document becomes; None: it stays as it is. Called with the store in hand, perhaps several times: it must be quick and pure."""
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """A document and its change. `beside`: collection and key of a second document, which `change` sees and may write in the same step.
+    Its writes are not numbered, and what is not ours there counts as nothing.
+    """
+
+    collection: str
+    key: str
+    change: Callable[[Present], str | Both | None]
+    beside: tuple[str, str] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +88,10 @@ class Store(Protocol):
     Raises:
         StoreError: the store cannot be reached, refuses, or holds something that is not ours. Try again later; go on with what is known.
     """
+
+    @property
+    def skipped(self) -> int:
+        """Documents read, each time it was, that no member of ours would have written."""
 
     def epoch(self) -> str:
         """Changes whenever the store may have forgotten something: another Redis run_id without AOF, another SQLite file."""
@@ -100,6 +127,11 @@ class Store(Protocol):
 
         Raises:
             StoreError: also if the document is none of ours, or others are quicker again and again. It may or may not be written.
+        """
+
+    def update_all(self, updates: Sequence[Update]) -> list[Present | Exception]:
+        """Several updates for the price of little more than one: each a step by itself, done or not whatever becomes of the others. Of
+        each, in order, what `update` would return, or the exception that it would raise.
         """
 
     def close(self) -> None:

@@ -25,10 +25,11 @@ _MAX_ERROR: Final = 200
 
 @dataclass(frozen=True, slots=True)
 class ProgramBounds:
-    """What one run may take."""
+    """What one run may take. Functions are looked for in `module_dir` as well, after everything that this process can import."""
 
     timeout_s: float = 5.0
     output_bytes: int = 65_536
+    module_dir: Path | None = None
 
 
 def why_not_run(path: Path) -> str:
@@ -75,13 +76,16 @@ async def json_of(path: Path, bounds: ProgramBounds, environ: Mapping[str, str])
 
 
 async def json_from_function(function: str, bounds: ProgramBounds, environ: Mapping[str, str]) -> Any:
-    """The value that MODULE:FUNCTION returns in a process of its own, which sees the modules that this one sees. Otherwise as `json_of`."""
+    """The value that MODULE:FUNCTION returns in a process of its own, which sees the modules that this one sees, and those in
+    `bounds.module_dir`. Otherwise as `json_of`.
+    """
     command = [sys.executable, "-P", "-m", "fxrelay.cluster.metric_main", function]
-    return await _json_of(command, function, bounds, clean_environment(environ) | {"PYTHONPATH": _module_paths()})
+    return await _json_of(command, function, bounds, clean_environment(environ) | {"PYTHONPATH": _module_paths(bounds.module_dir)})
 
 
-def _module_paths() -> str:
-    return os.pathsep.join(os.path.abspath(path) for path in sys.path)
+def _module_paths(last: Path | None) -> str:
+    paths = [*sys.path, *([str(last)] if last is not None else [])]
+    return os.pathsep.join(map(os.path.abspath, paths))
 
 
 async def _json_of(command: Sequence[str], name: str, bounds: ProgramBounds, environ: Mapping[str, str]) -> Any:

@@ -159,8 +159,12 @@ class Publisher:
         if self._is_silent:
             return
         try:
-            self._view.store_took(await self._threads.run(lambda: self._store.put(SERVERS, self._config.server_id, text)))
-            self.published += 1
+            if self._has_successor():
+                # A newer process with this id: its word stands in the store. Ours is only told to those who listen, as a quarrel.
+                self._view.store_took(await self._threads.run(self._store.now_ms))
+            else:
+                self._view.store_took(await self._threads.run(lambda: self._store.put(SERVERS, self._config.server_id, text)))
+                self.published += 1
             self.last_error = ""
         except StoreError as exc:
             self.last_error = str(exc)

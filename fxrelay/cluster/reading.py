@@ -3,14 +3,17 @@
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, Final
 
-from fxrelay.cluster.members import NOTHING_OFF, Ages, Control, Member
+from fxrelay.cluster.members import NOTHING_OFF, Ages, Control, Member, MemberState
 from fxrelay.cluster.opening import open_cluster
 from fxrelay.cluster.ports import CONTROLS, SERVERS, Store, Transporter
 from fxrelay.cluster.view import ClusterView, encode_control
 from fxrelay.settings import RelaySettings
 from fxtunnel.errors import FxError, TransporterError
+from fxtunnel.model import is_name
+
+_MAX_RIVALS: Final = 8
 
 
 @contextmanager
@@ -71,16 +74,13 @@ def describe(member: Member, now: float, holder: str | None = None) -> dict[str,
         "drained": member.is_drained,
         "disabled": sorted(member.disabled),
         "reserved": holder,
-        "rivals": list(member.rivals),
+        "rivals": rivals_of(member),
         "server": member.server.document(),
     }
 
 
-def sessions_of(view: ClusterView, user: str) -> list[dict[str, Any]]:
-    """The sessions that servers list for a user."""
-    found = []
-    for member in view.everyone():
-        listed = json.loads(member.server.text).get("sessionList", [])
-        if isinstance(listed, list):
-            found += [session for session in listed if isinstance(session, dict) and session.get("owner") == user]
-    return found
+def rivals_of(member: Member) -> list[str]:
+    """Other processes that call themselves so, as was heard, or as the one that is shown says: the store has the word of one only."""
+    said = json.loads(member.server.text)["agent"].get("rivals") if member.state is MemberState.UP else None
+    found = [name for name in said if isinstance(name, str) and is_name(name)] if isinstance(said, list) else []
+    return sorted({*member.rivals, *found[:_MAX_RIVALS]})

@@ -33,7 +33,8 @@ class ServerObject:
     """One node. Sizes in bytes, `*_ms` on the store's clock, `cpu` in percent of all cores, `uptime_s` of the machine.
 
     `services` maps service names to ports, 0 for what cannot be reached over TCP from elsewhere. `gateways` are the ids of gateways it has
-    a tunnel to. `address` is where other relays reach it directly, or empty. `text` is the JSON it came as, for scripts and status.
+    a tunnel to. `address` is where other relays reach it directly, or empty. `owners` are the users of the sessions that it lists. `text`
+    is the JSON it came as, for scripts and status.
     """
 
     server_id: RelayId
@@ -62,6 +63,7 @@ class ServerObject:
     services: Mapping[str, int]
     gateways: frozenset[str]
     static_data: Mapping[str, Any]
+    owners: frozenset[str]
     text: str
 
     @property
@@ -124,8 +126,15 @@ def parse_server(text: str) -> ServerObject:
         services=_services(_list(found, "services")),
         gateways=_gateways(_list(agent, "tunnels")),
         static_data=_object(found, "staticData"),
+        owners=frozenset(session["owner"] for session in listed_sessions(found) if isinstance(session.get("owner"), str)),
         text=text,
     )
+
+
+def listed_sessions(found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The sessions that a server lists; what is none is left out."""
+    listed = found.get("sessionList")
+    return [session for session in listed if isinstance(session, dict)] if isinstance(listed, list) else []
 
 
 def _services(entries: list[Any]) -> dict[str, int]:

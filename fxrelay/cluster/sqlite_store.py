@@ -3,13 +3,13 @@
 import re
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
 from fxrelay.cluster.content import MAX_COUNT, MAX_KEY_BYTES, decode_document, encode_amount, encode_collection, encode_key, encode_text
-from fxrelay.cluster.ports import MAX_DOCUMENT_BYTES, Change, Document, Present
+from fxrelay.cluster.ports import MAX_DOCUMENT_BYTES, Change, Document, Present, Update
 from fxrelay.cluster.sqlite_file import SqliteFile
 from fxtunnel.errors import StoreError
 
@@ -100,33 +100,66 @@ class SqliteStore:
 
     def update(self, collection: str, key: str, change: Change) -> Present:
         """Read, decide and write within one transaction, in which the file is ours alone. Raises StoreError: nothing was written."""
-        where = (encode_collection(collection), encode_key(key))
-        counter = b"version:" + where[0].encode() + b":" + where[1]
+        (result,) = self.update_all([Update(collection, key, change)])
+        if isinstance(result, Exception):
+            raise result
+        return result
 
-        def work(database: sqlite3.Connection) -> Present:
+    def update_all(self, updates: Sequence[Update]) -> list[Present | Exception]:
+        """See `Store`: all within one transaction, so that the disk is waited for once. Where the file fails, nothing of any is written."""
+
+        def work(database: sqlite3.Connection) -> list[Present | Exception]:
             database.execute("BEGIN IMMEDIATE")
-            row = database.execute(_GET, (MAX_DOCUMENT_BYTES, *where)).fetchone()
-            document = self._document(row) if row is not None else None
-            if row is not None and document is None:
-                raise StoreError(f"{self._file.path}: {collection} {key[:80]!r} holds something that is not ours")
-            found = database.execute("SELECT value FROM counters WHERE name = ?", (counter,)).fetchone()
-            number = found[0] if found is not None else 0
-            if type(number) is not int or not 0 <= number < MAX_COUNT:
-                raise StoreError(f"{self._file.path}: the version of {collection} {key[:80]!r} is no number")
-            present = Present(document.text if document is not None else None, number + 1, _now_ms(), self._epoch(database))
-            text = change(present)
-            if text is None:
-                database.execute("ROLLBACK")
-                return replace(present, number=number)
-            body = encode_text(text)
-            database.execute(
-                "INSERT OR REPLACE INTO documents (collection, key, body, updated_ms) VALUES (?, ?, ?, ?)", (*where, body, present.now_ms)
-            )
-            database.execute("INSERT OR REPLACE INTO counters VALUES (?, ?)", (counter, number + 1))
-            database.execute("COMMIT")
-            return replace(present, text=text)
+            before, epoch = database.total_changes, self._epoch(database)
+            results = [self._updated(database, update, epoch) for update in updates]
+            database.execute("COMMIT" if database.total_changes != before else "ROLLBACK")
+            return results
 
-        return self._file.run(work)
+        try:
+            return self._file.run(work)
+        except StoreError as exc:
+            return [exc if number == 0 else StoreError(str(exc)) for number in range(len(updates))]
+
+    def _updated(self, database: sqlite3.Connection, update: Update, epoch: str) -> Present | Exception:
+        """One update within a transaction: written whole, or not at all and why."""
+        try:
+            where = (encode_collection(update.collection), encode_key(update.key))
+            number = self._number(database, where)
+            beside = (encode_collection(update.beside[0]), encode_key(update.beside[1])) if update.beside is not None else None
+            row = database.execute(_GET, (MAX_DOCUMENT_BYTES, *beside)).fetchone() if beside is not None else None
+            second = self._document(row) if row is not None else None
+            beside_text = second.text if second is not None else None
+            present = Present(self._text(database, where), number + 1, _now_ms(), epoch, beside_text)
+            change = update.change(present)
+            if change is None:
+                return replace(present, number=number)
+            after = replace(present, text=change) if isinstance(change, str) else replace(present, text=change.text, beside=change.beside)
+            rows = [(*where, encode_text(after.text or ""), present.now_ms)]
+            if beside is not None and after.beside is not None and after.beside != present.beside:
+                rows.append((*beside, encode_text(after.beside), present.now_ms))
+        except sqlite3.Error:
+            raise
+        except Exception as exc:
+            return exc
+        database.executemany("INSERT OR REPLACE INTO documents (collection, key, body, updated_ms) VALUES (?, ?, ?, ?)", rows)
+        if beside is not None and after.beside is None and present.beside is not None:
+            database.execute("DELETE FROM documents WHERE collection = ? AND key = ?", beside)
+        database.execute("INSERT OR REPLACE INTO counters VALUES (?, ?)", (_counter(where), number + 1))
+        return after
+
+    def _text(self, database: sqlite3.Connection, where: tuple[str, bytes]) -> str | None:
+        row = database.execute(_GET, (MAX_DOCUMENT_BYTES, *where)).fetchone()
+        document = self._document(row) if row is not None else None
+        if row is not None and document is None:
+            raise StoreError(f"{self._file.path}: {where[0]} {_shown(where)} holds something that is not ours")
+        return document.text if document is not None else None
+
+    def _number(self, database: sqlite3.Connection, where: tuple[str, bytes]) -> int:
+        found = database.execute("SELECT value FROM counters WHERE name = ?", (_counter(where),)).fetchone()
+        number = found[0] if found is not None else 0
+        if type(number) is not int or not 0 <= number < MAX_COUNT:
+            raise StoreError(f"{self._file.path}: the version of {where[0]} {_shown(where)} is no number")
+        return number
 
     def close(self) -> None:
         """Let go of the file, at once."""
@@ -155,6 +188,14 @@ class SqliteStore:
         document = decode_document(*row)
         self.skipped += document is None
         return document
+
+
+def _counter(where: tuple[str, bytes]) -> bytes:
+    return b"version:" + where[0].encode() + b":" + where[1]
+
+
+def _shown(where: tuple[str, bytes]) -> str:
+    return repr(where[1].decode(errors="replace")[:80])
 
 
 def _now_ms() -> int:

@@ -13,6 +13,7 @@ from typing import Any, Final
 from fxrelay.cluster.plain_json import read_json, size_of
 from fxrelay.cluster.server import MAX_STATIC_BYTES
 from fxrelay.cluster.settings import NodeSection
+from fxtunnel.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -87,6 +88,27 @@ def coerced(text: str) -> str | bool | int | float:
     return number if abs(number) <= _LARGEST else text
 
 
+def site_environment(section: NodeSection, environ: Mapping[str, str]) -> dict[str, str]:
+    """The variables of the fastx.env files, under those of `environ`. Lines that are none are left out: `StaticData` tells of them. Blocks.
+
+    Raises:
+        ConfigError: a file cannot be read.
+    """
+    variables: dict[str, str] = {}
+    for path in _environment_files(section, environ):
+        try:
+            variables |= parse_dotenv(_read_text(path))[0]
+        except (OSError, ValueError) as exc:
+            reason = exc.strerror if isinstance(exc, OSError) and exc.strerror else str(exc)
+            raise ConfigError.one(path, "", reason) from exc
+    return variables | dict(environ)
+
+
+def _environment_files(section: NodeSection, environ: Mapping[str, str]) -> tuple[Path, ...]:
+    directory = environ.get(CONFIG_DIR)
+    return (*([Path(directory, "fastx.env")] if directory else []), section.environment_file)
+
+
 class StaticData:
     """Reads static data and metadata anew for every update. For one thread at a time; blocks.
 
@@ -119,8 +141,7 @@ class StaticData:
 
     def _metadata(self) -> dict[str, Any]:
         variables: dict[str, str] = {}
-        directory = self._environ.get(CONFIG_DIR)
-        for path in (*([Path(directory, "fastx.env")] if directory else []), self.section.environment_file):
+        for path in _environment_files(self.section, self._environ):
             variables |= self._good(str(path), partial(self._read_variables, path))
         metadata = metadata_of(variables | dict(self._environ))
         return self._good("metadata", partial(_bounded, metadata, MAX_METADATA_BYTES))

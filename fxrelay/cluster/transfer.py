@@ -6,18 +6,25 @@ Both ways are planned first and carried out after: nothing is written while a li
 import os
 import stat
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from fxrelay.cluster import nedb
 from fxrelay.cluster.content import is_collection
-from fxrelay.cluster.ports import CONTROLS, Store
-from fxtunnel.errors import ConfigError, ConfigProblem
+from fxrelay.cluster.members import NOTHING_OFF, Control
+from fxrelay.cluster.ports import CONTROLS, RESERVATION_MARKS, RESERVATIONS, SERVERS, TICKETS, Store, Transporter
+from fxrelay.cluster.view import encode_control
+from fxtunnel.errors import ConfigError, ConfigProblem, TransporterError
 from fxtunnel.kit.files import write_secret
 
 SUFFIX: Final = "-store.db"
 COLLECTIONS: Final = (CONTROLS, "config", "permissions", "system-bookmark")
+IMPORTED: Final = "imported-collections"
+"""Collection of the names of others that were imported, so that they are exported as well."""
+LIVE: Final = frozenset({SERVERS, RESERVATIONS, RESERVATION_MARKS, TICKETS, IMPORTED})
+"""What relays keep by themselves: no file may say who has which server."""
 MAX_FILE_BYTES: Final = 256 << 20
 _MAX_SHOWN: Final = 80
 
@@ -43,14 +50,16 @@ class Changes:
 
 @dataclass(frozen=True, slots=True)
 class ImportPlan:
-    """What an import would do. `texts`: (collection, id) to the document's text."""
+    """What an import would do. `texts`: (collection, id) to the document's text. `left_out`: files that are not for an import."""
 
     collections: tuple[Changes, ...]
     texts: Mapping[tuple[str, str], str]
+    left_out: tuple[str, ...] = ()
 
     def lines(self) -> list[str]:
         """For a person."""
-        return [line for changes in self.collections for line in changes.lines()]
+        kept = [f"{collection}: left out, relays keep it by themselves" for collection in self.left_out]
+        return [line for changes in self.collections for line in changes.lines()] + kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,13 +76,15 @@ class ExportPlan:
 
 
 def plan_import(store: Store, directory: Path) -> ImportPlan:
-    """What an import of every COLLECTION-store.db in `directory` would change. Documents that no file mentions stay.
+    """What an import of every COLLECTION-store.db in `directory` would change. Documents that no file mentions stay; what relays keep by
+    themselves is left out.
 
     Raises:
         ConfigError: there is no such file, one cannot be read, or lines are broken; holds every problem.
         StoreError: the store cannot be read.
     """
-    contents = _read_all(directory)
+    contents, left_out = _read_all(directory)
+    listed = {*COLLECTIONS, *(document.key for document in store.documents(IMPORTED))}
     texts: dict[tuple[str, str], str] = {}
     planned = []
     for collection, content in contents.items():
@@ -83,7 +94,9 @@ def plan_import(store: Store, directory: Path) -> ImportPlan:
         planned.append(_compare(collection, before, content.documents, content.deleted))
         for key in (*planned[-1].added, *planned[-1].changed):
             texts[collection, key] = nedb.compact(content.documents[key])
-    return ImportPlan(tuple(planned), texts)
+        if content.documents and collection not in listed:
+            texts[IMPORTED, collection] = nedb.compact({nedb.ID: collection})
+    return ImportPlan(tuple(planned), texts, left_out)
 
 
 def apply_import(store: Store, plan: ImportPlan) -> None:
@@ -95,9 +108,19 @@ def apply_import(store: Store, plan: ImportPlan) -> None:
             store.delete(changes.collection, key)
 
 
-def plan_export(store: Store, directory: Path, collections: Sequence[str] = COLLECTIONS) -> ExportPlan:
-    """What an export to `directory` would change. What files there mark as deleted stays marked; what they hold and the store does not is
-    marked.
+def tell_controls(transporter: Transporter, plan: ImportPlan) -> None:
+    """What a plan that was applied has switched off or on, so that relays need not wait until they read the store."""
+    switched = {key: Control.parse(text) for (collection, key), text in plan.texts.items() if collection == CONTROLS}
+    gone = {key: NOTHING_OFF for changes in plan.collections if changes.collection == CONTROLS for key in changes.deleted}
+    told = [encode_control(key, control) for key, control in {**switched, **gone}.items()]
+    if told:
+        with suppress(TransporterError):  # it stands in the store: relays read it there
+            transporter.publish(CONTROLS, *told)
+
+
+def plan_export(store: Store, directory: Path, collections: Sequence[str] = ()) -> ExportPlan:
+    """What an export to `directory` would change; by default of all collections but those that relays keep by themselves. What files
+    there mark as deleted stays marked; what they hold and the store does not is marked.
 
     Raises:
         ConfigError: a file that is there already cannot be read, or lines of it are broken; holds every problem.
@@ -105,6 +128,8 @@ def plan_export(store: Store, directory: Path, collections: Sequence[str] = COLL
     """
     problems: list[ConfigProblem] = []
     planned, counts, files = [], {}, {}
+    imported = () if collections else sorted({document.key for document in store.documents(IMPORTED)} - LIVE)
+    collections = collections or tuple(dict.fromkeys((*COLLECTIONS, *filter(is_collection, imported))))
     for collection in collections:
         path = directory / f"{collection}{SUFFIX}"
         there = _read(path, problems) if path.exists() else nedb.Content()
@@ -133,7 +158,7 @@ def apply_export(plan: ExportPlan) -> None:
         write_secret(path, data)
 
 
-def export_store(store: Store, directory: Path, collections: Sequence[str] = COLLECTIONS) -> Mapping[str, int]:
+def export_store(store: Store, directory: Path, collections: Sequence[str] = ()) -> Mapping[str, int]:
     """Plan and apply; returns how many documents each collection has. Raises as `plan_export` and `apply_export`."""
     plan = plan_export(store, directory, collections)
     apply_export(plan)
@@ -158,9 +183,10 @@ def _canonical(document: dict[str, Any] | None) -> str:
     return "" if document is None else nedb.compact(dict(sorted(document.items())))
 
 
-def _read_all(directory: Path) -> dict[str, nedb.Content]:
+def _read_all(directory: Path) -> tuple[dict[str, nedb.Content], tuple[str, ...]]:
     problems: list[ConfigProblem] = []
     contents = {}
+    left_out = []
     try:
         names = sorted(name for name in os.listdir(directory) if name.endswith(SUFFIX))
     except OSError as exc:
@@ -169,13 +195,15 @@ def _read_all(directory: Path) -> dict[str, nedb.Content]:
         raise ConfigError.one(directory, "", f"holds no COLLECTION{SUFFIX}")
     for name in names:
         collection = name.removesuffix(SUFFIX)
-        if is_collection(collection):
+        if collection in LIVE:
+            left_out.append(collection)
+        elif is_collection(collection):
             contents[collection] = _read(directory / name, problems)
         else:
             problems.append(ConfigProblem(str(directory / name), "", "a collection's name has 1 to 64 of the characters A-Z a-z 0-9 . _ -"))
     if problems:
         raise ConfigError(problems)
-    return contents
+    return contents, tuple(left_out)
 
 
 def _read(path: Path, problems: list[ConfigProblem]) -> nedb.Content:

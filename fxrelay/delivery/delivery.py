@@ -84,23 +84,36 @@ class Delivery(Splice):
         """Bytes moved so far, both ways."""
         return self.stream.bytes_in + self.stream.bytes_out if self.stream is not None else 0
 
+    def start(self) -> None:
+        """See `Splice`. Over loopback the connection stands by the time it has been asked for, so no event needs to tell."""
+        if self._connecting and is_connected(self.sock):
+            if self._came_to_stand(0):
+                self._write_blocked = False
+                super().start()
+                self._drain()
+        else:
+            super().start()
+
     def on_event(self, events: int) -> None:
         """From the reactor."""
         if self._connecting:
             if not events & (WRITE | ERROR):
                 return
-            error = self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) if events & ERROR else 0
-            error = error or self._greet()
-            if error:
-                self.refuse(Code.CONNECT_FAILED, os.strerror(error))
-                return
-            self._connecting = False
-            self.desk.connecting.pop(self, None)
-            self.stands()
-            if self.closed:
+            if not self._came_to_stand(self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) if events & ERROR else 0):
                 return
             events |= WRITE
         super().on_event(events)
+
+    def _came_to_stand(self, error: int) -> bool:
+        """The connection has come about, or failed with `error`. Whether it is of use."""
+        error = error or self._greet()
+        if error:
+            self.refuse(Code.CONNECT_FAILED, os.strerror(error))
+            return False
+        self._connecting = False
+        self.desk.connecting.pop(self, None)
+        self.stands()
+        return not self.closed
 
     def stands(self) -> None:
         """The service is reached."""
@@ -302,6 +315,15 @@ class DeliveryDesk:
             late.append(delivery)
         for delivery in late:
             delivery.refuse(Code.CONNECT_TIMEOUT, f"no answer within {self.limits.connect_timeout_s:g} s")
+
+
+def is_connected(sock: socket.socket) -> bool:
+    """Whether a connection that was under way stands."""
+    try:
+        sock.getpeername()
+    except OSError:
+        return False
+    return True
 
 
 def connect_first(endpoints: tuple[Endpoint, ...]) -> tuple[socket.socket | str, tuple[Endpoint, ...]]:

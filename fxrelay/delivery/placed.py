@@ -97,6 +97,10 @@ class Placing:
         """See `Endpoint`. The bytes count as taken only when a service has them."""
         self.early += data
 
+    def on_last_data(self, data: memoryview) -> None:
+        """See `Endpoint`."""
+        self.on_data(data)
+
     def on_fin(self) -> None:
         """See `Endpoint`."""
         self.fin = True

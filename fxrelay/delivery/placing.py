@@ -382,4 +382,5 @@ def _wanted(service: AnyService, opening: Opening, gateway_id: GatewayId) -> Wan
         opening.node,
         identity_of(opening.client),
         time.monotonic(),
+        came_back=bool(opening.avoid),
     )

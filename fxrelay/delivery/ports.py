@@ -1,9 +1,9 @@
 """Port: who chooses the node for a stream of a pool, and what delivery needs to know about the node chosen."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from fxtunnel.codes import Code
 from fxtunnel.model import GatewayId, RelayId, ServiceName
@@ -21,7 +21,8 @@ class Wanted:
 
     `user` is whom a reserved node would belong to; empty if that is not known. `since` is monotonic seconds. `is_proven`: somebody we know
     says that it is this user, of these `groups`; otherwise `user` is just where the stream comes from. `action` is what it is wanted
-    for (`user/login`, `session/start`) where that differs from what the pool's streams count as.
+    for (`user/login`, `session/start`) where that differs from what the pool's streams count as. `data` came with the request.
+    `came_back`: a node that it was redirected to has not taken it.
     """
 
     service: ServiceName
@@ -34,6 +35,8 @@ class Wanted:
     groups: tuple[str, ...] = ()
     is_proven: bool = False
     action: str = ""
+    data: Mapping[str, Any] | None = None
+    came_back: bool = False
 
 
 class Claim(Protocol):

@@ -89,6 +89,7 @@ class HeldLogin:
             user,
             time.monotonic(),
             action=Action.LOGIN,
+            data=self._said.data,
         )
         excluded: frozenset[RelayId] = frozenset()
         problem, lost = "", False

@@ -21,6 +21,10 @@ _ID: Final = re.compile(r"[0-9A-Za-z]{1,64}")
 _UNIX: Final = re.compile(r"[0-9]{1,12}")
 
 
+TOLD_S: Final = 86_400
+"""How long a browser keeps the pass of a login whose time is over."""
+
+
 @dataclass(frozen=True, slots=True)
 class Pass:
     """`login_id` on `server_id`; `until_unix`: when it ends at the latest (of a login under way: when it began)."""
@@ -47,8 +51,8 @@ class PassCookies:
         return self._read(fields, self.name + TRY_SUFFIX)
 
     def grant(self, found: Pass, now_unix: float, *, secure: bool) -> bytes:
-        """The field that gives a pass to a browser."""
-        return self._set(self.name, found, max(1, int(found.until_unix - now_unix)), secure=secure)
+        """The field that gives a pass to a browser. It outlives its login: who shows it then is told, once, that the login has ended."""
+        return self._set(self.name, found, max(1, int(found.until_unix - now_unix)) + TOLD_S, secure=secure)
 
     def grant_try(self, found: Pass, lasts_s: int, *, secure: bool) -> bytes:
         """The field that marks a browser's login under way."""

@@ -8,8 +8,8 @@ is still logged in.
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Final
 from urllib.parse import parse_qsl, unquote_to_bytes
@@ -36,13 +36,14 @@ class Kind(Enum):
 class Parameters:
     """What a request of a login says. `user` is only what the client claims. `repeats` is what an earlier answer gave, in the order of the
     rules; empty: the login begins. `is_ambiguous`: it names two users, or has a body that cannot be read here: who knows whom the service
-    finds in it.
+    finds in it. `data` is all that it says, for balancing scripts.
     """
 
     user: str = ""
     repeats: tuple[str, ...] = ()
     token: str = ""
     is_ambiguous: bool = False
+    data: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +100,8 @@ def read_parameters(rules: LoginRules, path: bytes, fields: Sequence[Field], bod
     """What a request of a login says, from its query, its form or JSON, and its head. What cannot be read is not there."""
     in_body = _in_body(fields, body)
     is_read = in_body is not None
-    pairs = (_pairs(path.partition(b"?")[2]) or []) + (in_body or [])
+    said = [*(_pairs(path.partition(b"?")[2]) or []), *(in_body or [])]
+    pairs = [(name, value) for name, value in said if isinstance(value, str)]
     found = dict(pairs)
     users = {value for name, value in pairs if name.lower() == rules.user.lower()}
     user = next(iter(users)) if len(users) == 1 else ""
@@ -109,7 +111,7 @@ def read_parameters(rules: LoginRules, path: bytes, fields: Sequence[Field], bod
     if rules.token is not None and rules.token_in_request:
         token = _in_request(rules.token, fields, found)
     repeats = tuple(found[name] for name in rules.stages.returned if found.get(name))
-    return Parameters(user, repeats, token, len(users) > 1 or not is_read)
+    return Parameters(user, repeats, token, len(users) > 1 or not is_read, dict(said))
 
 
 def judge(rules: LoginRules, status: int, fields: Sequence[Field], body: bytes) -> Verdict:
@@ -188,16 +190,14 @@ def _is_meant(calls: Calls, method: bytes, path: str) -> bool:
     return any(path == wanted or (wanted.endswith("*") and path.startswith(wanted[:-1])) for wanted in calls.paths)
 
 
-def _in_body(fields: Sequence[Field], body: bytes) -> list[tuple[str, str]] | None:
+def _in_body(fields: Sequence[Field], body: bytes) -> Sequence[tuple[str, Any]] | None:
     """The parameters of a form or a JSON object; None for anything else."""
     if not body.strip():
         return []
     kind = next((each.value for each in fields if each.name == b"content-type"), b"").lower()
     if b"json" in kind or body.lstrip()[:1] == b"{":
-        document = _loads(body)
-        if not isinstance(document, dict):
-            return None
-        return [(str(name), value) for name, value in document.items() if isinstance(value, str)]
+        document = _loads(body, _Object)
+        return document.members if isinstance(document, _Object) else None
     return _pairs(body) if not kind or kind.startswith(b"application/x-www-form-urlencoded") else None
 
 
@@ -208,9 +208,17 @@ def _pairs(text: bytes) -> list[tuple[str, str]] | None:
         return None
 
 
-def _loads(body: bytes) -> Any:
+class _Object(dict[str, Any]):
+    """A JSON object with all its members: which of two with one name a service takes is not known (RFC 8259, 4)."""
+
+    def __init__(self, members: list[tuple[str, Any]]) -> None:
+        super().__init__(members)
+        self.members = members
+
+
+def _loads(body: bytes, hook: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
     try:
-        return json.loads(body)
+        return json.loads(body, object_pairs_hook=hook)
     except (ValueError, RecursionError):
         return None
 

@@ -1,8 +1,14 @@
-"""Task: what this relay knows of reservations, and how it asks the store: in a worker thread, with a deadline."""
+"""Task: what this relay knows of reservations, and how it asks the store: in a worker thread, with a deadline.
 
-from collections.abc import Callable
+What is asked while the store is busy goes to it together: one thread, one call of the store, one write to its disk.
+"""
+
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Final, Literal, TypeVar
+from functools import partial
+from itertools import zip_longest
+from typing import Any, Final, Literal, TypeVar
 
 import trio
 
@@ -10,6 +16,8 @@ from fxrelay.balance.holders import Holders
 from fxrelay.balance.reservations import Record
 from fxrelay.cluster.ports import Store, Transporter
 from fxrelay.cluster.threads import Threads
+from fxrelay.reserving.asks import Ask, Asks
+from fxrelay.reserving.asks import T as Outcome
 from fxrelay.reserving.ledger import Ledger, Written
 from fxrelay.reserving.tidings import EXPIRED, Tidings
 from fxtunnel.errors import StoreError
@@ -19,6 +27,11 @@ T = TypeVar("T")
 
 CALL_S: Final = 4.0
 """For one call to the store, its own deadlines and the wait for a thread included."""
+LANES: Final = 2
+"""Threads at once for what goes together: while one waits for the disk, the other gets ready. A store that hangs holds no more of them."""
+AT_ONCE: Final = 64
+"""What goes together at most."""
+MAX_UNTIDIED: Final = 4_096
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +41,21 @@ class ReservingConfig:
     relay_id: RelayId
     lease_s: float = 15.0
     on_lost_lease: Literal["keep", "end"] = "keep"
+
+
+class _Waiting:
+    """An ask, and who waits for it."""
+
+    __slots__ = ("answer", "ask", "done")
+
+    def __init__(self, ask: Ask[Any]) -> None:
+        self.ask = ask
+        self.answer: tuple[Any, Written] | Exception | None = None
+        self.done = trio.Event()
+
+    def tell(self, answer: tuple[Any, Written] | Exception) -> None:
+        self.answer = answer
+        self.done.set()
 
 
 class Books:
@@ -42,6 +70,74 @@ class Books:
         self.changed = trio.Event()
         """Set when who has which server may have changed; made anew each time."""
         self.last_error = ""
+        self.untidied: set[tuple[RelayId, str]] = set()
+        """Servers whose logins were found expired, and whose these were: the users' own documents may still say so."""
+        self._waiting = deque[_Waiting]()
+        self._some = trio.lowlevel.ParkingLot()
+        self._lanes = 0
+
+    @property
+    def asks(self) -> Asks:
+        """What can be asked of a record."""
+        return self.ledger.asks
+
+    async def run(self) -> None:
+        """Take what is asked to the store until cancelled. Without it everything goes by itself."""
+        async with trio.open_nursery() as nursery:
+            for _ in range(LANES):
+                nursery.start_soon(self._carry)
+
+    async def _carry(self) -> None:
+        self._lanes += 1
+        try:
+            while True:
+                if not self._waiting:
+                    await self._some.park()
+                    continue
+                together = [self._waiting.popleft() for _ in range(min(AT_ONCE, len(self._waiting)))]
+                if self._waiting:
+                    self._some.unpark()
+                call = partial(self.ledger.do_all, [waiting.ask for waiting in together])
+                answers: Sequence[tuple[Any, Written] | Exception] = ()
+                try:
+                    with trio.move_on_after(CALL_S):
+                        answers = await self._threads.run(call)
+                finally:
+                    for waiting, answer in zip_longest(together, answers):
+                        waiting.tell(answer if answer is not None else _late())
+        finally:
+            self._lanes -= 1
+            while not self._lanes and self._waiting:
+                self._waiting.popleft().tell(StoreError("this relay is going away"))
+
+    async def do(self, ask: Ask[Outcome]) -> tuple[Outcome, Written] | StoreError:
+        """What comes of a step, or why there is no answer."""
+        (answer,) = await self.do_all([ask])
+        if isinstance(answer, Exception) and not isinstance(answer, StoreError):
+            raise answer
+        return answer
+
+    async def do_all(self, together: Sequence[Ask[Any]]) -> list[tuple[Any, Written] | Exception]:
+        """What comes of each of these steps, or why there is no answer."""
+        if not self._lanes:
+            found = await self.ask(partial(self.ledger.do_all, together))
+            return self._told(found if not isinstance(found, StoreError) else [found] * len(together))
+        waiting = [_Waiting(ask) for ask in together]
+        self._waiting.extend(waiting)
+        self._some.unpark()
+        try:
+            with trio.move_on_after(CALL_S):
+                for each in waiting:
+                    await each.done.wait()
+        finally:
+            for each in waiting:
+                if each.answer is None and each in self._waiting:
+                    self._waiting.remove(each)
+        return self._told([each.answer if each.answer is not None else _late() for each in waiting])
+
+    def _told(self, answers: list[tuple[Any, Written] | Exception]) -> list[tuple[Any, Written] | Exception]:
+        self.last_error = str(next((answer for answer in answers if isinstance(answer, StoreError)), ""))
+        return answers
 
     async def ask(self, call: Callable[[], T]) -> T | StoreError:
         """What `call` returns in a thread, or why there is no answer."""
@@ -53,13 +149,16 @@ class Books:
         except StoreError as exc:
             self.last_error = str(exc)
             return exc
-        self.last_error = f"no answer within {CALL_S:g} s"
-        return StoreError(self.last_error)
+        late = _late()
+        self.last_error = str(late)
+        return late
 
     def learn(self, server_id: RelayId, written: Written) -> None:
         """What this relay has just read or written itself."""
         for login in written.expired:
             self.tidings.happened(EXPIRED, server_id, login.user, login.login_id, written.record)
+            if login.user != written.record.holder and len(self.untidied) < MAX_UNTIDIED:
+                self.untidied.add((server_id, login.user))
         if self.know(server_id, written.record):
             self.tidings.publish(server_id, written.record)
 
@@ -70,3 +169,7 @@ class Books:
             changed, self.changed = self.changed, trio.Event()
             changed.set()
         return is_news
+
+
+def _late() -> StoreError:
+    return StoreError(f"no answer within {CALL_S:g} s")

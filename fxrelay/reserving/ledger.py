@@ -1,23 +1,23 @@
 """Task: the rule of reservations applied to the store's records, one atomic update each. Blocking: for worker threads."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Final, TypeVar
+from typing import Any, Final
 
 from fxrelay.balance import reservations as rule
+from fxrelay.balance.homes import decode_homes, encode_homes, key_of, with_home, without_home
 from fxrelay.balance.reservation_text import BadRecord, decode_record, encode_record
-from fxrelay.balance.reservations import Granted, Login, Moment, OwnerRelogin, Reason, Record, Rejected, Token
+from fxrelay.balance.reservations import Granted, Login, Moment, OwnerRelogin, Reason, Record, Rejected
 from fxrelay.balance.settling import Evidence, beat, decode_mark, encode_mark
-from fxrelay.cluster.ports import RESERVATION_MARKS, RESERVATIONS, Present, Store
+from fxrelay.cluster.ports import RESERVATION_MARKS, RESERVATION_USERS, RESERVATIONS, Both, Present, Store, Update
+from fxrelay.reserving.asks import Ask, Asks, T
 from fxtunnel.errors import StoreError
 from fxtunnel.model import RelayId
-
-T = TypeVar("T", Record, Granted | Rejected, Record | Rejected)
-Good = TypeVar("Good", Record, Granted)
 
 MARK: Final = "mark"
 LOOKS: Final = 3
 """How often a commit looks again because what it knew of the store's memory was too old."""
+MAX_KNOWN: Final = 4_096
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,10 +37,11 @@ class Ledger:
 
     def __init__(self, store: Store, relay_id: RelayId, lease_s: float) -> None:
         self.lease_ms = int(lease_s * 1000)
+        self.asks = Asks(relay_id, self.lease_ms)
         self._store = store
-        self._relay_id = relay_id
         self._evidence: Evidence | None = None
         self._read: dict[str, tuple[str, Record]] = {}
+        self._texts = _Texts()
 
     @property
     def epoch(self) -> str:
@@ -62,80 +63,82 @@ class Ledger:
         self._evidence = seen[-1]
         return seen[-1]
 
+    def do_all(self, asks: Sequence[Ask[Any]]) -> list[tuple[Any, Written] | Exception]:
+        """Several steps, each by itself: of each, in order, what came of it, or why nothing did. Who is to be granted something is rejected
+        as long as the store cannot be trusted to know who holds what. Raises nothing.
+        """
+        results: list[tuple[Any, Written] | Exception] = [StoreError("was not asked")] * len(asks)
+        left = list(range(len(asks)))
+        for _ in range(LOOKS):
+            try:
+                for place, result in zip(left, self._apply_all([asks[place] for place in left]), strict=True):
+                    results[place] = result
+                left = [place for place in left if _is_stale(results[place])]
+                if not left:
+                    break
+                self.look()
+            except Exception as exc:
+                for place in left:
+                    results[place] = exc
+                break
+        return results
+
+    def do(self, ask: Ask[T]) -> tuple[T, Written]:
+        """One step."""
+        (result,) = self.do_all([ask])
+        if isinstance(result, Exception):
+            raise result
+        return result
+
     def enter(self, server_id: str, entry_id: str, user: str, address: str) -> tuple[Record | Rejected, Written]:
-        """Step 2, and each request of step 4. Not before something may be granted: the request brings a password to the server."""
-        return self._once_settled(server_id, lambda record, at: rule.enter(record, entry_id, user, address, self._relay_id, at))
-
-    def go_on(self, server_id: str, entry_id: str) -> tuple[Record | Rejected, Written]:
-        """Step 4, for a login that must have its entry. As `enter`, not before something may be granted."""
-        return self._once_settled(server_id, lambda record, at: rule.go_on(record, entry_id, at))
-
-    def extend(self, server_id: str, login_id: str, ttl_ms: int) -> Written:
-        """Step 6, for a login that the store keeps by itself."""
-        return self._apply(server_id, lambda record, at: rule.extend(record, login_id, ttl_ms, at), _itself)[1]
-
-    def abandon(self, server_id: str, entry_id: str) -> Written:
-        """The login came to nothing."""
-        return self._apply(server_id, lambda record, at: rule.abandon(record, entry_id, at), _itself)[1]
+        """See `Asks`."""
+        return self.do(self.asks.enter(server_id, entry_id, user, address))
 
     def commit(
         self, server_id: str, entry_id: str, login_id: str, user: str, relogin: OwnerRelogin, ttl_ms: int = 0
     ) -> tuple[Granted | Rejected, Written]:
-        """Step 5, for an entry that was made before. `ttl_ms`: how long the store keeps the login by itself; 0: a lease."""
-
-        def apply(record: Record, at: Moment) -> Granted | Rejected:
-            return rule.commit(record, entry_id, self._login(login_id, user, at, ttl_ms), relogin, at)
-
-        return self._once_settled(server_id, apply)
+        """See `Asks`."""
+        return self.do(self.asks.commit(server_id, entry_id, login_id, user, relogin, ttl_ms))
 
     def take(self, server_id: str, login_id: str, user: str, address: str, relogin: OwnerRelogin) -> tuple[Granted | Rejected, Written]:
-        """Steps 2 and 5 at once, for a login that has nothing in between: its entry is gone when others could see it."""
+        """See `Asks`."""
+        return self.do(self.asks.take(server_id, login_id, user, address, relogin))
 
-        def both(record: Record, at: Moment) -> Granted | Rejected:
-            entered = rule.enter(record, login_id, user, address, self._relay_id, at)
-            if isinstance(entered, Rejected):
-                return entered
-            return rule.commit(entered, login_id, self._login(login_id, user, at), relogin, at)
+    def release(self, server_id: str, login_id: str, user: str, linger_ms: int) -> Written:
+        """See `Asks`."""
+        return self.do(self.asks.release(server_id, login_id, user, linger_ms))[1]
 
-        return self._once_settled(server_id, both)
-
-    def renew(
-        self, server_id: str, login_id: str, user: str, token: Token, since_ms: int, ttl_ms: int = 0
-    ) -> tuple[Granted | Rejected, Written]:
-        """Step 6: keep what is held, or say after a loss of memory that it is. `ttl_ms` as for `commit`."""
-
-        def again(record: Record, at: Moment) -> Granted | Rejected:
-            return rule.renew(record, self._login(login_id, user, at, ttl_ms), token, since_ms, at)
-
-        return self._apply(server_id, again, _record_of)
-
-    def release(self, server_id: str, login_id: str, linger_ms: int) -> Written:
-        """Step 7. May be repeated."""
-        return self._apply(server_id, lambda record, at: rule.release(record, login_id, linger_ms, at), _itself)[1]
-
-    def sweep(self, server_id: str) -> Written:
-        """Write down that what has expired is gone."""
-        return self._apply(server_id, rule.purge, _itself)[1]
+    def homes(self, user: str) -> tuple[str, ...]:
+        """The servers that a user has; some may be his no more."""
+        key = key_of(user)
+        found = self._store.get(RESERVATION_USERS, key) if key else None
+        return decode_homes(found.text if found is not None else None)
 
     def clear(self, server_id: str) -> tuple[Record, Record]:
         """Step 7, by an administrator; also repairs what nobody can read. Returns the record before, if it can be, and after."""
-        records: list[tuple[Record, Record]] = []
+        found: list[tuple[Record, Record]] = []
 
-        def change(present: Present) -> str:
-            try:
-                before = decode_record(present.text)
-            except BadRecord:
-                before = Record()
+        def change(present: Present) -> str | Both:
+            before = _readable(present.text)
             at = Moment(present.now_ms, present.epoch, present.number, 0)
-            records.append((before, replace(rule.clear(before, at), revision=present.number)))
-            return encode_record(records[-1][1])
+            found.append((before, replace(rule.clear(before, at), revision=present.number)))
+            text = encode_record(found[-1][1])
+            return Both(text, encode_homes(without_home(decode_homes(present.beside), server_id))) if user else text
 
         try:
-            self._store.update(RESERVATIONS, server_id, change)
+            document = self._store.get(RESERVATIONS, server_id)
+            user = key_of(_readable(document.text if document is not None else None).holder)
+            self._write(Update(RESERVATIONS, server_id, change, (RESERVATION_USERS, user) if user else None))
         except StoreError:
+            user = ""
             self._store.delete(RESERVATIONS, server_id)  # what cannot even be read as text
-            self._store.update(RESERVATIONS, server_id, change)
-        return records[-1]
+            self._write(Update(RESERVATIONS, server_id, change))
+        return found[-1]
+
+    def _write(self, update: Update) -> None:
+        (result,) = self._store.update_all([update])
+        if isinstance(result, Exception):
+            raise result
 
     def records(self) -> Iterator[tuple[str, Record]]:
         """All records that can be read. Most are as they were when they were read last, and are not decoded again."""
@@ -151,60 +154,85 @@ class Ledger:
             yield document.key, known[1]
         self._read = after
 
-    def _once_settled(self, server_id: str, apply: Callable[[Record, Moment], Good | Rejected]) -> tuple[Good | Rejected, Written]:
-        """`apply`, or a rejection as long as the store cannot be trusted to know who holds what."""
-        for _ in range(LOOKS):
-            outcome, written = self._apply(server_id, self._proven(apply), _record_of)
-            if not (isinstance(outcome, Rejected) and outcome.reason is Reason.STALE):
-                break
-            self.look()
-        return outcome, written
+    def _apply_all(self, asks: Sequence[Ask[Any]]) -> list[tuple[Any, Written] | Exception]:
+        steps = [_Step(ask, self._evidence, self._texts) for ask in asks]
+        done = self._store.update_all([step.update for step in steps])
+        return [each if isinstance(each, Exception) else step.results[-1] for step, each in zip(steps, done, strict=True)]
 
-    def _proven(self, apply: Callable[[Record, Moment], Good | Rejected]) -> Callable[[Record, Moment], Good | Rejected]:
-        evidence = self._evidence
 
-        def checked(record: Record, at: Moment) -> Good | Rejected:
-            if evidence is None or not evidence.is_fresh(at.now_ms, at.epoch):
-                return Rejected(record, Reason.STALE)
-            if evidence.settles_in_ms(at.now_ms):
-                return Rejected(record, Reason.UNSETTLED)
-            return apply(record, at)
+class _Texts:
+    """Records and their texts as they were last: mostly the same relay writes a record again, and need not decode what it has encoded."""
 
-        return checked
+    def __init__(self) -> None:
+        self._known: dict[str, tuple[str | None, Record]] = {}
 
-    def _login(self, login_id: str, user: str, at: Moment, ttl_ms: int = 0) -> Login:
-        ttl_ms = ttl_ms or self.lease_ms
-        return Login(login_id, user, self._relay_id, at.now_ms + ttl_ms, ttl_ms)
+    def decode(self, server_id: str, text: str | None) -> Record:
+        """See `decode_record`."""
+        known = self._known.get(server_id)
+        return known[1] if known is not None and known[0] == text else decode_record(text)
 
-    def _apply(self, server_id: str, apply: Callable[[Record, Moment], T], record_of: Callable[[T], Record]) -> tuple[T, Written]:
-        evidence = self._evidence
-        results: list[tuple[T, Written]] = []
+    def encode(self, server_id: str, record: Record) -> str:
+        """See `encode_record`."""
+        if len(self._known) >= MAX_KNOWN:
+            self._known.clear()
+        text = encode_record(record)
+        self._known[server_id] = text, record
+        return text
 
-        def change(present: Present) -> str | None:
-            try:
-                before = decode_record(present.text)
-            except BadRecord as exc:
-                raise StoreError(f"the reservation of {server_id} is damaged ({exc}); run: fxrelay release {server_id}") from exc
-            # Who does not know what the store remembers ends nobody's login.
-            is_fresh = evidence is not None and evidence.is_fresh(present.now_ms, present.epoch)
-            horizon_ms = evidence.horizon_ms(present.now_ms) if evidence is not None and is_fresh else 0
-            outcome = apply(before, Moment(present.now_ms, present.epoch, present.number, horizon_ms))
-            after = record_of(outcome)
-            is_same = after == before
-            after = after if is_same else replace(after, revision=present.number)
-            left = {login.login_id for login in after.logins}
-            ended = before.epoch == present.epoch and not is_same
-            expired = tuple(login for login in before.logins if ended and login.login_id not in left and login.expires_ms <= horizon_ms)
-            results.append((outcome, Written(after, expired)))
-            return None if is_same else encode_record(after)
 
-        self._store.update(RESERVATIONS, server_id, change)
-        return results[-1]
+class _Step:
+    """An ask on its way through the store. `results`: what came of it at each try; the last one counts."""
+
+    __slots__ = ("_ask", "_evidence", "_texts", "_user", "results", "update")
+
+    def __init__(self, ask: Ask[Any], evidence: Evidence | None, texts: _Texts) -> None:
+        self._ask = ask
+        self._evidence = evidence
+        self._texts = texts
+        self._user = key_of(ask.user)
+        self.results: list[tuple[Any, Written]] = []
+        self.update = Update(RESERVATIONS, ask.server_id, self._change, (RESERVATION_USERS, self._user) if self._user else None)
+
+    def _change(self, present: Present) -> str | Both | None:
+        ask, evidence = self._ask, self._evidence
+        server_id = ask.server_id
+        try:
+            before = self._texts.decode(server_id, present.text)
+        except BadRecord as exc:
+            raise StoreError(f"the reservation of {server_id} is damaged ({exc}); run: fxrelay release {server_id}") from exc
+        # Who does not know what the store remembers ends nobody's login.
+        is_fresh = evidence is not None and evidence.is_fresh(present.now_ms, present.epoch)
+        horizon_ms = evidence.horizon_ms(present.now_ms) if evidence is not None and is_fresh else 0
+        if ask.is_grant and (evidence is None or not is_fresh or evidence.settles_in_ms(present.now_ms)):
+            reason = Reason.UNSETTLED if is_fresh else Reason.STALE
+            self.results.append((Rejected(before, reason), Written(before, ())))
+            return None
+        homes = decode_homes(present.beside)
+        elsewhere = next((home for home in homes if ask.would_do(home) and home != server_id), "") if ask.would_do is not None else ""
+        outcome = ask.apply(before, Moment(present.now_ms, present.epoch, present.number, horizon_ms), elsewhere)
+        after = _record_of(outcome)
+        is_same = after == before
+        after = after if is_same else replace(after, revision=present.number)
+        left = {login.login_id for login in after.logins}
+        ended = before.epoch == present.epoch and not is_same
+        expired = tuple(login for login in before.logins if ended and login.login_id not in left and login.expires_ms <= horizon_ms)
+        self.results.append((outcome, Written(after, expired)))
+        after_homes = with_home(homes, server_id) if after.holder == ask.user else without_home(homes, server_id)
+        if self._user and after_homes != homes:
+            return Both(self._texts.encode(server_id, after), encode_homes(after_homes))
+        return None if is_same else self._texts.encode(server_id, after)
+
+
+def _readable(text: str | None) -> Record:
+    try:
+        return decode_record(text)
+    except BadRecord:
+        return Record()
+
+
+def _is_stale(result: tuple[Any, Written] | Exception) -> bool:
+    return isinstance(result, tuple) and isinstance(result[0], Rejected) and result[0].reason is Reason.STALE
 
 
 def _record_of(outcome: Record | Granted | Rejected) -> Record:
     return outcome if isinstance(outcome, Record) else outcome.record
-
-
-def _itself(record: Record) -> Record:
-    return record

@@ -5,7 +5,6 @@ While the store does not answer nobody is let in; who is in stays (`upkeep.py`).
 
 import logging
 import secrets
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -15,6 +14,7 @@ from fxrelay.balance.login_attempt import Attempt, Happening
 from fxrelay.balance.reservations import Granted, OwnerRelogin, Reason, Record, Rejected
 from fxrelay.cluster.ports import Store, Transporter
 from fxrelay.cluster.view import ClusterView
+from fxrelay.reserving.asks import Ask, WouldDo
 from fxrelay.reserving.books import CALL_S, Books, ReservingConfig
 from fxrelay.reserving.kept import find_login, hold_of, tell_cleared
 from fxrelay.reserving.leases import Hold, Leases, Terms
@@ -78,13 +78,14 @@ class Reservations:
         """Keep what is held and follow the others until cancelled. Logins that are held then are left to their leases; see `close`."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(keep_going, "telling of reservations", self.tidings.run)
+            nursery.start_soon(keep_going, "asking the store", self._books.run)
             await nursery.start(self.upkeep.run)
             task_status.started()
 
     async def enter(self, server_id: RelayId, user: str, address: str, attempt_id: str = "") -> Entered | Refused:
         """Step 2: a login begins to be authenticated on a server; with the id of an earlier one, it goes on (step 4)."""
         attempt = Attempt(attempt_id or new_id())
-        outcome = await self._books.ask(lambda: self._books.ledger.enter(server_id, attempt.attempt_id, user, address))
+        outcome = await self._books.do(self._books.asks.enter(server_id, attempt.attempt_id, user, address))
         if isinstance(outcome, StoreError):
             return self._without_store(server_id, user, attempt, outcome)
         entered, written = outcome
@@ -98,7 +99,7 @@ class Reservations:
     async def go_on(self, entered: Entered, user: str) -> Entered | Refused:
         """Step 4: one more request of a login whose entry must still be there."""
         server_id, attempt = entered.server_id, entered.attempt
-        outcome = await self._books.ask(lambda: self._books.ledger.go_on(server_id, attempt.attempt_id))
+        outcome = await self._books.do(self._books.asks.go_on(server_id, attempt.attempt_id))
         if isinstance(outcome, StoreError):
             return self._without_store(server_id, user, attempt, outcome)
         gone_on, written = outcome
@@ -121,28 +122,44 @@ class Reservations:
             user,
             terms,
             attempt,
-            lambda: self._books.ledger.commit(server_id, entry_id, login_id, user, relogin, terms.lifetime_ms),
+            self._books.asks.commit(server_id, entry_id, login_id, user, relogin, terms.lifetime_ms),
             known_as,
         )
 
     async def take(
-        self, server_id: RelayId, user: str, address: str, terms: Terms, relogin: OwnerRelogin = OwnerRelogin.PREFER
+        self,
+        server_id: RelayId,
+        user: str,
+        address: str,
+        terms: Terms,
+        relogin: OwnerRelogin = OwnerRelogin.PREFER,
+        would_do: WouldDo | None = None,
     ) -> Hold | Refused:
-        """All steps at once, for a login that is made by coming in: a stream of a TCP service."""
+        """All steps at once, for a login that is made by coming in: a stream of a TCP service. If the user has another server that would
+        do, he is refused (`elsewhere`), and this relay has learnt which one. `would_do` is called in a worker thread.
+        """
         attempt = Attempt(new_id())
         for happening in (Happening.ENTER, Happening.FORWARD, Happening.SUCCESS):
             attempt = attempt.after(happening)
         self.tidings.happened(ENTERED, server_id, user, attempt.attempt_id)
-        return await self._granted(
-            server_id, user, terms, attempt, lambda: self._books.ledger.take(server_id, attempt.attempt_id, user, address, relogin)
-        )
+        ask = self._books.asks.take(server_id, attempt.attempt_id, user, address, relogin, would_do)
+        answer = await self._granted(server_id, user, terms, attempt, ask)
+        if isinstance(answer, Refused) and answer.reason == Reason.ELSEWHERE:
+            await self.find_homes(user)
+        return answer
+
+    async def find_homes(self, user: str) -> None:
+        """Read which servers a user has: what another relay has just given him may not have been heard of yet."""
+        homes = await self._books.ask(lambda: self._books.ledger.homes(user))
+        for server_id in homes if not isinstance(homes, StoreError) else ():
+            await self.look_at(RelayId(server_id), user)
 
     async def reject(self, entered: Entered, why: Happening) -> None:
         """The login failed, or nobody waits for it any more: its entry is taken out. What cannot be taken out expires."""
         entered.attempt.after(why)
-        outcome = await self._books.ask(lambda: self._books.ledger.abandon(entered.server_id, entered.attempt.attempt_id))
+        outcome = await self._books.do(self._books.asks.abandon(entered.server_id, entered.attempt.attempt_id))
         if not isinstance(outcome, StoreError):
-            self._books.learn(entered.server_id, outcome)
+            self._books.learn(entered.server_id, outcome[1])
 
     def release(self, hold: Hold) -> None:
         """Step 7: the login has ended. Never waits; may be repeated."""
@@ -161,25 +178,28 @@ class Reservations:
 
     async def extend(self, server_id: RelayId, login_id: str, ttl_ms: int) -> None:
         """A login that the store keeps lasts for `ttl_ms` from now, if it has not ended. Without the store it stays as it is."""
-        outcome = await self._books.ask(lambda: self._books.ledger.extend(server_id, login_id, ttl_ms))
+        outcome = await self._books.do(self._books.asks.extend(server_id, login_id, ttl_ms))
         if not isinstance(outcome, StoreError):
-            self._books.learn(server_id, outcome)
+            self._books.learn(server_id, outcome[1])
 
-    async def look_at(self, server_id: RelayId) -> bool:
-        """Read a server's record now. False: the store does not answer."""
-        outcome = await self._books.ask(lambda: self._books.ledger.sweep(server_id))
+    async def look_at(self, server_id: RelayId, user: str = "") -> bool:
+        """Read a server's record now, and write down whether it is this user's. False: the store does not answer."""
+        outcome = await self._books.do(self._books.asks.sweep(server_id, user))
         if isinstance(outcome, StoreError):
             return False
-        self._books.learn(server_id, outcome)
+        self._books.learn(server_id, outcome[1])
         return True
 
     def hear(self, text: str) -> bool:
         """A message of another relay's. False: it is malformed."""
+        if self.tidings.is_own(text):
+            return True
         found = read_tidings(text)
         if found is None:
             return False
-        self._books.know(*found)
-        tell_cleared(self.leases, self.tidings, *found)
+        for server_id, record in found:
+            self._books.know(server_id, record)
+            tell_cleared(self.leases, self.tidings, server_id, record)
         return True
 
     async def close(self) -> None:
@@ -195,14 +215,14 @@ class Reservations:
         user: str,
         terms: Terms,
         attempt: Attempt,
-        call: Callable[[], tuple[Granted | Rejected, Written]],
+        ask: Ask[Granted | Rejected],
         known_as: str = "",
     ) -> Hold | Refused:
         began = self.leases.now
         hold: Hold | None = None
         outcome: tuple[Granted | Rejected, Written] | StoreError | None = None
         try:
-            outcome = await self._books.ask(call)
+            outcome = await self._books.do(ask)
         finally:
             if not isinstance(outcome, tuple):
                 # It may have been let in all the same, and nobody will use it.

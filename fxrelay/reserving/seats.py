@@ -9,23 +9,25 @@ from fxrelay.balance.holders import Holders
 from fxrelay.balance.reservations import Reason
 from fxrelay.balance.seating import SeatRules
 from fxrelay.delivery.ports import NotTaken, Taken, Then
+from fxrelay.reserving.asks import WouldDo
 from fxrelay.reserving.leases import Hold, Terms
 from fxrelay.reserving.reservations import Refused, Reservations
 from fxtunnel.model import RelayId
 
-_QUICKER: Final = frozenset({Reason.RESERVED, Reason.NO_ENTRY})
+_QUICKER: Final = frozenset({Reason.RESERVED, Reason.NO_ENTRY, Reason.ELSEWHERE})
 
 
 class StreamSeat:
     """Implements `Seat`."""
 
-    __slots__ = ("_hold", "_reservations", "_rules", "_server_id", "_user")
+    __slots__ = ("_hold", "_reservations", "_rules", "_server_id", "_user", "_would_do")
 
-    def __init__(self, reservations: Reservations, server_id: RelayId, user: str, rules: SeatRules) -> None:
+    def __init__(self, reservations: Reservations, server_id: RelayId, user: str, rules: SeatRules, would_do: WouldDo | None) -> None:
         self._reservations = reservations
         self._server_id = server_id
         self._user = user
         self._rules = rules
+        self._would_do = would_do
         self._hold: Hold | None = None
 
     async def take(self) -> Taken | NotTaken:
@@ -38,7 +40,7 @@ class StreamSeat:
             return NotTaken(f"{self._server_id} is for one user only, and whose stream it is cannot be told", Then.GIVE_UP)
         rules = self._rules
         answer = await self._reservations.take(
-            self._server_id, self._user, self._user, Terms(rules.linger_ms, rules.hold_while_sessions), rules.relogin
+            self._server_id, self._user, self._user, Terms(rules.linger_ms, rules.hold_while_sessions), rules.relogin, self._would_do
         )
         if isinstance(answer, Refused):
             then = Then.AGAIN if answer.reason in _QUICKER else Then.ELSEWHERE
@@ -74,6 +76,10 @@ class StreamSeating:
         """See `Seating`."""
         return self._reservations.changed
 
-    def seat(self, server_id: RelayId, user: str, rules: SeatRules) -> StreamSeat:
+    def seat(self, server_id: RelayId, user: str, rules: SeatRules, would_do: WouldDo | None = None) -> StreamSeat:
         """See `Seating`."""
-        return StreamSeat(self._reservations, server_id, user, rules)
+        return StreamSeat(self._reservations, server_id, user, rules, would_do)
+
+    async def find_homes(self, user: str) -> None:
+        """See `Seating`."""
+        await self._reservations.find_homes(user)

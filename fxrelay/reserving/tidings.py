@@ -3,15 +3,16 @@
 import json
 import logging
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any, Final
 
 import trio
 
-from fxrelay.balance.reservation_text import BadRecord, decode_record, encode_record
+from fxrelay.balance.reservation_text import BadRecord, encode_record, read_record
 from fxrelay.balance.reservations import Reason, Record
-from fxrelay.cluster.ports import RESERVATIONS, Transporter
+from fxrelay.cluster.ports import MAX_DOCUMENT_BYTES, RESERVATIONS, Transporter
 from fxrelay.cluster.threads import Threads
 from fxtunnel.errors import TransporterError
 from fxtunnel.model import RelayId, is_name
@@ -21,6 +22,8 @@ logger = logging.getLogger(__name__)
 QUEUE: Final = 1_024
 GATHER_S: Final = 0.02
 """News wait so long for others: an entry and its commit are told together, and telling the one is not in the way of the other."""
+TOGETHER: Final = 8
+"""Records in one message: who hears it reads them without a pause."""
 ENTERED: Final = "entered"
 COMMITTED: Final = "committed"
 REJECTED: Final = "rejected"
@@ -38,6 +41,7 @@ class Tidings:
         self.rejections: Counter[str] = Counter()
         self._transporter = transporter
         self._threads = threads
+        self._told: dict[str, None] = {}
         self._news_in, self._news_out = trio.open_memory_channel[tuple[str, Record]](QUEUE)
 
     async def run(self) -> None:
@@ -50,11 +54,22 @@ class Tidings:
                     news.append(self._news_out.receive_nowait())
             # Threads finish in any order: the last one told is not always the latest.
             news.sort(key=lambda told: told[1].revision)
-            latest = {(server_id, record.epoch): encode_tidings(server_id, record) for server_id, record in news}
+            latest = {(server_id, record.epoch): (server_id, record) for server_id, record in news}
+            texts = encode_together(list(latest.values()))
+            self._told.update(dict.fromkeys(texts))
+            while len(self._told) > QUEUE:
+                del self._told[next(iter(self._told))]
             try:
-                await self._threads.run(partial(self._transporter.publish, RESERVATIONS, *latest.values()))
+                await self._threads.run(partial(self._transporter.publish, RESERVATIONS, *texts))
             except TransporterError as exc:
                 logger.debug("%d reservations were not told: %s", len(latest), exc)
+
+    def is_own(self, text: str) -> bool:
+        """Whether this is what this relay has told itself; asked once for each message that comes back."""
+        if text not in self._told:
+            return False
+        del self._told[text]
+        return True
 
     def publish(self, server_id: str, record: Record) -> None:
         """To the other relays."""
@@ -84,6 +99,7 @@ def refusal_text(reason: Reason) -> str:
     return {
         Reason.RESERVED: "the server chosen is reserved for another user",
         Reason.OWN_LOGIN: "the server chosen is reserved, and its user has a login there",
+        Reason.ELSEWHERE: "the user has another server, which he should use",
         Reason.NO_ENTRY: "the server chosen was reserved by another user meanwhile",
         Reason.TOO_MANY: "too many logins to the server chosen",
     }.get(reason, "reserved servers cannot be given out yet: the cluster's store is new, or has forgotten who has which")
@@ -91,16 +107,33 @@ def refusal_text(reason: Reason) -> str:
 
 def encode_tidings(server_id: str, record: Record) -> str:
     """The message about a server's record."""
-    return json.dumps({"serverId": server_id, "record": encode_record(record)})
+    return f'{{"serverId":{json.dumps(server_id)},"record":{encode_record(record)}}}'
 
 
-def read_tidings(text: str) -> tuple[RelayId, Record] | None:
-    """The server and its record of a message; None if it is malformed."""
+def encode_together(news: Sequence[tuple[str, Record]]) -> list[str]:
+    """The messages about several servers' records: each a list, since one message costs about what its records do."""
+    messages = [encode_tidings(server_id, record) for server_id, record in news]
+    texts = []
+    for start in range(0, len(messages), TOGETHER):
+        part = messages[start : start + TOGETHER]
+        is_short = sum(map(len, part)) < MAX_DOCUMENT_BYTES // 2
+        texts += [f"[{','.join(part)}]"] if is_short and len(part) > 1 else part
+    return texts
+
+
+def read_tidings(text: str) -> list[tuple[RelayId, Record]] | None:
+    """The servers and their records of a message; None if it is malformed."""
     try:
         found = json.loads(text)
-        server_id = found["serverId"]
-        if not isinstance(server_id, str) or not is_name(server_id):
-            return None
-        return RelayId(server_id), decode_record(found["record"])
+        if not isinstance(found, list):
+            return [_read(found)]
+        return [_read(each) for each in found] if 1 <= len(found) <= TOGETHER else None
     except (ValueError, KeyError, TypeError, RecursionError, BadRecord):
         return None
+
+
+def _read(found: Any) -> tuple[RelayId, Record]:
+    server_id = found["serverId"]
+    if not isinstance(server_id, str) or not is_name(server_id):
+        raise ValueError("no server's id")
+    return RelayId(server_id), read_record(found["record"])

@@ -7,11 +7,13 @@ from typing import Final
 
 import trio
 
-from fxrelay.balance.reservations import Granted
+from fxrelay.balance.reservations import Granted, Record
 from fxrelay.cluster.view import ClusterView
-from fxrelay.reserving.books import Books
+from fxrelay.reserving.asks import Ask
+from fxrelay.reserving.books import AT_ONCE, Books
 from fxrelay.reserving.kept import adopt_kept, learn_kept
 from fxrelay.reserving.leases import Hold, Leases
+from fxrelay.reserving.ledger import Written
 from fxrelay.reserving.tidings import LOST, REASSERTED, RELEASED
 from fxtunnel.errors import StoreError
 from fxtunnel.kit.process import keep_going
@@ -19,8 +21,6 @@ from fxtunnel.model import RelayId, is_name
 
 logger = logging.getLogger(__name__)
 
-AT_ONCE: Final = 6
-"""Renewals and releases at once: as many as there are threads."""
 SLICE: Final = 64
 OVERDUE: Final = 0.9
 
@@ -84,9 +84,8 @@ class Upkeep:
                 return
             began = self._leases.now
             ttl_ms = max(1, hold.ends_ms - self._view.now_ms) if hold.is_kept else 0
-            outcome = await self._books.ask(
-                lambda: self._books.ledger.renew(hold.server_id, hold.login_id, hold.user, hold.token, hold.since_ms, ttl_ms)
-            )
+            ask = self._books.asks.renew(hold.server_id, hold.login_id, hold.user, hold.token, hold.since_ms, ttl_ms)
+            outcome = await self._books.do(ask)
             if isinstance(outcome, StoreError):
                 return
             granted, written = outcome
@@ -127,27 +126,51 @@ class Upkeep:
 
     async def release_all(self) -> None:
         """Tell the store of every login that has ended, once."""
-        limiter = trio.CapacityLimiter(AT_ONCE)
+        ending = self._leases.ending()
         async with trio.open_nursery() as nursery:
-            for hold in self._leases.ending():
+            at_once = [hold for hold in ending if not (hold.lock.locked() or hold.terms.hold_while_sessions)]
+            for start in range(0, len(at_once), AT_ONCE):
+                await self._release_together(at_once[start : start + AT_ONCE])
+            limiter = trio.CapacityLimiter(AT_ONCE)
+            for hold in set(ending).difference(at_once):
                 nursery.start_soon(self._release, hold, limiter)
+
+    async def _release_together(self, holds: list[Hold]) -> None:
+        """Holds that nobody is renewing. One task does for all: they are many."""
+        for hold in holds:
+            hold.lock.acquire_nowait()
+        try:
+            outcomes = await self._books.do_all([self._releasing(hold) for hold in holds])
+        finally:
+            for hold in holds:
+                hold.lock.release()
+        for hold, outcome in zip(holds, outcomes, strict=True):
+            self._released(hold, outcome)
 
     async def _release(self, hold: Hold, limiter: trio.CapacityLimiter) -> None:
         async with limiter, hold.lock:
             if hold.terms.hold_while_sessions and self.has_sessions(hold.server_id, hold.user):
                 hold.not_before = self._leases.now + self._books.config.lease_s / 5
-                await self._books.ask(lambda: self._books.ledger.renew(hold.server_id, hold.login_id, hold.user, hold.token, hold.since_ms))
+                await self._books.do(self._books.asks.renew(hold.server_id, hold.login_id, hold.user, hold.token, hold.since_ms))
                 return
-            outcome = await self._books.ask(lambda: self._books.ledger.release(hold.server_id, hold.login_id, hold.terms.linger_ms))
-            if isinstance(outcome, StoreError):
-                is_long_ago = self._leases.now - hold.confirmed_at > 2 * self._books.config.lease_s
-                if hold.ends_ms <= self._view.now_ms if hold.is_kept else is_long_ago:
-                    self._leases.ended(hold)  # by its lease, or by its time
-                return
-            self._leases.ended(hold)
-            self._books.learn(hold.server_id, outcome)
-            if hold.token.fence:
-                self._books.tidings.happened(RELEASED, hold.server_id, hold.user, hold.login_id, outcome.record)
+            self._released(hold, await self._books.do(self._releasing(hold)))
+
+    def _releasing(self, hold: Hold) -> Ask[Record]:
+        return self._books.asks.release(hold.server_id, hold.login_id, hold.user, hold.terms.linger_ms)
+
+    def _released(self, hold: Hold, outcome: tuple[Record, Written] | Exception) -> None:
+        if isinstance(outcome, StoreError):
+            is_long_ago = self._leases.now - hold.confirmed_at > 2 * self._books.config.lease_s
+            if hold.ends_ms <= self._view.now_ms if hold.is_kept else is_long_ago:
+                self._leases.ended(hold)  # by its lease, or by its time
+            return
+        if isinstance(outcome, Exception):
+            raise outcome
+        _, written = outcome
+        self._leases.ended(hold)
+        self._books.learn(hold.server_id, written)
+        if hold.token.fence:
+            self._books.tidings.happened(RELEASED, hold.server_id, hold.user, hold.login_id, written.record)
 
     async def _keep_reading(self) -> None:
         """What was not heard, and what expired."""
@@ -171,9 +194,15 @@ class Upkeep:
 
     async def _sweep(self) -> None:
         now_ms = self._view.now_ms
-        for server_id, standing in list(self._books.holders.standings().items()):
-            if any(login.expires_ms < now_ms for login in standing.record.logins):
-                outcome = await self._books.ask(partial(self._books.ledger.sweep, server_id))
-                if isinstance(outcome, StoreError):
-                    return
-                self._books.learn(server_id, outcome)
+        standings = self._books.holders.standings()
+        over = {
+            (server_id, standing.record.holder)
+            for server_id, standing in standings.items()
+            if any(login.expires_ms < now_ms for login in standing.record.logins)
+        }
+        untidied, self._books.untidied = self._books.untidied, set()
+        for server_id, user in over | untidied:
+            outcome = await self._books.do(self._books.asks.sweep(server_id, user))
+            if isinstance(outcome, StoreError):
+                return
+            self._books.learn(server_id, outcome[1])

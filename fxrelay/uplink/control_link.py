@@ -65,8 +65,10 @@ class ControlLink:
         """Let `run` send what is queued and `last`, and end within a second."""
         self._channel.end_soon(last)
 
-    async def ticket(self, session_id: SessionId | None) -> str:
+    async def ticket(self, session_id: SessionId | None, kept: tuple[SessionId, ...] | None = None) -> str:
         """A ticket for one data link: for a new session, or to resume one. Set a deadline around it. Cancelling it wastes a ticket.
+
+        `kept`, for a new one: all sessions that the relay has there already.
 
         Raises:
             TunnelClosed: the link ended first.
@@ -77,7 +79,7 @@ class ControlLink:
         number = self._requests
         answer = self._waiting[number] = _Answer()
         try:
-            self._channel.send_nowait(TicketRequest(request=number, session=session_id))
+            self._channel.send_nowait(TicketRequest(request=number, session=session_id, sessions=kept))
             await answer.arrived.wait()
         finally:
             self._waiting.pop(number, None)

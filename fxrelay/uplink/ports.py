@@ -93,7 +93,10 @@ class UplinkState(Enum):
 
 @dataclass(frozen=True, slots=True)
 class UplinkStatistics:
-    """A snapshot of an uplink. `since_unix` is when `state` began; `epoch` counts take-overs of the name, 0 before the first welcome."""
+    """A snapshot of an uplink. `since_unix` is when `state` began; `epoch` counts take-overs of the name, 0 before the first welcome.
+
+    `attempts` counts the times the gateway was dialled for a control link; `next_try_unix` is when it will be again, while WAITING.
+    """
 
     gateway_id: GatewayId
     url: str
@@ -103,3 +106,5 @@ class UplinkStatistics:
     epoch: int
     is_draining: bool
     sessions: tuple[SessionStatistics, ...]
+    attempts: int = 0
+    next_try_unix: float = 0.0

@@ -144,6 +144,10 @@ class Ties:
         while self.link is not None:
             await self._link_changed.wait()
 
+    @property
+    def _kept(self) -> tuple[SessionId, ...]:
+        return tuple(slot.session.id for slot in self.slots if slot.session is not None)
+
     async def _ticket(self, session_id: SessionId | None) -> tuple[str, str]:
         """A ticket, over this control link or a later one, and the worker that knows it."""
         while True:
@@ -153,7 +157,7 @@ class Ties:
                 continue
             try:
                 with within(self._config.dial_timeout_s, f"{self.gateway_id} gave no ticket"):
-                    return await link.ticket(session_id), link.welcome.worker
+                    return await link.ticket(session_id, self._kept if session_id is None else None), link.welcome.worker
             except TunnelClosed:
                 if self.link is link:
                     await self._link_changed.wait()

@@ -39,7 +39,8 @@ RECENT_S: Final = 120.0
 RECENT_CAP_S: Final = 2.0
 """Also where something in between takes connections for a gateway that is down: with 4 s the last relay was back after 6.7 s."""
 ABSENT_CAP_S: Final = 1.0
-"""The same where nobody even listens: an attempt costs the gateway nothing then."""
+"""The same where nobody even listens: an attempt costs the gateway nothing then. Also for so long after our own start: whoever starts us
+may be starting the gateway as well."""
 MAX_DEPARTING: Final = 8
 """Processes of a gateway that may go away at once: one that says so again and again must not fill this relay with links it keeps."""
 DEPARTURE_SPREAD_S: Final = 0.2
@@ -88,7 +89,7 @@ class Uplink:
         self._has_enrolled = False
         self._welcomes = 0
         self._welcome_at = 0.0
-        self._lost_at = -math.inf
+        self._began_at = self._lost_at = -math.inf
         self._epoch = 0
         self._drain_until: float | None = None
         self._makes_way = False
@@ -101,6 +102,8 @@ class Uplink:
         self._state = UplinkState.STOPPED
         self._since_unix = self._around.now_unix()
         self._last_error = ""
+        self._attempts = 0
+        self._next_try_unix = 0.0
 
     @property
     def wants_sessions(self) -> bool:
@@ -117,6 +120,7 @@ class Uplink:
             ConfigError: the note of the enrolment cannot be written.
         """
         self._enter(UplinkState.CONNECTING)
+        self._began_at = trio.current_time()
         try:
             with self._scope:
                 async with trio.open_nursery() as nursery:
@@ -176,6 +180,8 @@ class Uplink:
             self._epoch,
             self._drain_until is not None,
             tuple(slot.session.statistics() for ties in reversed(self._ties) for slot in ties.slots if slot.session is not None),
+            self._attempts,
+            self._next_try_unix,
         )
 
     async def dial_data(self, hello: Hello, worker: str) -> tuple[ssl.SSLSocket, Welcome]:
@@ -239,7 +245,7 @@ class Uplink:
                     )
                     if waits.is_due():
                         logger.info("%s; coming for the time no. %d in %.1f s", exc, waits.count + 1, wait_s)
-                    self._enter(UplinkState.WAITING)
+                    self._await_next_try(wait_s)
                     continue
             except Exception:  # whatever a peer's bytes did to a library, the relay and its sessions live on
                 logger.exception("the control link to %s failed", self.gateway_id)
@@ -250,7 +256,9 @@ class Uplink:
             if self._welcomes == welcomes:
                 self._url_number += 1
                 is_recent = trio.current_time() - self._lost_at < RECENT_S
-                wait_s = (backoff if not is_recent else absent if is_absent else recent).next_s(at_least_s=at_least_s)
+                is_early = trio.current_time() - self._began_at < RECENT_S
+                chosen = absent if is_absent and (is_recent or is_early) else recent if is_recent else backoff
+                wait_s = chosen.next_s(at_least_s=at_least_s)
             else:
                 backoff.reset()
                 recent.reset()
@@ -264,10 +272,11 @@ class Uplink:
                 logger.warning(
                     "no control link to %s: %s; attempt %d in %.1f s", self.gateway_id, self._last_error, failures.count + 1, wait_s
                 )
-            self._enter(UplinkState.WAITING)
+            self._await_next_try(wait_s)
 
     async def _use_control_link(self, ties: Ties, task_status: trio.TaskStatus[None]) -> None:
         """One control link from dial to end, after enrolment if need be. Returns only when it should be called again at once."""
+        self._attempts += 1
         url = self._url
         if self._must_enrol or not await self._identity.is_enrolled(self.gateway_id):
             self._enter(UplinkState.ENROLLING)
@@ -346,3 +355,7 @@ class Uplink:
     def _enter(self, state: UplinkState) -> None:
         if state is not self._state:
             self._state, self._since_unix = state, self._around.now_unix()
+
+    def _await_next_try(self, wait_s: float) -> None:
+        self._enter(UplinkState.WAITING)
+        self._next_try_unix = self._around.now_unix() + wait_s

@@ -102,11 +102,15 @@ class Refused(_Message):
 
 
 class TicketRequest(_Message):
-    """The relay wants to dial a data link: a new session (None), or to resume one. `request` comes back in `Ticket`."""
+    """The relay wants to dial a data link: a new session (None), or to resume one. `request` comes back in `Ticket`.
+
+    `sessions`, for a new one, is what it has of the gateway already: no other session of its will ever be resumed.
+    """
 
     type: Literal["ticket-request"] = "ticket-request"
     request: Counter
     session: Session | None = None
+    sessions: Annotated[tuple[Session, ...], Field(max_length=64)] | None = None
 
 
 class Ticket(_Message):

@@ -31,6 +31,8 @@ ERROR: Final = select.EPOLLERR | select.EPOLLHUP
 URGENT: Final = select.EPOLLPRI
 INCOMING: Final = READ | HANGUP | ERROR | URGENT
 STREAM_EVENTS: Final = select.EPOLLIN | select.EPOLLPRI | select.EPOLLOUT | select.EPOLLRDHUP | select.EPOLLET
+ROOMY_EVENTS: Final = STREAM_EVENTS & ~select.EPOLLOUT
+"""For a socket that has room for what it is sent, as it has until it was full once: that it has is no event."""
 LISTENER_EVENTS: Final = select.EPOLLIN
 LINK_EVENTS: Final = select.EPOLLIN | select.EPOLLRDHUP
 """Links are level-triggered: a short record then ends a read, without another call only to hear that there is no more."""

@@ -210,12 +210,12 @@ class Session:
         self._dirty = False
         link, mux = self._link, self.mux
         if mux.overflow and mux.overrun:
-            self.close(Code.OVERLOAD, "too many unacknowledged control frames")
-            return
+            return self.close(Code.OVERLOAD, "too many unacknowledged control frames")
         if link is None or self._blocked:
             return
         ring = mux.ring
-        if (ring.sent != ring.head or mux.overflow) and not self._write(link):
+        joins = self._turns.waiting and not mux.overflow and ring.head - ring.sent < RECORD_BYTES  # it leaves with what those write
+        if not joins and (ring.sent != ring.head or mux.overflow) and not self._write(link):
             return
         if self._turns.waiting:
             may_go_on = self._fill()

@@ -3,11 +3,11 @@
 import socket
 import struct
 from contextlib import suppress
-from typing import Final
+from typing import ClassVar, Final
 
 from fxtunnel.codes import Code
 from fxtunnel.engine.ports import Carrier
-from fxtunnel.engine.reactor import ERROR, HANGUP, INCOMING, STREAM_EVENTS, URGENT, WRITE, Reactor
+from fxtunnel.engine.reactor import ERROR, HANGUP, INCOMING, ROOMY_EVENTS, STREAM_EVENTS, URGENT, WRITE, Reactor
 from fxtunnel.protocol.mux import Stream
 from fxtunnel.protocol.pieces import Pieces
 
@@ -16,8 +16,9 @@ RESET_GRACE_S: Final = 0.5
 PROVEN_WINDOW_BYTES: Final = 524_288
 PROVEN_NOTSENT_BYTES: Final = 262_144
 """Unsent bytes that the kernel holds for a reader whose window has grown to that much. The budget of growth bounds how many there are."""
-_READ_TO_THE_END: Final = HANGUP | URGENT
-"""After these a short read does not mean that the socket is empty: an end of file is behind it, or it stopped at an urgent byte."""
+_DRAINED, _ENDED, _UNSURE = 0, 1, 2
+"""What is behind a short read: nothing, and the next byte makes a new edge (epoll(7), question 9); the FIN, which had come before the
+read; or perhaps more, since it stops at an urgent byte as well."""
 RESET_ON_CLOSE: Final = struct.pack("ii", 1, 0)
 """SO_LINGER for every spliced socket from its first moment: if this process is killed, the kernel's close is a RST, not a clean end."""
 CLOSE_CLEANLY: Final = struct.pack("ii", 0, 0)
@@ -38,10 +39,14 @@ class Splice:
     Subclasses say how the two come together (`on_accept`, `on_refuse`) and what is to be released.
     """
 
+    fin_is_end: ClassVar = True
+    """Whether the socket's FIN is the end of what can be read from it."""
+
     __slots__ = (
         "_aborting",
+        "_behind",
         "_fin_wanted",
-        "_hung_up",
+        "_hears_room",
         "_pending",
         "_queued",
         "_read_done",
@@ -66,7 +71,8 @@ class Splice:
         self._readable = False
         self._queued = False
         self._read_done = False
-        self._hung_up = False
+        self._behind = _DRAINED
+        self._hears_room = False
         self._write_blocked = False
         self._fin_wanted = False
         self._aborting = False
@@ -84,7 +90,8 @@ class Splice:
 
     def start(self) -> None:
         """Begin to listen to the socket."""
-        self.reactor.register(self.sock, self, STREAM_EVENTS)
+        self._hears_room = self._write_blocked
+        self.reactor.register(self.sock, self, STREAM_EVENTS if self._write_blocked else ROOMY_EVENTS)
 
     def released(self) -> None:
         """The socket is closed; give back what was claimed for it."""
@@ -109,19 +116,17 @@ class Splice:
             self.fail(Code.PEER_RESET)
             return 0
         if not count:
-            self._readable = False
-            self._read_done = True
-            stream.fin()
-            self._close_if_done()
+            self._read_to_end(stream)
             return 0
         stream.sent(slot, count)
         self.turn_bytes = count
-        if count < limit_bytes and not self._hung_up:
-            # A short read has drained the socket (epoll(7), question 9); the next byte makes a new edge.
+        if count < limit_bytes and self._behind != _UNSURE:
+            if self._behind == _ENDED:
+                self._read_to_end(stream)
             self._readable = False
         elif stream.send_credit > 0:
             self._queue_read()
-        elif self._hung_up:
+        elif self._behind:
             self._fail_if_reset()
         return count
 
@@ -133,8 +138,9 @@ class Splice:
             if self.closed:
                 return
         if events & INCOMING:
-            if events & _READ_TO_THE_END:
-                self._hung_up = True
+            if events & (HANGUP | URGENT):
+                is_end = self._behind == _DRAINED and self.fin_is_end and not events & (ERROR | URGENT)
+                self._behind = _ENDED if is_end else _UNSURE
                 if events & URGENT:
                     # Here and not on every socket: hardly anyone sends such a byte, but where one is (telnet), it belongs to the stream.
                     self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
@@ -145,6 +151,12 @@ class Splice:
                     self._fail_if_reset()
             elif not self._queued:
                 self._queue_read()
+
+    def _read_to_end(self, stream: Stream) -> None:
+        self._readable = False
+        self._read_done = True
+        stream.fin()
+        self._close_if_done()
 
     def on_crash(self) -> None:
         """From the reactor: a bug of ours; this stream ends, nothing else does."""
@@ -177,12 +189,26 @@ class Splice:
                 self.stream.consumed(count)  # type: ignore[union-attr]  # data comes from a stream
                 if count == len(data):
                     return
-            self._write_blocked = True
+            self._wait_for_room()
             data = data[count:]
         if self._pending is None:
             self._pending = Pieces()
             self._make_room()
         self._pending.append(data)
+
+    def on_last_data(self, data: memoryview) -> None:
+        """See `Endpoint`. The kernel keeps the bytes for the FIN that `on_fin` gives it, and both leave as one segment."""
+        if not self._write_blocked and not self._pending and not self.closed:
+            try:
+                count = self.sock.send(data, socket.MSG_MORE)
+            except OSError:
+                count = 0  # `on_data` deals with it
+            if count:
+                self.stream.consumed(count)  # type: ignore[union-attr]  # data comes from a stream
+                if count == len(data):
+                    return
+                data = data[count:]
+        self.on_data(data)
 
     def on_fin(self) -> None:
         """See `Endpoint`."""
@@ -218,6 +244,13 @@ class Splice:
             abort(self.sock)
             self.released()
 
+    def _wait_for_room(self) -> None:
+        """The socket is full; the next event says that it is not."""
+        self._write_blocked = True
+        if not self._hears_room:
+            self._hears_room = True
+            self.reactor.modify(self.sock, STREAM_EVENTS)
+
     def _make_room(self) -> None:
         """A reader that has proven itself, and is slower than the tunnel, gets more of it from the kernel, and less through `_pending`."""
         if self.stream is not None and self.stream.window.window_bytes >= PROVEN_WINDOW_BYTES:
@@ -241,15 +274,15 @@ class Splice:
             try:
                 count = self.sock.send(first)
             except BlockingIOError:
-                self._write_blocked = True
+                self._wait_for_room()
                 return
             except OSError:
                 self.fail(Code.PEER_RESET)
                 return
-            self._write_blocked = count < len(first)
             pending.left(count)
             self.stream.consumed(count)  # type: ignore[union-attr]  # pending bytes came from a stream
-            if self._write_blocked:
+            if count < len(first):
+                self._wait_for_room()
                 return
         self._pending = None
         if self._aborting:

@@ -205,6 +205,10 @@ class TunnelStream(trio.abc.HalfCloseableStream):
         if self.on_arrival is not None:
             self.on_arrival()
 
+    def on_last_data(self, data: memoryview) -> None:
+        """See `Endpoint`."""
+        self.on_data(data)
+
     def on_fin(self) -> None:
         """See `Endpoint`."""
         self._fin = True

@@ -3,7 +3,7 @@
 import socket
 
 from fxtunnel.codes import Code
-from fxtunnel.engine.reactor import READ, WRITE
+from fxtunnel.engine.reactor import READ, STREAM_EVENTS, WRITE
 from fxtunnel.engine.splice import Splice
 from fxtunnel.engine.tls_socket import TlsSocket
 
@@ -17,11 +17,14 @@ class TlsSplice(Splice):
 
     __slots__ = ()
 
+    fin_is_end = False
+
     sock: TlsSocket
 
     def start(self) -> None:
         """See `Splice`. What was peeked at is read first."""
-        super().start()
+        self._hears_room = True
+        self.reactor.register(self.sock, self, STREAM_EVENTS)
         # There may be bytes that have left the kernel already; of those no event tells.
         self._readable = True
         if self.stream is not None and self.stream.send_credit > 0:

@@ -11,6 +11,10 @@ TURN_BYTES: Final = 262_144
 """What all takers together send in one turn of the loop, about."""
 BULK_TURN_BYTES: Final = TURN_BYTES - HEADER_BYTES
 """What one that has much sends at once: read by one call, handed to TLS by one, and in one piece at the other end."""
+CROWD: Final = 16
+CROWDED_TURN_BYTES: Final = 65_536
+"""What each sends at once while more than CROWD have much. Rounds are longer then, and what a socket waits with is the kernel's: with
+256 KiB it grew the receive buffers of 99 services by 1 MiB each."""
 SPARSE_BYTES: Final = 16_384
 """Who sent less than this in its last turn has little: keystrokes, requests, answers, the start of everything."""
 SPARSE_TURN_BYTES: Final = 65_536
@@ -68,7 +72,7 @@ class Turns:
             self._bulk_turns = 0
             self.waiting -= 1
             return self._sparse.popleft(), SPARSE_TURN_BYTES
-        most = BULK_TURN_BYTES
+        most = BULK_TURN_BYTES if len(self._bulk) <= CROWD else CROWDED_TURN_BYTES
         if self._bulk_turns < ALONE_TURNS:
             most = min(most, beside_bytes)
         if not self._bulk or most < SPARSE_BYTES:

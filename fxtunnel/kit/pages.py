@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Final, cast
 
 import trio
@@ -16,6 +16,10 @@ from hypercorn.trio.worker_context import WorkerContext
 from hypercorn.typing import ASGIFramework, ConnectionState
 from hypercorn.utils import wrap_app
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from fxtunnel.errors import FxError
@@ -33,6 +37,24 @@ ERROR_S: Final = 1.0
 MAX_ANSWER_BYTES: Final = 64 << 20
 
 
+class JsonPage(JSONResponse):
+    """JSON with its line's end, so that whoever asks with curl has the next prompt on a line of its own."""
+
+    def render(self, content: Any) -> bytes:
+        """The body."""
+        return super().render(content) + b"\n"
+
+
+def pages_app(routes: Sequence[Route]) -> Starlette:
+    """An app of these pages, for `serve_pages`; whoever asks for another page, or in a way it cannot be asked for, is told so on a line."""
+    return Starlette(routes=routes, exception_handlers={HTTPException: _say_why})
+
+
+async def _say_why(request: Request, exc: Exception) -> Response:
+    assert isinstance(exc, HTTPException)
+    return PlainTextResponse(f"{exc.detail}\n", exc.status_code, exc.headers)
+
+
 async def serve_pages(
     app: Starlette,
     address: Address,
@@ -40,14 +62,22 @@ async def serve_pages(
     *,
     task_status: trio.TaskStatus[Address] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Serve `app` on `address` until cancelled; a unix socket gets mode 0600 and is removed at the end, unless a successor has it.
+    """Serve `app` on `address` until cancelled: `listening_for_pages` and `serve_pages_on` in one.
 
-    `started()` tells the address that is listened on, with the port the kernel chose for port 0. Whatever goes wrong in a connection
-    is logged and ends that connection only. Cancelling hangs up at once, also on a client that does not read its answer. The app is
-    not sent lifespan events.
+    `started()` tells the address that is listened on, with the port the kernel chose for port 0.
 
     Raises:
         ListenError: the address is in use, not permitted, or not one of this machine.
+    """
+    with listening_for_pages(address, inherited) as sock:
+        await serve_pages_on(app, sock, task_status=task_status)
+
+
+async def serve_pages_on(app: Starlette, sock: socket.socket, *, task_status: trio.TaskStatus[Address] = trio.TASK_STATUS_IGNORED) -> None:
+    """Serve `app` to whoever connects to the listening socket `sock`, until cancelled, which closes it.
+
+    Whatever goes wrong in a connection is logged and ends that connection only. Cancelling hangs up at once, also on a client that does
+    not read its answer. The app is not sent lifespan events.
     """
     config, context = _config(), WorkerContext(None)
     connections: set[trio.SocketStream] = set()
@@ -76,7 +106,7 @@ async def serve_pages(
                 stream.socket.close()
 
     # Not hypercorn's own serve(): there, one connection's unexpected error would end all of them, and the daemon.
-    with _listening(address, inherited) as sock:
+    with sock:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(hang_up_when_cancelled)
             listener = trio.SocketListener(trio.socket.from_stdlib_socket(sock))
@@ -149,7 +179,14 @@ class _Connection(http.client.HTTPConnection):
 
 
 @contextlib.contextmanager
-def _listening(address: Address, inherited: Inherited | None) -> Iterator[socket.socket]:
+def listening_for_pages(address: Address, inherited: Inherited | None = None) -> Iterator[socket.socket]:
+    """A socket for `serve_pages_on`, closed at the end of the block; whoever connects before pages are served waits.
+
+    A unix socket has mode 0600 and is removed at the end, unless a successor has it.
+
+    Raises:
+        ListenError: the address is in use, not permitted, or not one of this machine.
+    """
     # A unix socket has its mode from the moment it exists; a chmod afterwards would leave a gap.
     before = os.umask(0o177)
     try:

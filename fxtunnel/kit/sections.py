@@ -63,6 +63,8 @@ class WholeFile(Section):
     def _check_clashes(cls, value: object, handler: ModelWrapValidatorHandler[Self]) -> Self:
         """A validator of the finished model would be simpler, but pydantic calls it only when all the rest is right."""
         clashes = cls.find_clashes(value) if isinstance(value, dict) else []
+        if isinstance(value, dict):
+            value = {**cls._left_out(value), **value}
         if not clashes:
             return handler(value)
         try:
@@ -70,6 +72,14 @@ class WholeFile(Section):
         except ValidationError as exc:
             clashes = [*_details(exc), *clashes]
         raise ValidationError.from_exception_data(cls.__name__, clashes)
+
+    @classmethod
+    def _left_out(cls, raw: Mapping[str, object]) -> dict[str, object]:
+        """Sections that are not written, empty: made by their factories they would not know the file's directory, to which paths that
+        are defaults are relative as well.
+        """
+        sections = {name: info.default_factory for name, info in cls.model_fields.items() if name not in raw}
+        return {name: {} for name, factory in sections.items() if isinstance(factory, type) and issubclass(factory, Section)}
 
 
 def clash(message: str, loc: tuple[str | int, ...], value: str) -> InitErrorDetails:

@@ -20,6 +20,9 @@ class Endpoint(Protocol):
     def on_data(self, data: memoryview) -> None:
         """Bytes arrived. Valid only during the call. Call `stream.consumed` when they have left."""
 
+    def on_last_data(self, data: memoryview) -> None:
+        """As `on_data`, and `on_fin` follows at once."""
+
     def on_fin(self) -> None:
         """Nothing more arrives."""
 

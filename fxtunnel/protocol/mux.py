@@ -132,8 +132,7 @@ class Mux:
     """The streams of one session and its two byte sequences.
 
     Feed what arrives to `receive`; send what `ring.unsent` shows; call `tick` when a heartbeat is due. `on_open` is called for each OPEN
-    (relay); it sets `stream.endpoint` before it returns, or refuses. `wake` is called whenever something was queued. Not for several
-    threads.
+    (relay); it sets `stream.endpoint` before it returns, or refuses. `wake` is called whenever something was queued. One thread.
     """
 
     def __init__(
@@ -197,9 +196,8 @@ class Mux:
 
     def open(self, tags: bytes, endpoint: Endpoint) -> Stream | None:
         """Open a stream (gateway). `tags` come from `encode_tags`. None when a limit is reached."""
-        if len(self.streams) >= self._max_streams or self._last_id >= MAX_STREAM_ID:
-            return None
-        first = self._budget.take_first()
+        is_full = len(self.streams) >= self._max_streams or self._last_id >= MAX_STREAM_ID
+        first = 0 if is_full else self._budget.take_first()
         if not first:
             return None
         self._last_id += 1
@@ -288,6 +286,11 @@ class Mux:
         stream = self.streams.get(stream_id)
         if stream is not None and stream.endpoint is not None:
             stream.endpoint.on_data(data)
+
+    def on_last_data(self, stream_id: int, data: memoryview) -> None:
+        """From the parser: bytes of the DATA frame, and the stream's FIN behind them."""
+        if (stream := self.streams.get(stream_id)) is not None and stream.endpoint is not None:
+            stream.endpoint.on_last_data(data)
 
     def on_frame(self, kind: int, stream_id: int, payload: memoryview) -> None:
         """From the parser: any other frame, whole."""

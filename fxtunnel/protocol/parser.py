@@ -2,9 +2,10 @@
 
 from typing import Final, Protocol
 
-from fxtunnel.protocol.frames import DATA, HEADER, HEADER_BYTES, MAX_DATA_BYTES, check_header
+from fxtunnel.protocol.frames import DATA, FIN, HEADER, HEADER_BYTES, MAX_DATA_BYTES, check_header
 
 _LENGTH_MASK: Final = 0xFF_FFFF
+_FIN_WORD: Final = FIN << 24
 
 
 class FrameSink(Protocol):
@@ -15,6 +16,9 @@ class FrameSink(Protocol):
 
     def on_data(self, stream_id: int, data: memoryview) -> None:
         """The next bytes of the DATA frame that has begun."""
+
+    def on_last_data(self, stream_id: int, data: memoryview) -> None:
+        """As `on_data`, and the stream's FIN is the next frame."""
 
     def on_frame(self, kind: int, stream_id: int, payload: memoryview) -> None:
         """Any other frame, whole."""
@@ -27,6 +31,9 @@ class _Nobody:
         """See `FrameSink`."""
 
     def on_data(self, stream_id: int, data: memoryview) -> None:
+        """See `FrameSink`."""
+
+    def on_last_data(self, stream_id: int, data: memoryview) -> None:
         """See `FrameSink`."""
 
     def on_frame(self, kind: int, stream_id: int, payload: memoryview) -> None:
@@ -90,7 +97,10 @@ class FrameParser:
                     if start < end:
                         sink.on_data(stream_id, view[start:end])
                     return
-                sink.on_data(stream_id, view[start:stop])
+                if stop + HEADER_BYTES <= end and unpack(view, stop) == (_FIN_WORD, stream_id):
+                    sink.on_last_data(stream_id, view[start:stop])
+                else:
+                    sink.on_data(stream_id, view[start:stop])
             else:
                 kind = word >> 24
                 check_header(kind, length, stream_id)

@@ -81,9 +81,11 @@ class Says:
 
     def __post_init__(self) -> None:
         self.asked: list[list[str]] = []
+        self.requests: list[Request] = []
 
     async def choose(self, request: Request, candidates: Sequence[Candidate], environment: Any) -> Verdict:
         await trio.lowlevel.checkpoint()
+        self.requests.append(request)
         self.asked.append([candidate.server_id for candidate in candidates])
         return self.verdict
 
@@ -93,7 +95,7 @@ class Bench:
 
     def __init__(self, directory: Path, limits: ScriptLimits) -> None:
         self.directory = directory
-        self.scripts = Scripts(limits, directory)
+        self.scripts = Scripts(limits, directory / "site.toml")
 
     @property
     def workers(self) -> Workers:

@@ -15,7 +15,8 @@ from fxrelay.balance.chain import builtin
 from fxrelay.balance.chooser import TAKES_NO_PART, Balancing, ClusterEnvironment, PoolChooser
 from fxrelay.balance.holders import Holders
 from fxrelay.balance.model import Action, Chosen, Failed
-from fxrelay.balance.reservations import Login, Record
+from fxrelay.balance.reservations import Login, OwnerRelogin, Record
+from fxrelay.balance.script_input import script_input
 from fxrelay.balance.seating import SeatRules
 from fxrelay.balance.ways import Ways
 from fxrelay.cluster.members import Ages
@@ -171,6 +172,25 @@ async def test_refusals_tell_the_gateway_no_more_than_a_name() -> None:
     )
 
 
+async def test_scripts_are_told_what_is_known_of_the_user() -> None:
+    says = Says(Chosen(RelayId("a")))
+    chooser, view = make(Surroundings(), says)
+    of_ann, of_bob = {"owner": "ann", "sessionId": "1"}, {"owner": "bob", "sessionId": "2"}
+    for name, listed in (("b", [of_bob, "x", {"owner": 3}]), ("a", [of_ann, of_bob]), ("c", "ann"), ("d", [{"owner": ["ann"]}])):
+        view.hear(Message(SERVERS, server_text(name, seq=9, sessionList=listed)))
+    login = replace(WANTED, user="bob", action="user/login", data={"serverId": "b", "password": "x", "admin": True})
+    proven = replace(WANTED, user="ann", is_proven=True, groups=("cad",), node=RelayId("a"))
+    for wanted in (login, proven, replace(WANTED, user="ann")):
+        assert isinstance(await chooser.choose(wanted, frozenset()), Node)
+    at_login, at_start, nobody = says.requests
+    assert (at_login.action, at_login.user, at_login.sessions, at_login.claims) == (Action.LOGIN, "bob", (of_bob, of_bob), {})
+    told = json.loads(script_input(at_login, (), RelayId("a")).base)
+    assert (told["user"]["serverId"], told["data"]) == ("b", {"serverId": "b", "admin": True})
+    assert (at_start.user, at_start.groups, at_start.sessions, at_start.claims) == ("ann", ("cad",), (of_ann,), {"sub": "ann"})
+    assert json.loads(script_input(at_start, (), RelayId("a")).base)["user"]["serverId"] == "a"
+    assert (nobody.user, nobody.sessions, nobody.claims, nobody.data) == ("", (), {}, {})
+
+
 async def test_claims_are_counted_here_and_told_to_others() -> None:
     around = Surroundings()
     chooser, view = make(around)
@@ -266,7 +286,7 @@ class Seats:
             login = Login("l", user, "a", 1 << 60, 1 << 59)
             self.holders.learn(RelayId(name), Record("e", 1, 0, (login,), revision=1))
 
-    def seat(self, server_id: RelayId, user: str, rules: SeatRules) -> Any:
+    def seat(self, server_id: RelayId, user: str, rules: SeatRules, would_do: Any = None) -> Any:
         raise AssertionError("a session start takes no seat")
 
 
@@ -303,3 +323,42 @@ async def test_guarded_starts_are_kept_off_others_servers_and_not_off_ones_own()
     guarded(True)
     assert chooser.choose_nowait(WANTED) is None
     assert await chooser.choose(WANTED, frozenset()) == NoNode(Code.CONNECT_FAILED, TAKES_NO_PART), "nothing known of reservations: closed"
+
+
+class HomeSeats(Seats):
+    """Seats that tell what they were asked; ann has c, and nobody has been told yet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sought: list[str] = []
+        self.would_do: Any = None
+
+    async def find_homes(self, user: str) -> None:
+        await trio.lowlevel.checkpoint()
+        self.sought.append(user)
+        self.holders.learn(RelayId("c"), Record("e", 1, 0, (Login("l", user, "a", 1 << 60, 1 << 59),), revision=1))
+
+    def seat(self, server_id: RelayId, user: str, rules: SeatRules, would_do: Any = None) -> Any:
+        self.would_do = would_do
+        return object()
+
+
+async def test_a_stream_that_came_back_goes_to_the_node_that_is_its_users() -> None:
+    chooser, _ = make(Surroundings())
+    chain = (builtin("fewest-sessions", "desk"),)
+    chooser.reconfigure({ServiceName("desk"): Balancing(DESK, chain, Action.LOGIN, SeatRules(always=True))})
+    seats = chooser.seating = HomeSeats()
+    ann = replace(WANTED, user="ann")
+    first = await chooser.choose(ann, frozenset())
+    assert isinstance(first, Node)
+    assert (first.server_id, seats.sought) == ("a", [])
+    assert [name for name in "abcx" if seats.would_do(name)] == list("abc"), "also those that somebody is just being sent to"
+    again = await chooser.choose(replace(ann, came_back=True), frozenset())
+    assert isinstance(again, Node)
+    assert (again.server_id, seats.sought) == ("c", ["ann"])
+    await chooser.choose(ann, frozenset({RelayId("b")}))
+    assert not seats.would_do("b"), "a node that could not be reached keeps nobody off the others"
+    several = SeatRules(always=True, relogin=OwnerRelogin.DENY)
+    chooser.reconfigure({ServiceName("desk"): Balancing(DESK, chain, Action.LOGIN, several)})
+    await chooser.choose(replace(ann, user="bob"), frozenset())
+    assert seats.would_do is None

@@ -27,6 +27,7 @@ from fxrelay.balance.filters import (
     everyone,
 )
 from fxrelay.balance.model import Request
+from fxrelay.balance.offered import Offered, Op, Part
 from fxrelay.cluster.members import Member, MemberState
 from fxrelay.cluster.roster import Roster
 from fxrelay.cluster.server import ServerObject
@@ -249,6 +250,34 @@ def test_a_sieve_that_looks_at_changes_alone_says_what_one_says_that_looks_at_ev
         expected, others = Sieve(DESK, LOGIN.action).sift(list(roster), LOGIN.user, around)
         assert candidates == expected
         assert sorted(dropped, key=lambda each: each.server_id) == sorted(others, key=lambda each: each.server_id)
+
+
+def test_who_is_full_leaves_the_list_and_comes_back_by_edits() -> None:
+    roster: Roster[Member] = Roster()
+    for number in range(20):
+        roster.put(RelayId(f"n{number:02}"), member(f"n{number:02}", sessions=3, maxSessions=5))
+    sieve = Sieve(DESK, LOGIN.action)
+
+    def edits(in_flight: int, tried: tuple[RelayId, ...] = ()) -> list[tuple[Op, int]]:
+        mark = offered.mark
+        candidates = sieve.peek(roster, LOGIN.user, Circumstances({RelayId("n07"): in_flight}, tried))
+        part = candidates if isinstance(candidates, Part) else offered.without(())
+        assert (part.offered is offered, part.is_current) == (True, True)
+        return [(edit.op, edit.at) for edit in offered.since(mark) or ()]
+
+    offered = sieve.peek(roster, LOGIN.user, QUIET)
+    assert isinstance(offered, Offered)
+    assert edits(1) == []
+    assert edits(2) == [(Op.LEAVE, 7)]
+    assert edits(3) == []
+    assert edits(1, ids("n03")) == [(Op.ENTER, 7)]
+    roster.put(RelayId("n09"), member("n09", sessions=5, maxSessions=5))
+    assert edits(1) == [(Op.LEAVE, 9)]
+    assert sieve.peek(roster, LOGIN.user, Circumstances({RelayId("n07"): 1}, ids("n00", "n09"))) == offered[1:]
+    assert {each.server_id: each.reason for each in sieve.sift(roster, LOGIN.user, Circumstances({}, ids("n00", "n09")))[1]} == {
+        "n00": EXCLUDED,
+        "n09": EXCLUDED,
+    }
 
 
 def test_a_roster_tells_what_has_changed_since_somebody_looked() -> None:

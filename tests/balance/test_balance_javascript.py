@@ -120,14 +120,49 @@ LEAVING = [
     "module.n = (module.n || 0) + 1; return module.n",
     "Array.prototype.n = (Array.prototype.n || 0) + 1; return [].n",
     "[].constructor.n = ([].constructor.n || 0) + 1; return Array.n",
+    "[].filter.n = ([].filter.n || 0) + 1; return [].filter.n",
+    "''.trim.n = (''.trim.n || 0) + 1; return ''.trim.n",
+    "i.servers.map.call.n = (i.servers.map.call.n || 0) + 1; return (() => 1).call.n",
+    "const at = [].values(); at.next.n = (at.next.n || 0) + 1; return [].values().next.n",
+    "const p = 'proto' + 'type'; Array[p].n = (Array[p].n || 0) + 1; return [].n",
+    "const c = 'const' + 'ructor'; [][c].n = ([][c].n || 0) + 1; return [][c].n",
+    "const c = 'const' + 'ructor'; return (() => 1)[c]('return this.n = (this.n || 0) + 1')()",
+    "function* g() { yield 1 } const at = g(); at.next.n = (at.next.n || 0) + 1; return g().next.n",
+    "Error.stackTraceLimit = 7; const was = Error.n; Error.n = 1; return was === undefined ? 1 : 2",
+    "const was = Error.stackTraceLimit; Error.stackTraceLimit = 77; return was === 77 ? 2 : 1",
+    "Error.prepareStackTrace = Error.prepareStackTrace ? () => 2 : () => 1; return Error.prepareStackTrace()",
+    "module = { n: (module.n || 0) + 1 }; return module.n",
+    "exports.n = (exports.n || 0) + 1; return exports.n",
+    "console = { n: (console.n || 0) + 1 }; return console.n",
+    "console.n = (console.n || 0) + 1; return console.n",
+    "choose.n = (choose.n || 0) + 1; return choose.n",
+    "TypeError.prototype.name = TypeError.prototype.name + '1'; return TypeError.prototype.name.replace('TypeError', '')",
 ]
 
 
 @pytest.mark.parametrize("body", LEAVING)
 def test_a_call_leaves_nothing_for_the_next(caller: Caller, body: str) -> None:
-    for _ in range(3):
-        assert caller.call(f"function (i) {{ const value = (() => {{ {body} }}).call(this); return String(value) }}")["value"] == "1"
+    function = f"function choose(i) {{ const value = (() => {{ {body} }}).call(this); return String(value) }}"
+    for source in (f"// one\n{function} /* and only */\n", f"module.exports = {function}"):
+        for _ in range(3):
+            assert caller.call(source)["value"] == "1"
     assert caller.call("(i) => String(typeof n + Object.keys(i).length + Math.max(1, 2))")["value"] == "undefined42"
+
+
+KEEPING = [
+    "class Fit { constructor(s) { this.s = s } get id() { return this.s.serverId } } return new Fit(i.servers[1]).id",
+    "return Object.prototype.hasOwnProperty.call(i.servers[1], 'cpu') ? 'b' : 'a'",
+    "return Array.prototype.slice.call(i.servers, 1)[0].serverId",
+    "const e = new TypeError('b'); e.name = 'Mine'; e.message += ''; return `${e}` + Object.keys(e) === 'Mine: bname' ? 'b' : `${e}`",
+    "const list = []; list[3] = 1; list.push(2); list.length = 1; list[1] = i.servers[1].serverId; return list.sort()[0]",
+    "return [...new Map([['b', 1]]).keys(), ...new Set('c')].join('').replace(/c$/, (found) => '').trim()",
+]
+
+
+@pytest.mark.parametrize("body", KEEPING)
+def test_what_is_frozen_is_in_nobodys_way(caller: Caller, body: str) -> None:
+    assert caller.call(f"function (i) {{ {body} }}")["value"] == "b"
+    assert caller.copies == 0
 
 
 def test_a_function_that_keeps_to_itself_needs_no_copy(caller: Caller) -> None:

@@ -9,14 +9,14 @@ from typing import Any
 import psutil
 import pytest
 import trio
-from balance_samples import PATIENCE_S, Bench, open_bench, server_text
+from balance_samples import PATIENCE_S, Bench, ids, open_bench, server_text
 
 from fxrelay.balance.chain import builtin
 from fxrelay.balance.chooser import Balancing, ClusterEnvironment, PoolChooser
 from fxrelay.balance.filters import Pool
 from fxrelay.balance.model import Entry
 from fxrelay.balance.ways import Ways
-from fxrelay.balance.workers import ScriptLimits
+from fxrelay.balance.workers import ScriptLimits, _Worker
 from fxrelay.cluster.members import Ages
 from fxrelay.cluster.ports import SERVERS, Message
 from fxrelay.cluster.threads import Threads
@@ -165,6 +165,58 @@ async def test_a_chain_goes_on_after_a_script(tmp_path: Path) -> None:
         answer = await desk.soon()
         assert isinstance(answer, NoNode)
         assert answer.name == "UnknownServer"
+
+
+async def test_of_a_list_with_full_servers_retries_and_what_an_entry_left_over_only_edits_travel(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("_quickjs")
+    sent: list[int] = []
+    pack = _Worker.pack
+
+    def noted(worker: _Worker, servers: Any) -> bytes:
+        packed = pack(worker, servers)
+        sent.append(len(packed))
+        return packed
+
+    monkeypatch.setattr(_Worker, "pack", noted)
+    async with open_desk(tmp_path) as desk:
+        for number in range(300):
+            desk.hear(f"n{number:03}", sessions=50)
+        few = "(i) => i.servers.filter((s) => s.sessions < 50).reverse()"
+        desk.use(desk.bench.js(few), desk.bench.js("(i) => {}", "2.js"), desk.bench.js(SHOWS, "3.js"))
+        await warm(desk)
+        assert len(sent) == 3
+        assert (sent[0] > 30_000, max(sent[1:]) < 100) == (True, True)
+        sent.clear()
+        assert await desk.shown() == "d3,c2,b1,a0"
+        desk.hear("c", sessions=2, maxSessions=2)
+        assert await desk.shown() == "d3,b1,a0"
+        desk.hear("b", sessions=1, maxSessions=2)
+        assert await desk.shown() == "d3,b1,a0"
+        assert max(sent) < 600, "no list of three hundred, but the text of c and then of b"
+        sent.clear()
+        claim = desk.chooser._claim(RelayId("b"))
+        assert await desk.shown() == "d3,a0", "the one on its way fills it"
+        other = desk.chooser._claim(RelayId("d"))
+        claim.release()
+        assert await desk.shown() == "d4+1,b1,a0"
+        other.release()
+        answer = await desk.chooser.choose(WANTED, frozenset(ids("a", "b")))
+        assert isinstance(answer, NoNode)
+        assert answer.message == "d3"
+        assert max(sent) < 100
+        sent.clear()
+
+        def change() -> None:
+            desk.hear("d", sessions=7)
+            desk.hear("aa", sessions=1)
+            assert desk.chooser.choose_soon(WANTED, lambda _: None) is None, "this one sees it, and finds no process"
+
+        answer = await desk.soon(change)
+        assert isinstance(answer, NoNode)
+        assert answer.message == "d7,b1,a0", "those that the first left over, as they are when the second is asked"
+        assert desk.bench.workers.started == 1
 
 
 async def test_executables_and_python_functions_are_asked_as_well(tmp_path: Path) -> None:

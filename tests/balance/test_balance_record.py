@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from fxrelay.balance.filters import Pool
 from fxrelay.balance.model import Action, Chosen, Decision, Dropped, Failed, Narrowed, Passed, Request, Step
 from fxrelay.balance.record import Recording, decode_recording, encode_recording, explain
+from fxrelay.balance.reservations import OwnerRelogin
 from fxrelay.cluster.members import MemberState
 from fxtunnel.model import RelayId
 
@@ -47,7 +48,18 @@ def recordings(draw: st.DrawFn) -> Recording:
         for name in draw(st.sets(st.sampled_from("abc")))
     )
     return Recording(
-        request, pool, tuple(draw(st.lists(st.text(), max_size=2))), members, draw(st.dictionaries(st.just(A), st.integers(0))), A
+        request,
+        pool,
+        tuple(draw(st.lists(st.text(), max_size=2))),
+        members,
+        draw(st.dictionaries(st.just(A), st.integers(0))),
+        A,
+        draw(st.dictionaries(st.just(A), st.text())),
+        draw(st.booleans()),
+        draw(st.dictionaries(st.text(), st.integers(1))),
+        draw(st.booleans()),
+        draw(st.sampled_from(OwnerRelogin)),
+        draw(st.frozensets(st.sampled_from(ids("a", "b")))),
     )
 
 

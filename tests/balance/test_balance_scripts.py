@@ -311,6 +311,7 @@ async def test_wrong_entries_are_refused_when_loaded(bench: Bench) -> None:
         ("ruby:x", "expected"),
     ]:
         assert expected in problems(bench, spec), spec
+    assert problems(bench, "builtin:none").startswith(f"{bench.directory}/site.toml: service desk: balance: ")
     both = problems(bench, "builtin:none", "js:none.js")
     assert "builtin:none" in both
     assert "none.js" in both
@@ -330,7 +331,7 @@ async def test_wrong_entries_are_refused_when_loaded(bench: Bench) -> None:
     ],
 )
 def test_without_entries_the_environment_says(tmp_path: Path, environ: dict[str, str], expected: str) -> None:
-    scripts = Scripts(ScriptLimits(), tmp_path)
+    scripts = Scripts(ScriptLimits(), tmp_path / "relay.toml")
     (entry,) = scripts.chain((), "desk", environ)
     assert entry.name == expected
     assert scripts.chain(["builtin:local"], "desk", environ)[0].name == "builtin:local"

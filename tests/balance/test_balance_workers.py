@@ -15,6 +15,7 @@ from balance_samples import Bench, eventually, failed, is_running, open_bench, w
 from fxrelay.balance.answers import Answer
 from fxrelay.balance.entries import Script
 from fxrelay.balance.model import Chosen
+from fxrelay.balance.worker_main import NICE
 from fxrelay.balance.workers import ScriptLimits, _Worker
 from fxtunnel.model import RelayId
 
@@ -55,6 +56,13 @@ async def test_modules_that_lie_about_do_not_replace_others(bench: Bench, monkey
     bench.write("site_rules.py", "import fractions\ndef choose(input):\n    return 'a'\n")
     assert await bench.ask(bench.entry("python:site_rules:choose")) == A
     assert not (bench.directory / "loaded").exists()
+
+
+async def test_script_processes_give_way(bench: Bench) -> None:
+    assert await bench.ask(bench.js("() => 'a'")) == A
+    (pid,) = worker_pids()
+    assert os.sched_getscheduler(pid) == os.SCHED_BATCH
+    assert os.getpriority(os.PRIO_PROCESS, pid) == min(19, os.getpriority(os.PRIO_PROCESS, 0) + NICE)
 
 
 async def test_each_kind_has_processes_of_its_own(bench: Bench) -> None:

@@ -2,12 +2,15 @@
 
 import signal
 import time
+from contextlib import ExitStack
 
 from tests.chaos.figures import Outcome
 from tests.chaos.pool_stage import NODES, Pools
 from tests.chaos.stage import LIVELY, LIVELY_RELAY, MIB, Fault, Stage, judge, served_again_s
-from tests.system.peers import is_served
+from tests.system.peers import dial, how_it_ends, is_served, say
 from tests.system.stack import wait_until
+
+OLD = 5
 
 
 def stops(stage: Stage, outcome: Outcome) -> None:
@@ -38,10 +41,19 @@ def stops(stage: Stage, outcome: Outcome) -> None:
     for victim in (NODES[1], "gateway"):
         stage.show(f"{victim} stopped for {long_s:g} s", done / total)
         name = "relay" if victim in NODES else victim
-        pools.signal(victim, signal.SIGSTOP)
-        time.sleep(long_s)
-        pools.signal(victim, signal.SIGCONT)
-        outcome.add(f"{name} stopped {long_s:g} s, past the hold: s until ready again", ready_again_s(pools), f"≤ {stage.pick(15, 5)}")
+        with ExitStack() as crowd:
+            old = [crowd.enter_context(dial(pools.echo)) for _ in range(OLD if victim == "gateway" else 0)]
+            for client in old:
+                say(client)
+            pools.signal(victim, signal.SIGSTOP)
+            time.sleep(long_s)
+            pools.signal(victim, signal.SIGCONT)
+            began = time.monotonic()
+            outcome.add(f"{name} stopped {long_s:g} s, past the hold: s until ready again", ready_again_s(pools), f"≤ {stage.pick(15, 5)}")
+            ends = [how_it_ends(client, hold_s)[0] for client in old]
+            assert set(ends) <= {"reset"}, f"streams of before end so: {ends}"
+            if old:
+                outcome.add("s until streams of before have ended", time.monotonic() - began, "≤ 5")
         done += long_s
     judge(outcome, load.finish(), pools.services, lost="> 0", title="past the hold: ")
 

@@ -65,6 +65,11 @@ class Pools:
         wait_until(self.is_ready, 60, f"ready after {victim} was killed")
         return time.monotonic() - began
 
+    def stop_and_count(self, relay: str) -> int:
+        """Stop a relay that is about to be killed: how many streams go with it, also those that it has not accepted."""
+        self.signal(relay, signal.SIGSTOP)
+        return sum(link["streams"] for link in self.stack.live_relays()[relay]["links"])
+
     def signal(self, victim: str, number: signal.Signals) -> None:
         """To the process of that name."""
         if victim == "store":

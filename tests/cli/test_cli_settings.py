@@ -52,6 +52,11 @@ def test_relay_minimum_and_defaults(relay_toml: Write) -> None:
     assert settings.gateways[0].file == path.parent / "gateway.json"
     assert (settings.services[0].name, settings.services[0].protocol) == ("ssh", "tcp")
     assert settings.resume.replay_bytes == 16 << 20
+    # Paths that are defaults are beside the file, whether their section is written or not.
+    assert settings.node.static_data_file == path.parent / "static-data.json"
+    assert settings.node.environment_file == path.parent / "fastx.env"
+    assert settings.node.metrics_dir == path.parent / "metrics.d"
+    assert fxrelay.settings.load(relay_toml(RELAY_TOML + "[node]\nweight = 1\n"), {}).node.metrics_dir == path.parent / "metrics.d"
 
 
 def test_every_problem_of_a_gateway_toml_is_reported(gateway_toml: Write) -> None:

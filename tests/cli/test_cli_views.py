@@ -128,6 +128,18 @@ async def test_health_and_readiness() -> None:
     assert (await fetch(app, "/healthz"))[0] == 200
 
 
+@pytest.mark.parametrize("make", [lambda: make_app(GatewayFake()), lambda: fxrelay.pages.make_app(RelayFake())], ids=["gateway", "relay"])
+async def test_whoever_asks_with_curl_has_the_next_prompt_on_a_line_of_its_own(make: Callable[[], Starlette]) -> None:
+    app = make()
+    for path in ("/healthz", "/readyz", "/metrics", "/relays", "/status", "/drain", "/nodes/node-b", "/nodes/other", "/no/such/page"):
+        _, headers, body = await fetch(app, path)
+        assert body == body.rstrip("\n") + "\n", path
+        assert int(headers["content-length"]) == len(body.encode()), path
+    status, headers, body = await fetch(app, "/healthz", "PUT")
+    assert (status, body) == (405, "Method Not Allowed\n")
+    assert "GET" in headers["allow"]
+
+
 async def test_relays_json() -> None:
     status, headers, body = await fetch(make_app(GatewayFake()), "/relays")
     found = json.loads(body)

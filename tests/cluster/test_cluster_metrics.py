@@ -228,6 +228,15 @@ def hangs():
     return "cluster_site_metrics"
 
 
+async def test_functions_may_be_in_a_module_beside_the_configuration(tmp_path: Path) -> None:
+    (tmp_path / "metrics_beside_it.py").write_text("def queue(): return 7\n")
+    (tmp_path / "json.py").write_text("raise RuntimeError('no module of the standard library is replaced')\n")
+    functions = {"queue": "metrics_beside_it:queue"}
+    metrics = make_metrics(tmp_path / "none", functions, ProgramBounds(timeout_s=20.0, module_dir=tmp_path))
+    await metrics.measure_once()
+    assert metrics.fields() == {"metrics": {"queue": 7}, "metricErrors": {}}
+
+
 async def test_functions_return_any_json(site_metrics: str, tmp_path: Path) -> None:
     functions = {name: f"{site_metrics}:{name}" for name in ("good", "fails", "leaves", "odd", "nan", "long", "loop", "missing")}
     metrics = make_metrics(tmp_path / "none", {**functions, "nowhere": "no_such_module_at_all:f"})

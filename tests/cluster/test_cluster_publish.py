@@ -203,3 +203,24 @@ async def test_a_twin_with_the_same_id_does_not_stop_it(autojump_clock: object, 
         node.view.hear(Message(SERVERS, server_text("me", instance="twin", started=9_000_000, measuredAt=9_000_001)))
         await trio.sleep(25)
     assert len(node.said) == 4
+
+
+async def test_the_word_of_the_newer_twin_stays_in_the_store_until_it_falls_silent(autojump_clock: object, node: Node) -> None:
+    def kept() -> str:
+        document = node.store.get(SERVERS, "me")
+        assert document is not None
+        return str(json.loads(document.text)["agent"]["instanceId"])
+
+    async with node.publishing():
+        await trio.sleep(1)
+        twin = server_text("me", instance="twin", started=9_000_000, measuredAt=9_000_001)
+        node.view.hear(Message(SERVERS, twin))
+        node.store.put(SERVERS, "me", twin)
+        node.store.error = "no store"
+        await trio.sleep(10)
+        assert node.publisher.last_error == "no store"
+        node.store.error = ""
+        await trio.sleep(10)
+        assert (kept(), node.publisher.last_error, node.view.health().store_down_s) == ("twin", "", 0.0)
+        await trio.sleep(40)
+        assert kept() == "i-me"

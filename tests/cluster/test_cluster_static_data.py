@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from fxrelay.cluster.server import MAX_STATIC_BYTES
 from fxrelay.cluster.settings import NodeSection
-from fxrelay.cluster.static_data import MAX_FILE_BYTES, StaticData, coerced, metadata_of, parse_dotenv
+from fxrelay.cluster.static_data import MAX_FILE_BYTES, StaticData, coerced, metadata_of, parse_dotenv, site_environment
+from fxtunnel.errors import ConfigError
 
 
 @pytest.mark.parametrize(
@@ -158,3 +159,17 @@ def test_too_much_metadata_is_refused(tmp_path: Path) -> None:
     static_data.read()
     (tmp_path / "fastx.env").write_text(f"METADATA_A={'x' * 10_000}")
     assert static_data.read()["metadata"] == {"A": 1, "a": 1}
+
+
+def test_the_whole_environment_of_a_site_comes_from_the_same_files(tmp_path: Path) -> None:
+    (tmp_path / "etc").mkdir()
+    (tmp_path / "etc" / "fastx.env").write_text("LOAD_BALANCER=custom\nLOAD_BALANCER_SCRIPT=/etc\nA=1\n")
+    (tmp_path / "fastx.env").write_text("LOAD_BALANCER_SCRIPT=/file\nbroken\nA=2\n")
+    section = NodeSection(environment_file=tmp_path / "fastx.env")
+    environ = {"FX_CONFIG_DIR": str(tmp_path / "etc"), "A": "3"}
+    assert site_environment(section, environ) == {**environ, "LOAD_BALANCER": "custom", "LOAD_BALANCER_SCRIPT": "/file"}
+    (tmp_path / "fastx.env").unlink()
+    assert site_environment(section, {"A": "3"}) == {"A": "3"}
+    (tmp_path / "fastx.env").write_bytes(b"A=\xff")
+    with pytest.raises(ConfigError, match=r"fastx\.env.*not UTF-8"):
+        site_environment(section, {})

@@ -3,6 +3,7 @@
 import json
 import stat
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from hypothesis import strategies as st
 from fxrelay.cluster import nedb
 from fxrelay.cluster.members import Control
 from fxrelay.cluster.ports import CONTROLS, MAX_DOCUMENT_BYTES
+from fxrelay.cluster.sqlite_bus import SqliteTransporter
 from fxrelay.cluster.sqlite_store import SqliteStore
-from fxrelay.cluster.transfer import Changes, apply_import, export_store, plan_export, plan_import
+from fxrelay.cluster.transfer import Changes, apply_import, export_store, plan_export, plan_import, tell_controls
 from fxtunnel.errors import ConfigError
 
 BOOKMARKS = b"""{"_id":"xterm","data":{"name":"xterm","command":"xterm -ls","geometry":"rootless","icon":"data:x"}}
@@ -191,6 +193,42 @@ def test_what_is_exported_can_be_imported_elsewhere(store: SqliteStore, tmp_path
     assert Control.parse(control.text) == Control(draining=True)
     assert plan_import(store, target).texts == {}
     other.close()
+
+
+def test_what_relays_keep_by_themselves_is_not_imported(store: SqliteStore, directory: Path) -> None:
+    live = ("servers", "reservations", "reservation-marks", "tickets", "imported-collections")
+    for name in live:
+        (directory / f"{name}-store.db").write_bytes(b'{"_id":"n1","user":"eve"}\n')
+    plan = plan_import(store, directory)
+    assert plan.lines()[-5:] == [f"{name}: left out, relays keep it by themselves" for name in sorted(live)]
+    apply_import(store, plan)
+    assert [contents(store, name) for name in live] == [{}] * 5
+
+
+def test_other_collections_that_were_imported_are_exported_again(store: SqliteStore, directory: Path, tmp_path: Path) -> None:
+    (directory / "profile-store.db").write_bytes(b'{"_id":"full","data":[1]}\n')
+    apply_import(store, plan_import(store, directory))
+    assert plan_import(store, directory).texts == {}
+    store.put("imported-collections", "reservations", "{}")  # somebody who writes the store
+    store.put("imported-collections", "../etc", "{}")
+    store.put("reservations", "n1", "{}")
+    out = tmp_path / "out"
+    assert list(export_store(store, out)) == ["controls", "config", "permissions", "system-bookmark", "profile"]
+    assert (out / "profile-store.db").read_bytes() == b'{"_id":"full","data":[1]}\n'
+
+
+def test_what_is_switched_off_by_an_import_is_told_at_once(store: SqliteStore, directory: Path, tmp_path: Path) -> None:
+    store.put(CONTROLS, "n2", Control(draining=True).encode())
+    (directory / "controls-store.db").write_bytes(b'{"_id":"n1","draining":true,"disable":[]}\n{"_id":"n2","$$deleted":true}\n')
+    plan = plan_import(store, directory)
+    apply_import(store, plan)
+    with closing(SqliteTransporter(tmp_path / "cluster.db")) as transporter:
+        subscription = transporter.subscribe((CONTROLS,))
+        tell_controls(transporter, plan)
+        tell_controls(transporter, plan_import(store, directory))
+        heard = [json.loads(message.text) for message in subscription.next_batch(5)]
+        subscription.close()
+    assert [(each["serverId"], each["control"]["draining"]) for each in heard] == [("n1", True), ("n2", False)]
 
 
 def test_an_export_keeps_what_is_marked_as_deleted_and_is_repeatable(store: SqliteStore, directory: Path) -> None:

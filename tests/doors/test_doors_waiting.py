@@ -5,11 +5,13 @@ from contextlib import asynccontextmanager
 
 import pytest
 import trio
-from peers import Serve, connect, echo, receive_all, receive_exactly
+from peers import Serve, connect, echo, receive_all, receive_exactly, until_reset
 from plane import Contexts, Plane, RelaySide, open_plane
 
 from fxgateway.doors.client import MAX_ATTEMPTS
-from fxtunnel.engine.ports import SessionConfig
+from fxgateway.tunnels.registry import RegistryLimits
+from fxtunnel.codes import Code
+from fxtunnel.engine.ports import SessionConfig, State
 from fxtunnel.engine.session import Session
 from fxtunnel.model import SessionId
 
@@ -145,3 +147,58 @@ async def test_links_that_come_and_go_do_not_turn_a_client_away(contexts: Contex
             assert plane.doors[0].counters.refused == {}
             relay.redials = True
             assert await receive_exactly(stream, 5) == b"early"
+
+
+async def test_what_the_relay_has_given_up_ends_when_its_new_session_is_up(contexts: Contexts) -> None:
+    """Not when the hold is over, which began anew when the gateway woke. Whom nobody has accepted yet is served by the new session."""
+    async with open_plane(contexts, LONG_HOLD) as plane:
+        relay = await plane.add_relay(await plane.serve(echo))
+        relay.redials = False
+        port = plane.add_door(open_timeout_s=25.0)
+        async with await connect(port) as old, await connect(port) as untouched:
+            await old.send_all(b"x")
+            assert await receive_exactly(old, 1) == b"x"
+            with trio.fail_after(10):
+                while plane.doors[0].opening:
+                    await trio.sleep(0.005)
+            assert relay.wire is not None
+            relay.wire.silence()
+            early = await connect(port)
+            await early.send_all(b"early")  # its OPEN is sent: nobody knows yet that the link is dead
+            with trio.fail_after(10):
+                while relay.far_session.is_up or len(relay.far_session.mux.streams) < 3:
+                    await trio.sleep(0.005)
+            assert not any(client.waits_for_link for client in plane.doors[0].opening)
+            relay.session.close(Code.LINK_LOST)
+            plane.registry.note_sessions(relay.id, relay.instance, ())
+            held = await link_anew(relay)
+            assert held.state is State.HELD
+            plane.registry.end_given_up(relay.id, relay.instance)
+            assert held.state is State.CLOSED
+            assert await until_reset(old, SOON_S) == b""
+            async with early:
+                with trio.fail_after(SOON_S):
+                    assert await receive_exactly(early, 5) == b"early"
+                    await untouched.send_all(b"y")
+                    assert await receive_exactly(untouched, 1) == b"y"
+
+
+async def test_only_what_is_held_and_not_named_counts_as_given_up(contexts: Contexts) -> None:
+    async with open_plane(contexts, LONG_HOLD) as plane:
+        relay = await plane.add_relay(await plane.serve(echo))
+        registry = plane.registry
+        registry.apply(RegistryLimits(links_per_relay=4), plane.config)
+        named, resumed, gone = (registry.new_session(relay.id, relay.instance) for _ in range(3))
+        assert named is not None
+        assert resumed is not None
+        assert gone is not None
+        assert registry.new_session(relay.id, relay.instance) is None
+        registry.note_sessions(relay.id, relay.instance, (named.id,))
+        assert registry.find_session(relay.id, relay.instance, resumed.id) is resumed
+        another = registry.new_session(relay.id, relay.instance)  # for which there is room now
+        assert another is not None
+        assert [session.state for session in (named, resumed, gone)] == [State.HELD, State.HELD, State.CLOSED]
+        registry.end_given_up(relay.id, relay.instance)
+        assert (named.state, resumed.state, relay.far_session.state) == (State.HELD, State.HELD, State.UP)
+        for session in (named, resumed, another):
+            session.close(Code.NORMAL)

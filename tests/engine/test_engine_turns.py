@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 from fxtunnel.engine.turns import (
     ALONE_TURNS,
     BULK_TURN_BYTES,
+    CROWD,
+    CROWDED_TURN_BYTES,
     SPARSE_BYTES,
     SPARSE_SHARE_BYTES,
     SPARSE_TURN_BYTES,
@@ -108,3 +110,12 @@ def test_who_is_cancelled_or_cleared_gets_no_turn() -> None:
     turns.clear()
     assert turns.next(0, FREE) is None
     assert turns.waiting == 0
+
+
+def test_in_a_crowd_each_sends_less_at_once() -> None:
+    turns = Turns()
+    takers = [Taker(FREE, turn_bytes=SPARSE_BYTES) for _ in range(CROWD + 1)]
+    for taker in takers:
+        turns.want(taker)
+    assert turns.next(0, FREE) == (takers[0], CROWDED_TURN_BYTES)
+    assert turns.next(0, FREE) == (takers[1], BULK_TURN_BYTES)

@@ -59,6 +59,9 @@ class Taker:
         self.waiting += len(data)
         assert self.waiting <= self.stream.window.window_bytes, "more waits than was granted"
 
+    def on_last_data(self, data: memoryview) -> None:
+        self.on_data(data)
+
     def on_fin(self) -> None:
         if self.rng.random() < 0.5:
             self.stream.fin()

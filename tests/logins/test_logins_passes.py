@@ -22,7 +22,7 @@ def shown(line: bytes) -> tuple[Field, ...]:
 
 def test_a_pass_comes_back() -> None:
     line = COOKIES.grant(FOUND, 1_000, secure=True)
-    assert line.endswith(b"; Path=/; Max-Age=1000; HttpOnly; SameSite=Lax; Secure\r\n")
+    assert line.endswith(b"; Path=/; Max-Age=87400; HttpOnly; SameSite=Lax; Secure\r\n")
     assert COOKIES.read(shown(line)) == [FOUND]
     assert COOKIES.read_tries(shown(line)) == []
     tried = COOKIES.grant_try(FOUND, 600, secure=False)

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fxrelay.balance.script_input import without_secrets
 from fxrelay.logins.recognising import (
     Failed,
     GoesOn,
@@ -161,6 +162,17 @@ def test_any_json_is_read(document: object) -> None:
 
 def test_two_users_in_any_case_are_ambiguous() -> None:
     assert read_parameters(FORM, b"/?USERNAME=bob", (), b"username=ann").is_ambiguous
+    assert read_parameters(FORM, b"/", (), b'{"username": "ann", "username": "bob"}').is_ambiguous
+    assert read_parameters(FORM, b"/", (), b'{"username": "ann", "username": "ann"}') == Parameters("ann")
+
+
+def test_all_that_a_login_says_is_for_scripts() -> None:
+    body = b'{"username": "ann", "admin": true, "start": {"command": "xterm", "password": "x"}, "n": [1]}'
+    said = read_parameters(FASTX3, b"/v3/api/user/login?serverId=n2", (), body)
+    expected = {"serverId": "n2", "username": "ann", "admin": True, "start": {"command": "xterm", "password": "x"}, "n": [1]}
+    assert (said.user, said.data) == ("ann", expected)
+    assert without_secrets(said.data)["start"] == {"command": "xterm"}
+    assert read_parameters(FASTX3, b"/", fields(Content_Type="application/json"), b"[1]").data == {}
 
 
 def test_tokens_a_request_shows() -> None:

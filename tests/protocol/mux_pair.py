@@ -64,6 +64,9 @@ class Recorder:
         assert not any(event[0] in ("fin", "reset", "refuse", "redirect") for event in self.events), "data behind the end"
         self.data += data
 
+    def on_last_data(self, data: memoryview) -> None:
+        self.on_data(data)
+
     def on_fin(self) -> None:
         self.events.append(("fin",))
 

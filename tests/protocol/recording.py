@@ -37,6 +37,9 @@ class CollectingSink:
         self.data_left -= len(data)
         self.frames.append((DATA, stream_id, so_far + bytes(data)))
 
+    def on_last_data(self, stream_id: int, data: memoryview) -> None:
+        self.on_data(stream_id, data)
+
     def on_frame(self, kind: int, stream_id: int, payload: memoryview) -> None:
         assert not self.data_left, "a frame inside a DATA frame"
         self.frames.append((kind, stream_id, bytes(payload)))

@@ -137,3 +137,34 @@ def test_random_bytes_are_frames_or_a_clear_error(raw: bytes, step: int) -> None
     except RemoteProtocolError:
         return
     assert sink.parser.received == len(raw)
+
+
+class EndsSink(CollectingSink):
+    """Also which DATA frames were handed out as the last of their stream."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.last: list[Frame] = []
+
+    def on_last_data(self, stream_id: int, data: memoryview) -> None:
+        self.last.append((frames.DATA, stream_id, bytes(data)))
+        super().on_last_data(stream_id, data)
+
+
+@pytest.mark.parametrize(
+    ("behind", "is_last"),
+    [
+        (frames.encode_fin(7), True),
+        (frames.encode_fin(7)[:-1], False),
+        (frames.encode_fin(8), False),
+        (frames.encode_reset(7, Code.CANCELLED), False),
+        (frames.encode(frames.DATA, 7, b"more"), False),
+        (b"", False),
+    ],
+    ids=["its FIN", "part of it", "another's", "a RESET", "more DATA", "nothing"],
+)
+def test_the_last_bytes_of_a_stream_are_told_apart_where_its_end_is_at_hand(behind: bytes, is_last: bool) -> None:
+    sink = EndsSink()
+    sink.feed(frames.encode(frames.DATA, 7, b"answer") + behind)
+    assert sink.last == [(frames.DATA, 7, b"answer")] * is_last
+    assert sink.frames[0] == (frames.DATA, 7, b"answer")

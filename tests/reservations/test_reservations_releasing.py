@@ -1,6 +1,6 @@
 """When logins that have ended are told to the store. The store is the test's, and takes as long as it says."""
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +11,7 @@ from fxrelay.balance.login_attempt import Attempt
 from fxrelay.balance.reservations import Record, Token
 from fxrelay.cluster.members import Ages
 from fxrelay.cluster.view import ClusterView
+from fxrelay.reserving.asks import Ask, Asks
 from fxrelay.reserving.books import ReservingConfig
 from fxrelay.reserving.leases import Hold, Leases, Terms
 from fxrelay.reserving.ledger import Written
@@ -26,18 +27,18 @@ class SlowBooks:
 
     def __init__(self) -> None:
         self.config = ReservingConfig(RelayId("a"))
-        self.ledger = SimpleNamespace(release=lambda server_id, login_id, linger_ms: Written(Record(), ()))
+        self.asks = Asks("a", 1)
         self.tidings = SimpleNamespace(happened=lambda *_: None)
         self.last_error = ""
         self.failing = 0
 
-    async def ask(self, call: Callable[[], Any]) -> Any:
+    async def do_all(self, together: Sequence[Ask[Any]]) -> list[Any]:
         await trio.sleep(CALL_S)
         self.last_error = "no answer" if self.failing else ""
         if self.failing:
             self.failing -= 1
-            return StoreError(self.last_error)
-        return call()
+            return [StoreError(self.last_error) for _ in together]
+        return [(Record(), Written(Record(), ())) for _ in together]
 
     def learn(self, server_id: RelayId, written: Written) -> None:
         """Nothing to be learnt."""

@@ -1,7 +1,7 @@
 """Relays' part in reservations, on one real store: logins of many requests, stores that fail for one of them, and who waits."""
 
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -14,14 +14,14 @@ from fxrelay.balance.login_attempt import Happening
 from fxrelay.balance.reservations import Login, Reason, Record
 from fxrelay.balance.waiting import Line, Place
 from fxrelay.cluster.members import Ages
-from fxrelay.cluster.ports import RESERVATIONS, Change, Document, Present
+from fxrelay.cluster.ports import MAX_DOCUMENT_BYTES, RESERVATIONS, Document, Present, Update
 from fxrelay.cluster.sqlite_bus import SqliteTransporter
 from fxrelay.cluster.sqlite_store import SqliteStore
 from fxrelay.cluster.view import ClusterView
 from fxrelay.reserving.books import ReservingConfig
 from fxrelay.reserving.leases import Hold, Terms
 from fxrelay.reserving.reservations import NO_STORE, Entered, Refused, Reservations
-from fxrelay.reserving.tidings import Tidings, encode_tidings, read_tidings
+from fxrelay.reserving.tidings import Tidings, encode_tidings, encode_together, read_tidings
 from fxtunnel.errors import StoreError
 from fxtunnel.model import RelayId
 
@@ -49,16 +49,17 @@ class Partitioned(SqliteStore):
             assert waits.wait(20)
         yield from found
 
-    def update(self, collection: str, key: str, change: Change) -> Present:
+    def update_all(self, updates: Sequence[Update]) -> list[Present | Exception]:
         if self.errors:
             self.errors -= 1
             raise RuntimeError("an error of ours")
         if self.is_cut:
-            raise StoreError("cut off")
-        present = super().update(collection, key, change)
-        if self.loses_answers and collection == RESERVATIONS:
-            raise StoreError("the answer was lost")
-        return present
+            return [StoreError("cut off") for _ in updates]
+        results = super().update_all(updates)
+        if self.loses_answers:
+            answers = zip(updates, results, strict=True)
+            return [StoreError("the answer was lost") if update.collection == RESERVATIONS else result for update, result in answers]
+        return results
 
 
 class Relay:
@@ -249,7 +250,10 @@ async def test_a_server_is_held_while_its_user_has_sessions(tmp_path: Path) -> N
         await second.taken(S1, "bob")
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"serverId": "a b", "record": "{}"}', '{"serverId": "a", "record": 7}', "[" * 9_999])
+RECORDS = ["{}", '{"serverId": "a b", "record": "{}"}', '{"serverId": "a", "record": 7}', '{"serverId": "a", "record": {}}']
+
+
+@pytest.mark.parametrize("text", ["", "[]", "[" * 9_999, "[7]", "[[]]", *RECORDS, *(f"[{record}]" for record in RECORDS)])
 def test_messages_that_are_malformed_are_dropped(text: str) -> None:
     assert read_tidings(text) is None
 
@@ -276,8 +280,18 @@ async def test_what_follows_quickly_is_told_together_as_it_is_then(autojump_cloc
         tidings.publish("s1", Record("e", revision=4))
         await trio.sleep(1)
         nursery.cancel_scope.cancel()
-    found = [[read_tidings(text) for text in texts] for texts in told]
+    found = [[heard for text in texts for heard in read_tidings(text) or ()] for texts in told]
     assert found == [[(S1, Record("e", revision=3)), (S2, Record("e", revision=1))], [(S1, Record("e", revision=4))]]
+
+
+def test_many_records_are_told_in_few_messages() -> None:
+    news = [(f"s{number}", Record("e", revision=number)) for number in range(1, 20)]
+    texts = encode_together(news)
+    assert len(texts) == 3
+    assert [heard for text in texts for heard in read_tidings(text) or ()] == news
+    assert read_tidings(f"[{','.join([encode_tidings('s1', Record())] * 9)}]") is None, "more than anybody tells at once"
+    long = Record("e", logins=tuple(Login(f"{number:0128}", "a" * 256, "r", 1, 1) for number in range(250)))
+    assert all(len(text) < MAX_DOCUMENT_BYTES for text in encode_together([(f"s{number}", long) for number in range(5)]))
 
 
 def test_a_message_is_heard() -> None:

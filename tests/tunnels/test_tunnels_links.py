@@ -147,6 +147,23 @@ async def test_a_control_link_feeds_the_registry(tmp_path: Path) -> None:
             assert rig.registry.calls[1:] == [("services", NODE, "i1", db), ("load", NODE, "i1", 3), ("draining", NODE, "i1")]
 
 
+async def test_what_a_relay_has_given_up_ends_once_its_new_session_is_up(tmp_path: Path) -> None:
+    async with running(tmp_path) as rig:
+        await rig.enrol()
+        async with rig.tickets() as ticket:
+            kept = SessionId("0" * 32)
+            text = await ticket(None, sessions=(kept,))
+            assert rig.registry.calls[-1] == ("note_sessions", NODE, "i1", (kept,))
+            stream, answered = await rig.data_link(text)
+            assert isinstance(answered, wire.Welcome)
+            assert rig.registry.sessions[answered.session].log[-1] == "attach"
+            assert rig.registry.calls[-2:] == [("new_session", NODE, "i1"), ("end_given_up", NODE, "i1")]
+            rig.registry.calls.clear()
+            await ticket(answered.session)
+            assert rig.registry.calls == []
+            await stream.aclose()
+
+
 async def test_a_new_instance_fences_the_old_one(tmp_path: Path) -> None:
     async with running(tmp_path) as rig:
         await rig.enrol()

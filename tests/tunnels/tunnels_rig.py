@@ -125,6 +125,12 @@ class FakeRegistry:
         self.sessions[session.id] = session
         return session
 
+    def note_sessions(self, relay_id: RelayId, instance: InstanceId, kept: tuple[SessionId, ...]) -> None:
+        self._note("note_sessions", relay_id, instance, kept)
+
+    def end_given_up(self, relay_id: RelayId, instance: InstanceId) -> None:
+        self._note("end_given_up", relay_id, instance)
+
     def find_session(self, relay_id: RelayId, instance: InstanceId, session_id: SessionId) -> FakeSession | None:
         self._note("find_session", relay_id, instance)
         return self.sessions.get(session_id)
@@ -204,8 +210,8 @@ class Rig:
             await ws.send_message(encode(hello(instance)))
             await channel.receive()
 
-            async def get(session: SessionId | None = None) -> str:
-                await ws.send_message(encode(TicketRequest(request=7, session=session)))
+            async def get(session: SessionId | None = None, sessions: tuple[SessionId, ...] | None = None) -> str:
+                await ws.send_message(encode(TicketRequest(request=7, session=session, sessions=sessions)))
                 with trio.fail_after(5):
                     while not isinstance(message := await channel.receive(), Ticket):
                         pass

@@ -2,6 +2,7 @@
 
 import logging
 import ssl
+import time
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -129,6 +130,21 @@ async def test_a_session_is_given_up_when_its_hold_is_over(gateway: FakeGateway,
         assert 0.2 <= trio.current_time() - cut_at < 10  # the gateway said 0.2, the default is 30
         assert old.closed == (Code.LINK_LOST, "no link for 0.2 s")
         await until(lambda: len(it.factory.sessions) == 2)
+
+
+async def test_who_asks_for_a_new_session_says_which_it_has(gateway: FakeGateway, state_dir: Path) -> None:
+    """So that the gateway need not hold what nobody will resume."""
+    async with running(gateway, state_dir, replace(QUICK, links=2)) as it:
+        await until(lambda: len(it.factory.sessions) == 2 and all(session.link for session in it.factory.sessions))
+        gone, kept = it.factory.sessions
+        welcome = gateway.data
+        gateway.data = lambda hello: deny(Refusal.UNKNOWN_SESSION) if hello.session == gone.id else welcome(hello)
+        gateway.heard.clear()
+        gone.cut()
+        await until(lambda: len(it.factory.sessions) == 3)
+        resuming, anew = (message for message in gateway.heard if isinstance(message, TicketRequest))
+        assert (resuming.session, resuming.sessions) == (gone.id, None)
+        assert (anew.session, anew.sessions) == (None, (kept.id,))
 
 
 async def test_a_session_that_ends_by_itself_while_waiting_for_control_is_made_anew(gateway: FakeGateway, state_dir: Path) -> None:
@@ -324,6 +340,9 @@ async def test_shutdown_ends_an_uplink_that_never_got_through(gateway: FakeGatew
     gateway.upgrading = [PeerRefused(Refusal.TOO_MANY, "full", retry_after_s=60)]
     async with running(gateway, state_dir) as it:
         await until(lambda: bool(it.uplink.statistics().last_error))
+        waiting = it.uplink.statistics()
+        assert (waiting.state, waiting.attempts) == (UplinkState.WAITING, 1)
+        assert waiting.next_try_unix > time.time() + 5
         await it.uplink.shutdown(Code.SHUTDOWN)
         await it.ended.wait()
         assert it.error is None

@@ -250,7 +250,10 @@ class FakeGateway:
         return ControlWelcome(**(fields | changes))
 
     async def _data_link(self, peer: TlsStream) -> None:
-        _, length, _ = parse_header(await peer.receive_some(HEADER_BYTES))
+        head = await peer.receive_some(HEADER_BYTES)
+        if len(head) < HEADER_BYTES:
+            return  # the relay needs it no more
+        _, length, _ = parse_header(head)
         hello = decode_hello(await peer.receive_some(length))
         self.data_hellos.append(hello)
         reply = self.data(hello)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
+import psutil
 import pytest
 import trio
 from workers_rig import MakeStack, say, slowness, start, until_gone, worker_of, workers
@@ -99,6 +100,8 @@ def test_one_worker_dies_and_the_others_do_not_notice(make_stack: MakeStack, ech
             client.sendall(b"before")
             assert read_exactly(client, 6) == b"before"
         victim = worker_of(stack, "node-0")
+        # A worker that is late with its answer is shown as it was.
+        wait_until(lambda: sum(worker["connections"] for worker in workers(stack).values()) == 40, 10, "all clients are shown")
         carried = workers(stack)[victim]["connections"]
         assert 0 < carried < 40
         pid = workers(stack)[victim]["pid"]
@@ -122,6 +125,28 @@ def test_one_worker_dies_and_the_others_do_not_notice(make_stack: MakeStack, ech
     assert json.loads(stack.page("/relays"))["doors"][0]["accepted"] >= 40
     for _ in range(20):
         say(stack.doors["echo"])
+
+
+def test_a_relay_does_not_wait_for_the_successor_of_its_worker(make_stack: MakeStack, echo_service: Service) -> None:
+    """It names the worker that has died; a process with that number exists again, and is not there yet."""
+    stack = start(make_stack, {"echo": echo_service.target}, relays=2)
+    assert stack.gateway is not None
+    victim = worker_of(stack, "node-0")
+    before = {worker["pid"] for worker in workers(stack).values()}
+    relay = stack.relays["node-0"]
+    relay.signal(signal.SIGSTOP)  # until there is a successor
+    os.kill(workers(stack)[victim]["pid"], signal.SIGKILL)
+    gateway = psutil.Process(stack.gateway.pid)
+    wait_until(lambda: {child.pid for child in gateway.children()} - before, 20, "a successor")
+    (successor,) = {child.pid for child in gateway.children()} - before
+    os.kill(successor, signal.SIGSTOP)
+    relay.signal(signal.SIGCONT)
+    stack.wait_for_relays("node-0", "node-1", timeout_s=20)
+    assert worker_of(stack, "node-0") != victim
+    assert not workers(stack)[victim]["up"]
+    say(stack.doors["echo"])
+    os.kill(successor, signal.SIGCONT)
+    wait_until(lambda: workers(stack)[victim]["up"], 30, "the successor")
 
 
 @pytest.mark.slow
