@@ -87,7 +87,7 @@ def decisions(folder: Path, rounds: int) -> Numbers:
 
     async def run() -> Numbers:
         numbers: Numbers = {}
-        scripts = Scripts(ScriptLimits(), folder)
+        scripts = Scripts(ScriptLimits(), folder / "relay.toml")
         try:
             for name, spec in (("builtin", "builtin:fewest-sessions"), ("js", "js:choose.js"), ("exec", "exec:choose.sh")):
                 chain = scripts.chain([spec], "desk", {})

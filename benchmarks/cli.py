@@ -32,6 +32,7 @@ PEERS: Final[list[Callable[[], Peer]]] = [
     peer_ssh.plain,
     peer_ssh.with_aes128,
     peer_fx.without_resumption,
+    peer_fx.with_aes128,
     web_peers.FxWeb,
     web_peers.NginxWeb,
     peer_fx.with_workers,
@@ -81,25 +82,32 @@ def _one(bench: Bench, measure: Measure, peer: Peer, round_: int) -> Sample:
     return sample
 
 
-def _interleaved(bench: Bench, chosen: Sequence[Measure], peers: Sequence[Peer], rounds: int, console: Console) -> list[Sample]:
-    """Each measure on the load generator alone, then A B C A B C … so that a machine that drifts drifts for all."""
+def _interleaved(bench: Bench, chosen: Sequence[Measure], peers: Sequence[Peer], rounds: int, console: Console) -> tuple[list[Sample], str]:
+    """Each measure on the load generator alone, then A B C A B C … so that a machine that drifts drifts for all.
+
+    Returns the samples, and where Ctrl-C ended the run; empty if it came to its end.
+    """
     direct = Direct()
     cells = []
     for measure in chosen:
         cells += [(measure, peer, 0) for peer in measure.peers([direct])]
         cells += [(measure, peer, number) for number in range(1, rounds + 1) for peer in measure.peers(peers)]
-    samples = []
+    samples: list[Sample] = []
     columns = TextColumn("{task.description:<44}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, console=console, refresh_per_second=1) as progress:
         task = progress.add_task("", total=len(cells))
         for measure, peer, number in cells:
-            progress.update(task, description=f"{measure.name}: {peer.label}, round {number}")
-            sample = _one(bench, measure, peer, number)
+            turn = f"{measure.name}: {peer.label}, round {number}"
+            progress.update(task, description=turn)
+            try:
+                sample = _one(bench, measure, peer, number)
+            except KeyboardInterrupt:
+                return samples, turn
             samples.append(sample)
             if "error" in sample:
                 progress.console.print(f"{measure.name}, {peer.label}: {sample['error']}", style="red", markup=False)
             progress.advance(task)
-    return samples
+    return samples, ""
 
 
 def _chosen(text: str | None, names: Sequence[str], option: str) -> list[str]:
@@ -130,7 +138,8 @@ def _end(signal_number: int, _frame: object) -> None:
 def main(rounds: int, only: str | None, peer: str | None, quick: bool, results: Path) -> None:
     """Measure FX Gateway side by side with nginx and OpenSSH on this machine.
 
-    Writes latest.json, latest.md and latest.svg; quick.* or partial.* when not everything was measured.
+    Writes latest.json, latest.md and latest.svg; quick.* or partial.* when not everything was measured. Ctrl-C ends the run and
+    writes what was measured so far.
     """
     signal.signal(signal.SIGTERM, _end)
     console = Console()
@@ -151,7 +160,7 @@ def main(rounds: int, only: str | None, peer: str | None, quick: bool, results: 
     date, machine = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"), _machine()
     load, requests = LoadGenerator.build(CLIENT_LIMIT_S), LoadGenerator.build(CLIENT_LIMIT_S, "webgen")
     with load.service() as service_port, requests.service() as web_port:
-        samples = _interleaved(Bench(load, service_port, sizes, requests, web_port), chosen, peers, rounds, console)
+        samples, interrupted = _interleaved(Bench(load, service_port, sizes, requests, web_port), chosen, peers, rounds, console)
     medians = report.medians_of(samples)
     shown = [Direct(), *peers] if any("direct" in by_peer for by_peer in medians.values()) else peers
     full: dict[str, Any] = {
@@ -162,11 +171,12 @@ def main(rounds: int, only: str | None, peer: str | None, quick: bool, results: 
         "sizes": asdict(sizes),
         "peers": {one.name: {"label": one.label, "version": one.version()} for one in shown},
         "skipped": skipped,
+        "interrupted": interrupted,
         "medians": medians,
         "targets": report.judge(medians),
         "samples": samples,
     }
-    is_whole = len(chosen) == len(MEASURES) and len(wanted) == len(everyone)
+    is_whole = len(chosen) == len(MEASURES) and len(wanted) == len(everyone) and not interrupted
     name = "quick" if quick else "latest" if is_whole else "partial"
     _write(results, name, full)
     console.print(report.markdown(full), markup=False, highlight=False, soft_wrap=True)

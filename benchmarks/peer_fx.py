@@ -121,6 +121,12 @@ def without_resumption() -> FxGateway:
     return FxGateway("fx-noresume", "FX Gateway, resumption off", RESUME_OFF, frozenset({"bulk", "bulk16"}))
 
 
+def with_aes128() -> FxGateway:
+    """With the cheapest cipher that TLS 1.3 has, as an administrator chooses it: by OpenSSL's own configuration."""
+    environ = {"OPENSSL_CONF": str(ROOT / "deploy" / "openssl-aes128.cnf")}
+    return FxGateway("fx-aes128", "FX Gateway, aes128-gcm", environ, frozenset({"bulk", "bulk16"}))
+
+
 def with_workers() -> FxGateway:
     """With two workers and one relay, so that about half of the clients come in at the worker that has not got it, and are passed on."""
     return FxGateway("workers", "FX Gateway, 2 workers", {"FXGATEWAY__TUNNEL__WORKERS": "2"}, frozenset({"bulk", "bulk16", "conn"}))

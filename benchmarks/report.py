@@ -91,6 +91,8 @@ def markdown(report: Report) -> str:
         _targets(report),
     ]
     notes = [f"- {peer}: skipped, {reason}" for peer, reason in report["skipped"].items()]
+    if report.get("interrupted"):
+        notes.append(f"- interrupted at {report['interrupted']}: that and what would have followed was not measured")
     notes += [f"- {failure}" for failure in failures(report)]
     notes += [f"- {warning}" for warning in ceiling_warnings(report)]
     if notes:

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median, quantiles
@@ -63,7 +64,7 @@ def one_after_the_other(store: Store, rounds: int) -> tuple[float, float]:
         seen.append((time.perf_counter() - began) * 1e3)
         if not isinstance(outcome, Granted):
             raise processes.BenchmarkError(f"not granted: {outcome}")
-        ledger.release(f"server-{turn % 50}", f"login-{turn}", 0)
+        ledger.release(f"server-{turn % 50}", f"login-{turn}", "ann", 0)
     return median(seen), quantiles(seen, n=20)[-1]
 
 
@@ -79,7 +80,7 @@ def logins(store: Store, name: str, seconds: float) -> int:
             login = f"{name}-{thread}-{count}"
             outcome, _ = ledger.take(server, login, login, "192.0.2.1", OwnerRelogin.PREFER)
             if isinstance(outcome, Granted):
-                ledger.release(server, login, 0)
+                ledger.release(server, login, login, 0)
                 made += 1
             count += 1
             if count % 100 == 0:
@@ -114,23 +115,27 @@ def on_sqlite(folder: Path, rounds: int) -> Numbers:
 
 def on_redis(folder: Path, rounds: int) -> Numbers:
     """Commits on a local Redis, and logins of three processes at once."""
-    with redis_server(folder, "always") as broker:
-        store = RedisStore(RedisClient(load_broker(broker)))
+    with redis_server(folder, "always") as redis:
+        store = RedisStore(RedisClient(load_broker(redis.broker)))
         p50, p95 = one_after_the_other(store, rounds)
         store.close()
-        ledgers, _ = together(broker, "ledger")
-        relays, cpu_ms = together(broker, "relay")
-    with redis_server(folder, "everysec") as broker:
-        store = RedisStore(RedisClient(load_broker(broker)))
+        ledgers = together(redis, "ledger")
+        relays = together(redis, "relay")
+    with redis_server(folder, "everysec") as redis:
+        store = RedisStore(RedisClient(load_broker(redis.broker)))
         without_sync, _ = one_after_the_other(store, rounds)
         store.close()
     return {
         "redis_commit_p50_ms": p50,
         "redis_commit_p95_ms": p95,
         "redis_commit_without_sync_p50_ms": without_sync,
-        "redis_logins_per_s": ledgers,
-        "redis_whole_relays_logins_per_s": relays,
-        "redis_whole_relay_cpu_ms_per_login": cpu_ms,
+        "redis_logins_per_s": ledgers.per_s,
+        "redis_ledger_cpu_ms_per_login": ledgers.cpu_ms,
+        "redis_cpu_ms_per_login_of_ledgers": ledgers.redis_cpu_ms,
+        "redis_whole_relays_logins_per_s": relays.per_s,
+        "redis_whole_relay_cpu_ms_per_login": relays.cpu_ms,
+        "redis_whole_relay_clients_cpu_ms_per_login": relays.clients_cpu_ms,
+        "redis_cpu_ms_per_login_of_whole_relays": relays.redis_cpu_ms,
     }
 
 
@@ -141,13 +146,22 @@ def on_http_sqlite(folder: Path, rounds: int) -> Numbers:
 
 def on_http_redis(folder: Path, rounds: int) -> Numbers:
     """The same, with the store on Redis."""
-    with redis_server(folder, "always") as broker:
-        return {f"{name.removesuffix('_p50_ms')}_redis_p50_ms": value for name, value in http_logins(folder, broker, rounds // 5).items()}
+    with redis_server(folder, "always") as redis:
+        found = http_logins(folder, redis.broker, rounds // 5)
+    return {f"{name.removesuffix('_p50_ms')}_redis_p50_ms": value for name, value in found.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Redis:
+    """A Redis that is there, and the broker.json that leads to it."""
+
+    broker: Path
+    pid: int
 
 
 @contextmanager
-def redis_server(folder: Path, sync: str) -> Iterator[Path]:
-    """The broker.json of a Redis that is there."""
+def redis_server(folder: Path, sync: str) -> Iterator[Redis]:
+    """A Redis that syncs its file as `sync` says (appendfsync)."""
     port = processes.free_port()
     content = {"transporterType": "redis", "host": "127.0.0.1", "port": port, "password": "bench", "namespace": "bench", "tls": False}
     broker = folder / f"broker-{sync}.json"
@@ -159,17 +173,37 @@ def redis_server(folder: Path, sync: str) -> Iterator[Path]:
     redis = processes.start(["redis-server", *options, "--appendonly", "yes", "--appendfsync", sync], folder / "redis.log")
     try:
         time.sleep(1)
-        yield broker
+        yield Redis(broker, redis.pid)
     finally:
         processes.stop([redis])
 
 
-def together(broker: Path, kind: str) -> tuple[float, float]:
-    """Logins per second of three processes at once, and the processor time of each login that they tell of."""
-    command = [sys.executable, "-m", "benchmarks.reservations", "--be", kind, "--broker", str(broker), "--seconds", str(SECONDS)]
+@dataclass(frozen=True, slots=True)
+class Together:
+    """Three processes at once. Milliseconds of processor time for each login: of the process that makes it, its clients' share of that, and
+    Redis' own.
+    """
+
+    per_s: float
+    cpu_ms: float
+    clients_cpu_ms: float
+    redis_cpu_ms: float
+
+
+def together(redis: Redis, kind: str) -> Together:
+    """Logins of three processes at once."""
+    command = [sys.executable, "-m", "benchmarks.reservations", "--be", kind, "--broker", str(redis.broker), "--seconds", str(SECONDS)]
+    redis_s = processes.cpu_s([redis.pid])
     relays = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(RELAYS)]
     told = [json.loads(relay.communicate(timeout=60)[0]) for relay in relays]
-    return sum(count for count, _ in told) / SECONDS, median(cpu_ms for _, cpu_ms in told)
+    redis_s = processes.cpu_s([redis.pid]) - redis_s
+    made = sum(count for count, _, _ in told)
+    return Together(
+        made / SECONDS,
+        median(cpu_ms for _, cpu_ms, _ in told),
+        median(clients_ms for _, _, clients_ms in told),
+        1e3 * redis_s / max(1, made),
+    )
 
 
 MEASURES: Final[dict[str, Callable[[Path, int], Numbers]]] = {
@@ -217,8 +251,8 @@ def keep(found: dict[str, list[float]]) -> None:
     path.write_text(json.dumps({**kept, "numbers": numbers, "turns": turns}, indent=1) + "\n")
 
 
-def one_of_three(kind: str, broker: Path, seconds: float) -> tuple[int, float]:
-    """Logins made, and milliseconds of processor time for each."""
+def one_of_three(kind: str, broker: Path, seconds: float) -> tuple[int, float, float]:
+    """Logins made, and milliseconds of processor time for each; of these the clients' own."""
     name = f"relay-{os.getpid()}"
     if kind == "relay":
         return trio.run(whole_relay, broker, name, seconds)
@@ -227,7 +261,7 @@ def one_of_three(kind: str, broker: Path, seconds: float) -> tuple[int, float]:
     count = logins(store, name, seconds)
     cpu_s = time.process_time() - cpu_s
     store.close()
-    return count, 1e3 * cpu_s / max(1, count)
+    return count, 1e3 * cpu_s / max(1, count), 0.0
 
 
 if __name__ == "__main__":
