@@ -35,6 +35,7 @@ class Line:
     stream: TlsStream
     welcome: Welcome
     sink: CollectingSink = field(default_factory=CollectingSink)
+    received_bytes: int = 0
     is_closed: bool = False
 
     async def send(self, *raw: bytes) -> None:
@@ -45,6 +46,7 @@ class Line:
         """Take what comes until the gateway ends the link."""
         with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError):
             while data := await self.stream.receive_some():
+                self.received_bytes += len(data)
                 self.sink.feed(data)
         self.is_closed = True
 
