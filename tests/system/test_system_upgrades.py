@@ -127,7 +127,8 @@ def through(port: int, happening: Callable[[], None], times: int = RESTARTS) -> 
         problems = [problem for flow in flows if (problem := flow.finish())]
     figures = (
         f"{times} times in {took_s:.1f} s, at most {max(each_s):.1f} s each: {len(flows)} transfers of "
-        f"{sum(flow.sent_bytes for flow in flows) / MIB:.1f} MiB in all, {len(problems)} lost {problems}; visits {dict(visitors.ends)}, the longest {visitors.longest_s:.2f} s"
+        f"{sum(flow.sent_bytes for flow in flows) / MIB:.1f} MiB in all, {len(problems)} lost {problems}; "
+        f"visits {dict(visitors.ends)}, the longest {visitors.longest_s:.2f} s"
     )
     sys.stdout.write(f"\n{figures}\n")
     assert problems == [], figures
