@@ -157,6 +157,7 @@ class Gateway:
             nursery.start_soon(self._reloads.run, self._load_again, self._notifier)
             nursery.start_soon(feed_watchdog, self._notifier)
             self._announce(str(bound_address(tunnel_socket)), str(admin))
+            nursery.start_soon(self._tell_ready)
             settle()
             await self._stop.wait()
             await self._drain()
@@ -200,7 +201,12 @@ class Gateway:
         self._view.listening = (tunnel, *self._doors.bound.values(), admin)
         sys.stdout.write(f"fxgateway ready: tunnels on {tunnel}; doors: {doors or 'none'}; admin on {admin}\n")
         sys.stdout.flush()
-        self._notifier.ready()
+
+    async def _tell_ready(self) -> None:
+        """READY when clients are served: a restart that follows as soon as this one is done must not leave them waiting for both."""
+        await wait_until(lambda: self._stop.is_set() or not self._doors.is_waiting)
+        if not self._stop.is_set():
+            self._notifier.ready()
 
     async def _drain(self) -> None:
         drain_s = self._settings.limits.drain_s

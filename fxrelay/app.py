@@ -165,7 +165,7 @@ class Relay:
             nursery.start_soon(self._announce)
             for uplink in self._uplinks:
                 nursery.start_soon(self._run_uplink, uplink)
-            self._notifier.ready()
+            nursery.start_soon(self._tell_ready)
             settle()
             await self._stop.wait()
             if not self._has_failed:
@@ -214,6 +214,16 @@ class Relay:
             if self._has_failed:
                 self._stop.set()
 
+    async def _tell_ready(self) -> None:
+        """READY when each gateway has a tunnel, or could not be had at the first attempt.
+
+        A process that is stopped before it serves leaves clients to its predecessor, whose time is limited (`limits.handover_s`): restarts
+        that follow each other as soon as one is done must not add up.
+        """
+        await wait_until(lambda: self._stop.is_set() or all(uplink.statistics().has_tried for uplink in self._uplinks))
+        if not self._stop.is_set():
+            self._notifier.ready()
+
     async def _announce(self) -> None:
         """The ready line: the first tunnel is up, or there is none to wait for."""
         if not self._uplinks:
@@ -223,7 +233,7 @@ class Relay:
         while True:
             for uplink in self._uplinks:
                 statistics = uplink.statistics()
-                if any(session.is_up for session in statistics.sessions):
+                if statistics.has_tunnel:
                     names = ", ".join(offer.name for offer in self._services.offers())
                     sys.stdout.write(f"fxrelay ready: {self._settings.relay.id} at {statistics.url}; services: {names or 'none'}\n")
                     sys.stdout.flush()

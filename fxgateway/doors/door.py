@@ -127,6 +127,8 @@ class Door:
         self.counters = DoorCounters()
         self._listener: socket.socket | None = None
         self._paused = False
+        self.is_waiting = False
+        """Clients stay in the listener's queue until their services have relays: see `wait_until`."""
         self._sweep: Timer | None = None
 
     @property
@@ -176,7 +178,8 @@ class Door:
         if not self._paused and self._listener is not None:
             self._paused = True
             self.reactor.unregister(self._listener)
-        if is_time() or self.reactor.now >= deadline:
+        self.is_waiting = self._listener is not None and not is_time() and self.reactor.now < deadline
+        if not self.is_waiting:
             self._resume()
         else:
             self.reactor.call_later(WAIT_POLL_S, lambda: self.wait_until(is_time, deadline))

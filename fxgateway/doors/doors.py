@@ -74,6 +74,11 @@ class Doors:
         for door in self._open.values():
             door.wait_until(partial(self._is_served, door), self._reactor.now + wait_s)
 
+    @property
+    def is_waiting(self) -> bool:
+        """Whether a door still keeps clients in its queue after `wait_for_relays`."""
+        return any(door.is_waiting for door in self._open.values())
+
     def release(self) -> None:
         """Take no more clients: a successor has the sockets. Whoever is in stays."""
         for key in list(self._open):

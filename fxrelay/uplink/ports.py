@@ -108,3 +108,14 @@ class UplinkStatistics:
     sessions: tuple[SessionStatistics, ...]
     attempts: int = 0
     next_try_unix: float = 0.0
+
+    @property
+    def has_tunnel(self) -> bool:
+        """Whether clients of this gateway can be served."""
+        return any(session.is_up for session in self.sessions)
+
+    @property
+    def has_tried(self) -> bool:
+        """Whether there is a tunnel, or the first attempt at one has failed."""
+        has_failed = self.attempts > 1 or (self.attempts == 1 and self.state in (UplinkState.WAITING, UplinkState.STOPPED))
+        return has_failed or self.has_tunnel

@@ -17,7 +17,7 @@ pytestmark = [
 ]
 
 STEP_S = 300
-DEAD_AFTER_S = 5
+DEAD_AFTER_S = 8
 STEPS = ((STEP_S, 0), (-STEP_S, STEP_S), (0, -STEP_S))
 """Of the gateway's clock and the relay's."""
 

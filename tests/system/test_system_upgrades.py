@@ -148,6 +148,27 @@ def test_restarts_of_the_relay(managed: Managed) -> None:
     assert is_served(managed.stack.doors["echo"])
 
 
+def test_ready_is_who_serves(managed: Managed) -> None:
+    """Restarts that follow each other as soon as one is done: each process serves before the next one takes its place."""
+    for unit in (managed.relay, managed.gateway, managed.relay):
+        unit.restart()
+        assert "READY=1" in unit.heard
+        (relay,) = [relay for relay in managed.stack.live_relays().values() if relay["state"] == "up"]
+        assert relay["links"]
+
+
+def test_a_relay_whose_gateway_is_away_gets_ready(make_stack: Callable[..., Stack], echo_service: Service) -> None:
+    managed = Managed(make_stack("echo"), {"echo": echo_service.target}, with_store=False)
+    try:
+        managed.start()
+        assert managed.gateway.stop() == 0
+        managed.relay.restart()
+        assert "READY=1" in managed.relay.heard
+        assert "no control link" in managed.relay.log.read_text()
+    finally:
+        managed.close()
+
+
 def test_without_kept_sockets_addresses_are_free_in_time_and_streams_go_on(make_stack: Callable[..., Stack], echo_service: Service) -> None:
     stack = make_stack("echo", extra=GATEWAY_LIMITS)
     managed = Managed(stack, {"echo": echo_service.target}, with_store=False)
