@@ -194,6 +194,31 @@ def test_scripts_choose_and_their_errors_refuse(make_cluster: MakeCluster) -> No
     wait_until(lambda: "closed for today" in (cluster.stack.directory / "node-2.log").read_text(), what="the script's words in the log")
 
 
+@pytest.mark.parametrize(("thrown", "times"), [("Error", 1), ("TypeError", 2)])
+def test_what_a_script_refuses_is_asked_once_and_what_fails_at_every_relay(make_cluster: MakeCluster, thrown: str, times: int) -> None:
+    pytest.importorskip("quickjs")
+    cluster = make_cluster()
+    script = cluster.stack.directory / "choose.js"
+    script.write_text(f'function (input) {{ throw new {thrown}("closed for today"); }}')
+    names = [cluster.node(number, service=f'balance = ["js:{script}"]') for number in (2, 3)]
+    cluster.wait_until_known(names, names)
+
+    def refusals() -> Counter[str]:
+        found: Counter[str] = Counter()
+        for name in names:
+            for refused in cluster.status(name)["services"]:
+                found.update(refused["refused"])
+        return found
+
+    clients = 5
+    for _ in range(clients):
+        with contextlib.suppress(ConnectionResetError), dial(cluster.stack.doors["desk"]) as client:
+            assert how_it_ends(client, 20)[0] == "reset"
+    wait_until(lambda: refusals().total() >= clients * times, what="all refused")
+    assert refusals() == {"forbidden" if times == 1 else "connect-failed": clients * times}
+    assert cluster.stack.logs().count(f"{thrown}: closed for today; ") == clients * times
+
+
 def test_the_service_learns_the_clients_address(make_cluster: MakeCluster) -> None:
     cluster = make_cluster()
     names = [cluster.node(2, service='proxy_protocol = "v1"'), cluster.node(3, gateway=False, service='proxy_protocol = "v1"')]
