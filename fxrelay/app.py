@@ -133,6 +133,7 @@ class Relay:
         brain.use_reactor(self._reactor)
         self._desk.placer = placer = Placer(brain.chooser, self._settings.cluster.paths, brain.chooser)
         self._desk.node = identity.relay_id
+        self._desk.redirected_ended = brain.publisher.session_ended
         self._porter = porter = Porter(brain.tickets, identity.relay_id)
         porter.reconfigure(await trio.to_thread.run_sync(entry_rules, self._settings, self._owners, self._directory))
         placer.entries = StreamEntries(porter, lambda name: isinstance(self._services.get(name), PoolService))

@@ -80,6 +80,7 @@ class Brain:
             self._threads,
             (self._gatherer.measure, self._agent),
         )
+        self.view.hear_end = self.publisher.hear_end
         environment = ClusterEnvironment(whose.relay_id, self._store, self._threads)
         self.chooser = PoolChooser(self.view, ways(settings), environment, self._transporter, self._threads, whose.instance)
         self.chooser.reconfigure(balancing(settings, self._scripts, site_environment(settings.node, os.environ)))

@@ -8,3 +8,8 @@ Answer = dict[str, Any]
 def failed(name: str, message: str, detail: str = "") -> Answer:
     """The answer of a script that did not work. `detail` is for the log only."""
     return {"kind": "failed", "name": name, "message": message, "detail": detail}
+
+
+def refused(name: str, message: str, detail: str = "") -> Answer:
+    """The answer of a script that works, and says no."""
+    return failed(name, message, detail) | {"kind": "refused"}

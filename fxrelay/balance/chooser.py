@@ -346,7 +346,8 @@ class PoolChooser:
             f"; {json.dumps(failure.detail)}" if failure is not None and failure.detail else "",
         )
         message = failure.message if failure is not None else "The server chosen has gone."
-        return NoNode(Code.CONNECT_FAILED, f"{name} (trace {wanted.trace_id})", name, message)
+        code = Code.FORBIDDEN if failure is not None and failure.is_refusal else Code.CONNECT_FAILED
+        return NoNode(code, f"{name} (trace {wanted.trace_id})", name, message)
 
     def _node(self, member: Member, wanted: Wanted, claim: Claim, seat: Seat | None = None) -> Node:
         server = member.server

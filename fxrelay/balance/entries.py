@@ -74,7 +74,8 @@ class Script:
             case "output":
                 return verdict_of_output(str(answer.get("text", "")), known)
             case _:
-                return Failed(str(answer.get("name", "Error")), str(answer.get("message", "")), str(answer.get("detail", "")))
+                name, message, detail = (str(answer.get(key, "")) for key in ("name", "message", "detail"))
+                return Failed(name or "Error", message, detail, answer.get("kind") == "refused")
 
 
 class Scripts:

@@ -13,11 +13,13 @@ from contextlib import suppress
 from functools import partial
 from typing import Any, Final
 
-from fxrelay.balance.answers import failed
+from fxrelay.balance.answers import failed, refused
 from fxrelay.balance.forked import RelayGone, die_with, wait_readable
 
 MAX_OUTPUT_BYTES: Final = 65_536
 LOOK_S: Final = 0.01
+NOT_RUN: Final = 126
+"""From here on exit codes are the shell's: a program cannot be run, is not there, or was killed."""
 _ENVIRONMENT: Final = ("PATH", "LANG", "LC_ALL", "HOME", "TZ")
 
 
@@ -54,7 +56,8 @@ def run_executable(path: str, given: str, limit_s: float, relay: socket.socket) 
         printed, complaint = _read(stdout), _read(stderr).decode(errors="replace").strip()
     last_line = complaint.splitlines()[-1][:500] if complaint else ""
     if code:
-        return failed("ScriptFailed", last_line or f"the balancing script ended with exit code {code}", complaint[-4000:])
+        told = refused if 0 < code < NOT_RUN else failed
+        return told("ScriptFailed", last_line or f"the balancing script ended with exit code {code}", complaint[-4000:])
     try:
         return {"kind": "output", "text": printed.decode(), "log": complaint[-4000:]}
     except UnicodeDecodeError:

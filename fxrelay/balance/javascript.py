@@ -37,6 +37,10 @@ MAX_SOURCE_BYTES: Final = 1 << 20
 MAX_LOG_CHARS: Final = 4_000
 
 MAX_SOURCES: Final = 64
+FAULTS: Final = frozenset(
+    ["AggregateError", "EvalError", "InternalError", "RangeError", "ReferenceError", "SyntaxError", "TypeError", "URIError"]
+)
+"""Errors by which the language says that something is wrong with a function, or with what it found. By others the function says no."""
 _BYTES_PER_CHAR: Final = 8
 """What the engine needs for a server object, for each character of its text; 5.5 was measured."""
 _DECLARED: Final = re.compile(r"^\s*(?:async\s+)?function\s+([A-Za-z_$][\w$]*)", re.MULTILINE)
@@ -239,6 +243,8 @@ def _settled(found: dict[str, Any], path: str) -> dict[str, Any]:
         return failed("ScriptMemory", "the balancing script ran out of memory", path)
     if name in ("InternalError", "RangeError") and ("stack overflow" in message or "call stack" in message):
         return failed("ScriptStack", "the balancing script recursed too deeply", f"{path}: {answer['detail'][:500]}")
+    if answer["kind"] == "failed" and name not in FAULTS:
+        answer["kind"] = "refused"
     answer["log"] = found["log"][:MAX_LOG_CHARS]
     return answer
 

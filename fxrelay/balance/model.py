@@ -73,11 +73,15 @@ class Passed:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """The chain stops. `name` and `message` may be shown to a user; `detail` (a stack, stderr) is for the log only."""
+    """The chain stops. `name` and `message` may be shown to a user; `detail` (a stack, stderr) is for the log only.
+
+    `is_refusal`: the script says no, which is an answer; otherwise it, or what it was told, did not do here, and may do at another relay.
+    """
 
     name: str
     message: str
     detail: str = ""
+    is_refusal: bool = False
 
 
 Verdict = Chosen | Narrowed | Passed | Failed

@@ -165,8 +165,9 @@ def _told(verdict: Verdict) -> str:
             return f"left {len(server_ids)}: {', '.join(server_ids[:_SHOWN])}{more}" if server_ids else "left none"
         case Passed():
             return "no opinion"
-        case Failed(name, message, detail):
-            return f"failed: {_printable(name)}: {_printable(message)}" + (f" [{_printable(detail)}]" if detail else "")
+        case Failed(name, message, detail, is_refusal):
+            what = "refused" if is_refusal else "failed"
+            return f"{what}: {_printable(name)}: {_printable(message)}" + (f" [{_printable(detail)}]" if detail else "")
 
 
 def _printable(text: str) -> str:

@@ -6,6 +6,7 @@ middle of one.
 
     request:   length u32, JSON {"kind", "spec", "limit_s", "memory_bytes", "base", "counts"}    length u32, servers, see `sent_texts`
     answer:    length u32, JSON {"kind": "value", "value"} | {"kind": "output", "text"} | {"kind": "failed", "name", "message", "detail"}
+               or {"kind": "refused"} with the same fields
 """
 
 import importlib
@@ -23,7 +24,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Final
 
-from fxrelay.balance.answers import Answer, failed
+from fxrelay.balance.answers import Answer, failed, refused
 from fxrelay.balance.executable import run_executable
 from fxrelay.balance.forked import RelayGone, collect_children
 from fxrelay.balance.javascript import Engine
@@ -38,6 +39,22 @@ HEADROOM_BYTES: Final = 512 << 20
 """Memory for Python itself and the input, beside what the script may take."""
 MAX_LOG_CHARS: Final = 4_000
 NICE: Final = 5
+FAULTS: Final = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    EOFError,
+    ImportError,
+    LookupError,
+    NameError,
+    OSError,
+    RecursionError,
+    SyntaxError,
+    SystemError,
+    TypeError,
+    ValueError,
+)
+"""By these Python says that something is wrong with a function, or with what it found. By others the function says no."""
 
 
 def serve(channel: socket.socket) -> None:
@@ -112,7 +129,8 @@ def _call(spec: str, text: str) -> Answer:
     except BaseException as exc:  # a script may raise SystemExit as well
         import traceback
 
-        return failed(type(exc).__name__, str(exc)[:500], traceback.format_exc()[-4000:])
+        told = failed if isinstance(exc, FAULTS) else refused
+        return told(type(exc).__name__, str(exc)[:500], traceback.format_exc()[-4000:])
 
 
 _Stamp = tuple[int, int, int]

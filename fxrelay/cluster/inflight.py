@@ -12,6 +12,8 @@ from fxtunnel.model import RelayId
 PlacementId = NewType("PlacementId", str)
 
 MAX_PLACEMENTS: Final = 100_000
+MARGIN_MS: Final = 250
+"""By how much members may be wrong about the store's clock."""
 EXPIRES_S: Final = 180.0
 """A placement nobody withdrew, of a server that publishes no more: twice the age at which a server is down."""
 
@@ -28,7 +30,7 @@ class Placement:
 class InFlight:
     """The placements of this relay and of those that told it. `now` is monotonic seconds."""
 
-    def __init__(self, margin_ms: int = 250) -> None:
+    def __init__(self, margin_ms: int = MARGIN_MS) -> None:
         self._margin_ms = margin_ms
         self._by_server: dict[RelayId, dict[PlacementId, Placement]] = {}
         self._where: OrderedDict[PlacementId, tuple[RelayId, float]] = OrderedDict()  # the oldest first

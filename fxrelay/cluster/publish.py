@@ -2,12 +2,14 @@
 
 import json
 import logging
+import math
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
 import trio
 
+from fxrelay.cluster.inflight import MARGIN_MS
 from fxrelay.cluster.ports import SERVERS, Store, Transporter
 from fxrelay.cluster.server import MAX_SERVER_BYTES, BadServer, parse_server
 from fxrelay.cluster.threads import Threads
@@ -22,6 +24,13 @@ MIN_PAUSE_S: Final = 0.2
 """Between two updates, however much changes."""
 RETRY_S: Final = 3.0
 """Before the store is tried again that did not take an update."""
+EARLY_GATHER_S: Final = 0.2
+"""From a session's end to the update that tells it: others end meanwhile, and by then the kernel or a program counts it no more."""
+EARLY_PAUSE_S: Final = 1.0
+"""From one update to one that tells ends of sessions."""
+MAX_EARLY: Final = 6
+"""Such updates in a row; then one in each `publish_s`, which takes the place of a regular one: a node whose sessions end all the time
+does not write to the store more often than others."""
 FAREWELL_S: Final = 2.0
 
 Facts = Mapping[str, Any]
@@ -38,8 +47,31 @@ class PublisherConfig:
     publish_s: float = 10.0
 
 
+class _Early:
+    """How many early updates are left. `now` is monotonic seconds."""
+
+    def __init__(self, every_s: float) -> None:
+        self._every_s = every_s
+        self._left = float(MAX_EARLY)
+        self._counted_at = 0.0
+
+    def wait_s(self, now: float) -> float:
+        """Until there is one."""
+        self._count(now)
+        return max(0.0, (1 - self._left) * self._every_s)
+
+    def take(self, now: float) -> None:
+        """One is made."""
+        self._count(now)
+        self._left = max(0.0, self._left - 1)
+
+    def _count(self, now: float) -> None:
+        self._left = min(float(MAX_EARLY), self._left + (now - self._counted_at) / self._every_s)
+        self._counted_at = now
+
+
 class Publisher:
-    """Publishes. `run` it once; `changed` may be called at any time from the trio thread.
+    """Publishes. `run` it once; `changed`, `session_ended` and `hear_end` may be called at any time from the trio thread or the reactor.
 
     `measure` gathers what the machine says (it may take its time), `agent` tells at once what the relay knows about itself: `tunnels`.
     """
@@ -65,6 +97,11 @@ class Publisher:
         self._tried = trio.Event()
         self._measured: Facts = {}
         self._measured_ms: int | None = None
+        self._counted_ms = 0.0
+        self._ended = False
+        self._early = _Early(config.publish_s)
+        self._updated_at = 0.0
+        self._waiting: trio.CancelScope | None = None
         self._is_leaving = False
         self._is_silent = False
         self.published = 0
@@ -73,6 +110,17 @@ class Publisher:
     def changed(self) -> None:
         """Something others should know of has changed: publish soon."""
         self._changed.set()
+
+    def session_ended(self) -> None:
+        """A session that others may count is over: publish soon, but not for each. Costs next to nothing if that is going to be done."""
+        if not self._ended:
+            self._ended = True
+            self._come_early()
+
+    def hear_end(self, server_id: RelayId, placed_ms: int) -> None:
+        """A placement has ended, here or at another relay. What was placed well after the last measuring is counted by no update."""
+        if server_id == self._config.server_id and placed_ms <= self._counted_ms:
+            self.session_ended()
 
     def hush(self) -> None:
         """Another process of this node is about to publish: say nothing more, or others would see two nodes with one id."""
@@ -103,22 +151,41 @@ class Publisher:
 
     async def _keep_publishing(self) -> None:
         while True:
-            with trio.move_on_after(min(self._config.publish_s, RETRY_S) if self._view.health().store_down_s else self._config.publish_s):
+            period_s = min(self._config.publish_s, RETRY_S) if self._view.health().store_down_s else self._config.publish_s
+            with trio.move_on_after(period_s) as self._waiting:
+                if self._ended:
+                    self._come_early()
                 await self._changed.wait()
-            self._changed = trio.Event()  # before publishing: what changes meanwhile is told next
+            self._waiting = None
+            is_early, self._ended = self._ended, False  # before publishing: what changes meanwhile is told next
+            self._changed = trio.Event()
+            if is_early:
+                self._early.take(trio.current_time())
             try:
                 await self._publish()
             finally:
                 self._tried.set()
+                self._updated_at = trio.current_time()
+            # A session that begins while others end may be counted twice: in this update, and as on its way. The next one puts it right.
+            self._ended = self._ended or (is_early and self._config.server_id in self._view.in_flight.counts(self._view.now))
             await trio.sleep(min(MIN_PAUSE_S, self._config.publish_s))
+
+    def _come_early(self) -> None:
+        """End the wait for the next update as soon as an early one may be made."""
+        if self._waiting is not None:
+            now = trio.current_time()
+            wait_s = max(EARLY_GATHER_S, self._updated_at + EARLY_PAUSE_S - now, self._early.wait_s(now))
+            self._waiting.deadline = min(self._waiting.deadline, now + wait_s)
 
     async def _publish(self) -> None:
         # Who leaves has no time to measure; and what a predecessor measures after its successor's start would be taken for a quarrel.
         if not self._is_leaving and (self._measured_ms is None or not self._is_silent):
             # What was measured is as old as the beginning of the measuring: nothing that was placed meanwhile is lost.
             began_ms = self._view.now_ms
+            self._counted_ms = math.inf  # nobody knows when exactly sessions are counted
             self._measured = await self._measure()
             self._measured_ms = began_ms
+            self._counted_ms = self._view.now_ms + MARGIN_MS
         await self._send(self._measured)
 
     def _has_successor(self) -> bool:

@@ -44,6 +44,8 @@ class ClusterView:
         self.dropped_messages = 0
         self.hear_reservation: Callable[[str], bool] = lambda text: True
         """What a message about a reservation is given to, if this relay has anything to do with them; false: it is malformed."""
+        self.hear_end: Callable[[RelayId, int], None] = lambda server_id, placed_ms: None
+        """Who is told of placements that have ended: where, and when they were placed."""
         self._monotonic = monotonic
         self._clock_offset_ms = int(time.time() * 1000 - monotonic() * 1000)
         self._synced = False
@@ -206,6 +208,8 @@ class ClusterView:
             return False
         if event == ENDED:
             self.in_flight.withdraw(PlacementId(placement_id))
+            if isinstance(server_id, str) and type(placed_ms) is int:
+                self.hear_end(RelayId(server_id), placed_ms)
             return True
         if event != PLACED or not isinstance(server_id, str) or not is_name(server_id):
             return False

@@ -4,6 +4,7 @@ import errno
 import logging
 import os
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
@@ -61,7 +62,7 @@ class DeliveryCounters:
 class Delivery(Splice):
     """A service's socket and the stream it serves. Until the connection stands, what arrives waits."""
 
-    __slots__ = ("_connecting", "_greeting", "_rest", "desk", "last_bytes", "moved_at", "service")
+    __slots__ = ("_connecting", "_greeting", "_is_redirected", "_rest", "desk", "last_bytes", "moved_at", "service")
 
     path: PathKind = "local"
     """How the node of a pool is reached."""
@@ -77,6 +78,7 @@ class Delivery(Splice):
         self._rest = rest
         self._greeting = encode_proxy_header(service.proxy_protocol, opening.client, opening.door) if service.proxy_protocol else b""
         self._connecting = True
+        self._is_redirected = opening.via is not None
         self._write_blocked = True
 
     @property
@@ -142,6 +144,8 @@ class Delivery(Splice):
     def released(self) -> None:
         """See `Splice`."""
         self.desk.delivery_released(self)
+        if self._is_redirected and not self._connecting:
+            self.desk.redirected_ended()
 
     def _greet(self) -> int:
         """Send the PROXY header, if the service gets one; returns the error, or 0."""
@@ -176,6 +180,8 @@ class DeliveryDesk:
         self.limits = limits
         self.placer = placer
         self.web: StreamTaker | None = None
+        self.redirected_ended: Callable[[], None] = lambda: None
+        """Who is told when a stream that was redirected to this node has ended: the relay that placed it does not hear of it."""
         self.node: RelayId | None = None
         """This relay, as a node that clients may ask for: what it serves at one address is served by no other."""
         self.counters = DeliveryCounters()

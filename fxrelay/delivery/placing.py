@@ -222,7 +222,8 @@ class Placer:
             answer, paths = placing.first or (await self._choose(placing, excluded), self.paths)
             placing.first = None
             if isinstance(answer, NoNode):
-                placing.problem = placing.problem or (answer.code, answer.text)
+                if placing.problem is None or answer.code.is_final:
+                    placing.problem = (answer.code, answer.text)
                 return
             placing.claim, placing.seat = answer.claim, answer.seat
             then = await self._reach(placing, answer, paths)

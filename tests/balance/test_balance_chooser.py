@@ -164,6 +164,8 @@ async def test_refusals_tell_the_gateway_no_more_than_a_name() -> None:
     chooser, _ = make(Surroundings(), Says(Failed("Licence", "secret-server is full", "stack")))
     refused = await chooser.choose(WANTED, frozenset())
     assert refused == NoNode(Code.CONNECT_FAILED, "Licence (trace t1)", "Licence", "secret-server is full")  # the last two are for the user
+    chooser, _ = make(Surroundings(), Says(Failed("Licence", "none left", is_refusal=True)))
+    assert await chooser.choose(WANTED, frozenset()) == NoNode(Code.FORBIDDEN, "Licence (trace t1)", "Licence", "none left")
     chooser.reconfigure({})
     assert await chooser.choose(WANTED, frozenset()) == NoNode(Code.NO_SERVICE, "not served here")
     chooser, _ = make(Surroundings(), Says(Chosen(RelayId("gone"))))

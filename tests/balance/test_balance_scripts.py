@@ -79,6 +79,42 @@ async def test_a_throw_tells_its_name_and_message_and_its_stack_only_in_the_deta
 
 
 @pytest.mark.parametrize(
+    ("spec", "source", "is_refusal"),
+    [
+        ("js", "() => { throw new Error('closed') }", True),
+        ("js", "() => { throw 'closed' }", True),
+        ("js", "async () => { throw new Error('closed') }", True),
+        ("js", "() => { class Closed extends Error {}; const e = new Closed('x'); e.name = 'Closed'; throw e }", True),
+        ("js", "(input) => input.servers.filter(s => false)[0].serverId", False),
+        ("js", "() => nothing", False),
+        ("js", "() => { throw new TypeError('closed') }", False),
+        ("js", "() => {", False),
+        ("js", "() => { for (;;); }", False),
+        ("js", "() => 1", False),
+        ("sh", "echo closed >&2; exit 1", True),
+        ("sh", "exit 125", True),
+        ("sh", "/no/such/file", False),
+        ("sh", "kill -9 $$", False),
+        ("sh", "true", False),
+        ("python", "raise RuntimeError('closed')", True),
+        ("python", "raise Exception('closed')", True),
+        ("python", "raise SystemExit('closed')", True),
+        ("python", "class Closed(Exception): pass\n    raise Closed", True),
+        ("python", "return input['servers'][9]", False),
+        ("python", "open('/no/such/file')", False),
+        ("python", "import nowhere_at_all", False),
+        ("python", "return 1", False),
+    ],
+)
+async def test_whether_a_script_refuses_or_fails(tmp_path: Path, spec: str, source: str, is_refusal: bool) -> None:
+    async with open_bench(tmp_path, SHORT if "for (;;)" in source else None) as bench:
+        if spec == "python":
+            bench.write("site_rules.py", f"def choose(input):\n    {source}\n")
+        entry = {"js": bench.js, "sh": bench.sh, "python": lambda _: bench.entry("python:site_rules:choose")}[spec](source)
+        assert failed(await bench.ask(entry)).is_refusal is is_refusal
+
+
+@pytest.mark.parametrize(
     "source", ["() => { for (;;); }", "async () => { for (;;) await 0 }", "for (;;);", "() => /(a+)+$/.test('a'.repeat(40) + 'b')"]
 )
 async def test_a_loop_is_ended(tmp_path: Path, source: str) -> None:

@@ -4,16 +4,18 @@ import json
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import trio
 from cluster_fakes import FakeStore, FakeTransporter, NoThreads, make_publisher, server_text
 
+from fxrelay.cluster.inflight import Placement, PlacementId
 from fxrelay.cluster.members import Ages
-from fxrelay.cluster.ports import SERVERS, Message
-from fxrelay.cluster.publish import Publisher
-from fxrelay.cluster.view import ClusterView
+from fxrelay.cluster.ports import PLACEMENTS, SERVERS, Message
+from fxrelay.cluster.publish import MAX_EARLY, Publisher
+from fxrelay.cluster.view import ENDED, ClusterView, encode_placement
 from fxtunnel.model import RelayId
 
 ME = RelayId("me")
@@ -224,3 +226,75 @@ async def test_the_word_of_the_newer_twin_stays_in_the_store_until_it_falls_sile
         assert (kept(), node.publisher.last_error, node.view.health().store_down_s) == ("twin", "", 0.0)
         await trio.sleep(40)
         assert kept() == "i-me"
+
+
+def sessions_told(node: Node) -> list[int]:
+    return [said["sessions"] for said in node.said]
+
+
+async def test_a_session_that_ends_is_told_within_a_second_and_many_are_told_together(autojump_clock: object, node: Node) -> None:
+    async with node.publishing():
+        await trio.sleep(3)
+        node.facts = {"sessions": 0}
+        for _ in range(50):
+            node.publisher.session_ended()
+        await trio.sleep(0.5)
+        assert sessions_told(node) == [1, 0]
+        node.facts = {"sessions": 7}
+        node.publisher.session_ended()
+        await trio.sleep(1)
+        assert sessions_told(node) == [1, 0, 7]
+        await trio.sleep(8)
+        assert len(node.said) == 3, "the next regular one is a period later"
+
+
+async def test_an_end_while_sessions_are_counted_is_told_next(autojump_clock: object, node: Node) -> None:
+    async with node.publishing():
+        await trio.sleep(3)
+        node.measuring_s = 1.0
+        node.publisher.changed()
+        await trio.sleep(0.5)
+        node.publisher.hear_end(ME, node.view.now_ms)
+        await trio.sleep(4)
+        assert len(node.said) == 3
+
+
+async def test_where_sessions_end_all_the_time_the_store_is_written_to_no_more_often_than_else(autojump_clock: object, node: Node) -> None:
+    async with node.publishing():
+        for _ in range(10_000):
+            node.publisher.session_ended()
+            await trio.sleep(0.01)
+        times = node.transporter.at
+        assert min(later - earlier for earlier, later in pairwise(times)) >= 0.99
+        assert len(times) <= 1 + MAX_EARLY + 10 + 1
+        assert times[-1] >= 89
+
+
+async def test_ends_that_no_update_counts_are_not_published(autojump_clock: object, node: Node) -> None:
+    async with node.publishing():
+        await trio.sleep(3)
+        node.publisher.hear_end(RelayId("other"), 0)
+        node.publisher.hear_end(ME, node.view.now_ms - 1_000)
+        await trio.sleep(4)
+        assert len(node.said) == 1
+        node.view.hear(Message(PLACEMENTS, encode_placement(ENDED, Placement(PlacementId("p"), ME, node.view.now_ms - 9_000))))
+        assert len(node.said) == 1
+        node.view.hear_end = node.publisher.hear_end
+        node.view.hear(Message(PLACEMENTS, encode_placement(ENDED, Placement(PlacementId("p"), ME, node.view.now_ms - 9_000))))
+        await trio.sleep(1)
+        assert len(node.said) == 2
+
+
+async def test_who_comes_back_at_once_is_not_counted_twice_for_long(autojump_clock: object, node: Node) -> None:
+    """The update that tells the end may already count the session that follows: then another one is soon measured late enough."""
+    async with node.publishing():
+        await trio.sleep(3)
+        node.publisher.session_ended()
+        await trio.sleep(0.1)
+        node.view.in_flight.add(Placement(PlacementId("back"), ME, node.view.now_ms), node.view.now)
+        await trio.sleep(0.4)
+        assert (len(node.said), len(node.view.in_flight)) == (2, 1)
+        await trio.sleep(1.5)
+        assert (len(node.said), len(node.view.in_flight)) == (3, 0)
+        await trio.sleep(5)
+        assert len(node.said) == 3

@@ -70,6 +70,7 @@ class ScriptedChooser:
         self.cancelled = 0
         self.hangs = False
         self.fails = False
+        self.refusal = NoNode(Code.CONNECT_FAILED, "NoServerSelected")
         self.on_choice: Callable[[], None] = lambda: None
 
     async def choose(self, wanted: Wanted, excluded: frozenset[RelayId]) -> Node | NoNode:
@@ -110,7 +111,7 @@ class ScriptedChooser:
                 self.claims.append(claim)
                 self.on_choice()
                 return Node(RelayId(spec.name), spec.is_local, spec.address, spec.can_redirect, claim)
-        return NoNode(Code.CONNECT_FAILED, "NoServerSelected")
+        return self.refusal
 
     async def settled(self) -> None:
         """Wait until every claim has been given back; each exactly once."""

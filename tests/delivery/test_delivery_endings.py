@@ -12,6 +12,7 @@ from plane import SERVICE, Contexts, Plane, RelaySide, open_plane
 from fxrelay.delivery import placing as placing_module
 from fxrelay.delivery.delivery import DeliveryLimits
 from fxrelay.delivery.placing import Placer
+from fxrelay.delivery.ports import NoNode
 from fxrelay.delivery.services import Endpoint, Service
 from fxtunnel.codes import Code
 from fxtunnel.kit.proxy_header import ProxyHeader, ProxyVersion, parse_proxy_header
@@ -241,6 +242,16 @@ async def test_nobody_can_take_it(contexts: Contexts, monkeypatch: pytest.Monkey
         traces = [wanted.trace_id for wanted, _ in chooser.asked]
         assert texts == [f"NoServerSelected (trace {traces[0]})", f"Connection refused (trace {traces[1]})"]
         assert all(len(trace) == 8 and int(trace, 16) >= 0 for trace in traces)
+
+
+async def test_a_refusal_counts_also_after_a_node_that_could_not_be_reached(contexts: Contexts) -> None:
+    async with open_plane(contexts) as plane:
+        chooser = ScriptedChooser(Spec("a", is_local=True))
+        chooser.refusal = NoNode(Code.FORBIDDEN, "Closed")
+        first = await add_pool_relay(plane, "a", chooser, 9)
+        await refused(plane.add_door(), 3)
+        assert len(chooser.asked) == 2
+        assert first.desk.counters.refused_by_service == {SERVICE: {"forbidden": 1}}
 
 
 async def test_a_bug_in_the_chooser_ends_one_stream(contexts: Contexts, caplog: pytest.LogCaptureFixture) -> None:

@@ -2,8 +2,9 @@
 
 import contextlib
 import json
+import signal
 import sqlite3
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -65,6 +66,45 @@ def test_sessions_spread_over_nodes_by_every_path(make_cluster: MakeCluster) -> 
             assert read_exactly(client, len(b"word %d" % number)) == b"word %d" % number
     finally:
         close_all(clients)
+
+
+def counted(cluster: Cluster) -> dict[str, int]:
+    return {name: node["server"]["sessions"] for name, node in cluster.nodes("node-2").items()}
+
+
+def paths_taken(cluster: Cluster, names: list[str]) -> Counter[str]:
+    """How often relays have chosen each path; a redirected stream is local as well, where it is served."""
+    taken: Counter[str] = Counter()
+    for name in names:
+        taken.update(cluster.status(name)["services"][0]["paths"])
+    taken["local"] -= taken["redirect"]
+    return taken
+
+
+def test_sessions_that_end_are_told_at_once_whatever_their_path(make_cluster: MakeCluster) -> None:
+    cluster = make_cluster(ages="publish_s = 300\nstale_s = 900\ndown_s = 1800\nresync_s = 1")
+    names = [cluster.node(number, gateway=number < 4, extra=cluster.counts_its_own(number)) for number in (2, 3, 4)]
+    cluster.wait_until_known(names, names)
+    left = Counter(dict.fromkeys(names, 0))
+    by_path = defaultdict(list)
+    for _ in range(12):
+        before = paths_taken(cluster, names[:2])
+        (client,), (name,) = cluster.held(1)
+        (path,) = paths_taken(cluster, names[:2]) - before
+        by_path[path].append((client, name))
+        left[name] += 1
+    try:
+        for name in names:
+            cluster.stack.relays[name].signal(signal.SIGHUP)  # after which a node says how it is
+        wait_until(lambda: counted(cluster) == left, 30, "all sessions in the store")
+        for path in ("direct", "local", "redirect"):
+            for client, name in by_path[path]:
+                client.close()
+                left[name] -= 1
+            assert by_path[path]
+            wait_until(lambda: counted(cluster) == left, 30, f"the ends of sessions whose path was {path}")
+    finally:
+        close_all([client for found in by_path.values() for client, _ in found])
 
 
 def test_a_node_without_a_tunnel_is_not_reached_when_connections_must_be_indirect(make_cluster: MakeCluster) -> None:
@@ -152,6 +192,31 @@ def test_scripts_choose_and_their_errors_refuse(make_cluster: MakeCluster) -> No
 
     wait_until(is_refused, 20, "the script's error")
     wait_until(lambda: "closed for today" in (cluster.stack.directory / "node-2.log").read_text(), what="the script's words in the log")
+
+
+@pytest.mark.parametrize(("thrown", "times"), [("Error", 1), ("TypeError", 2)])
+def test_what_a_script_refuses_is_asked_once_and_what_fails_at_every_relay(make_cluster: MakeCluster, thrown: str, times: int) -> None:
+    pytest.importorskip("quickjs")
+    cluster = make_cluster()
+    script = cluster.stack.directory / "choose.js"
+    script.write_text(f'function (input) {{ throw new {thrown}("closed for today"); }}')
+    names = [cluster.node(number, service=f'balance = ["js:{script}"]') for number in (2, 3)]
+    cluster.wait_until_known(names, names)
+
+    def refusals() -> Counter[str]:
+        found: Counter[str] = Counter()
+        for name in names:
+            for refused in cluster.status(name)["services"]:
+                found.update(refused["refused"])
+        return found
+
+    clients = 5
+    for _ in range(clients):
+        with contextlib.suppress(ConnectionResetError), dial(cluster.stack.doors["desk"]) as client:
+            assert how_it_ends(client, 20)[0] == "reset"
+    wait_until(lambda: refusals().total() >= clients * times, what="all refused")
+    assert refusals() == {"forbidden" if times == 1 else "connect-failed": clients * times}
+    assert cluster.stack.logs().count(f"{thrown}: closed for today; ") == clients * times
 
 
 def test_the_service_learns_the_clients_address(make_cluster: MakeCluster) -> None:
