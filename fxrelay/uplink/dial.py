@@ -17,7 +17,7 @@ from pydantic import SecretStr
 from fxrelay.uplink.gateway_file import GatewayUrl
 from fxtunnel.control.busy import BUSY_BYTES, Appointment, parse_busy
 from fxtunnel.errors import TunnelError
-from fxtunnel.kit.tls import client_context, handshake_client
+from fxtunnel.kit.tls import HandshakeFailed, HandshakeProblem, client_context, handshake_client
 
 ALPN_HTTP: Final = "http/1.1"
 ALPN_DATA: Final = "fx-data/1"
@@ -28,6 +28,8 @@ PROXY_HEAD_BYTES: Final = 8192
 """A proxy's whole answer to CONNECT, interim answers included; protects memory."""
 _RECEIVE_BYTES: Final = 4096
 _DEFAULT_PROXY_PORT: Final = 3128
+_REACHES_NOBODY: Final = frozenset({502, 503, 504})
+"""A proxy's answers when nobody listens behind it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +63,11 @@ class Proxy:
         return f"the proxy {self.host}:{self.port}"
 
 
-class Unreachable(TunnelError):
+class Unanswered(TunnelError):
+    """No gateway has said a word: whatever takes connections there hung up, stayed silent, or is a proxy that reaches nobody."""
+
+
+class Unreachable(Unanswered):
     """Nothing listens there, or no way leads there. Trying again soon costs nobody anything."""
 
 
@@ -74,13 +80,13 @@ class GatewayBusy(TunnelError):
 
 
 @contextmanager
-def within(limit_s: float, what: str) -> Iterator[None]:
-    """A deadline whose passing is a TunnelError: "`what` within N s"."""
+def within(limit_s: float, what: str, error: type[TunnelError] = TunnelError) -> Iterator[None]:
+    """A deadline whose passing is this error: "`what` within N s"."""
     try:
         with trio.fail_after(limit_s):
             yield
     except trio.TooSlowError:
-        raise TunnelError(f"{what} within {limit_s:g} s") from None
+        raise error(f"{what} within {limit_s:g} s") from None
 
 
 class Dialler:
@@ -104,9 +110,11 @@ class Dialler:
         `worker` is who should take it, of a gateway that has said so (PROTOCOL.md, 1).
 
         Raises:
-            TunnelError: one line that says what did not work; HandshakeFailed when it was TLS, GatewayBusy when it is to be later.
+            TunnelError: one line that says what did not work; HandshakeFailed when it was TLS, GatewayBusy when it is to be later,
+                Unanswered when nobody has spoken.
         """
-        with within(self.timeout_s, f"no connection to {url.authority}" + (f" through {self._proxy}" if self._proxy else "")):
+        what = f"no connection to {url.authority}" + (f" through {self._proxy}" if self._proxy else "")
+        with within(self.timeout_s, what, Unanswered):
             if self._proxy is None:
                 stream = await _connect(url.host, url.port, url.authority)
             else:
@@ -116,7 +124,12 @@ class Dialler:
             sock = socket.socket(fileno=stream.socket.detach())
             for option, value in ((socket.TCP_NODELAY, 1), (socket.TCP_USER_TIMEOUT, int(self._dead_after_s * 1000))):
                 sock.setsockopt(socket.IPPROTO_TCP, option, value)
-            return await handshake_client(sock, self._context(alpn, worker), url.host, _listen_for_busy)
+            try:
+                return await handshake_client(sock, self._context(alpn, worker), url.host, _listen_for_busy)
+            except HandshakeFailed as exc:
+                if exc.problem is HandshakeProblem.CLOSED_BY_PEER:
+                    raise Unanswered(str(exc)) from exc
+                raise
 
     def _context(self, alpn: str, worker: str) -> ssl.SSLContext:
         protocols = (f"{ALPN_WORKER}{worker}", alpn) if worker else (alpn,)
@@ -184,10 +197,11 @@ async def _ask_proxy(stream: trio.SocketStream, proxy: Proxy, url: GatewayUrl) -
         if status == 407:
             problem = "wants a user name and password" if proxy.authorization is None else "does not accept the user name and password"
             raise TunnelError(f'{proxy} {problem}: set proxy = "http://USER:PASSWORD@HOST:PORT" in relay.toml')
-        raise TunnelError(f"{proxy} answered {status} when asked for {url.authority}")
+        error = Unanswered if status in _REACHES_NOBODY else TunnelError
+        raise error(f"{proxy} answered {status} when asked for {url.authority}")
     except trio.BrokenResourceError as exc:
         await trio.aclose_forcefully(stream)
-        raise TunnelError(f"{proxy} closed the connection") from exc
+        raise Unanswered(f"{proxy} closed the connection") from exc
     except BaseException:
         await trio.aclose_forcefully(stream)
         raise
@@ -208,6 +222,6 @@ async def _read_status(stream: trio.SocketStream, http: h11.Connection, proxy: P
                 raise TunnelError(f"{proxy} answered with more than {PROXY_HEAD_BYTES} bytes")
             data = await stream.receive_some(_RECEIVE_BYTES)
             if not data:
-                raise TunnelError(f"{proxy} closed the connection")
+                raise Unanswered(f"{proxy} closed the connection")
             received_bytes += len(data)
             http.receive_data(data)

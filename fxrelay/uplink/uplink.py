@@ -14,7 +14,7 @@ import trio
 
 from fxrelay.uplink.control_link import ControlLink, control_hello, open_control_link
 from fxrelay.uplink.datalink import open_data_link
-from fxrelay.uplink.dial import Dialler, GatewayBusy, Unreachable
+from fxrelay.uplink.dial import Dialler, GatewayBusy, Unanswered, Unreachable
 from fxrelay.uplink.enrol import enrol
 from fxrelay.uplink.gateway_file import GatewayFile, GatewayUrl
 from fxrelay.uplink.identity import Identity
@@ -35,12 +35,12 @@ logger = logging.getLogger(__name__)
 SETTLED_S: Final = 1.0
 """A control link that lasted this long was no failure: the next one is dialled without the waits that earlier failures had earned."""
 RECENT_S: Final = 120.0
-"""For so long after a loss the gateway is most likely being restarted, and is looked for often: it should have its relays back at once."""
+"""For so long after a loss the gateway is most likely being restarted, and is looked for often: it should have its relays back at once.
+Also for so long after our own start, while no gateway answers: whoever starts us may be starting it as well."""
 RECENT_CAP_S: Final = 2.0
 """Also where something in between takes connections for a gateway that is down: with 4 s the last relay was back after 6.7 s."""
 ABSENT_CAP_S: Final = 1.0
-"""The same where nobody even listens: an attempt costs the gateway nothing then. Also for so long after our own start: whoever starts us
-may be starting the gateway as well."""
+"""The same where nobody even listens: an attempt costs the gateway nothing then."""
 MAX_DEPARTING: Final = 8
 """Processes of a gateway that may go away at once: one that says so again and again must not fill this relay with links it keeps."""
 DEPARTURE_SPREAD_S: Final = 0.2
@@ -229,7 +229,7 @@ class Uplink:
         wait_s = 0.0
         while not (self._is_stopping or ties.departs.is_set()):
             welcomes = self._welcomes
-            at_least_s, is_absent = 0.0, False
+            at_least_s, is_answered, is_absent = 0.0, True, False
             try:
                 await trio.sleep(wait_s)
                 await self._use_control_link(ties, task_status)
@@ -237,7 +237,8 @@ class Uplink:
                 if self._is_stopping or ties.departs.is_set() or self.ends_with(exc):
                     return
                 self._last_error = str(exc)
-                at_least_s, is_absent = retry_after_s(exc), isinstance(exc, Unreachable)
+                at_least_s = retry_after_s(exc)
+                is_answered, is_absent = not isinstance(exc, Unanswered), isinstance(exc, Unreachable)
                 if isinstance(exc, GatewayBusy):
                     wait_s = appointed_s(exc.appointment, rng.random(), config.max_backoff_s)
                     self._url_number += (
@@ -255,9 +256,9 @@ class Uplink:
                 continue
             if self._welcomes == welcomes:
                 self._url_number += 1
-                is_recent = trio.current_time() - self._lost_at < RECENT_S
-                is_early = trio.current_time() - self._began_at < RECENT_S
-                chosen = absent if is_absent and (is_recent or is_early) else recent if is_recent else backoff
+                since = self._lost_at if is_answered else max(self._lost_at, self._began_at)
+                is_recent = trio.current_time() - since < RECENT_S
+                chosen = backoff if not is_recent else absent if is_absent else recent
                 wait_s = chosen.next_s(at_least_s=at_least_s)
             else:
                 backoff.reset()

@@ -12,7 +12,7 @@ from pydantic import SecretStr
 from uplink_fakes import FakeGateway, session_id
 
 from fxrelay.uplink.datalink import open_data_link
-from fxrelay.uplink.dial import ALPN_DATA, ALPN_HTTP, Dialler, GatewayBusy, Proxy
+from fxrelay.uplink.dial import ALPN_DATA, ALPN_HTTP, Dialler, GatewayBusy, Proxy, Unanswered
 from fxrelay.uplink.gateway_file import GatewayUrl
 from fxrelay.uplink.slot import RESUMING_CAP_S
 from fxrelay.uplink.verdicts import appointed_s
@@ -88,8 +88,18 @@ async def test_a_listener_that_says_nothing(authority: Authority) -> None:
         await trio.sleep_forever()
 
     async with listening(silent) as url:
-        with pytest.raises(TunnelError, match=rf"^no connection to {url.authority} within 0\.1 s$"):
+        with pytest.raises(Unanswered, match=rf"^no connection to {url.authority} within 0\.1 s$"):
             await dialler(authority, timeout_s=0.1).dial(url, ALPN_HTTP)
+
+
+async def test_a_listener_that_hangs_up(authority: Authority) -> None:
+    async def with_fin(stream: trio.SocketStream) -> None:
+        await stream.receive_some(4096)
+
+    for hang_up in (with_fin, trio.aclose_forcefully):
+        async with listening(hang_up) as url:
+            with pytest.raises(Unanswered, match="closed the connection during the TLS handshake"):
+                await dialler(authority).dial(url, ALPN_HTTP)
 
 
 async def test_a_listener_that_is_not_tls(authority: Authority) -> None:
@@ -178,6 +188,7 @@ async def test_a_proxy_that_does_not_help(answer: bytes, words: str, authority: 
         with pytest.raises(TunnelError, match=rf"^the proxy 127\.0\.0\.1:{at.port} .*{words}") as caught:
             await dialler(authority, proxy).dial(GatewayUrl("gw.example.com", 8443), ALPN_HTTP)
         assert str(caught.value).isprintable()
+        assert isinstance(caught.value, Unanswered) is any(word in words for word in ("502", "closed"))
 
 
 async def test_a_wrong_password_is_not_repeated(authority: Authority) -> None:
