@@ -25,13 +25,14 @@ class Beside:
     idle ones for a while. The sources of work take turns, so that a crowd from one of them keeps no other one waiting.
     """
 
-    __slots__ = ("_call_soon_threadsafe", "_has_thread", "_lock", "_waiting")
+    __slots__ = ("_call_soon_threadsafe", "_has_thread", "_is_closed", "_lock", "_waiting")
 
     def __init__(self, call_soon_threadsafe: Callable[[Callable[[], object]], None]) -> None:
         self._call_soon_threadsafe = call_soon_threadsafe
         self._has_thread = False
+        self._is_closed = False
         self._lock = threading.Lock()
-        """Held for a moment only: for putting one piece in, or taking one out."""
+        """Held for a moment only: for putting one piece in, taking one out, or telling the loop of it."""
         self._waiting: FairQueue[tuple[Work, Then]] = FairQueue()
 
     def do(self, work: Work, then: Then, source: str = "") -> None:
@@ -41,6 +42,11 @@ class Beside:
         if not self._has_thread:
             self._begin()
 
+    def close(self) -> None:
+        """The loop ends: nothing is told from now on, and what waits is not done. Does not wait for what is being done."""
+        with self._lock:
+            self._is_closed = True
+
     def _begin(self) -> None:
         self._has_thread = True
         trio.lowlevel.start_thread_soon(self._work, self._ended, THREAD_NAME)
@@ -48,13 +54,18 @@ class Beside:
     def _work(self) -> None:
         while True:
             with self._lock:
-                if not self._waiting:
+                if self._is_closed or not self._waiting:
                     return
                 work, then = self._waiting.take()
-            self._call_soon_threadsafe(partial(_told, then, outcome.capture(work)))
+            self._tell(partial(_told, then, outcome.capture(work)))
 
     def _ended(self, result: outcome.Outcome[None]) -> None:
-        self._call_soon_threadsafe(self._look_again)
+        self._tell(self._look_again)
+
+    def _tell(self, call: Callable[[], object]) -> None:
+        with self._lock:  # a loop that has closed has given the number of its descriptor away: somebody else's may be written to
+            if not self._is_closed:
+                self._call_soon_threadsafe(call)
 
     def _look_again(self) -> None:
         self._has_thread = False

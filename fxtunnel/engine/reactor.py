@@ -212,6 +212,7 @@ class Reactor:
 
     def close(self) -> None:
         """Release the loop's own descriptors."""
+        self.beside.close()
         self._epoll.close()
         os.close(self._wake_fd)
 

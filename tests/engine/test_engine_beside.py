@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
 
@@ -80,3 +80,31 @@ async def test_the_loop_outlives_those_who_are_told(caplog: pytest.LogCaptureFix
         reactor.beside.do(lambda: 2, lambda _: done.set())
         await done.wait()
         assert "could not be told" in caplog.text
+
+
+def test_a_loop_that_has_closed_is_told_nothing_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The number of its descriptor may be somebody else's by then."""
+    threads: list[threading.Thread] = []
+
+    def start(work: Callable[[], None], ended: Callable[[outcome.Outcome[None]], None], name: str) -> None:
+        threads.append(threading.Thread(target=lambda: ended(outcome.capture(work)), name=name))
+        threads[-1].start()
+
+    monkeypatch.setattr(trio.lowlevel, "start_thread_soon", start)
+    told: list[object] = []
+    monkeypatch.setattr(Reactor, "call_soon_threadsafe", lambda _, call: told.append(call))
+    working, may_go_on = threading.Event(), threading.Event()
+
+    def work() -> None:
+        working.set()
+        may_go_on.wait(10)
+
+    reactor = Reactor()
+    reactor.beside.do(work, told.append)
+    reactor.beside.do(lambda: told.append("begun all the same"), told.append)
+    assert working.wait(10)
+    reactor.close()
+    may_go_on.set()
+    threads[0].join(10)
+    assert not threads[0].is_alive()
+    assert told == []

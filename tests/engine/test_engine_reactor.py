@@ -114,7 +114,7 @@ def test_timers_run_in_order_and_not_when_cancelled(reactor: Reactor) -> None:
     cancelled = reactor.call_later(0.012, lambda: ran.append("cancelled"))
     cancelled.cancel()
     cancelled.cancel()
-    deadline = time.monotonic() + 2
+    deadline = time.monotonic() + 10
     while len(ran) < 3 and time.monotonic() < deadline:
         reactor.run_once(0.005)
     assert ran == ["first", "fails", "second"]

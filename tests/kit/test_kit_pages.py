@@ -152,7 +152,8 @@ async def test_an_unexpected_error_ends_one_connection_only(monkeypatch: pytest.
     assert [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR] == ["a connection to the pages failed"] * 3
 
 
-async def test_cancelling_hangs_up_on_idle_clients_and_on_one_that_never_reads() -> None:
+async def test_cancelling_hangs_up_on_idle_clients_and_on_one_that_never_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pages, "IDLE_S", 60)
     with trio.fail_after(10):
         async with trio.open_nursery() as nursery:
             bound: Address = await nursery.start(serve_pages, APP, ANYWHERE)
@@ -161,9 +162,7 @@ async def test_cancelling_hangs_up_on_idle_clients_and_on_one_that_never_reads()
             deaf.sendall(b"GET /huge HTTP/1.1\r\nHost: a\r\n\r\n")
             await trio.lowlevel.wait_readable(deaf)
             await trio.sleep(0.1)
-            started = trio.current_time()
             nursery.cancel_scope.cancel()
-    assert trio.current_time() - started < 3
     for sock in (idle, deaf):
         sock.close()
 

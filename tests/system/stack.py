@@ -1,5 +1,6 @@
 """Real daemons on loopback: a gateway, relays, and what stands between them, each started and stopped by the test."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -20,6 +21,7 @@ from tests.system import forks
 
 READY_S = 30.0
 STOP_S = 20.0
+SLOWNESS_SAMPLE_S = 0.2
 
 
 def wait_until(condition, timeout_s: float = 20.0, what: str = "the condition") -> None:
@@ -28,6 +30,14 @@ def wait_until(condition, timeout_s: float = 20.0, what: str = "the condition") 
     while not condition():
         assert time.monotonic() < deadline, f"{what} did not come true in {timeout_s} s"
         time.sleep(0.02)
+
+
+def slowness() -> float:
+    """How many times longer than alone on the machine a program takes now, at least 1: for limits that promise something to users."""
+    began, cpu_s = time.monotonic(), time.thread_time()
+    while time.thread_time() - cpu_s < SLOWNESS_SAMPLE_S:
+        hashlib.sha256(bytes(4_096)).digest()
+    return max(1.0, (time.monotonic() - began) / SLOWNESS_SAMPLE_S)
 
 
 class Daemon:

@@ -17,13 +17,14 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from tests.system.peers import Service, dial, read_exactly
-from tests.system.stack import Stack, wait_until
+from tests.system.stack import Stack, slowness, wait_until
 
 pytestmark = [pytest.mark.system, pytest.mark.xdist_group("systemd")]
 
 RESTARTS = int(os.environ.get("FX_RESTARTS", "4"))
 CONNECTS_PER_S = 50
 BACK_S = 5.0
+"""See `slowness`."""
 # What systemd does for a unit with a .socket of its own, every time it starts it: the same sockets, the two variables.
 _HAND_OVER = """
 import os, sys
@@ -128,7 +129,7 @@ def test_no_client_is_turned_away_by_a_restart(make_stack: Callable[..., Stack],
                 assert stack.gateway.stop() == 0
                 stack.start_gateway(prefix=prefix, pass_fds=fds)
                 ready = time.monotonic()
-                stack.wait_for_relays("node-a")
+                stack.wait_for_relays("node-a", timeout_s=60)
                 back_s.append(time.monotonic() - ready)
             time.sleep(0.5)
         finally:
@@ -145,4 +146,4 @@ def test_no_client_is_turned_away_by_a_restart(make_stack: Callable[..., Stack],
     assert set(visitors.ends) <= {"served", "reset"}, figures
     assert visitors.ends["reset"] == by_the_door, figures
     assert visitors.ends["served"] > RESTARTS * CONNECTS_PER_S / 4
-    assert max(back_s) < BACK_S
+    assert max(back_s) < BACK_S * slowness(), figures

@@ -12,7 +12,7 @@ import pytest
 
 from tests.ports import free_port
 from tests.system.peers import Outcome, Service, dial, exchanges, how_it_ends, is_served, payload, say, visit
-from tests.system.stack import Daemon, Stack, cli, wait_until
+from tests.system.stack import Daemon, Stack, cli, slowness, wait_until
 
 pytestmark = [pytest.mark.system, pytest.mark.xdist_group("config")]
 
@@ -194,10 +194,10 @@ def test_a_drain_lets_streams_finish(make_stack: Callable[..., Stack], swap_serv
     wait_until(lambda: any("stopping" in event for event in events(daemon)), 20, "the drain")
     assert crowd.running
     try:
-        end, took_s = visit(stack.doors["swap"])
+        end, _ = visit(stack.doors["swap"])
     except ConnectionRefusedError:
-        end, took_s = "refused", 0.0
-    assert (end, took_s < 1) == ("refused" if victim == "gateway" else "reset", True)
+        end = "refused"
+    assert end == ("refused" if victim == "gateway" else "reset")
     assert crowd.outcomes() == [Outcome.RIGHT] * 20
     assert daemon.wait() == 0
 
@@ -211,26 +211,27 @@ def test_a_drain_resets_what_does_not_finish(stack: Stack, victim: str) -> None:
         daemon.signal(signal.SIGTERM)
         time.sleep(0.5)
         say(client, b"still served")
-        end, _ = how_it_ends(client, 10)
+        end, _ = how_it_ends(client, 20)  # for ever, if nobody ended it
         took_s = time.monotonic() - began
         assert end == "reset"
-        assert 1.5 < took_s < 4
+        assert took_s > 1.5
     assert daemon.wait() == 0
 
 
-def test_without_streams_both_end_at_once(stack: Stack) -> None:
+def test_without_streams_both_end_at_once(make_stack: Callable[..., Stack], echo_service: Service) -> None:
+    stack = make_stack("echo", extra="[limits]\ndrain_s = 60\n")
+    stack.start_gateway()
+    stack.start_relay("node-a", {"echo": echo_service.target}, "[limits]\ndrain_s = 60\n")
     for daemon in (stack.relays["node-a"], stack.gateway):
-        began = time.monotonic()
-        assert daemon.stop() == 0
-        assert time.monotonic() - began < 2
+        assert daemon.stop() == 0  # long before drain_s is over
 
 
 def test_a_relay_is_back_soon_after_the_gateway_was_restarted(stack: Stack) -> None:
     assert stack.gateway.stop() == 0
     began = time.monotonic()
     stack.start_gateway()
-    stack.wait_for_relays("node-a", timeout_s=8)
-    assert time.monotonic() - began < 8
+    stack.wait_for_relays("node-a", timeout_s=60)
+    assert time.monotonic() - began < 8 * slowness()
     assert is_served(stack.doors["echo"])
 
 

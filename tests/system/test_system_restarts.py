@@ -8,12 +8,14 @@ from collections.abc import Callable
 import pytest
 
 from tests.system.peers import MIB, Outcome, Service, dial, exchanges, how_it_ends, is_served, payload, read_exactly
-from tests.system.stack import Stack, wait_until
+from tests.system.stack import Stack, slowness, wait_until
 
 pytestmark = [pytest.mark.system, pytest.mark.xdist_group("restarts")]
 
 BACK_S = 8.0
-"""Until relays are back after the gateway has been restarted: their jitter, and two slow starts of a Python process."""
+"""Until relays are back after the gateway has been restarted: their jitter, and two slow starts of a Python process. See `slowness`."""
+SOON_S = 5.0
+"""Far below hold_s, for which a stream without its link is kept."""
 
 
 @pytest.fixture
@@ -31,10 +33,9 @@ def test_a_relay_that_is_killed_takes_its_name_over_when_it_is_back(stack: Stack
         stack.relays["node-a"].kill()
         began = time.monotonic()
         stack.start_relay("node-a")
-        end, _ = how_it_ends(old, 5)
-        assert end == "reset"
+        assert how_it_ends(old, SOON_S)[0] == "reset"
         assert is_served(stack.doors["echo"])
-        assert time.monotonic() - began < BACK_S
+        assert time.monotonic() - began < BACK_S * slowness()
     assert stack.live_relays()["node-a"]["epoch"] == 2
 
 
@@ -45,8 +46,8 @@ def test_after_a_killed_gateway_the_relay_comes_back_by_itself(stack: Stack) -> 
     stack.gateway.kill()
     began = time.monotonic()
     stack.start_gateway()
-    wait_until(lambda: is_served(stack.doors["echo"]), BACK_S, "the relay back and a new client served")
-    assert time.monotonic() - began < BACK_S
+    wait_until(lambda: is_served(stack.doors["echo"]), 60, "the relay back and a new client served")
+    assert time.monotonic() - began < BACK_S * slowness()
     assert set(crowd.outcomes()) <= {Outcome.RIGHT, Outcome.RESET}
 
 
@@ -56,8 +57,7 @@ def test_a_killed_gateway_is_no_clean_end(stack: Stack, size_bytes: int) -> None
         client.sendall(payload(1, size_bytes + 1))
         assert read_exactly(client, size_bytes + 1) == payload(1, size_bytes + 1)
         stack.gateway.kill()
-        end, took_s = how_it_ends(client, 5)
-    assert (end, took_s < 1) == ("reset", True), (end, took_s)
+        assert how_it_ends(client, SOON_S)[0] == "reset"
 
 
 def test_a_killed_relay_is_no_clean_end_for_a_service(make_stack: Callable[..., Stack]) -> None:
@@ -73,8 +73,7 @@ def test_a_killed_relay_is_no_clean_end_for_a_service(make_stack: Callable[..., 
                 service.settimeout(10)
                 assert read_exactly(service, 6) == b"upload"
                 stack.relays["node-a"].kill()
-                end, took_s = how_it_ends(service, 5)
-    assert (end, took_s < 1) == ("reset", True), (end, took_s)
+                assert how_it_ends(service, SOON_S)[0] == "reset"
 
 
 @pytest.mark.slow

@@ -242,10 +242,13 @@ async def test_the_watcher_reports_who_is_gone(ids: Identities, tmp_path: Path) 
         command = store(tmp_path)  # another process
         command.revoke(A)
         command.forget(B)
-        await trio.sleep(0.1)
-        assert sorted(gone) == ["a", "b"]
-        ids.revoke(RelayId("c"))  # this process
-        await trio.sleep(0.05)
+        with trio.fail_after(5):
+            while len(gone) < 2:
+                await trio.sleep(0.01)
+            assert sorted(gone) == ["a", "b"]
+            ids.revoke(RelayId("c"))  # this process
+            while len(gone) < 3:
+                await trio.sleep(0.01)
         assert sorted(gone) == ["a", "b", "c"]
         nursery.cancel_scope.cancel()
 

@@ -89,7 +89,7 @@ async def test_no_common_alpn_is_refused(tmp_path: Path) -> None:
 
 
 async def test_silence_is_ended_in_time_at_every_stage(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    async with running(tmp_path, PortLimits(hello_timeout_s=1, pending=256, pending_per_source=64)) as rig:
+    async with running(tmp_path, PortLimits(hello_timeout_s=2, pending=256, pending_per_source=64)) as rig:
         started = trio.current_time()
         silent = trio.SocketStream(trio.socket.from_stdlib_socket(await rig.connect()))
         half_head = await rig.dial()
@@ -103,14 +103,14 @@ async def test_silence_is_ended_in_time_at_every_stage(tmp_path: Path, caplog: p
             assert await silent.receive_some() == b""
         for stream in (half_head, half_body, half_hello):
             await ended(stream)
-        assert trio.current_time() - started > 0.8
+        assert trio.current_time() - started >= 2
         assert rig.port.pending == 0
         await silent.aclose()
-        assert caplog.text.count("did not prove who it is within 1 s") == 4
+        assert caplog.text.count("did not prove who it is within 2 s") == 4
 
 
 async def test_silent_crowds_do_not_keep_a_good_relay_out(tmp_path: Path) -> None:
-    async with running(tmp_path, PortLimits(hello_timeout_s=5, pending=100, pending_per_source=40)) as rig:
+    async with running(tmp_path, PortLimits(hello_timeout_s=30, pending=100, pending_per_source=40)) as rig:
         await rig.enrol()
         silent = [await rig.connect(f"127.0.0.{1 + i % 8}") for i in range(200)]
         await trio.sleep(2 * SILENT_S)
@@ -118,7 +118,7 @@ async def test_silent_crowds_do_not_keep_a_good_relay_out(tmp_path: Path) -> Non
         started = trio.current_time()
         async with rig.control() as (_, welcome):
             assert isinstance(welcome, Welcome)
-            assert trio.current_time() - started < 4  # not only when the silent ones are gone
+            assert trio.current_time() - started < 10  # not only when the silent ones are gone
         for sock in silent:
             sock.close()
 

@@ -66,12 +66,13 @@ async def test_a_control_link_that_keeps_breaking_is_not_left_for_long(
 
 
 async def test_waits_double_while_nobody_welcomes(gateway: FakeGateway, state_dir: Path) -> None:
-    gateway.upgrading = [PeerRefused(Refusal.DRAINING, "not yet") for _ in range(5)]
+    gateway.upgrading = [PeerRefused(Refusal.DRAINING, "not yet") for _ in range(9)]
     async with running(gateway, state_dir, replace(QUICK, min_backoff_s=0.02, max_backoff_s=0.16)) as it:
         await it.started.wait()
-        waits = [later - sooner for sooner, later in pairwise(gateway.dialled_at[1:7])]  # the first dial enrols
-        for wait_s, expected_s in zip(waits, (0.02, 0.04, 0.08, 0.16, 0.16), strict=True):
-            assert expected_s <= wait_s < expected_s + 0.5
+        waits = [later - sooner for sooner, later in pairwise(gateway.dialled_at[1:11])]  # the first dial enrols
+        for wait_s, expected_s in zip(waits, (0.02, 0.04, 0.08, *[0.16] * 6), strict=True):
+            assert wait_s >= expected_s
+        assert sum(waits) < 5  # without that cap they would add up to 10 s
 
 
 async def test_a_cut_data_link_is_resumed_with_the_counter_read_after_detach(gateway: FakeGateway, state_dir: Path) -> None:
@@ -218,10 +219,10 @@ async def test_retry_after_is_honoured(where: str, gateway: FakeGateway, state_d
             await until(lambda: len(gateway.hellos) == 2)
         else:
             await until(lambda: it.uplink.statistics().state is UplinkState.WAITING)
-            refused_at = trio.current_time()
+            refused_at = gateway.dialled_at[0]  # a moment sooner, but not later, however busy the machine is
             assert "full" in it.uplink.statistics().last_error
             await it.started.wait()
-        assert 0.28 <= trio.current_time() - refused_at < 3
+        assert 0.3 <= trio.current_time() - refused_at < 10  # less than it may be by itself is 0.01, more 30
         assert not it.ended.is_set()
 
 
@@ -243,9 +244,8 @@ async def test_a_silent_control_path_is_noticed_and_dialled_again(gateway: FakeG
     gateway.is_mute = True
     async with running(gateway, state_dir, replace(QUICK, dead_after_s=0.3)) as it:
         await it.started.wait()
-        welcomed_at = trio.current_time()
         await until(lambda: "nothing heard" in it.uplink.statistics().last_error)
-        assert 0.25 <= trio.current_time() - welcomed_at < 3
+        assert trio.current_time() - gateway.dialled_at[0] >= 0.3
         gateway.is_mute = False
         await until(lambda: len(gateway.hellos) >= 2)
         await until(lambda: it.is_carrying)
@@ -360,7 +360,7 @@ async def test_cancelling_says_goodbye_too(gateway: FakeGateway, state_dir: Path
 class RestartingGateway(FakeGateway):
     """Goes away for `AWAY_S` when it is told to; nobody listens then."""
 
-    AWAY_S = 2.0
+    AWAY_S = 0.5
     back_at = 0.0
 
     def __init__(self, *args: Any) -> None:
@@ -377,13 +377,14 @@ class RestartingGateway(FakeGateway):
 
 async def test_a_gateway_that_restarts_is_soon_found_again(state_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fxrelay.uplink.uplink.SETTLED_S", 0.0)
+    monkeypatch.setattr("fxrelay.uplink.uplink.FLAP_CAP_S", 0.05)
+    monkeypatch.setattr("fxrelay.uplink.uplink.RECENT_CAP_S", 30.0)
     monkeypatch.setattr("fxrelay.uplink.uplink.ABSENT_CAP_S", 0.05)
     authority = new_authority("test authority")
     gateway = RestartingGateway(authority, make_context(tmp_path, authority))
-    async with running(gateway, state_dir, replace(QUICK, min_backoff_s=0.05, max_backoff_s=30.0)) as it:
+    async with running(gateway, state_dir, replace(QUICK, min_backoff_s=8.0, max_backoff_s=30.0)) as it:
         await until(lambda: it.is_carrying)
         gateway.life.cancel()
         await gateway.wait_controls(2)
-        # Uncapped waits would be 0.05 + 0.1 + … + 1.6 s, and the last of them end 1.1 s after the gateway is back.
-        assert gateway.dialled_at[-1] - gateway.back_at < 0.8
+        assert gateway.dialled_at[-1] - gateway.back_at < 4  # the first wait without that cap would be 8 s
     gateway.close()

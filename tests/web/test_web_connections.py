@@ -230,10 +230,11 @@ async def test_slow_clients(contexts: Contexts) -> None:
 
 async def test_a_client_that_leaves_frees_the_service(contexts: Contexts) -> None:
     async with open_plane(contexts) as plane:
-        gone = trio.Event()
+        asked, gone = trio.Event(), trio.Event()
 
         async def service(stream: trio.SocketStream) -> None:
             await read_head(stream)
+            asked.set()
             with suppress(trio.BrokenResourceError):
                 assert await stream.receive_some() == b""
             gone.set()
@@ -241,9 +242,9 @@ async def test_a_client_that_leaves_frees_the_service(contexts: Contexts) -> Non
         port = await web(plane, service)
         stream = await connect(port)
         await stream.send_all(GET)
-        await trio.sleep(0.1)
-        reset(stream)
         with trio.fail_after(10):
+            await asked.wait()
+            reset(stream)
             await gone.wait()
 
 
@@ -286,10 +287,11 @@ async def test_hosts_and_sizes(contexts: Contexts) -> None:
 
 async def test_draining_answers_what_was_asked_and_no_more(contexts: Contexts) -> None:
     async with open_plane(contexts) as plane:
-        go_on = trio.Event()
+        asked, go_on = trio.Event(), trio.Event()
 
         async def service(stream: trio.SocketStream) -> None:
             await read_head(stream)
+            asked.set()
             await go_on.wait()
             await stream.send_all(OK)
 
@@ -297,7 +299,10 @@ async def test_draining_answers_what_was_asked_and_no_more(contexts: Contexts) -
         port = plane.add_door()
         async with await connect(port) as idle, await connect(port) as busy:
             await busy.send_all(GET)
-            await trio.sleep(0.15)
+            with trio.fail_after(10):
+                await asked.wait()
+                while len(desk.connections) < 2:
+                    await trio.sleep(0.01)
             desk.drain()
             assert await receive_all(idle) == b""
             go_on.set()

@@ -240,11 +240,12 @@ async def test_an_idle_client_is_let_go_in_order(contexts: Contexts) -> None:
 
 async def test_draining_ends_idle_connections_and_those_that_are_answered(contexts: Contexts) -> None:
     async with open_plane(contexts) as plane:
-        goes_on = trio.Event()
+        asked, goes_on = trio.Event(), trio.Event()
 
         async def service(stream: trio.SocketStream) -> None:
             while (head := (await read_head(stream))[0]) != b"":
                 if b"/slow" in head:
+                    asked.set()
                     await goes_on.wait()
                 await stream.send_all(OK)
 
@@ -254,9 +255,9 @@ async def test_draining_ends_idle_connections_and_those_that_are_answered(contex
                 await turn(stream, GET % 1, OK)
                 await turn(stream, GET % 2, OK)
             await asking.send_all(b"GET /slow HTTP/1.1\r\nHost: a\r\nX-Kept: 1\r\n\r\n")
-            await trio.sleep(0.1)
-            desk.drain()
             with trio.fail_after(5):
+                await asked.wait()
+                desk.drain()
                 assert await receive_all(idle) == b""
                 goes_on.set()
                 answer = await receive_all(asking)
@@ -267,13 +268,14 @@ async def test_draining_ends_idle_connections_and_those_that_are_answered(contex
 
 async def test_a_client_that_leaves_takes_its_request_along(contexts: Contexts, by_task: list[bytes]) -> None:
     async with open_plane(contexts) as plane:
-        gone = trio.Event()
+        asked, gone = trio.Event(), trio.Event()
 
         async def service(stream: trio.SocketStream) -> None:
             for _ in range(2):
                 await read_head(stream)
                 await stream.send_all(OK)
             await read_head(stream)
+            asked.set()
             try:
                 await stream.receive_some()
             except trio.BrokenResourceError:
@@ -284,10 +286,10 @@ async def test_a_client_that_leaves_takes_its_request_along(contexts: Contexts, 
         await turn(stream, GET % 1, OK)
         await turn(stream, GET % 2, OK)
         await stream.send_all(GET % 3)
-        await trio.sleep(0.1)
-        assert len(by_task) == 1
-        reset(stream)
         with trio.fail_after(5):
+            await asked.wait()
+            assert len(by_task) == 1
+            reset(stream)
             await gone.wait()
             while desk.connections:
                 await trio.sleep(0.01)

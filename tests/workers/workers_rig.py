@@ -1,14 +1,11 @@
 """A gateway of several processes, and a look into each."""
 
-import hashlib
 import json
-import time
 from collections.abc import Callable, Mapping
 
 from tests.system.peers import dial, read_exactly
 from tests.system.stack import Stack, wait_until
 
-SAMPLE_CPU_S = 0.2
 MakeStack = Callable[..., Stack]
 
 NONE: Mapping[str, dict[str, str]] = {}
@@ -61,14 +58,6 @@ def say(port: int, word: bytes = b"hello") -> None:
     with dial(port) as client:
         client.sendall(word)
         assert read_exactly(client, len(word)) == word
-
-
-def slowness() -> float:
-    """How many times longer than alone on the machine a program takes now, at least 1: for limits that promise something to users."""
-    began, cpu_s = time.monotonic(), time.process_time()
-    while time.process_time() - cpu_s < SAMPLE_CPU_S:
-        hashlib.sha256(bytes(4_096)).digest()
-    return max(1.0, (time.monotonic() - began) / SAMPLE_CPU_S)
 
 
 def until_gone(pids: list[int], timeout_s: float = 10.0) -> None:
