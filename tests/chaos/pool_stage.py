@@ -1,7 +1,8 @@
-"""Two relays with pools `desk` (swap) and `echo` on a Redis, all of which can be killed, stopped and started again."""
+"""Two relays with pools `desk` (swap) and `echo` on a store that they share, all of which can be killed, stopped and started again."""
 
 import signal
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from fxtunnel.kit.certificates import new_authority
@@ -16,26 +17,23 @@ NODES = ("node-2", "node-3")
 TIMES = "publish_s = 1\nstale_s = 8\ndown_s = 16\nresync_s = 2"
 
 
-class Pools:
-    """The stage, set; every part can be hurt by its name: a node's, "gateway" or "store"."""
+class Nodes:
+    """The stage, set. `stores` has the line of each node's [cluster] that names the store."""
 
-    def __init__(self, stage: Stage, gateway_extra: str = "", relay_extra: str = "") -> None:
-        if not Path(REDIS).exists():
-            raise Unplayable("redis-server is not installed")
-        self.redis = RedisServer(stage.directory / "redis", new_authority("chaos"), *plain())
-        stage.later(self._end_store)
-        self.redis.start()
-        broker = write_broker(self.redis.directory, broker_content(self.redis))
+    def __init__(
+        self, stage: Stage, stores: Mapping[str, str], gateway_extra: str = "", relay_extra: str = "", relay_prefix: tuple[str, ...] = ()
+    ) -> None:
         self.stack = stage.straight("desk", "echo", extra=gateway_extra)
+        self.stack.relay_prefix = relay_prefix
         self.stack.start_gateway()
-        self.cluster = Cluster(self.stack, f'broker = "{broker}"\n{TIMES}')
+        self.cluster = Cluster(self.stack, TIMES)
         echo_port = free_port()
         addresses = [f"127.0.0.{name.removeprefix('node-')}" for name in NODES]
         listens = [f"{a}:{self.cluster.port}=swap" for a in addresses] + [f"{a}:{echo_port}=echo" for a in addresses]
         self.services: Helper = stage.services(*listens)[0]
         for name, address in zip(NODES, addresses, strict=True):
             echo = f'[[service]]\nname = "echo"\nport = {echo_port}\nhost = "{address}"\n'
-            self.cluster.node(int(name.removeprefix("node-")), serve=False, extra=echo + relay_extra)
+            self.cluster.node(int(name.removeprefix("node-")), serve=False, extra=f"{stores[name]}\n{echo}{relay_extra}")
         self.cluster.wait_until_known(NODES, NODES)
         self.stage = stage
 
@@ -49,6 +47,21 @@ class Pools:
         return self.stage.load(
             self.stack.doors["desk"], streams, size_bytes=size_bytes, rate_bytes_per_s=rate_bytes_per_s, repeat=True, stuck_s=100.0
         )
+
+    def is_ready(self) -> bool:
+        """Whether everything is as it should be."""
+        relays = self.stack.live_relays()
+        up = all(name in relays and relays[name]["state"] == "up" for name in NODES)
+        return up and is_served(self.echo) and all("fxrelay_store_up 1" in self.cluster.metrics(name) for name in NODES)
+
+
+class Pools(Nodes):
+    """On a Redis. Every part can be hurt by its name: a node's, "gateway" or "store"."""
+
+    def __init__(self, stage: Stage, gateway_extra: str = "", relay_extra: str = "") -> None:
+        self.redis = a_redis(stage)
+        broker = write_broker(self.redis.directory, broker_content(self.redis))
+        super().__init__(stage, dict.fromkeys(NODES, f'broker = "{broker}"'), gateway_extra, relay_extra)
 
     def kill(self, victim: str) -> float:
         """SIGKILL, started again at once; the seconds until all is ready: a new client served, relays up, the store in use."""
@@ -79,13 +92,18 @@ class Pools:
         else:
             self.stack.relays[victim].signal(number)
 
-    def is_ready(self) -> bool:
-        """Whether everything is as it should be."""
-        relays = self.stack.live_relays()
-        up = all(name in relays and relays[name]["state"] == "up" for name in NODES)
-        return up and is_served(self.echo) and all("fxrelay_store_up 1" in self.cluster.metrics(name) for name in NODES)
 
-    def _end_store(self) -> None:
-        if self.redis.process is not None and self.redis.process.poll() is None:
-            self.redis.signal(signal.SIGCONT)
-        self.redis.kill()
+def a_redis(stage: Stage) -> RedisServer:
+    """One that runs, until the stage is cleared."""
+    if not Path(REDIS).exists():
+        raise Unplayable("redis-server is not installed")
+    redis = RedisServer(stage.directory / "redis", new_authority("chaos"), *plain())
+
+    def end() -> None:
+        if redis.process is not None and redis.process.poll() is None:
+            redis.signal(signal.SIGCONT)
+        redis.kill()
+
+    stage.later(end)
+    redis.start()
+    return redis

@@ -60,7 +60,7 @@ def test_a_redis_behind_sentinels_and_its_failover(make_server: MakeServer) -> N
         'requirepass "watcher"',
         f"sentinel monitor store 127.0.0.1 {master.port} 1",
         f'sentinel auth-pass store "{PASSWORD.replace(chr(34), chr(92) + chr(34))}"',
-        "sentinel down-after-milliseconds store 500",
+        "sentinel down-after-milliseconds store 4000",
         "sentinel failover-timeout store 3000",
         flags=("--sentinel",),
     )

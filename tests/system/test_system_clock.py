@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.system.clocks import LIBRARY, Clock
 from tests.system.peers import Service, dial, read_exactly
 from tests.system.stack import Stack, wait_until
 
-LIBRARY = next(iter(Path("/usr/lib").glob("*/faketime/libfaketime.so.1")), None)
 pytestmark = [
     pytest.mark.system,
     pytest.mark.xdist_group("clock"),
@@ -20,28 +20,6 @@ STEP_S = 300
 DEAD_AFTER_S = 8
 STEPS = ((STEP_S, 0), (-STEP_S, STEP_S), (0, -STEP_S))
 """Of the gateway's clock and the relay's."""
-
-
-class Clock:
-    """The wall clock of one daemon."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self.step(0)
-        self.env = {
-            "LD_PRELOAD": str(LIBRARY),
-            "FAKETIME_TIMESTAMP_FILE": str(path),
-            "FAKETIME_NO_CACHE": "1",
-            "FAKETIME_DONT_FAKE_MONOTONIC": "1",
-            "DONT_FAKE_MONOTONIC": "1",
-            "FXGATEWAY__SANDBOX__MODE": "off",  # the library opens the file below again and again
-        }
-
-    def step(self, offset_s: int) -> None:
-        """Right plus this."""
-        fresh = self._path.with_suffix(".new")
-        fresh.write_text(f"{offset_s:+d}\n")
-        fresh.replace(self._path)
 
 
 def test_a_clock_that_jumps(make_stack: Callable[..., Stack], echo_service: Service, home: Path) -> None:

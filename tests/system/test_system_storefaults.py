@@ -1,8 +1,6 @@
 """System: relays whose store is full, or on the other side of a partition. They go on with what they knew, say so, and catch up."""
 
-import shutil
 import signal
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +11,7 @@ from examples.cutter import Cutter
 from fxtunnel.kit.certificates import new_authority
 from tests.cluster_store.store_rig import NEEDS_REDIS, RedisServer, broker_content, plain, redis_client, write_broker
 from tests.system.cluster import Cluster
+from tests.system.small_disk import SmallDisk, can_mount
 from tests.system.stack import Stack, slowness, wait_until
 
 pytestmark = [pytest.mark.system, pytest.mark.xdist_group("cluster")]
@@ -97,42 +96,7 @@ def test_a_redis_that_is_full_or_cannot_be_reached(redis_faults: tuple[Faults, R
     faults.outage(path.cut_off, path.thaw)
 
 
-def _can_mount() -> bool:
-    if shutil.which("unshare") is None or shutil.which("nsenter") is None:
-        return False
-    done = subprocess.run(["unshare", "-Urm", "mount", "-t", "tmpfs", "tmpfs", "/mnt"], capture_output=True, check=False)
-    return done.returncode == 0
-
-
-class SmallDisk:
-    """A file system of its own in a mount namespace of its own, which other processes can enter."""
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        directory.mkdir(mode=0o700)
-        script = f"mount -t tmpfs -o size=512k,mode=700 tmpfs {directory} && echo ready && exec sleep 1000"
-        self._holder = subprocess.Popen(["unshare", "-Urm", "sh", "-c", script], stdout=subprocess.PIPE, text=True)
-        assert self._holder.stdout is not None
-        assert self._holder.stdout.readline() == "ready\n"
-        self.prefix = ("nsenter", "--preserve-credentials", "-U", "-m", "-t", str(self._holder.pid))
-
-    def fill(self) -> None:
-        # SQLite keeps its journal file and writes over it, so the store would go on in the room it has: take that, too.
-        filler, journal = self.directory / "filler", self.directory / "cluster.db-journal"
-        script = f"cat /dev/zero > {filler}; : > {journal}; cat /dev/zero >> {filler}"
-        subprocess.run([*self.prefix, "sh", "-c", script], capture_output=True, check=False)
-
-    def free(self) -> None:
-        subprocess.run([*self.prefix, "rm", f"{self.directory}/filler"], check=True)
-
-    def close(self) -> None:
-        self._holder.kill()
-        self._holder.wait()
-        assert self._holder.stdout is not None
-        self._holder.stdout.close()
-
-
-@pytest.mark.skipif(not _can_mount(), reason="no private mount namespaces here (unshare -Urm)")
+@pytest.mark.skipif(not can_mount(), reason="no private mount namespaces here (unshare -Urm)")
 def test_a_file_on_a_disk_that_is_full(make_stack: Callable[..., Stack], home: Path) -> None:
     disk = SmallDisk(home / "disk")
     try:
