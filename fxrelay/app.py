@@ -41,6 +41,7 @@ from fxtunnel.engine.reactor import Reactor
 from fxtunnel.engine.session import Session
 from fxtunnel.errors import FxError
 from fxtunnel.kit import logs
+from fxtunnel.kit.files import held_alone
 from fxtunnel.kit.listeners import Inherited
 from fxtunnel.kit.notify import Notifier
 from fxtunnel.kit.pages import listening_for_pages, serve_pages_on
@@ -104,6 +105,7 @@ class Relay:
         self._config_path = config_path
         self._notifier = notifier
         self._inherited = Inherited.from_environ(os.environ, os.getpid(), notifier)
+        self._state_dir = ExitStack()
         self._status = ExitStack()
         self._pages = trio.CancelScope()
         self._pages_ended = trio.Event()
@@ -151,7 +153,8 @@ class Relay:
         async with trio.open_nursery() as nursery:
             await nursery.start(watch_signals, self._reloads.ask, self._stop.set)
             await nursery.start(follow_launcher, self._notifier, self._stop.set)
-            # Before anything is said to the cluster or a gateway: another process that has this state directory has this socket, and stays.
+            # Before anything is said to the cluster or a gateway: another process that has this directory is this relay, and stays.
+            self._state_dir.enter_context(held_alone(self._settings.relay.state_dir))
             status = self._status.enter_context(listening_for_pages(self._settings.relay.status_address, self._inherited))
             await nursery.start(brain.run)
             await nursery.start(placer.run)
@@ -178,9 +181,10 @@ class Relay:
         return 1 if self._has_failed else 0
 
     def close(self) -> None:
-        """End the processes of owner scripts, and let go of the status socket."""
+        """End the processes of owner scripts, and let go of the status socket and the state directory."""
         self._owners.close()
         self._status.close()
+        self._state_dir.close()
 
     @property
     def _directory(self) -> Path:
@@ -264,6 +268,7 @@ class Relay:
         self._pages.cancel()
         with trio.move_on_after(PAGES_END_S):
             await self._pages_ended.wait()
+        self._state_dir.close()
         self._notifier.stopping()
         with trio.move_on_after(limits.handover_s if serves else 0):
             await wait_until(lambda: all(uplink.is_relieved for uplink in self._uplinks))

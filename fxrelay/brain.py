@@ -67,9 +67,9 @@ class Brain:
         self._settings = settings
         self._whose = whose
         self._store, self._transporter = open_cluster(cluster, settings.relay.state_dir)
-        self._threads = Threads()
-        self._scripts = Scripts(ScriptLimits(cluster.script_timeout_s, cluster.script_memory_bytes), config_path)
         self.view = ClusterView(Ages(cluster.stale_s, cluster.down_s))
+        self._threads = Threads(self.view.store_doubted)
+        self._scripts = Scripts(ScriptLimits(cluster.script_timeout_s, cluster.script_memory_bytes), config_path)
         self._follower = Follower(self._store, self._transporter, self.view, self._threads, FollowConfig(resync_s=cluster.resync_s))
         self._gatherer = Gatherer(settings, bounds=ProgramBounds(module_dir=config_path.parent))
         self.publisher = Publisher(

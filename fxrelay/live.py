@@ -1,5 +1,6 @@
 """Pump: the running relay as its status pages see it."""
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -71,7 +72,7 @@ class LiveView:
         view, chooser, publisher = self._brain.view, self._brain.chooser, self._brain.publisher
         health = view.health()
         return ClusterStatus(
-            store_down_s=round(health.store_down_s, 1),
+            store_down_s=math.ceil(health.store_down_s * 10) / 10,  # never 0 while it is down
             live=health.live,
             synced=health.synced,
             last_error=publisher.last_error or health.last_error,

@@ -22,6 +22,8 @@ BATCH_WAIT_S: Final = 1.0
 GATHER_S: Final = 0.05
 """Pause between two batches: under load one thread call brings many messages."""
 CONTROL_READS: Final = 3
+ASK_PAUSE_S: Final = 0.2
+"""Between two times that the store is asked because somebody could not use it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,11 +47,14 @@ class Follower:
         self._rng = random.Random()  # noqa: S311 - waits, not secrets
         self._again = trio.Event()
         self._tried = trio.Event()
+        self._doubt = trio.Event()
+        view.ask_store = lambda: self._doubt.set()
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Follow until cancelled. Started when the store has been read once, or could not be."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(keep_going, "reading the store", self._keep_reading)
+            nursery.start_soon(keep_going, "asking the store", self._keep_asking)
             await self._tried.wait()
             nursery.start_soon(keep_going, "listening for live updates", self._keep_listening)
             task_status.started()
@@ -88,6 +93,19 @@ class Follower:
             seen.update(document.key for document in part)
         view.read_everything(frozenset(seen))
 
+    async def _keep_asking(self) -> None:
+        """Find out whether a store that somebody could not use is away. If it is, it is read until it is back."""
+        while True:
+            await self._doubt.wait()
+            self._doubt = trio.Event()
+            if self._view.is_store_doubted:
+                try:
+                    self._view.store_said(await self._threads.run(self._store.now_ms))
+                except StoreError as exc:
+                    self._view.store_failed(str(exc))
+                    self._again.set()
+            await trio.sleep(ASK_PAUSE_S)
+
     async def _keep_listening(self) -> None:
         backoff = FullJitter(self._config.min_backoff_s, self._config.max_backoff_s, rng=self._rng)
         while True:
@@ -98,6 +116,8 @@ class Follower:
                 self._again.set()  # what was said between the last reading and now was not heard
                 await self._listen(subscription, backoff)
             except TransporterError as exc:
+                if self._view.health().live:
+                    self._view.store_doubted()  # it is often the same server
                 self._view.live_updates(False, str(exc))
             except Exception:
                 self._view.live_updates(False, "internal error")

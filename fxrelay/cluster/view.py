@@ -49,6 +49,9 @@ class ClusterView:
         self._monotonic = monotonic
         self._clock_offset_ms = int(time.time() * 1000 - monotonic() * 1000)
         self._synced = False
+        self.ask_store: Callable[[], None] = lambda: None
+        """Has the store asked for its clock soon; what it answers comes by `store_said` or `store_failed`."""
+        self._doubted_since: float | None = None
         self._store_down_since: float | None = None
         self._is_refused = False
         self._blind_since: float | None = None
@@ -73,7 +76,8 @@ class ClusterView:
 
     def health(self) -> Health:
         """For status and metrics."""
-        down_s = 0.0 if self._store_down_since is None else self._monotonic() - self._store_down_since
+        since = self._store_down_since if self._store_down_since is not None else self._doubted_since
+        down_s = 0.0 if since is None else self._monotonic() - since
         return Health(self._synced, down_s, self._live, self._last_error)
 
     def everyone(self) -> Roster[Member]:
@@ -83,6 +87,7 @@ class ClusterView:
     def store_said(self, clock_ms: int) -> None:
         """The store answered, and told its clock. While it takes nothing it counts as down all the same: nobody could report."""
         self._said_at = self._monotonic()
+        self._doubted_since = None
         self._clock_offset_ms = clock_ms - int(self._said_at * 1000)
         if self._is_refused:
             return
@@ -101,11 +106,23 @@ class ClusterView:
         self._is_refused = True
         self.store_failed(error)
 
+    @property
+    def is_store_doubted(self) -> bool:
+        """Whether the store counts as down until it has been asked."""
+        return self._doubted_since is not None
+
+    def store_doubted(self) -> None:
+        """Somebody could not use the store, perhaps because of what is in it: it counts as down until it has been asked for its clock."""
+        if self._store_down_since is None and self._doubted_since is None:
+            self._doubted_since = self._monotonic()
+            self.ask_store()
+
     def store_failed(self, error: str) -> None:
         """The store did not answer: what is known stays in use."""
         self._last_error = error
+        doubted_since, self._doubted_since = self._doubted_since, None
         if self._store_down_since is None:
-            self._store_down_since = self._monotonic()
+            self._store_down_since = self._monotonic() if doubted_since is None else doubted_since
             logger.warning("the store does not answer, going on with what is known: %s", error)
             self._look()
 

@@ -70,6 +70,8 @@ class Books:
         self.changed = trio.Event()
         """Set when who has which server may have changed; made anew each time."""
         self.last_error = ""
+        self.store_failed: Callable[[], None] = lambda: None
+        """Called whenever something is not done since the store could not be used."""
         self.untidied: set[tuple[RelayId, str]] = set()
         """Servers whose logins were found expired, and whose these were: the users' own documents may still say so."""
         self._waiting = deque[_Waiting]()
@@ -136,21 +138,26 @@ class Books:
         return self._told([each.answer if each.answer is not None else _late() for each in waiting])
 
     def _told(self, answers: list[tuple[Any, Written] | Exception]) -> list[tuple[Any, Written] | Exception]:
-        self.last_error = str(next((answer for answer in answers if isinstance(answer, StoreError)), ""))
+        self._note(next((answer for answer in answers if isinstance(answer, StoreError)), None))
         return answers
+
+    def _note(self, error: StoreError | None) -> None:
+        self.last_error = "" if error is None else str(error)
+        if error is not None:
+            self.store_failed()
 
     async def ask(self, call: Callable[[], T]) -> T | StoreError:
         """What `call` returns in a thread, or why there is no answer."""
         try:
             with trio.move_on_after(CALL_S):
                 result = await self._threads.run(call)
-                self.last_error = ""
+                self._note(None)
                 return result
         except StoreError as exc:
-            self.last_error = str(exc)
+            self._note(exc)
             return exc
         late = _late()
-        self.last_error = str(late)
+        self._note(late)
         return late
 
     def learn(self, server_id: RelayId, written: Written) -> None:

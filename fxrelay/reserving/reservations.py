@@ -57,6 +57,7 @@ class Reservations:
 
     def __init__(self, config: ReservingConfig, store: Store, transporter: Transporter, view: ClusterView) -> None:
         self._books = books = Books(config, store, transporter)
+        books.store_failed = view.store_doubted
         self.holders = books.holders
         self.tidings = books.tidings
         self.leases = Leases()

@@ -2,15 +2,22 @@
 
 import contextlib
 import errno
+import fcntl
+import logging
 import os
 import secrets
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-from fxtunnel.errors import ConfigError
+from fxtunnel.errors import ConfigError, FxError
 
+logger = logging.getLogger(__name__)
+
+LOCK_FILE: Final = "lock"
 _MIB: Final = 1 << 20
+_PID_BYTES: Final = 20
 MAX_FILE_BYTES: Final = _MIB
 """No key comes near this; it keeps a mistyped path from filling the memory."""
 
@@ -122,6 +129,35 @@ def make_private_dir(path: Path) -> None:
         raise ConfigError.one(path, "", f"belongs to uid {facts.st_uid}; run: chown {os.geteuid()} {path}")
     if stat.S_IMODE(facts.st_mode) & 0o077:
         raise ConfigError.one(path, "", f"is accessible by others (mode {stat.S_IMODE(facts.st_mode):04o}); run: chmod 700 {path}")
+
+
+@contextlib.contextmanager
+def held_alone(directory: Path) -> Iterator[None]:
+    """Have a state directory for this process alone until the block ends, or the process, however it does.
+
+    The file `lock` in it stays, with the number of the last process that had the directory. On file systems that know no locks nobody is
+    kept out.
+
+    Raises:
+        FxError: another process has it.
+        ConfigError: the file cannot be made.
+    """
+    try:
+        fd = os.open(directory / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    except OSError as exc:
+        raise ConfigError.one(directory / LOCK_FILE, "", f"cannot be made: {exc.strerror or exc}") from exc
+    with os.fdopen(fd, "r+b", buffering=0) as file:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as exc:
+            owner = file.read(_PID_BYTES).decode("ascii", "replace").strip()
+            what = f"process {owner}" if owner.isdecimal() else "another process"
+            raise FxError(f"{directory}: {what} uses it already; stop that one, or name another directory") from exc
+        except OSError as exc:
+            logger.warning("%s cannot be locked, a second process that uses it would not be noticed: %s", directory, exc.strerror or exc)
+        file.truncate()
+        file.write(b"%d\n" % os.getpid())
+        yield
 
 
 def _check_private(path: Path, facts: os.stat_result) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 
 import pytest
 import trio
@@ -10,7 +11,9 @@ from cluster_fakes import FakeStore, FakeTransporter, NoThreads, server_text
 from fxrelay.cluster.follow import FETCH, FollowConfig, Follower
 from fxrelay.cluster.members import Ages, Control
 from fxrelay.cluster.ports import CONTROLS, SERVERS, Message
+from fxrelay.cluster.threads import Threads
 from fxrelay.cluster.view import ClusterView, encode_control
+from fxtunnel.errors import StoreError, TransporterError
 from fxtunnel.model import RelayId
 
 CONFIG = FollowConfig(resync_s=60.0, min_backoff_s=0.25, max_backoff_s=3.0)
@@ -160,3 +163,70 @@ async def test_a_server_deleted_from_the_store_is_forgotten_when_it_is_down(auto
         assert cluster.seq() == 1
         await trio.sleep(60)
         assert cluster.seq() == 0
+
+
+async def test_the_first_failed_use_of_the_store_tells_that_it_is_away(autojump_clock: object, cluster: Cluster) -> None:
+    async with cluster.followed():
+        await trio.sleep(5)
+        cluster.store.error = "away"
+        await trio.sleep(5)
+        assert cluster.view.health().store_down_s == 0, "nobody has used it"
+        cluster.view.store_doubted()
+        await trio.sleep(1)
+        assert cluster.view.health().store_down_s == 1
+        assert cluster.view.health().last_error == "away"
+        cluster.store.error = ""
+        await trio.sleep(CONFIG.max_backoff_s + 0.1)
+        assert cluster.view.health().store_down_s == 0
+
+
+async def test_a_subscription_that_breaks_has_the_store_asked_at_once(autojump_clock: object, cluster: Cluster) -> None:
+    async with cluster.followed():
+        await trio.sleep(5)
+        cluster.store.error = "away"
+        cluster.transporter.break_off("away too")
+        await trio.sleep(1)
+        assert cluster.view.health().store_down_s == 1
+
+
+async def test_a_use_that_fails_because_of_what_is_in_the_store_takes_nobody_out(
+    autojump_clock: object, cluster: Cluster, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with cluster.followed():
+        await trio.sleep(5)
+        reads = cluster.store.reads
+        caplog.clear()
+        for _ in range(5):
+            cluster.view.store_doubted()
+            await trio.sleep(0.3)
+            assert cluster.view.health().store_down_s == 0
+        assert (cluster.store.reads, caplog.records) == (reads, [])
+
+
+async def test_a_store_that_hangs_counts_as_away_from_the_use_that_failed(autojump_clock: object) -> None:
+    threads = NoThreads()
+    cluster = Cluster()
+    cluster.follower = Follower(cluster.store, cluster.transporter, cluster.view, threads, CONFIG)
+    async with cluster.followed():
+        await trio.sleep(5)
+        threads.slow_s = 4.0
+        cluster.store.error = "no answer"
+        cluster.view.store_doubted()
+        for second in range(1, 8):
+            await trio.sleep(1)
+            assert cluster.view.health().store_down_s == second
+
+
+async def test_threads_tell_of_every_use_of_the_store_that_failed() -> None:
+    failed: list[str] = []
+    threads = Threads(lambda: failed.append("once"))
+
+    def fails(error: Exception) -> None:
+        raise error
+
+    for error, count in ((StoreError("away"), 1), (TransporterError("away"), 1), (StoreError("away"), 2)):
+        with pytest.raises(type(error)):
+            await threads.run(partial(fails, error))
+        assert len(failed) == count
+    await threads.run(lambda: None)
+    assert len(failed) == 2

@@ -1,11 +1,15 @@
+import errno
+import fcntl
 import os
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from fxtunnel.errors import ConfigError
-from fxtunnel.kit.files import MAX_FILE_BYTES, make_private_dir, read_secret, write_atomic, write_secret
+from fxtunnel.errors import ConfigError, FxError
+from fxtunnel.kit.files import LOCK_FILE, MAX_FILE_BYTES, held_alone, make_private_dir, read_secret, write_atomic, write_secret
 
 
 @pytest.fixture
@@ -133,3 +137,51 @@ def test_a_link_to_a_private_directory_is_one(tmp_path: Path) -> None:
     make_private_dir(tmp_path / "real")
     (tmp_path / "link").symlink_to("real")
     make_private_dir(tmp_path / "link")
+
+
+def test_a_directory_is_one_process_s_at_a_time(tmp_path: Path) -> None:
+    with held_alone(tmp_path):
+        for _ in range(2):
+            with pytest.raises(FxError, match=f"{tmp_path}: process {os.getpid()} uses it already"), held_alone(tmp_path):
+                raise AssertionError("it was had twice")
+    (tmp_path / LOCK_FILE).write_text("1234567890 of a process that had it before")
+    with held_alone(tmp_path):
+        assert (tmp_path / LOCK_FILE).read_text() == f"{os.getpid()}\n"
+    assert mode_of(tmp_path / LOCK_FILE) == 0o600
+
+
+def test_a_process_that_is_killed_leaves_no_lock(tmp_path: Path) -> None:
+    code = """import pathlib, sys, time
+from fxtunnel.kit.files import held_alone
+with held_alone(pathlib.Path(sys.argv[1])):
+    print(flush=True)
+    time.sleep(60)
+"""
+    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"\n"
+            with pytest.raises(FxError, match=f"process {process.pid} "), held_alone(tmp_path):
+                raise AssertionError("it was had twice")
+        finally:
+            process.kill()
+    with held_alone(tmp_path):
+        pass
+
+
+def test_a_lock_that_cannot_be_made_is_told_of(tmp_path: Path) -> None:
+    (tmp_path / LOCK_FILE).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ConfigError, match="lock: cannot be made"), held_alone(tmp_path):
+        raise AssertionError("it was had")
+
+
+def test_a_file_system_without_locks_keeps_nobody_out_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def no_locks(fd: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with held_alone(tmp_path):
+        pass
+    assert "No locks available" in caplog.text

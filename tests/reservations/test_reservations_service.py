@@ -306,6 +306,23 @@ def test_a_message_is_heard() -> None:
     assert not view.hear_reservation("nonsense")
 
 
+async def test_a_store_that_reservations_cannot_use_counts_as_down_until_it_is_asked() -> None:
+    class Away:
+        def __getattr__(self, name: str) -> Any:
+            def fails(*arguments: object) -> None:
+                raise StoreError("away")
+
+            return fails
+
+    view = ClusterView(Ages())
+    store: Any = Away()
+    reservations = Reservations(ReservingConfig(RelayId("a")), store, store, view)
+    assert not view.is_store_doubted
+    await reservations.find_homes("ann")
+    assert view.is_store_doubted
+    assert view.health().store_down_s > 0
+
+
 async def test_a_line_is_first_come_first_served_and_who_lost_a_race_keeps_his_place(autojump_clock: trio.testing.MockClock) -> None:
     line = Line()
     order: list[str] = []

@@ -15,7 +15,8 @@ SELDOM = "publish_s = 60\nstale_s = 200\ndown_s = 400\nresync_s = 1"
 """So seldom that nothing would put right soon what another process has said."""
 
 
-def test_a_relay_that_runs_already(make_stack: Callable[..., Stack], home: Path, echo_service: Service) -> None:
+@pytest.mark.parametrize("status", ["status.sock", "other.sock"])
+def test_a_relay_that_runs_already(make_stack: Callable[..., Stack], home: Path, echo_service: Service, status: str) -> None:
     stack = make_stack("echo")
     stack.start_gateway()
     cluster = Cluster(stack, f'store = "sqlite:{home / "cluster.db"}"\n{SELDOM}', service="desk")
@@ -27,7 +28,10 @@ def test_a_relay_that_runs_already(make_stack: Callable[..., Stack], home: Path,
         before = cluster.nodes(name)[name]
         with dial(stack.doors["echo"]) as client:
             say(client, b"before")
-            second = stack.launch_twin(name, stack.relay_config(name))
+            config = stack.relay_config(name)
+            twin = config.with_name("twin.toml")
+            twin.write_text(config.read_text().replace('state_dir = "state"', f'state_dir = "state"\nstatus = "{status}"'))
+            second = stack.launch_twin(name, twin)
             assert second.wait() == 1
             say(client, b"after")
         after = cluster.nodes(name)[name]
@@ -38,4 +42,4 @@ def test_a_relay_that_runs_already(make_stack: Callable[..., Stack], home: Path,
         wait_until(lambda: stack.believed(other, name)["state"] == "up", what="the node is believed to be up")
     finally:
         cluster.close()
-    assert "status.sock: it is in use" in second.log.read_text().splitlines()[-1]
+    assert f"state: process {stack.relays[name].pid} uses it already" in second.log.read_text().splitlines()[-1]

@@ -51,6 +51,28 @@ def down_s(cluster: Cluster) -> float:
     return cluster.status("node-2")["cluster"]["store_down_s"]
 
 
+def test_a_store_that_is_killed_is_said_to_be_away_long_before_anything_is_to_be_written(
+    make_stack: Callable[..., Stack], redis: RedisServer
+) -> None:
+    stack = make_stack("desk")
+    broker = write_broker(redis.directory, broker_content(redis))
+    cluster = Cluster(stack, f'broker = "{broker}"\npublish_s = 300\nstale_s = 900\ndown_s = 1800\nresync_s = 300')
+    try:
+        stack.start_gateway()
+        name = cluster.node(2)
+        # Its tunnel is told, and it reads the store once more when it listens; then nothing is to be done for minutes.
+        cluster.wait_until_known([name], [name])
+        wait_until(lambda: cluster.status(name)["cluster"]["live"] and bool(cluster.nodes(name)[name]["server"]["agent"]["tunnels"]), 20)
+        assert down_s(cluster) == 0
+        redis.kill()
+        wait_until(lambda: down_s(cluster) > 0, 30, "the outage in status")
+        assert "fxrelay_store_up 0" in cluster.metrics("node-2")
+        redis.start()
+        wait_until(lambda: down_s(cluster) == 0, 30, "its return")
+    finally:
+        cluster.close()
+
+
 @pytest.mark.parametrize("fault", ["kill", "stop"])
 def test_a_store_that_goes_away_and_comes_back(cluster: Cluster, redis: RedisServer, fault: str) -> None:
     assert everyone_serves(cluster)
