@@ -4,7 +4,7 @@ import time
 
 from tests.chaos.figures import Outcome
 from tests.chaos.holdings import Held, Holdings, trend_per_s
-from tests.chaos.stage import MIB, Fault, Plain, Stage, judge
+from tests.chaos.stage import MIB, Fault, Stage, judge
 from tests.system.peers import is_served
 
 STREAMS = 60
@@ -28,7 +28,7 @@ def steady(stage: Stage, outcome: Outcome) -> None:
     """
     seconds = stage.minutes * 60
     holdings = Holdings(stage.directory / "holdings")
-    plain = _plain(stage, holdings)
+    plain = stage.plain(extra="", relay="", env=holdings.env)
     pids = {"gateway": plain.stack.gateway.pid, "relay": plain.stack.relays["node-a"].pid}
     for _ in range(20):
         assert is_served(plain.echo)
@@ -60,15 +60,6 @@ def steady(stage: Stage, outcome: Outcome) -> None:
     time.sleep(2)
     left = {name: holdings.of(pid).files - before[name] for name, pid in pids.items()}
     outcome.add("files more than before the load, when all have left", max(left.values()), f"≤ {FLAT_FILES}")
-
-
-def _plain(stage: Stage, holdings: Holdings) -> Plain:
-    services, (swap, echo) = stage.services("swap", "echo")
-    stack = stage.stack("swap", "echo")
-    stack.start_gateway(holdings.env)
-    stack.start_relay("node-a", {"swap": swap, "echo": echo}, env=holdings.env)
-    stack.wait_for_relays("node-a")
-    return Plain(stack, services)
 
 
 def _judge_samples(outcome: Outcome, name: str, warm: list[tuple[float, Held]], *, is_measurable: bool) -> None:
