@@ -127,13 +127,16 @@ class Upkeep:
     async def release_all(self) -> None:
         """Tell the store of every login that has ended, once."""
         ending = self._leases.ending()
+        limiter = trio.CapacityLimiter(AT_ONCE)
         async with trio.open_nursery() as nursery:
-            at_once = [hold for hold in ending if not (hold.lock.locked() or hold.terms.hold_while_sessions)]
-            for start in range(0, len(at_once), AT_ONCE):
-                await self._release_together(at_once[start : start + AT_ONCE])
-            limiter = trio.CapacityLimiter(AT_ONCE)
-            for hold in set(ending).difference(at_once):
-                nursery.start_soon(self._release, hold, limiter)
+            for start in range(0, len(ending), AT_ONCE):
+                # Looked at when its turn comes: a renewal that was under way when the login ended may have begun to hold it meanwhile.
+                some = ending[start : start + AT_ONCE]
+                at_once = [hold for hold in some if not (hold.lock.locked() or hold.terms.hold_while_sessions)]
+                for hold in set(some).difference(at_once):
+                    nursery.start_soon(self._release, hold, limiter)
+                if at_once:
+                    await self._release_together(at_once)
 
     async def _release_together(self, holds: list[Hold]) -> None:
         """Holds that nobody is renewing. One task does for all: they are many."""

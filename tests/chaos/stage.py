@@ -191,12 +191,12 @@ class Stage:
         self.later(load.close)
         return load
 
-    def plain(self, *, extra: str = LIVELY, relay: str = LIVELY_RELAY) -> "Plain":
-        """A gateway, a relay, and services swap and echo."""
+    def plain(self, *, extra: str = LIVELY, relay: str = LIVELY_RELAY, env: dict[str, str] | None = None) -> "Plain":
+        """A gateway, a relay, and services swap and echo. `env`: more of the daemons' environment."""
         services, (swap, echo) = self.services("swap", "echo")
         stack = self.stack("swap", "echo", extra=extra)
-        stack.start_gateway()
-        stack.start_relay("node-a", {"swap": swap, "echo": echo}, relay)
+        stack.start_gateway(env)
+        stack.start_relay("node-a", {"swap": swap, "echo": echo}, relay, env)
         stack.wait_for_relays("node-a")
         return Plain(stack, services)
 

@@ -86,16 +86,24 @@ def is_linearizable(operations: list[Operation]) -> bool:
 def _spread(
     configurations: set[tuple[State, frozenset[int]]], pending: set[int], operations: list[Operation]
 ) -> set[tuple[State, frozenset[int]]]:
-    seen = set(configurations)
-    fresh = list(configurations)
+    seen = {(state, _with_rejections(state, done, pending, operations)) for state, done in configurations}
+    fresh = list(seen)
     while fresh:
         state, done = fresh.pop()
         for index in pending - done:
             after = _after(state, operations[index])
-            if after is not None and (after, done | {index}) not in seen:
-                seen.add((after, done | {index}))
-                fresh.append((after, done | {index}))
+            if after is None:
+                continue
+            found = (after, _with_rejections(after, done | {index}, pending, operations))
+            if found not in seen:
+                seen.add(found)
+                fresh.append(found)
     return seen
+
+
+def _with_rejections(state: State, done: frozenset[int], pending: set[int], operations: list[Operation]) -> frozenset[int]:
+    """And every rejection that can be answered now: it changes nothing, so no order is lost. Else n that wait at once are 2^n sets."""
+    return done | {index for index in pending - done if operations[index].kind == "reject" and _after(state, operations[index]) is not None}
 
 
 def _after(state: State, operation: Operation) -> State | None:

@@ -1,7 +1,11 @@
 """The checker of histories: it tells good ones from bad ones."""
 
+from itertools import permutations
+
 import pytest
-from lock_history import Operation, Stay, falling_tokens, is_linearizable, overlaps
+from hypothesis import given
+from hypothesis import strategies as st
+from lock_history import Operation, Stay, _after, falling_tokens, is_linearizable, overlaps
 
 ANN = Operation("acquire", "ann", 0, 1)
 ANN_OUT = Operation("release", "ann", 5, 6)
@@ -26,6 +30,53 @@ ANN_OUT = Operation("release", "ann", 5, 6)
 )
 def test_what_a_lock_would_answer(operations: list[Operation], expected: bool) -> None:
     assert is_linearizable(operations) is expected
+
+
+def test_many_who_are_refused_at_once_are_looked_at_once() -> None:
+    crowd = [Operation("reject", f"u{number}", 2, 4, holder="ann") for number in range(60)]
+    assert is_linearizable([ANN, *crowd, ANN_OUT])
+    assert not is_linearizable([ANN, *crowd, ANN_OUT, Operation("reject", "bob", 7, 8)])
+
+
+def tried(operations: list[Operation]) -> bool:
+    """The same by trying every order of some of them, the certain ones among these."""
+    wanted = {number for number, operation in enumerate(operations) if operation.is_certain}
+    for size in range(len(wanted), len(operations) + 1):
+        for order in permutations(range(len(operations)), size):
+            if wanted <= set(order) and _fits([operations[number] for number in order]):
+                return True
+    return False
+
+
+def _fits(order: list[Operation]) -> bool:
+    state, latest = ("", 0), 0.0
+    for operation in order:
+        latest = max(latest, operation.begins)
+        after = _after(state, operation) if latest <= operation.ends else None
+        if after is None:
+            return False
+        state = after
+    return True
+
+
+@st.composite
+def histories(draw: st.DrawFn) -> list[Operation]:
+    moments = draw(st.permutations(range(10)))
+    return [
+        Operation(
+            draw(st.sampled_from(["acquire", "release", "reject"])),
+            draw(st.sampled_from(["ann", "bob"])),
+            *sorted(moments[2 * number : 2 * number + 2]),
+            draw(st.booleans()),
+            draw(st.sampled_from(["", "ann"])),
+        )
+        for number in range(draw(st.integers(1, 5)))
+    ]
+
+
+@given(histories())
+def test_every_order_tried_says_the_same(operations: list[Operation]) -> None:
+    assert is_linearizable(operations) is tried(operations)
 
 
 def test_overlaps_and_tokens() -> None:

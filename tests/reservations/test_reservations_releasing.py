@@ -12,7 +12,7 @@ from fxrelay.balance.reservations import Record, Token
 from fxrelay.cluster.members import Ages
 from fxrelay.cluster.view import ClusterView
 from fxrelay.reserving.asks import Ask, Asks
-from fxrelay.reserving.books import ReservingConfig
+from fxrelay.reserving.books import AT_ONCE, ReservingConfig
 from fxrelay.reserving.leases import Hold, Leases, Terms
 from fxrelay.reserving.ledger import Written
 from fxrelay.reserving.upkeep import Upkeep
@@ -31,6 +31,10 @@ class SlowBooks:
         self.tidings = SimpleNamespace(happened=lambda *_: None)
         self.last_error = ""
         self.failing = 0
+
+    async def do(self, ask: Ask[Any]) -> Any:
+        (outcome,) = await self.do_all([ask])
+        return outcome
 
     async def do_all(self, together: Sequence[Ask[Any]]) -> list[Any]:
         await trio.sleep(CALL_S)
@@ -69,3 +73,19 @@ async def test_a_login_that_ends_while_another_is_taken_out_does_not_wait(autoju
         await trio.sleep(1.0)
         assert not leases.has_ending
         nursery.cancel_scope.cancel()
+
+
+async def test_a_login_that_is_being_renewed_when_its_turn_comes_holds_up_no_other(autojump_clock: MockClock) -> None:
+    books, leases = SlowBooks(), Leases(trio.current_time)
+    upkeep = Upkeep(books, leases, ClusterView(Ages()))  # type: ignore[arg-type]  # as much of them as it uses
+    holds = [held(str(number)) for number in range(2 * AT_ONCE)]
+    for hold in holds:
+        leases.end(hold)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(upkeep.release_all)
+        await wait_all_tasks_blocked()  # the first of them are with the store
+        async with holds[-1].lock:
+            await trio.sleep(2.5 * CALL_S)
+            assert leases.ending() == holds[-1:]
+    assert not leases.has_ending
+    assert not any(hold.lock.locked() for hold in holds)
