@@ -128,12 +128,14 @@ class Brain:
             self._store.close()
 
     def reconfigure(self, settings: RelaySettings, environ: Mapping[str, str]) -> None:
-        """Pools, chains and what this node says about itself, from a reloaded configuration. `environ`: see `site_environment`.
+        """Pools, chains, ways and what this node says about itself, from a reloaded configuration. `environ`: see `site_environment`.
 
         Raises:
             ConfigError: a balancing script cannot be used; nothing has changed.
         """
-        self.chooser.reconfigure(balancing(settings, self._scripts, environ))
+        pools = balancing(settings, self._scripts, environ)
+        self.chooser.ways = ways(settings)
+        self.chooser.reconfigure(pools)
         self._gatherer.reconfigure(settings)
         self._settings = settings
         self.publisher.changed()
