@@ -102,9 +102,12 @@ def pick(
     if explain:
         for line in answer.explanation:
             click.echo(line)
-    if answer.server_id is None:
+    if answer.server_id is not None:
+        click.echo(answer.server_id)
+    elif explain:  # which has said why
+        raise SystemExit(1)
+    else:
         raise FxError(answer.failure)
-    click.echo(answer.server_id)
 
 
 @click.command()
