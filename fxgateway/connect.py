@@ -224,6 +224,7 @@ async def _upgraded(stream: trio.SocketStream | TlsHalves, wanted: Wanted, host:
         403: "you may not have this",
         404: "it does not give out this stream; see `streams` of the door",
         429: "too many connections",
+        502: "no relay could serve it: nodes are taken, full or not reached; the relays' logs say more",
         503: f"no relay offers it now{f' at node {wanted.node}' if wanted.node else ''}",
     }
     raise FxError(f"{wanted.via}: {wanted.service}: {message.get(status, f'refused with status {status}')}{_trace_in(parser)}")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Final
 
 import trio
+from pydantic import BaseModel
 
 from fxrelay import settings as config
 from fxrelay.admitting.composing import entry_rules, owner_limits
@@ -67,6 +68,8 @@ SWEEP_S: Final = 5.0
 RESOLVE_EVERY_S: Final = 30.0
 READY_POLL_S: Final = 0.02
 PAGES_END_S: Final = 1.0
+CLUSTER_AT_ONCE: Final = frozenset({"paths", "force_indirect", "networks"})
+"""What of [cluster] a reload changes."""
 PLANNED_DRAIN_S: Final = 86_400.0
 """For streams to end after `fxrelay drain`: as long as whoever plans the work likes to wait, a day at most."""
 
@@ -336,10 +339,16 @@ class Relay:
         for uplink in self._uplinks:
             uplink.update_services(self._services.offers())
         configure_logs(fresh)
-        for section in ("relay", "gateways", "cluster"):
-            if getattr(fresh, section) != getattr(self._settings, section):
-                logger.warning("changes in [%s] take effect at the next restart", section.removesuffix("s"))
+        waiting = [f"relay.{key}" for key in _changed(self._settings.relay, fresh.relay)]
+        waiting += ["[[gateway]]"] if fresh.gateways != self._settings.gateways else []
+        waiting += [f"cluster.{key}" for key in _changed(self._settings.cluster, fresh.cluster) if key not in CLUSTER_AT_ONCE]
+        if waiting:
+            logger.warning("changed, but not before the next restart: %s", ", ".join(waiting))
         self._settings = fresh
+
+
+def _changed(before: BaseModel, after: BaseModel) -> list[str]:
+    return [key for key in type(after).model_fields if getattr(after, key) != getattr(before, key)]
 
 
 class GatewaySessions:

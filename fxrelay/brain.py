@@ -90,7 +90,7 @@ class Brain:
         if _needs_reservations(settings):
             reserving = ReservingConfig(whose.relay_id, cluster.lease_s, cluster.on_lost_lease)
             self.reservations = Reservations(reserving, self._store, self._transporter, self.view)
-            self.reservations.upkeep.has_sessions = self._has_sessions
+            self.reservations.upkeep.may_have_sessions = self._may_have_sessions
             self.chooser.seating = StreamSeating(self.reservations)
 
     def use_reactor(self, reactor: Reactor) -> None:
@@ -129,21 +129,27 @@ class Brain:
             self._store.close()
 
     def reconfigure(self, settings: RelaySettings, environ: Mapping[str, str]) -> None:
-        """Pools, chains and what this node says about itself, from a reloaded configuration. `environ`: see `site_environment`.
+        """Pools, chains, ways and what this node says about itself, from a reloaded configuration. `environ`: see `site_environment`.
 
         Raises:
             ConfigError: a balancing script cannot be used; nothing has changed.
         """
-        self.chooser.reconfigure(balancing(settings, self._scripts, environ))
+        pools = balancing(settings, self._scripts, environ)
+        self.chooser.ways = ways(settings)
+        self.chooser.reconfigure(pools)
         self._gatherer.reconfigure(settings)
         self._settings = settings
         self.publisher.changed()
         if self.reservations is None and _needs_reservations(settings):
             logger.warning("pools with reservations or guard_start take effect at the next restart: until then they refuse")
 
-    def _has_sessions(self, server_id: RelayId, user: str) -> bool:
+    def _may_have_sessions(self, server_id: RelayId, user: str, since_ms: int) -> bool:
         member = self.view.members.get(server_id, self.view.now)
-        if member is None or not member.server.sessions:
+        if member is None:
+            return False
+        if member.server.measured_ms <= since_ms:  # a session that he began last is not told yet
+            return True
+        if not member.server.sessions:
             return False
         listed = json.loads(member.server.text).get("sessionList")
         return user in {session.get("owner") for session in listed if isinstance(session, dict)} if isinstance(listed, list) else True

@@ -143,7 +143,8 @@ def _refuse_bad_files(settings: "RelaySettings", config_path: Path) -> None:
 
 
 def _print_status(found: "dict[str, Any]") -> None:
-    click.echo(f"relay {found['relay']['relay_id']}, up for {duration(found['relay']['uptime_s'])}")
+    draining = "; draining: nothing new until it is restarted" if found["relay"].get("is_draining") else ""
+    click.echo(f"relay {found['relay']['relay_id']}, up for {duration(found['relay']['uptime_s'])}{draining}")
     uplinks = [
         (
             uplink["gateway_id"],
@@ -154,7 +155,10 @@ def _print_status(found: "dict[str, Any]") -> None:
         )
         for uplink in found["uplinks"]
     ]
-    print_table(("gateway", "url", "state", "since", *LINK_COLUMNS), uplinks)
+    if uplinks:
+        print_table(("gateway", "url", "state", "since", *LINK_COLUMNS), uplinks)
+    else:
+        click.echo("no gateway: this node reports to its cluster, and others send it clients")
     errors = [
         (uplink["gateway_id"], uplink["last_error"]) for uplink in found["uplinks"] if uplink["last_error"] and uplink["state"] != "up"
     ]

@@ -102,9 +102,12 @@ def pick(
     if explain:
         for line in answer.explanation:
             click.echo(line)
-    if answer.server_id is None:
+    if answer.server_id is not None:
+        click.echo(answer.server_id)
+    elif explain:  # which has said why
+        raise SystemExit(1)
+    else:
         raise FxError(answer.failure)
-    click.echo(answer.server_id)
 
 
 @click.command()
@@ -112,10 +115,12 @@ def pick(
 @click.argument("node", required=False)
 @timeout_option
 def drain(config_path: Path, node: str | None, timeout_s: float | None) -> None:
-    """Send nothing new to NODE, on any relay. What it has stays. `fxrelay enable NODE` ends it.
+    """Send nothing new to NODE, on any relay; without NODE: let this relay's process take nothing new, and show what it has left.
 
-    Without NODE: this relay's own process takes nothing new, and what it has left is shown until nothing is. For planned work: nothing is
-    cut, however long it takes; Ctrl-C only ends the watching, and a restart of the relay ends the drain.
+    With NODE: what it has stays. `fxrelay enable NODE` ends it.
+
+    Without NODE, for planned work: nothing is cut, however long it takes; Ctrl-C only ends the watching, and a restart of the relay ends
+    the drain.
     """
     if node is None:
         _drain_process(config_path, timeout_s)

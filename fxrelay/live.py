@@ -130,6 +130,7 @@ class LiveView:
             resumed=sum(session.resumed for session in sessions),
             memory_bytes=memory_bytes(),
             memory_limit_bytes=self._memory_limit_bytes,
+            is_draining=self._desk.is_draining,
         )
 
 

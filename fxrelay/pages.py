@@ -119,6 +119,7 @@ class Totals:
     resumed: int
     memory_bytes: int
     memory_limit_bytes: int
+    is_draining: bool = False
 
 
 class RelayView(Protocol):

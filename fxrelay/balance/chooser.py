@@ -97,7 +97,7 @@ class PoolChooser:
         self, view: ClusterView, ways: Ways, environment: Environment, transporter: Transporter, threads: Threads, instance: str
     ) -> None:
         self._view = view
-        self._ways = ways
+        self.ways = ways
         self._environment = environment
         self._transporter = transporter
         self._threads = threads
@@ -112,7 +112,7 @@ class PoolChooser:
         self.failures: dict[str, int] = {}
 
     def reconfigure(self, balancing: Mapping[ServiceName, Balancing]) -> None:
-        """Pools and chains from now on; decisions that are under way end as they began."""
+        """Pools and chains from now on, and `ways` as it is now; decisions that are under way end as they began."""
         self._balancing = balancing
         self._sieves = {}
 
@@ -329,7 +329,7 @@ class PoolChooser:
         key = (pool.service, action, gateway_id)
         found = self._sieves.get(key)
         if found is None:
-            found = self._sieves[key] = Sieve(pool, action, partial(self._ways.reaches, gateway_id=gateway_id))
+            found = self._sieves[key] = Sieve(pool, action, partial(self.ways.reaches, gateway_id=gateway_id))
         return found
 
     def _refusal(self, wanted: Wanted, decision: Decision) -> NoNode:
@@ -353,9 +353,9 @@ class PoolChooser:
         server = member.server
         return Node(
             server.server_id,
-            self._ways.is_local(server),
-            self._ways.direct_address(server),
-            self._ways.can_redirect(server, wanted.gateway_id),
+            self.ways.is_local(server),
+            self.ways.direct_address(server),
+            self.ways.can_redirect(server, wanted.gateway_id),
             claim,
             seat,
         )

@@ -15,6 +15,8 @@ from fxtunnel.model import RelayId
 
 VERSION: Final = 1
 _SHOWN: Final = 8
+_DETAIL_LINES: Final = 40
+"""Of a traceback, the last ones."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +137,9 @@ def decode_recording(text: str) -> Recording:
             OwnerRelogin(found.get("ownerRelogin", OwnerRelogin.PREFER.value)),
             frozenset(map(RelayId, found.get("wanted", ()))),
         )
-    except (KeyError, TypeError, AttributeError, RecursionError) as exc:
+    except KeyError as exc:
+        raise ValueError(f"not a recorded decision: {exc} is missing") from exc
+    except (TypeError, AttributeError, RecursionError) as exc:
         raise ValueError(f"not a recorded decision: {type(exc).__name__} {exc}") from exc
     except BadServer as exc:
         raise ValueError(f"a server object in it is wrong: {exc}") from exc
@@ -147,10 +151,12 @@ def _member(entry: Mapping[str, Any]) -> Member:
 
 
 def explain(decision: Decision) -> list[str]:
-    """One line for each server that was filtered out, for each entry of the chain, and for the result."""
+    """One line for each server that was filtered out, for each entry of the chain (with a script's traceback below), and for a failure."""
     lines = [f"filtered out  {dropped.server_id}: {dropped.reason}" for dropped in decision.dropped]
     for step in decision.steps:
         lines.append(f"{_printable(step.entry)}  among {step.candidates}: {_told(step.verdict)}  ({step.seconds * 1e3:.1f} ms)")
+        if isinstance(step.verdict, Failed):
+            lines += [f"    {_printable(line)}" for line in step.verdict.detail.splitlines()[-_DETAIL_LINES:] if line.strip()]
     if decision.failure is not None:
         lines.append(f"no server: {_printable(decision.failure.name)}: {_printable(decision.failure.message)}")
     return lines
@@ -165,9 +171,8 @@ def _told(verdict: Verdict) -> str:
             return f"left {len(server_ids)}: {', '.join(server_ids[:_SHOWN])}{more}" if server_ids else "left none"
         case Passed():
             return "no opinion"
-        case Failed(name, message, detail, is_refusal):
-            what = "refused" if is_refusal else "failed"
-            return f"{what}: {_printable(name)}: {_printable(message)}" + (f" [{_printable(detail)}]" if detail else "")
+        case Failed(name, message, _, is_refusal):
+            return f"{'refused' if is_refusal else 'failed'}: {_printable(name)}: {_printable(message)}"
 
 
 def _printable(text: str) -> str:

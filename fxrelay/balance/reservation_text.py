@@ -33,6 +33,7 @@ def encode_record(record: Record) -> str:
                 "expiresMs": login.expires_ms,
                 "ttlMs": login.ttl_ms,
                 **({"lingers": True} if login.is_lingering else {}),
+                **({"forSessions": True} if login.is_for_sessions else {}),
             }
             for login in record.logins
         ],
@@ -101,6 +102,7 @@ def _login(found: Any) -> Login:
         _number(found, "expiresMs"),
         _number(found, "ttlMs"),
         found.get("lingers") is True,
+        found.get("forSessions") is True,
     )
 
 

@@ -86,7 +86,11 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Login:
-    """A login that was let in. It ends at `expires_ms` unless its relay renews it by `ttl_ms`; lingering, it only keeps the server."""
+    """A login that was let in. It ends at `expires_ms` unless its relay renews it by `ttl_ms`; lingering, it only keeps the server.
+
+    `is_for_sessions`: the server is to stay its user's while he has sessions there. Any relay may see to that, also when the one that let
+    him in is gone.
+    """
 
     login_id: str
     user: str
@@ -94,6 +98,17 @@ class Login:
     expires_ms: int
     ttl_ms: int
     is_lingering: bool = False
+    is_for_sessions: bool = False
+
+    @property
+    def awaits_sessions(self) -> bool:
+        """Whether it has ended, and only his sessions keep the server."""
+        return self.is_lingering and self.is_for_sessions
+
+    @property
+    def outlasts(self) -> bool:
+        """Whether it stays when its user has another login: mere lingering is not needed then."""
+        return self.is_for_sessions or not self.is_lingering
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,7 +241,7 @@ def commit(record: Record, entry_id: str, login: Login, relogin: OwnerRelogin, a
     record = purge(record, at)
     if any((known.login_id, known.user) == (login.login_id, login.user) for known in record.logins):
         return Granted(record, record.token, False)
-    own = [known for known in record.logins if not known.is_lingering]
+    own = [known for known in record.logins if known.outlasts]
     if record.holder not in ("", login.user):
         return Rejected(abandon(record, entry_id, at), Reason.RESERVED, record.holder)
     if own and relogin is OwnerRelogin.DENY:
@@ -248,7 +263,9 @@ def renew(record: Record, login: Login, token: Token, since_ms: int, at: Moment)
     In an epoch that remembers nothing of it, the holder says so: `re-assert`. Of two who do, the later grant is right.
     """
     record = purge(record, at)
-    others = tuple(known for known in record.logins if known.login_id != login.login_id and not known.is_lingering)
+    others = tuple(
+        known for known in record.logins if known.login_id != login.login_id and (known.awaits_sessions or not known.is_lingering)
+    )
     if not record.fence:  # nothing was granted in this epoch
         return _granted(Record(at.epoch, at.number, since_ms, (login,), (), token, record.revision))
     if token.epoch == at.epoch:
@@ -275,14 +292,33 @@ def extend(record: Record, login_id: str, ttl_ms: int, at: Moment) -> Record:
 def release(record: Record, login_id: str, linger_ms: int, at: Moment) -> Record:
     """Step 7: a login ends. With the last one the server is free, or is its user's for another `linger_ms`. May be repeated."""
     record = purge(record, at)
-    ended = [login for login in record.logins if login.login_id == login_id and not login.is_lingering]
+    ended = [login for login in record.logins if login.login_id == login_id and login.outlasts]
     if not ended:
         return record
     others = tuple(login for login in record.logins if login.login_id != login_id)
     if linger_ms > 0 and not others:
         linger_ms = min(linger_ms, MAX_LINGER_MS)
-        others = (replace(ended[0], expires_ms=at.now_ms + linger_ms, ttl_ms=linger_ms, is_lingering=True),)
+        others = (replace(ended[0], expires_ms=at.now_ms + linger_ms, ttl_ms=linger_ms, is_lingering=True, is_for_sessions=False),)
     return replace(record, logins=others)
+
+
+def put_off(record: Record, login_id: str, ttl_ms: int, at: Moment) -> Record:
+    """Step 7, not yet: a login has ended, and its user has sessions on the server, or may have: the server is his for another `ttl_ms`.
+
+    One such login is enough for a record. One that is gone does not come back. May be repeated.
+    """
+    record = purge(record, at)
+    if all(login.login_id != login_id for login in record.logins):
+        return record
+    if any(login.awaits_sessions and login.login_id != login_id for login in record.logins):
+        return replace(record, logins=tuple(login for login in record.logins if login.login_id != login_id))
+    logins = tuple(
+        replace(login, expires_ms=at.now_ms + ttl_ms, ttl_ms=ttl_ms, is_lingering=True, is_for_sessions=True)
+        if login.login_id == login_id
+        else login
+        for login in record.logins
+    )
+    return replace(record, logins=logins)
 
 
 def clear(record: Record, at: Moment) -> Record:

@@ -1,5 +1,6 @@
 """Task: a Redis of broker.json through redis-py: one server, one behind Sentinels, or a Redis Cluster. Blocking: for worker threads."""
 
+import re
 import ssl
 import threading
 from collections.abc import Callable
@@ -24,6 +25,8 @@ MAX_CALLS: Final = 16
 """Calls, and so connections, at once."""
 WAIT_S: Final = 2.0
 _MAX_TEXT: Final = 300
+_UNREACHED: Final = re.compile(r"Error -?\d+ connecting to (?P<address>\S+)\. (?P<why>.+)")
+"""As redis-py says it."""
 
 
 class RedisClient:
@@ -147,7 +150,10 @@ class RedisClient:
             return f"does not speak TLS on this port ({text})"
         if isinstance(exc, redis.exceptions.MovedError):
             return 'is part of a Redis Cluster; write "cluster": true into broker.json'
-        return text
+        unreached = _UNREACHED.fullmatch(text)
+        if unreached is not None and unreached["address"] in self.name:  # which is said before
+            text = f"cannot be reached: {unreached['why']}"
+        return text.removesuffix(".")
 
 
 def _open(broker: Broker) -> Any:

@@ -1,7 +1,7 @@
 """Pure: what a relay asks of a server's record: the rule's steps, each as one update of the store that others may go with."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 from fxrelay.balance import reservations as rule
@@ -61,7 +61,14 @@ class Asks:
         return Ask(server_id, apply, user, True)
 
     def take(
-        self, server_id: str, login_id: str, user: str, address: str, relogin: OwnerRelogin, would_do: WouldDo | None = None
+        self,
+        server_id: str,
+        login_id: str,
+        user: str,
+        address: str,
+        relogin: OwnerRelogin,
+        would_do: WouldDo | None = None,
+        is_for_sessions: bool = False,
     ) -> Ask[Granted | Rejected]:
         """Steps 2 and 5 at once, for a login that has nothing in between: its entry is gone when others could see it."""
 
@@ -69,17 +76,25 @@ class Asks:
             entered = rule.enter(record, login_id, user, address, self._relay_id, at)
             if isinstance(entered, Rejected):
                 return entered
-            return rule.commit(entered, login_id, self._login(login_id, user, at), relogin, at, elsewhere)
+            login = replace(self._login(login_id, user, at), is_for_sessions=is_for_sessions)
+            return rule.commit(entered, login_id, login, relogin, at, elsewhere)
 
         return Ask(server_id, both, user, True, would_do)
 
-    def renew(self, server_id: str, login_id: str, user: str, token: Token, since_ms: int, ttl_ms: int = 0) -> Ask[Granted | Rejected]:
+    def renew(
+        self, server_id: str, login_id: str, user: str, token: Token, since_ms: int, ttl_ms: int = 0, is_for_sessions: bool = False
+    ) -> Ask[Granted | Rejected]:
         """Step 6: keep what is held, or say after a loss of memory that it is. `ttl_ms` as for `commit`."""
 
         def again(record: Record, at: Moment, _: str) -> Granted | Rejected:
-            return rule.renew(record, self._login(login_id, user, at, ttl_ms), token, since_ms, at)
+            login = replace(self._login(login_id, user, at, ttl_ms), is_for_sessions=is_for_sessions)
+            return rule.renew(record, login, token, since_ms, at)
 
         return Ask(server_id, again, user)
+
+    def put_off(self, server_id: str, login_id: str, user: str) -> Ask[Record]:
+        """Step 7, put off for a lease: the user has sessions there, or may have."""
+        return Ask(server_id, lambda record, at, _: rule.put_off(record, login_id, self._lease_ms, at), user)
 
     def release(self, server_id: str, login_id: str, user: str, linger_ms: int) -> Ask[Record]:
         """Step 7. May be repeated."""

@@ -44,6 +44,8 @@ class Hold:
     """The id of its login, if it is not the attempt's."""
     ends_ms: int = 0
     """The store's clock when a login that the store keeps ends by itself."""
+    ended_ms: int = 0
+    """The store's clock when it was over, for those whose servers are held while there are sessions."""
 
     @property
     def login_id(self) -> str:

@@ -143,7 +143,7 @@ class Reservations:
         for happening in (Happening.ENTER, Happening.FORWARD, Happening.SUCCESS):
             attempt = attempt.after(happening)
         self.tidings.happened(ENTERED, server_id, user, attempt.attempt_id)
-        ask = self._books.asks.take(server_id, attempt.attempt_id, user, address, relogin, would_do)
+        ask = self._books.asks.take(server_id, attempt.attempt_id, user, address, relogin, would_do, terms.hold_while_sessions)
         answer = await self._granted(server_id, user, terms, attempt, ask)
         if isinstance(answer, Refused) and answer.reason == Reason.ELSEWHERE:
             await self.find_homes(user)

@@ -7,7 +7,7 @@ from typing import Final
 
 import trio
 
-from fxrelay.balance.reservations import Granted, Record
+from fxrelay.balance.reservations import Granted, Record, Rejected
 from fxrelay.cluster.view import ClusterView
 from fxrelay.reserving.asks import Ask
 from fxrelay.reserving.books import AT_ONCE, Books
@@ -29,8 +29,8 @@ class Upkeep:
     """The leases of this relay's logins, and what the others have. `run` it once."""
 
     def __init__(self, books: Books, leases: Leases, view: ClusterView) -> None:
-        self.has_sessions: Callable[[RelayId, str], bool] = lambda server_id, user: False
-        """Whether a user has sessions on a server, for `Terms.hold_while_sessions`."""
+        self.may_have_sessions: Callable[[RelayId, str, int], bool] = lambda server_id, user, since_ms: False
+        """Whether a user has sessions on a server, or it has not told since then (the store's clock): for `Terms.hold_while_sessions`."""
         self.has_read = False
         """Whether all records have been read once."""
         self._books = books
@@ -84,8 +84,7 @@ class Upkeep:
                 return
             began = self._leases.now
             ttl_ms = max(1, hold.ends_ms - self._view.now_ms) if hold.is_kept else 0
-            ask = self._books.asks.renew(hold.server_id, hold.login_id, hold.user, hold.token, hold.since_ms, ttl_ms)
-            outcome = await self._books.do(ask)
+            outcome = await self._books.do(self._renewing(hold, ttl_ms))
             if isinstance(outcome, StoreError):
                 return
             granted, written = outcome
@@ -152,11 +151,32 @@ class Upkeep:
 
     async def _release(self, hold: Hold, limiter: trio.CapacityLimiter) -> None:
         async with limiter, hold.lock:
-            if hold.terms.hold_while_sessions and self.has_sessions(hold.server_id, hold.user):
-                hold.not_before = self._leases.now + self._books.config.lease_s / 5
-                await self._books.do(self._books.asks.renew(hold.server_id, hold.login_id, hold.user, hold.token, hold.since_ms))
-                return
+            if hold.terms.hold_while_sessions:
+                hold.ended_ms = hold.ended_ms or self._view.now_ms
+                if self.may_have_sessions(hold.server_id, hold.user, hold.ended_ms):
+                    await self._put_off(hold)
+                    return
             self._released(hold, await self._books.do(self._releasing(hold)))
+
+    async def _put_off(self, hold: Hold) -> None:
+        """His sessions keep the server. This is written down, so that other relays see to it should this one go (`_keep_for_sessions`)."""
+        hold.not_before = self._leases.now + self._books.config.lease_s / 5
+        if hold.token.epoch != self._books.ledger.epoch:  # the store has forgotten
+            again = await self._books.do(self._renewing(hold, 0))
+            if not isinstance(again, StoreError) and isinstance(again[0], Granted):
+                hold.token = again[0].token
+        outcome = await self._books.do(self._books.asks.put_off(hold.server_id, hold.login_id, hold.user))
+        if isinstance(outcome, StoreError):
+            return
+        record, written = outcome
+        if all(login.login_id != hold.login_id for login in record.logins):  # another one of his is there for it, or an administrator was
+            self._released(hold, outcome)
+        else:
+            self._books.learn(hold.server_id, written)
+
+    def _renewing(self, hold: Hold, ttl_ms: int) -> Ask[Granted | Rejected]:
+        is_for_sessions = hold.terms.hold_while_sessions and not ttl_ms
+        return self._books.asks.renew(hold.server_id, hold.login_id, hold.user, hold.token, hold.since_ms, ttl_ms, is_for_sessions)
 
     def _releasing(self, hold: Hold) -> Ask[Record]:
         return self._books.asks.release(hold.server_id, hold.login_id, hold.user, hold.terms.linger_ms)
@@ -192,8 +212,23 @@ class Upkeep:
                 records = {server_id: standing.record for server_id, standing in self._books.holders.standings().items()}
                 learn_kept(self._leases, self._books.tidings, records, self._view.now_ms)
                 self.has_read = True
+                await self._keep_for_sessions()
                 await self._sweep()
             await trio.sleep(self._books.config.lease_s / 3)
+
+    async def _keep_for_sessions(self) -> None:
+        """Servers whose users have sessions stay theirs when the relay that let them in does not see to it any more."""
+        soon_ms = self._view.now_ms + self._books.ledger.lease_ms // 2  # a relay that lives has renewed before that
+        for server_id, standing in list(self._books.holders.standings().items()):
+            for login in standing.record.logins:
+                is_ours = self._leases.is_ending(login.login_id) or self._leases.get(login.login_id) is not None
+                if is_ours or not login.is_for_sessions or login.expires_ms > soon_ms:
+                    continue
+                if self.may_have_sessions(server_id, login.user, login.expires_ms - login.ttl_ms):
+                    outcome = await self._books.do(self._books.asks.put_off(server_id, login.login_id, login.user))
+                    if isinstance(outcome, StoreError):
+                        return
+                    self._books.learn(server_id, outcome[1])
 
     async def _sweep(self) -> None:
         now_ms = self._view.now_ms

@@ -119,9 +119,25 @@ def test_a_decision_is_told_line_by_line() -> None:
     assert explain(Decision(A, None, (), (Step("e", 1, Chosen(A), 0.0),))) == ["e  among 1: chose a  (0.0 ms)"]
 
 
+def test_a_scripts_traceback_stands_below_its_line() -> None:
+    failure = Failed("RuntimeError", "boom", 'Traceback (most recent call last):\n  File "site.py", line 4, in pick\nRuntimeError: boom\n')
+    assert explain(Decision(None, failure, (), (Step("python:site:pick", 3, failure, 0.0),))) == [
+        "python:site:pick  among 3: failed: RuntimeError: boom  (0.0 ms)",
+        "    Traceback (most recent call last):",
+        '      File "site.py", line 4, in pick',
+        "    RuntimeError: boom",
+        "no server: RuntimeError: boom",
+    ]
+
+
+def test_what_a_record_lacks_is_named() -> None:
+    with pytest.raises(ValueError, match="not a recorded decision: 'version' is missing"):
+        decode_recording("{}")
+
+
 @given(st.text(), st.text(), st.text())
 def test_hostile_text_is_made_printable(name: str, message: str, detail: str) -> None:
     failure = Failed(name + "\x1b[2J\r\n", message, detail)
     lines = explain(Decision(None, failure, (), (Step(f"js:{name}\x1b", 1, failure, 0.0),)))
-    assert len(lines) == 2
+    assert len(lines) == 2 + len([line for line in detail.splitlines()[-40:] if line.strip()])
     assert all(line.isprintable() for line in lines)

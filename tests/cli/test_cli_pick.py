@@ -1,5 +1,7 @@
 """`fxrelay pick` decides as a relay would, takes nothing from it, and decides the same again from what it has recorded."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -50,6 +52,19 @@ def test_without_entries_fastx_env_says_which(tmp_path: Path, store: SqliteStore
     assert pick(tmp_path, env=elsewhere) == NODES[2]
     assert pick(tmp_path, env={**elsewhere, "LOAD_BALANCER": "fewest"}) == NODES[0]
     assert pick(tmp_path, more='balance = ["builtin:most-available-memory"]', env=elsewhere) == NODES[1]
+
+
+@pytest.mark.parametrize(("more", "said"), [([], "fxrelay: ZeroDivisionError"), (["--explain"], "no server: ZeroDivisionError")])
+def test_why_nobody_is_chosen_is_said_once(tmp_path: Path, store: SqliteStore, more: list[str], said: str) -> None:
+    (tmp_path / "site_bad.py").write_text("def pick(question):\n    return 1 / 0\n")
+    path = tmp_path / "relay.toml"
+    path.write_text(CONFIG + 'balance = ["python:site_bad:pick"]')
+    done = subprocess.run(
+        [sys.executable, "-m", "fxrelay.cli", "pick", "--config", str(path), "desk", *more], capture_output=True, text=True, timeout=60
+    )
+    told = [line for line in (done.stdout + done.stderr).splitlines() if line.startswith(("fxrelay:", "no server:"))]
+    assert (done.returncode, len(told)) == (1, 1)
+    assert told[0].startswith(said)
 
 
 def test_what_was_meant_is_recorded_not_what_the_environment_says_later(tmp_path: Path, store: SqliteStore) -> None:

@@ -185,6 +185,21 @@ def test_status_of_a_running_relay(relay: Path) -> None:
     assert json.loads(as_json.stdout) == content
 
 
+def test_status_of_a_relay_that_drains_and_has_no_gateway(relay: Path) -> None:
+    cluster = {
+        "nodes": {"up": 1}, "in_flight": 0, "store_down_s": 0.0, "last_error": "", "live": True,
+        "quarrels": [], "problems": [], "switched_off": {},
+    }  # fmt: skip
+    reservations = {"servers": 0, "held": 0, "waiting": {}, "events": {}, "last_error": ""}
+    content = {"relay": {"relay_id": "node-a", "uptime_s": 61.0, "is_draining": True}, "uplinks": [], "services": [], "cluster": cluster}
+    state = relay.parent / "state"
+    state.mkdir(mode=0o700)
+    with answering(state / "status.sock", {**content, "reservations": reservations}):
+        lines = fx("status", "--config", relay).stdout.splitlines()
+    assert lines[0] == "relay node-a, up for 1 min 1 s; draining: nothing new until it is restarted"
+    assert lines[1].startswith("no gateway:")
+
+
 def test_check_looks_at_chains_and_broker(relay: Path) -> None:
     (relay.parent / "broker.json").write_text('{"transporterType": "redis", "host": "127.0.0.1", "password": "p"}')
     (relay.parent / "broker.json").chmod(0o644)

@@ -154,9 +154,11 @@ def test_a_connection_made_while_the_store_was_closed_is_ended_too(server: Redis
 
 
 def test_nobody_there(server: RedisServer) -> None:
-    store = RedisStore(redis_client(server, port=free_port()))
-    with fails_soon("Connection refused"):
+    port = free_port()
+    store = RedisStore(redis_client(server, port=port))
+    with fails_soon() as caught:
         store.now_ms()
+    assert str(caught.value) == f"redis 127.0.0.1:{port}: cannot be reached: Connection refused"
     store.close()
 
 

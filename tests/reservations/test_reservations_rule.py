@@ -1,5 +1,7 @@
 """The rule of one record: who is let in, what expires, what is bounded, and what a store that has forgotten is told."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -102,6 +104,24 @@ def test_the_last_logout_frees_the_server_at_once_or_later() -> None:
     back = rule.commit(entered(lingering, "z"), "z", login("ann", "l3"), OwnerRelogin.DENY, at())
     assert isinstance(back, Granted)
     assert [each.login_id for each in back.record.logins] == ["l3"]
+
+
+def test_a_users_sessions_keep_the_server_after_his_last_logout() -> None:
+    mine = replace(login(), is_for_sessions=True)
+    record = replace(held(), logins=(mine,))
+    kept = rule.put_off(record, "l1", LEASE, at(NOW + 9_000, number=2))
+    assert (kept.holder, kept.logins[0].awaits_sessions, kept.logins[0].expires_ms) == ("ann", True, NOW + 9_000 + LEASE)
+    assert isinstance(rule.commit(entered(kept, "y", "bob"), "y", login("bob", "l2"), OwnerRelogin.PREFER, at(number=3)), Rejected)
+    again = rule.commit(entered(kept, "y"), "y", login(login_id="l2"), OwnerRelogin.PREFER, at(number=3))
+    assert isinstance(again, Granted)
+    assert [known.login_id for known in again.record.logins] == ["l1", "l2"]
+    renewed = rule.renew(again.record, login(login_id="l2"), again.token, NOW, at(number=4))
+    assert isinstance(renewed, Granted)
+    assert renewed.record.logins[0].awaits_sessions
+    assert [known.login_id for known in rule.put_off(renewed.record, "l2", LEASE, at(number=5)).logins] == ["l1"], "one is enough"
+    assert rule.release(kept, "l1", 0, at(number=3)).holder == ""
+    assert not rule.release(kept, "l1", 60_000, at(number=3)).logins[0].awaits_sessions
+    assert rule.put_off(Record("e", 1), "l1", LEASE, at(number=6)).logins == (), "what is gone does not come back"
 
 
 def test_an_entry_slides_with_its_requests_but_not_for_ever() -> None:
@@ -211,7 +231,7 @@ def test_link_daemons_are_known_by_the_claim_whatever_it_says() -> None:
 
 TEXT = st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=20)
 COUNT = st.integers(0, 1 << 53)
-LOGINS = st.lists(st.builds(Login, TEXT, st.just("ann"), TEXT, COUNT, COUNT, st.booleans()), max_size=4).map(tuple)
+LOGINS = st.lists(st.builds(Login, TEXT, st.just("ann"), TEXT, COUNT, COUNT, st.booleans(), st.booleans()), max_size=4).map(tuple)
 ENTRIES = st.lists(st.builds(Entry, TEXT, TEXT, TEXT, TEXT, COUNT, COUNT), max_size=4).map(tuple)
 
 

@@ -240,13 +240,52 @@ async def test_what_is_granted_while_all_records_are_read_is_not_forgotten(tmp_p
 async def test_a_server_is_held_while_its_user_has_sessions(tmp_path: Path) -> None:
     async with relays(tmp_path, "a", "b") as (first, second):
         sessions = {(S1, "ann")}
-        first.reservations.upkeep.has_sessions = lambda server, user: (server, user) in sessions
+        first.reservations.upkeep.may_have_sessions = lambda server, user, since_ms: (server, user) in sessions
         hold = await first.reservations.take(S1, "ann", "192.0.2.1", Terms(hold_while_sessions=True))
         assert isinstance(hold, Hold)
         first.reservations.release(hold)
         await trio.sleep(LEASE_S * 2)
         assert isinstance(await second.reservations.take(S1, "bob", "192.0.2.2", Terms()), Refused)
         sessions.clear()
+        await second.taken(S1, "bob")
+
+
+@pytest.mark.parametrize("is_stopped", [True, False])
+async def test_sessions_hold_a_server_though_the_relay_that_let_the_user_in_is_gone(tmp_path: Path, is_stopped: bool) -> None:
+    sessions = {(S1, "ann")}
+    gone = Relay(tmp_path / "cluster.db", "gone", "keep")
+    async with relays(tmp_path, "b") as (left,):
+        for relay in (gone, left):
+            relay.reservations.upkeep.may_have_sessions = lambda server, user, since_ms: (server, user) in sessions
+        async with trio.open_nursery() as nursery:
+            await nursery.start(gone.reservations.run)
+            assert isinstance(await gone.reservations.take(S1, "ann", "192.0.2.1", Terms(hold_while_sessions=True)), Hold)
+            if is_stopped:
+                await gone.reservations.close()
+            nursery.cancel_scope.cancel()
+        await trio.sleep(LEASE_S * 3)
+        assert isinstance(await left.reservations.take(S1, "bob", "192.0.2.2", Terms()), Refused)
+        again = await left.reservations.take(S1, "ann", "192.0.2.1", Terms())
+        assert isinstance(again, Hold)
+        left.reservations.release(again)
+        await trio.sleep(LEASE_S)
+        assert isinstance(await left.reservations.take(S1, "bob", "192.0.2.2", Terms()), Refused)
+        sessions.clear()
+        await left.taken(S1, "bob")
+    gone.transporter.close()
+    gone.store.close()
+
+
+async def test_a_server_is_held_until_it_has_told_of_sessions_that_were_begun_last(tmp_path: Path) -> None:
+    async with relays(tmp_path, "a", "b") as (first, second):
+        reported_ms = 0
+        first.reservations.upkeep.may_have_sessions = lambda server, user, since_ms: reported_ms <= since_ms
+        hold = await first.reservations.take(S1, "ann", "192.0.2.1", Terms(hold_while_sessions=True))
+        assert isinstance(hold, Hold)
+        first.reservations.release(hold)
+        await until(lambda: hold.ended_ms > 0)
+        assert isinstance(await second.reservations.take(S1, "bob", "192.0.2.2", Terms()), Refused)
+        reported_ms = hold.ended_ms + 1
         await second.taken(S1, "bob")
 
 

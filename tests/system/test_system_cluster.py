@@ -15,6 +15,7 @@ from fxrelay.cluster.sqlite_bus import SqliteTransporter
 from tests.system.cluster import NAME_BYTES, Cluster, MakeCluster
 from tests.system.peers import dial, how_it_ends, read_exactly
 from tests.system.stack import Stack, cli, wait_until
+from tests.system.test_system_config import events, reload
 
 pytestmark = [pytest.mark.system, pytest.mark.xdist_group("cluster")]
 
@@ -114,6 +115,22 @@ def test_a_node_without_a_tunnel_is_not_reached_when_connections_must_be_indirec
     clients, served = cluster.held(12)
     close_all(clients)
     assert set(served) == set(names[:2])
+
+
+def test_a_reload_changes_the_ways_to_other_nodes(make_cluster: MakeCluster) -> None:
+    cluster = make_cluster()
+    names = [cluster.node(2, service='balance = ["builtin:round-robin"]'), cluster.node(3, gateway=False)]
+    cluster.wait_until_known(names, names[:1])
+    wait_until(lambda: {cluster.who_serves() for _ in range(4)} == set(names), 20, "both serve")
+    config = cluster.stack.relay_config("node-2")
+    written = config.read_text()
+    config.write_text(written.replace("[cluster]", "[cluster]\nforce_indirect = true"))
+    reload(cluster.stack.relays["node-2"])
+    assert {cluster.who_serves() for _ in range(6)} == {"node-2"}
+    config.write_text(written.replace("[cluster]", "[cluster]\nlease_s = 20"))
+    assert "not before the next restart: cluster.lease_s" in reload(cluster.stack.relays["node-2"], "restart")
+    wait_until(lambda: {cluster.who_serves() for _ in range(4)} == set(names), 20, "both serve again")
+    assert not any("force_indirect" in event for event in events(cluster.stack.relays["node-2"]))
 
 
 def test_a_node_whose_service_is_gone_costs_the_client_nothing(make_cluster: MakeCluster) -> None:

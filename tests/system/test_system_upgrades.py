@@ -283,6 +283,7 @@ def test_planned_drains_show_what_is_left(make_stack: Callable[..., Stack], echo
     watching = start_cli(["fxrelay.cli", "drain", "--config", str(stack.relay_config("node-a"))])
     assert watching.communicate(timeout=30)[0].splitlines()[-1].startswith("0 streams left")
     assert visit(port)[0] == "reset"
+    assert "draining" in stack.relay_cli("node-a", "status").stdout.splitlines()[0]
     stack.relays["node-a"].stop()
     stack.start_relay("node-a")
     wait_until(lambda: is_served(port), 15, "service after a restart")
