@@ -12,8 +12,9 @@ from typing import Any, Final
 import trio
 
 from fxrelay.admitting.memory import SharedMemory
-from fxrelay.balance.chooser import Balancing, ClusterEnvironment, PoolChooser
+from fxrelay.balance.chooser import Balancing, PoolChooser
 from fxrelay.balance.entries import Scripts
+from fxrelay.balance.environment import ClusterEnvironment
 from fxrelay.balance.filters import Pool
 from fxrelay.balance.model import Action
 from fxrelay.balance.reservations import OwnerRelogin
@@ -24,6 +25,7 @@ from fxrelay.cluster.follow import FollowConfig, Follower
 from fxrelay.cluster.gather import Gatherer
 from fxrelay.cluster.members import Ages
 from fxrelay.cluster.opening import open_cluster
+from fxrelay.cluster.placement_news import PlacementNews
 from fxrelay.cluster.programs import ProgramBounds
 from fxrelay.cluster.publish import Publisher, PublisherConfig
 from fxrelay.cluster.static_data import site_environment
@@ -80,8 +82,9 @@ class Brain:
             self._threads,
             (self._gatherer.measure, self._agent),
         )
+        self._news = PlacementNews(self._transporter, self._threads)
         environment = ClusterEnvironment(whose.relay_id, self._store, self._threads)
-        self.chooser = PoolChooser(self.view, ways(settings), environment, self._transporter, self._threads, whose.instance)
+        self.chooser = PoolChooser(self.view, ways(settings), environment, self._news.tell, whose.instance)
         self.chooser.reconfigure(balancing(settings, self._scripts, site_environment(settings.node, os.environ)))
         self.tickets = SharedMemory(self._store, self._threads)
         self._forgetter = Forgetter(self._store, self._threads, cluster.forget_after_s)
@@ -112,7 +115,7 @@ class Brain:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._scripts.run)
                 nursery.start_soon(keep_going, "measuring metrics", self._gatherer.run)
-                nursery.start_soon(keep_going, "telling placements", self.chooser.run)
+                nursery.start_soon(keep_going, "telling placements", self._news.run)
                 await nursery.start(self._follower.run)
                 await nursery.start(self.publisher.run)
                 if self.reservations is not None:
