@@ -228,7 +228,7 @@ async def test_stream_whose_service_has_ended_is_not_begun_again(contexts: Conte
         assert await stream.receive_some() == b""
         second = await plane.add_relay(await plane.serve(echo), name="b")
         first.far_session.close(Code.SHUTDOWN)
-        await plane.quiet(1.0)
+        await plane.quiet(4.0)
         assert second.far_session.mux.opened == 0
         await stream.aclose()
 
