@@ -72,6 +72,7 @@ class Brain:
         self._threads = Threads()
         self._scripts = Scripts(ScriptLimits(cluster.script_timeout_s, cluster.script_memory_bytes), config_path)
         self.view = ClusterView(Ages(cluster.stale_s, cluster.down_s))
+        self._news = PlacementNews(self._transporter, self._threads)
         self._follower = Follower(self._store, self._transporter, self.view, self._threads, FollowConfig(resync_s=cluster.resync_s))
         self._gatherer = Gatherer(settings, bounds=ProgramBounds(module_dir=config_path.parent))
         self.publisher = Publisher(
@@ -82,7 +83,6 @@ class Brain:
             self._threads,
             (self._gatherer.measure, self._agent),
         )
-        self._news = PlacementNews(self._transporter, self._threads)
         environment = ClusterEnvironment(whose.relay_id, self._store, self._threads)
         self.chooser = PoolChooser(self.view, ways(settings), environment, self._news.tell, whose.instance)
         self.chooser.reconfigure(balancing(settings, self._scripts, site_environment(settings.node, os.environ)))

@@ -94,13 +94,13 @@ class Follower:
             subscription = None
             try:
                 subscription = await self._threads.run(lambda: self._transporter.subscribe(TOPICS))
-                self._view.live_updates_heard()
+                self._view.live_updates(True)
                 self._again.set()  # what was said between the last reading and now was not heard
                 await self._listen(subscription, backoff)
             except TransporterError as exc:
-                self._view.live_updates_lost(str(exc))
+                self._view.live_updates(False, str(exc))
             except Exception:
-                self._view.live_updates_lost("internal error")
+                self._view.live_updates(False, "internal error")
                 raise
             finally:
                 if subscription is not None:
