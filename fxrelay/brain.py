@@ -72,9 +72,9 @@ class Brain:
         self._threads = Threads()
         self._scripts = Scripts(ScriptLimits(cluster.script_timeout_s, cluster.script_memory_bytes), config_path)
         self.view = ClusterView(Ages(cluster.stale_s, cluster.down_s))
-        self._news = PlacementNews(self._transporter, self._threads)
         self._follower = Follower(self._store, self._transporter, self.view, self._threads, FollowConfig(resync_s=cluster.resync_s))
         self._gatherer = Gatherer(settings, bounds=ProgramBounds(module_dir=config_path.parent))
+        self._news = PlacementNews(self._transporter, self._threads)
         self.publisher = Publisher(
             PublisherConfig(whose.relay_id, whose.instance, __version__, cluster.publish_s),
             self._store,
