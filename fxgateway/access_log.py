@@ -56,7 +56,7 @@ class AccessLog:
             except OSError as exc:
                 raise ConfigError.one(where, "log.access", f"cannot be opened: {exc.strerror}") from exc
             os.set_blocking(descriptor, True)
-            target = open(descriptor, "a", BUFFER_BYTES, encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
+            target = open(descriptor, "a", BUFFER_BYTES, encoding="utf-8", errors="backslashreplace")  # noqa: SIM115  # as above
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="access-log", daemon=True)
             self._thread.start()

@@ -5,6 +5,7 @@ import datetime as dt
 import ipaddress
 import os
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -46,10 +47,10 @@ def verify_files(settings: GatewaySettings, config_path: Path, now: dt.datetime)
         problems += _collect(Identities(tunnel.identities_path).load)
     for door in settings.doors:
         if door.kind is Kind.HTTPS:
-            problems += _collect(lambda door=door: web_tls.server_context(settings.certificates_of(door)))  # type: ignore[misc]
+            problems += _collect(partial(web_tls.server_context, settings.certificates_of(door)))
     for path in (config_path.parent / name for name in _BESIDE):
         if os.path.lexists(path):
-            problems += _collect(lambda path=path: read_secret(path))  # type: ignore[misc]
+            problems += _collect(partial(read_secret, path))
     return problems
 
 

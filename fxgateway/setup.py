@@ -174,7 +174,7 @@ def _write_all(draft: Path, host: str, port: int, public_url: str, token_days: i
     write_secret(draft / "server.key", key)
     write_atomic(draft / "server.pem", certificate.encode(), _PUBLIC_MODE)
     write_secret(draft / "gateway.json", enrolment.encode())
-    config = render_config(public_url, port, gateway_id, "[::]" if ":" in host else "0.0.0.0")  # noqa: S104
+    config = render_config(public_url, port, gateway_id, "[::]" if ":" in host else "0.0.0.0")  # noqa: S104 - relays come from outside
     write_atomic(draft / "gateway.toml", config.encode(), _PUBLIC_MODE)
 
 

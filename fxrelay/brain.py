@@ -12,8 +12,9 @@ from typing import Any, Final
 import trio
 
 from fxrelay.admitting.memory import SharedMemory
-from fxrelay.balance.chooser import Balancing, ClusterEnvironment, PoolChooser
+from fxrelay.balance.chooser import Balancing, PoolChooser
 from fxrelay.balance.entries import Scripts
+from fxrelay.balance.environment import ClusterEnvironment
 from fxrelay.balance.filters import Pool
 from fxrelay.balance.model import Action
 from fxrelay.balance.reservations import OwnerRelogin
@@ -24,6 +25,7 @@ from fxrelay.cluster.follow import FollowConfig, Follower
 from fxrelay.cluster.gather import Gatherer
 from fxrelay.cluster.members import Ages
 from fxrelay.cluster.opening import open_cluster
+from fxrelay.cluster.placement_news import PlacementNews
 from fxrelay.cluster.programs import ProgramBounds
 from fxrelay.cluster.publish import Publisher, PublisherConfig
 from fxrelay.cluster.static_data import site_environment
@@ -72,6 +74,7 @@ class Brain:
         self._scripts = Scripts(ScriptLimits(cluster.script_timeout_s, cluster.script_memory_bytes), config_path)
         self._follower = Follower(self._store, self._transporter, self.view, self._threads, FollowConfig(resync_s=cluster.resync_s))
         self._gatherer = Gatherer(settings, bounds=ProgramBounds(module_dir=config_path.parent))
+        self._news = PlacementNews(self._transporter, self._threads)
         self.publisher = Publisher(
             PublisherConfig(whose.relay_id, whose.instance, __version__, cluster.publish_s),
             self._store,
@@ -82,7 +85,7 @@ class Brain:
         )
         self.view.hear_end = self.publisher.hear_end
         environment = ClusterEnvironment(whose.relay_id, self._store, self._threads)
-        self.chooser = PoolChooser(self.view, ways(settings), environment, self._transporter, self._threads, whose.instance)
+        self.chooser = PoolChooser(self.view, ways(settings), environment, self._news.tell, whose.instance)
         self.chooser.reconfigure(balancing(settings, self._scripts, site_environment(settings.node, os.environ)))
         self.tickets = SharedMemory(self._store, self._threads)
         self._forgetter = Forgetter(self._store, self._threads, cluster.forget_after_s)
@@ -113,7 +116,7 @@ class Brain:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._scripts.run)
                 nursery.start_soon(keep_going, "measuring metrics", self._gatherer.run)
-                nursery.start_soon(keep_going, "telling placements", self.chooser.run)
+                nursery.start_soon(keep_going, "telling placements", self._news.run)
                 await nursery.start(self._follower.run)
                 await nursery.start(self.publisher.run)
                 if self.reservations is not None:

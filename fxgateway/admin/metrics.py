@@ -51,7 +51,7 @@ class ProcessesCollector(Collector):
         values: dict[str, list[float]] = {}
         metrics: dict[str, Metric] = {}
         for pid in pids:
-            for metric in ProcessCollector(pid=lambda pid=pid: pid, registry=None).collect():  # type: ignore[misc]
+            for metric in ProcessCollector(pid=lambda pid=pid: pid, registry=None).collect():  # type: ignore[misc]  # mypy infers no defaults of lambdas
                 metrics.setdefault(metric.name, metric)
                 values.setdefault(metric.name, []).extend(sample.value for sample in metric.samples)
         for name, metric in metrics.items():

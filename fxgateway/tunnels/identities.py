@@ -50,8 +50,8 @@ class EnrolOutcome(Enum):
     NAME_TAKEN = "name-taken"
     REVOKED = "revoked"
     TOO_MANY_KEYS = "too-many-keys"
-    BAD_TOKEN = "bad-token"  # noqa: S105
-    EXPIRED_TOKEN = "expired-token"  # noqa: S105
+    BAD_TOKEN = "bad-token"  # noqa: S105 - an outcome, not a token
+    EXPIRED_TOKEN = "expired-token"  # noqa: S105 - an outcome, not a token
 
 
 @dataclass(frozen=True, slots=True)

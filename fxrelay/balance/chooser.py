@@ -5,8 +5,7 @@ import logging
 import secrets
 import time
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Final
@@ -24,22 +23,15 @@ from fxrelay.balance.waiting import Line
 from fxrelay.balance.ways import Ways
 from fxrelay.cluster.inflight import Placement, PlacementId
 from fxrelay.cluster.members import Member, MemberState, sessions_of
-from fxrelay.cluster.ports import PLACEMENTS, Store, Transporter
 from fxrelay.cluster.server import ServerObject
-from fxrelay.cluster.threads import Threads
-from fxrelay.cluster.view import ClusterView, encode_placement
+from fxrelay.cluster.view import ClusterView
 from fxrelay.delivery.identity import identity_of
 from fxrelay.delivery.ports import Claim, Node, NoNode, Seat, Wanted
 from fxtunnel.codes import Code
-from fxtunnel.errors import StoreError, TransporterError
 from fxtunnel.model import GatewayId, RelayId, ServiceName
 
 logger = logging.getLogger(__name__)
 
-PUBLISH_QUEUE: Final = 1_024
-GATHER_S: Final = 0.05
-"""Pause after placements were told: what changes meanwhile goes out together, each placement as it is then."""
-NEXT_NUMBER_S: Final = 1.0
 LOOK_AGAIN_S: Final = 1.0
 """Who waits for a server looks again after this long, whatever is heard: servers also get free by time."""
 
@@ -64,50 +56,22 @@ class Balancing:
         object.__setattr__(self, "needs_no_task", needs_no_task(self.chain))
 
 
-class ClusterEnvironment:
-    """What entries may ask for: the counter all relays share, or one of this relay's own while the store is away."""
-
-    def __init__(self, local_id: RelayId, store: Store, threads: Threads) -> None:
-        self._local_id = local_id
-        self._store = store
-        self._threads = threads
-        self._own: dict[str, int] = {}
-
-    @property
-    def local_id(self) -> RelayId:
-        """See `Environment`."""
-        return self._local_id
-
-    async def next_number(self, counter: str) -> int:
-        """See `Environment`."""
-        number: int | None = None
-        try:
-            with trio.move_on_after(NEXT_NUMBER_S):
-                number = await self._threads.run(lambda: self._store.add(counter, 1))
-        except StoreError:
-            pass  # the follower says so in status and log
-        self._own[counter] = number = self._own.get(counter, 0) + 1 if number is None else number
-        return number
-
-
 class PoolChooser:
-    """Implements `Chooser`. `run` tells the others about placements; `choose` works without it, but then only this relay knows."""
+    """Implements `Chooser`. What it places is counted in the view at once, and told to the other relays by `tell`, see `PlacementNews`."""
 
     def __init__(
-        self, view: ClusterView, ways: Ways, environment: Environment, transporter: Transporter, threads: Threads, instance: str
+        self, view: ClusterView, ways: Ways, environment: Environment, tell: Callable[[str, Placement], None], instance: str
     ) -> None:
         self._view = view
         self.ways = ways
         self._environment = environment
-        self._transporter = transporter
-        self._threads = threads
+        self._tell = tell
         self._instance = instance
         self._balancing: Mapping[ServiceName, Balancing] = {}
         self._sieves: dict[tuple[str, Action, GatewayId], Sieve] = {}
         self._lines: defaultdict[ServiceName, Line] = defaultdict(Line)
         self.seating: Seating | None = None
         """Reservations. None: this relay knows of none, and gives nobody a server for himself."""
-        self._news_in, self._news_out = trio.open_memory_channel[tuple[str, Placement]](PUBLISH_QUEUE)
         self.decisions = 0
         self.failures: dict[str, int] = {}
 
@@ -115,17 +79,6 @@ class PoolChooser:
         """Pools and chains from now on, and `ways` as it is now; decisions that are under way end as they began."""
         self._balancing = balancing
         self._sieves = {}
-
-    async def run(self) -> None:
-        """Tell the other relays about placements until cancelled. What they do not hear they learn from the servers' updates."""
-        async for first in self._news_out:
-            news = [first, *_waiting_in(self._news_out)]
-            latest = {placement.placement_id: encode_placement(event, placement) for event, placement in news}
-            try:
-                await self._threads.run(partial(self._transporter.publish, PLACEMENTS, *latest.values()))
-            except TransporterError as exc:
-                logger.debug("%d placements were not told: %s", len(latest), exc)
-            await trio.sleep(GATHER_S)
 
     async def choose(self, wanted: Wanted, excluded: frozenset[RelayId]) -> Node | NoNode:
         """See `Chooser`."""
@@ -360,24 +313,14 @@ class PoolChooser:
             seat,
         )
 
-    def _claim(self, server_id: RelayId) -> "PlacementClaim":
+    def _claim(self, server_id: RelayId) -> PlacementClaim:
         placement = Placement(PlacementId(f"{self._instance[:16]}-{secrets.token_hex(8)}"), server_id, self._view.now_ms)
         self._view.in_flight.add(placement, self._view.now)
         return PlacementClaim(self._view, placement, self._tell)
 
-    def _tell(self, event: str, placement: Placement) -> None:
-        with suppress(trio.WouldBlock, trio.BrokenResourceError):  # then the servers' own updates will tell
-            self._news_in.send_nowait((event, placement))
-
 
 def _action(balancing: Balancing, wanted: Wanted) -> Action:
     return Action(wanted.action) if wanted.action else balancing.action
-
-
-def _waiting_in(channel: trio.MemoryReceiveChannel[tuple[str, Placement]]) -> Iterator[tuple[str, Placement]]:
-    with suppress(trio.WouldBlock):
-        while True:
-            yield channel.receive_nowait()
 
 
 def _reserves(balancing: Balancing, server: ServerObject | None, action: Action) -> bool:

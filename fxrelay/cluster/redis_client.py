@@ -174,7 +174,7 @@ def _open(broker: Broker) -> Any:
     if broker.is_cluster:
         return _open_cluster(broker, kwargs)
     if broker.sentinel_name:
-        sentinel: Any = Sentinel([])  # type: ignore[no-untyped-call]
+        sentinel: Any = Sentinel([])  # type: ignore[no-untyped-call]  # redis-py has annotated parts of itself only
         sentinel.sentinels = [
             redis.Redis(connection_pool=_pool(broker.tls, endpoint, {**common, **checked, "password": _sentinel_password(broker)}))
             for endpoint in broker.endpoints
@@ -209,7 +209,7 @@ def _connection_class(tls: Tls | None) -> type[Connection]:
 def _verified(base: type[SSLConnection], tls: Tls) -> type[SSLConnection]:
     """`base`, with our own context: redis-py's trusts the system's authorities besides `ca`, and knows no other name than the host's."""
 
-    class Verified(base):  # type: ignore[valid-type, misc]
+    class Verified(base):  # type: ignore[valid-type, misc]  # a base that is chosen at run time
         def _wrap_socket_with_ssl(self, sock: Any) -> ssl.SSLSocket:
             return tls.context.wrap_socket(sock, server_hostname=tls.servername or self.host)
 

@@ -16,8 +16,8 @@ from fxtunnel.engine.reactor import ERROR, WRITE, Reactor
 from fxtunnel.engine.splice import RESET_ON_CLOSE, Splice
 from fxtunnel.kit.proxy_header import encode_proxy_header
 from fxtunnel.model import GatewayId, RelayId, ServiceName
-from fxtunnel.protocol.mux import Stream
 from fxtunnel.protocol.opening import Opening
+from fxtunnel.protocol.stream import Stream
 
 if TYPE_CHECKING:
     from fxrelay.delivery.placing import Placer

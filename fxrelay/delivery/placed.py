@@ -11,9 +11,9 @@ from fxrelay.delivery.ports import Asking, Claim, Entry, Node, Seat, Wanted
 from fxrelay.delivery.services import AnyService, Endpoint, PoolService
 from fxtunnel.codes import Code
 from fxtunnel.model import RelayId
-from fxtunnel.protocol.mux import Stream
 from fxtunnel.protocol.opening import Opening
 from fxtunnel.protocol.pieces import Pieces
+from fxtunnel.protocol.stream import Stream
 
 if TYPE_CHECKING:
     import socket

@@ -20,8 +20,8 @@ from fxrelay.delivery.ports import Asking, Chooser, Entries, Node, NoNode, NotAd
 from fxrelay.delivery.services import AnyService, Endpoint, PoolService
 from fxtunnel.codes import Code
 from fxtunnel.model import GatewayId, RelayId
-from fxtunnel.protocol.mux import Stream
 from fxtunnel.protocol.opening import Opening
+from fxtunnel.protocol.stream import Stream
 
 if TYPE_CHECKING:
     from fxtunnel.engine.reactor import Timer

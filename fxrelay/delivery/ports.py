@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from fxtunnel.codes import Code
 from fxtunnel.model import GatewayId, RelayId, ServiceName
-from fxtunnel.protocol.mux import Stream
 from fxtunnel.protocol.opening import Opening
+from fxtunnel.protocol.stream import Stream
 
 if TYPE_CHECKING:
     from fxrelay.delivery.services import AnyService

@@ -96,7 +96,7 @@ class HeldLogin:
         for _ in range(MAX_SERVERS):
             node = await self._gate.chooser.choose(wanted, excluded)
             if isinstance(node, NoNode):
-                raise self._nobody(node, problem, lost)
+                raise _given_away() if lost and not node.position else self._nobody(node, problem)
             try:
                 reply = await self._at(node, user, sender)
             except NodeError as exc:
@@ -110,7 +110,7 @@ class HeldLogin:
                 excluded |= {node.server_id}
                 if service.rules.retry is Retry.TELL:
                     break
-        raise self._nobody(None, problem, lost)
+        raise _given_away() if lost else self._nobody(None, problem)
 
     async def _at(self, node: Node, user: str, sender: Sender) -> Reply | Lost:
         """Log in at this server.
@@ -171,7 +171,7 @@ class HeldLogin:
         finally:
             ongoing.is_busy = False
         if isinstance(reply, Lost):
-            raise self._nobody(None, "", True)
+            raise _given_away()
         return reply
 
     async def _send(self, key: str, ongoing: Ongoing, node: Node, sender: Sender) -> Reply | Lost:
@@ -309,10 +309,8 @@ class HeldLogin:
         passes = self._service.passes
         return (passes.withdraw_try(),) if passes.read_tries(self._request.fields) else ()
 
-    def _nobody(self, node: NoNode | None, problem: str, lost: bool) -> Refused:
+    def _nobody(self, node: NoNode | None, problem: str) -> Refused:
         """Why there is no server for this login."""
-        if lost and (node is None or not node.position):
-            return _lost("The server was given to another user while you logged in. Please log in again.")
         if problem or node is None:
             return Refused(502, "Unreachable", "No server can be reached.", detail=problem)
         message = node.message or "No server is free for you at the moment. Please try again later."
@@ -325,6 +323,10 @@ class HeldLogin:
 
 def _lost(message: str, fields: tuple[bytes, ...] = ()) -> Refused:
     return Refused(409, "Reserved", message, retry_after_s=2.0, fields=fields)
+
+
+def _given_away() -> Refused:
+    return _lost("The server was given to another user while you logged in. Please log in again.")
 
 
 def _bad_token(why: str) -> Refused:

@@ -17,8 +17,8 @@ from fxrelay.web.secure import HandshakeTurns
 from fxtunnel.codes import Code
 from fxtunnel.engine.stream import TunnelStream
 from fxtunnel.model import GatewayId, RelayId, ServiceName
-from fxtunnel.protocol.mux import Stream
 from fxtunnel.protocol.opening import Opening
+from fxtunnel.protocol.stream import Stream
 
 if TYPE_CHECKING:
     from fxtunnel.engine.session import Session

@@ -23,9 +23,10 @@ from fxtunnel.model import SessionId
 from fxtunnel.protocol import frames
 from fxtunnel.protocol.credit import MIN_GROWTH_RTT_S, WindowBudget
 from fxtunnel.protocol.heartbeats import next_beat
-from fxtunnel.protocol.mux import Mux, Stream
+from fxtunnel.protocol.mux import Mux
 from fxtunnel.protocol.opening import Opening
 from fxtunnel.protocol.replay import ReplayRing
+from fxtunnel.protocol.stream import Stream
 
 logger = logging.getLogger(__name__)
 
@@ -102,9 +103,7 @@ class Session:
 
     def open_stream(self, tags: bytes, splice: Splice) -> Stream | None:
         """Open a stream for `splice` (gateway); None when a limit is reached or the session is over."""
-        if self.state is State.CLOSED:
-            return None
-        return self.mux.open(tags, splice)
+        return self.mux.open(tags, splice) if self.state is not State.CLOSED else None
 
     @property
     def resumes(self) -> bool:

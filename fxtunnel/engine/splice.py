@@ -8,8 +8,8 @@ from typing import ClassVar, Final
 from fxtunnel.codes import Code
 from fxtunnel.engine.ports import Carrier
 from fxtunnel.engine.reactor import ERROR, HANGUP, INCOMING, ROOMY_EVENTS, STREAM_EVENTS, URGENT, WRITE, Reactor
-from fxtunnel.protocol.mux import Stream
 from fxtunnel.protocol.pieces import Pieces
+from fxtunnel.protocol.stream import Stream
 
 RESET_GRACE_S: Final = 0.5
 """How long bytes that arrived before a RESET may still drain to a reader that moves, before it gets its RST."""

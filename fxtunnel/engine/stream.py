@@ -14,7 +14,7 @@ from fxtunnel.engine.ports import Carrier
 from fxtunnel.engine.reactor import Timer
 from fxtunnel.errors import LocalProtocolError
 from fxtunnel.kit.one_at_a_time import OneAtATime
-from fxtunnel.protocol.mux import Stream
+from fxtunnel.protocol.stream import Stream
 
 CLOSE_LINGER_S: Final = 60.0
 """How long a stream closed by us waits for the peer's FIN before it is reset: that would overtake bytes that a slow client still reads."""

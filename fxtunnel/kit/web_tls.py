@@ -134,5 +134,5 @@ def _keep_quiet_about_names() -> None:
         if not (unraisable.exc_type is UnicodeDecodeError and isinstance(unraisable.object, bytes)):
             ordinary(unraisable)
 
-    hook.spares_names = True  # type: ignore[attr-defined]
+    hook.spares_names = True  # type: ignore[attr-defined]  # functions have no declared attributes
     sys.unraisablehook = hook

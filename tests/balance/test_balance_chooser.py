@@ -12,7 +12,8 @@ import trio.lowlevel
 from balance_samples import DESK, Says, ids, server, server_text
 
 from fxrelay.balance.chain import builtin
-from fxrelay.balance.chooser import TAKES_NO_PART, Balancing, ClusterEnvironment, PoolChooser
+from fxrelay.balance.chooser import TAKES_NO_PART, Balancing, PoolChooser
+from fxrelay.balance.environment import ClusterEnvironment
 from fxrelay.balance.holders import Holders
 from fxrelay.balance.model import Action, Chosen, Failed
 from fxrelay.balance.reservations import Login, OwnerRelogin, Record
@@ -20,6 +21,7 @@ from fxrelay.balance.script_input import script_input
 from fxrelay.balance.seating import SeatRules
 from fxrelay.balance.ways import Ways
 from fxrelay.cluster.members import Ages
+from fxrelay.cluster.placement_news import PlacementNews
 from fxrelay.cluster.ports import PLACEMENTS, SERVERS, Message
 from fxrelay.cluster.threads import Threads
 from fxrelay.cluster.view import ClusterView
@@ -87,6 +89,7 @@ class Surroundings:
         self.number = 40
         self.said: list[tuple[str, dict[str, Any]]] = []
         self.batches = 0
+        self.news = PlacementNews(self, Threads())  # type: ignore[arg-type]  # as much of it as is used
 
     def add(self, counter: str, amount: int) -> int:
         time.sleep(self.hang_s)
@@ -108,7 +111,7 @@ def make(around: Surroundings, *entries: Any) -> tuple[PoolChooser, ClusterView]
     for text in (server_text("a"), server_text("b", address="10.0.0.2"), server_text("c", gateways=["gw"]), server_text("d")):
         view.hear(Message(SERVERS, text))
     environment = ClusterEnvironment(RelayId("a"), around, Threads())  # type: ignore[arg-type]  # as much of it as is used
-    chooser = PoolChooser(view, ways(), environment, around, Threads(), "i" * 40)  # type: ignore[arg-type]  # as much of it as is used
+    chooser = PoolChooser(view, ways(), environment, around.news.tell, "i" * 40)
     chain = entries or (builtin("fewest-sessions", "desk"),)
     chooser.reconfigure({ServiceName("desk"): Balancing(DESK, chain)})
     return chooser, view
@@ -197,7 +200,7 @@ async def test_claims_are_counted_here_and_told_to_others() -> None:
     around = Surroundings()
     chooser, view = make(around)
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(chooser.run)
+        nursery.start_soon(around.news.run)
         first = await chooser.choose(WANTED, frozenset())
         second = await chooser.choose(WANTED, frozenset())
         assert isinstance(first, Node)
@@ -226,7 +229,7 @@ async def test_what_changes_while_others_are_told_goes_out_together_as_it_is_the
         node.claim.connected()
         node.claim.release()
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(chooser.run)
+        nursery.start_soon(around.news.run)
         with trio.fail_after(20):
             while len(around.said) < 50:
                 await trio.sleep(0.01)
@@ -240,7 +243,7 @@ async def test_claims_work_while_nobody_can_be_told() -> None:
     around.error = True
     chooser, view = make(around)
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(chooser.run)
+        nursery.start_soon(around.news.run)
         for _ in range(20):
             assert isinstance(await chooser.choose(WANTED, frozenset()), Node)
             await trio.lowlevel.checkpoint()

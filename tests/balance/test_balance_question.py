@@ -12,7 +12,8 @@ import trio
 from balance_samples import PATIENCE_S, Bench, ids, open_bench, server_text
 
 from fxrelay.balance.chain import builtin
-from fxrelay.balance.chooser import Balancing, ClusterEnvironment, PoolChooser
+from fxrelay.balance.chooser import Balancing, PoolChooser
+from fxrelay.balance.environment import ClusterEnvironment
 from fxrelay.balance.filters import Pool
 from fxrelay.balance.model import Entry
 from fxrelay.balance.ways import Ways
@@ -32,13 +33,10 @@ SHOWS = "(i) => { throw new Error(i.servers.map((s) => s.serverId + s.sessions +
 
 
 class Nobody:
-    """A store and a transporter that do nothing."""
+    """A store that does nothing."""
 
     def add(self, counter: str, amount: int) -> int:
         return amount
-
-    def publish(self, topic: str, *texts: str) -> None:
-        """See `Transporter`."""
 
 
 class Desk:
@@ -51,7 +49,7 @@ class Desk:
         self.seq = 1
         ways = Ways(RelayId("a"), ("local", "redirect", "direct"), force_indirect=False, networks=(), address="10.0.0.1")
         environment = ClusterEnvironment(RelayId("a"), Nobody(), Threads())  # type: ignore[arg-type]  # as much of it as is used
-        self.chooser = PoolChooser(self.view, ways, environment, Nobody(), Threads(), "i" * 40)  # type: ignore[arg-type]  # as much of it as is used
+        self.chooser = PoolChooser(self.view, ways, environment, lambda event, placement: None, "i" * 40)
         bench.scripts.use_reactor(reactor)
         for number, name in enumerate("abcd"):
             self.hear(name, sessions=number)

@@ -200,7 +200,7 @@ async def test_a_chooser_that_takes_too_long(contexts: Contexts) -> None:
         nodes = serve_nodes(plane, B)
         slow = ScriptedChooser()
         slow.hangs = True
-        first = await add_pool_relay(plane, "a", slow, 9, limits=DeliveryLimits(place_timeout_s=0.1))
+        first = await add_pool_relay(plane, "a", slow, 9, limits=DeliveryLimits(place_timeout_s=1.0))
         port = plane.add_door()
         async with await connect(port) as stream:
             await stream.send_all(b"early")

@@ -10,6 +10,8 @@ from contextlib import ExitStack, contextmanager
 import trio
 
 LOOPBACK = "127.0.0.1"
+AT_ONCE_S = 4.0
+"""On a busy machine, too; the timeouts that would bring about the same are longer: 5 s to connect, 10 s to open."""
 Serve = Callable[[trio.SocketStream], Awaitable[None]]
 _LINGER_NONE = struct.pack("ii", 1, 0)
 
@@ -25,7 +27,7 @@ async def connect(port: int) -> trio.SocketStream:
     return await trio.open_tcp_stream(LOOPBACK, port)
 
 
-async def refused(port: int, within_s: float = 1.0) -> None:
+async def refused(port: int, within_s: float = AT_ONCE_S) -> None:
     """A client that gets nothing but RST, perhaps before it knows that it is connected."""
     try:
         stream = await connect(port)
@@ -53,7 +55,7 @@ async def receive_all(stream: trio.SocketStream) -> bytes:
     return bytes(data)
 
 
-async def until_reset(stream: trio.SocketStream, within_s: float = 1.0) -> bytes:
+async def until_reset(stream: trio.SocketStream, within_s: float = AT_ONCE_S) -> bytes:
     """What arrives before the RST; fails if it does not come in time, or if an end of file comes."""
     data = bytearray()
     with trio.fail_after(within_s):

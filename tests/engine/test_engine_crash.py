@@ -15,7 +15,8 @@ from fxtunnel.codes import Code
 from fxtunnel.engine.ports import SessionConfig, State
 from fxtunnel.engine.session import Session
 from fxtunnel.engine.splice import Splice
-from fxtunnel.protocol.mux import Mux, Stream
+from fxtunnel.protocol.mux import Mux
+from fxtunnel.protocol.stream import Stream
 
 ERRORS = [RecursionError, UnicodeError, MemoryError, OSError]
 Bug = Callable[..., None]

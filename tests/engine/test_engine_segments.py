@@ -16,8 +16,8 @@ from fxrelay.delivery import delivery as delivery_module
 from fxtunnel.engine.reactor import ERROR, HANGUP, READ, URGENT, Reactor
 from fxtunnel.engine.splice import Splice
 from fxtunnel.protocol.credit import ReceiveWindow, WindowBudget
-from fxtunnel.protocol.mux import Stream
 from fxtunnel.protocol.replay import ReplayRing
+from fxtunnel.protocol.stream import Stream
 
 _SEGS_IN_AT = 140
 """Where tcpi_segs_in lies in struct tcp_info (linux/tcp.h)."""

@@ -16,9 +16,10 @@ from fxtunnel.engine.stream import TunnelStream
 from fxtunnel.errors import LocalProtocolError
 from fxtunnel.model import ServiceName
 from fxtunnel.protocol.credit import WindowBudget
-from fxtunnel.protocol.mux import Mux, Stream
+from fxtunnel.protocol.mux import Mux
 from fxtunnel.protocol.opening import Opening, encode_tags
 from fxtunnel.protocol.replay import ReplayRing
+from fxtunnel.protocol.stream import Stream
 
 TAGS = encode_tags(Opening(ServiceName("web")))
 

@@ -177,7 +177,7 @@ async def test_client_resets_after_its_end(contexts: Contexts) -> None:
         await ended.wait()
         await trio.sleep(0.1)  # the window is used up: nobody reads
         reset(stream)
-        await plane.quiet(1.0)
+        await plane.quiet(4.0)
 
 
 @pytest.mark.parametrize("wait_s", [0.0, 0.1], ids=["with the data", "behind the data"])
@@ -198,7 +198,7 @@ async def test_reset_of_the_client_is_seen_while_the_service_does_not_read(conte
                 await stream.send_all(bytes(65_536))
         await trio.sleep(wait_s)
         reset(stream)
-        await plane.quiet(1.0)
+        await plane.quiet(4.0)
         stalled.set()
         with trio.fail_after(10):
             await ended.wait()
@@ -218,7 +218,7 @@ async def test_reset_that_comes_with_more_data_than_there_is_credit(contexts: Co
             with trio.fail_after(10):
                 while not door.counters.accepted:
                     await trio.sleep(0.01)
-            await plane.quiet(1.0)
+            await plane.quiet(4.0)
 
 
 async def test_reset_of_the_service_is_seen_while_the_client_does_not_read(contexts: Contexts) -> None:
@@ -232,5 +232,5 @@ async def test_reset_of_the_service_is_seen_while_the_client_does_not_read(conte
         await plane.add_relay(await plane.serve(serve))
         stream = await connect(plane.add_door())
         await trio.sleep(0.35)
-        await plane.quiet(1.0)
+        await plane.quiet(4.0)
         await until_reset(stream)

@@ -14,9 +14,10 @@ from fxtunnel.errors import RemoteProtocolError
 from fxtunnel.protocol import frames
 from fxtunnel.protocol.credit import WindowBudget
 from fxtunnel.protocol.hello import decode_hello, decode_reply, parse_header
-from fxtunnel.protocol.mux import MAX_OVERFLOW_BYTES, Mux, Stream
+from fxtunnel.protocol.mux import MAX_OVERFLOW_BYTES, Mux
 from fxtunnel.protocol.opening import Opening, UnsupportedTag, decode_open
 from fxtunnel.protocol.replay import ReplayRing
+from fxtunnel.protocol.stream import Stream
 from tests.fuzz.peers import TAGS, lawful_frame, mutated, noise, odd_frame, odd_open, pieces, unlawful_frame
 
 MEMORY_BYTES: Final = 8 * 1_048_576

@@ -8,8 +8,9 @@ from fxtunnel.codes import Code
 from fxtunnel.model import ServiceName
 from fxtunnel.protocol import frames
 from fxtunnel.protocol.frames import MAX_LENGTH, MIN_LENGTH
-from fxtunnel.protocol.mux import Mux, Stream
+from fxtunnel.protocol.mux import Mux
 from fxtunnel.protocol.opening import Opening, encode_tags
+from fxtunnel.protocol.stream import Stream
 
 CODES: Final = tuple(Code)
 KINDS: Final = (*MAX_LENGTH, 0x0C, 0x7F, 0x80, 0xEF, frames.HELLO, frames.WELCOME, frames.DENIED, 0xFF)

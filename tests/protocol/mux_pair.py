@@ -10,9 +10,10 @@ from fxtunnel.model import ServiceName
 from fxtunnel.protocol import frames
 from fxtunnel.protocol.credit import WindowBudget
 from fxtunnel.protocol.frames import HEADER_BYTES
-from fxtunnel.protocol.mux import Mux, Stream
+from fxtunnel.protocol.mux import Mux
 from fxtunnel.protocol.opening import Opening, encode_tags
 from fxtunnel.protocol.replay import ReplayRing
+from fxtunnel.protocol.stream import Stream
 
 MIB = 1_048_576
 TAGS = encode_tags(Opening(ServiceName("ssh"), "192.0.2.1:99", "door"))

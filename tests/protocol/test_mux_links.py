@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from fxtunnel.codes import Code
 from fxtunnel.errors import RemoteProtocolError
-from fxtunnel.protocol.mux import Stream
+from fxtunnel.protocol.stream import Stream
 from tests.protocol.mux_pair import Pair, pattern
 
 

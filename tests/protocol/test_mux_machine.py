@@ -6,7 +6,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from fxtunnel.codes import Code
 from fxtunnel.protocol.frames import EARLY_BYTES
-from fxtunnel.protocol.mux import RING_RESERVE_BYTES, Stream
+from fxtunnel.protocol.mux import RING_RESERVE_BYTES
+from fxtunnel.protocol.stream import Stream
 from tests.protocol.mux_pair import MIB, Pair, Recorder, Side, pattern
 
 SIDES = st.sampled_from([0, 1])

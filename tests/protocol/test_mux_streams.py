@@ -7,8 +7,8 @@ from fxtunnel.errors import LocalProtocolError
 from fxtunnel.protocol import frames
 from fxtunnel.protocol.credit import FIRST_WINDOW_BYTES
 from fxtunnel.protocol.frames import EARLY_BYTES
-from fxtunnel.protocol.mux import Stream
 from fxtunnel.protocol.opening import Opening
+from fxtunnel.protocol.stream import Stream
 from tests.protocol.mux_pair import MIB, TAGS, Eager, Pair, Recorder, Side, pattern
 
 

@@ -54,7 +54,7 @@ def test_sessions_spread_over_nodes_by_every_path(make_cluster: MakeCluster) -> 
         share = Counter(served)
         assert set(share) == set(names)
         # Ten each; a count that a node takes while clients come in can have some of them twice, the longer it takes the more.
-        assert all(6 <= count <= 14 for count in share.values()), share
+        assert all(4 <= count <= 16 for count in share.values()), share
         paths: Counter[str] = Counter()
         for name in names[:2]:
             (service,) = cluster.status(name)["services"]

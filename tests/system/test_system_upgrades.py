@@ -28,9 +28,9 @@ FLOWS = 8
 BACK_S = 5.0
 """See `slowness`."""
 AWAY_S = 6.0
-# A relay is as slow as the machine is busy.
-GATEWAY_LIMITS = "[limits]\ndrain_s = 60\nrelay_wait_s = 60\n"
-RELAY_LIMITS = "[limits]\ndrain_s = 60\nhandover_s = 60\n"
+# On a busy machine a relay is long in coming, and a transfer lasts as long as all restarts together.
+GATEWAY_LIMITS = "[limits]\ndrain_s = 600\nrelay_wait_s = 60\n"
+RELAY_LIMITS = "[limits]\ndrain_s = 600\nhandover_s = 60\n"
 
 
 class Managed:

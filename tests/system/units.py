@@ -121,8 +121,8 @@ class Unit:
             self.heard += data.decode().splitlines()
 
     def close(self) -> None:
-        """End everything, by pid."""
-        self._processes += self.processes()
+        """End everything, by pid. May follow a start that failed."""
+        self._processes += self.processes() if self.main is not None else []
         for process in set(self._processes):
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()

@@ -292,7 +292,7 @@ async def refused(rig: Rig, assertion: str | None = None) -> PeerRefused:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    with trio.fail_after(5):
+    with trio.fail_after(10):
         while not condition():
             await trio.sleep(0.01)
 

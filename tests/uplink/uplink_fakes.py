@@ -339,7 +339,7 @@ async def running(gateway: FakeGateway, state_dir: Path, config: UplinkConfig = 
         gateway.close()
 
 
-async def until(condition: Callable[[], bool], limit_s: float = 5.0) -> None:
+async def until(condition: Callable[[], bool], limit_s: float = 10.0) -> None:
     """Wait for something that real sockets bring about."""
     with trio.fail_after(limit_s):
         while not condition():
