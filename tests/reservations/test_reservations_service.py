@@ -25,7 +25,7 @@ from fxrelay.reserving.tidings import Tidings, encode_tidings, encode_together, 
 from fxtunnel.errors import StoreError
 from fxtunnel.model import RelayId
 
-LEASE_S = 1.0
+LEASE_S = 1.5
 S1, S2 = RelayId("s1"), RelayId("s2")
 
 
