@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,13 +22,14 @@ NODES = ("node-00001", "node-00002", "node-00003")
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> SqliteStore:
+def store(tmp_path: Path) -> Iterator[SqliteStore]:
     """Three nodes, of which the first has the fewest sessions and the second the most memory."""
     (tmp_path / "state").mkdir(mode=0o700)
     store = SqliteStore(tmp_path / "cluster.db")
     for number, name in enumerate(NODES, 1):
         store.put(SERVERS, name, server_text(number, 1, 1, sessions=100 * number, availmem=(2 - abs(number - 2)) << 36))
-    return store
+    yield store
+    store.close()
 
 
 def pick(tmp_path: Path, *arguments: str, more: str = "", env: dict[str, str] | None = None) -> str:
