@@ -64,7 +64,10 @@ class Proxy:
 
 
 class Unanswered(TunnelError):
-    """No gateway has said a word: whatever takes connections there hung up, stayed silent, or is a proxy that reaches nobody."""
+    """No gateway has said a word: whatever takes connections there hung up, or is a proxy that reaches nobody.
+
+    Not who stays silent: that may be a gateway with too much to do.
+    """
 
 
 class Unreachable(Unanswered):
@@ -80,13 +83,13 @@ class GatewayBusy(TunnelError):
 
 
 @contextmanager
-def within(limit_s: float, what: str, error: type[TunnelError] = TunnelError) -> Iterator[None]:
-    """A deadline whose passing is this error: "`what` within N s"."""
+def within(limit_s: float, what: str) -> Iterator[None]:
+    """A deadline whose passing is a TunnelError: "`what` within N s"."""
     try:
         with trio.fail_after(limit_s):
             yield
     except trio.TooSlowError:
-        raise error(f"{what} within {limit_s:g} s") from None
+        raise TunnelError(f"{what} within {limit_s:g} s") from None
 
 
 class Dialler:
@@ -111,10 +114,9 @@ class Dialler:
 
         Raises:
             TunnelError: one line that says what did not work; HandshakeFailed when it was TLS, GatewayBusy when it is to be later,
-                Unanswered when nobody has spoken.
+                Unanswered when whoever took it hung up without a word.
         """
-        what = f"no connection to {url.authority}" + (f" through {self._proxy}" if self._proxy else "")
-        with within(self.timeout_s, what, Unanswered):
+        with within(self.timeout_s, f"no connection to {url.authority}" + (f" through {self._proxy}" if self._proxy else "")):
             if self._proxy is None:
                 stream = await _connect(url.host, url.port, url.authority)
             else:

@@ -36,7 +36,7 @@ SETTLED_S: Final = 1.0
 """A control link that lasted this long was no failure: the next one is dialled without the waits that earlier failures had earned."""
 RECENT_S: Final = 120.0
 """For so long after a loss the gateway is most likely being restarted, and is looked for often: it should have its relays back at once.
-Also for so long after our own start, while no gateway answers: whoever starts us may be starting it as well."""
+Also for so long after our own start, while no gateway is there: whoever starts us may be starting it as well."""
 RECENT_CAP_S: Final = 2.0
 """Also where something in between takes connections for a gateway that is down: with 4 s the last relay was back after 6.7 s."""
 ABSENT_CAP_S: Final = 1.0

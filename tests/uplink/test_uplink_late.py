@@ -103,12 +103,12 @@ async def dials_of(
     [
         (partial(Unreachable, "refused"), ABSENT_CAP_S),
         (partial(Unanswered, "hung up"), RECENT_CAP_S),
-        (partial(TunnelError, "speaks no TLS"), math.inf),
+        (partial(TunnelError, "no answer in time"), math.inf),
         (partial(PeerRefused, Refusal.DRAINING, "not yet"), math.inf),
     ],
-    ids=["nobody listens", "hung up on", "somebody else", "refused"],
+    ids=["nobody listens", "hung up on", "silence", "refused"],
 )
-async def test_a_gateway_is_looked_for_often_for_two_minutes_unless_it_answers(
+async def test_a_gateway_is_looked_for_often_for_two_minutes_unless_it_may_be_there(
     autojump_clock: object,
     gateway: FakeGateway,
     tmp_path: Path,
