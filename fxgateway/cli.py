@@ -335,6 +335,8 @@ def _print_status(found: "dict[str, Any]") -> None:
             for door in found["doors"]
         ]
         print_table(("door", "listen", "service", "clients", "accepted", "refused"), doors)
+        for reason in found.get("not_ready", []):
+            click.echo(f"not ready: {reason}")
 
 
 main.add_command(connect)

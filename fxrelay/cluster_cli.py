@@ -3,6 +3,7 @@
 import json
 import os
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -44,7 +45,7 @@ def nodes(config_path: Path, as_json: bool, watch: bool) -> None:
     from fxrelay.reserving.reading import holders_in
 
     settings = _load(config_path)
-    with cluster_of(settings) as (store, _):
+    with suppress(*[KeyboardInterrupt] if watch else []), cluster_of(settings) as (store, _):
         while True:
             try:
                 view = read_view(settings, store)

@@ -23,7 +23,7 @@ def make_app(view: GatewayView, look: Callable[[], Awaitable[None]] = trio.lowle
     """The pages, for `serve_pages`. GET and HEAD only; every answer is made from one look at `view`, once `look` has brought it up to date.
 
     /healthz: 200 while the process answers. /readyz: 200, or 503 with the reasons. /metrics: Prometheus text. /relays: JSON object with
-    `gateway` (see `Totals`), `relays` and `doors`.
+    `gateway` (see `Totals`), `relays`, `doors` and `not_ready` (why).
     """
     registry = make_registry(view)
 
@@ -46,6 +46,7 @@ def make_app(view: GatewayView, look: Callable[[], Awaitable[None]] = trio.lowle
                 "gateway": asdict(view.totals()),
                 "relays": [asdict(relay) for relay in sorted(view.relays(), key=lambda relay: relay.relay_id)],
                 "doors": [asdict(door) for door in view.doors()],
+                "not_ready": view.ready()[1],
             },
             headers=_HEADERS,
         )

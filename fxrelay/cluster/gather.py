@@ -11,7 +11,7 @@ from typing import Any, Final
 import psutil
 import trio
 
-from fxrelay.cluster.machine import MachineReader, SessionCounter
+from fxrelay.cluster.machine import End, MachineReader, SessionCounter
 from fxrelay.cluster.metrics import Metrics
 from fxrelay.cluster.programs import ProgramBounds
 from fxrelay.cluster.publish import Facts
@@ -109,7 +109,7 @@ class Gatherer:
         return self._machine_facts
 
     def _session_counter(self, settings: RelaySettings) -> SessionCounter:
-        return SessionCounter(settings.node.sessions, local_ports(settings), settings.cluster.publish_s, self._bounds)
+        return SessionCounter(settings.node.sessions, local_ends(settings), settings.cluster.publish_s, self._bounds)
 
     def _new_metrics(self, settings: RelaySettings) -> Metrics:
         node = settings.node
@@ -134,14 +134,29 @@ def published_services(settings: RelaySettings) -> list[dict[str, Any]]:
     return found[:MAX_SERVICES]
 
 
-def local_ports(settings: RelaySettings) -> frozenset[int]:
-    """Ports of the services that run on this machine: connections to them are sessions. May look at the network interfaces."""
+def local_ends(settings: RelaySettings) -> frozenset[End]:
+    """Where the services that run on this machine are: connections to them are sessions. May look at the network interfaces."""
     names = {entry["name"] for entry in published_services(settings)}
-    return frozenset(
-        section.port or (section.target.port if section.target is not None else None) or 0
-        for section in settings.services
-        if section.name in names and _is_here(section)
-    ) - {0}
+    found = set[End]()
+    for section in settings.services:
+        port = section.port or (section.target.port if section.target is not None else None) or 0
+        if port and section.name in names and _is_here(section):
+            found |= {(address, port) for address in _played(settings, section) or ("",)}
+    return frozenset(found)
+
+
+def _played(settings: RelaySettings, section: ServiceSection) -> set[str]:
+    """The addresses of a node that is played on a machine with others, each at an address of 127/8 of its own: the port is everybody's."""
+    host = section.host if section.target is None else section.target.host
+    return {address for address in (host, settings.relay.address) if _is_played(host) and address is not None and _is_played(address)}
+
+
+def _is_played(host: str | None) -> bool:
+    try:
+        address = ipaddress.IPv4Address(host or "")
+    except ValueError:
+        return False
+    return address.is_loopback and address != ipaddress.IPv4Address("127.0.0.1")
 
 
 def _is_here(section: ServiceSection) -> bool:

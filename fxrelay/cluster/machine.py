@@ -4,6 +4,7 @@ import logging
 import os
 import re
 import socket
+import sys
 import time
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -25,7 +26,10 @@ KEPT_PERIODS: Final = 3
 CONNECTION_TABLES: Final = (Path("/proc/self/net/tcp"), Path("/proc/self/net/tcp6"))
 _BLOCK_BYTES: Final = 131_072
 """Lines are matched in parts: no other thread of the relay waits for more than about a millisecond."""
-_ESTABLISHED: Final = re.compile(rb"^ *\d+: [0-9A-F]+:([0-9A-F]{4}) [0-9A-F]+:[0-9A-F]{4} 01 ", re.MULTILINE)
+_ESTABLISHED: Final = re.compile(rb"^ *\d+: ([0-9A-F]+:[0-9A-F]{4}) [0-9A-F]+:[0-9A-F]{4} 01 ", re.MULTILINE)
+
+End = tuple[str, int]
+"""Where connections end on this machine: an IPv4 address, or "" for any, and a port."""
 
 
 class MachineReader:
@@ -67,15 +71,15 @@ class MachineReader:
         return round(min(max(100 * (total - idle) / total, 0.0), 100.0), 1) if total > 0 else 0.0
 
 
-def count_connections(ports: Collection[int], tables: Collection[Path] = CONNECTION_TABLES) -> int:
-    """Established TCP connections to these local ports. Blocks.
+def count_connections(ends: Collection[End], tables: Collection[Path] = CONNECTION_TABLES) -> int:
+    """Established TCP connections that end there. Blocks.
 
     A connection within this machine has two ends; only the one at the service's port counts.
 
     Raises:
         OSError: the kernel does not say.
     """
-    wanted = {b"%04X" % port for port in ports}
+    wanted = {b"%s:%04X" % (_as_listed(address), port) for address, port in ends}
     found = 0
     for table in tables if wanted else ():
         try:
@@ -86,16 +90,22 @@ def count_connections(ports: Collection[int], tables: Collection[Path] = CONNECT
             rest = b""
             while block := file.read(_BLOCK_BYTES):
                 lines, newline, rest = (rest + block).rpartition(b"\n")
-                found += sum(port in wanted for port in _ESTABLISHED.findall(lines + newline))
+                # An IPv4 address is the end of a mapped one in the table of IPv6.
+                found += sum(end[-5:] in wanted or end[-13:] in wanted for end in _ESTABLISHED.findall(lines + newline))
     return found
+
+
+def _as_listed(address: str) -> bytes:
+    """As the kernel's tables write it: the bytes as a number of this machine's order."""
+    return b"%08X" % int.from_bytes(socket.inet_aton(address), sys.byteorder) if address else b""
 
 
 class SessionCounter:
     """Counts sessions as `[node] sessions` says."""
 
-    def __init__(self, how: str, ports: Collection[int], period_s: float, bounds: ProgramBounds) -> None:
+    def __init__(self, how: str, ends: Collection[End], period_s: float, bounds: ProgramBounds) -> None:
         self._program = Path(how.removeprefix("exec:")) if how.startswith("exec:") else None
-        self._ports = frozenset(ports)
+        self._ends = frozenset(ends)
         self._keep_s = KEPT_PERIODS * period_s
         self._bounds = bounds
         self._good: dict[str, Any] = {}
@@ -129,7 +139,7 @@ class SessionCounter:
         return self._good
 
     async def _connections(self) -> dict[str, Any]:
-        return {"sessions": await trio.to_thread.run_sync(count_connections, self._ports)}
+        return {"sessions": await trio.to_thread.run_sync(count_connections, self._ends)}
 
 
 def session_fields(listed: Any) -> dict[str, Any]:

@@ -196,13 +196,13 @@ DOOR = {"name": "d", "listen": "0.0.0.0:2222", "service": "ssh", "connections": 
 
 
 def test_relays_of_a_running_gateway(made: Path) -> None:
-    pages = {"/relays": {"gateway": {"gateway_id": "x"}, "relays": [RELAY], "doors": [DOOR]}}
+    pages = {"/relays": {"gateway": {"gateway_id": "x"}, "relays": [RELAY], "doors": [DOOR], "not_ready": ["the gateway is draining"]}}
     with answering(pages) as port:
         env = {"FXGATEWAY__ADMIN__LISTEN": f"127.0.0.1:{port}"}
         table = fx("relays", "--config", made / "gateway.toml", env=env)
         as_json = fx("relays", "--json", "--config", made / "gateway.toml", env=env)
     assert table.exit_code == 0, table.output
-    for words in ("node-a", "127.0.0.9:77", "1 d 1 h", "1/2", "9.5 ms", "no-relay 3", "[red]?[31m"):
+    for words in ("node-a", "127.0.0.9:77", "1 d 1 h", "1/2", "9.5 ms", "no-relay 3", "[red]?[31m", "not ready: the gateway is draining"):
         assert words in table.stdout, table.stdout
     assert "\x1b" not in table.stdout
     found = json.loads(as_json.stdout)

@@ -35,6 +35,7 @@ def test_watching_goes_on_while_the_store_is_away(tmp_path: Path, monkeypatch: p
     watched = CliRunner().invoke(fxrelay.cli.main, ["nodes", "--config", str(path), "--watch"])
     assert watched.stderr.count("the store does not answer") == 1, watched.output
     assert watched.stdout.count("node-00001") == 2
+    assert (watched.exit_code, "Aborted" in watched.stderr) == (0, False), "Ctrl-C is how one stops watching"
     database.write_bytes(b"no database" * 1_000)
     once = CliRunner().invoke(fxrelay.cli.main, ["nodes", "--config", str(path)])
     assert once.exit_code == 1

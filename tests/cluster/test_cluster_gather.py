@@ -10,7 +10,7 @@ import pytest
 import trio
 from cluster_fakes import FakeStore, FakeTransporter, NoThreads, make_publisher
 
-from fxrelay.cluster.gather import Gatherer, local_ports, published_services
+from fxrelay.cluster.gather import Gatherer, local_ends, published_services
 from fxrelay.cluster.members import Ages
 from fxrelay.cluster.programs import ProgramBounds
 from fxrelay.cluster.server import MAX_SERVER_BYTES, parse_server
@@ -114,7 +114,15 @@ async def test_services_say_how_they_are_carried(tmp_path: Path) -> None:
 
 
 async def test_only_services_of_this_machine_count_as_its_sessions(tmp_path: Path) -> None:
-    assert local_ports(settings(tmp_path)) == {5901, 5902, 5904}
+    assert local_ends(settings(tmp_path)) == {("", 5901), ("", 5902), ("", 5904)}
+
+
+async def test_a_node_that_is_played_counts_connections_to_its_own_address(tmp_path: Path) -> None:
+    (tmp_path / "relay.toml").write_text(
+        '[relay]\nid = "n2"\naddress = "127.0.0.2"\n[[service]]\nname = "desk"\nport = 5901\nhost = "127.0.0.2"\n'
+        '[[service]]\nname = "web"\nport = 80\n'
+    )
+    assert local_ends(load(tmp_path / "relay.toml", {})) == {("127.0.0.2", 5901), ("", 80)}
 
 
 async def test_metrics_run_beside_and_are_published(tmp_path: Path) -> None:

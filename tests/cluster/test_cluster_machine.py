@@ -45,17 +45,37 @@ def test_connections_to_a_port_are_counted_once() -> None:
     with ExitStack() as stack:
         listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
         other = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
-        ports = [listener.getsockname()[1]]
-        assert count_connections(ports) == 0
+        ends = [("", listener.getsockname()[1])]
+        assert count_connections(ends) == 0
         for server, clients in ((listener, 3), (other, 2)):
             for _ in range(clients):
                 stack.enter_context(socket.create_connection(server.getsockname()))
                 stack.enter_context(server.accept()[0])
-        assert count_connections(ports) == 3
-        assert count_connections([*ports, other.getsockname()[1]]) == 5
+        assert count_connections(ends) == 3
+        assert count_connections([*ends, ("", other.getsockname()[1])]) == 5
         listener.close()
-        assert count_connections(ports) == 3, "sessions outlive their listener"
+        assert count_connections(ends) == 3, "sessions outlive their listener"
     assert count_connections([]) == 0
+
+
+@pytest.mark.parametrize("listening", ["127.0.0.2", "::"])
+def test_connections_to_an_address_are_not_those_to_another(listening: str) -> None:
+    family = socket.AF_INET6 if ":" in listening else socket.AF_INET
+    with ExitStack() as stack:
+        two = stack.enter_context(socket.create_server((listening, 0), family=family, dualstack_ipv6=family == socket.AF_INET6))
+        port = two.getsockname()[1]
+        if family == socket.AF_INET:
+            three = stack.enter_context(socket.create_server(("127.0.0.3", port)))
+            stack.enter_context(socket.create_connection(("127.0.0.3", port)))
+            stack.enter_context(three.accept()[0])
+        else:
+            stack.enter_context(socket.create_connection(("127.0.0.3", port)))
+            stack.enter_context(two.accept()[0])
+        for _ in range(2):
+            stack.enter_context(socket.create_connection(("127.0.0.2", port)))
+            stack.enter_context(two.accept()[0])
+        assert (count_connections([("127.0.0.2", port)]), count_connections([("127.0.0.3", port)])) == (2, 1)
+        assert count_connections([("", port)]) == 3
 
 
 def test_only_established_ends_at_the_port_count(tmp_path: Path) -> None:
@@ -67,11 +87,11 @@ def test_only_established_ends_at_the_port_count(tmp_path: Path) -> None:
     table = tmp_path / "tcp"
     lines = [line(0, 8080, 0, "0A"), line(1, 8080, 50_000, "01"), line(2, 50_000, 8080, "01"), line(3, 8080, 50_001, "06")]
     table.write_text(HEAD + "".join(lines))
-    assert count_connections([8080], [table, tmp_path / "no-ipv6"]) == 1
+    assert count_connections([("", 8080)], [table, tmp_path / "no-ipv6"]) == 1
     many = [line(number, 8080 if number % 2 else 9090, number % 60_000, "01") for number in range(10_000)]
     table.write_text(HEAD + "".join(many))
-    assert count_connections([8080], [table]) == 5_000
-    assert count_connections([8080, 9090], [table]) == 10_000
+    assert count_connections([("", 8080)], [table]) == 5_000
+    assert count_connections([("", 8080), ("", 9090)], [table]) == 10_000
 
 
 def test_a_list_of_sessions_becomes_counts() -> None:
@@ -142,5 +162,5 @@ async def test_a_program_that_others_could_have_written_is_not_run(program: Path
 
 async def test_connections_are_counted_without_a_program() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener, socket.create_connection(listener.getsockname()):
-        counter = SessionCounter("connections", [listener.getsockname()[1]], 10.0, BOUNDS)
+        counter = SessionCounter("connections", [("", listener.getsockname()[1])], 10.0, BOUNDS)
         assert await counter.count(os.environ) == {"sessions": 1}

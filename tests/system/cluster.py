@@ -60,18 +60,6 @@ class Cluster:
         self.stack.start_relay(name)
         return name
 
-    def counts_its_own(self, number: int) -> str:
-        """Configuration for a node that counts connections to its address only: by itself it counts those to its machine, here to all."""
-        script = self.stack.directory / f"sessions-{number}"
-        here = f"{bytes((number, 0, 0, 127)).hex().upper()}:{self.port:04X}"
-        script.write_text(
-            '#!/bin/sh\nexec awk \'BEGIN { printf "[" } '
-            f'$2 == "{here}" && $4 == "01" {{ printf "%s{{}}", (count++ ? "," : "") }} '
-            'END { print "]" }\' /proc/net/tcp\n'
-        )
-        script.chmod(0o700)
-        return f'\n[node]\nsessions = "exec:{script}"'
-
     def close(self) -> None:
         """The services; the stack ends its own daemons."""
         for service in self.services.values():

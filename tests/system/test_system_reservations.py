@@ -176,6 +176,38 @@ def test_a_node_says_itself_that_it_is_for_one_user(make_cluster: MakeCluster) -
     wait_until(lambda: bob.where() == "node-3", 20, "the next user")
 
 
+def test_sessions_keep_a_node_for_their_user_through_a_restart_of_its_relay(make_cluster: MakeCluster) -> None:
+    cluster = make_cluster()
+    cluster.settings = cluster.settings.replace("down_s = 10", "down_s = 90").replace("lease_s = 2", "lease_s = 8")
+    sessions = {name: cluster.stack.directory / f"{name}.json" for name in ("node-2", "node-3")}
+    for number, path in zip((2, 3), sessions.values(), strict=True):
+        path.write_text("[]")
+        script = path.with_suffix(".sh")
+        script.write_text(f"#!/bin/sh\ncat {path}\n")
+        script.chmod(0o700)
+        cluster.node(number, service=f"{RESERVED}\nhold_while_sessions = true", extra=f'[node]\nsessions = "exec:{script}"')
+    cluster.wait_until_known(list(sessions), list(sessions))
+    ann, bob, carol = User(cluster, 1), User(cluster, 2), User(cluster, 3)
+    wait_until(lambda: ann.where() != "", 40, "the first login")
+    cluster.wait_until_empty(list(sessions))
+    client, hers = ann.login()
+    sessions[hers].write_text(f'[{{"owner": "{ann.address}"}}]')  # at the last moment: no update has it yet
+    client.close()
+    (other,) = sessions.keys() - {hers}
+    wait_until(lambda: any(row["logins"] == 0 for row in cluster.reservations(other)), 20, "only her session keeps the node")
+    cluster.stack.relays[hers].kill()
+    cluster.stack.start_relay(hers)
+    cluster.wait_until_known(list(sessions), list(sessions))
+    kept, his = bob.login()
+    with kept:
+        assert his == other
+        time.sleep(9)  # more than a lease
+        assert carol.where() == ""
+        assert ann.where() == hers
+        sessions[hers].write_text("[]")
+        wait_until(lambda: carol.where() == hers, 40, "a node without sessions is free")
+
+
 def test_a_killed_relay_frees_its_node(make_cluster: MakeCluster) -> None:
     """The reservation ends with the lease of the relay that held it; the user of another relay gets the node."""
     cluster = make_cluster()

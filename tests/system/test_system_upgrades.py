@@ -297,6 +297,7 @@ def test_planned_drains_show_what_is_left(make_stack: Callable[..., Stack], echo
         say(kept)
         assert watching.poll() is None
         assert '"the gateway is draining"' in refused_page(stack)
+        assert "not ready: the gateway is draining" in stack.gateway_cli("relays").stdout
     assert watching.communicate(timeout=30)[0].splitlines()[-1].startswith("0 clients left")
     assert watching.returncode == 0
     assert stack.gateway.stop() == 0
