@@ -4,6 +4,7 @@ import json
 import re
 import sqlite3
 import time
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -35,8 +36,10 @@ def text_of(server_id: str, seq: int = 1) -> str:
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> SqliteStore:
-    return SqliteStore(tmp_path / "cluster.db")
+def store(tmp_path: Path) -> Iterator[SqliteStore]:
+    made = SqliteStore(tmp_path / "cluster.db")
+    yield made
+    made.close()
 
 
 def older(tmp_path: Path, key: str, by_s: float) -> None:
