@@ -139,12 +139,23 @@ def read_history(
         stays[server].append(Stay(user, line["t"], at, line["fence"], line["epoch"]))
         operations[server].append(Operation("release", user, at, at + slack_s, False))
 
+    events = sorted(
+        [(line["t"], 0, line) for line in lines] + [(at, 1, {"event": "kill", "relay": relay}) for relay, at in kills],
+        key=lambda event: event[:2],
+    )
     visible: dict[tuple[str, str], list[tuple[float, float]]] = defaultdict(list)
-    for line in sorted(lines, key=lambda line: line["t"]):
+    present: dict[tuple[str, str], str] = {}
+    for at, _, line in events:
         if line["event"] == "in":
             visible[line["server"], line["user"]].append((line["call"], end))
+            present[line["server"], line["user"]] = line["relay"]
         elif line["event"] in ("out", "lost"):
-            visible[line["server"], line["user"]][-1] = (visible[line["server"], line["user"]][-1][0], line["t"] + 1.0)
+            visible[line["server"], line["user"]][-1] = (visible[line["server"], line["user"]][-1][0], at + 1.0)
+            present.pop((line["server"], line["user"]), None)
+        elif line["event"] == "kill":
+            for key in [key for key, relay in present.items() if relay == line["relay"]]:
+                visible[key][-1] = (visible[key][-1][0], at)
+                del present[key]
 
     def is_visible(server: str, user: str, t: float) -> bool:
         return any(begins <= t <= ends for begins, ends in visible[server, user])
@@ -154,12 +165,11 @@ def read_history(
         ends = begins + 2 * slack_s
         is_told = any(begins <= t <= ends and not is_visible(server, user, t) for t in named[server, user])
         if is_told and begins > ghosts.get((server, user), 0.0):
-            ghosts[server, user] = ends
+            ghosts[server, user] = begins + slack_s  # whichever ask of that time it was
             operations[server].append(Operation("acquire", user, begins, begins + slack_s, False))
             operations[server].append(Operation("release", user, begins, ends, False))
 
-    events = [(line["t"], 0, line) for line in lines] + [(at, 1, {"event": "kill", "relay": relay}) for relay, at in kills]
-    for at, _, line in sorted(events, key=lambda event: event[:2]):
+    for at, _, line in events:
         match line["event"]:
             case "ask":
                 asked[line["user"]] = line

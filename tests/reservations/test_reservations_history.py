@@ -5,7 +5,7 @@ from itertools import permutations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from lock_history import Operation, Stay, _after, falling_tokens, is_linearizable, overlaps
+from lock_history import Operation, Stay, _after, falling_tokens, is_linearizable, overlaps, read_history
 
 ANN = Operation("acquire", "ann", 0, 1)
 ANN_OUT = Operation("release", "ann", 5, 6)
@@ -88,3 +88,20 @@ def test_overlaps_and_tokens() -> None:
     assert falling_tokens([first, Stay("bob", 5, 9, 1, "e")])
     assert falling_tokens([Stay("ann", 0, 5, 7, "e"), Stay("bob", 5, 9, 6, "e")])
     assert not falling_tokens([Stay("ann", 0, 5, 7, "e"), Stay("bob", 5, 9, 6, "f")])
+
+
+def test_who_was_let_in_before_his_relay_was_killed_may_be_let_in_again_unseen() -> None:
+    ann = {"user": "ann", "server": "s", "relay": "r1"}
+    told = {"event": "no", "user": "bob", "server": "s", "relay": "r2", "reason": "reserved", "holder": "ann"}
+    lines = [
+        {"event": "ask", **ann, "t": 1.0},
+        {"event": "in", **ann, "t": 1.1, "call": 1.0, "fence": 1, "epoch": "e"},
+        {"event": "in", "user": "cid", "server": "s", "relay": "r2", "t": 30.1, "call": 30.0, "fence": 2, "epoch": "e"},
+        {"event": "out", "user": "cid", "server": "s", "relay": "r2", "t": 31.0},
+        {"event": "ask", **ann, "t": 40.0},
+        {**told, "t": 41.1, "call": 41.0},
+    ]
+    _, operations = read_history(lines, [("r1", 2.0), ("r1", 40.5)], 60.0, 12.0)
+    assert is_linearizable(operations["s"])
+    _, operations = read_history(lines[:4] + lines[5:], [("r1", 2.0), ("r1", 40.5)], 60.0, 12.0)
+    assert not is_linearizable(operations["s"])  # nobody has asked for her
