@@ -241,9 +241,8 @@ class Uplink:
                 is_answered, is_absent = not isinstance(exc, Unanswered), isinstance(exc, Unreachable)
                 if isinstance(exc, GatewayBusy):
                     wait_s = appointed_s(exc.appointment, rng.random(), config.max_backoff_s)
-                    self._url_number += (
-                        1  # it is no failure; but who only claims to be the gateway must not keep us from its other addresses
-                    )
+                    # It is no failure; but who only claims to be the gateway must not keep us from its other addresses.
+                    self._url_number += 1
                     if waits.is_due():
                         logger.info("%s; coming for the time no. %d in %.1f s", exc, waits.count + 1, wait_s)
                     self._await_next_try(wait_s)
