@@ -65,7 +65,7 @@ class TurnTaker(Protocol):
     """Who has bytes for a session: a socket, or a task."""
 
     turn_bytes: int
-    """What it wrote in its last turn; 0 before the first."""
+    """What it writes in a turn, lately (`turns.lately`); 0 before the first."""
 
     def read_turn(self, limit_bytes: int) -> int:
         """Write at most `limit_bytes` into one DATA frame, now. Returns how many there were."""

@@ -17,7 +17,7 @@ from fxtunnel.engine.reactor import ERROR, INCOMING, LINK_EVENTS, READ, READ_BUF
 from fxtunnel.engine.read_share import ReadShare
 from fxtunnel.engine.splice import Splice
 from fxtunnel.engine.tls_calls import RecvInto, Send, corked, no_link, reason_of, tls_calls
-from fxtunnel.engine.turns import BESIDE_BYTES, SPARSE_TURN_BYTES, TURN_BYTES, Turns
+from fxtunnel.engine.turns import BESIDE_BYTES, SPARSE_BYTES, SPARSE_TURN_BYTES, TURN_BYTES, Turns
 from fxtunnel.errors import RemoteProtocolError
 from fxtunnel.model import SessionId
 from fxtunnel.protocol import frames
@@ -33,7 +33,8 @@ logger = logging.getLogger(__name__)
 RECORD_BYTES: Final = 16_384
 WRITE_BYTES: Final = 262_144
 """Handed to OpenSSL at once: it cuts records itself, which saves a Python call for each (about 10 % of a link's CPU)."""
-MIN_TURN_BYTES: Final = 4_096
+MIN_TURN_BYTES: Final = SPARSE_BYTES
+"""With less room nobody is read, so that who is cut short by it is not taken for somebody who has little."""
 NOTSENT_LOWAT_BYTES: Final = 131_072
 """Unsent bytes the kernel may hold for a link: interactive frames queue behind these."""
 GOODBYE_S: Final = 1.0
@@ -232,8 +233,8 @@ class Session:
             if room < MIN_TURN_BYTES:
                 self._grow_ring()
                 return True
-            beside_bytes = max(ring.size_bytes >> 1, BESIDE_BYTES) - ring.head + ring.acked
-            if (chosen := turns.next(filled, beside_bytes)) is None:
+            beside_bytes = ring.size_bytes >> 1 if ring.size_bytes > self._config.ring_bytes else BESIDE_BYTES
+            if (chosen := turns.next(filled, beside_bytes - ring.head + ring.acked)) is None:
                 self._grow_ring()
                 return False
             filled += chosen[0].read_turn(min(chosen[1], room)) or 256

@@ -8,6 +8,7 @@ from typing import ClassVar, Final
 from fxtunnel.codes import Code
 from fxtunnel.engine.ports import Carrier
 from fxtunnel.engine.reactor import ERROR, HANGUP, INCOMING, ROOMY_EVENTS, STREAM_EVENTS, URGENT, WRITE, Reactor
+from fxtunnel.engine.turns import lately
 from fxtunnel.protocol.pieces import Pieces
 from fxtunnel.protocol.stream import Stream
 
@@ -119,7 +120,7 @@ class Splice:
             self._read_to_end(stream)
             return 0
         stream.sent(slot, count)
-        self.turn_bytes = count
+        self.turn_bytes = lately(self.turn_bytes, count)
         if count < limit_bytes and self._behind != _UNSURE:
             if self._behind == _ENDED:
                 self._read_to_end(stream)

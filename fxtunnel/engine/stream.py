@@ -12,6 +12,7 @@ import trio
 from fxtunnel.codes import Code
 from fxtunnel.engine.ports import Carrier
 from fxtunnel.engine.reactor import Timer
+from fxtunnel.engine.turns import lately
 from fxtunnel.errors import LocalProtocolError
 from fxtunnel.kit.one_at_a_time import OneAtATime
 from fxtunnel.protocol.stream import Stream
@@ -235,7 +236,8 @@ class TunnelStream(trio.abc.HalfCloseableStream):
     def read_turn(self, limit_bytes: int) -> int:
         """See `TurnTaker`."""
         self._queued = False
-        count = self.turn_bytes = self._write(limit_bytes)
+        count = self._write(limit_bytes)
+        self.turn_bytes = lately(self.turn_bytes, count)
         if self._outgoing is None:
             self._wake_sender()
         elif self.stream.send_credit > 0:

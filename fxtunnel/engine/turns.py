@@ -16,15 +16,23 @@ CROWDED_TURN_BYTES: Final = 65_536
 """What each sends at once while more than CROWD have much. Rounds are longer then, and what a socket waits with is the kernel's: with
 256 KiB it grew the receive buffers of 99 services by 1 MiB each."""
 SPARSE_BYTES: Final = 16_384
-"""Who sent less than this in its last turn has little: keystrokes, requests, answers, the start of everything."""
+"""Who sends less than this in a turn, lately (`lately`), has little: keystrokes, requests, answers, the start of everything."""
 SPARSE_TURN_BYTES: Final = 65_536
 SPARSE_SHARE_BYTES: Final = TURN_BYTES // 4
 """So much of a turn belongs to those who have little, so that however many they are, the others go on."""
 
 BESIDE_BYTES: Final = 524_288
-"""What may be unacknowledged, at least, beside somebody who has little: twice what a peer may leave unacknowledged (PROTOCOL.md)."""
+"""What may be unacknowledged beside somebody who has little, on a short path: twice what a peer leaves so (PROTOCOL.md, 7)."""
 ALONE_TURNS: Final = 256
 """So many turns of bulk, 64 MiB, since somebody had little to send: bulk is alone."""
+
+
+def lately(turn_bytes: int, count: int) -> int:
+    """`TurnTaker.turn_bytes` after a turn of `count` bytes: the most of the last turns, where one before counts half as much each.
+
+    A short read in the middle of a download is no keystroke. After four of them in a row what follows is taken for one.
+    """
+    return max(count, turn_bytes >> 1)
 
 
 class Turns:

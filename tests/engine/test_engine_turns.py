@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,6 +16,7 @@ from fxtunnel.engine.turns import (
     SPARSE_TURN_BYTES,
     TURN_BYTES,
     Turns,
+    lately,
 )
 
 FREE = 1 << 30
@@ -29,9 +31,10 @@ class Taker:
     sent_bytes: int = 0
 
     def read_turn(self, limit_bytes: int) -> int:
-        self.turn_bytes = min(limit_bytes, self.each_bytes)
-        self.sent_bytes += self.turn_bytes
-        return self.turn_bytes
+        count = min(limit_bytes, self.each_bytes)
+        self.turn_bytes = lately(self.turn_bytes, count)
+        self.sent_bytes += count
+        return count
 
 
 def one_turn(turns: Turns, beside_bytes: int = FREE) -> int:
@@ -88,13 +91,25 @@ def test_beside_somebody_who_types_bulk_keeps_the_link_short_and_alone_it_does_n
     assert one_turn(turns, beside_bytes=0) == BULK_TURN_BYTES, "nobody is there who would wait"
     turns.want(typist)
     assert one_turn(turns, beside_bytes=100_000) == 100_000
-    assert download.turn_bytes == 100_000 - 64
+    assert download.sent_bytes == BULK_TURN_BYTES + 100_000 - 64
     turns.cancel(typist)
     assert turns.next(0, SPARSE_BYTES - 1) is None
     assert turns.waiting == 1
     for _ in range(ALONE_TURNS - 1):
         assert one_turn(turns) == BULK_TURN_BYTES
     assert one_turn(turns, beside_bytes=0) == BULK_TURN_BYTES, "the typist has left long ago"
+
+
+@pytest.mark.parametrize(("short_reads", "is_known"), [(1, False), (4, False), (5, True)])
+def test_a_short_read_in_a_download_is_nobody_who_types(short_reads: int, is_known: bool) -> None:
+    turns, download, other = Turns(), Taker(FREE, turn_bytes=BULK_TURN_BYTES), Taker(FREE, turn_bytes=SPARSE_BYTES)
+    download.each_bytes = 100
+    for _ in range(short_reads):
+        turns.want(download)
+        one_turn(turns)
+        turns.clear()
+    turns.want(other)
+    assert (turns.next(0, 0) is None) is is_known
 
 
 def test_who_is_cancelled_or_cleared_gets_no_turn() -> None:
