@@ -27,6 +27,7 @@ from typing import Any, Final
 from fxrelay.balance.answers import Answer, failed, refused
 from fxrelay.balance.executable import run_executable
 from fxrelay.balance.forked import RelayGone, collect_children
+from fxrelay.balance.giving_way import give_way
 from fxrelay.balance.javascript import Engine
 from fxrelay.balance.script_input import Count, ScriptInput, fastx4_input
 from fxrelay.balance.sent_texts import ReceivedTexts
@@ -38,7 +39,6 @@ MAX_ANSWER_BYTES: Final = 8 << 20
 HEADROOM_BYTES: Final = 512 << 20
 """Memory for Python itself and the input, beside what the script may take."""
 MAX_LOG_CHARS: Final = 4_000
-NICE: Final = 5
 FAULTS: Final = (
     ArithmeticError,
     AssertionError,
@@ -200,9 +200,8 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the relay's to handle; it ends this process by closing the socket
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    # Decisions can wait a moment, streams cannot: scripts give way, and do not interrupt the relay when they wake up.
-    os.nice(NICE)
-    os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+    # Decisions can wait a moment, streams cannot.
+    give_way()
     sys.path.append(sys.argv[3])  # the last: a site's json.py does not replace the standard one
     # What scripts print must not get into anybody's protocol.
     os.dup2(2, 1)
