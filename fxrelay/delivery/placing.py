@@ -225,7 +225,6 @@ class Placer:
                 if placing.problem is None or answer.code.is_final:
                     placing.problem = (answer.code, answer.text)
                 return
-            placing.claim, placing.seat = answer.claim, answer.seat
             then = await self._reach(placing, answer, paths)
             if placing.is_over or placing.is_final:
                 return
@@ -243,11 +242,17 @@ class Placer:
     async def _choose(self, placing: Placing, excluded: frozenset[RelayId]) -> Node | NoNode:
         """Ask the chooser. A stream that waits longer than the gateway would is accepted meanwhile: what it sends waits here."""
         if not placing.wait_s or placing.stream.accepted:
-            return await self._chooser.choose(placing.wanted, excluded)
+            return await self._ask_chooser(placing, excluded)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_accept_later, placing, max(0.0, placing.wanted.since + ACCEPT_AFTER_S - time.monotonic()))
-            answer = await self._chooser.choose(placing.wanted, excluded)
+            answer = await self._ask_chooser(placing, excluded)
             nursery.cancel_scope.cancel()
+        return answer
+
+    async def _ask_chooser(self, placing: Placing, excluded: frozenset[RelayId]) -> Node | NoNode:
+        answer = await self._chooser.choose(placing.wanted, excluded)
+        if isinstance(answer, Node):
+            placing.claim, placing.seat = answer.claim, answer.seat  # here: whoever waits for us may be cancelled before he has it
         return answer
 
     async def _serve_here(self, placing: Placing) -> None:
