@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 import trio
 
 from fxrelay.cluster.settings import PathKind
-from fxrelay.delivery.delivery import DeliveryDesk, connect_first
+from fxrelay.delivery.delivery import DeliveryDesk
 from fxrelay.delivery.identity import identity_of
 from fxrelay.delivery.placed import PlacedDelivery, Placing
 from fxrelay.delivery.ports import Asking, Chooser, Entries, Node, NoNode, NotAdmitted, NotTaken, Seat, Seats, Then, Wanted
@@ -134,13 +134,13 @@ class Placer:
             endpoints = _endpoints(placing, node, path)
             if not endpoints:
                 continue
-            connected, rest = connect_first(endpoints)
+            connected, addresses = placing.desk.connect_first(endpoints)
             if isinstance(connected, str):
                 placing.problem = (Code.CONNECT_FAILED, connected)
                 continue
             placing.first = node, self.paths[position + 1 :]
             placing.resume = self._order
-            placing.desk.admit(PlacedDelivery(placing, connected, rest, path), placing.session, placing.stream)
+            placing.desk.admit(PlacedDelivery(placing, connected, addresses, path), placing.session, placing.stream)
             return True
         placing.first = node, ()
         return False
@@ -303,12 +303,12 @@ class Placer:
         """Connect the stream to the first endpoint that takes it. True: it is served, or gone."""
         if placing.is_over:
             return True
-        connected, rest = connect_first(endpoints)
+        connected, addresses = placing.desk.connect_first(endpoints)
         if isinstance(connected, str):
             placing.problem = (Code.CONNECT_FAILED, connected)
             return False
         placing.settled = trio.Event()
-        delivery = PlacedDelivery(placing, connected, rest, path)
+        delivery = PlacedDelivery(placing, connected, addresses, path)
         self.placings.discard(placing)  # the desk counts it, and ends it, as long as it has a socket
         placing.desk.admit(delivery, placing.session, placing.stream)
         try:

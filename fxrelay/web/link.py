@@ -2,16 +2,18 @@
 
 import contextlib
 import errno
+import math
 import os
 import select
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Final
 
 import trio
 
 from fxrelay.cluster.settings import PathKind
-from fxrelay.delivery.delivery import connect
+from fxrelay.delivery.addresses import share_s
+from fxrelay.delivery.delivery import DeliveryDesk, connect
 from fxrelay.delivery.services import Endpoint
 from fxrelay.web.heads import MAX_ANSWER_HEAD_BYTES, HeadScanner
 from fxtunnel.engine.reactor import Reactor
@@ -152,20 +154,30 @@ class ServiceLink:
             reactor.forget(self.sock)
 
 
-async def open_link(endpoints: Sequence[Endpoint], greeting: bytes, node: RelayId | None, way: PathKind) -> ServiceLink:
-    """A connection to the first endpoint that takes it. Sets no deadline; safe to cancel.
+async def open_link(
+    desk: DeliveryDesk, endpoints: tuple[Endpoint, ...], greeting: bytes, node: RelayId | None, way: PathKind
+) -> ServiceLink:
+    """A connection to the first endpoint that takes it. Divides the time that it is given among them; safe to cancel.
 
     Raises:
         NodeError: none does; `str()` says what the last one said.
     """
     problem = "no address"
-    for endpoint in endpoints:
+    deadline = trio.current_effective_deadline()
+    in_order = desk.addresses.in_order(endpoints, desk.reactor.now)
+    for position, endpoint in enumerate(in_order):
         sock = connect(endpoint)
         if isinstance(sock, str):
             problem = sock
             continue
+        others = len(in_order) - position - 1
+        left_s = deadline - trio.current_time()
         try:
-            error = await _outcome(sock)
+            error = errno.ETIMEDOUT
+            with trio.move_on_after(max(0.0, share_s(left_s, 1 + others)) if others else math.inf) as share:
+                error = await _outcome(sock)
+            if share.cancelled_caught:
+                desk.addresses.was_late(endpoint, desk.reactor.now)
             if not error and greeting and sock.send(greeting) != len(greeting):
                 error = errno.ENOBUFS
         except OSError as exc:
