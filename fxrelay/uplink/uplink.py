@@ -315,11 +315,12 @@ class Uplink:
     def _bearer(self) -> str:
         return self._identity.assertion(self.gateway_id, self._around.now_unix())
 
-    def _on_drain(self, ties: Ties, deadline_s: float) -> None:
+    def _on_drain(self, ties: Ties, message: Drain) -> None:
         if self._drain_until is not None:
-            self.is_relieved = True
+            # A gateway that goes away while we do says nothing of our successor; before `relieved` only that one named no time.
+            self.is_relieved = self.is_relieved or message.relieved or not message.deadline_s
             return
-        logger.info("gateway %s goes away within %g s; looking for its successor", self.gateway_id, deadline_s)
+        logger.info("gateway %s goes away within %g s; looking for its successor", self.gateway_id, message.deadline_s)
         self._lost_at = trio.current_time()
         ties.depart()
 
