@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, assert_never
 
 import trio
 
@@ -74,6 +74,23 @@ class Timing:
     down_s: float = 90.0
 
 
+@dataclass(frozen=True, slots=True)
+class _TakeOut:
+    """The login came to nothing."""
+
+    entered: Entered
+    why: Happening
+
+
+@dataclass(frozen=True, slots=True)
+class _Extend:
+    """The login lasts for `ttl_ms` from now."""
+
+    server_id: RelayId
+    login_id: str
+    ttl_ms: int
+
+
 MakeHeld = Callable[["LoginGate", LoginService, RequestFacts], HeldRequest]
 
 
@@ -97,7 +114,7 @@ class LoginGate:
         self._guarded: frozenset[ServiceName] = frozenset()
         self._watchers: dict[str, set[Callable[[], None]]] = {}
         self._gone: dict[str, float] = {}
-        self._later_in, self._later_out = trio.open_memory_channel[tuple[Entered, Happening] | tuple[RelayId, str, int]](MAX_LATER)
+        self._later_in, self._later_out = trio.open_memory_channel[_TakeOut | _Extend](MAX_LATER)
 
     def reconfigure(self, services: Mapping[ServiceName, LoginService], guarded: frozenset[ServiceName] = frozenset()) -> None:
         """What services say about logins from now on. `guarded` have none, and keep off nodes that are somebody else's."""
@@ -161,16 +178,19 @@ class LoginGate:
     def take_out(self, entered: Entered, why: Happening) -> None:
         """The login came to nothing. Never waits."""
         with suppress(trio.WouldBlock):  # then it expires
-            self._later_in.send_nowait((entered, why))
+            self._later_in.send_nowait(_TakeOut(entered, why))
 
     async def _tell(self) -> None:
         async for what in self._later_out:
             if self.reservations is None:
                 continue
-            if len(what) == 2:
-                await self.reservations.reject(*what)
-            else:
-                await self.reservations.extend(*what)
+            match what:
+                case _TakeOut(entered, why):
+                    await self.reservations.reject(entered, why)
+                case _Extend(server_id, login_id, ttl_ms):
+                    await self.reservations.extend(server_id, login_id, ttl_ms)
+                case _:
+                    assert_never(what)
 
     def _kind(self, service: LoginService, request: RequestFacts) -> Kind:
         kind = kind_of(service.rules, request.method, request.path)
@@ -229,7 +249,7 @@ class LoginGate:
         if login is None or ttl_ms <= 0 or login.expires_ms - self._view.now_ms > ttl_ms * 3 / 4:
             return
         with suppress(trio.WouldBlock):  # then the next request will
-            self._later_in.send_nowait((live.server_id, live.login_id, ttl_ms))
+            self._later_in.send_nowait(_Extend(live.server_id, live.login_id, ttl_ms))
 
     def _watch(self, login_id: str, lost: Callable[[], None]) -> Callable[[], None]:
         watchers = self._watchers.setdefault(login_id, set())
