@@ -46,6 +46,8 @@ from fxtunnel.model import GatewayId, InstanceId, RelayId, ServiceName
 logger = logging.getLogger(__name__)
 
 TUNNEL_POLL_S: Final = 0.5
+READS_BEFORE_STALE: Final = 3
+"""While live updates are down the store is read so often within `stale_s`: one reading may fail, and what is read is not new itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +74,8 @@ class Brain:
         self.view = ClusterView(Ages(cluster.stale_s, cluster.down_s))
         self._threads = Threads(self.view.store_doubted)
         self._scripts = Scripts(ScriptLimits(cluster.script_timeout_s, cluster.script_memory_bytes), config_path)
-        self._follower = Follower(self._store, self._transporter, self.view, self._threads, FollowConfig(resync_s=cluster.resync_s))
+        following = FollowConfig(cluster.resync_s, min(cluster.resync_s, cluster.stale_s / READS_BEFORE_STALE))
+        self._follower = Follower(self._store, self._transporter, self.view, self._threads, following)
         self._gatherer = Gatherer(settings, bounds=ProgramBounds(module_dir=config_path.parent))
         self._news = PlacementNews(self._transporter, self._threads)
         self.publisher = Publisher(

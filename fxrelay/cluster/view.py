@@ -126,15 +126,19 @@ class ClusterView:
             logger.warning("the store does not answer, going on with what is known: %s", error)
             self._look()
 
-    def live_updates(self, are_heard: bool, error: str = "") -> None:
-        """Changes do, or do not, arrive at once."""
-        if are_heard and self._was_live and not self._live:
+    def live_updates_heard(self) -> None:
+        """Changes arrive at once."""
+        if self._was_live and not self._live:
             logger.warning("live updates are heard again")
-        elif not are_heard and (self._live or (not self._was_live and error != self._last_error)):
+        self._live = self._was_live = True
+        self._look()
+
+    def live_updates_lost(self, error: str) -> None:
+        """Changes do not arrive at once."""
+        if self._live or (not self._was_live and error != self._last_error):
             logger.warning("live updates are interrupted, reading the store instead: %s", error)
-        self._live = are_heard
-        self._was_live = self._was_live or are_heard
-        self._last_error = error or self._last_error
+        self._live = False
+        self._last_error = error
         self._look()
 
     def read_servers(self, documents: Iterable[Document]) -> None:
