@@ -16,8 +16,8 @@ from fxtunnel.errors import StoreError
 
 logger = logging.getLogger(__name__)
 
-STORE_TIMEOUT_S: Final = 3.0
-"""For the store to answer: less than gateways wait for a stream."""
+STORE_TIMEOUT_S: Final = 1.8
+"""For the store to answer: who waits is told within two seconds that it does not."""
 
 CLOCKS_MS: Final = 60_000
 """The store's clock may be this much ahead of the relays': it must not forget a ticket that they would still take."""

@@ -14,7 +14,7 @@ from fxrelay.balance.login_attempt import Attempt, Happening
 from fxrelay.balance.reservations import Granted, OwnerRelogin, Reason, Record, Rejected
 from fxrelay.cluster.ports import Store, Transporter
 from fxrelay.cluster.view import ClusterView
-from fxrelay.reserving.asks import Ask, WouldDo
+from fxrelay.reserving.asks import Ask, T, WouldDo
 from fxrelay.reserving.books import CALL_S, Books, ReservingConfig
 from fxrelay.reserving.kept import find_login, hold_of, tell_cleared
 from fxrelay.reserving.leases import Hold, Leases, Terms
@@ -86,7 +86,7 @@ class Reservations:
     async def enter(self, server_id: RelayId, user: str, address: str, attempt_id: str = "") -> Entered | Refused:
         """Step 2: a login begins to be authenticated on a server; with the id of an earlier one, it goes on (step 4)."""
         attempt = Attempt(attempt_id or new_id())
-        outcome = await self._books.do(self._books.asks.enter(server_id, attempt.attempt_id, user, address))
+        outcome = await self._do(self._books.asks.enter(server_id, attempt.attempt_id, user, address))
         if isinstance(outcome, StoreError):
             return self._without_store(server_id, user, attempt, outcome)
         entered, written = outcome
@@ -100,7 +100,7 @@ class Reservations:
     async def go_on(self, entered: Entered, user: str) -> Entered | Refused:
         """Step 4: one more request of a login whose entry must still be there."""
         server_id, attempt = entered.server_id, entered.attempt
-        outcome = await self._books.do(self._books.asks.go_on(server_id, attempt.attempt_id))
+        outcome = await self._do(self._books.asks.go_on(server_id, attempt.attempt_id))
         if isinstance(outcome, StoreError):
             return self._without_store(server_id, user, attempt, outcome)
         gone_on, written = outcome
@@ -151,7 +151,11 @@ class Reservations:
 
     async def find_homes(self, user: str) -> None:
         """Read which servers a user has: what another relay has just given him may not have been heard of yet."""
-        homes = await self._books.ask(lambda: self._books.ledger.homes(user))
+        silence = self._books.silence()
+        if silence is not None:
+            await trio.lowlevel.checkpoint()
+            return
+        homes = await self._books.ask_soon(lambda: self._books.ledger.homes(user))
         for server_id in homes if not isinstance(homes, StoreError) else ():
             await self.look_at(RelayId(server_id), user)
 
@@ -185,7 +189,7 @@ class Reservations:
 
     async def look_at(self, server_id: RelayId, user: str = "") -> bool:
         """Read a server's record now, and write down whether it is this user's. False: the store does not answer."""
-        outcome = await self._books.do(self._books.asks.sweep(server_id, user))
+        outcome = await self._do(self._books.asks.sweep(server_id, user))
         if isinstance(outcome, StoreError):
             return False
         self._books.learn(server_id, outcome[1])
@@ -219,11 +223,15 @@ class Reservations:
         ask: Ask[Granted | Rejected],
         known_as: str = "",
     ) -> Hold | Refused:
+        silence = self._books.silence()
+        if silence is not None:
+            await trio.lowlevel.checkpoint()
+            return self._without_store(server_id, user, attempt, silence)
         began = self.leases.now
         hold: Hold | None = None
         outcome: tuple[Granted | Rejected, Written] | StoreError | None = None
         try:
-            outcome = await self._books.do(ask)
+            outcome = await self._books.do_soon(ask)
         finally:
             if not isinstance(outcome, tuple):
                 # It may have been let in all the same, and nobody will use it.
@@ -242,6 +250,14 @@ class Reservations:
         self.leases.add(hold)
         self.tidings.happened(COMMITTED, server_id, user, hold.login_id, granted.record)
         return hold
+
+    async def _do(self, ask: Ask[T]) -> tuple[T, Written] | StoreError:
+        """For somebody who waits, and can be told that the store is away."""
+        silence = self._books.silence()
+        if silence is not None:
+            await trio.lowlevel.checkpoint()
+            return silence
+        return await self._books.do_soon(ask)
 
     def _without_store(self, server_id: RelayId, user: str, attempt: Attempt, exc: StoreError) -> Refused:
         self.tidings.rejected(server_id, user, attempt.attempt_id, NO_STORE)

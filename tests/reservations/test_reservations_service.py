@@ -37,6 +37,9 @@ class Partitioned(SqliteStore):
 
     errors = 0
     is_cut = False
+    hangs: threading.Event | None = None
+    """It answers nothing before this is set."""
+    asked = 0
     loses_answers = False
     read_waits: threading.Event | None = None
     """What was read is handed over when this is set."""
@@ -53,6 +56,9 @@ class Partitioned(SqliteStore):
         if self.errors:
             self.errors -= 1
             raise RuntimeError("an error of ours")
+        self.asked += 1
+        if self.hangs is not None:
+            assert self.hangs.wait(20)
         if self.is_cut:
             return [StoreError("cut off") for _ in updates]
         results = super().update_all(updates)
