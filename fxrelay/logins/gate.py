@@ -22,7 +22,7 @@ from fxrelay.logins.rules import LoginRules
 from fxrelay.reserving.kept import find_login, is_kept
 from fxrelay.reserving.leases import Terms
 from fxrelay.reserving.reservations import Entered, Reservations
-from fxrelay.web.ports import HeldRequest, NodeChooser, Pass, RequestFacts
+from fxrelay.web.ports import HeldRequest, NodeChooser, Passage, RequestFacts
 from fxtunnel.kit.answers import Refused
 from fxtunnel.kit.jwt_keys import TokenVerifier
 from fxtunnel.kit.process import keep_going
@@ -35,7 +35,7 @@ LOOK_S: Final = 1.0
 MAX_LATER: Final = 1_024
 """Entries and extensions that wait for the store. What finds no room expires, or is tried with the next request."""
 AT_ONCE: Final = 4
-_ANY: Final = Pass()
+_ANY: Final = Passage()
 MAX_GONE: Final = 4_096
 GONE_S: Final = 10.0
 """For so long a login that is known to have ended is not looked for again."""
@@ -132,7 +132,7 @@ class LoginGate:
         """See `RequestGate`."""
         return service in self._services or service in self._guarded
 
-    async def admit(self, request: RequestFacts) -> Pass:
+    async def admit(self, request: RequestFacts) -> Passage:
         """See `RequestGate`."""
         service = self._services.get(request.service)
         if service is None and request.service not in self._guarded:
@@ -141,21 +141,21 @@ class LoginGate:
         if reservations is None:
             raise unavailable("this relay takes no part in reservations until it is restarted")
         if service is None:
-            return Pass(closed=self._closed(reservations, request.user or identity_of(request.client)))
+            return Passage(closed=self._closed(reservations, request.user or identity_of(request.client)))
         kind = self._kind(service, request)
         if kind is Kind.LOGIN:
-            return Pass(held=self._make_held(self, service, request))
+            return Passage(held=self._make_held(self, service, request))
         live = await self._live(service, request, reservations)
         closed: frozenset[RelayId] = frozenset()
         if service.seats.guard_start:
             closed = self._closed(reservations, live.user if live is not None else identity_of(request.client))
         if live is None:
-            return Pass(closed=closed)
+            return Passage(closed=closed)
         self._prolong(service, live)
         login_id, is_logout = live.login_id, kind is Kind.LOGOUT
         watch = None if is_logout else lambda lost: self._watch(login_id, lost)
         # Who has too many connections may still log out.
-        return Pass(None if request.is_named else live.server_id, closed, None, watch, "" if is_logout else live.user)
+        return Passage(None if request.is_named else live.server_id, closed, None, watch, "" if is_logout else live.user)
 
     async def answered(self, request: RequestFacts, node: RelayId | None, status: int, fields: object) -> tuple[bytes, ...]:
         """See `RequestGate`."""

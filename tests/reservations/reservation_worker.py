@@ -33,7 +33,7 @@ from fxrelay.cluster.threads import Threads
 from fxrelay.cluster.view import ClusterView
 from fxrelay.reserving.books import ReservingConfig
 from fxrelay.reserving.leases import Terms
-from fxrelay.reserving.reservations import Refused, Reservations
+from fxrelay.reserving.reservations import NotEntered, Reservations
 from fxtunnel.model import RelayId
 
 
@@ -76,7 +76,7 @@ class Worker:
             call = time.monotonic()
             self.write("ask", user=user, server=server)
             answer = await self.reservations.take(server, user, "192.0.2.1", Terms())
-            if isinstance(answer, Refused):
+            if isinstance(answer, NotEntered):
                 self.write("no", user=user, server=server, reason=str(answer.reason), holder=answer.holder, call=call)
                 await trio.sleep(0.5 if answer.is_final else 0)
                 continue

@@ -12,7 +12,7 @@ from test_reservations_service import S1, S2, relays
 from fxrelay.cluster.ports import Present, Update
 from fxrelay.reserving import books
 from fxrelay.reserving.leases import Terms
-from fxrelay.reserving.reservations import NO_STORE, Entered, Refused
+from fxrelay.reserving.reservations import NO_STORE, Entered, NotEntered
 from fxtunnel.model import RelayId
 
 
@@ -21,7 +21,7 @@ async def test_a_store_that_hangs_makes_one_wait_for_two_seconds_and_the_others_
         relay.store.hangs = answers = threading.Event()
         began = trio.current_time()
         first = await relay.reservations.enter(S1, "ann", "192.0.2.1")
-        assert isinstance(first, Refused)
+        assert isinstance(first, NotEntered)
         assert first.reason == NO_STORE
         assert trio.current_time() - began < books.CALL_S, "it is not told as late as the store's own deadlines would be"
         asked, pauses = relay.store.asked, trio.current_time() + books.PAUSE_S
@@ -32,7 +32,7 @@ async def test_a_store_that_hangs_makes_one_wait_for_two_seconds_and_the_others_
                 await relay.reservations.take(S2, user, "192.0.2.1", Terms()),
                 await relay.reservations.look_at(S1),
             ):
-                assert answer is False or (isinstance(answer, Refused) and answer.reason == NO_STORE)
+                assert answer is False or (isinstance(answer, NotEntered) and answer.reason == NO_STORE)
         assert trio.current_time() < pauses
         ending = {hold.user for hold in relay.reservations.leases.ending()}
         assert ending <= {"nobody"}, "what was never asked for need not be taken back"
