@@ -54,7 +54,10 @@ class Follower:
         self._resting = trio.CancelScope()
         self._tried = trio.Event()
         self._doubt = trio.Event()
-        view.ask_store = lambda: self._doubt.set()
+
+    def ask_store(self) -> None:
+        """Have the store asked soon whether it is there. Never waits."""
+        self._doubt.set()
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Follow until cancelled. Started when the store has been read once, or could not be."""

@@ -63,7 +63,6 @@ class Reservations:
         self.leases = Leases()
         self.upkeep = Upkeep(books, self.leases, view)
         self._view = view
-        view.hear_reservation = self.hear
 
     @property
     def changed(self) -> trio.Event:

@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import trio
-from cluster_fakes import FakeStore, FakeTransporter, NoThreads, server_text
+from cluster_fakes import FakeStore, FakeTransporter, NoThreads, Told, server_text
 
 from fxrelay.cluster.follow import FETCH, FollowConfig, Follower
 from fxrelay.cluster.members import Ages, Control, MemberState
@@ -23,8 +23,9 @@ class Cluster:
     def __init__(self) -> None:
         self.store = FakeStore()
         self.transporter = FakeTransporter()
-        self.view = ClusterView(Ages(30, 90), trio.current_time)
-        self.follower = Follower(self.store, self.transporter, self.view, NoThreads(), CONFIG)
+        told = Told()
+        self.view = ClusterView(Ages(30, 90), trio.current_time, told)
+        self.follower = told.follower = Follower(self.store, self.transporter, self.view, NoThreads(), CONFIG)
 
     def seq(self, server_id: str = "a") -> int:
         member = self.view.members.get(RelayId(server_id), self.view.now)

@@ -340,15 +340,14 @@ def test_many_records_are_told_in_few_messages() -> None:
 
 
 def test_a_message_is_heard() -> None:
-    view = ClusterView(Ages())
     store: Any = None
-    reservations = Reservations(ReservingConfig(RelayId("a")), store, store, view)
+    reservations = Reservations(ReservingConfig(RelayId("a")), store, store, ClusterView(Ages()))
     record = Record("e", 1, 0, (Login("l", "ann", "b", 1_000, 1_000),), revision=1)
     changed = reservations.changed
-    assert view.hear_reservation(encode_tidings("s1", record))
+    assert reservations.hear(encode_tidings("s1", record))
     assert changed.is_set()
     assert reservations.holders.users(0) == {S1: "ann"}
-    assert not view.hear_reservation("nonsense")
+    assert not reservations.hear("nonsense")
 
 
 async def test_a_store_that_reservations_cannot_use_counts_as_down_until_it_is_asked() -> None:
