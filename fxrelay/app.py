@@ -13,6 +13,8 @@ import trio
 from pydantic import BaseModel
 
 from fxrelay import settings as config
+from fxrelay.admin.live import LiveView
+from fxrelay.admin.pages import make_app
 from fxrelay.admitting.composing import entry_rules, owner_limits
 from fxrelay.admitting.porter import Porter
 from fxrelay.admitting.streams import StreamEntries
@@ -23,11 +25,9 @@ from fxrelay.delivery.composing import delivery_limits, resolved
 from fxrelay.delivery.delivery import DeliveryDesk
 from fxrelay.delivery.placing import Placer
 from fxrelay.delivery.services import AnyService, PoolService, ServiceTable
-from fxrelay.live import LiveView
 from fxrelay.logins.composing import guarded_services, login_services
 from fxrelay.logins.gate import LoginGate, Timing
 from fxrelay.logins.login import HeldLogin
-from fxrelay.pages import make_app
 from fxrelay.settings import RelaySettings
 from fxrelay.uplink.composing import session_config, uplink_config
 from fxrelay.uplink.gateway_file import GatewayFile, load_gateway_file

@@ -46,6 +46,8 @@ from fxtunnel.model import GatewayId, InstanceId, RelayId, ServiceName
 logger = logging.getLogger(__name__)
 
 TUNNEL_POLL_S: Final = 0.5
+READS_BEFORE_STALE: Final = 3
+"""While live updates are down the store is read so often within `stale_s`: one reading may fail, and what is read is not new itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +60,7 @@ class Whose:
 
 
 class Brain:
-    """Joins the cluster of the configuration. `run` it once.
+    """Joins the cluster of the configuration. `run` it once. Implements `Listener` for what its parts hear of each other by the view.
 
     Raises:
         ConfigError: broker.json or a balancing script cannot be used.
@@ -69,10 +71,11 @@ class Brain:
         self._settings = settings
         self._whose = whose
         self._store, self._transporter = open_cluster(cluster, settings.relay.state_dir)
-        self.view = ClusterView(Ages(cluster.stale_s, cluster.down_s))
+        self.view = ClusterView(Ages(cluster.stale_s, cluster.down_s), listener=self)
         self._threads = Threads(self.view.store_doubted)
         self._scripts = Scripts(ScriptLimits(cluster.script_timeout_s, cluster.script_memory_bytes), config_path)
-        self._follower = Follower(self._store, self._transporter, self.view, self._threads, FollowConfig(resync_s=cluster.resync_s))
+        following = FollowConfig(cluster.resync_s, min(cluster.resync_s, cluster.stale_s / READS_BEFORE_STALE))
+        self._follower = Follower(self._store, self._transporter, self.view, self._threads, following)
         self._gatherer = Gatherer(settings, bounds=ProgramBounds(module_dir=config_path.parent))
         self._news = PlacementNews(self._transporter, self._threads)
         self.publisher = Publisher(
@@ -83,7 +86,6 @@ class Brain:
             self._threads,
             (self._gatherer.measure, self._agent),
         )
-        self.view.hear_end = self.publisher.hear_end
         environment = ClusterEnvironment(whose.relay_id, self._store, self._threads)
         self.chooser = PoolChooser(self.view, ways(settings), environment, self._news.tell, whose.instance)
         self.chooser.reconfigure(balancing(settings, self._scripts, site_environment(settings.node, os.environ)))
@@ -95,6 +97,18 @@ class Brain:
             self.reservations = Reservations(reserving, self._store, self._transporter, self.view)
             self.reservations.upkeep.may_have_sessions = self._may_have_sessions
             self.chooser.seating = StreamSeating(self.reservations)
+
+    def ask_store(self) -> None:
+        """See `Listener`."""
+        self._follower.ask_store()
+
+    def hear_reservation(self, text: str) -> bool:
+        """See `Listener`."""
+        return self.reservations is None or self.reservations.hear(text)
+
+    def hear_end(self, server_id: RelayId, placed_ms: int) -> None:
+        """See `Listener`."""
+        self.publisher.hear_end(server_id, placed_ms)
 
     def use_reactor(self, reactor: Reactor) -> None:
         """Nodes for streams may be chosen in its thread from now on."""

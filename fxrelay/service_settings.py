@@ -129,7 +129,12 @@ class ServiceSection(Section):
         None,
         description="File with the cookies' key, the same on all relays (mode 0600, 32 bytes or more); none: one is made in state_dir.",
     )
-    response_timeout_s: Seconds = Field(60.0, ge=0.1, le=86_400, description="Seconds for a response to begin once its request was sent.")
+    response_timeout_s: Seconds = Field(
+        60.0,
+        ge=0.1,
+        le=86_400,
+        description="Seconds for a response to begin once its request was sent, and for the service to take more of a body.",
+    )
     max_body: Size = Field(0, ge=0, le=1 << 50, description="Largest body of a request; 0: no bound.")
 
     @field_validator("hosts")

@@ -84,7 +84,9 @@ class LimitSettings(Section):
 
     streams_per_link: int = Field(16_384, ge=1, le=1_000_000, description="Streams on one data link.")
     streams: int = Field(16_384, ge=1, le=1_000_000, description="Streams in all.")
-    connect_timeout_s: Seconds = Field(5.0, ge=0.1, le=300, description="Seconds for a service to accept a connection.")
+    connect_timeout_s: Seconds = Field(
+        5.0, ge=0.1, le=300, description="Seconds for a service to accept a connection, all its addresses together."
+    )
     idle_timeout_s: Seconds = Field(
         86_400.0, ge=1, le=31_536_000, description="Seconds without a byte in either direction before a stream ends."
     )

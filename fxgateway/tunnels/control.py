@@ -75,14 +75,21 @@ class ControlLink:
 
     def drain(self, deadline_s: float) -> None:
         """See `ControlHandle`."""
-        try:
-            self._channel.send_nowait(Drain(deadline_s=deadline_s))
-        except TunnelClosed:
-            logger.debug("the link ended before its relay could be told of the drain")
+        self._tell(Drain(deadline_s=deadline_s))
+
+    def relieve(self) -> None:
+        """See `ControlHandle`."""
+        self._tell(Drain(deadline_s=0, relieved=True))
 
     def close(self, code: Code, text: str, retry_after_s: float = 0) -> None:
         """Tell the relay why, then end the link, soon. Never blocks; only the first call counts."""
         self._channel.end_soon(Closing(code=code, message=text[:TEXT_CHARS], retry_after_s=retry_after_s))
+
+    def _tell(self, message: Drain) -> None:
+        try:
+            self._channel.send_nowait(message)
+        except TunnelClosed:
+            logger.debug("the link ended before its relay could be told of the drain")
 
 
 class ControlDesk:

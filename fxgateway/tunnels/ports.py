@@ -30,6 +30,9 @@ class ControlHandle(Protocol):
     def drain(self, deadline_s: float) -> None:
         """Tell the relay that no new streams come from here, and that it should look for another process of the gateway. Never blocks."""
 
+    def relieve(self) -> None:
+        """Tell an instance that makes way that its successor serves: it need not wait any longer. Never blocks."""
+
     def close(self, code: Code, text: str, retry_after_s: float = 0) -> None:
         """Tell the relay why, then end the link, soon. Never blocks; only the first call counts."""
 

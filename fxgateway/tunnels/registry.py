@@ -168,7 +168,7 @@ class Registry:
         session = Session(self._reactor, SessionId(secrets.token_hex(16)), _Owner(self, relay), self._config, self._budget)
         relay.sessions[session.id] = session
         if relay.predecessor is not None and relay.predecessor.link is not None:
-            relay.predecessor.link.drain(0)  # its successor serves: it need not wait any longer
+            relay.predecessor.link.relieve()
         self.on_change()
         return session
 
@@ -223,7 +223,7 @@ class Registry:
         if relay is not None and relay.has_yielded:
             logger.info("relay %s has a new instance at another worker; the one here ends its streams", relay_id)
             if relay.link is not None and relay.hands_over:
-                relay.link.drain(0)  # it need not wait any longer
+                relay.link.relieve()
             self._step_aside(relay)
             self.routes.remove(relay_id)
             self.on_change()

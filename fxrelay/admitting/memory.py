@@ -16,8 +16,8 @@ from fxtunnel.errors import StoreError
 
 logger = logging.getLogger(__name__)
 
-STORE_TIMEOUT_S: Final = 3.0
-"""For the store to answer: less than gateways wait for a stream."""
+STORE_TIMEOUT_S: Final = 1.8
+"""For the store to answer: who waits is told within two seconds that it does not."""
 
 CLOCKS_MS: Final = 60_000
 """The store's clock may be this much ahead of the relays': it must not forget a ticket that they would still take."""
@@ -31,14 +31,17 @@ class Use(Enum):
     FORGOTTEN = "forgotten"
     """It was made before our memory began, so nobody can say whether it was used."""
     UNKNOWABLE = "unknowable"
-    """The store is away: it may have been used at another relay."""
+    """The store is away: it may have been used at another relay. Nothing was used."""
 
 
 class TicketMemory(Protocol):
-    """Remembers. Safe to cancel: a ticket then counts as used."""
+    """Remembers."""
 
-    async def spend(self, ticket: Ticket, *, refuses_without_store: bool) -> Use:
-        """Use a ticket. Raises nothing."""
+    async def spend(self, ticket: Ticket) -> Use:
+        """Use a ticket. Raises nothing. Cancelled, it counts as used, and must not be given back: it may have been used before."""
+
+    def spend_here(self, ticket: Ticket) -> Use:
+        """Use a ticket whose use was `UNKNOWABLE`, as far as this relay alone can tell."""
 
     async def give_back(self, ticket: Ticket) -> None:
         """Its stream came to nothing: it may be used again. Raises nothing."""
@@ -59,7 +62,7 @@ class SharedMemory:
         self._epoch = ""
         self._begins_unix = int(clock())
 
-    async def spend(self, ticket: Ticket, *, refuses_without_store: bool) -> Use:
+    async def spend(self, ticket: Ticket) -> Use:
         """See `TicketMemory`."""
         if ticket.issued_unix < self._begins_unix:
             await trio.lowlevel.checkpoint()
@@ -74,8 +77,6 @@ class SharedMemory:
             except StoreError as exc:
                 logger.warning("tickets cannot be noted in the store: %s", exc)
         if found is None:
-            if not refuses_without_store:
-                return Use.FIRST
             self._here.give_back(ticket.use_id)
             return Use.UNKNOWABLE
         use, epoch = found
@@ -85,6 +86,10 @@ class SharedMemory:
             use = Use.FORGOTTEN
         self._epoch = epoch
         return use
+
+    def spend_here(self, ticket: Ticket) -> Use:
+        """See `TicketMemory`."""
+        return Use.FIRST if self._here.spend(ticket.use_id, ticket.expires_unix, self._clock()) else Use.AGAIN
 
     async def give_back(self, ticket: Ticket) -> None:
         """See `TicketMemory`."""

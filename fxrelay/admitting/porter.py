@@ -108,7 +108,7 @@ class Guest:
         return None
 
     async def use(self, caller: Caller, node: str) -> NotAdmitted | None:
-        """Ask the owner whether the caller may have `node`, and use his ticket up. May be repeated."""
+        """Ask the owner whether the caller may have `node`, and use his ticket up. May be repeated. For cancelling see `TicketMemory`."""
         rules = self._rules
         if rules is None:
             return NotAdmitted(Code.NO_SERVICE, "not served here")
@@ -124,7 +124,10 @@ class Guest:
         if ticket is None or rules.ticket is None or ticket is self._used:
             await trio.lowlevel.checkpoint()
             return None
-        use = await self._porter.memory.spend(ticket, refuses_without_store=rules.ticket.refuses_without_store)
+        memory = self._porter.memory
+        use = await memory.spend(ticket)
+        if use is Use.UNKNOWABLE and not rules.ticket.refuses_without_store:
+            use = memory.spend_here(ticket)
         if use is not Use.FIRST:
             return self.refuse(Code.BAD_TICKET, *_UNUSABLE[use], caller)
         self._used = ticket

@@ -11,10 +11,10 @@ from fxrelay.balance.model import (
     Asks,
     Cancellable,
     Candidate,
+    ChainEntry,
     Chosen,
     Decision,
     Dropped,
-    Entry,
     Environment,
     Failed,
     Narrowed,
@@ -39,7 +39,7 @@ class Builtin:
     pick: Choose
 
     async def choose(self, request: Request, candidates: Sequence[Candidate], environment: Environment) -> Verdict:
-        """See `Entry`."""
+        """See `ChainEntry`."""
         return self.pick(request, candidates, environment.local_id)
 
 
@@ -51,7 +51,7 @@ class RoundRobin:
     counter: str
 
     async def choose(self, request: Request, candidates: Sequence[Candidate], environment: Environment) -> Verdict:
-        """See `Entry`."""
+        """See `ChainEntry`."""
         return builtins.round_robin(candidates, await environment.next_number(self.counter))
 
 
@@ -60,7 +60,7 @@ def counter_of(service: str) -> str:
     return f"round-robin:{service}"
 
 
-def builtin(name: str, service: str) -> Entry | None:
+def builtin(name: str, service: str) -> ChainEntry | None:
     """The built-in entry of this name for a service's chain, or None."""
     if name == builtins.ROUND_ROBIN:
         return RoundRobin(ROUND_ROBIN, counter_of(service))
@@ -69,7 +69,7 @@ def builtin(name: str, service: str) -> Entry | None:
 
 
 async def decide(
-    chain: Sequence[Entry], request: Request, candidates: Sequence[Candidate], dropped: Sequence[Dropped], environment: Environment
+    chain: Sequence[ChainEntry], request: Request, candidates: Sequence[Candidate], dropped: Sequence[Dropped], environment: Environment
 ) -> Decision:
     """Choose a server.
 
@@ -86,13 +86,13 @@ async def decide(
         return decision
 
 
-def is_instant(chain: Sequence[Entry]) -> bool:
+def is_instant(chain: Sequence[ChainEntry]) -> bool:
     """Whether `decide_nowait` can ask every entry."""
     return all(isinstance(entry, Builtin) for entry in chain)
 
 
 def decide_nowait(
-    chain: Sequence[Entry], request: Request, candidates: Sequence[Candidate], dropped: Sequence[Dropped], environment: Environment
+    chain: Sequence[ChainEntry], request: Request, candidates: Sequence[Candidate], dropped: Sequence[Dropped], environment: Environment
 ) -> Decision:
     """As `decide`, for a chain that `is_instant`."""
     deciding = _deciding(chain, candidates, dropped)
@@ -106,7 +106,7 @@ def decide_nowait(
         return decision
 
 
-def needs_no_task(chain: Sequence[Entry]) -> bool:
+def needs_no_task(chain: Sequence[ChainEntry]) -> bool:
     """Whether `Deciding` can ask every entry."""
     return all(isinstance(entry, Builtin | Asks) for entry in chain)
 
@@ -119,7 +119,7 @@ class Deciding:
 
     def __init__(
         self,
-        chain: Sequence[Entry],
+        chain: Sequence[ChainEntry],
         asked: tuple[Request, Sequence[Candidate], Environment],
         then: Callable[[Decision | None], None],
     ) -> None:
@@ -141,7 +141,7 @@ class Deciding:
         if self._asked is not None:
             self._asked.cancel()
 
-    def _go_on(self, entry: Entry, offered: Sequence[Candidate]) -> tuple[Decision | None, bool]:
+    def _go_on(self, entry: ChainEntry, offered: Sequence[Candidate]) -> tuple[Decision | None, bool]:
         """The decision, if there is one, and whether an entry is being asked."""
         try:
             while isinstance(entry, Builtin):
@@ -162,8 +162,8 @@ class Deciding:
 
 
 def _deciding(
-    chain: Sequence[Entry], candidates: Sequence[Candidate], dropped: Sequence[Dropped]
-) -> Generator[tuple[Entry, Sequence[Candidate]], Verdict, Decision]:
+    chain: Sequence[ChainEntry], candidates: Sequence[Candidate], dropped: Sequence[Dropped]
+) -> Generator[tuple[ChainEntry, Sequence[Candidate]], Verdict, Decision]:
     """Yields which entry is to be asked about whom, takes its verdict, and returns what came of it all."""
     steps: list[Step] = []
     offered = candidates

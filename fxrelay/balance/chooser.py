@@ -16,7 +16,7 @@ from fxrelay.balance.chain import Deciding, decide, decide_nowait, is_instant, n
 from fxrelay.balance.claims import TAKES_NO_PART, ClosedSeat, NoClaim, PlacementClaim
 from fxrelay.balance.filters import RESERVED, Circumstances, Pool, Sieve, reason_outside
 from fxrelay.balance.holders import against, of_others, prefer
-from fxrelay.balance.model import Action, Cancellable, Candidate, Decision, Dropped, Entry, Environment, Request
+from fxrelay.balance.model import Action, Cancellable, Candidate, ChainEntry, Decision, Dropped, Environment, Request
 from fxrelay.balance.reservations import OwnerRelogin
 from fxrelay.balance.seating import NO_RULES, Queueing, Seating, SeatRules
 from fxrelay.balance.waiting import Line
@@ -44,7 +44,7 @@ class Balancing:
     """A pool and how its nodes are chosen."""
 
     pool: Pool
-    chain: tuple[Entry, ...]
+    chain: tuple[ChainEntry, ...]
     action: Action = Action.START
     seats: SeatRules = NO_RULES
     is_instant: bool = field(init=False)

@@ -14,7 +14,7 @@ import trio
 from fxrelay.balance import builtins
 from fxrelay.balance.answers import Answer
 from fxrelay.balance.chain import builtin
-from fxrelay.balance.model import Cancellable, Candidate, Entry, Environment, Failed, Request, Verdict
+from fxrelay.balance.model import Cancellable, Candidate, ChainEntry, Environment, Failed, Request, Verdict
 from fxrelay.balance.offered import Offered, Part
 from fxrelay.balance.script_input import ScriptInput, offered_input, script_input
 from fxrelay.balance.verdicts import verdict_of, verdict_of_output
@@ -42,7 +42,7 @@ class Script:
     workers: Workers
 
     async def choose(self, request: Request, candidates: Sequence[Candidate], environment: Environment) -> Verdict:
-        """See `Entry`."""
+        """See `ChainEntry`."""
         await trio.lowlevel.checkpoint()  # choosing the candidates took its time: streams first
         # A whole list of the sieve's goes on changing meanwhile.
         listed = candidates.without(()) if isinstance(candidates, Offered) else candidates
@@ -101,7 +101,7 @@ class Scripts:
         """End the processes. May be repeated."""
         self._workers.close()
 
-    def chain(self, specs: Sequence[str], service: str, environ: Mapping[str, str]) -> tuple[Entry, ...]:
+    def chain(self, specs: Sequence[str], service: str, environ: Mapping[str, str]) -> tuple[ChainEntry, ...]:
         """The entries that `specs` name, for a service's chain; without any, what LOAD_BALANCER says (FastX 4), or the default.
 
         Raises:
@@ -118,7 +118,7 @@ class Scripts:
             raise ConfigError([ConfigProblem(str(self._config_path), f"service {service}: balance", text) for text in problems])
         return tuple(entries)
 
-    def _entry(self, spec: str, service: str) -> Entry:
+    def _entry(self, spec: str, service: str) -> ChainEntry:
         kind, _, rest = spec.partition(":")
         if kind == "builtin":
             found = builtin(rest, service)

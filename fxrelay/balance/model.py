@@ -98,7 +98,7 @@ class Environment(Protocol):
         """The next number of a counter that all relays of the cluster share: 1, 2, 3. This relay's own numbers while the store is away."""
 
 
-class Entry(Protocol):
+class ChainEntry(Protocol):
     """One entry of a chain."""
 
     @property
@@ -123,7 +123,7 @@ class Asks(Protocol):
     def ask(
         self, request: Request, candidates: Sequence[Candidate], environment: Environment, then: Callable[[Verdict], None]
     ) -> Cancellable | None:
-        """As `Entry.choose`, but `then` is called with the verdict, later. None: it cannot be asked like this now."""
+        """As `ChainEntry.choose`, but `then` is called with the verdict, later. None: it cannot be asked like this now."""
 
 
 @dataclass(frozen=True, slots=True)

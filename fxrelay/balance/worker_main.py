@@ -1,25 +1,27 @@
 """Task: the process that runs balancing scripts: `python -m fxrelay.balance.worker_main FD MEMORY_BYTES DIRECTORY`.
 
 It says READY, then reads requests from a socket and answers each, one at a time, until the socket ends: that is also how it learns that the
-relay is gone. A request that takes too long ends the process (SIGALRM), so it is not left behind even by a relay that was killed in the
-middle of one.
+relay is gone, in the middle of a Python function by a signal (SIGIO). A request that takes too long ends the process (SIGALRM).
 
     request:   length u32, JSON {"kind", "spec", "limit_s", "memory_bytes", "base", "counts"}    length u32, servers, see `sent_texts`
     answer:    length u32, JSON {"kind": "value", "value"} | {"kind": "output", "text"} | {"kind": "failed", "name", "message", "detail"}
                or {"kind": "refused"} with the same fields
 """
 
+import fcntl
 import importlib
 import io
 import json
 import math
 import os
 import resource
+import select
 import signal
 import socket
 import struct
 import sys
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Final
@@ -97,9 +99,35 @@ class _Server:
             case "owner-exec":
                 return run_executable(request["spec"], given.base, request["limit_s"], self._channel)
             case "owner-python":
-                return _call(request["spec"], given.base)
+                with _ending_with(self._channel):
+                    return _call(request["spec"], given.base)
             case _:
-                return _call(request["spec"], given.whole())
+                with _ending_with(self._channel):
+                    return _call(request["spec"], given.whole())
+
+
+@contextmanager
+def _ending_with(channel: socket.socket) -> Iterator[None]:
+    """This process ends, with all that it has started, when the other end of `channel` does: a function may run for ever.
+
+    The kernel's own signal for that (PR_SET_PDEATHSIG) would come whenever the relay's thread ends that began this process.
+    """
+    poller = select.poll()
+    poller.register(channel, 0)  # a hang-up is told without being asked for
+
+    def look(*_: object) -> None:
+        if poller.poll(0):
+            os.killpg(0, signal.SIGKILL)
+
+    signal.signal(signal.SIGIO, look)
+    fcntl.fcntl(channel, fcntl.F_SETOWN, os.getpid())
+    flags = fcntl.fcntl(channel, fcntl.F_GETFL)
+    fcntl.fcntl(channel, fcntl.F_SETFL, flags | os.O_ASYNC)
+    look()  # before the signal was asked for
+    try:
+        yield
+    finally:
+        fcntl.fcntl(channel, fcntl.F_SETFL, flags)
 
 
 class _Said(io.TextIOBase):

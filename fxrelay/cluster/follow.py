@@ -28,9 +28,14 @@ ASK_PAUSE_S: Final = 0.2
 
 @dataclass(frozen=True, slots=True)
 class FollowConfig:
-    """Seconds between two readings of the whole store, and the bounds of the wait after a failure."""
+    """Seconds between two readings of the whole store, and the bounds of the wait after a failure.
+
+    `unheard_resync_s` is the same while live updates are down, and well below the age at which nodes become stale. Reading everybody
+    once in the time in which everybody publishes once costs the store about what telling everybody of it would.
+    """
 
     resync_s: float = 60.0
+    unheard_resync_s: float = 10.0
     min_backoff_s: float = 0.25
     max_backoff_s: float = 3.0
 
@@ -46,9 +51,13 @@ class Follower:
         self._config = config
         self._rng = random.Random()  # noqa: S311 - waits, not secrets
         self._again = trio.Event()
+        self._resting = trio.CancelScope()
         self._tried = trio.Event()
         self._doubt = trio.Event()
-        view.ask_store = lambda: self._doubt.set()
+
+    def ask_store(self) -> None:
+        """Have the store asked soon whether it is there. Never waits."""
+        self._doubt.set()
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Follow until cancelled. Started when the store has been read once, or could not be."""
@@ -65,15 +74,19 @@ class Follower:
             again = self._again = trio.Event()
             try:
                 await self._read()
-                wait_s = self._config.resync_s
+                wait_s = self._config.resync_s if self._view.health().live else self._unheard_wait_s()
                 backoff.reset()
             except StoreError as exc:
                 self._view.store_failed(str(exc))
                 wait_s = backoff.next_s()
             finally:
                 self._tried.set()
-            with trio.move_on_after(wait_s):
+            with trio.move_on_after(wait_s) as self._resting:
                 await again.wait()
+
+    def _unheard_wait_s(self) -> float:
+        # Not everywhere at once: all relays have lost the same transporter.
+        return self._config.unheard_resync_s * self._rng.uniform(0.7, 1.0)
 
     async def _read(self) -> None:
         view, threads = self._view, self._threads
@@ -112,20 +125,25 @@ class Follower:
             subscription = None
             try:
                 subscription = await self._threads.run(lambda: self._transporter.subscribe(TOPICS))
-                self._view.live_updates(True)
+                self._view.live_updates_heard()
                 self._again.set()  # what was said between the last reading and now was not heard
                 await self._listen(subscription, backoff)
             except TransporterError as exc:
                 if self._view.health().live:
                     self._view.store_doubted()  # it is often the same server
-                self._view.live_updates(False, str(exc))
+                self._lost(str(exc))
             except Exception:
-                self._view.live_updates(False, "internal error")
+                self._lost("internal error")
                 raise
             finally:
                 if subscription is not None:
                     subscription.close()
             await trio.sleep(backoff.next_s())
+
+    def _lost(self, error: str) -> None:
+        """Nothing can be heard, so the store is read sooner."""
+        self._resting.deadline = min(self._resting.deadline, trio.current_time() + self._unheard_wait_s())
+        self._view.live_updates_lost(error)
 
     async def _listen(self, subscription: Subscription, backoff: FullJitter) -> None:
         while True:

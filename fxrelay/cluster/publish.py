@@ -39,7 +39,7 @@ Facts = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class PublisherConfig:
-    """Who publishes, and how often. `started_ms` decides between two processes with one id: the later one is right."""
+    """Who publishes, and how often."""
 
     server_id: RelayId
     instance: InstanceId
@@ -92,6 +92,7 @@ class Publisher:
         self._threads = threads
         self._measure, self._agent = sources
         self._started_ms = 0
+        """Decides between two processes with one id: the later one is right."""
         self._seq = 0
         self._changed = trio.Event()
         self._tried = trio.Event()

@@ -90,7 +90,7 @@ class SqliteFile:
             return call(connection)
         except sqlite3.Error as exc:
             self._drop()  # rolls back, and the next call sees the file as it is then
-            raise StoreError(f"{self.path}: {_explain(exc, self._closed)}") from exc
+            raise StoreError(f"{self.path}: {'was closed' if self._closed else _explain(exc)}") from exc
         except BaseException:
             if self._connection is not None and self._connection.in_transaction:
                 self._drop()
@@ -200,10 +200,8 @@ def _ids(connection: sqlite3.Connection) -> tuple[int, int]:
     return application, version
 
 
-def _explain(exc: sqlite3.Error, is_closed: bool) -> str:
+def _explain(exc: sqlite3.Error) -> str:
     code = getattr(exc, "sqlite_errorcode", 0) & 0xFF
-    if is_closed:
-        return "was closed"
     if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
         return f"another process has kept it locked for {BUSY_S:g} s"
     if code == sqlite3.SQLITE_FULL:

@@ -8,7 +8,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Protocol
 
 from fxrelay.cluster.inflight import InFlight, Placement, PlacementId
 from fxrelay.cluster.members import Ages, Control, Member, Members, Outcome
@@ -33,24 +33,46 @@ class Health:
     last_error: str
 
 
+class Listener(Protocol):
+    """Who is told by a view. Nothing of it waits."""
+
+    def ask_store(self) -> None:
+        """Have the store asked for its clock soon; what it answers comes by `store_said` or `store_failed`."""
+
+    def hear_reservation(self, text: str) -> bool:
+        """A message about a reservation. False: it is malformed."""
+
+    def hear_end(self, server_id: RelayId, placed_ms: int) -> None:
+        """A placement has ended: where, and when it was placed."""
+
+
+class Nobody:
+    """Implements `Listener` where a view is only looked at."""
+
+    def ask_store(self) -> None:
+        """See `Listener`."""
+
+    def hear_reservation(self, text: str) -> bool:
+        """See `Listener`."""
+        return True
+
+    def hear_end(self, server_id: RelayId, placed_ms: int) -> None:
+        """See `Listener`."""
+
+
 class ClusterView:
     """What is known. `now` counts the seconds in which this relay could hear the others; `now_ms` is the store's clock as far as this relay
     can tell, without asking it.
     """
 
-    def __init__(self, ages: Ages, monotonic: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, ages: Ages, monotonic: Callable[[], float] = time.monotonic, listener: Listener | None = None) -> None:
         self.members = Members(ages)
         self.in_flight = InFlight()
         self.dropped_messages = 0
-        self.hear_reservation: Callable[[str], bool] = lambda text: True
-        """What a message about a reservation is given to, if this relay has anything to do with them; false: it is malformed."""
-        self.hear_end: Callable[[RelayId, int], None] = lambda server_id, placed_ms: None
-        """Who is told of placements that have ended: where, and when they were placed."""
+        self._listener = listener or Nobody()
         self._monotonic = monotonic
         self._clock_offset_ms = int(time.time() * 1000 - monotonic() * 1000)
         self._synced = False
-        self.ask_store: Callable[[], None] = lambda: None
-        """Has the store asked for its clock soon; what it answers comes by `store_said` or `store_failed`."""
         self._doubted_since: float | None = None
         self._store_down_since: float | None = None
         self._is_refused = False
@@ -115,7 +137,7 @@ class ClusterView:
         """Somebody could not use the store, perhaps because of what is in it: it counts as down until it has been asked for its clock."""
         if self._store_down_since is None and self._doubted_since is None:
             self._doubted_since = self._monotonic()
-            self.ask_store()
+            self._listener.ask_store()
 
     def store_failed(self, error: str) -> None:
         """The store did not answer: what is known stays in use."""
@@ -126,15 +148,19 @@ class ClusterView:
             logger.warning("the store does not answer, going on with what is known: %s", error)
             self._look()
 
-    def live_updates(self, are_heard: bool, error: str = "") -> None:
-        """Changes do, or do not, arrive at once."""
-        if are_heard and self._was_live and not self._live:
+    def live_updates_heard(self) -> None:
+        """Changes arrive at once."""
+        if self._was_live and not self._live:
             logger.warning("live updates are heard again")
-        elif not are_heard and (self._live or (not self._was_live and error != self._last_error)):
+        self._live = self._was_live = True
+        self._look()
+
+    def live_updates_lost(self, error: str) -> None:
+        """Changes do not arrive at once."""
+        if self._live or (not self._was_live and error != self._last_error):
             logger.warning("live updates are interrupted, reading the store instead: %s", error)
-        self._live = are_heard
-        self._was_live = self._was_live or are_heard
-        self._last_error = error or self._last_error
+        self._live = False
+        self._last_error = error
         self._look()
 
     def read_servers(self, documents: Iterable[Document]) -> None:
@@ -166,7 +192,7 @@ class ClusterView:
             self.dropped_messages += 1
         elif message.topic == SERVERS:
             self._after(*self.members.hear(message.text, self.now))
-        elif not (self.hear_reservation(message.text) if message.topic == RESERVATIONS else self._hear_small(message)):
+        elif not (self._listener.hear_reservation(message.text) if message.topic == RESERVATIONS else self._hear_small(message)):
             self.dropped_messages += 1
 
     def _look(self) -> None:
@@ -226,7 +252,7 @@ class ClusterView:
         if event == ENDED:
             self.in_flight.withdraw(PlacementId(placement_id))
             if isinstance(server_id, str) and type(placed_ms) is int:
-                self.hear_end(RelayId(server_id), placed_ms)
+                self._listener.hear_end(RelayId(server_id), placed_ms)
             return True
         if event != PLACED or not isinstance(server_id, str) or not is_name(server_id):
             return False

@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 from fxrelay.cluster.settings import PathKind
+from fxrelay.delivery.addresses import Addresses, share_s
 from fxrelay.delivery.ports import StreamTaker
 from fxrelay.delivery.services import AnyService, Endpoint, PoolService, ServiceTable
 from fxtunnel.codes import Code
-from fxtunnel.engine.reactor import ERROR, WRITE, Reactor
+from fxtunnel.engine.reactor import ERROR, WRITE, Reactor, Timer
 from fxtunnel.engine.splice import RESET_ON_CLOSE, Splice
 from fxtunnel.kit.proxy_header import encode_proxy_header
 from fxtunnel.model import GatewayId, RelayId, ServiceName
@@ -60,22 +61,26 @@ class DeliveryCounters:
 
 
 class Delivery(Splice):
-    """A service's socket and the stream it serves. Until the connection stands, what arrives waits."""
+    """A service's socket and the stream it serves. Until the connection stands, what arrives waits.
 
-    __slots__ = ("_connecting", "_greeting", "_is_redirected", "_rest", "desk", "last_bytes", "moved_at", "service")
+    `addresses` are the one that is connected to, and those that are left if it does not answer.
+    """
+
+    __slots__ = ("_addresses", "_connecting", "_greeting", "_is_redirected", "_share", "desk", "last_bytes", "moved_at", "service")
 
     path: PathKind = "local"
     """How the node of a pool is reached."""
 
     def __init__(
-        self, desk: "DeliveryDesk", sock: socket.socket, service: AnyService, rest: tuple[Endpoint, ...], opening: Opening
+        self, desk: "DeliveryDesk", sock: socket.socket, service: AnyService, addresses: tuple[Endpoint, ...], opening: Opening
     ) -> None:
         super().__init__(desk.reactor, sock)
         self.desk = desk
         self.service = service
         self.last_bytes = 0
         self.moved_at = desk.reactor.now
-        self._rest = rest
+        self._addresses = addresses
+        self._share: Timer | None = None
         self._greeting = encode_proxy_header(service.proxy_protocol, opening.client, opening.door) if service.proxy_protocol else b""
         self._connecting = True
         self._is_redirected = opening.via is not None
@@ -94,6 +99,9 @@ class Delivery(Splice):
                 super().start()
                 self._drain()
         else:
+            if len(self._addresses) > 1:
+                left_s = self.desk.connecting[self] + self.desk.limits.connect_timeout_s - self.reactor.now
+                self._share = self.reactor.call_later(share_s(left_s, len(self._addresses)), self._late)
             super().start()
 
     def on_event(self, events: int) -> None:
@@ -108,6 +116,7 @@ class Delivery(Splice):
 
     def _came_to_stand(self, error: int) -> bool:
         """The connection has come about, or failed with `error`. Whether it is of use."""
+        self._end_share()
         error = error or self._greet()
         if error:
             self.refuse(Code.CONNECT_FAILED, os.strerror(error))
@@ -143,6 +152,7 @@ class Delivery(Splice):
 
     def released(self) -> None:
         """See `Splice`."""
+        self._end_share()
         self.desk.delivery_released(self)
         if self._is_redirected and not self._connecting:
             self.desk.redirected_ended()
@@ -159,9 +169,10 @@ class Delivery(Splice):
         return 0 if sent == len(self._greeting) else errno.ENOBUFS
 
     def _reconnect(self) -> bool:
-        while self._rest:
-            connected = connect(self._rest[0])
-            self._rest = self._rest[1:]
+        self._end_share()
+        while len(self._addresses) > 1:
+            self._addresses = self._addresses[1:]
+            connected = connect(self._addresses[0])
             if not isinstance(connected, str):
                 self.reactor.forget(self.sock)
                 self.sock.close()
@@ -169,6 +180,16 @@ class Delivery(Splice):
                 self.start()
                 return True
         return False
+
+    def _late(self) -> None:
+        """This address has had its share of the time."""
+        self.desk.addresses.was_late(self._addresses[0], self.reactor.now)
+        self.refuse(Code.CONNECT_FAILED, "no answer in time")
+
+    def _end_share(self) -> None:
+        share, self._share = self._share, None
+        if share is not None:
+            share.cancel()
 
 
 class DeliveryDesk:
@@ -187,6 +208,7 @@ class DeliveryDesk:
         self.counters = DeliveryCounters()
         self.deliveries: set[Delivery] = set()
         self.connecting: dict[Delivery, float] = {}
+        self.addresses = Addresses()
         self.is_draining = False
         reactor.call_later(SWEEP_S, self._sweep)
 
@@ -237,6 +259,17 @@ class DeliveryDesk:
         self.connecting[delivery] = self.reactor.now
         delivery.join(session, stream)
         delivery.start()
+
+    def connect_first(self, endpoints: tuple[Endpoint, ...]) -> tuple[socket.socket | str, tuple[Endpoint, ...]]:
+        """`connect` to the first endpoint with which it can be begun; and that endpoint with those that come behind it."""
+        problem = "no address"
+        in_order = self.addresses.in_order(endpoints, self.reactor.now)
+        for position, endpoint in enumerate(in_order):
+            connected = connect(endpoint)
+            if not isinstance(connected, str):
+                return connected, in_order[position:]
+            problem = connected
+        return problem, ()
 
     def turn_down(self, stream: Stream, service: AnyService, code: Code, text: str) -> None:
         """REFUSE, counted."""
@@ -303,11 +336,11 @@ class DeliveryDesk:
         return self.placer.place_here(self, session, stream, service, opening, gateway_id)
 
     def _deliver(self, session: "Session", stream: Stream, service: AnyService, opening: Opening) -> None:
-        connected, rest = connect_first(service.endpoints)
+        connected, addresses = self.connect_first(service.endpoints)
         if isinstance(connected, str):
             self.turn_down(stream, service, Code.CONNECT_FAILED, connected)
             return
-        delivery = Delivery(self, connected, service, rest, opening)
+        delivery = Delivery(self, connected, service, addresses, opening)
         self.count_opening(service)
         self.admit(delivery, session, stream)
 
@@ -330,17 +363,6 @@ def is_connected(sock: socket.socket) -> bool:
     except OSError:
         return False
     return True
-
-
-def connect_first(endpoints: tuple[Endpoint, ...]) -> tuple[socket.socket | str, tuple[Endpoint, ...]]:
-    """`connect` to the first endpoint with which it can be begun; and the endpoints behind that one."""
-    problem = "no address"
-    for position, endpoint in enumerate(endpoints):
-        connected = connect(endpoint)
-        if not isinstance(connected, str):
-            return connected, endpoints[position + 1 :]
-        problem = connected
-    return problem, ()
 
 
 def connect(endpoint: Endpoint) -> socket.socket | str:

@@ -174,8 +174,8 @@ class PlacedDelivery(Delivery):
 
     __slots__ = ("_claim", "_entry", "_placing", "_seat", "path")
 
-    def __init__(self, placing: Placing, sock: "socket.socket", rest: tuple[Endpoint, ...], path: PathKind) -> None:
-        super().__init__(placing.desk, sock, placing.service, rest, placing.opening)
+    def __init__(self, placing: Placing, sock: "socket.socket", addresses: tuple[Endpoint, ...], path: PathKind) -> None:
+        super().__init__(placing.desk, sock, placing.service, addresses, placing.opening)
         self.path = path
         self._placing: Placing | None = placing
         self._claim: Claim | None = None

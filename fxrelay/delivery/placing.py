@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 import trio
 
 from fxrelay.cluster.settings import PathKind
-from fxrelay.delivery.delivery import DeliveryDesk, connect_first
+from fxrelay.delivery.delivery import DeliveryDesk
 from fxrelay.delivery.identity import identity_of
 from fxrelay.delivery.placed import PlacedDelivery, Placing
 from fxrelay.delivery.ports import Asking, Chooser, Entries, Node, NoNode, NotAdmitted, NotTaken, Seat, Seats, Then, Wanted
@@ -134,13 +134,13 @@ class Placer:
             endpoints = _endpoints(placing, node, path)
             if not endpoints:
                 continue
-            connected, rest = connect_first(endpoints)
+            connected, addresses = placing.desk.connect_first(endpoints)
             if isinstance(connected, str):
                 placing.problem = (Code.CONNECT_FAILED, connected)
                 continue
             placing.first = node, self.paths[position + 1 :]
             placing.resume = self._order
-            placing.desk.admit(PlacedDelivery(placing, connected, rest, path), placing.session, placing.stream)
+            placing.desk.admit(PlacedDelivery(placing, connected, addresses, path), placing.session, placing.stream)
             return True
         placing.first = node, ()
         return False
@@ -225,7 +225,6 @@ class Placer:
                 if placing.problem is None or answer.code.is_final:
                     placing.problem = (answer.code, answer.text)
                 return
-            placing.claim, placing.seat = answer.claim, answer.seat
             then = await self._reach(placing, answer, paths)
             if placing.is_over or placing.is_final:
                 return
@@ -243,11 +242,17 @@ class Placer:
     async def _choose(self, placing: Placing, excluded: frozenset[RelayId]) -> Node | NoNode:
         """Ask the chooser. A stream that waits longer than the gateway would is accepted meanwhile: what it sends waits here."""
         if not placing.wait_s or placing.stream.accepted:
-            return await self._chooser.choose(placing.wanted, excluded)
+            return await self._ask_chooser(placing, excluded)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_accept_later, placing, max(0.0, placing.wanted.since + ACCEPT_AFTER_S - time.monotonic()))
-            answer = await self._chooser.choose(placing.wanted, excluded)
+            answer = await self._ask_chooser(placing, excluded)
             nursery.cancel_scope.cancel()
+        return answer
+
+    async def _ask_chooser(self, placing: Placing, excluded: frozenset[RelayId]) -> Node | NoNode:
+        answer = await self._chooser.choose(placing.wanted, excluded)
+        if isinstance(answer, Node):
+            placing.claim, placing.seat = answer.claim, answer.seat  # here: whoever waits for us may be cancelled before he has it
         return answer
 
     async def _serve_here(self, placing: Placing) -> None:
@@ -298,12 +303,12 @@ class Placer:
         """Connect the stream to the first endpoint that takes it. True: it is served, or gone."""
         if placing.is_over:
             return True
-        connected, rest = connect_first(endpoints)
+        connected, addresses = placing.desk.connect_first(endpoints)
         if isinstance(connected, str):
             placing.problem = (Code.CONNECT_FAILED, connected)
             return False
         placing.settled = trio.Event()
-        delivery = PlacedDelivery(placing, connected, rest, path)
+        delivery = PlacedDelivery(placing, connected, addresses, path)
         self.placings.discard(placing)  # the desk counts it, and ends it, as long as it has a socket
         placing.desk.admit(delivery, placing.session, placing.stream)
         try:

@@ -180,7 +180,8 @@ class Entry(Protocol):
 
     async def use(self, node: RelayId | None) -> NotAdmitted | None:
         """Before anything is connected to at `node` (None: this one): may the user have it, and was his ticket not used before? May be
-        repeated, also for other nodes. Safe to cancel. Raises nothing.
+        repeated, also for other nodes. Raises nothing. Safe to cancel; a ticket that was being used then counts as used, and `give_back`
+        does nothing for it: it might undo somebody else's use.
         """
 
     async def give_back(self) -> None:

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, assert_never
 
 import trio
 
@@ -22,7 +22,7 @@ from fxrelay.logins.rules import LoginRules
 from fxrelay.reserving.kept import find_login, is_kept
 from fxrelay.reserving.leases import Terms
 from fxrelay.reserving.reservations import Entered, Reservations
-from fxrelay.web.ports import HeldRequest, NodeChooser, Pass, RequestFacts
+from fxrelay.web.ports import HeldRequest, NodeChooser, Passage, RequestFacts
 from fxtunnel.kit.answers import Refused
 from fxtunnel.kit.jwt_keys import TokenVerifier
 from fxtunnel.kit.process import keep_going
@@ -35,7 +35,7 @@ LOOK_S: Final = 1.0
 MAX_LATER: Final = 1_024
 """Entries and extensions that wait for the store. What finds no room expires, or is tried with the next request."""
 AT_ONCE: Final = 4
-_ANY: Final = Pass()
+_ANY: Final = Passage()
 MAX_GONE: Final = 4_096
 GONE_S: Final = 10.0
 """For so long a login that is known to have ended is not looked for again."""
@@ -74,6 +74,23 @@ class Timing:
     down_s: float = 90.0
 
 
+@dataclass(frozen=True, slots=True)
+class _TakeOut:
+    """The login came to nothing."""
+
+    entered: Entered
+    why: Happening
+
+
+@dataclass(frozen=True, slots=True)
+class _Extend:
+    """The login lasts for `ttl_ms` from now."""
+
+    server_id: RelayId
+    login_id: str
+    ttl_ms: int
+
+
 MakeHeld = Callable[["LoginGate", LoginService, RequestFacts], HeldRequest]
 
 
@@ -97,7 +114,7 @@ class LoginGate:
         self._guarded: frozenset[ServiceName] = frozenset()
         self._watchers: dict[str, set[Callable[[], None]]] = {}
         self._gone: dict[str, float] = {}
-        self._later_in, self._later_out = trio.open_memory_channel[tuple[Entered, Happening] | tuple[RelayId, str, int]](MAX_LATER)
+        self._later_in, self._later_out = trio.open_memory_channel[_TakeOut | _Extend](MAX_LATER)
 
     def reconfigure(self, services: Mapping[ServiceName, LoginService], guarded: frozenset[ServiceName] = frozenset()) -> None:
         """What services say about logins from now on. `guarded` have none, and keep off nodes that are somebody else's."""
@@ -115,7 +132,7 @@ class LoginGate:
         """See `RequestGate`."""
         return service in self._services or service in self._guarded
 
-    async def admit(self, request: RequestFacts) -> Pass:
+    async def admit(self, request: RequestFacts) -> Passage:
         """See `RequestGate`."""
         service = self._services.get(request.service)
         if service is None and request.service not in self._guarded:
@@ -124,21 +141,21 @@ class LoginGate:
         if reservations is None:
             raise unavailable("this relay takes no part in reservations until it is restarted")
         if service is None:
-            return Pass(closed=self._closed(reservations, request.user or identity_of(request.client)))
+            return Passage(closed=self._closed(reservations, request.user or identity_of(request.client)))
         kind = self._kind(service, request)
         if kind is Kind.LOGIN:
-            return Pass(held=self._make_held(self, service, request))
+            return Passage(held=self._make_held(self, service, request))
         live = await self._live(service, request, reservations)
         closed: frozenset[RelayId] = frozenset()
         if service.seats.guard_start:
             closed = self._closed(reservations, live.user if live is not None else identity_of(request.client))
         if live is None:
-            return Pass(closed=closed)
+            return Passage(closed=closed)
         self._prolong(service, live)
         login_id, is_logout = live.login_id, kind is Kind.LOGOUT
         watch = None if is_logout else lambda lost: self._watch(login_id, lost)
         # Who has too many connections may still log out.
-        return Pass(None if request.is_named else live.server_id, closed, None, watch, "" if is_logout else live.user)
+        return Passage(None if request.is_named else live.server_id, closed, None, watch, "" if is_logout else live.user)
 
     async def answered(self, request: RequestFacts, node: RelayId | None, status: int, fields: object) -> tuple[bytes, ...]:
         """See `RequestGate`."""
@@ -161,16 +178,19 @@ class LoginGate:
     def take_out(self, entered: Entered, why: Happening) -> None:
         """The login came to nothing. Never waits."""
         with suppress(trio.WouldBlock):  # then it expires
-            self._later_in.send_nowait((entered, why))
+            self._later_in.send_nowait(_TakeOut(entered, why))
 
     async def _tell(self) -> None:
         async for what in self._later_out:
             if self.reservations is None:
                 continue
-            if len(what) == 2:
-                await self.reservations.reject(*what)
-            else:
-                await self.reservations.extend(*what)
+            match what:
+                case _TakeOut(entered, why):
+                    await self.reservations.reject(entered, why)
+                case _Extend(server_id, login_id, ttl_ms):
+                    await self.reservations.extend(server_id, login_id, ttl_ms)
+                case _:
+                    assert_never(what)
 
     def _kind(self, service: LoginService, request: RequestFacts) -> Kind:
         kind = kind_of(service.rules, request.method, request.path)
@@ -229,7 +249,7 @@ class LoginGate:
         if login is None or ttl_ms <= 0 or login.expires_ms - self._view.now_ms > ttl_ms * 3 / 4:
             return
         with suppress(trio.WouldBlock):  # then the next request will
-            self._later_in.send_nowait((live.server_id, live.login_id, ttl_ms))
+            self._later_in.send_nowait(_Extend(live.server_id, live.login_id, ttl_ms))
 
     def _watch(self, login_id: str, lost: Callable[[], None]) -> Callable[[], None]:
         watchers = self._watchers.setdefault(login_id, set())

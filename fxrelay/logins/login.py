@@ -16,8 +16,7 @@ from fxrelay.logins.passes import Pass
 from fxrelay.logins.recognising import Failed, GoesOn, Parameters, Succeeded, is_user, judge, login_id_of, read_parameters
 from fxrelay.logins.rules import Retry
 from fxrelay.reserving.leases import Hold
-from fxrelay.reserving.reservations import NO_STORE, Entered, Reservations, new_id
-from fxrelay.reserving.reservations import Refused as NotEntered
+from fxrelay.reserving.reservations import NO_STORE, Entered, NotEntered, Reservations, new_id
 from fxrelay.web.ports import Reply, RequestFacts, Sender, WholeAnswer
 from fxtunnel.errors import NodeError
 from fxtunnel.kit.answers import Refused

@@ -3,6 +3,7 @@
 What is asked while the store is busy goes to it together: one thread, one call of the store, one write to its disk.
 """
 
+import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,11 @@ T = TypeVar("T")
 
 CALL_S: Final = 4.0
 """For one call to the store, its own deadlines and the wait for a thread included."""
+ANSWER_S: Final = 1.8
+"""Who waits for a store that answers nobody is told so after this long: with all the rest within two seconds. A store that is slow, but
+answers others meanwhile, has CALL_S."""
+PAUSE_S: Final = 1.0
+"""After such a silence those who come next are told at once for so long; then one of them finds out."""
 LANES: Final = 2
 """Threads at once for what goes together: while one waits for the disk, the other gets ready. A store that hangs holds no more of them."""
 AT_ONCE: Final = 64
@@ -77,6 +83,8 @@ class Books:
         self._waiting = deque[_Waiting]()
         self._some = trio.lowlevel.ParkingLot()
         self._lanes = 0
+        self._answered_at = -math.inf
+        self._silent_until = -math.inf
 
     @property
     def asks(self) -> Asks:
@@ -104,6 +112,8 @@ class Books:
                 try:
                     with trio.move_on_after(CALL_S):
                         answers = await self._threads.run(call)
+                        if not all(isinstance(answer, StoreError) for answer in answers):
+                            self._is_heard()
                 finally:
                     for waiting, answer in zip_longest(together, answers):
                         waiting.tell(answer if answer is not None else _late())
@@ -112,30 +122,49 @@ class Books:
             while not self._lanes and self._waiting:
                 self._waiting.popleft().tell(StoreError("this relay is going away"))
 
+    def silence(self) -> StoreError | None:
+        """That the store has just answered nobody, and is not worth asking for somebody who waits. None also for the one who is to find
+        out whether it does by now: he must ask.
+        """
+        now = trio.current_time()
+        if now < self._silent_until:
+            return StoreError(self.last_error or "no answer")
+        if self._silent_until > -math.inf:
+            self._silent_until = now + ANSWER_S  # the others need not wait as well
+        return None
+
     async def do(self, ask: Ask[Outcome]) -> tuple[Outcome, Written] | StoreError:
         """What comes of a step, or why there is no answer."""
-        (answer,) = await self.do_all([ask])
-        if isinstance(answer, Exception) and not isinstance(answer, StoreError):
-            raise answer
+        return _expected(*await self.do_all([ask]))
+
+    async def do_soon(self, ask: Ask[Outcome]) -> tuple[Outcome, Written] | StoreError:
+        """As `do`, for somebody who waits; after `silence`."""
+        answer = _expected(*await self.do_all([ask], ANSWER_S))
+        self._rest_after(answer)
         return answer
 
-    async def do_all(self, together: Sequence[Ask[Any]]) -> list[tuple[Any, Written] | Exception]:
-        """What comes of each of these steps, or why there is no answer."""
+    async def do_all(self, together: Sequence[Ask[Any]], patience_s: float = CALL_S) -> list[tuple[Any, Written] | Exception]:
+        """What comes of each of these steps, or why there is no answer. `patience_s` is for a store that answers nobody else either."""
         if not self._lanes:
-            found = await self.ask(partial(self.ledger.do_all, together))
+            found = await self.ask(partial(self.ledger.do_all, together), patience_s)
             return self._told(found if not isinstance(found, StoreError) else [found] * len(together))
         waiting = [_Waiting(ask) for ask in together]
         self._waiting.extend(waiting)
         self._some.unpark()
         try:
-            with trio.move_on_after(CALL_S):
-                for each in waiting:
-                    await each.done.wait()
+            began = trio.current_time()
+            for each in waiting:
+                while each.answer is None:
+                    deadline = min(began + CALL_S, max(began, self._answered_at) + patience_s)
+                    if trio.current_time() >= deadline:
+                        break
+                    with trio.move_on_at(deadline):
+                        await each.done.wait()
         finally:
             for each in waiting:
                 if each.answer is None and each in self._waiting:
                     self._waiting.remove(each)
-        return self._told([each.answer if each.answer is not None else _late() for each in waiting])
+        return self._told([each.answer if each.answer is not None else _late(patience_s) for each in waiting])
 
     def _told(self, answers: list[tuple[Any, Written] | Exception]) -> list[tuple[Any, Written] | Exception]:
         self._note(next((answer for answer in answers if isinstance(answer, StoreError)), None))
@@ -146,19 +175,32 @@ class Books:
         if error is not None:
             self.store_failed()
 
-    async def ask(self, call: Callable[[], T]) -> T | StoreError:
+    async def ask(self, call: Callable[[], T], patience_s: float = CALL_S) -> T | StoreError:
         """What `call` returns in a thread, or why there is no answer."""
         try:
-            with trio.move_on_after(CALL_S):
+            with trio.move_on_after(patience_s):
                 result = await self._threads.run(call)
+                self._is_heard()
                 self._note(None)
                 return result
         except StoreError as exc:
             self._note(exc)
             return exc
-        late = _late()
+        late = _late(patience_s)
         self._note(late)
         return late
+
+    async def ask_soon(self, call: Callable[[], T]) -> T | StoreError:
+        """As `ask`, for somebody who waits; after `silence`."""
+        answer = await self.ask(call, ANSWER_S)
+        self._rest_after(answer)
+        return answer
+
+    def _rest_after(self, answer: object) -> None:
+        self._silent_until = trio.current_time() + PAUSE_S if isinstance(answer, _Late) else -math.inf
+
+    def _is_heard(self) -> None:
+        self._answered_at, self._silent_until = trio.current_time(), -math.inf
 
     def learn(self, server_id: RelayId, written: Written) -> None:
         """What this relay has just read or written itself."""
@@ -178,5 +220,15 @@ class Books:
         return is_news
 
 
-def _late() -> StoreError:
-    return StoreError(f"no answer within {CALL_S:g} s")
+class _Late(StoreError):
+    """Nothing was heard of the store in time."""
+
+
+def _late(patience_s: float = CALL_S) -> _Late:
+    return _Late(f"no answer within {patience_s:g} s")
+
+
+def _expected(answer: tuple[Any, Written] | Exception) -> tuple[Any, Written] | StoreError:
+    if isinstance(answer, Exception) and not isinstance(answer, StoreError):
+        raise answer
+    return answer

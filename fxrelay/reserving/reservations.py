@@ -14,7 +14,7 @@ from fxrelay.balance.login_attempt import Attempt, Happening
 from fxrelay.balance.reservations import Granted, OwnerRelogin, Reason, Record, Rejected
 from fxrelay.cluster.ports import Store, Transporter
 from fxrelay.cluster.view import ClusterView
-from fxrelay.reserving.asks import Ask, WouldDo
+from fxrelay.reserving.asks import Ask, T, WouldDo
 from fxrelay.reserving.books import CALL_S, Books, ReservingConfig
 from fxrelay.reserving.kept import find_login, hold_of, tell_cleared
 from fxrelay.reserving.leases import Hold, Leases, Terms
@@ -31,7 +31,7 @@ NO_STORE: Final = "no-store"
 
 
 @dataclass(frozen=True, slots=True)
-class Refused:
+class NotEntered:
     """A login is not let in. `reason` is one of `Reason`, or NO_STORE; `is_final`: no other server would let it in now.
 
     `text` may be shown to whoever wanted in; `holder`, who has the server if that is the reason, may not.
@@ -63,7 +63,6 @@ class Reservations:
         self.leases = Leases()
         self.upkeep = Upkeep(books, self.leases, view)
         self._view = view
-        view.hear_reservation = self.hear
 
     @property
     def changed(self) -> trio.Event:
@@ -83,10 +82,10 @@ class Reservations:
             await nursery.start(self.upkeep.run)
             task_status.started()
 
-    async def enter(self, server_id: RelayId, user: str, address: str, attempt_id: str = "") -> Entered | Refused:
+    async def enter(self, server_id: RelayId, user: str, address: str, attempt_id: str = "") -> Entered | NotEntered:
         """Step 2: a login begins to be authenticated on a server; with the id of an earlier one, it goes on (step 4)."""
         attempt = Attempt(attempt_id or new_id())
-        outcome = await self._books.do(self._books.asks.enter(server_id, attempt.attempt_id, user, address))
+        outcome = await self._do(self._books.asks.enter(server_id, attempt.attempt_id, user, address))
         if isinstance(outcome, StoreError):
             return self._without_store(server_id, user, attempt, outcome)
         entered, written = outcome
@@ -97,10 +96,10 @@ class Reservations:
             self.tidings.happened(ENTERED, server_id, user, attempt.attempt_id)
         return Entered(server_id, attempt.after(Happening.ENTER))
 
-    async def go_on(self, entered: Entered, user: str) -> Entered | Refused:
+    async def go_on(self, entered: Entered, user: str) -> Entered | NotEntered:
         """Step 4: one more request of a login whose entry must still be there."""
         server_id, attempt = entered.server_id, entered.attempt
-        outcome = await self._books.do(self._books.asks.go_on(server_id, attempt.attempt_id))
+        outcome = await self._do(self._books.asks.go_on(server_id, attempt.attempt_id))
         if isinstance(outcome, StoreError):
             return self._without_store(server_id, user, attempt, outcome)
         gone_on, written = outcome
@@ -111,7 +110,7 @@ class Reservations:
 
     async def commit(
         self, entered: Entered, user: str, terms: Terms, relogin: OwnerRelogin = OwnerRelogin.PREFER, known_as: str = ""
-    ) -> Hold | Refused:
+    ) -> Hold | NotEntered:
         """Step 5: let an authenticated login in, or not. `user` is who it has proved to be. The attempt must be AUTHENTICATED.
 
         `known_as` is the id of the login, where it is not the attempt's.
@@ -135,7 +134,7 @@ class Reservations:
         terms: Terms,
         relogin: OwnerRelogin = OwnerRelogin.PREFER,
         would_do: WouldDo | None = None,
-    ) -> Hold | Refused:
+    ) -> Hold | NotEntered:
         """All steps at once, for a login that is made by coming in: a stream of a TCP service. If the user has another server that would
         do, he is refused (`elsewhere`), and this relay has learnt which one. `would_do` is called in a worker thread.
         """
@@ -145,13 +144,17 @@ class Reservations:
         self.tidings.happened(ENTERED, server_id, user, attempt.attempt_id)
         ask = self._books.asks.take(server_id, attempt.attempt_id, user, address, relogin, would_do, terms.hold_while_sessions)
         answer = await self._granted(server_id, user, terms, attempt, ask)
-        if isinstance(answer, Refused) and answer.reason == Reason.ELSEWHERE:
+        if isinstance(answer, NotEntered) and answer.reason == Reason.ELSEWHERE:
             await self.find_homes(user)
         return answer
 
     async def find_homes(self, user: str) -> None:
         """Read which servers a user has: what another relay has just given him may not have been heard of yet."""
-        homes = await self._books.ask(lambda: self._books.ledger.homes(user))
+        silence = self._books.silence()
+        if silence is not None:
+            await trio.lowlevel.checkpoint()
+            return
+        homes = await self._books.ask_soon(lambda: self._books.ledger.homes(user))
         for server_id in homes if not isinstance(homes, StoreError) else ():
             await self.look_at(RelayId(server_id), user)
 
@@ -185,7 +188,7 @@ class Reservations:
 
     async def look_at(self, server_id: RelayId, user: str = "") -> bool:
         """Read a server's record now, and write down whether it is this user's. False: the store does not answer."""
-        outcome = await self._books.do(self._books.asks.sweep(server_id, user))
+        outcome = await self._do(self._books.asks.sweep(server_id, user))
         if isinstance(outcome, StoreError):
             return False
         self._books.learn(server_id, outcome[1])
@@ -218,12 +221,16 @@ class Reservations:
         attempt: Attempt,
         ask: Ask[Granted | Rejected],
         known_as: str = "",
-    ) -> Hold | Refused:
+    ) -> Hold | NotEntered:
+        silence = self._books.silence()
+        if silence is not None:
+            await trio.lowlevel.checkpoint()
+            return self._without_store(server_id, user, attempt, silence)
         began = self.leases.now
         hold: Hold | None = None
         outcome: tuple[Granted | Rejected, Written] | StoreError | None = None
         try:
-            outcome = await self._books.do(ask)
+            outcome = await self._books.do_soon(ask)
         finally:
             if not isinstance(outcome, tuple):
                 # It may have been let in all the same, and nobody will use it.
@@ -243,16 +250,24 @@ class Reservations:
         self.tidings.happened(COMMITTED, server_id, user, hold.login_id, granted.record)
         return hold
 
-    def _without_store(self, server_id: RelayId, user: str, attempt: Attempt, exc: StoreError) -> Refused:
+    async def _do(self, ask: Ask[T]) -> tuple[T, Written] | StoreError:
+        """For somebody who waits, and can be told that the store is away."""
+        silence = self._books.silence()
+        if silence is not None:
+            await trio.lowlevel.checkpoint()
+            return silence
+        return await self._books.do_soon(ask)
+
+    def _without_store(self, server_id: RelayId, user: str, attempt: Attempt, exc: StoreError) -> NotEntered:
         self.tidings.rejected(server_id, user, attempt.attempt_id, NO_STORE)
         text = "reserved servers cannot be given out while the cluster's store does not answer"
         logger.warning("%s: %s", text, exc)
-        return Refused(NO_STORE, text, True, attempt)
+        return NotEntered(NO_STORE, text, True, attempt)
 
-    def _refused(self, server_id: RelayId, user: str, attempt: Attempt, rejected: Rejected) -> Refused:
+    def _refused(self, server_id: RelayId, user: str, attempt: Attempt, rejected: Rejected) -> NotEntered:
         self.tidings.rejected(server_id, user, attempt.attempt_id, rejected.reason)
         is_final = rejected.reason in (Reason.UNSETTLED, Reason.STALE)
-        return Refused(rejected.reason, refusal_text(rejected.reason), is_final, attempt, rejected.holder)
+        return NotEntered(rejected.reason, refusal_text(rejected.reason), is_final, attempt, rejected.holder)
 
 
 def new_id() -> str:

@@ -11,7 +11,7 @@ from fxrelay.balance.seating import SeatRules
 from fxrelay.delivery.ports import NotTaken, Taken, Then
 from fxrelay.reserving.asks import WouldDo
 from fxrelay.reserving.leases import Hold, Terms
-from fxrelay.reserving.reservations import Refused, Reservations
+from fxrelay.reserving.reservations import NotEntered, Reservations
 from fxtunnel.model import RelayId
 
 _QUICKER: Final = frozenset({Reason.RESERVED, Reason.NO_ENTRY, Reason.ELSEWHERE})
@@ -42,7 +42,7 @@ class StreamSeat:
         answer = await self._reservations.take(
             self._server_id, self._user, self._user, Terms(rules.linger_ms, rules.hold_while_sessions), rules.relogin, self._would_do
         )
-        if isinstance(answer, Refused):
+        if isinstance(answer, NotEntered):
             then = Then.AGAIN if answer.reason in _QUICKER else Then.ELSEWHERE
             return NotTaken(answer.text, Then.GIVE_UP if answer.is_final else then)
         self._hold = answer

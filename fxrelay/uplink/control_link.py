@@ -55,7 +55,7 @@ class ControlLink:
         self._waiting: dict[int, _Answer] = {}
         self._closing: Closing | None = None
         self._is_over = False
-        self._on_drain: Callable[[float], None] = lambda deadline_s: None
+        self._on_drain: Callable[[Drain], None] = lambda message: None
 
     def send_nowait(self, message: Message) -> None:
         """Queue a message. Raises TunnelClosed when the link is ending."""
@@ -88,11 +88,11 @@ class ControlLink:
         return answer.ticket
 
     async def run(
-        self, count_streams: Callable[[], int], on_drain: Callable[[float], None], is_vouched_for: Callable[[], bool] = lambda: False
+        self, count_streams: Callable[[], int], on_drain: Callable[[Drain], None], is_vouched_for: Callable[[], bool] = lambda: False
     ) -> None:
         """Carry messages until the link ends. Run it once; cancelling it is a goodbye. For `is_vouched_for` see `Channel.run`.
 
-        `on_drain` is called with the seconds that are left when the gateway wants no new streams to come this way any more.
+        `on_drain` is called when the gateway wants no new streams to come this way any more.
 
         Raises:
             TunnelClosed: always, when it ends by itself; GatewayClosing when the gateway said why.
@@ -129,8 +129,8 @@ class ControlLink:
                     answer.arrived.set()
             case Closing():
                 self._closing = message
-            case Drain(deadline_s=deadline_s):
-                self._on_drain(deadline_s)
+            case Drain():
+                self._on_drain(message)
             case _:
                 raise RemoteProtocolError(Code.PROTOCOL_ERROR, f"a gateway does not send {message.type} here")
 

@@ -154,11 +154,13 @@ class Uplink:
 
     def drain(self, deadline_s: float) -> None:
         """Ask the gateway for no more streams; the open ones have `deadline_s`. Sessions are resumed, but not made anew."""
-        self._go_away(deadline_s, makes_way=False)
+        self._makes_way = False
+        self._go_away(deadline_s)
 
     def make_way(self, deadline_s: float) -> None:
         """As `drain`, but until a successor of this process serves the gateway may send what no other relay can take."""
-        self._go_away(deadline_s, makes_way=True)
+        self._makes_way = True
+        self._go_away(deadline_s)
 
     def update_services(self, offers: tuple[Offer, ...]) -> None:
         """Offer these services from now on.
@@ -315,11 +317,12 @@ class Uplink:
     def _bearer(self) -> str:
         return self._identity.assertion(self.gateway_id, self._around.now_unix())
 
-    def _on_drain(self, ties: Ties, deadline_s: float) -> None:
+    def _on_drain(self, ties: Ties, message: Drain) -> None:
         if self._drain_until is not None:
-            self.is_relieved = True
+            # A gateway that goes away while we do says nothing of our successor; before `relieved` only that one named no time.
+            self.is_relieved = self.is_relieved or message.relieved or not message.deadline_s
             return
-        logger.info("gateway %s goes away within %g s; looking for its successor", self.gateway_id, deadline_s)
+        logger.info("gateway %s goes away within %g s; looking for its successor", self.gateway_id, message.deadline_s)
         self._lost_at = trio.current_time()
         ties.depart()
 
@@ -335,8 +338,8 @@ class Uplink:
         if self._drain_until is not None:
             ties.send(self._departure(self._drain_until - trio.current_time()))
 
-    def _go_away(self, deadline_s: float, *, makes_way: bool) -> None:
-        self._drain_until, self._makes_way = trio.current_time() + deadline_s, makes_way
+    def _go_away(self, deadline_s: float) -> None:
+        self._drain_until = trio.current_time() + deadline_s
         self._send(self._departure(deadline_s))
 
     def _departure(self, deadline_s: float) -> Drain:

@@ -115,15 +115,19 @@ class Exchange:
 
     async def _send(self, data: bytes) -> bool:
         """To the service; no checkpoint if all goes at once. One that has closed may still have answered: `_respond` finds out."""
-        sent = self._link.send_nowait(data)
+        sent, patience_s = self._link.send_nowait(data), self._order.response_timeout_s
         if sent == len(data):
             return True
+        rest = memoryview(data)[sent:]
         try:
-            with trio.fail_after(self._client.limits.idle_timeout_s):
-                await self._link.send(memoryview(data)[sent:])
-        except (trio.BrokenResourceError, trio.TooSlowError):
-            return False
-        return True
+            while rest:
+                with trio.fail_after(patience_s):
+                    rest = rest[await self._link.send_some(rest) :]
+        except trio.TooSlowError:
+            self._waits.deadline = trio.current_time()  # an answer that has begun goes on; no other one is waited for
+        except trio.BrokenResourceError:
+            self._waits.deadline = trio.current_time() + patience_s
+        return not rest
 
     async def _send_request(self) -> None:
         client, order = self._client, self._order
@@ -155,7 +159,7 @@ class Exchange:
         order = self._order
         with self._waits:
             if self._is_sent:
-                self._waits.deadline = trio.current_time() + order.response_timeout_s - self._waited_s
+                self._waits.deadline = min(self._waits.deadline, trio.current_time() + order.response_timeout_s - self._waited_s)
             head = await self._final_head()
         if self._waits.cancelled_caught:
             raise Refused(504, "Timeout", "The service did not answer in time.")

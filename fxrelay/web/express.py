@@ -98,9 +98,11 @@ class Express:
         "_plans",
         "_raw",
         "_reactor",
+        "_sleep",
         "_terms",
         "_tunnel",
         "_waiter",
+        "_wakes_at",
         "is_last",
     )
 
@@ -115,6 +117,8 @@ class Express:
         self._is_active = False
         self._waiter = Waiter()
         self._deadline = 0.0
+        self._sleep = trio.CancelScope()
+        self._wakes_at = 0.0
         self._link: ServiceLink | None = None
         self._raw = b""
         self._line = b"", b""
@@ -127,6 +131,7 @@ class Express:
         """Serve until there is something for the task. Cancelling leaves the connection to `stop`."""
         self._handed = None
         self._is_active = True
+        self._wakes_at = 0.0  # nobody sleeps yet
         self._tunnel.on_arrival = self._turn
         self._deadline = time.monotonic() + self._terms.keep_alive_s
         self._turn()
@@ -137,7 +142,8 @@ class Express:
             if left_s <= 0:
                 self._time_out()
                 break
-            with trio.move_on_after(left_s):
+            with trio.move_on_after(left_s) as self._sleep:
+                self._wakes_at = self._deadline
                 await self._waiter.wait()
         handed, self._handed = self._handed, None
         assert handed is not None
@@ -200,7 +206,7 @@ class Express:
         link.on_readable = self._on_answer
         self._link, self._plan, self._raw, self._line = link, plan, raw, (simple[1], simple[2])
         self._began = self._reactor.now
-        self._deadline = self._began + self._terms.response_timeout_s
+        self._wait_until(self._began + self._terms.response_timeout_s)
 
     def _new_plan(self, block: bytes, raw: bytes) -> Plan | None:
         plan = self._terms.plan(raw)
@@ -268,8 +274,17 @@ class Express:
         if is_over:
             self._hand(Handed(is_over=True))
             return
-        self._deadline = self._reactor.now + self._terms.keep_alive_s
+        self._wait_until(self._reactor.now + self._terms.keep_alive_s)
         self._turn()
+
+    def _wait_until(self, deadline: float) -> None:
+        """What is waited for has to come by then. The task that sleeps is told only of what is earlier than the end of its sleep: it
+        looks again by itself, and telling it with every request would cost more than the request.
+        """
+        self._deadline = deadline
+        if deadline < self._wakes_at:
+            self._wakes_at = deadline
+            self._sleep.deadline = trio.current_time() + deadline - self._reactor.now
 
     def _time_out(self) -> None:
         link, self._link = self._link, None

@@ -51,7 +51,8 @@ async def read_whole(client: ClientSide, head: RequestHead, most_bytes: int) -> 
 
 
 async def while_there(client: ClientSide, ask: Callable[[], Awaitable[Reply]]) -> Reply:
-    """What `ask` returns, as long as the client is there: what he does not wait for any more must not be done for him.
+    """What `ask` returns, as long as the client is there: what he does not wait for any more must not be done for him. Safe to cancel: a
+    reply that is there by then is undone.
 
     Raises:
         ClientGone: he left; `ask` was cancelled.
@@ -67,13 +68,18 @@ async def while_there(client: ClientSide, ask: Callable[[], Awaitable[Reply]]) -
             failures.append(exc)
             nursery.cancel_scope.cancel()
 
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(watch)
-        try:
-            replies.append(await ask())
-        except Refused as exc:
-            failures.append(exc)
-        nursery.cancel_scope.cancel()
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(watch)
+            try:
+                replies.append(await ask())
+            except Refused as exc:
+                failures.append(exc)
+            nursery.cancel_scope.cancel()
+    except BaseException:  # the nursery waits for `watch` to end, and what cancels us meanwhile takes the reply with it
+        for reply in replies:
+            reply.undone()
+        raise
     if replies:
         return replies[0]
     raise failures[0]

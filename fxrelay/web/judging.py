@@ -14,14 +14,14 @@ from fxrelay.web.entrance import Entrance, Shown
 from fxrelay.web.exchange import REPEATABLE
 from fxrelay.web.forwarding import Onward, Origin, request_onward, wanted_upgrade
 from fxrelay.web.heads import RequestHead
-from fxrelay.web.ports import Pass, RequestFacts, RequestGate, WebRules
+from fxrelay.web.ports import Passage, RequestFacts, RequestGate, WebRules
 from fxrelay.web.reaching import Wish
 from fxrelay.web.targets import NodePath, Target, is_served, read_target, split_node_path
 from fxtunnel.kit.answers import Refused
 from fxtunnel.model import RelayId
 from fxtunnel.protocol.opening import Opening
 
-_NOTHING_SAID: Final = Pass()
+_NOTHING_SAID: Final = Passage()
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class Asked:
     wish: Wish
     facts: RequestFacts
     shown: Shown | None
-    passed: Pass
+    passed: Passage
 
 
 class Judge:
@@ -150,7 +150,7 @@ async def admitted(gate: RequestGate, asked: Asked) -> Asked:
 
 
 @contextmanager
-def watched(passed: Pass, scope: trio.CancelScope) -> Iterator[None]:
+def watched(passed: Passage, scope: trio.CancelScope) -> Iterator[None]:
     """While the block runs, the connection ends when what it leads to has to."""
     if passed.watch is None:
         yield

@@ -2,27 +2,27 @@
 
 import contextlib
 import errno
+import math
 import os
 import select
 import socket
-import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Final
 
 import trio
 
 from fxrelay.cluster.settings import PathKind
-from fxrelay.delivery.delivery import connect
+from fxrelay.delivery.addresses import share_s
+from fxrelay.delivery.delivery import DeliveryDesk, connect
 from fxrelay.delivery.services import Endpoint
 from fxrelay.web.heads import MAX_ANSWER_HEAD_BYTES, HeadScanner
 from fxtunnel.engine.reactor import Reactor
-from fxtunnel.engine.splice import abort
+from fxtunnel.engine.splice import CLOSE_CLEANLY, abort
 from fxtunnel.errors import NodeError
 from fxtunnel.model import RelayId
 
 RECEIVE_BYTES: Final = 65_536
 SERVICE_EVENTS: Final = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLET
-_CLOSE_CLEANLY: Final = struct.pack("ii", 0, 0)
 _LOOK: Final = socket.MSG_PEEK | socket.MSG_DONTWAIT
 
 
@@ -81,6 +81,21 @@ class ServiceLink:
         """
         await self._stream.send_all(data)
 
+    async def send_some(self, data: memoryview) -> int:
+        """Send as much as the socket takes as soon as it takes anything; how much that was. For what `send_nowait` has left.
+
+        Raises:
+            trio.BrokenResourceError: the service closed the connection.
+        """
+        while True:
+            await trio.lowlevel.wait_writable(self.sock)
+            try:
+                return self.sock.send(data)
+            except BlockingIOError:
+                continue
+            except OSError as exc:
+                raise trio.BrokenResourceError(f"the service broke the connection: {exc.strerror}") from exc
+
     async def receive(self) -> bytes:
         """More bytes; `b""` at the end.
 
@@ -123,7 +138,7 @@ class ServiceLink:
         """Close in order. May be repeated."""
         self._forget()
         with contextlib.suppress(OSError):
-            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _CLOSE_CLEANLY)
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, CLOSE_CLEANLY)
         self.sock.close()
 
     def abort(self) -> None:
@@ -139,20 +154,30 @@ class ServiceLink:
             reactor.forget(self.sock)
 
 
-async def open_link(endpoints: Sequence[Endpoint], greeting: bytes, node: RelayId | None, way: PathKind) -> ServiceLink:
-    """A connection to the first endpoint that takes it. Sets no deadline; safe to cancel.
+async def open_link(
+    desk: DeliveryDesk, endpoints: tuple[Endpoint, ...], greeting: bytes, node: RelayId | None, way: PathKind
+) -> ServiceLink:
+    """A connection to the first endpoint that takes it. Divides the time that it is given among them; safe to cancel.
 
     Raises:
         NodeError: none does; `str()` says what the last one said.
     """
     problem = "no address"
-    for endpoint in endpoints:
+    deadline = trio.current_effective_deadline()
+    in_order = desk.addresses.in_order(endpoints, desk.reactor.now)
+    for position, endpoint in enumerate(in_order):
         sock = connect(endpoint)
         if isinstance(sock, str):
             problem = sock
             continue
+        others = len(in_order) - position - 1
+        left_s = deadline - trio.current_time()
         try:
-            error = await _outcome(sock)
+            error = errno.ETIMEDOUT
+            with trio.move_on_after(max(0.0, share_s(left_s, 1 + others)) if others else math.inf) as share:
+                error = await _outcome(sock)
+            if share.cancelled_caught:
+                desk.addresses.was_late(endpoint, desk.reactor.now)
             if not error and greeting and sock.send(greeting) != len(greeting):
                 error = errno.ENOBUFS
         except OSError as exc:

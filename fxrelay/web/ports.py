@@ -123,7 +123,7 @@ class HeldRequest(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Pass:
+class Passage:
     """Go on. With `node`: to that one, whatever path and affinity say. Never to those of `closed`: affinity to one of them is forgotten,
     a path that names one is refused. `held`: it is held, and this decides about it. `watch` gets what is to be called when what the request
     leads to has to end.
@@ -146,7 +146,7 @@ class RequestGate(Protocol):
     def concerns(self, service: ServiceName) -> bool:
         """Whether it asks anything of this service's requests. Others are not shown to it."""
 
-    async def admit(self, request: RequestFacts) -> Pass:
+    async def admit(self, request: RequestFacts) -> Passage:
         """Before anything is sent to a node."""
 
     async def answered(self, request: RequestFacts, node: RelayId | None, status: int, fields: Sequence[Field]) -> Sequence[bytes]:

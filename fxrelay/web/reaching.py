@@ -204,7 +204,7 @@ class Reacher:
 
     async def _open(self, endpoints: tuple[Endpoint, ...], node: RelayId | None, way: PathKind) -> ServiceLink:
         with trio.move_on_after(self._desk.limits.connect_timeout_s):
-            return await open_link(endpoints, self._greeting, node, way)
+            return await open_link(self._desk, endpoints, self._greeting, node, way)
         raise NodeError("no answer in time")
 
 

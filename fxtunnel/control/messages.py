@@ -153,12 +153,14 @@ class Pong(_Message):
 class Drain(_Message):
     """No new streams, please; the open ones may finish until the deadline.
 
-    With `handover`, from a relay: another instance will follow, and until then what no other relay can take is still welcome.
+    With `handover`, from a relay: another instance will follow, and until then what no other relay can take is still welcome. With
+    `relieved`, from a gateway: that other instance serves. Gateways that do not know the field say it with a deadline of 0 alone.
     """
 
     type: Literal["drain"] = "drain"
     deadline_s: Seconds
     handover: bool = False
+    relieved: bool = False
 
 
 class Closing(_Message):

@@ -3,6 +3,7 @@
 Imports nothing heavy: it is loaded for `--version` and for completion as well.
 """
 
+import select
 import signal
 import sys
 import time
@@ -60,11 +61,23 @@ class Program(click.Group):
         try:
             return super().invoke(ctx)
         except OSError as exc:
+            if isinstance(exc, BrokenPipeError) and not _has_reader():
+                raise  # click ends quietly, with 1: whoever reads what we print has had enough of it, as `head` has
             raise FxError(str(exc)) from exc
 
     def _say(self, *lines: object) -> None:
         for line in lines:
             click.echo(f"{self.name}: {line}", err=True)
+
+
+def _has_reader() -> bool:
+    """Whether somebody reads our standard output, if it is a pipe."""
+    poller = select.poll()
+    try:
+        poller.register(sys.stdout.fileno(), 0)  # an error is told without being asked for
+    except OSError:
+        return True
+    return not poller.poll(0)
 
 
 def config_option(file: str, variable: str, help_text: str) -> Callable[[_Function], _Function]:

@@ -41,12 +41,13 @@ class Memory:
         self.is_away = False
         self.hangs = False
 
-    async def spend(self, ticket: Ticket, *, refuses_without_store: bool) -> Use:
+    async def spend(self, ticket: Ticket) -> Use:
         if self.hangs:
             await trio.sleep_forever()
         await trio.lowlevel.checkpoint()
-        if self.is_away and refuses_without_store:
-            return Use.UNKNOWABLE
+        return Use.UNKNOWABLE if self.is_away else self.spend_here(ticket)
+
+    def spend_here(self, ticket: Ticket) -> Use:
         if ticket.use_id in self.spent:
             return Use.AGAIN
         self.spent.append(ticket.use_id)

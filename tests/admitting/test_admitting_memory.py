@@ -67,8 +67,8 @@ def memory_of(store: object, clock: Clock | None = None) -> SharedMemory:
     return SharedMemory(store, Threads(), clock or Clock())  # type: ignore[arg-type]
 
 
-async def spend(memory: SharedMemory, *numbers: int, **how: bool) -> list[Use]:
-    return [await memory.spend(ticket(number), refuses_without_store=how.get("refuses", True)) for number in numbers]
+async def spend(memory: SharedMemory, *numbers: int) -> list[Use]:
+    return [await memory.spend(ticket(number)) for number in numbers]
 
 
 async def test_a_ticket_is_used_once(store: FakeStore) -> None:
@@ -92,17 +92,17 @@ async def test_what_is_given_back_is_as_if_it_had_not_been_shown(store: FakeStor
 
 async def test_before_the_beginning_nothing_is_known(store: FakeStore) -> None:
     memory = memory_of(store)
-    assert await memory.spend(ticket(1, issued=NOW - 1), refuses_without_store=True) is Use.FORGOTTEN
-    assert await memory.spend(ticket(1, issued=NOW), refuses_without_store=True) is Use.FIRST
+    assert await memory.spend(ticket(1, issued=NOW - 1)) is Use.FORGOTTEN
+    assert await memory.spend(ticket(1, issued=NOW)) is Use.FIRST
 
 
-@pytest.mark.parametrize(("refuses", "uses"), [(True, [Use.UNKNOWABLE, Use.UNKNOWABLE]), (False, [Use.FIRST, Use.AGAIN])])
-async def test_the_store_is_away(store: FakeStore, refuses: bool, uses: list[Use]) -> None:
+async def test_the_store_is_away(store: FakeStore) -> None:
     store.fails = True
     memory = memory_of(store)
-    assert await spend(memory, 1, 1, refuses=refuses) == uses
+    assert await spend(memory, 1, 1, 2) == [Use.UNKNOWABLE] * 3
+    assert [memory.spend_here(ticket(2)), memory.spend_here(ticket(2))] == [Use.FIRST, Use.AGAIN]
     store.fails = False
-    assert await spend(memory, 1) == [Use.FIRST if refuses else Use.AGAIN]
+    assert await spend(memory, 1, 2) == [Use.FIRST, Use.AGAIN]
 
 
 async def test_a_store_that_hangs_holds_nobody_up_for_long(store: FakeStore, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,7 +122,7 @@ async def test_a_store_that_lost_its_memory_is_noticed(store: FakeStore) -> None
     clock.now += 5
     # Whoever comes first finds it out, and is refused as all from before are; the others' tickets were made before as well.
     assert await spend(memory, 2, 3) == [Use.FORGOTTEN, Use.FORGOTTEN]
-    assert await memory.spend(ticket(4, issued=NOW + 6), refuses_without_store=True) is Use.FIRST
+    assert await memory.spend(ticket(4, issued=NOW + 6)) is Use.FIRST
 
 
 async def test_all_relays_of_a_machine_share_a_file(tmp_path: Path) -> None:
@@ -133,7 +133,7 @@ async def test_all_relays_of_a_machine_share_a_file(tmp_path: Path) -> None:
     async def hammer(memory: SharedMemory) -> None:
         for number in numbers:
             now_unix = stores[0].now_ms() // 1000
-            use = await memory.spend(ticket(number << 8, expires=now_unix + 60), refuses_without_store=True)
+            use = await memory.spend(ticket(number << 8, expires=now_unix + 60))
             uses[number].append(use)
 
     try:

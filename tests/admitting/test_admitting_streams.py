@@ -12,7 +12,7 @@ from peers import connect, hanging_port, receive_all, refused, until_reset
 from plane import SERVICE, Contexts, open_plane
 
 from fxrelay.admitting.quotas import Quotas, StreamLimits
-from fxrelay.admitting.ticket import TicketRules
+from fxrelay.admitting.ticket import Caller, TicketRules
 from fxrelay.delivery.delivery import DeliveryLimits
 from fxrelay.delivery.ports import Node, NoNode, Taken, Wanted
 from fxtunnel.kit.sources import source_of
@@ -231,6 +231,19 @@ async def test_a_memory_that_hangs_ends_in_a_refusal(contexts: Contexts) -> None
         await refused(plane.add_door(), within_s=5)
         assert relay.desk.counters.refused_by_service == {SERVICE: {"connect-timeout": 1}}
         assert relay.desk.streams == 0
+
+
+async def test_a_ticket_whose_use_is_broken_off_is_not_given_back() -> None:
+    """Nobody knows then whether it was used before: whoever shows a used one and leaves at once must not make it good again."""
+    memory = Memory()
+    guest = porter_of(memory).receive(SERVICE, "192.0.2.1:5", "t")
+    caller = guest.identify(mint())
+    assert isinstance(caller, Caller)
+    memory.hangs = True
+    with trio.move_on_after(0.01):
+        await guest.use(caller, "a")
+    await guest.give_back()
+    assert memory.given_back == []
 
 
 async def test_a_stream_that_is_given_up_while_it_is_looked_at(contexts: Contexts) -> None:

@@ -13,7 +13,7 @@ import trio
 from fxrelay.balance.chain import decide
 from fxrelay.balance.entries import Script, Scripts
 from fxrelay.balance.filters import Pool
-from fxrelay.balance.model import Action, Candidate, Decision, Entry, Failed, Request, Verdict
+from fxrelay.balance.model import Action, Candidate, ChainEntry, Decision, Failed, Request, Verdict
 from fxrelay.balance.workers import ScriptLimits, Workers
 from fxrelay.cluster.members import Member, MemberState
 from fxrelay.cluster.server import ServerObject, parse_server
@@ -109,23 +109,23 @@ class Bench:
         path.chmod(mode)
         return path
 
-    def js(self, text: str, name: str = "choose.js") -> Entry:
+    def js(self, text: str, name: str = "choose.js") -> ChainEntry:
         self.write(name, text, 0o644)
         return self.entry(f"js:{name}")
 
-    def sh(self, text: str, name: str = "choose.sh") -> Entry:
+    def sh(self, text: str, name: str = "choose.sh") -> ChainEntry:
         self.write(name, f"#!/bin/sh\n{text}\n")
         return self.entry(f"exec:{name}")
 
-    def entry(self, spec: str) -> Entry:
+    def entry(self, spec: str) -> ChainEntry:
         (entry,) = self.scripts.chain([spec], "desk", {})
         return entry
 
-    async def ask(self, entry: Entry, request: Request = LOGIN, among: Sequence[Candidate] | None = None) -> Verdict:
+    async def ask(self, entry: ChainEntry, request: Request = LOGIN, among: Sequence[Candidate] | None = None) -> Verdict:
         with trio.fail_after(PATIENCE_S):
             return await entry.choose(request, candidates("a", "b") if among is None else among, Here())
 
-    async def decide(self, *entries: Entry, among: Sequence[Candidate] | None = None) -> Decision:
+    async def decide(self, *entries: ChainEntry, among: Sequence[Candidate] | None = None) -> Decision:
         with trio.fail_after(PATIENCE_S):
             return await decide(entries, LOGIN, candidates("a", "b") if among is None else among, (), Here())
 

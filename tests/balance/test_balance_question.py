@@ -15,7 +15,7 @@ from fxrelay.balance.chain import builtin
 from fxrelay.balance.chooser import Balancing, PoolChooser
 from fxrelay.balance.environment import ClusterEnvironment
 from fxrelay.balance.filters import Pool
-from fxrelay.balance.model import Entry
+from fxrelay.balance.model import ChainEntry
 from fxrelay.balance.ways import Ways
 from fxrelay.balance.workers import ScriptLimits, _Worker
 from fxrelay.cluster.members import Ages
@@ -56,7 +56,7 @@ class Desk:
         for number in range(20):  # among few, all are read anew for one that changes
             self.hear(f"x{number}", disable=["start"])
 
-    def use(self, *chain: Entry) -> None:
+    def use(self, *chain: ChainEntry) -> None:
         self.chooser.reconfigure({DESK: Balancing(Pool("desk"), chain)})
 
     def hear(self, name: str, **fields: Any) -> None:

@@ -232,16 +232,20 @@ trio.run(main)
     ("spec", "timeout_s"),
     [
         ("idle", 60.0),
-        ("python:loop:choose", 1.0),  # nothing in its process hears that the relay has gone: it ends by its own time
+        ("python:loop:choose", 60.0),
+        ("python:loop:sleep", 60.0),
         ("exec:hang.sh", 60.0),
         ("js:loop.js", 60.0),
     ],
 )
 async def test_a_killed_relay_leaves_no_script_behind(bench: Bench, spec: str, timeout_s: float) -> None:
     marker = bench.directory / "pid"
-    under_way = {"python:loop:choose": Path(f"{marker}.loop"), "exec:hang.sh": Path(f"{marker}.hang")}.get(spec, marker)
+    under_way = Path(f"{marker}.loop") if spec.startswith("python") else Path(f"{marker}.hang") if spec.startswith("exec") else marker
     bench.write("quick.py", f"import os\ndef choose(input):\n    open('{marker}', 'w').write(str(os.getpid()))\n    return 'a'\n")
-    bench.write("loop.py", f"import os\ndef choose(input):\n    open('{marker}.loop', 'w').write(str(os.getpid()))\n    while True: pass\n")
+    note = f"open('{marker}.loop', 'w').write(str(os.getpid()))"
+    bench.write(
+        "loop.py", f"import os, time\ndef choose(_):\n    {note}\n    while True: pass\ndef sleep(_):\n    {note}\n    time.sleep(1000)"
+    )
     bench.write("loop.js", "() => { for (;;); }", 0o644)
     bench.write("hang.sh", f"#!/bin/sh\nsleep 1000 & echo $! > {marker}.hang\nwait\n")
     root = Path(__file__).parents[2]

@@ -8,8 +8,9 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.applications import Starlette
 
-import fxrelay.pages
 from fxgateway.admin.pages import DoorStatus, RelayStatus, Totals, make_app
+from fxrelay.admin import view as relay_view
+from fxrelay.admin.pages import make_app as make_relay_app
 from fxtunnel.engine.status import LinkStatus
 
 HOSTILE = 'x"\n\x1b[31m{}\\'
@@ -41,23 +42,23 @@ class GatewayFake:
 
 
 class RelayFake:
-    def uplinks(self) -> list[fxrelay.pages.UplinkStatus]:
+    def uplinks(self) -> list[relay_view.UplinkStatus]:
         link = LinkStatus("a" * 32, True, 3, 12.5, 100, 200, 1)
-        up = fxrelay.pages.UplinkStatus("gw-1", "wss://gw:1", "up", 7, 61.5, None, "", 2, (link,))
+        up = relay_view.UplinkStatus("gw-1", "wss://gw:1", "up", 7, 61.5, None, "", 2, (link,))
         # The same gateway by another road, and one without links.
         return [up, replace(up, state="waiting", links=()), replace(up, gateway_id="gw-2", state="failed", last_error=HOSTILE, links=())]
 
-    def services(self) -> list[fxrelay.pages.ServiceStatus]:
-        return [fxrelay.pages.ServiceStatus("ssh", "tcp", "127.0.0.1:22", 3, 9, {"connect-failed": 2}, {"redirect": 5})]
+    def services(self) -> list[relay_view.ServiceStatus]:
+        return [relay_view.ServiceStatus("ssh", "tcp", "127.0.0.1:22", 3, 9, {"connect-failed": 2}, {"redirect": 5})]
 
-    def reservations(self) -> fxrelay.pages.ReservationStatus:
-        return fxrelay.pages.ReservationStatus(3, 2, {"desk": 4}, {"committed": 5}, {"reserved": 6}, "")
+    def reservations(self) -> relay_view.ReservationStatus:
+        return relay_view.ReservationStatus(3, 2, {"desk": 4}, {"committed": 5}, {"reserved": 6}, "")
 
-    def node(self, name: str) -> fxrelay.pages.NodeStatus | None:
-        return fxrelay.pages.NodeStatus(name, "up", 3, 2, 1, ("gw-1",), ("login",), "anna") if name == "node-b" else None
+    def node(self, name: str) -> relay_view.NodeStatus | None:
+        return relay_view.NodeStatus(name, "up", 3, 2, 1, ("gw-1",), ("login",), "anna") if name == "node-b" else None
 
-    def cluster(self) -> fxrelay.pages.ClusterStatus:
-        return fxrelay.pages.ClusterStatus(
+    def cluster(self) -> relay_view.ClusterStatus:
+        return relay_view.ClusterStatus(
             store_down_s=2.5,
             live=True,
             synced=True,
@@ -72,8 +73,8 @@ class RelayFake:
             failures={"NoServerSelected": 1},
         )
 
-    def totals(self) -> fxrelay.pages.Totals:
-        return fxrelay.pages.Totals("node-a", "i1", "0.1.0", 12.0, 3, 9, 1, 1 << 20, 256 << 20)
+    def totals(self) -> relay_view.Totals:
+        return relay_view.Totals("node-a", "i1", "0.1.0", 12.0, 3, 9, 1, 1 << 20, 256 << 20)
 
 
 async def fetch(app: Starlette, path: str, method: str = "GET") -> tuple[int, dict[str, str], str]:
@@ -128,7 +129,7 @@ async def test_health_and_readiness() -> None:
     assert (await fetch(app, "/healthz"))[0] == 200
 
 
-@pytest.mark.parametrize("make", [lambda: make_app(GatewayFake()), lambda: fxrelay.pages.make_app(RelayFake())], ids=["gateway", "relay"])
+@pytest.mark.parametrize("make", [lambda: make_app(GatewayFake()), lambda: make_relay_app(RelayFake())], ids=["gateway", "relay"])
 async def test_whoever_asks_with_curl_has_the_next_prompt_on_a_line_of_its_own(make: Callable[[], Starlette]) -> None:
     app = make()
     for path in ("/healthz", "/readyz", "/metrics", "/relays", "/status", "/drain", "/nodes/node-b", "/nodes/other", "/no/such/page"):
@@ -183,7 +184,7 @@ async def test_no_address_of_a_peer_becomes_a_label() -> None:
 
 
 async def test_relay_pages() -> None:
-    app = fxrelay.pages.make_app(RelayFake())
+    app = make_relay_app(RelayFake())
     assert (await fetch(app, "/healthz"))[0] == 200
     found = json.loads((await fetch(app, "/status"))[2])
     assert [uplink["gateway_id"] for uplink in found["uplinks"]] == ["gw-1", "gw-1", "gw-2"]
@@ -212,7 +213,7 @@ async def test_relay_pages() -> None:
 
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH"])
 async def test_nothing_can_be_written(method: str) -> None:
-    for app in (make_app(GatewayFake()), fxrelay.pages.make_app(RelayFake())):
+    for app in (make_app(GatewayFake()), make_relay_app(RelayFake())):
         for path in ("/healthz", "/metrics"):
             assert (await fetch(app, path, method))[0] == 405
     assert (await fetch(make_app(GatewayFake()), "/nothing"))[0] == 404
@@ -221,4 +222,4 @@ async def test_nothing_can_be_written(method: str) -> None:
 def test_two_apps_do_not_share_a_registry() -> None:
     make_app(GatewayFake())
     make_app(GatewayFake())
-    fxrelay.pages.make_app(RelayFake())
+    make_relay_app(RelayFake())

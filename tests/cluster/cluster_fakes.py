@@ -6,10 +6,11 @@ from typing import Any, TypeVar
 
 import trio
 
+from fxrelay.cluster.follow import Follower
 from fxrelay.cluster.ports import Document, Message
 from fxrelay.cluster.publish import Publisher, PublisherConfig
 from fxrelay.cluster.threads import Threads
-from fxrelay.cluster.view import ClusterView
+from fxrelay.cluster.view import ClusterView, Nobody
 from fxtunnel.errors import StoreError, TransporterError
 from fxtunnel.model import InstanceId, RelayId
 
@@ -19,6 +20,21 @@ T = TypeVar("T")
 def server_text(server_id: str = "a", **fields: Any) -> str:
     agent = {"instanceId": fields.pop("instance", "i1"), "startedAt": fields.pop("started", 1_000), **fields.pop("agent", {})}
     return json.dumps({"serverId": server_id, "seq": 1, "measuredAt": 2_000, "agent": agent} | fields)
+
+
+class Told(Nobody):
+    """Implements `Listener` with what is made after the view."""
+
+    follower: Follower | None = None
+    publisher: Publisher | None = None
+
+    def ask_store(self) -> None:
+        if self.follower is not None:
+            self.follower.ask_store()
+
+    def hear_end(self, server_id: RelayId, placed_ms: int) -> None:
+        if self.publisher is not None:
+            self.publisher.hear_end(server_id, placed_ms)
 
 
 class NoThreads(Threads):

@@ -6,10 +6,10 @@ from functools import partial
 
 import pytest
 import trio
-from cluster_fakes import FakeStore, FakeTransporter, NoThreads, server_text
+from cluster_fakes import FakeStore, FakeTransporter, NoThreads, Told, server_text
 
 from fxrelay.cluster.follow import FETCH, FollowConfig, Follower
-from fxrelay.cluster.members import Ages, Control
+from fxrelay.cluster.members import Ages, Control, MemberState
 from fxrelay.cluster.ports import CONTROLS, SERVERS, Message
 from fxrelay.cluster.threads import Threads
 from fxrelay.cluster.view import ClusterView, encode_control
@@ -23,8 +23,9 @@ class Cluster:
     def __init__(self) -> None:
         self.store = FakeStore()
         self.transporter = FakeTransporter()
-        self.view = ClusterView(Ages(30, 90), trio.current_time)
-        self.follower = Follower(self.store, self.transporter, self.view, NoThreads(), CONFIG)
+        told = Told()
+        self.view = ClusterView(Ages(30, 90), trio.current_time, told)
+        self.follower = told.follower = Follower(self.store, self.transporter, self.view, NoThreads(), CONFIG)
 
     def seq(self, server_id: str = "a") -> int:
         member = self.view.members.get(RelayId(server_id), self.view.now)
@@ -117,6 +118,25 @@ async def test_after_an_interruption_the_store_is_read_again(autojump_clock: obj
         await trio.sleep(1)
         assert cluster.seq() == 8
     assert all(subscription.is_closed for subscription in cluster.transporter.subscriptions)
+
+
+async def test_nobody_becomes_stale_because_live_updates_are_down_for_long(autojump_clock: object, cluster: Cluster) -> None:
+    async with cluster.followed():
+        await trio.sleep(2)
+        cluster.transporter.break_off("no one hears")
+        reads = cluster.store.reads
+        for number in range(1, 31):  # five minutes, in which the store answers as ever
+            cluster.store.put(SERVERS, "a", server_text(seq=number))
+            await trio.sleep(10)
+            member = cluster.view.members.get(RelayId("a"), cluster.view.now)
+            assert number == 1 or (member is not None and member.state is MemberState.UP)
+        assert cluster.store.reads - reads < 60, "no more than its own updates write"
+        cluster.transporter.error = ""
+        await trio.sleep(10)
+        assert cluster.view.health().live
+        reads = cluster.store.reads
+        await trio.sleep(170)
+        assert cluster.store.reads - reads < 4
 
 
 async def test_a_transporter_that_drops_everyone_at_once_does_not_make_the_store_be_read_all_the_time(

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import trio
-from cluster_fakes import FakeStore, FakeTransporter, NoThreads, make_publisher, server_text
+from cluster_fakes import FakeStore, FakeTransporter, NoThreads, Told, make_publisher, server_text
 
 from fxrelay.cluster.inflight import Placement, PlacementId
 from fxrelay.cluster.members import Ages
@@ -28,7 +28,8 @@ class Node:
         self.store = FakeStore()
         self.store.ahead_ms = 1_000_000
         self.transporter = FakeTransporter()
-        self.view = ClusterView(Ages(30, 90), trio.current_time)
+        self.told = Told()
+        self.view = ClusterView(Ages(30, 90), trio.current_time, self.told)
         self.view.store_said(self.store.now_ms())
         self.facts: dict[str, Any] = {"hostname": "h", "sessions": 1}
         self.measuring_s = 0.0
@@ -279,7 +280,7 @@ async def test_ends_that_no_update_counts_are_not_published(autojump_clock: obje
         assert len(node.said) == 1
         node.view.hear(Message(PLACEMENTS, encode_placement(ENDED, Placement(PlacementId("p"), ME, node.view.now_ms - 9_000))))
         assert len(node.said) == 1
-        node.view.hear_end = node.publisher.hear_end
+        node.told.publisher = node.publisher
         node.view.hear(Message(PLACEMENTS, encode_placement(ENDED, Placement(PlacementId("p"), ME, node.view.now_ms - 9_000))))
         await trio.sleep(1)
         assert len(node.said) == 2

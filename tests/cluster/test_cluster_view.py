@@ -147,7 +147,7 @@ def test_a_quarrel_is_told_once_and_again_only_after_it_ended(view: ClusterView,
 
 
 def test_nobody_gets_stale_while_nothing_can_be_heard(view: ClusterView, clock: Clock) -> None:
-    view.live_updates(True)
+    view.live_updates_heard()
     view.hear(Message(SERVERS, server_text()))
     clock.now += 5
     view.store_failed("gone")
@@ -156,7 +156,7 @@ def test_nobody_gets_stale_while_nothing_can_be_heard(view: ClusterView, clock: 
     view.hear(Message(SERVERS, server_text(seq=8)))
     clock.now += 19
     assert view.now == 1_019.0, "live messages are still heard"
-    view.live_updates(False, "gone too")
+    view.live_updates_lost("gone too")
     clock.now += 3_600
     assert state(view) is MemberState.UP
     assert view.health().store_down_s == 3_620.0
@@ -168,7 +168,7 @@ def test_nobody_gets_stale_while_nothing_can_be_heard(view: ClusterView, clock: 
 
 
 def test_a_store_that_fails_alone_stops_no_clock(view: ClusterView, clock: Clock) -> None:
-    view.live_updates(True)
+    view.live_updates_heard()
     view.hear(Message(SERVERS, server_text()))
     view.store_failed("gone")
     clock.now += 0.5
@@ -180,11 +180,11 @@ def test_a_store_that_fails_alone_stops_no_clock(view: ClusterView, clock: Clock
 def test_an_interruption_is_told_once(view: ClusterView, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
-            view.live_updates(False, "no route")
-        view.live_updates(True)
+            view.live_updates_lost("no route")
+        view.live_updates_heard()
         for _ in range(3):
-            view.live_updates(False, "no route")
-        view.live_updates(True)
+            view.live_updates_lost("no route")
+        view.live_updates_heard()
         for _ in range(3):
             view.store_failed("no route")
     texts = [record.message for record in caplog.records]

@@ -27,7 +27,7 @@ async def test_each_ticket_lets_in_once_among_all_relays(backend: Backend) -> No
     uses: list[list[Use]] = [[] for _ in range(TICKETS)]
 
     async def show(memory: SharedMemory, number: int) -> None:
-        uses[number].append(await memory.spend(ticket(number), refuses_without_store=True))
+        uses[number].append(await memory.spend(ticket(number)))
 
     with trio.fail_after(60):
         for start in range(0, TICKETS, 4):
@@ -40,10 +40,10 @@ async def test_each_ticket_lets_in_once_among_all_relays(backend: Backend) -> No
 
 async def test_a_ticket_that_is_given_back_lets_in_at_another_relay(backend: Backend) -> None:
     first, second = (SharedMemory(backend.store(), Threads()) for _ in range(2))
-    assert await first.spend(ticket(1), refuses_without_store=True) is Use.FIRST
+    assert await first.spend(ticket(1)) is Use.FIRST
     await first.give_back(ticket(1))
-    assert await second.spend(ticket(1), refuses_without_store=True) is Use.FIRST
-    assert await first.spend(ticket(1), refuses_without_store=True) is Use.AGAIN
+    assert await second.spend(ticket(1)) is Use.FIRST
+    assert await first.spend(ticket(1)) is Use.AGAIN
 
 
 @NEEDS_REDIS
@@ -54,18 +54,18 @@ async def test_a_redis_that_forgot_takes_no_tickets_from_before(make_server: Cal
     store = RedisStore(client)
     memory, other = (SharedMemory(store, Threads()) for _ in range(2))
     for number, each in enumerate((memory, other)):
-        assert await each.spend(ticket(100 + number, 0), refuses_without_store=True) is Use.FIRST
-    assert await memory.spend(ticket(7, 0), refuses_without_store=True) is Use.FIRST
+        assert await each.spend(ticket(100 + number, 0)) is Use.FIRST
+    assert await memory.spend(ticket(7, 0)) is Use.FIRST
     if how == "killed":
         server.kill()
         server.start()
     else:
         client.ask(lambda redis: redis.flushall())
     # The other relay does not remember it, and the store neither.
-    assert await other.spend(ticket(7, 0), refuses_without_store=True) in (Use.FORGOTTEN, Use.UNKNOWABLE)
-    assert await other.spend(ticket(7, 0), refuses_without_store=True) in (Use.FORGOTTEN, Use.UNKNOWABLE, Use.AGAIN)
+    assert await other.spend(ticket(7, 0)) in (Use.FORGOTTEN, Use.UNKNOWABLE)
+    assert await other.spend(ticket(7, 0)) in (Use.FORGOTTEN, Use.UNKNOWABLE, Use.AGAIN)
     fresh = iter(range(200, 500))
     with trio.fail_after(20):
-        while await other.spend(ticket(next(fresh)), refuses_without_store=True) is not Use.FIRST:
+        while await other.spend(ticket(next(fresh))) is not Use.FIRST:
             await trio.sleep(0.1)
     store.close()

@@ -59,6 +59,7 @@ def test_unknown_types_are_ignored_unless_required() -> None:
 def test_drains_and_welcomes_without_their_newer_fields_mean_what_they_did() -> None:
     assert decode('{"type":"drain","deadline_s":3}') == messages.Drain(deadline_s=3, handover=False)
     assert decode('{"type":"drain","deadline_s":3,"handover":true}') == messages.Drain(deadline_s=3, handover=True)
+    assert decode('{"type":"drain","deadline_s":0,"relieved":true}') == messages.Drain(deadline_s=0, relieved=True)
     with pytest.raises(RemoteProtocolError):
         decode('{"type":"drain","deadline_s":3,"handover":"yes"}')
     welcome = '{"type":"welcome","version":"0","gateway_id":"g","epoch":1,"heartbeat_s":1,"dead_after_s":2,"hold_s":3}'

@@ -149,10 +149,11 @@ async def add_pool_relay(
     paths: tuple[PathKind, ...] = ALL_PATHS,
     limits: DeliveryLimits | None = None,
     proxy_protocol: ProxyVersion | None = None,
+    wait_s: float = 0.0,
 ) -> RelaySide:
     """A relay that serves SERVICE as a pool at `port`; `host` is where this node itself has it."""
     relay = await plane.add_relay(name=name, limits=limits)
-    pool = PoolService(SERVICE, host, port, resolve(Address(host, port)), proxy_protocol=proxy_protocol)
+    pool = PoolService(SERVICE, host, port, resolve(Address(host, port)), proxy_protocol=proxy_protocol, wait_s=wait_s)
     relay.table.replace([pool])
     chooser.reactor = relay.desk.reactor
     relay.desk.placer = placer = Placer(chooser, paths)

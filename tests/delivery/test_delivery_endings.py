@@ -379,3 +379,14 @@ async def test_the_service_is_told_who_the_client_is(contexts: Contexts, kind: s
             assert (header.address, header.port, data) == ("127.0.0.1", own_port, pattern(size))
         await plane.quiet()
         assert relay.desk.counters.bytes_in == 100_001, "the header is not counted"
+
+
+async def test_a_stream_that_ends_as_its_node_is_chosen(contexts: Contexts) -> None:
+    async with open_plane(contexts) as plane:
+        chooser = ScriptedChooser(Spec("a", address=A))
+        relay = await add_pool_relay(plane, "a", chooser, 1, wait_s=30.0)
+        chooser.on_choice = placer_of(relay).abort_all
+        async with await connect(plane.add_door()) as stream:
+            await until_reset(stream)
+        await until(lambda: chooser.claims)
+        await chooser.settled()

@@ -37,9 +37,9 @@ async def test_who_makes_way_serves_until_its_successor_does_and_keeps_its_strea
             new = await plane.add_relay(service, linked=False, run=2)
             assert old.control.closed == []
             assert await exchange(port, b"not yet") == b"not yet"
-            assert old.control.drained == []
+            assert old.control.relieved == 0
             await new.link_up()
-            assert old.control.drained == [0]
+            assert old.control.relieved == 1
             opened = old.far_session.mux.opened
             assert await exchange(port, b"there") == b"there"
             assert (old.far_session.mux.opened, new.far_session.mux.opened) == (opened, 1)
@@ -65,9 +65,9 @@ async def test_who_has_yielded_to_another_process_serves_until_that_one_does(con
             plane.registry.mark_draining(old.id, old.instance, MAKES_WAY)
             plane.registry.yield_name(old.id, old.instance, Code.FENCED, "")
             assert await exchange(port, b"not yet") == b"not yet"
-            assert old.control.drained == []
+            assert old.control.relieved == 0
             plane.registry.relieve(old.id)
-            assert (old.control.drained, old.control.closed) == ([0], [])
+            assert (old.control.relieved, old.control.closed) == (1, [])
             await refused(port)
             await say(kept)
             assert [relay.instance for relay in plane.registry.leaving(old.id)] == [old.instance]
@@ -82,7 +82,7 @@ async def test_who_drains_steps_aside_at_once_for_a_successor_at_another_process
             await say(kept)
             plane.registry.mark_draining(old.id, old.instance, Departure(60.0))
             plane.registry.yield_name(old.id, old.instance, Code.FENCED, "")
-            assert (old.control.drained, old.control.closed) == ([], [])
+            assert (old.control.relieved, old.control.closed) == (0, [])
             await say(kept)
             assert [relay.instance for relay in plane.registry.leaving(old.id)] == [old.instance]
 

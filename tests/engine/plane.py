@@ -99,9 +99,13 @@ class ControlLink:
     connected_at: float = 0.0
     closed: list[Code] = field(default_factory=list)
     drained: list[float] = field(default_factory=list)
+    relieved: int = 0
 
     def drain(self, deadline_s: float) -> None:
         self.drained.append(deadline_s)
+
+    def relieve(self) -> None:
+        self.relieved += 1
 
     def close(self, code: Code, text: str, retry_after_s: float = 0) -> None:
         self.closed.append(code)

@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 import trio
-from cluster_fakes import FakeStore, FakeTransporter, NoThreads, make_publisher, server_text
+from cluster_fakes import FakeStore, FakeTransporter, NoThreads, Told, make_publisher, server_text
 from delivery_rig import ScriptedChooser, Spec, add_pool_relay, serve_nodes
 from peers import connect, receive_all
 from plane import Contexts, open_plane
@@ -27,7 +27,8 @@ async def test_publishing_and_following_go_on(autojump_clock: object, caplog: py
     caplog.set_level(logging.WARNING)
     hits = 0
     for nth in range(1, 40):
-        store, transporter, view = FakeStore(), FakeTransporter(), ClusterView(Ages(30, 90), trio.current_time)
+        store, transporter, told = FakeStore(), FakeTransporter(), Told()
+        view = ClusterView(Ages(30, 90), trio.current_time, told)
         for number in range(40):
             store.put(SERVERS, f"n{number}", server_text(f"n{number}"))
 
@@ -36,7 +37,7 @@ async def test_publishing_and_following_go_on(autojump_clock: object, caplog: py
             return {"hostname": "h"}
 
         publisher = make_publisher(store, transporter, view, NoThreads(), measure, publish_s=3)
-        follower = Follower(store, transporter, view, NoThreads(), FollowConfig(resync_s=2))
+        follower = told.follower = Follower(store, transporter, view, NoThreads(), FollowConfig(resync_s=2))
         with sabotage(nth, "keep_going", faults=[fault]) as done:
             async with trio.open_nursery() as nursery:
                 await nursery.start(follower.run)

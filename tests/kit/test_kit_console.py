@@ -1,6 +1,7 @@
 """How the commands say what went wrong, and what they leave behind for scripts: the exit code."""
 
 import signal
+import subprocess
 import sys
 from contextlib import suppress
 
@@ -45,6 +46,39 @@ def test_errors_for_people(error: Exception, lines: list[str], code: int) -> Non
 @pytest.mark.parametrize("error", [ValueError("bug"), ExceptionGroup("", [OSError("bug")])])
 def test_bugs_keep_their_traceback(error: Exception) -> None:
     assert repr(failing(error).exception) == repr(error)
+
+
+PROGRAM = """
+import click
+from fxtunnel.kit.console import Program
+
+@click.group("fxthing", cls=Program)
+def main():
+    pass
+
+@main.command()
+def lines():
+    while True:
+        click.echo("a line")
+
+@main.command()
+def elsewhere():
+    raise BrokenPipeError(32, "of another pipe")
+
+main()
+"""
+
+
+@pytest.mark.parametrize(("command", "said"), [("lines", b""), ("elsewhere", b"fxthing: [Errno 32] of another pipe\n")])
+def test_who_has_read_enough_hears_nothing_more(command: str, said: bytes) -> None:
+    with subprocess.Popen([sys.executable, "-c", PROGRAM, command], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        if command == "lines":
+            assert process.stdout.readline() == b"a line\n"
+            process.stdout.close()
+        assert process.stderr.read() == said
+        assert process.wait(20) == 1
 
 
 def test_usage_errors_stay_click_s() -> None:

@@ -30,10 +30,10 @@ from fxrelay.cluster.redis_store import RedisStore
 from fxrelay.cluster.sqlite_bus import SqliteTransporter
 from fxrelay.cluster.sqlite_store import SqliteStore
 from fxrelay.cluster.threads import Threads
-from fxrelay.cluster.view import ClusterView
+from fxrelay.cluster.view import ClusterView, Nobody
 from fxrelay.reserving.books import ReservingConfig
 from fxrelay.reserving.leases import Terms
-from fxrelay.reserving.reservations import Refused, Reservations
+from fxrelay.reserving.reservations import NotEntered, Reservations
 from fxtunnel.model import RelayId
 
 
@@ -44,16 +44,22 @@ def open_both(config: dict[str, Any]) -> tuple[Store, Transporter]:
     return RedisStore(RedisClient(broker)), RedisTransporter(RedisClient(broker))
 
 
-class Worker:
+class Worker(Nobody):
     def __init__(self, config: dict[str, Any]) -> None:
         self.config = config
         self.store, transporter = open_both(config)
-        self.view = ClusterView(Ages())
+        self.view = ClusterView(Ages(), listener=self)
         self.follower = Follower(self.store, transporter, self.view, Threads(), FollowConfig(resync_s=5, max_backoff_s=0.5))
         reserving = ReservingConfig(RelayId(config["relay"]), config["lease_s"])
         self.reservations = Reservations(reserving, self.store, transporter, self.view)
         self.log = os.open(config["log"], os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
         self.rng = random.Random()
+
+    def ask_store(self) -> None:
+        self.follower.ask_store()
+
+    def hear_reservation(self, text: str) -> bool:
+        return self.reservations.hear(text)
 
     def write(self, event: str, **fields: Any) -> None:
         os.write(self.log, (json.dumps({"event": event, "relay": self.config["relay"], "t": time.monotonic(), **fields}) + "\n").encode())
@@ -76,7 +82,7 @@ class Worker:
             call = time.monotonic()
             self.write("ask", user=user, server=server)
             answer = await self.reservations.take(server, user, "192.0.2.1", Terms())
-            if isinstance(answer, Refused):
+            if isinstance(answer, NotEntered):
                 self.write("no", user=user, server=server, reason=str(answer.reason), holder=answer.holder, call=call)
                 await trio.sleep(0.5 if answer.is_final else 0)
                 continue

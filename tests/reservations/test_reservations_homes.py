@@ -17,7 +17,7 @@ from fxrelay.balance.seating import SeatRules
 from fxrelay.cluster.ports import RESERVATION_USERS
 from fxrelay.delivery.ports import NotTaken, Taken, Then
 from fxrelay.reserving.leases import Hold, Terms
-from fxrelay.reserving.reservations import Refused
+from fxrelay.reserving.reservations import NotEntered
 from fxrelay.reserving.seats import StreamSeating
 from fxtunnel.model import RelayId
 
@@ -39,13 +39,13 @@ def test_the_search_would_find_a_commit_that_does_not_ask_for_the_users_servers(
     assert "ann is on s1 and on s2" in found.problem
 
 
-async def take(relay: Relay, server: RelayId, user: str = "ann", relogin: OwnerRelogin = OwnerRelogin.PREFER) -> Hold | Refused:
+async def take(relay: Relay, server: RelayId, user: str = "ann", relogin: OwnerRelogin = OwnerRelogin.PREFER) -> Hold | NotEntered:
     return await relay.reservations.take(server, user, "192.0.2.1", Terms(), relogin, BOTH)
 
 
 async def test_of_two_first_streams_by_two_relays_the_second_goes_to_the_firsts_server(tmp_path: Path) -> None:
     async with relays(tmp_path, "a", "b") as (first, second):
-        answers: dict[str, Hold | Refused] = {}
+        answers: dict[str, Hold | NotEntered] = {}
 
         async def come(relay: Relay, server: RelayId) -> None:
             answers[server] = await take(relay, server)
@@ -54,7 +54,7 @@ async def test_of_two_first_streams_by_two_relays_the_second_goes_to_the_firsts_
             nursery.start_soon(come, first, S1)
             nursery.start_soon(come, second, S2)
         holds = [answer for answer in answers.values() if isinstance(answer, Hold)]
-        refused = [answer for answer in answers.values() if isinstance(answer, Refused)]
+        refused = [answer for answer in answers.values() if isinstance(answer, NotEntered)]
         assert [len(holds), len(refused)] == [1, 1]
         assert (refused[0].reason, refused[0].is_final) == (Reason.ELSEWHERE, False)
         other = second if isinstance(answers[S1], Hold) else first
@@ -67,7 +67,7 @@ async def test_who_may_have_several_servers_gets_them(tmp_path: Path) -> None:
     async with relays(tmp_path, "a", "b") as (first, second):
         assert isinstance(await take(first, S1, relogin=OwnerRelogin.DENY), Hold)
         assert isinstance(await take(second, S2, relogin=OwnerRelogin.DENY), Hold)
-        assert isinstance(await take(first, S2, "bob"), Refused)
+        assert isinstance(await take(first, S2, "bob"), NotEntered)
 
 
 async def test_a_server_that_would_not_do_is_in_nobodys_way(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from fxrelay.balance.reservations import ENTRY_TTL_MS, Login, Moment, Reason, Re
 from fxrelay.reserving.kept import is_kept
 from fxrelay.reserving.leases import Hold, Terms
 from fxrelay.reserving.ledger import Ledger
-from fxrelay.reserving.reservations import Entered, Refused
+from fxrelay.reserving.reservations import Entered, NotEntered
 from fxtunnel.model import RelayId
 from tests.reservations.test_reservations_service import LEASE_S, S1, S2, Relay, proved, relays, until
 
@@ -65,8 +65,8 @@ async def test_a_login_of_which_a_relay_lost_the_answer_does_not_stay(tmp_path: 
         entered = await first.reservations.enter(S1, "ann", "192.0.2.1")
         first.store.loses_answers = True
         refused = await first.reservations.commit(proved(entered), "ann", KEPT, known_as="t1")
-        assert isinstance(refused, Refused)
-        assert isinstance(await second.reservations.take(S1, "bob", "192.0.2.2", Terms()), Refused)
+        assert isinstance(refused, NotEntered)
+        assert isinstance(await second.reservations.take(S1, "bob", "192.0.2.2", Terms()), NotEntered)
         first.store.loses_answers = False
         await second.taken(S1, "bob")
 
@@ -79,10 +79,10 @@ async def test_a_store_that_forgot_is_told_of_logins_again(tmp_path: Path) -> No
         database.close()
         await until(lambda: hold.token.epoch == ANOTHER)
         refused = await second.reservations.take(S1, "bob", "192.0.2.2", Terms())
-        assert isinstance(refused, Refused)
+        assert isinstance(refused, NotEntered)
         await second.taken(S2, "bob")  # it has settled
         refused = await second.reservations.take(S1, "bob", "192.0.2.2", Terms())
-        assert isinstance(refused, Refused)
+        assert isinstance(refused, NotEntered)
         assert refused.reason == Reason.RESERVED
         record = second.reservations.holders.standings()[S1].record
         assert is_kept(record.logins[0], int(LEASE_S * 1000))
@@ -109,12 +109,12 @@ async def test_a_login_under_way_does_not_go_on_without_its_entry(tmp_path: Path
         waiting = Entered(S1, proved(entered).attempt)
         rival = await relay.taken(S1, "bob")
         refused = await relay.reservations.go_on(waiting, "ann")
-        assert isinstance(refused, Refused)
+        assert isinstance(refused, NotEntered)
         assert refused.reason == Reason.RESERVED
         relay.reservations.release(rival)
         await until(lambda: not relay.reservations.holders.users(0).get(S1))
         refused = await relay.reservations.go_on(waiting, "ann")
-        assert isinstance(refused, Refused)
+        assert isinstance(refused, NotEntered)
         assert refused.reason == Reason.NO_ENTRY
 
 

@@ -101,7 +101,8 @@ async def test_a_gateway_that_was_restarted_gets_one_control_link_and_one_data_l
         assert gateway.data_hellos[2].session == session_id(2)
 
 
-async def test_making_way(gateway: FakeGateway, state_dir: Path) -> None:
+@pytest.mark.parametrize("says_so", [True, False], ids=["relieved", "older-gateway"])
+async def test_making_way(gateway: FakeGateway, state_dir: Path, says_so: bool) -> None:
     async with running(gateway, state_dir) as it:
         await until(lambda: it.is_carrying)
         it.uplink.make_way(60)
@@ -109,8 +110,11 @@ async def test_making_way(gateway: FakeGateway, state_dir: Path) -> None:
         gateway.cut_control()
         await until(lambda: sum(isinstance(message, Drain) and message.handover for message in gateway.heard) == 2)
         assert [CAP_LEAVING in hello.caps for hello in gateway.hellos] == [False, True]
+        gateway.controls[-1][0].send_nowait(Drain(deadline_s=30))  # it is replaced itself, and says nothing of our successor
+        it.session.cut()
+        await until(lambda: it.is_carrying)  # with a ticket that came behind it
         assert not it.uplink.is_relieved
-        gateway.controls[-1][0].send_nowait(Drain(deadline_s=0))
+        gateway.controls[-1][0].send_nowait(Drain(deadline_s=0, relieved=says_so))
         await until(lambda: it.uplink.is_relieved)
         it.session.cut()
         await until(lambda: it.is_carrying)  # what is open is still resumed

@@ -1,13 +1,16 @@
 """Requests that a gate holds: whole in, whole back, as long as the client is there."""
 
 import trio
+import trio.testing
 from delivery_rig import NOBODY, Spec, listen_everywhere, serve_on
 from peers import connect
 from plane import SERVICE, Contexts, Plane, open_plane
 from web_rig import Canned, NamingChooser, add_web_relay, ask, read_head, statuses
 
 from fxrelay.delivery.ports import NoNode, Wanted
-from fxrelay.web.ports import Pass, Reply, RequestFacts, Sender
+from fxrelay.web.client import ClientSide
+from fxrelay.web.holding import while_there
+from fxrelay.web.ports import Passage, Reply, RequestFacts, Sender, WebLimits, WholeAnswer
 from fxtunnel.errors import NodeError
 from fxtunnel.kit.answers import Refused
 from fxtunnel.model import GatewayId, RelayId, ServiceName
@@ -31,8 +34,8 @@ class Holding:
     def concerns(self, service: ServiceName) -> bool:
         return True
 
-    async def admit(self, request: RequestFacts) -> Pass:
-        return Pass(held=self) if request.path == b"/login" else Pass(closed=frozenset({RelayId("n3")}))
+    async def admit(self, request: RequestFacts) -> Passage:
+        return Passage(held=self) if request.path == b"/login" else Passage(closed=frozenset({RelayId("n3")}))
 
     async def answered(self, request: RequestFacts, node: RelayId | None, status: int, fields: object) -> tuple[bytes, ...]:
         return (b"X-Extra: 1\r\n",)
@@ -151,3 +154,18 @@ async def test_who_leaves_is_not_waited_for(contexts: Contexts) -> None:
             head, _ = await read_head(stream)
         assert head.startswith(b"HTTP/1.1 200 ")
         assert gate.undone == 0
+
+
+async def test_an_answer_that_nobody_can_be_given_any_more_is_undone() -> None:
+    undone, connection = [], trio.CancelScope()
+
+    async def ask() -> Reply:
+        await trio.lowlevel.checkpoint()
+        connection.cancel()  # it breaks at the very moment at which the login is committed
+        return Reply(WholeAnswer(200, b"OK", (), b""), undone=lambda: undone.append(1))
+
+    ours, _ = trio.testing.memory_stream_pair()
+    with connection:
+        await while_there(ClientSide(ours, WebLimits()), ask)
+    assert connection.cancelled_caught
+    assert undone == [1]

@@ -4,7 +4,7 @@ from contextlib import suppress
 
 import pytest
 import trio
-from peers import connect, pattern, receive_all
+from peers import connect, pattern, receive_all, reset
 from plane import SERVICE, Contexts, Plane, open_plane
 from web_rig import OK, add_web_relay, ask, read_head, statuses
 
@@ -97,6 +97,33 @@ async def test_an_upload_to_a_service_that_reads_slowly_is_whole(contexts: Conte
         port = await web(plane, service)
         head = b"POST / HTTP/1.1\r\nHost: a\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % len(body)
         assert (await ask(port, head + body)).endswith(b"ok")
+
+
+async def test_a_service_that_stops_reading_an_upload_is_not_waited_for(contexts: Contexts) -> None:
+    async with open_plane(contexts) as plane:
+        gone = trio.Event()
+
+        async def service(stream: trio.SocketStream) -> None:
+            await read_head(stream)
+            try:
+                await gone.wait()
+            finally:
+                reset(stream)
+
+        port = await web(plane, service, WebRules(SERVICE, response_timeout_s=0.5))
+        async with await connect(port) as stream, trio.open_nursery() as nursery:
+            body = bytes(8 << 20)  # more than all buffers on the way take
+            head = b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % len(body)
+
+            @nursery.start_soon
+            async def upload() -> None:
+                with suppress(trio.BrokenResourceError):
+                    await stream.send_all(head + body)
+
+            with trio.fail_after(10):
+                assert statuses((await read_head(stream))[0]) == [504]
+            gone.set()
+            nursery.cancel_scope.cancel()
 
 
 async def test_an_answer_before_the_bodys_task_is_woken_keeps_the_connection(contexts: Contexts, monkeypatch: pytest.MonkeyPatch) -> None:

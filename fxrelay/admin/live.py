@@ -5,9 +5,9 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 
+from fxrelay.admin.view import ClusterStatus, NodeStatus, ReservationStatus, ServiceStatus, Totals, UplinkState, UplinkStatus
 from fxrelay.brain import Brain
 from fxrelay.delivery.delivery import DeliveryDesk
-from fxrelay.pages import ClusterStatus, NodeStatus, ReservationStatus, ServiceStatus, Totals, UplinkState, UplinkStatus
 from fxrelay.uplink import ports
 from fxrelay.uplink.uplink import Uplink
 from fxtunnel import __version__

@@ -1,0 +1,67 @@
+"""Task: the relay's status socket: /healthz, /status, /nodes/NAME and /metrics, which only tell, and /drain, for planned work."""
+
+from collections.abc import Callable
+from dataclasses import asdict
+
+from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4, CollectorRegistry, ProcessCollector, generate_latest
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+from starlette.routing import Route
+
+from fxrelay.admin.metrics import RelayCollector
+from fxrelay.admin.view import RelayView
+from fxtunnel.kit.pages import JsonPage, pages_app
+
+_HEADERS = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
+
+
+def make_app(view: RelayView, drain: Callable[[], None] | None = None) -> Starlette:
+    """The pages, for `serve_pages`. Every answer is made from one look at `view`.
+
+    /healthz: 200 while the process answers. /status: JSON object with `relay` (see `Totals`), `uplinks`, `services`, `cluster` and
+    `reservations`. /nodes/NAME: JSON object, see `NodeStatus`; 404 for a node that this relay has not heard of.
+    /metrics: Prometheus text. POST /drain calls `drain`, if there is one, and tells how many streams are left. All others: GET and HEAD.
+    """
+    registry = CollectorRegistry()
+    registry.register(RelayCollector(view))
+    ProcessCollector(registry=registry)
+
+    async def healthz(request: Request) -> Response:
+        return PlainTextResponse("ok\n", headers=_HEADERS)
+
+    async def status(request: Request) -> Response:
+        return JsonPage(
+            {
+                "relay": asdict(view.totals()),
+                "uplinks": [asdict(uplink) for uplink in view.uplinks()],
+                "services": [asdict(service) for service in view.services()],
+                "cluster": asdict(view.cluster()),
+                "reservations": asdict(view.reservations()),
+            },
+            headers=_HEADERS,
+        )
+
+    async def node(request: Request) -> Response:
+        found = view.node(request.path_params["name"])
+        if found is None:
+            return PlainTextResponse("no such node has been heard of\n", 404, headers=_HEADERS)
+        return JsonPage(asdict(found), headers=_HEADERS)
+
+    async def metrics(request: Request) -> Response:
+        return Response(generate_latest(registry), media_type=CONTENT_TYPE_PLAIN_0_0_4, headers=_HEADERS)
+
+    async def planned(request: Request) -> Response:
+        if drain is not None and request.method == "POST":
+            drain()
+        return JsonPage({"left": view.totals().streams}, headers=_HEADERS)
+
+    return pages_app(
+        [
+            Route("/drain", planned, methods=["GET", "POST"]),
+            Route("/healthz", healthz, methods=["GET"]),
+            Route("/status", status, methods=["GET"]),
+            Route("/nodes/{name}", node, methods=["GET"]),
+            Route("/metrics", metrics, methods=["GET"]),
+        ]
+    )
