@@ -20,15 +20,16 @@ class LiveView:
         self.listening: tuple[str, ...] = ()
         self.memory_limit_bytes = memory_limit_bytes
         self.relays_refused: dict[str, int] = {}
+        self.is_drained = False
+        """An administrator wants no more clients here."""
         self._gateway_id = gateway_id
         self._registry = registry
         self._doors = doors
         self._started = time.monotonic()
-        self._is_drained = False
 
     def note_drain(self) -> None:
-        """An administrator wants no more clients here."""
-        self._is_drained = True
+        """See `is_drained`."""
+        self.is_drained = True
 
     def relays(self) -> list[RelayStatus]:
         """See `GatewayView`."""
@@ -53,7 +54,7 @@ class LiveView:
 
     def ready(self) -> tuple[bool, list[str]]:
         """See `GatewayView`."""
-        if self._registry.is_draining or self._is_drained:
+        if self._registry.is_draining or self.is_drained:
             return False, ["the gateway is draining"]
         able = [relay for relay in self._registry.relays() if relay.readiness is not Readiness.NONE]
         served = {offer.name for relay in able for offer in relay.offers}
