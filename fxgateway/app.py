@@ -34,6 +34,7 @@ from fxtunnel.codes import Code
 from fxtunnel.engine.ports import SessionConfig
 from fxtunnel.engine.reactor import Reactor
 from fxtunnel.kit import logs, web_tls
+from fxtunnel.kit.certificates import expires_unix
 from fxtunnel.kit.listeners import Inherited, bound_address, listen
 from fxtunnel.kit.notify import Notifier
 from fxtunnel.kit.pages import serve_pages
@@ -110,7 +111,9 @@ class Gateway:
         self._relays = self._make_relays()
         self._doors = Doors(reactor, self._relays, self._admission)
         self._identities = Identities(settings.tunnel.identities_path)
-        self._view = LiveView(GatewayId(settings.tunnel.gateway_id), self._registry, self._doors, settings.limits.memory_bytes)
+        self._view = LiveView(GatewayId(settings.tunnel.gateway_id), self._registry, self._doors, budget, settings.limits.memory_bytes)
+        self._view.access_dropped = lambda: self._access.dropped
+        self._view.certificate_expires_unix = expires_unix(settings.tunnel.certificate.read_bytes())
         self._port = TunnelPort(
             server_context(settings.tunnel.certificate, settings.tunnel.key, ALPN),
             GatewayId(settings.tunnel.gateway_id),
@@ -255,10 +258,10 @@ class Gateway:
         self._admission.apply(self._admission_limits(fresh))
         self._registry.apply(registry_limits(fresh), session_config(fresh))
         self._port.apply(context, port_limits(fresh))
+        self._view.certificate_expires_unix = expires_unix(fresh.tunnel.certificate.read_bytes())
         logs.configure(fresh.log.level, fresh.log.style, sys.stderr)
-        for section in ("tunnel", "admin", "sandbox"):
-            if getattr(fresh, section) != getattr(self._settings, section):
-                logger.warning("changes in [%s] take effect at the next restart", section)
+        if waiting := config.waiting_for_restart(self._settings, fresh):
+            logger.warning("changed, but not before the next restart: %s", ", ".join(waiting))
         self._settings = fresh
         self._view.listening = (self._view.listening[0], *self._doors.bound.values(), self._view.listening[-1])
 

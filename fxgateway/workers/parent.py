@@ -288,12 +288,10 @@ class Parent:
 
     def _as_far_as_possible(self, fresh: GatewaySettings) -> GatewaySettings:
         """What needs a restart is named, and stays: a worker that is started later must be as the others are."""
-        kept = {}
-        for section in ("tunnel", "admin"):
-            if getattr(fresh, section) != getattr(self._settings, section):
-                logger.warning("changes in [%s] take effect at the next restart", section)
-                kept[section] = getattr(self._settings, section)
-        return fresh.model_copy(update=kept)
+        if waiting := config.waiting_for_restart(self._settings, fresh):
+            logger.warning("changed, but not before the next restart: %s", ", ".join(waiting))
+        at_once = {"certificate": fresh.tunnel.certificate, "key": fresh.tunnel.key}
+        return fresh.model_copy(update={"tunnel": self._settings.tunnel.model_copy(update=at_once), "admin": self._settings.admin})
 
     async def _prepare(self, fresh: GatewaySettings, opened: Mapping[str, socket.socket]) -> list[Child]:
         """Let every worker do everything that can fail."""
