@@ -1,4 +1,4 @@
-"""Task: README's tables, written from benchmarks/results: what README says is what was measured last.
+"""Task: the tables of README.md and benchmarks/README.md, written from benchmarks/results: what they say is what was measured last.
 
 `python -m benchmarks.readme`, when one of REPORTS is new.
 """
@@ -16,6 +16,9 @@ ROOT: Final = Path(__file__).resolve().parent.parent
 REPORTS: Final = ("latest", "web", "web-again", "streams", "held")
 """Later ones count for the measures that both have."""
 README: Final = ROOT / "README.md"
+"""Some figures, and how many aims were missed."""
+ALL: Final = ROOT / "benchmarks" / "README.md"
+"""Every figure with its aims, and where and when it was measured."""
 BEGIN: Final = "<!-- bench:begin -->\n"
 END: Final = "<!-- bench:end -->"
 FURTHER: Final = "further: "
@@ -24,7 +27,7 @@ FURTHER: Final = "further: "
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A line of README's table: a metric of ours, its title, and how many digits it is printed with."""
+    """A line of a table: a metric of ours, its title, and how many digits it is printed with."""
 
     title: str
     metric: Metric
@@ -32,19 +35,18 @@ class Line:
 
     def cells(self, medians: Medians) -> list[str]:
         """Title, our value, nginx's, ssh's, the first aims and the further ones."""
-        measure, name = self.metric.measure, self.metric.name
-        nginx = "nginx-web" if self.metric.peer == "fx-web" else "nginx"
-        others = [Metric(measure, name, peer).of(medians) if self.metric.peer != "workers" else None for peer in (nginx, "ssh-tty")]
         mine = [target for target in TARGETS if target.value == self.metric]
         first = [target for target in mine if not target.title.startswith(FURTHER)]
         further = [target for target in mine if target.title.startswith(FURTHER)]
+        return [*self.values(medians), _aims(first, medians), _aims(further, medians)]
+
+    def values(self, medians: Medians) -> list[str]:
+        """Title, our value, nginx's and ssh's."""
+        measure, name = self.metric.measure, self.metric.name
+        nginx = "nginx-web" if self.metric.peer == "fx-web" else "nginx"
+        others = [Metric(measure, name, peer).of(medians) if self.metric.peer != "workers" else None for peer in (nginx, "ssh-tty")]
         values = [self.metric.of(medians), *others]
-        return [
-            self.title,
-            *("–" if value is None else f"{value:,.{self.digits}f}" for value in values),
-            _aims(first, medians),
-            _aims(further, medians),
-        ]
+        return [self.title, *("–" if value is None else f"{value:,.{self.digits}f}" for value in values)]
 
 
 def _aims(targets: list[Target], medians: Medians) -> str:
@@ -55,7 +57,7 @@ def _aim(target: Target, medians: Medians) -> str:
     reached = target.reached(medians)
     if reached is None:
         return f"{target.wanted()}: not measured"
-    text = f"{reached:.2f}" if reached < 10 else f"{reached:.0f}"
+    text = target.written(reached)
     return f"{target.wanted()}: " + (text if target.verdict(medians) is Verdict.MET else f"**{text}, missed**")
 
 
@@ -97,8 +99,24 @@ WEB: Final = (
 )
 
 
+SHORT: Final = (
+    Line("1 stream down, CPU s/GiB", Metric("bulk", "down_cpu_s_per_gib"), 2),
+    Line("1 stream down, MB/s", Metric("bulk", "down_mb_per_s")),
+    Line("16 streams, CPU s/GiB", Metric("bulk16", "cpu_s_per_gib"), 2),
+    Line("connections/s, 32 at a time", Metric("conn", "conn_per_s")),
+    Line("64-byte echo p50, idle, µs", Metric("echo", "idle_p50_us")),
+    Line("echo p99 beside a bulk stream, µs", Metric("echo", "beside_p99_us")),
+    Line("memory per idle client of 5,000, KiB", Metric("idle", "user_kib_per_client"), 1),
+    Line("streams of 20 that survive two cuts of the tunnel", Metric("cut", "survived")),
+    Line("50 ms, 1 Gbit/s: 1 stream down, × the line", Metric("rtt", "down_share"), 2),
+    Line("short GETs/s, 16 kept connections", Metric("get", "requests_per_s", "fx-web")),
+    Line("TLS ended at the gateway, CPU s/GiB", Metric("https", "cpu_s_per_gib", "fx-web"), 2),
+)
+"""What README shows."""
+
+
 def load() -> list[Report]:
-    """The reports that README shows."""
+    """The reports that are shown."""
     return [json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text()) for name in REPORTS]
 
 
@@ -119,21 +137,50 @@ def _where(report: Report) -> str:
     )
 
 
-def shown(reports: Sequence[Report]) -> str:
-    """What stands between README's marks."""
+def _medians(reports: Sequence[Report]) -> Medians:
     medians: dict[str, Mapping[str, Mapping[str, float]]] = {}
     for report in reports:
         medians.update(report["medians"])
+    return medians
+
+
+def short(reports: Sequence[Report]) -> str:
+    """What stands between README's marks."""
+    medians = _medians(reports)
+    heads = ["measure", "FX Gateway", "nginx", "ssh -tt -R", "`python -m benchmarks …`"]
+    rows = [[*line.values(medians), f"`--only {line.metric.measure}`"] for line in SHORT]
+    marks = ["---", "---:", "---:", "---:", "---"]
+    table = "\n".join("| " + " | ".join(row) + " |" for row in (heads, marks, *rows))
+    return f"{table}\n\n{_count(medians)}\n"
+
+
+def _count(medians: Medians) -> str:
+    verdicts = [(target.title.startswith(FURTHER), target.verdict(medians)) for target in TARGETS]
+    first, further = (
+        (sum(one is Verdict.MISSED for kind, one in verdicts if kind is which), sum(kind is which for kind, _ in verdicts))
+        for which in (False, True)
+    )
+    return (
+        f"**{first[0]} of {first[1]} aims are missed**, and {further[0]} of {further[1]} further ones, which are to be about as fast as "
+        "what is written in C:\n[every aim, what was reached, and why](benchmarks/README.md#every-aim)."
+    )
+
+
+def shown(reports: Sequence[Report]) -> str:
+    """What stands between the marks of benchmarks/README.md."""
+    medians = _medians(reports)
     heads = ["measure", "FX Gateway", "nginx", "ssh -tt -R", "aim: reached", "further aim: reached"]
     tables = [_table(lines, medians, heads) for lines in (STREAMS, WEB)]
     return "\n\n".join(["\n".join(map(_where, reports)), tables[0], "The web:", tables[1]]) + "\n"
 
 
 def main() -> None:
-    """Write README anew."""
-    before, rest = README.read_text().split(BEGIN)
-    after = rest.split(END)[1]
-    README.write_text(before + BEGIN + shown(load()) + END + after)
+    """Write both anew."""
+    reports = load()
+    for page, text in ((README, short(reports)), (ALL, shown(reports))):
+        before, rest = page.read_text().split(BEGIN)
+        after = rest.split(END)[1]
+        page.write_text(before + BEGIN + text + END + after)
 
 
 if __name__ == "__main__":

@@ -118,9 +118,15 @@ def _numbers(report: Report) -> str:
 
 def _targets(report: Report) -> str:
     marks = {Verdict.MET.value: "met", Verdict.MISSED.value: "**missed**", Verdict.UNKNOWN.value: "not measured"}
-    lines = [
-        [t["target"], t["wanted"], "–" if t["reached"] is None else f"{t['reached']:.2f}", marks[t["verdict"]]] for t in report["targets"]
-    ]
+    known = {(target.title, target.wanted()): target for target in TARGETS}
+
+    def written(target: Mapping[str, Any]) -> str:
+        if target["reached"] is None:
+            return "–"
+        same = known.get((target["target"], target["wanted"]))
+        return f"{target['reached']:.2f}" if same is None else same.written(target["reached"])
+
+    lines = [[t["target"], t["wanted"], written(t), marks[t["verdict"]]] for t in report["targets"]]
     return _table(["target", "must be", "reached", "verdict"], lines)
 
 

@@ -5,6 +5,8 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Final
 
+_MOST_DIGITS: Final = 6
+
 Medians = Mapping[str, Mapping[str, Mapping[str, float]]]  # measure, peer, metric
 
 
@@ -57,7 +59,18 @@ class Target:
         reached = self.reached(medians)
         if reached is None:
             return Verdict.UNKNOWN
-        return Verdict.MET if (reached >= self.limit if self.at_least else reached <= self.limit) else Verdict.MISSED
+        return Verdict.MET if self.is_met_by(reached) else Verdict.MISSED
+
+    def is_met_by(self, reached: float) -> bool:
+        """Whether this number would do."""
+        return reached >= self.limit if self.at_least else reached <= self.limit
+
+    def written(self, reached: float) -> str:
+        """The number with two digits behind the point, from 10 on with none; more where it takes more to show its side of the limit."""
+        digits = 2 if reached < 10 else 0
+        while digits < _MOST_DIGITS and self.is_met_by(float(f"{reached:.{digits}f}")) is not self.is_met_by(reached):
+            digits += 1
+        return f"{reached:.{digits}f}"
 
 
 def _bulk() -> list[Target]:

@@ -24,7 +24,7 @@ from fxgateway.routing.hosts import HostTable, Route
 from fxgateway.routing.reception import Kind, Receptionist
 from fxgateway.sandbox import Sandbox
 from fxgateway.settings import GatewaySettings
-from fxgateway.steering import Steering
+from fxgateway.steering import Steering, serve_steering
 from fxgateway.tunnels.colleagues import Alone, Colleagues
 from fxgateway.tunnels.control import YIELDED_BEATS, ControlConfig
 from fxgateway.tunnels.identities import Identities
@@ -34,6 +34,7 @@ from fxtunnel.codes import Code
 from fxtunnel.engine.ports import SessionConfig
 from fxtunnel.engine.reactor import Reactor
 from fxtunnel.kit import logs, web_tls
+from fxtunnel.kit.certificates import expires_unix
 from fxtunnel.kit.listeners import Inherited, bound_address, listen
 from fxtunnel.kit.notify import Notifier
 from fxtunnel.kit.pages import serve_pages
@@ -110,7 +111,9 @@ class Gateway:
         self._relays = self._make_relays()
         self._doors = Doors(reactor, self._relays, self._admission)
         self._identities = Identities(settings.tunnel.identities_path)
-        self._view = LiveView(GatewayId(settings.tunnel.gateway_id), self._registry, self._doors, settings.limits.memory_bytes)
+        self._view = LiveView(GatewayId(settings.tunnel.gateway_id), self._registry, self._doors, budget, settings.limits.memory_bytes)
+        self._view.access_dropped = lambda: self._access.dropped
+        self._view.certificate_expires_unix = expires_unix(settings.tunnel.certificate.read_bytes())
         self._port = TunnelPort(
             server_context(settings.tunnel.certificate, settings.tunnel.key, ALPN),
             GatewayId(settings.tunnel.gateway_id),
@@ -143,7 +146,7 @@ class Gateway:
         tunnel_socket = listen(self._settings.tunnel.listen, inherited)
         await trio.to_thread.run_sync(self._access.open, self._settings.log.access)
         contexts = await trio.to_thread.run_sync(web_contexts, self._settings)
-        self._doors.apply(door_configs(self._settings, contexts, self._access), inherited)
+        self._doors.apply(self._door_configs(self._settings, contexts), inherited)
         if any(relay.revoked_unix is None for relay in self._identities.known()):
             self._doors.wait_for_relays(self._settings.limits.relay_wait_s)
         async with trio.open_nursery() as nursery:
@@ -187,7 +190,7 @@ class Gateway:
         with self._pages:
             async with trio.open_nursery() as nursery:
                 steering = Address(path=self._settings.tunnel.steering_path)
-                nursery.start_soon(self._steering.serve, steering, self._inherited)
+                nursery.start_soon(serve_steering, self._steering.ask, steering, self._inherited)
                 task_status.started(
                     await nursery.start(serve_pages, make_app(self._view), self._settings.admin.listen, self._inherited),
                 )
@@ -251,16 +254,19 @@ class Gateway:
     def _apply(self, fresh: GatewaySettings, contexts: Mapping[str, ssl.SSLContext], inherited: Inherited | None = None) -> None:
         """Doors and limits of a reloaded configuration; what needs a restart is named, and stays."""
         context = server_context(fresh.tunnel.certificate, fresh.tunnel.key, ALPN)
-        self._doors.apply(door_configs(fresh, contexts, self._access), inherited)
+        self._doors.apply(self._door_configs(fresh, contexts), inherited)
         self._admission.apply(self._admission_limits(fresh))
         self._registry.apply(registry_limits(fresh), session_config(fresh))
         self._port.apply(context, port_limits(fresh))
+        self._view.certificate_expires_unix = expires_unix(fresh.tunnel.certificate.read_bytes())
         logs.configure(fresh.log.level, fresh.log.style, sys.stderr)
-        for section in ("tunnel", "admin", "sandbox"):
-            if getattr(fresh, section) != getattr(self._settings, section):
-                logger.warning("changes in [%s] take effect at the next restart", section)
+        if waiting := config.waiting_for_restart(self._settings, fresh):
+            logger.warning("changed, but not before the next restart: %s", ", ".join(waiting))
         self._settings = fresh
         self._view.listening = (self._view.listening[0], *self._doors.bound.values(), self._view.listening[-1])
+
+    def _door_configs(self, settings: GatewaySettings, contexts: Mapping[str, ssl.SSLContext]) -> list[DoorConfig]:
+        return [] if self._view.is_drained else door_configs(settings, contexts, self._access)
 
     def _spare_files(self) -> int:
         """Descriptors that clients may have."""

@@ -24,6 +24,7 @@ from fxtunnel.kit.tls import server_context
 from fxtunnel.kit.tls_problems import describe_dates
 
 ALPN: Final = ("fx-data/1", "http/1.1")
+ENDS_SOON: Final = dt.timedelta(days=30)
 MIN_WORKER_BYTES: Final = 32 << 20
 _BESIDE: Final = ("gateway.json", "ca.key")
 """What `init` leaves next to the configuration. The administrator may have moved it away; what is still there must be private."""
@@ -74,9 +75,9 @@ def verify_listens(settings: GatewaySettings, config_path: Path, held: frozenset
     return problems
 
 
-def warnings(settings: GatewaySettings) -> list[str]:
-    """What works, but is probably not meant."""
-    found = []
+def warnings(settings: GatewaySettings, now: dt.datetime) -> list[str]:
+    """What works, but is probably not meant, or not for long."""
+    found = _ending_certificates(settings, now)
     if not settings.doors:
         found.append("there is no [[door]]: no client can come in")
     found += [
@@ -92,6 +93,18 @@ def warnings(settings: GatewaySettings) -> list[str]:
         found.append(f"limits.memory_bytes is divided by tunnel.workers: give at least {tunnel.workers * MIN_WORKER_BYTES >> 20}MiB")
     if tunnel.workers > (os.cpu_count() or 1):
         found.append(f"tunnel.workers is {tunnel.workers}, and this machine has {os.cpu_count()} processors")
+    return found
+
+
+def _ending_certificates(settings: GatewaySettings, now: dt.datetime) -> list[str]:
+    paths = [settings.tunnel.certificate, settings.tunnel.ca]
+    paths += [path for door in settings.doors if door.kind is Kind.HTTPS for path, _ in settings.certificates_of(door)]
+    found = []
+    for path in dict.fromkeys(paths):
+        with contextlib.suppress(OSError, ValueError):  # what cannot be read is a problem, or, for the authority, nobody's here
+            end = x509.load_pem_x509_certificates(path.read_bytes())[0].not_valid_after_utc
+            if end - now < ENDS_SOON:
+                found.append(f"{path} ends on {end:%Y-%m-%d}; see certs/README.md")
     return found
 
 

@@ -115,6 +115,28 @@ def invite(config_path: Path, out: Path | None, token_days: int) -> None:
 
 @main.command()
 @_config_option
+@click.argument("file", type=click.Path(path_type=Path), required=False)
+@click.option("--all", "is_all", is_flag=True, help="Every enrolment file that was ever made here.")
+def withdraw(config_path: Path, file: Path | None, is_all: bool) -> None:
+    """Void the token of an enrolment file (gateway.json), before it expires.
+
+    Relays that are enrolled stay; nobody enrols with the file any more. The running gateway knows at once.
+    """
+    from fxgateway import setup
+
+    if (file is None) is not is_all:
+        raise click.UsageError("name FILE, or give --all")
+    identities = _identities(_load(config_path))
+    if file is None:
+        click.echo(f"withdrawn: all tokens; {identities.withdraw_all_tokens()} had not expired. A fresh one: fxgateway invite")
+    elif identities.withdraw_token(setup.token_in(file)):
+        click.echo(f"withdrawn: nobody enrols with {file} any more")
+    else:
+        raise FxError(f"this gateway does not know the token of {file}: it was withdrawn before, or is of another gateway")
+
+
+@main.command()
+@_config_option
 def run(config_path: Path) -> None:
     """Run the gateway in the foreground.
 
@@ -156,13 +178,15 @@ def check(config_path: Path, no_bind: bool) -> None:
     checked before SIGHUP.
     """
     settings = _load(config_path)
+    import datetime as dt
+
     from fxgateway.check import verify_listens, warnings
 
     problems = _file_problems(settings, config_path)
     if not no_bind:
         problems += verify_listens(settings, config_path, _held(settings))
     refuse(problems)
-    for warning in warnings(settings):
+    for warning in warnings(settings, dt.datetime.now(dt.UTC)):
         click.echo(f"warning: {warning}", err=True)
     doors = ", ".join(f"{door.listen} -> {door.service or door.kind}" for door in settings.doors)
     click.echo(f"ok: {config_path}: relays on {settings.tunnel.listen}, doors {doors or 'none'}, admin on {settings.admin.listen}")

@@ -201,6 +201,28 @@ class GatewaySettings(WholeFile):
         return [("tunnel.listen", self.tunnel.listen), *doors, ("admin.listen", self.admin.listen)]
 
 
+def waiting_for_restart(before: GatewaySettings, after: GatewaySettings) -> list[str]:
+    """The keys that a reload does not change, of those that differ."""
+    found = []
+    for section in ("tunnel", "admin", "sandbox", "liveness", "resume", "limits"):
+        one, other = getattr(before, section), getattr(after, section)
+        changed = [key for key in type(one).model_fields if getattr(one, key) != getattr(other, key)]
+        found += [f"{section}.{key}" for key in changed if _waits(section, key)]
+    return found
+
+
+def _waits(section: str, key: str) -> bool:
+    match section:
+        case "tunnel":
+            return key not in ("certificate", "key")
+        case "resume":
+            return key in ("enabled", "hold_s")  # as they are told to relays
+        case "limits":
+            return key == "memory_bytes"
+        case _:
+            return True
+
+
 def load(path: Path, environ: Mapping[str, str]) -> GatewaySettings:
     """The settings of a gateway.toml, with FXGATEWAY__SECTION__KEY of `environ` laid over them.
 

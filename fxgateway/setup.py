@@ -98,6 +98,20 @@ def invite(settings: GatewaySettings, token_days: int, now_unix: float) -> Enrol
     return _enrolment(tunnel.identities_path, tunnel.gateway_id, tunnel.public_url, ca_pem, token_days, now_unix)
 
 
+def token_in(path: Path) -> str:
+    """The enrolment token of a gateway.json.
+
+    Raises:
+        ConfigError: it is none, or cannot be read.
+    """
+    try:
+        return str(json.loads(path.read_bytes())["enrolment"]["token"])
+    except OSError as exc:
+        raise ConfigError.one(path, "", f"cannot be read: {exc.strerror or exc}") from exc
+    except (ValueError, RecursionError, KeyError, TypeError) as exc:
+        raise ConfigError.one(path, "", "is no enrolment file: there is no token in it") from exc
+
+
 def refuse_to_overwrite(path: Path) -> None:
     """An older enrolment file may be replaced by a new one; anything else may not.
 

@@ -9,9 +9,28 @@ import pytest
 
 from fxgateway import setup
 from fxtunnel.kit import launcher
+from tests.system import confinement
 
 ROOT = Path(__file__).parent.parent
 UNITS = sorted((ROOT / "deploy" / "systemd").glob("*.service"))
+BOTH = {"eventfd2", "epoll_create1", "epoll_pwait", "accept4", "prlimit64", "flock", "fchmod", "clone", "execve", "kill", "recvmsg"}
+CALLS = {
+    "fxgateway.service": {*BOTH, "prctl", "landlock_create_ruleset", "landlock_add_rule", "landlock_restrict_self"},
+    # Scripts, owners and metrics: fxrelay/balance/worker_main.py, executable.py, forked.py and fxrelay/cluster/programs.py.
+    "fxrelay.service": {
+        *BOTH,
+        "prctl",
+        "setpriority",
+        "getpriority",
+        "sched_setscheduler",
+        "setsid",
+        "pidfd_open",
+        "vfork",
+        "pipe2",
+        "fdatasync",
+    },
+}
+"""System calls that the daemons and what they start ask for by name, or could not do without."""
 
 
 def test_there_is_a_unit_for_each_daemon():
@@ -29,6 +48,21 @@ def test_exposure_is_at_most_1_5(unit: Path):
         check=False,
     )
     assert result.returncode == 0, result.stdout[-400:] + result.stderr
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed")
+@pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.name)
+def test_the_filter_lets_through_what_is_called(unit: Path):
+    allowed = confinement.allowed_calls(confinement.settings_of(unit))
+    assert CALLS[unit.name] <= allowed
+    assert not {"chown", "mount", "ptrace", "bpf", "reboot", "init_module"} & allowed
+
+
+def test_a_relay_sees_what_it_tells_of_the_machine():
+    """/proc/stat and /proc/meminfo are no process's; without them no relay starts (fxrelay/cluster/machine.py)."""
+    settings = confinement.settings_of(ROOT / "deploy" / "systemd" / "fxrelay.service")
+    assert settings["ProcSubset"] == ["all"]
+    assert "AF_NETLINK" in settings["RestrictAddressFamilies"][0].split()  # its own addresses, psutil.net_if_addrs
 
 
 @pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.name)

@@ -20,6 +20,8 @@ from fxtunnel.errors import ConfigError
 from fxtunnel.kit.files import write_secret
 
 ROOT = Path(__file__).parent.parent
+METRICS = ("fxgateway/admin/metrics.py", "fxrelay/admin/metrics.py")
+"""The modules that name them."""
 DOCS = ROOT / "docs"
 DAEMONS = {"gateway": fxgateway.settings.GatewaySettings, "relay": fxrelay.settings.RelaySettings}
 SIZES = {"KiB": 1 << 10, "MiB": 1 << 20}
@@ -143,3 +145,16 @@ def test_files_named_in_documents_exist(page: Path) -> None:
         r"`((?:tests|fxtunnel|fxgateway|fxrelay|deploy|certs|examples|benchmarks|requirements)/[\w./-]+)`", page.read_text()
     ):
         assert (ROOT / name).exists(), f"{page.name} names {name}"
+
+
+def test_every_metric_is_explained_and_none_is_invented() -> None:
+    found = {
+        name + ("_total" if kind == "Counter" else "")
+        for module in METRICS
+        for kind, name in re.findall(r'(Counter|Gauge)MetricFamily\(\s*"(\w+)"', (ROOT / module).read_text())
+    }
+    text = (DOCS / "operations.md").read_text()
+    named = set(re.findall(r"\b(?:fxgateway|fxrelay)_[a-z_]+", text))
+    assert len(found) > 50
+    assert found <= named, found - named
+    assert named <= found, named - found

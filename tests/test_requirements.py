@@ -52,6 +52,15 @@ def test_what_tests_need_is_pinned(python: str):
     assert needed(PROJECT["dependencies"] + PROJECT["optional-dependencies"]["dev"], python) <= pinned("dev.txt", python)
 
 
+@pytest.mark.parametrize("python", PYTHONS)
+def test_what_builds_is_pinned_and_nothing_else(python: str):
+    build_system = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]
+    assert pinned("build.txt", python) == needed(build_system, python)
+    lines = set((ROOT / "requirements" / "build.txt").read_text().splitlines())
+    pins = {line for line in lines if "==" in line and not line.startswith("#")}
+    assert pins <= set((ROOT / "requirements" / "dev.txt").read_text().splitlines())
+
+
 def test_the_packages_carry_their_types():
     for package in tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]:
         assert (ROOT / package / "py.typed").exists()

@@ -1,6 +1,7 @@
 """Pump: the running gateway as the admin pages see it."""
 
 import time
+from collections.abc import Callable
 
 from fxgateway.admin.view import DoorStatus, RelayState, RelayStatus, Totals
 from fxgateway.doors.doors import Doors
@@ -11,24 +12,29 @@ from fxtunnel import __version__
 from fxtunnel.engine.status import link_status
 from fxtunnel.kit.process import memory_bytes
 from fxtunnel.model import GatewayId
+from fxtunnel.protocol.credit import WindowBudget
 
 
 class LiveView:
     """Implements `GatewayView` by looking at the registry and the doors when asked."""
 
-    def __init__(self, gateway_id: GatewayId, registry: Registry, doors: Doors, memory_limit_bytes: int) -> None:
+    def __init__(self, gateway_id: GatewayId, registry: Registry, doors: Doors, budget: WindowBudget, memory_limit_bytes: int) -> None:
+        self.certificate_expires_unix = 0.0
+        self.access_dropped: Callable[[], int] = int
         self.listening: tuple[str, ...] = ()
         self.memory_limit_bytes = memory_limit_bytes
         self.relays_refused: dict[str, int] = {}
+        self.is_drained = False
+        """An administrator wants no more clients here."""
         self._gateway_id = gateway_id
+        self._budget = budget
         self._registry = registry
         self._doors = doors
         self._started = time.monotonic()
-        self._is_drained = False
 
     def note_drain(self) -> None:
-        """An administrator wants no more clients here."""
-        self._is_drained = True
+        """See `is_drained`."""
+        self.is_drained = True
 
     def relays(self) -> list[RelayStatus]:
         """See `GatewayView`."""
@@ -53,7 +59,7 @@ class LiveView:
 
     def ready(self) -> tuple[bool, list[str]]:
         """See `GatewayView`."""
-        if self._registry.is_draining or self._is_drained:
+        if self._registry.is_draining or self.is_drained:
             return False, ["the gateway is draining"]
         able = [relay for relay in self._registry.relays() if relay.readiness is not Readiness.NONE]
         served = {offer.name for relay in able for offer in relay.offers}
@@ -79,6 +85,9 @@ class LiveView:
             memory_bytes=memory_bytes(),
             memory_limit_bytes=self.memory_limit_bytes,
             relays_refused=dict(self.relays_refused),
+            window_bytes={"first": self._budget.promised_bytes, "grown": self._budget.grown_bytes},
+            certificate_expires_unix=self.certificate_expires_unix,
+            access_dropped=self.access_dropped(),
         )
 
 

@@ -95,8 +95,18 @@ def _daemon(totals: Totals) -> Iterator[Metric]:
     yield GaugeMetricFamily("fxgateway_streams", "Open streams.", value=totals.streams)
     yield CounterMetricFamily("fxgateway_streams_opened", "Streams opened.", value=totals.streams_opened)
     yield CounterMetricFamily("fxgateway_links_resumed", "Data links that were cut and continued.", value=totals.resumed)
-    yield GaugeMetricFamily("fxgateway_memory_bytes", "Memory charged to the budget.", value=totals.memory_bytes)
-    yield GaugeMetricFamily("fxgateway_memory_limit_bytes", "The budget.", value=totals.memory_limit_bytes)
+    yield GaugeMetricFamily("fxgateway_memory_bytes", "Resident memory of all processes.", value=totals.memory_bytes)
+    yield GaugeMetricFamily("fxgateway_memory_limit_bytes", "limits.memory_bytes.", value=totals.memory_limit_bytes)
+    windows = GaugeMetricFamily("fxgateway_window_bytes", "Promised to streams, as first windows and as grown ones.", labels=["kind"])
+    for kind, size in totals.window_bytes.items():
+        windows.add_metric([kind], size)
+    yield windows
+    yield GaugeMetricFamily(
+        "fxgateway_certificate_expires_timestamp_seconds",
+        "When the tunnel port's certificate ends, in Unix time.",
+        value=totals.certificate_expires_unix,
+    )
+    yield CounterMetricFamily("fxgateway_access_log_dropped", "Lines of the access log that were not written.", value=totals.access_dropped)
     refused = CounterMetricFamily("fxgateway_relays_refused", "Relays turned away.", labels=["reason"])
     for reason, count in sorted(totals.relays_refused.items()):
         refused.add_metric([reason], count)

@@ -1,7 +1,7 @@
 """Port: what the gateway shows of itself. Snapshots, read when somebody asks; nothing here is kept or counted twice."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from fxtunnel.engine.status import LinkStatus
@@ -60,7 +60,8 @@ class WorkerStatus:
 class Totals:
     """The whole daemon. `listening` holds every bound address; streams, sessions and memory are now, the rest since start.
 
-    `workers` is empty where one process does everything.
+    `window_bytes`: what is promised to streams, as `first` windows and as windows that have `grown`. `certificate_expires_unix`: the
+    tunnel port's. `workers` is empty where one process does everything.
     """
 
     gateway_id: str
@@ -73,6 +74,9 @@ class Totals:
     memory_bytes: int
     memory_limit_bytes: int
     relays_refused: Mapping[str, int]
+    window_bytes: Mapping[str, int] = field(default_factory=dict)
+    certificate_expires_unix: float = 0.0
+    access_dropped: int = 0
     workers: tuple[WorkerStatus, ...] = ()
 
 

@@ -207,14 +207,23 @@ class Identities:
             self._write(state.model_copy(update={"tokens": (*kept, added)}))
         return token_id
 
-    def withdraw_token(self, token_id: str) -> bool:
+    def withdraw_token(self, token: str) -> bool:
         """Nobody enrols with this token any more. False if there is no such token."""
+        digest = token_digest(token)
         with self._changing() as state:
-            kept = tuple(token for token in state.tokens if token.id != token_id)
+            kept = tuple(known for known in state.tokens if not hmac.compare_digest(known.sha256, digest))
             if len(kept) == len(state.tokens):
                 return False
             self._write(state.model_copy(update={"tokens": kept}))
         return True
+
+    def withdraw_all_tokens(self) -> int:
+        """Nobody enrols any more with what was given out so far. How many of them were still good."""
+        now_unix = self._now_unix()
+        with self._changing() as state:
+            good = sum(token.expires_unix > now_unix for token in state.tokens)
+            self._write(state.model_copy(update={"tokens": ()}))
+        return good
 
     async def watch(self, on_gone: Callable[[RelayId], None], *, poll_s: float = WATCH_S) -> NoReturn:
         """Follow changes by other processes, and report each relay that lost a key or was revoked since the last look. Never returns.

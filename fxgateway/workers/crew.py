@@ -12,6 +12,7 @@ from fxgateway.doors.client import Client
 from fxgateway.doors.doors import Doors
 from fxgateway.doors.elsewhere import Journey
 from fxgateway.routing.shared_admission import Counts, SharedAdmission
+from fxgateway.steering import UNKNOWN
 from fxgateway.tunnels.colleagues import Passed
 from fxgateway.tunnels.registry import Registry
 from fxgateway.workers.asking import Asking
@@ -52,6 +53,8 @@ class Crew:
         self.peers: dict[int, Channel] = {}
         self.passed, self.received_passed = trio.open_memory_channel[Passed](MAX_PASSED)
         self.status: Callable[[], Message] = dict
+        self.steer: Callable[[str, RelayId | None], int] = _nothing_to_steer
+        """See `Steering.act`."""
         self._bridges: set[Bridge] = set()
         self._reactor = reactor
         self._number = 0
@@ -96,6 +99,9 @@ class Crew:
                 self._fence(message)
             case "status":
                 channel.send({"op": "answer", "n": message["n"], **self.status()})
+            case "steer":
+                left = self.steer(message["method"], None if message["relay"] is None else RelayId(message["relay"]))
+                channel.send({"op": "answer", "n": message["n"], "left": left})
             case "told":
                 self._hear(channel.number, message)
             case "client":
@@ -292,6 +298,11 @@ class Crew:
             self.parent.send({"op": "beat"})
             self.stir()
             self._reactor.call_later(BEAT_S, self._beat)
+
+
+def _nothing_to_steer(method: str, relay_id: RelayId | None) -> int:
+    """Of a worker that is still on its way; when it is ready the parent says again what is wished."""
+    return 0 if relay_id is None else UNKNOWN
 
 
 def _told(news: News, counts: Counts | None, *, is_all: bool) -> Message:

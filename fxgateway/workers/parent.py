@@ -20,6 +20,7 @@ from fxgateway.app import door_configs
 from fxgateway.check import verify_files
 from fxgateway.doors.door import CLIENT_OPTIONS
 from fxgateway.settings import GatewaySettings, SandboxMode
+from fxgateway.steering import serve_steering
 from fxgateway.workers.asking import Asking, NoAnswer
 from fxgateway.workers.channel import Channel, Message, pair
 from fxgateway.workers.child import Child, Outfit, send_sockets
@@ -27,6 +28,7 @@ from fxgateway.workers.far_relays import holders
 from fxgateway.workers.names import Names
 from fxgateway.workers.shares import as_message
 from fxgateway.workers.snapshot import Facts, MergedView
+from fxgateway.workers.wishes import Wishes
 from fxtunnel.engine.reactor import Reactor
 from fxtunnel.errors import ConfigError, ConfigProblem
 from fxtunnel.kit import logs
@@ -84,6 +86,7 @@ class Parent:
         self._run = secrets.token_hex(8)
         self._names = Names(settings.limits.relays)
         self._replays = ReplayGuard()
+        self._wishes = Wishes(self._children.values(), self._asking, self._take_no_clients)
         self._facts = Facts(settings, self._wanted)
         self._view = MergedView(self._facts)
 
@@ -106,6 +109,7 @@ class Parent:
                         starting.start_soon(nursery.start, child.run)
                 self._has_started = True
                 admin = await nursery.start(serve_pages, make_app(self._view, self._look), self._settings.admin.listen)
+                nursery.start_soon(serve_steering, self._wishes.steer, Address(path=self._settings.tunnel.steering_path))
                 nursery.start_soon(self._reloads.run, self._load_again, self._notifier)
                 nursery.start_soon(feed_watchdog, self._notifier)
                 self._announce(str(admin))
@@ -121,7 +125,7 @@ class Parent:
         assert self._tunnel_socket is not None
         sockets = [(str(self._settings.tunnel.listen), self._tunnel_socket), *self._door_sockets.items()]
         begin = {"op": "begin", "worker": number, "of": len(self._children), "process": self._run, "config": str(self._config_path)}
-        return Outfit({**begin, "settings": as_message(self._settings)}, sockets)
+        return Outfit({**begin, "settings": as_message(self._settings), "is_drained": self._wishes.is_drained}, sockets)
 
     def introduce(self, child: Child) -> None:
         """See `Home`: a line between it and each of the others."""
@@ -153,6 +157,7 @@ class Parent:
         match message["op"]:
             case "ready":
                 child.became_ready()
+                self._wishes.remind(child)
             case "closed":
                 child.has_closed = True
             case "answer":
@@ -266,7 +271,7 @@ class Parent:
         if problems:
             raise ConfigError(problems)
         fresh = self._as_far_as_possible(fresh)
-        wanted = {str(door.listen): door.listen for door in fresh.doors}
+        wanted = {str(door.listen): door.listen for door in fresh.doors if not self._wishes.is_drained}
         opened: dict[str, socket.socket] = {}
         try:
             for key, address in wanted.items():
@@ -283,12 +288,10 @@ class Parent:
 
     def _as_far_as_possible(self, fresh: GatewaySettings) -> GatewaySettings:
         """What needs a restart is named, and stays: a worker that is started later must be as the others are."""
-        kept = {}
-        for section in ("tunnel", "admin"):
-            if getattr(fresh, section) != getattr(self._settings, section):
-                logger.warning("changes in [%s] take effect at the next restart", section)
-                kept[section] = getattr(self._settings, section)
-        return fresh.model_copy(update=kept)
+        if waiting := config.waiting_for_restart(self._settings, fresh):
+            logger.warning("changed, but not before the next restart: %s", ", ".join(waiting))
+        at_once = {"certificate": fresh.tunnel.certificate, "key": fresh.tunnel.key}
+        return fresh.model_copy(update={"tunnel": self._settings.tunnel.model_copy(update=at_once), "admin": self._settings.admin})
 
     async def _prepare(self, fresh: GatewaySettings, opened: Mapping[str, socket.socket]) -> list[Child]:
         """Let every worker do everything that can fail."""
@@ -344,6 +347,13 @@ class Parent:
                     nursery.start_soon(commit, child)
                 else:
                     child.start_again("it was not there for the reload")
+
+    def _take_no_clients(self) -> None:
+        """An administrator has drained the gateway: nobody is to wait in a queue that no worker serves."""
+        self._facts.is_draining = True
+        for sock in self._door_sockets.values():
+            sock.close()
+        self._door_sockets.clear()
 
     def _close_sockets(self) -> None:
         if self._tunnel_socket is not None:

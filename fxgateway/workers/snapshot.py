@@ -122,6 +122,9 @@ class MergedView:
             memory_bytes=memory_bytes() + sum(entry["memory_bytes"] for entry in totals),
             memory_limit_bytes=facts.settings.limits.memory_bytes,
             relays_refused={key[1]: count for key, count in counts.items() if key[0] == "relays_refused"},
+            window_bytes={kind: sum(entry["window_bytes"][kind] for entry in totals) for kind in ("first", "grown")},
+            certificate_expires_unix=min((entry["certificate_expires_unix"] for entry in totals), default=0.0),
+            access_dropped=counts["access_dropped",],
             workers=tuple(self._worker(number) for number in range(1, facts.settings.tunnel.workers + 1)),
         )
 
@@ -147,7 +150,7 @@ class MergedView:
 def _counts(status: Mapping[str, Any]) -> Counter[tuple[str, ...]]:
     """Everything in it that only rises."""
     totals = status["totals"]
-    counts: Counter[tuple[str, ...]] = Counter({("streams_opened",): totals["streams_opened"], ("resumed",): totals["resumed"]})
+    counts: Counter[tuple[str, ...]] = Counter({(name,): totals[name] for name in ("streams_opened", "resumed", "access_dropped")})
     for reason, count in totals["relays_refused"].items():
         counts["relays_refused", reason] += count
     for door in status["doors"]:

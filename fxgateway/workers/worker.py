@@ -64,6 +64,8 @@ async def _serve(reactor: Reactor, crew: Crew) -> None:
     _mark_logs(number)
     logs.configure(settings.log.level, settings.log.style, sys.stderr)
     worker = Worker(reactor, settings, Path(message["config"]), crew, number, workers, message["process"], sockets)
+    if message["is_drained"]:
+        worker.take_no_clients()
     try:
         await worker.serve()
     finally:
@@ -92,6 +94,10 @@ class Worker(Gateway):
         self._prepared: tuple[GatewaySettings, dict[str, Any], Inherited] | None = None
         share = share_of(settings, workers)
         super().__init__(reactor, share, config_path, Notifier(), raise_file_limit(), Sandbox(share, config_path))
+
+    def take_no_clients(self) -> None:
+        """Before `serve`: an administrator has drained the gateway."""
+        self._view.note_drain()
 
     async def serve(self) -> None:
         """See `Gateway`."""
@@ -133,6 +139,7 @@ class Worker(Gateway):
 
     def _announce(self, tunnel: str, admin: str) -> None:
         self._view.listening = (tunnel, *self._doors.bound.values(), admin)
+        self._crew.steer = self._steering.act
         self._crew.status = lambda: snapshot(self._view, self._all_relays.far)
         self._crew.join(self._number, self._registry, self._all_relays, self._shared, self._doors)
         self._crew.parent.send({"op": "ready"})

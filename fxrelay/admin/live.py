@@ -14,6 +14,7 @@ from fxtunnel import __version__
 from fxtunnel.engine.status import link_status
 from fxtunnel.kit.process import memory_bytes
 from fxtunnel.model import InstanceId, RelayId
+from fxtunnel.protocol.credit import WindowBudget
 
 _STATES: dict[ports.UplinkState, UplinkState] = {
     ports.UplinkState.CONNECTING: "connecting",
@@ -34,6 +35,7 @@ class LiveView:
         uplinks: Callable[[], Sequence[Uplink]],
         desk: DeliveryDesk,
         brain: Brain,
+        budget: WindowBudget,
         memory_limit_bytes: int,
     ) -> None:
         self._relay_id = relay_id
@@ -42,6 +44,7 @@ class LiveView:
         self._desk = desk
         self._brain = brain
         self._memory_limit_bytes = memory_limit_bytes
+        self._budget = budget
         self._started = time.monotonic()
 
     def uplinks(self) -> list[UplinkStatus]:
@@ -131,6 +134,7 @@ class LiveView:
             memory_bytes=memory_bytes(),
             memory_limit_bytes=self._memory_limit_bytes,
             is_draining=self._desk.is_draining,
+            window_bytes={"first": self._budget.promised_bytes, "grown": self._budget.grown_bytes},
         )
 
 

@@ -38,8 +38,12 @@ def _daemon(totals: Totals) -> Iterator[Metric]:
     yield GaugeMetricFamily("fxrelay_streams", "Open streams.", value=totals.streams)
     yield CounterMetricFamily("fxrelay_streams_opened", "Streams opened.", value=totals.streams_opened)
     yield CounterMetricFamily("fxrelay_links_resumed", "Data links that were cut and continued.", value=totals.resumed)
-    yield GaugeMetricFamily("fxrelay_memory_bytes", "Memory charged to the budget.", value=totals.memory_bytes)
-    yield GaugeMetricFamily("fxrelay_memory_limit_bytes", "The budget.", value=totals.memory_limit_bytes)
+    yield GaugeMetricFamily("fxrelay_memory_bytes", "Resident memory.", value=totals.memory_bytes)
+    yield GaugeMetricFamily("fxrelay_memory_limit_bytes", "limits.memory_bytes.", value=totals.memory_limit_bytes)
+    windows = GaugeMetricFamily("fxrelay_window_bytes", "Promised to streams, as first windows and as grown ones.", labels=["kind"])
+    for kind, size in totals.window_bytes.items():
+        windows.add_metric([kind], size)
+    yield windows
 
 
 def _uplinks(uplinks: list[UplinkStatus]) -> Iterator[Metric]:

@@ -109,6 +109,8 @@ class Totals:
     memory_bytes: int
     memory_limit_bytes: int
     is_draining: bool = False
+    window_bytes: Mapping[str, int] = field(default_factory=dict)
+    """Promised to streams, as `first` windows and as windows that have `grown`."""
 
 
 class RelayView(Protocol):

@@ -51,6 +51,15 @@ def new_authority(name: str, *, valid_from: datetime | None = None, valid_days: 
     return Authority(_cert_pem(certificate), key)
 
 
+def expires_unix(pem: bytes) -> float:
+    """When the first certificate in it ends.
+
+    Raises:
+        ValueError: there is none.
+    """
+    return x509.load_pem_x509_certificates(pem)[0].not_valid_after_utc.timestamp()
+
+
 def load_authority(cert_pem: str, key_pem: bytes) -> Authority:
     """The authority that `Authority.cert_pem` and `Authority.key_pem()` described.
 

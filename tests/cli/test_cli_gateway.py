@@ -94,6 +94,38 @@ def test_a_certificate_that_is_not_valid_now(made: Path, shift_days: int, words:
     assert words in lines[0]
 
 
+@pytest.mark.parametrize(("days_left", "is_told"), [(29, True), (31, False)])
+def test_check_warns_a_month_before_a_certificate_ends(made: Path, days_left: int, is_told: bool) -> None:
+    start = datetime.now(UTC) - timedelta(days=100 - days_left, minutes=-5)
+    certificate, key = issue_server_certificate(new_authority("x"), ["127.0.0.1"], valid_from=start, valid_days=100)
+    (made / "server.pem").write_text(certificate)
+    write_secret(made / "server.key", key)
+    result = fx("check", "--config", made / "gateway.toml")
+    assert result.exit_code == 0, result.output
+    ends = f"{start + timedelta(days=100):%Y-%m-%d}"
+    assert (f"warning: {made / 'server.pem'} ends on {ends}" in result.stderr) is is_told, result.stderr
+
+
+def test_a_withdrawn_enrolment_file_lets_nobody_in(made: Path, tmp_path: Path) -> None:
+    config, first, second = made / "gateway.toml", made / "gateway.json", tmp_path / "second.json"
+    assert fx("invite", "--config", config, "--out", second).exit_code == 0
+    tokens = [json.loads(path.read_text())["enrolment"]["token"] for path in (first, second)]
+    identities = Identities(made / "relays.json")
+    assert identities.enrol(RelayId("early"), new_key().public_key(), tokens[0]).outcome is EnrolOutcome.ENROLLED
+    assert fx("withdraw", "--config", config, first).exit_code == 0
+    again = fx("withdraw", "--config", config, first)
+    assert (again.exit_code, "does not know the token" in again.stderr) == (1, True)
+    assert identities.enrol(RelayId("late"), new_key().public_key(), tokens[0]).outcome is EnrolOutcome.BAD_TOKEN
+    assert identities.enrol(RelayId("late"), new_key().public_key(), tokens[1]).outcome is EnrolOutcome.ENROLLED
+    assert "2 had not expired" not in (everything := fx("withdraw", "--config", config, "--all").stdout)
+    assert "1 had not expired" in everything
+    assert identities.enrol(RelayId("later"), new_key().public_key(), tokens[1]).outcome is EnrolOutcome.BAD_TOKEN
+    identities.load()
+    assert {relay.relay_id for relay in identities.known()} == {"early", "late"}
+    for wrong in ([], ["--all", str(first)], [str(made / "ca.pem")]):
+        assert fx("withdraw", "--config", config, *wrong).exit_code == 2
+
+
 @pytest.mark.parametrize(
     ("names", "host", "fits"),
     [

@@ -1,6 +1,7 @@
 """A Redis that dies, hangs, forgets, refuses, or is not who it should be."""
 
 import contextlib
+import re
 import signal
 import socket
 import threading
@@ -8,6 +9,8 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
 
 import pytest
 import trustme
@@ -24,6 +27,7 @@ from tests.ports import free_port
 
 pytestmark = [*SYSTEM, NEEDS_REDIS]
 
+DOCUMENTATION = Path(__file__).parents[2] / "docs" / "CLUSTER.md"
 MakeServer = Callable[..., RedisServer]
 DEADLINE_S = 8.0
 """Two timeouts of a call are 5 s; the rest is for a busy machine."""
@@ -277,11 +281,20 @@ def test_databases_and_namespaces_are_apart(server: RedisServer) -> None:
         store.close()
 
 
-def test_the_access_list_of_the_documentation_is_enough(make_server: MakeServer) -> None:
-    rules = "~{fx-test}:* &{fx-test}:* +@hash +@string +@pubsub +@connection +eval +time +info +config|get"
-    server = make_server(*plain(), f"user relay on >secret {rules}")
-    store = RedisStore(redis_client(server, username="relay", password="secret"))
-    transporter = RedisTransporter(redis_client(server, username="relay", password="secret"))
+@pytest.mark.parametrize("is_cluster", [False, True], ids=["server", "cluster"])
+def test_the_access_list_of_the_documentation_is_enough(make_server: MakeServer, is_cluster: bool) -> None:
+    text = DOCUMENTATION.read_text().replace("{fastx-cluster}", "{fx-test}")
+    first, for_clusters = re.findall(r"^ {4}ACL SETUSER fxrelay (.+)$", text, re.MULTILINE)
+    rules = first.replace(">PASSWORD", ">secret") + (f" {for_clusters}" if is_cluster else "")
+    cluster = ("tls-cluster yes", "cluster-enabled yes", "cluster-require-full-coverage no") if is_cluster else ()
+    server = make_server(*plain(), *cluster, f"user relay {rules}")
+    client = partial(redis_client, server, username="relay", password="secret", cluster=is_cluster)
+    if is_cluster:
+        whole = redis_client(server)
+        whole.ask(lambda redis: redis.execute_command("CLUSTER", "ADDSLOTSRANGE", 0, 16383))
+        whole.close()
+    store, transporter = RedisStore(client()), RedisTransporter(client())
+    wait_until(lambda: answers(store))
     assert store.epoch()
     store.put(SERVERS, "n", "x")
     assert store.add("c", 1) == 1
@@ -290,7 +303,7 @@ def test_the_access_list_of_the_documentation_is_enough(make_server: MakeServer)
     subscription = transporter.subscribe(TOPICS)
     transporter.publish(SERVERS, "x")
     assert len(subscription.next_batch(20)) == 1
-    other = RedisStore(redis_client(server, username="relay", password="secret", namespace="other"))
+    other = RedisStore(client(namespace="other"))
     with fails_soon("no permissions"):
         other.put(SERVERS, "n", "x")
     for closed in (store, other, transporter):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import time
@@ -10,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from fxtunnel.kit.certificates import issue_server_certificate, load_authority
+from fxtunnel.kit.files import write_secret
 from tests.ports import free_port
 from tests.system.peers import Outcome, Service, dial, exchanges, how_it_ends, is_served, payload, say, visit
 from tests.system.stack import Daemon, Stack, cli, slowness, wait_until
@@ -233,6 +236,31 @@ def test_a_relay_is_back_soon_after_the_gateway_was_restarted(stack: Stack) -> N
     stack.wait_for_relays("node-a", timeout_s=60)
     assert time.monotonic() - began < 8 * slowness()
     assert is_served(stack.doors["echo"])
+
+
+def test_a_reload_names_what_waits_for_a_restart_and_takes_a_certificate_by_another_name_at_once(
+    make_stack: Callable[..., Stack],
+) -> None:
+    stack = make_stack("echo")
+    stack.start_gateway()
+    ends = re.compile(r"^fxgateway_certificate_expires_timestamp_seconds (\S+)", re.MULTILINE)
+    before = float(ends.findall(stack.page("/metrics"))[0])
+    authority = load_authority((stack.directory / "ca.pem").read_text(), (stack.directory / "ca.key").read_bytes())
+    certificate, key = issue_server_certificate(authority, ["127.0.0.1"], valid_days=5)
+    (stack.directory / "next.pem").write_text(certificate)
+    write_secret(stack.directory / "next.key", key)
+    config = stack.gateway_config
+    config.write_text(config.read_text().replace("[tunnel]\n", '[tunnel]\ncertificate = "next.pem"\nkey = "next.key"\n'))
+    reload(stack.gateway)
+    assert not [event for event in events(stack.gateway) if "next restart" in event]
+    assert float(ends.findall(stack.page("/metrics"))[0]) < before
+    assert "next.pem ends on" in stack.gateway_cli("check").stderr
+    extra = (
+        '[limits]\nmemory_bytes = "64MiB"\nopen_timeout_s = 9\n[liveness]\ndead_after_s = 9\n[resume]\nhold_s = 9\nreplay_bytes = "8MiB"\n'
+    )
+    config.write_text(config.read_text() + extra)
+    waiting = "changed, but not before the next restart: liveness.dead_after_s, resume.hold_s, limits.memory_bytes"
+    assert reload(stack.gateway, "next restart") == waiting
 
 
 def test_the_pages_and_commands_of_a_running_pair(stack: Stack) -> None:

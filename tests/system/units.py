@@ -32,12 +32,13 @@ os.execv(command[0], command)
 class Unit:
     """`systemctl start`, `stop`, `restart`, `reload` and `kill` of one daemon. Only its main process is ever signalled."""
 
-    def __init__(self, arguments: list[str], log: Path, home: Path, *, with_store: bool = True) -> None:
+    def __init__(self, arguments: list[str], log: Path, home: Path, *, with_store: bool = True, prefix: tuple[str, ...] = ()) -> None:
         self.log = log
         self.heard: list[str] = []
         self.stored: dict[str, int] = {}
         self.main: subprocess.Popen[bytes] | None = None
         self._arguments = arguments
+        self._prefix = prefix
         self._with_store = with_store
         self._path = home / f"{log.stem}.notify"
         self._notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
@@ -48,12 +49,12 @@ class Unit:
     def start(self) -> None:
         """Until it is ready."""
         fds = tuple(self.stored.values())
-        prefix = [sys.executable, "-c", _HAND_OVER, ",".join(map(str, fds)), ":".join(self.stored)]
+        hand_over = [sys.executable, "-c", _HAND_OVER, ",".join(map(str, fds)), ":".join(self.stored)]
         self.listen()
         self.heard.clear()
         with self.log.open("ab") as stderr:
             self.main = subprocess.Popen(
-                [*prefix, sys.executable, "-m", *self._arguments],
+                [*self._prefix, *hand_over, sys.executable, "-m", *self._arguments],
                 stdout=subprocess.DEVNULL,
                 stderr=stderr,
                 env={**os.environ, "NOTIFY_SOCKET": str(self._path)},

@@ -3,6 +3,7 @@
 import http.client
 import json
 import os
+import re
 import signal
 import socket
 import ssl
@@ -70,6 +71,9 @@ def test_the_status_page_and_the_metrics_are_sums(shared: Stack) -> None:
     for worker in (1, 2, 3):
         assert f'fxgateway_worker_up{{worker="{worker}"}} 1.0' in metrics
     assert 'fxgateway_relays{state="up"} 3.0' in metrics
+    assert float(re.findall(r"^fxgateway_certificate_expires_timestamp_seconds (\S+)", metrics, re.MULTILINE)[0]) > time.time()
+    assert 'fxgateway_window_bytes{kind="first"} ' in metrics
+    assert "fxgateway_access_log_dropped_total 0.0" in metrics
     parent = shared.gateway
     assert parent is not None
     pids = [parent.pid, *(worker["pid"] for worker in workers(shared).values())]

@@ -1,0 +1,71 @@
+"""Task: planned work in all workers at once: what `fxgateway drain` wishes, kept for workers that are started later."""
+
+from collections.abc import Callable, Collection
+from typing import Final
+
+import trio
+
+from fxgateway.steering import DRAIN, UNDO, UNKNOWN
+from fxgateway.workers.asking import Asking, NoAnswer
+from fxgateway.workers.child import Child
+from fxtunnel.model import RelayId
+
+ANSWER_S: Final = 2.0
+"""Less than `fxgateway drain` waits for us."""
+NOBODY_WAITS: Final = 0
+"""The number of a question whose answer nobody reads."""
+
+
+class Wishes:
+    """What an administrator wishes, until the next restart of the gateway."""
+
+    def __init__(self, children: Collection[Child], asking: Asking, on_drain: Callable[[], None]) -> None:
+        self.is_drained = False
+        self._drained: set[RelayId] = set()
+        self._children = children
+        self._asking = asking
+        self._on_drain = on_drain
+
+    async def steer(self, method: str, relay_id: RelayId | None) -> int:
+        """See `fxgateway.steering.Steer`; the sum over all workers.
+
+        Raises:
+            NoAnswer: a worker does not say what is left. The wish is noted: it holds for that worker as well.
+        """
+        self._note(method, relay_id)
+        left: list[int] = []
+        problems: list[NoAnswer] = []
+
+        async def ask(child: Child) -> None:
+            if child.channel is not None and child.is_ready:
+                try:
+                    answer = await self._asking.ask(child.channel, "steer", ANSWER_S, method=method, relay=relay_id)
+                except NoAnswer as exc:
+                    problems.append(exc)
+                else:
+                    left.append(int(answer["left"]))
+
+        async with trio.open_nursery() as nursery:
+            for child in self._children:
+                nursery.start_soon(ask, child)
+        if problems:
+            raise problems[0]
+        known = [count for count in left if count != UNKNOWN]
+        return sum(known) if known or relay_id is None else UNKNOWN
+
+    def remind(self, child: Child) -> None:
+        """A worker is ready that may not have heard of them."""
+        wishes: list[RelayId | None] = [*([None] if self.is_drained else []), *self._drained]
+        for relay_id in wishes:
+            if child.channel is not None:
+                child.channel.send({"op": "steer", "n": NOBODY_WAITS, "method": DRAIN, "relay": relay_id})
+
+    def _note(self, method: str, relay_id: RelayId | None) -> None:
+        if relay_id is None:
+            if method == DRAIN and not self.is_drained:
+                self.is_drained = True
+                self._on_drain()
+        elif method == DRAIN:
+            self._drained.add(relay_id)
+        elif method == UNDO:
+            self._drained.discard(relay_id)
