@@ -205,6 +205,7 @@ class Reactor:
         if self._timers and self._timers[0][0] <= now:
             self._run_timers()
         if self._calls:
+            # No barrier: these are trio's own steps, without which it would stand still for ever, and what `beside` tells, which has one.
             for _ in range(len(self._calls)):
                 self._calls.popleft()()
         if self._dirty:
