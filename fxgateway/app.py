@@ -278,7 +278,7 @@ class Gateway:
             open_rate_per_source_per_s=limits.open_rate_per_source_per_s,
             open_burst_per_source=limits.open_burst_per_source,
             exempt=limits.exempt_sources,
-            per_door={door.label: door.max_connections for door in settings.doors if door.max_connections is not None},
+            per_door={str(door.listen): door.max_connections for door in settings.doors if door.max_connections is not None},
         )
 
 

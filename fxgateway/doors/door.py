@@ -116,6 +116,8 @@ class Door:
     def __init__(self, reactor: Reactor, config: DoorConfig, relays: Relays, admission: Admission) -> None:
         self.reactor = reactor
         self.config = config
+        self.listen_address = str(config.listen)
+        """As which admission counts it: a reload may give it another name, and it stays the same door."""
         self._tags = _tags_of(config)
         self.traces = _traces()
         self.relays = relays
@@ -210,11 +212,15 @@ class Door:
         """Count a client that was turned away."""
         self.counters.refused[reason] = self.counters.refused.get(reason, 0) + 1
 
+    def left(self, address: str) -> None:
+        """A connection from there that was admitted is over, or counts elsewhere."""
+        self.admission.release(self.listen_address, address)
+
     def client_released(self, client: Client) -> None:
         """A client has ended."""
         self.clients.discard(client)
         self.opening.pop(client, None)
-        self.admission.release(client.admitted_by, client.address)
+        self.left(client.address)
         stream = client.stream
         if stream is not None:
             self.counters.bytes_in += stream.bytes_out
@@ -224,7 +230,7 @@ class Door:
         """A client is another process's from now on."""
         self.clients.discard(client)
         self.opening.pop(client, None)
-        self.admission.release(client.admitted_by, client.address)
+        self.left(client.address)
 
     def on_event(self, events: int) -> None:
         """From the reactor: clients wait."""
@@ -266,7 +272,7 @@ class Door:
                 self.hall.hear(sock, address, peer_text(peer), self.config.receptionist)
 
     def _admit(self, sock: socket.socket, address: str) -> bool:
-        verdict = self.admission.admit(self.name, address, self.reactor.now)
+        verdict = self.admission.admit(self.listen_address, address, self.reactor.now)
         if verdict is Verdict.ADMIT:
             return True
         receptionist = self.config.receptionist
@@ -312,7 +318,7 @@ class Door:
     def header_came(self, proxied: Proxied, client: tuple[str, int]) -> None:
         """A connection is `client`'s (address, port): from here on it is treated as one that came from there."""
         self.proxied.pop(proxied, None)
-        self.admission.release(proxied.admitted_by, _NOBODY)
+        self.left(_NOBODY)
         if not self._admit(proxied.sock, client[0]):
             return
         if self.config.receptionist is None:
@@ -325,7 +331,7 @@ class Door:
     def header_failed(self, proxied: Proxied, reason: str, text: str) -> None:
         """A connection owed its PROXY header, and has been reset."""
         self.proxied.pop(proxied, None)
-        self.admission.release(proxied.admitted_by, _NOBODY)
+        self.left(_NOBODY)
         self.refused(reason)
         logger.warning("door %s: no PROXY header from %s: %s", self.name, proxied.peer[0], text)
 

@@ -219,7 +219,7 @@ class Crew:
             return
         is_bridged = bool(message.get("is_bridged"))
         client, journey = unpack(door, adopt(sock) if is_bridged else sock, message, is_bridged=is_bridged)
-        self._admission.adopt(door.name, client.address, self._reactor.now)
+        self._admission.adopt(door.listen_address, client.address, self._reactor.now)
         door.clients.add(client)
         try:
             client.go_on(journey)
