@@ -300,20 +300,25 @@ def test_whoever_does_not_speak_tls_is_hung_up_on(shared: Stack, words: bytes) -
 
 
 def test_limits_are_what_they_say(make_stack: MakeStack, echo_service: Service) -> None:
-    stack = start(make_stack, {"echo": echo_service.target}, relays=2, extra="[limits]\nconnections_per_door = 30\n")
+    small = free_port()
+    own = f'[[door]]\nname = "small"\nlisten = "127.0.0.1:{small}"\nservice = "echo"\nmax_connections = 10\n'
+    extra = f"[limits]\nconnections_per_door = 30\n{own}"
+    stack = start(make_stack, {"echo": echo_service.target}, relays=2, extra=extra)
     with ExitStack() as clients:
 
-        def is_let_in() -> bool:
+        def is_let_in(port: int = stack.doors["echo"]) -> bool:
             try:
-                client = clients.enter_context(dial(stack.doors["echo"]))
+                client = clients.enter_context(dial(port))
                 client.sendall(b"!")
                 return client.recv(1) == b"!"
             except ConnectionError:
                 return False
 
         assert [is_let_in() for _ in range(30)] == [True] * 30
+        assert [is_let_in(small) for _ in range(10)] == [True] * 10
         time.sleep(1)  # the others are told within milliseconds, each time they have their turn
         assert [is_let_in() for _ in range(15)] == [False] * 15
+        assert [is_let_in(small) for _ in range(5)] == [False] * 5
 
 
 def test_workers_do_not_outlive_their_parent(make_stack: MakeStack, echo_service: Service) -> None:
