@@ -78,13 +78,12 @@ class Guests:
     async def claim(self, relay_id: RelayId, instance: InstanceId) -> int:
         """See `Colleagues`: the parent knows."""
         try:
-            answer = await self._crew.ask("claim", relay=relay_id, instance=instance)
+            epoch = await self._crew.claim(relay_id, instance)
         except NoAnswer as exc:
             raise PeerRefused(Refusal.TOO_MANY, f"the gateway cannot take relays now: {exc}", retry_after_s=RETRY_AFTER_S) from exc
-        if not answer["epoch"]:
+        if not epoch:
             raise PeerRefused(Refusal.TOO_MANY, "the gateway has no room for another relay", retry_after_s=RETRY_AFTER_S)
-        self._crew.expect(relay_id)
-        return int(answer["epoch"])
+        return epoch
 
     async def _place(self, named: int, *, is_data: bool) -> tuple[int, bool]:
         """Where it shall go, and whether it counts as a relay there."""
