@@ -159,7 +159,7 @@ class Crew:
             client.give_away()
             self._bridges.add(Bridge(self._reactor, secure, ours, self._bridges.discard))
             return True
-        message = pack(client, journey, client.named)
+        message = pack(client, journey, client.named) | {"is_bridged": False}
         sock = client.give_away()
         if not channel.send(message, [sock]):
             abort(sock)
@@ -227,8 +227,7 @@ class Crew:
             else:
                 abort(sock)
             return
-        is_bridged = bool(message.get("is_bridged"))
-        client, journey = unpack(door, adopt(sock) if is_bridged else sock, message, is_bridged=is_bridged)
+        client, journey = unpack(door, adopt(sock) if message["is_bridged"] else sock, message)
         self._admission.adopt(door.listen_address, client.address, self._reactor.now)
         door.clients.add(client)
         try:
