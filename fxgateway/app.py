@@ -53,11 +53,11 @@ from fxtunnel.kit.process import (
 from fxtunnel.kit.settings import Address
 from fxtunnel.kit.tls import server_context
 from fxtunnel.model import GatewayId, ServiceName
+from fxtunnel.protocol.alpn import ALPN_SPOKEN
 from fxtunnel.protocol.credit import WindowBudget
 
 logger = logging.getLogger(__name__)
 
-ALPN: Final = ("fx-data/1", "http/1.1")
 SWEEP_S: Final = 5.0
 GOODBYE_S: Final = 1.0
 RETRY_AFTER_S: Final = 1.0
@@ -112,7 +112,7 @@ class Gateway:
         self._identities = Identities(settings.tunnel.identities_path)
         self._view = LiveView(GatewayId(settings.tunnel.gateway_id), self._registry, self._doors, settings.limits.memory_bytes)
         self._port = TunnelPort(
-            server_context(settings.tunnel.certificate, settings.tunnel.key, ALPN),
+            server_context(settings.tunnel.certificate, settings.tunnel.key, ALPN_SPOKEN),
             GatewayId(settings.tunnel.gateway_id),
             self._identities,
             self._registry,
@@ -250,7 +250,7 @@ class Gateway:
 
     def _apply(self, fresh: GatewaySettings, contexts: Mapping[str, ssl.SSLContext], inherited: Inherited | None = None) -> None:
         """Doors and limits of a reloaded configuration; what needs a restart is named, and stays."""
-        context = server_context(fresh.tunnel.certificate, fresh.tunnel.key, ALPN)
+        context = server_context(fresh.tunnel.certificate, fresh.tunnel.key, ALPN_SPOKEN)
         self._doors.apply(door_configs(fresh, contexts, self._access), inherited)
         self._admission.apply(self._admission_limits(fresh))
         self._registry.apply(registry_limits(fresh), session_config(fresh))

@@ -40,13 +40,12 @@ from fxtunnel.kit.settings import Address
 from fxtunnel.kit.tls import TlsStream, handshake_server
 from fxtunnel.kit.tokens import Assertion, KeyProblem, verify_assertion
 from fxtunnel.model import GatewayId, RelayId
+from fxtunnel.protocol.alpn import ALPN_DATA
 
 __all__ = ["PortLimits", "TunnelPort"]
 
 logger = logging.getLogger(__name__)
 
-ALPN_DATA: Final = "fx-data/1"
-ALPN_HTTP: Final = "http/1.1"
 BUSY: Final = "busy"
 ACCEPTED_AT_ONCE: Final = 64
 """Connections taken from the kernel's queue before others of this process have their turn."""

@@ -115,7 +115,7 @@ class Session:
         """The peer does not resume: keep nothing for a repeat, send no ACKs; a lost link is the end. Before the first `attach`."""
         self.mux.ring.keep = False
 
-    def attach(self, link: ssl.SSLSocket, peer_received: int, peer_window: int = 0) -> None:
+    def attach(self, link: ssl.SSLSocket, peer_received: int) -> None:
         """Run on `link` from now on: a non-blocking TLS socket after its hello. The session owns it.
 
         Raises:
