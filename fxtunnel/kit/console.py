@@ -59,6 +59,8 @@ class Program(click.Group):
         # Not one inside a group: what a daemon's task did not expect is a bug of ours, and keeps its traceback.
         try:
             return super().invoke(ctx)
+        except BrokenPipeError:
+            raise  # whoever reads has seen enough (`| head`): click ends with exit code 1 then, and without a word
         except OSError as exc:
             raise FxError(str(exc)) from exc
 
