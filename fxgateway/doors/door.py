@@ -128,6 +128,8 @@ class Door:
         self.hall = Hall(self)
         self.counters = DoorCounters()
         self._listener: socket.socket | None = None
+        self._hears = False
+        """The listener is registered: the door neither pauses nor waits."""
         self._paused = False
         self.is_waiting = False
         """Clients stay in the listener's queue until their services have relays: see `wait_until`."""
@@ -166,7 +168,7 @@ class Door:
         """Take clients from `listener`, a bound, listening, non-blocking socket. The door owns it."""
         self._listener = listener
         self._defer_accept()
-        self.reactor.register(listener, self, LISTENER_EVENTS)
+        self._hear_or_not()
         self._sweep_later()
 
     def reconfigure(self, config: DoorConfig) -> None:
@@ -176,22 +178,18 @@ class Door:
         self._defer_accept()
 
     def wait_until(self, is_time: Callable[[], bool], deadline: float) -> None:
-        """Leave clients in the listener's queue until `is_time`, or the reactor's clock shows `deadline`. Right after `open`."""
-        if not self._paused and self._listener is not None:
-            self._paused = True
-            self.reactor.unregister(self._listener)
+        """Leave clients in the listener's queue until `is_time`, or the reactor's clock shows `deadline`."""
         self.is_waiting = self._listener is not None and not is_time() and self.reactor.now < deadline
-        if not self.is_waiting:
-            self._resume()
-        else:
+        self._hear_or_not()
+        if self.is_waiting:
             self.reactor.call_later(WAIT_POLL_S, lambda: self.wait_until(is_time, deadline))
 
     def release(self) -> None:
         """Stop listening. Everybody who is in stays, and whoever is about to say what he wants may do so."""
         listener, self._listener = self._listener, None
         if listener is not None:
-            if not self._paused:
-                self.reactor.unregister(listener)
+            self.reactor.unregister(listener)
+            self._hears = False
             listener.close()
 
     def close(self) -> None:
@@ -236,7 +234,7 @@ class Door:
         """From the reactor: clients wait."""
         for _ in range(ACCEPTS_PER_TURN):
             listener = self._listener
-            if listener is None or self._paused:
+            if listener is None or not self._hears:
                 return
             try:
                 sock, peer = listener.accept()
@@ -339,14 +337,22 @@ class Door:
         if self._listener is None or self._paused:
             return
         self._paused = True
-        self.reactor.unregister(self._listener)
+        self._hear_or_not()
         self.reactor.call_later(PAUSE_S, self._resume)
         logger.warning("door %s pauses: %s", self.name, why)
 
     def _resume(self) -> None:
         self._paused = False
-        if self._listener is not None:
-            self.reactor.register(self._listener, self, LISTENER_EVENTS)
+        self._hear_or_not()
+
+    def _hear_or_not(self) -> None:
+        should = not self._paused and not self.is_waiting
+        if self._listener is not None and should != self._hears:
+            self._hears = should
+            if should:
+                self.reactor.register(self._listener, self, LISTENER_EVENTS)
+            else:
+                self.reactor.unregister(self._listener)
 
     def _sweep_later(self) -> None:
         self._sweep = self.reactor.call_later(SWEEP_S, self._sweep_now)

@@ -122,6 +122,29 @@ async def test_closed_door_lets_its_clients_finish_and_then_rests(contexts: Cont
         assert door._sweep is armed
 
 
+@pytest.mark.parametrize("pauses_first", [True, False])
+async def test_a_door_that_pauses_may_wait_as_well(contexts: Contexts, pauses_first: bool, caplog: pytest.LogCaptureFixture) -> None:
+    """It takes clients when both are over, whichever ends first."""
+    async with open_plane(contexts) as plane:
+        await plane.add_relay(await plane.serve(echo))
+        port = plane.add_door()
+        door, deadline = plane.doors[0], plane.reactor.now + (0.1 if pauses_first else 0.6)
+        if pauses_first:
+            door._pause("the test")
+        door.wait_until(lambda: False, deadline)
+        if not pauses_first:
+            door._pause("the test")
+        assert door.is_waiting
+        assert await exchange(port, b"x") == b"x"
+        assert plane.reactor.now >= deadline
+        with trio.fail_after(10):
+            while door._paused or door.is_waiting:
+                await trio.sleep(0.01)
+        await trio.sleep(0.3)  # a pause that was forgotten would end now
+        assert await exchange(port, b"y") == b"y"
+    assert "timer failed" not in caplog.text
+
+
 async def test_door_closed_while_it_pauses(contexts: Contexts) -> None:
     async with open_plane(contexts) as plane:
         plane.add_door()
