@@ -20,7 +20,7 @@ _JOURNEY = ("asked", "target", "avoid", "attempts", "hops", "has_ended")
 
 def pack(client: Client, journey: Journey, named: str) -> Message:
     """The message. `named` is the client's ip:port, if its socket will not know it."""
-    diary = client.diary if client.door.config.access is not None else None
+    diary = client.diary
     words = client.words if isinstance(client, WebClient) else None
     return {
         "op": "client",

@@ -2,6 +2,7 @@
 
 import json
 import socket
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import trio
 from peers import Serve, connect, echo, exchange, free_port, hanging_port, pattern, receive_all, receive_exactly, refused, until_reset
 from plane import SERVICE, Contexts, Plane, open_plane
 
+from fxgateway.access_log import AccessLog
 from fxgateway.doors.client import MAX_ATTEMPTS
 from fxgateway.doors.elsewhere import Journey
 from fxgateway.doors.web_client import WebClient, Words
@@ -241,6 +243,18 @@ async def test_who_has_been_greeted_is_told_nothing_in_http_any_more(contexts: C
         assert await until_reset(stream, 5) == b""
         assert second.far_session.mux.opened == 1
         await stream.aclose()
+
+
+async def test_who_came_before_there_was_an_access_log_moves_without_a_diary(contexts: Contexts) -> None:
+    async with open_plane(contexts) as plane:
+        await plane.add_relay(await plane.serve(echo))
+        async with await connect(plane.add_door()) as stream:
+            await stream.send_all(b"x")
+            assert await receive_exactly(stream, 1) == b"x"
+            door = plane.doors[0]
+            door.reconfigure(replace(door.config, access=AccessLog()))
+            (client,) = door.clients
+            assert pack(client, Journey((), None, (), 0, 0, False, b""), "")["diary"] is None
 
 
 async def test_stream_whose_service_has_ended_is_not_begun_again(contexts: Contexts) -> None:
