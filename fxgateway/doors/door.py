@@ -1,6 +1,5 @@
 """Pump: one door: a listening socket, admission, and the clients that came in by it."""
 
-import errno
 import itertools
 import logging
 import secrets
@@ -24,6 +23,7 @@ from fxtunnel.codes import Code
 from fxtunnel.engine.reactor import LISTENER_EVENTS, Reactor, Timer
 from fxtunnel.engine.splice import RESET_ON_CLOSE, abort
 from fxtunnel.kit.answers import Refused
+from fxtunnel.kit.listeners import EXHAUSTED
 from fxtunnel.kit.settings import Address
 from fxtunnel.model import RelayId, ServiceName
 from fxtunnel.protocol.opening import TAG_TRACE, Opening, encode_tag, encode_tags
@@ -57,7 +57,6 @@ _TOO_MANY: Final = Refused(429, "TooMany", "There are too many connections from 
 _UNHEARD: Final = Lead(ServiceName(""))
 _NOBODY: Final = ""
 """The source as which admission counts a connection that owes its PROXY header: in all and per door, but of no source yet."""
-_EXHAUSTED: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
 
 class Routes(Protocol):
@@ -241,7 +240,7 @@ class Door:
             except BlockingIOError:
                 return
             except OSError as exc:
-                if exc.errno in _EXHAUSTED:
+                if exc.errno in EXHAUSTED:
                     self._pause(str(exc.strerror))
                 # Anything else concerns the one connection that was to be accepted (accept(2)).
                 return

@@ -5,7 +5,6 @@ import errno
 import os
 import select
 import socket
-import struct
 from collections.abc import Callable, Sequence
 from typing import Final
 
@@ -16,13 +15,12 @@ from fxrelay.delivery.delivery import connect
 from fxrelay.delivery.services import Endpoint
 from fxrelay.web.heads import MAX_ANSWER_HEAD_BYTES, HeadScanner
 from fxtunnel.engine.reactor import Reactor
-from fxtunnel.engine.splice import abort
+from fxtunnel.engine.splice import CLOSE_CLEANLY, abort
 from fxtunnel.errors import NodeError
 from fxtunnel.model import RelayId
 
 RECEIVE_BYTES: Final = 65_536
 SERVICE_EVENTS: Final = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLET
-_CLOSE_CLEANLY: Final = struct.pack("ii", 0, 0)
 _LOOK: Final = socket.MSG_PEEK | socket.MSG_DONTWAIT
 
 
@@ -123,7 +121,7 @@ class ServiceLink:
         """Close in order. May be repeated."""
         self._forget()
         with contextlib.suppress(OSError):
-            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _CLOSE_CLEANLY)
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, CLOSE_CLEANLY)
         self.sock.close()
 
     def abort(self) -> None:
