@@ -54,11 +54,11 @@ from fxtunnel.kit.process import (
 from fxtunnel.kit.settings import Address
 from fxtunnel.kit.tls import server_context
 from fxtunnel.model import GatewayId, ServiceName
+from fxtunnel.protocol.alpn import ALPN_SPOKEN
 from fxtunnel.protocol.credit import WindowBudget
 
 logger = logging.getLogger(__name__)
 
-ALPN: Final = ("fx-data/1", "http/1.1")
 SWEEP_S: Final = 5.0
 GOODBYE_S: Final = 1.0
 RETRY_AFTER_S: Final = 1.0
@@ -115,7 +115,7 @@ class Gateway:
         self._view.access_dropped = lambda: self._access.dropped
         self._view.certificate_expires_unix = expires_unix(settings.tunnel.certificate.read_bytes())
         self._port = TunnelPort(
-            server_context(settings.tunnel.certificate, settings.tunnel.key, ALPN),
+            server_context(settings.tunnel.certificate, settings.tunnel.key, ALPN_SPOKEN),
             GatewayId(settings.tunnel.gateway_id),
             self._identities,
             self._registry,
@@ -253,8 +253,8 @@ class Gateway:
 
     def _apply(self, fresh: GatewaySettings, contexts: Mapping[str, ssl.SSLContext], inherited: Inherited | None = None) -> None:
         """Doors and limits of a reloaded configuration; what needs a restart is named, and stays."""
-        context = server_context(fresh.tunnel.certificate, fresh.tunnel.key, ALPN)
-        self._doors.apply(self._door_configs(fresh, contexts), inherited)
+        context = server_context(fresh.tunnel.certificate, fresh.tunnel.key, ALPN_SPOKEN)
+        self._doors.apply(door_configs(fresh, contexts, self._access), inherited)
         self._admission.apply(self._admission_limits(fresh))
         self._registry.apply(registry_limits(fresh), session_config(fresh))
         self._port.apply(context, port_limits(fresh))
@@ -284,7 +284,7 @@ class Gateway:
             open_rate_per_source_per_s=limits.open_rate_per_source_per_s,
             open_burst_per_source=limits.open_burst_per_source,
             exempt=limits.exempt_sources,
-            per_door={door.label: door.max_connections for door in settings.doors if door.max_connections is not None},
+            per_door={str(door.listen): door.max_connections for door in settings.doors if door.max_connections is not None},
         )
 
 

@@ -22,8 +22,8 @@ from fxtunnel.kit.listeners import ListenError, listen
 from fxtunnel.kit.notify import LAUNCHER_FD
 from fxtunnel.kit.tls import server_context
 from fxtunnel.kit.tls_problems import describe_dates
+from fxtunnel.protocol.alpn import ALPN_SPOKEN
 
-ALPN: Final = ("fx-data/1", "http/1.1")
 ENDS_SOON: Final = dt.timedelta(days=30)
 MIN_WORKER_BYTES: Final = 32 << 20
 _BESIDE: Final = ("gateway.json", "ca.key")
@@ -33,7 +33,7 @@ _BESIDE: Final = ("gateway.json", "ca.key")
 def verify_files(settings: GatewaySettings, config_path: Path, now: dt.datetime) -> list[ConfigProblem]:
     """Everything wrong with certificate, key, state directory and the secrets beside them; empty if `run` can use them."""
     tunnel = settings.tunnel
-    problems = _collect(lambda: server_context(tunnel.certificate, tunnel.key, ALPN))
+    problems = _collect(lambda: server_context(tunnel.certificate, tunnel.key, ALPN_SPOKEN))
     if tunnel.certificate.is_file():
         problems += _certificate_problems(settings, now)
     if not tunnel.state_dir.is_dir():

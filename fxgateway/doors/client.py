@@ -33,7 +33,6 @@ class Client(Splice):
         "_open_ends_at",
         "_target",
         "address",
-        "admitted_by",
         "diary",
         "door",
         "hops",
@@ -54,9 +53,8 @@ class Client(Splice):
         """OPEN's tags but for the client's own address."""
         self.trace = ""
         """Its mark in the logs of gateway and relay, if it has one."""
-        self.diary: Diary
-        """Only if the access log is on."""
-        self.admitted_by = door.name
+        self.diary: Diary | None = None
+        """If the access log was on when it came."""
         self.named = ""
         """The client's ip:port if it was told (at first by accept, or a PROXY header); else the socket knows it."""
         self.last_bytes = 0

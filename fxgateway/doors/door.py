@@ -1,6 +1,5 @@
 """Pump: one door: a listening socket, admission, and the clients that came in by it."""
 
-import errno
 import itertools
 import logging
 import secrets
@@ -24,6 +23,7 @@ from fxtunnel.codes import Code
 from fxtunnel.engine.reactor import LISTENER_EVENTS, Reactor, Timer
 from fxtunnel.engine.splice import RESET_ON_CLOSE, abort
 from fxtunnel.kit.answers import Refused
+from fxtunnel.kit.listeners import EXHAUSTED
 from fxtunnel.kit.settings import Address
 from fxtunnel.model import RelayId, ServiceName
 from fxtunnel.protocol.opening import TAG_TRACE, Opening, encode_tag, encode_tags
@@ -57,7 +57,6 @@ _TOO_MANY: Final = Refused(429, "TooMany", "There are too many connections from 
 _UNHEARD: Final = Lead(ServiceName(""))
 _NOBODY: Final = ""
 """The source as which admission counts a connection that owes its PROXY header: in all and per door, but of no source yet."""
-_EXHAUSTED: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
 
 class Routes(Protocol):
@@ -116,6 +115,8 @@ class Door:
     def __init__(self, reactor: Reactor, config: DoorConfig, relays: Relays, admission: Admission) -> None:
         self.reactor = reactor
         self.config = config
+        self.listen_address = str(config.listen)
+        """As which admission counts it: a reload may give it another name, and it stays the same door."""
         self._tags = _tags_of(config)
         self.traces = _traces()
         self.relays = relays
@@ -126,6 +127,8 @@ class Door:
         self.hall = Hall(self)
         self.counters = DoorCounters()
         self._listener: socket.socket | None = None
+        self._hears = False
+        """The listener is registered: the door neither pauses nor waits."""
         self._paused = False
         self.is_waiting = False
         """Clients stay in the listener's queue until their services have relays: see `wait_until`."""
@@ -164,7 +167,7 @@ class Door:
         """Take clients from `listener`, a bound, listening, non-blocking socket. The door owns it."""
         self._listener = listener
         self._defer_accept()
-        self.reactor.register(listener, self, LISTENER_EVENTS)
+        self._hear_or_not()
         self._sweep_later()
 
     def reconfigure(self, config: DoorConfig) -> None:
@@ -174,22 +177,18 @@ class Door:
         self._defer_accept()
 
     def wait_until(self, is_time: Callable[[], bool], deadline: float) -> None:
-        """Leave clients in the listener's queue until `is_time`, or the reactor's clock shows `deadline`. Right after `open`."""
-        if not self._paused and self._listener is not None:
-            self._paused = True
-            self.reactor.unregister(self._listener)
+        """Leave clients in the listener's queue until `is_time`, or the reactor's clock shows `deadline`."""
         self.is_waiting = self._listener is not None and not is_time() and self.reactor.now < deadline
-        if not self.is_waiting:
-            self._resume()
-        else:
+        self._hear_or_not()
+        if self.is_waiting:
             self.reactor.call_later(WAIT_POLL_S, lambda: self.wait_until(is_time, deadline))
 
     def release(self) -> None:
         """Stop listening. Everybody who is in stays, and whoever is about to say what he wants may do so."""
         listener, self._listener = self._listener, None
         if listener is not None:
-            if not self._paused:
-                self.reactor.unregister(listener)
+            self.reactor.unregister(listener)
+            self._hears = False
             listener.close()
 
     def close(self) -> None:
@@ -210,11 +209,15 @@ class Door:
         """Count a client that was turned away."""
         self.counters.refused[reason] = self.counters.refused.get(reason, 0) + 1
 
+    def left(self, address: str) -> None:
+        """A connection from there that was admitted is over, or counts elsewhere."""
+        self.admission.release(self.listen_address, address)
+
     def client_released(self, client: Client) -> None:
         """A client has ended."""
         self.clients.discard(client)
         self.opening.pop(client, None)
-        self.admission.release(client.admitted_by, client.address)
+        self.left(client.address)
         stream = client.stream
         if stream is not None:
             self.counters.bytes_in += stream.bytes_out
@@ -224,20 +227,20 @@ class Door:
         """A client is another process's from now on."""
         self.clients.discard(client)
         self.opening.pop(client, None)
-        self.admission.release(client.admitted_by, client.address)
+        self.left(client.address)
 
     def on_event(self, events: int) -> None:
         """From the reactor: clients wait."""
         for _ in range(ACCEPTS_PER_TURN):
             listener = self._listener
-            if listener is None or self._paused:
+            if listener is None or not self._hears:
                 return
             try:
                 sock, peer = listener.accept()
             except BlockingIOError:
                 return
             except OSError as exc:
-                if exc.errno in _EXHAUSTED:
+                if exc.errno in EXHAUSTED:
                     self._pause(str(exc.strerror))
                 # Anything else concerns the one connection that was to be accepted (accept(2)).
                 return
@@ -266,7 +269,7 @@ class Door:
                 self.hall.hear(sock, address, peer_text(peer), self.config.receptionist)
 
     def _admit(self, sock: socket.socket, address: str) -> bool:
-        verdict = self.admission.admit(self.name, address, self.reactor.now)
+        verdict = self.admission.admit(self.listen_address, address, self.reactor.now)
         if verdict is Verdict.ADMIT:
             return True
         receptionist = self.config.receptionist
@@ -312,7 +315,7 @@ class Door:
     def header_came(self, proxied: Proxied, client: tuple[str, int]) -> None:
         """A connection is `client`'s (address, port): from here on it is treated as one that came from there."""
         self.proxied.pop(proxied, None)
-        self.admission.release(proxied.admitted_by, _NOBODY)
+        self.left(_NOBODY)
         if not self._admit(proxied.sock, client[0]):
             return
         if self.config.receptionist is None:
@@ -325,7 +328,7 @@ class Door:
     def header_failed(self, proxied: Proxied, reason: str, text: str) -> None:
         """A connection owed its PROXY header, and has been reset."""
         self.proxied.pop(proxied, None)
-        self.admission.release(proxied.admitted_by, _NOBODY)
+        self.left(_NOBODY)
         self.refused(reason)
         logger.warning("door %s: no PROXY header from %s: %s", self.name, proxied.peer[0], text)
 
@@ -333,14 +336,22 @@ class Door:
         if self._listener is None or self._paused:
             return
         self._paused = True
-        self.reactor.unregister(self._listener)
+        self._hear_or_not()
         self.reactor.call_later(PAUSE_S, self._resume)
         logger.warning("door %s pauses: %s", self.name, why)
 
     def _resume(self) -> None:
         self._paused = False
-        if self._listener is not None:
-            self.reactor.register(self._listener, self, LISTENER_EVENTS)
+        self._hear_or_not()
+
+    def _hear_or_not(self) -> None:
+        should = not self._paused and not self.is_waiting
+        if self._listener is not None and should != self._hears:
+            self._hears = should
+            if should:
+                self.reactor.register(self._listener, self, LISTENER_EVENTS)
+            else:
+                self.reactor.unregister(self._listener)
 
     def _sweep_later(self) -> None:
         self._sweep = self.reactor.call_later(SWEEP_S, self._sweep_now)

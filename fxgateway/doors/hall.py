@@ -72,7 +72,7 @@ class Hall:
         self.visitors.pop(securing, None)
         receptionist = self.door.config.receptionist
         if receptionist is None:  # the door has become another one
-            self.door.admission.release(securing.admitted_by, securing.address)
+            self.door.left(securing.address)
             abort(sock)
             return
         visitor = SecureVisitor(self, sock, securing.address, securing.named, receptionist)
@@ -82,7 +82,7 @@ class Hall:
     def not_secured(self, securing: Securing, reason: str, text: str) -> None:
         """A client's TLS handshake has failed; its socket is closed."""
         self.visitors.pop(securing, None)
-        self.door.admission.release(securing.admitted_by, securing.address)
+        self.door.left(securing.address)
         self.door.refused(reason)
         logger.info("door %s: no TLS with %s: %s", self.door.name, securing.address, text)
 
@@ -120,7 +120,7 @@ class Hall:
     def visitor_turned_away(self, visitor: Visitor, away: TurnAway) -> None:
         """A connection leads nowhere. Its socket is the hall's again."""
         self.visitors.pop(visitor, None)
-        self.door.admission.release(visitor.admitted_by, visitor.address)
+        self.door.left(visitor.address)
         self.door.refused(away.reason)
         if away.status:
             trace = next(self.door.traces)

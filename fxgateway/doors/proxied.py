@@ -20,13 +20,12 @@ class Proxied:
     Owns the socket until the header is there. The door hears of `header_came` or `header_failed`, once.
     """
 
-    __slots__ = ("admitted_by", "door", "is_over", "peer", "sock")
+    __slots__ = ("door", "is_over", "peer", "sock")
 
     def __init__(self, door: "Door", sock: socket.socket, peer: tuple[str, int]) -> None:
         self.door = door
         self.sock = sock
         self.peer = peer
-        self.admitted_by = door.name
         self.is_over = False
 
     def start(self) -> None:

@@ -31,9 +31,11 @@ class Diary:
 
 
 class Recorded(Client):
-    """A client that keeps a diary. Mixed in before the client's own class: it only looks on."""
+    """A client that keeps a diary, which it is given before it begins. Mixed in before the client's own class: it only looks on."""
 
     __slots__ = ()
+
+    diary: Diary
 
     def on_accept(self) -> None:
         """See `Endpoint`."""

@@ -22,7 +22,7 @@ PLAIN_HTTP: Final = b"HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain\r\nCo
 class Securing:
     """Implements `SecureOwner`. The hall hears of `secured` or `not_secured`, once, and may end it with `turn_away`."""
 
-    __slots__ = ("_handshake", "_turned_away", "address", "admitted_by", "door", "hall", "named")
+    __slots__ = ("_handshake", "_turned_away", "address", "door", "hall", "named")
 
     timeout_status: Final = 0
 
@@ -31,7 +31,6 @@ class Securing:
         self.door = hall.door
         self.address = address
         self.named = named
-        self.admitted_by = self.door.name
         self._turned_away = ""
         self._handshake = Handshake(self.door.reactor, sock, context, self, source=source_of(address), http_answer=PLAIN_HTTP)
 

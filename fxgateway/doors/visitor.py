@@ -18,7 +18,7 @@ class Visitor:
     `named` is the client's ip:port, whoever told it; empty if it has none.
     """
 
-    __slots__ = ("_receptionist", "_silence", "_wanted_bytes", "address", "admitted_by", "door", "hall", "is_over", "named", "sock")
+    __slots__ = ("_receptionist", "_silence", "_wanted_bytes", "address", "door", "hall", "is_over", "named", "sock")
 
     def __init__(self, hall: "Hall", sock: socket.socket, address: str, named: str, receptionist: Receptionist) -> None:
         self.hall = hall
@@ -26,7 +26,6 @@ class Visitor:
         self.sock = sock
         self.address = address
         self.named = named
-        self.admitted_by = self.door.name
         self.is_over = False
         self._receptionist = receptionist
         self._wanted_bytes = 1

@@ -34,17 +34,20 @@ _BY_CODE: Final = {
 
 @dataclass(frozen=True, slots=True)
 class Words:
-    """What is said for a client or to it: `instead` of its request's head, to the service; `greeting` to it, once that is reached."""
+    """What is still to be said for a client or to it: `instead` of its request's head, to the service; `greeting` to it, once that is
+    reached. `is_greeted`: it has been, and speaks another protocol than HTTP since.
+    """
 
     accept: bytes
     instead: bytes
     greeting: bytes
+    is_greeted: bool = False
 
 
 class WebClient(Client):
     """A client whose first request has been looked at. With `lead.instead` that is sent in place of the request's head."""
 
-    __slots__ = ("_accept", "_greeting", "_instead", "_refusal")
+    __slots__ = ("_accept", "_greeting", "_instead", "_is_greeted", "_refusal")
 
     def __init__(self, door: "Door", sock: socket.socket, address: str, lead: Lead, opening: Opening) -> None:
         own = encode_tag(TAG_TRACE, opening.trace) + (encode_tag(TAG_TICKET, opening.ticket) if opening.ticket else b"")
@@ -54,6 +57,7 @@ class WebClient(Client):
         self._accept = head.accept if head is not None else b""
         self._instead = lead.instead or b""
         self._greeting = lead.greeting
+        self._is_greeted = False
         self._refusal = Refused(
             503,
             "NoRelay",
@@ -67,11 +71,12 @@ class WebClient(Client):
     @property
     def words(self) -> Words:
         """What is still to be said."""
-        return Words(self._accept, self._instead, self._greeting)
+        return Words(self._accept, self._instead, self._greeting, self._is_greeted)
 
     @words.setter
     def words(self, words: Words) -> None:
-        self._accept, self._instead, self._greeting = words.accept, words.instead, words.greeting
+        self._accept, self._instead = words.accept, words.instead
+        self._greeting, self._is_greeted = words.greeting, words.is_greeted
         self._readable = bool(words.instead)
 
     def read_turn(self, limit_bytes: int) -> int:
@@ -99,7 +104,7 @@ class WebClient(Client):
                 said = self.sock.send(self._greeting) == len(self._greeting)
             except OSError:
                 said = False
-            self._greeting = b""
+            self._greeting, self._is_greeted = b"", True
             if not said:
                 self.fail(Code.PEER_RESET)
 
@@ -116,7 +121,7 @@ class WebClient(Client):
     def turn_away(self, reason: str) -> None:
         """See `Client`."""
         stream = self.stream
-        if self.closed or (stream is not None and (stream.accepted or stream.bytes_in)):
+        if self.closed or self._is_greeted or (stream is not None and (stream.accepted or stream.bytes_in)):
             super().turn_away(reason)
             return
         logger.info("door %s: %d for %s: %s (trace %s)", self.door.name, self._refusal.status, self.address, reason, self.trace)

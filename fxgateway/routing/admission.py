@@ -26,7 +26,7 @@ class AdmissionLimits:
     open_burst_per_source: int = 200
     exempt: tuple[Network, ...] = ()
     per_door: Mapping[str, int] = field(default_factory=dict)
-    """Doors whose bound is not `connections_per_door`."""
+    """Doors whose bound is not `connections_per_door`, by the address they listen at."""
 
 
 class Verdict(Enum):
@@ -69,7 +69,7 @@ class Admission:
         self._exempt_cache.clear()
 
     def admit(self, door: str, address: str, now: float) -> Verdict:
-        """Judge and count a new connection from `address` (text of an IP, or empty for a unix socket)."""
+        """Judge and count a new connection from `address` (text of an IP, or empty for a unix socket) at `door` (where that listens)."""
         limits = self.limits
         if self.connections >= limits.connections:
             return Verdict.FULL

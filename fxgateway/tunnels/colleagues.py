@@ -47,8 +47,11 @@ class Colleagues(Protocol):
     async def claim(self, relay_id: RelayId, instance: InstanceId) -> int:
         """Take the relay's name over all processes; the epoch, or 0 where the registry counts them itself.
 
+        The caller enters it without a checkpoint in between.
+
         Raises:
             PeerRefused: there is no room for this relay now; it may try again.
+            TunnelClosed: somebody else has been given the name meanwhile; the relay is to be told the code.
         """
 
 

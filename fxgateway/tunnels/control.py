@@ -121,7 +121,8 @@ class ControlDesk:
         channel = Channel(ws)
         try:
             hello = await self._hello(channel, caller)
-            epoch = await self._colleagues.claim(caller.relay_id, hello.instance)
+            # Who goes away keeps what he has here, and takes no name back: his successor may have it, at another process.
+            epoch = 0 if CAP_LEAVING in hello.caps else await self._colleagues.claim(caller.relay_id, hello.instance)
             # Revoked since the assertion was checked? From here on the registry would be told.
             if not caller.is_trusted():
                 raise PeerRefused(Refusal.REVOKED, f"relay {caller.relay_id} was revoked by the gateway's administrator")
@@ -131,7 +132,8 @@ class ControlDesk:
             await channel.goodbye(Refused(code=exc.refusal, message=str(exc)[:TEXT_CHARS], retry_after_s=exc.retry_after_s))
             return
         except TunnelClosed as exc:
-            logger.warning("control link of %s from %s ended before its hello: %s", caller.relay_id, caller.remote_address, exc)
+            logger.warning("control link of %s from %s ended before its welcome: %s", caller.relay_id, caller.remote_address, exc)
+            await channel.goodbye(Closing(code=exc.code, message=str(exc)[:TEXT_CHARS]))
             return
         await self._serve_known(channel, caller, hello, epoch)
 

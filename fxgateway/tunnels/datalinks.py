@@ -48,10 +48,10 @@ class DataDesk:
             RemoteProtocolError: the peer does not speak the protocol.
             TunnelClosed: the peer left.
         """
-        kind, length_bytes, _ = parse_header(await _receive_exactly(stream, HEADER_BYTES))
+        kind, length_bytes, _ = parse_header(await _received(stream, HEADER_BYTES))
         if kind != HELLO:
             raise RemoteProtocolError(Code.PROTOCOL_ERROR, "the relay speaks first, and says HELLO")
-        payload = await _receive_exactly(stream, length_bytes)
+        payload = await _received(stream, length_bytes)
         try:
             self._attach(stream, _decoded(payload), remote_address)
         except PeerRefused as exc:
@@ -72,7 +72,7 @@ class DataDesk:
         caps = (CAP_RESUME,) if session.resumes else ()
         welcome = encode_welcome(Welcome(session.id, session.received, caps=caps))
         try:
-            session.attach(stream.socket, hello.received, hello.window)
+            session.attach(stream.socket, hello.received)
         except RemoteProtocolError as exc:
             raise PeerRefused(Refusal.BAD_RESUME, str(exc)) from exc
         sock, _ = stream.detach()
@@ -104,18 +104,11 @@ def _decoded(payload: bytes) -> Hello:
         raise PeerRefused(Refusal.BAD_REQUEST, str(exc)) from exc
 
 
-async def _receive_exactly(stream: TlsStream, size_bytes: int) -> bytes:
-    """So many bytes and not one more: what follows is the session's."""
-    data = b""
-    while len(data) < size_bytes:
-        try:
-            more = await stream.receive_some(size_bytes - len(data))
-        except trio.BrokenResourceError as exc:
-            raise TunnelClosed(Code.LINK_LOST, str(exc), by_peer=True) from exc
-        if not more:
-            raise TunnelClosed(Code.LINK_LOST, "the peer closed the connection", by_peer=True)
-        data += more
-    return data
+async def _received(stream: TlsStream, size_bytes: int) -> bytes:
+    try:
+        return await stream.receive_exactly(size_bytes)
+    except trio.BrokenResourceError as exc:
+        raise TunnelClosed(Code.LINK_LOST, str(exc), by_peer=True) from exc
 
 
 def _sent_at_once(sock: ssl.SSLSocket, frame: bytes) -> bool:

@@ -1,7 +1,6 @@
 """Task: the TLS port that relays come in through. Whatever one connection does, the others do not notice."""
 
 import contextlib
-import errno
 import logging
 import secrets
 import socket
@@ -36,24 +35,23 @@ from fxtunnel.control.upgrade import (
     refusal_fields,
 )
 from fxtunnel.errors import PeerRefused, TunnelClosed, TunnelError, leaves
+from fxtunnel.kit.listeners import EXHAUSTED
 from fxtunnel.kit.settings import Address
 from fxtunnel.kit.tls import TlsStream, handshake_server
 from fxtunnel.kit.tokens import Assertion, KeyProblem, verify_assertion
 from fxtunnel.model import GatewayId, RelayId
+from fxtunnel.protocol.alpn import ALPN_DATA
 
 __all__ = ["PortLimits", "TunnelPort"]
 
 logger = logging.getLogger(__name__)
 
-ALPN_DATA: Final = "fx-data/1"
-ALPN_HTTP: Final = "http/1.1"
 BUSY: Final = "busy"
 ACCEPTED_AT_ONCE: Final = 64
 """Connections taken from the kernel's queue before others of this process have their turn."""
 _LOOKED_AT_BYTES: Final = 4096
 _DROPPED_BYTES: Final = 16_384
 _PAUSE_S: Final = 0.25  # at descriptor exhaustion; long enough for some connection to end
-_EXHAUSTED: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,9 +144,9 @@ class TunnelPort:
             accepted, address = await listener.socket.accept()
         except OSError as exc:
             # Besides exhaustion these are errors of the connection that was to be accepted (accept(2)): nothing to do but go on.
-            if exc.errno in _EXHAUSTED:
+            if exc.errno in EXHAUSTED:
                 logger.warning("the tunnel port takes no connections for a moment: %s", exc.strerror)
-            await trio.sleep(_PAUSE_S if exc.errno in _EXHAUSTED else 0)
+            await trio.sleep(_PAUSE_S if exc.errno in EXHAUSTED else 0)
             return
         sock = socket.socket(accepted.family, accepted.type, accepted.proto, fileno=accepted.detach())
         self._welcome(_fresh(sock, address), self._colleagues.keeps, handlers)

@@ -58,7 +58,7 @@ class SessionHandle(Protocol):
     def detach(self, reason: str) -> None:
         """Retire the current link."""
 
-    def attach(self, link: ssl.SSLSocket, peer_received: int, peer_window: int = 0) -> None:
+    def attach(self, link: ssl.SSLSocket, peer_received: int) -> None:
         """Run on `link`; raises RemoteProtocolError, and does not take it over, if the relay wants bytes it cannot have."""
 
     def close(self, code: Code, text: str = "") -> None:

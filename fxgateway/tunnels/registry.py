@@ -50,7 +50,8 @@ class Registry:
         self._relays: dict[RelayId, LiveRelay] = {}
         self._leaving: dict[RelayId, dict[InstanceId, LiveRelay]] = {}
         self._drained: set[RelayId] = set()
-        self._epochs: dict[RelayId, int] = {}
+        self._names: dict[RelayId, tuple[int, InstanceId]] = {}
+        """The highest epoch that is known of each relay, and the instance it was given to; perhaps at another process."""
 
     def relays(self) -> tuple[LiveRelay, ...]:
         """Everyone, for status pages. See `leaving`."""
@@ -84,10 +85,11 @@ class Registry:
                 older = self._step_aside(relay)
             else:
                 logger.warning("relay %s was taken over by a new instance", relay_id)
-                self._expel(relay, Code.FENCED, "another instance has this relay's name now")
+                self._expel(relay, *_why_gone(relay.instance, instance))
             relay = None
         if relay is None:
-            epoch = self._epochs[relay_id] = epoch or self._epochs.get(relay_id, 0) + 1
+            epoch = epoch or self._names.get(relay_id, (0, instance))[0] + 1
+            self._names[relay_id] = epoch, instance
             relay = self._relays[relay_id] = LiveRelay(relay_id, instance, epoch, self._reactor.now)
             relay.predecessor = older
             relay.is_drained = relay_id in self._drained
@@ -201,14 +203,17 @@ class Registry:
                 logger.warning("relay %s is revoked; its tunnels are closed", relay_id)
                 self._expel(relay, Code.REVOKED, "the administrator revoked this relay")
 
-    def yield_name(self, relay_id: RelayId, instance: InstanceId, code: Code, text: str) -> None:
-        """Another process of this gateway has the relay now: end what this instance still has here.
+    def yield_name(self, relay_id: RelayId, instance: InstanceId, epoch: int, successor: InstanceId) -> None:
+        """Another process of this gateway has the relay now, as this epoch: end what this instance still has here.
 
-        One that makes way serves until `relieve`.
+        One that makes way serves until `relieve`. One that is about to enter, under an earlier epoch, is `overtaken`.
         """
+        if epoch > self._names.get(relay_id, (0, successor))[0]:
+            self._names[relay_id] = epoch, successor
         relay = self._instance(relay_id, instance)
         if relay is not None:
             self.on_change()
+            code, text = _why_gone(instance, successor)
             if relay.draining and code is Code.FENCED and self._relays.get(relay_id) is relay:
                 relay.has_yielded = True
                 if not relay.hands_over:
@@ -216,6 +221,13 @@ class Registry:
                 return
             logger.warning("relay %s is at another worker now: %s", relay_id, text)
             self._expel(relay, code, text)
+
+    def overtaken(self, relay_id: RelayId, instance: InstanceId, epoch: int) -> tuple[Code, str] | None:
+        """Why this instance must not enter with an epoch that it was given a moment ago, if so: the name has been given on since."""
+        latest, successor = self._names.get(relay_id, (0, instance))
+        if epoch >= latest or self._instance(relay_id, instance) is not None:  # what is here already was told by `yield_name`
+            return None
+        return _why_gone(instance, successor)
 
     def relieve(self, relay_id: RelayId) -> None:
         """Another process of this gateway serves this relay: whoever has yielded its name here takes nothing more."""
@@ -326,6 +338,12 @@ class Registry:
         for later in (*leaving.values(), self._relays.get(relay.relay_id)):
             if later is not None and later.predecessor is relay:
                 later.predecessor = None
+
+
+def _why_gone(instance: InstanceId, successor: InstanceId) -> tuple[Code, str]:
+    if instance == successor:
+        return Code.LINK_LOST, "its control link came up at another worker"
+    return Code.FENCED, "another instance has this relay's name now"
 
 
 def _nobody_listens() -> None:

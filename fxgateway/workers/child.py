@@ -80,17 +80,15 @@ class Child:
         backoff_s, is_first = FIRST_BACKOFF_S, True
         while True:
             began = trio.current_time()
-            code = await self._live(task_status if is_first else trio.TASK_STATUS_IGNORED)
+            ending = await self._live(task_status if is_first else trio.TASK_STATUS_IGNORED)
             if self._is_stopping:
                 return
             lasted_s = trio.current_time() - began
             if is_first and not self._ready.is_set():
-                raise FxError(f"worker {self.number} did not start ({_ending(code)}); its log lines say why")
+                raise FxError(f"worker {self.number} did not start ({ending}); its log lines say why")
             is_first = False
             backoff_s = FIRST_BACKOFF_S if lasted_s >= SETTLED_S else backoff_s
-            logger.error(
-                "worker %d has died (%s) after %.0f s; it is started again in %g s", self.number, _ending(code), lasted_s, backoff_s
-            )
+            logger.error("worker %d has died (%s) after %.0f s; it is started again in %g s", self.number, ending, lasted_s, backoff_s)
             await trio.sleep(backoff_s)
             if self._is_stopping:
                 return
@@ -117,37 +115,57 @@ class Child:
         self.is_ready = True
         self._ready.set()
 
-    async def _live(self, task_status: trio.TaskStatus[None]) -> int:
-        """One process from start to end; its exit code."""
-        ours, theirs = pair()
-        with theirs:
-            process = await trio.lowlevel.open_process(
-                [sys.executable, "-P", "-m", "fxgateway.workers.worker", str(theirs.fileno())],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                pass_fds=(theirs.fileno(),),
-                env=_environ(),
-            )
-        self._process, self.pid, self.last_beat = process, process.pid, trio.current_time()
-        self.channel = Channel(self._home.reactor, ours, self._owner, self.number)
-        self._equip(self.channel)
-        self._home.introduce(self)
+    async def _live(self, task_status: trio.TaskStatus[None]) -> str:
+        """One process from start to end; how it ended. What a start takes may be used up for the moment: the other workers go on."""
         try:
+            process, line = await self._start()
+        except (OSError, RuntimeError) as exc:  # descriptors, memory, processes; a thread to start it from
+            return _reason(exc)
+        self._process, self.pid, self.last_beat = process, process.pid, trio.current_time()
+        self.channel = Channel(self._home.reactor, line, self._owner, self.number)
+        try:
+            try:
+                self._equip(self.channel)
+                self._home.introduce(self)
+            except OSError as exc:
+                return _reason(exc)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._watch, process)
                 nursery.start_soon(self._report, task_status)
                 code = await process.wait()
                 nursery.cancel_scope.cancel()
         finally:
-            if process.returncode is None:
-                process.kill()
-                with trio.move_on_after(LOOK_S, shield=True):
-                    await process.wait()
-            self.is_ready, self.pid = False, 0
+            await self._end(process)
+        return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+
+    async def _start(self) -> tuple[trio.Process, socket.socket]:
+        """A process, and our end of the line to it."""
+        ours, theirs = pair()
+        try:
+            with theirs:
+                process = await trio.lowlevel.open_process(
+                    [sys.executable, "-P", "-m", "fxgateway.workers.worker", str(theirs.fileno())],
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    pass_fds=(theirs.fileno(),),
+                    env=_environ(),
+                )
+        except BaseException:
+            ours.close()
+            raise
+        return process, ours
+
+    async def _end(self, process: trio.Process) -> None:
+        """The process is over, or is killed now."""
+        if process.returncode is None:
+            process.kill()
+            with trio.move_on_after(LOOK_S, shield=True):
+                await process.wait()
+        self.is_ready, self.pid = False, 0
+        if self.channel is not None:
             self.channel.close()
             self.channel = None
-            self._home.died(self)
-        return code
+        self._home.died(self)
 
     def _equip(self, channel: Channel) -> None:
         outfit = self._home.outfit(self.number)
@@ -190,5 +208,5 @@ def _environ() -> dict[str, str]:
     return environ
 
 
-def _ending(code: int) -> str:
-    return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+def _reason(exc: Exception) -> str:
+    return (exc.strerror if isinstance(exc, OSError) else None) or str(exc)

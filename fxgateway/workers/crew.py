@@ -24,6 +24,7 @@ from fxtunnel.codes import Code
 from fxtunnel.engine.reactor import READ, Reactor
 from fxtunnel.engine.splice import abort
 from fxtunnel.engine.tls_socket import TlsSocket
+from fxtunnel.errors import TunnelClosed
 from fxtunnel.model import InstanceId, RelayId
 
 logger = logging.getLogger(__name__)
@@ -125,6 +126,22 @@ class Crew:
             self._relays.forget(channel.number)
             self._admission.forget(channel.number, self._reactor.now)
 
+    async def claim(self, relay_id: RelayId, instance: InstanceId) -> int:
+        """The epoch under which this worker has the relay's name; 0: there is no room.
+
+        The caller enters it without a checkpoint in between: from here on a fence finds the instance in the registry.
+
+        Raises:
+            NoAnswer: there is none in time.
+            TunnelClosed: the name has been given on since the parent answered.
+        """
+        epoch = int((await self.ask("claim", relay=relay_id, instance=instance))["epoch"])
+        if epoch:
+            if (gone := self._registry.overtaken(relay_id, instance, epoch)) is not None:
+                raise TunnelClosed(*gone)
+            self._relays.expect(relay_id)
+        return epoch
+
     async def ask(self, what: str, **fields: Any) -> Message:
         """The parent's answer.
 
@@ -148,7 +165,7 @@ class Crew:
             client.give_away()
             self._bridges.add(Bridge(self._reactor, secure, ours, self._bridges.discard))
             return True
-        message = pack(client, journey, client.named)
+        message = pack(client, journey, client.named) | {"is_bridged": False}
         sock = client.give_away()
         if not channel.send(message, [sock]):
             abort(sock)
@@ -157,10 +174,6 @@ class Crew:
     def serves(self, worker: int) -> bool:
         """Whether another worker is known to take what it is sent."""
         return worker in self.peers and worker in self._heard_of
-
-    def expect(self, relay_id: RelayId) -> None:
-        """See `AllRelays`."""
-        self._relays.expect(relay_id)
 
     def end_bridges(self) -> None:
         """RST to clients whose TLS ends here and whose relay is elsewhere."""
@@ -190,12 +203,9 @@ class Crew:
         self._tell_everything(channel)
 
     def _fence(self, message: Message) -> None:
-        if not self._is_complete:
-            return
-        is_same = bool(message["is_same"])
-        code = Code.LINK_LOST if is_same else Code.FENCED
-        text = "its control link came up at another worker" if is_same else "another instance has this relay's name now"
-        self._relays.yield_name(RelayId(message["relay"]), InstanceId(message["instance"]), code, text)
+        if self._is_complete:
+            relay_id, instance, successor = RelayId(message["relay"]), InstanceId(message["instance"]), InstanceId(message["successor"])
+            self._relays.yield_name(relay_id, instance, int(message["epoch"]), successor)
 
     def _hear(self, worker: int, message: Message) -> None:
         now = self._reactor.now
@@ -223,9 +233,8 @@ class Crew:
             else:
                 abort(sock)
             return
-        is_bridged = bool(message.get("is_bridged"))
-        client, journey = unpack(door, adopt(sock) if is_bridged else sock, message, is_bridged=is_bridged)
-        self._admission.adopt(door.name, client.address, self._reactor.now)
+        client, journey = unpack(door, adopt(sock) if message["is_bridged"] else sock, message)
+        self._admission.adopt(door.listen_address, client.address, self._reactor.now)
         door.clients.add(client)
         try:
             client.go_on(journey)

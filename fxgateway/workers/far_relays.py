@@ -8,7 +8,6 @@ from fxgateway.doors.elsewhere import Elsewhere, Journey
 from fxgateway.routing.table import Forward, Readiness, Reject, RouteTable
 from fxgateway.tunnels.live_relay import LiveRelay
 from fxgateway.tunnels.registry import Registry
-from fxtunnel.codes import Code
 from fxtunnel.model import InstanceId, RelayId, ServiceName
 
 PassOn = Callable[[int, Client, Journey], bool]
@@ -100,9 +99,9 @@ class AllRelays:
                 known.readiness, known.open_streams = Readiness(readiness), streams
             self._relieve(relay_id)
 
-    def yield_name(self, relay_id: RelayId, instance: InstanceId, code: Code, text: str) -> None:
+    def yield_name(self, relay_id: RelayId, instance: InstanceId, epoch: int, successor: InstanceId) -> None:
         """See `Registry`."""
-        self._registry.yield_name(relay_id, instance, code, text)
+        self._registry.yield_name(relay_id, instance, epoch, successor)
         self._relieve(relay_id)
 
     def forget(self, worker: int) -> None:

@@ -13,11 +13,12 @@ from fxtunnel.codes import Refusal
 from fxtunnel.errors import PeerRefused
 from fxtunnel.kit.client_hello import MAX_RECORDS_BYTES, ClientHello, NeedMore, NotTls, read_client_hello
 from fxtunnel.model import InstanceId, RelayId
+from fxtunnel.protocol.alpn import ALPN_DATA, ALPN_WORKER
 
 logger = logging.getLogger(__name__)
 
-ALPN_WORKER: Final = b"fx-worker/"
-ALPN_DATA: Final = b"fx-data/1"
+_WORKER: Final = ALPN_WORKER.encode()
+_DATA: Final = ALPN_DATA.encode()
 LOOK_AGAIN_S: Final = 0.02
 """Between two looks at a hello that has come in part. Hellos come whole, but for those who try."""
 RETRY_AFTER_S: Final = 1.0
@@ -40,8 +41,8 @@ class Guests:
         hello = await _look_at_hello(passed.sock)
         if hello is None:
             return True  # TLS says what is wrong with it
-        named = next((_number(protocol) for protocol in hello.alpn if protocol.startswith(ALPN_WORKER)), None)
-        is_data = ALPN_DATA in hello.alpn
+        named = next((_number(protocol) for protocol in hello.alpn if protocol.startswith(_WORKER)), None)
+        is_data = _DATA in hello.alpn
         if named is None and is_data:
             return True
         is_led = named is not None and (named == self._number or self._crew.serves(named))
@@ -78,13 +79,12 @@ class Guests:
     async def claim(self, relay_id: RelayId, instance: InstanceId) -> int:
         """See `Colleagues`: the parent knows."""
         try:
-            answer = await self._crew.ask("claim", relay=relay_id, instance=instance)
+            epoch = await self._crew.claim(relay_id, instance)
         except NoAnswer as exc:
             raise PeerRefused(Refusal.TOO_MANY, f"the gateway cannot take relays now: {exc}", retry_after_s=RETRY_AFTER_S) from exc
-        if not answer["epoch"]:
+        if not epoch:
             raise PeerRefused(Refusal.TOO_MANY, "the gateway has no room for another relay", retry_after_s=RETRY_AFTER_S)
-        self._crew.expect(relay_id)
-        return int(answer["epoch"])
+        return epoch
 
     async def _place(self, named: int, *, is_data: bool) -> tuple[int, bool]:
         """Where it shall go, and whether it counts as a relay there."""
@@ -115,5 +115,5 @@ async def _look_at_hello(sock: socket.socket) -> ClientHello | None:
 
 
 def _number(protocol: bytes) -> int:
-    digits = protocol.removeprefix(ALPN_WORKER)
+    digits = protocol.removeprefix(_WORKER)
     return int(digits) if digits.isdigit() and len(digits) <= 4 else 0

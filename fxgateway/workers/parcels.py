@@ -10,6 +10,7 @@ from fxgateway.doors.elsewhere import Journey
 from fxgateway.doors.recorded import RECORDED, Diary, RecordedClient
 from fxgateway.doors.web_client import TlsWebClient, WebClient, Words
 from fxgateway.routing.reception import Lead
+from fxgateway.workers.bridge import PlainEnd
 from fxgateway.workers.channel import Message
 from fxtunnel.model import RelayId, ServiceName
 from fxtunnel.protocol.opening import Opening
@@ -19,7 +20,7 @@ _JOURNEY = ("asked", "target", "avoid", "attempts", "hops", "has_ended")
 
 def pack(client: Client, journey: Journey, named: str) -> Message:
     """The message. `named` is the client's ip:port, if its socket will not know it."""
-    diary = client.diary if client.door.config.access is not None else None
+    diary = client.diary
     words = client.words if isinstance(client, WebClient) else None
     return {
         "op": "client",
@@ -31,12 +32,12 @@ def pack(client: Client, journey: Journey, named: str) -> Message:
         "tags": _text(client.tags),
         "journey": {name: getattr(journey, name) for name in _JOURNEY},
         "early": _text(journey.early),
-        "words": None if words is None else [_text(words.accept), _text(words.instead), _text(words.greeting)],
+        "words": None if words is None else [_text(words.accept), _text(words.instead), _text(words.greeting), words.is_greeted],
         "diary": None if diary is None else [diary.peer, diary.came_at, diary.host, diary.scheme],
     }
 
 
-def unpack(door: Door, sock: socket.socket, message: Message, *, is_bridged: bool) -> tuple[Client, Journey]:
+def unpack(door: Door, sock: socket.socket, message: Message) -> tuple[Client, Journey]:
     """The client, in one of our doors. It owns the socket; nothing has been done with it yet."""
     service, address = ServiceName(message["service"]), str(message["address"])
     is_recorded = door.config.access is not None
@@ -45,10 +46,11 @@ def unpack(door: Door, sock: socket.socket, message: Message, *, is_bridged: boo
         kind = RecordedClient if is_recorded else Client
         client = kind(door, sock, address, service, _bytes(message["tags"]))
     else:
-        web = TlsWebClient if is_bridged else WebClient
+        web = TlsWebClient if isinstance(sock, PlainEnd) else WebClient
         client = (RECORDED[web] if is_recorded else web)(door, sock, address, Lead(service), Opening(service))
         client.tags = _bytes(message["tags"])
-        client.words = Words(*map(_bytes, message["words"]))
+        accept, instead, greeting, is_greeted = message["words"]
+        client.words = Words(_bytes(accept), _bytes(instead), _bytes(greeting), bool(is_greeted))
     client.trace, client.named = message["trace"], message["named"]
     if is_recorded:
         client.diary = _diary(message["diary"], client)

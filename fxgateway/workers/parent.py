@@ -209,8 +209,8 @@ class Parent:
         former = granted.former
         other = self._children[former.worker].channel if former is not None else None
         if former is not None and other is not None:
-            is_same = former.instance == instance
-            other.send({"op": "fence", "relay": relay_id, "instance": former.instance, "is_same": is_same})
+            facts = {"relay": relay_id, "instance": former.instance, "epoch": granted.epoch, "successor": instance}
+            other.send({"op": "fence", **facts})
         return granted.epoch
 
     async def _look(self) -> None:

@@ -30,6 +30,7 @@ from fxtunnel.kit.notify import Notifier
 from fxtunnel.kit.process import raise_file_limit
 from fxtunnel.kit.settings import Address
 from fxtunnel.kit.tls import server_context
+from fxtunnel.protocol.alpn import ALPN_SPOKEN
 
 logger = logging.getLogger(__name__)
 
@@ -187,7 +188,7 @@ class Worker(Gateway):
         self._abandon()
         fresh = share_of(from_message(message["settings"], Path(message["config"]).parent), self._workers)
         try:
-            server_context(fresh.tunnel.certificate, fresh.tunnel.key, ("http/1.1",))
+            server_context(fresh.tunnel.certificate, fresh.tunnel.key, ALPN_SPOKEN)
             contexts = await trio.to_thread.run_sync(web_contexts, fresh)
             await trio.to_thread.run_sync(self._access.open, fresh.log.access)
         except BaseException:

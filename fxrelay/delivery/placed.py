@@ -109,6 +109,11 @@ class Placing:
         """See `Endpoint`: the opener has gone elsewhere."""
         self.end()
 
+    def on_crash(self) -> None:
+        """See `Endpoint`."""
+        self.stream.reset(Code.INTERNAL_ERROR)
+        self.end()
+
     def end(self) -> None:
         """The stream needs no node any more: it is served, answered or gone. May be repeated."""
         self.is_over = True

@@ -9,7 +9,7 @@ import trio
 from trio_websocket import ConnectionClosed
 
 import fxtunnel
-from fxrelay.uplink.dial import ALPN_HTTP, Dialler, within
+from fxrelay.uplink.dial import Dialler, within
 from fxrelay.uplink.gateway_file import GatewayFile, GatewayUrl
 from fxrelay.uplink.identity import Identity
 from fxrelay.uplink.ports import GatewayClosing, UplinkConfig
@@ -33,6 +33,7 @@ from fxtunnel.control.upgrade import CONTROL_PATH, open_websocket
 from fxtunnel.errors import PeerRefused, RemoteProtocolError, TunnelClosed, TunnelError
 from fxtunnel.kit.tls import TlsStream
 from fxtunnel.model import Offer, SessionId
+from fxtunnel.protocol.alpn import ALPN_HTTP
 
 logger = logging.getLogger(__name__)
 

@@ -4,11 +4,12 @@ import ssl
 
 import trio
 
-from fxrelay.uplink.dial import ALPN_DATA, Dialler, within
+from fxrelay.uplink.dial import Dialler, within
 from fxrelay.uplink.gateway_file import GatewayUrl
 from fxtunnel.codes import Code
 from fxtunnel.errors import PeerRefused, RemoteProtocolError, TunnelClosed
 from fxtunnel.kit.tls import TlsStream
+from fxtunnel.protocol.alpn import ALPN_DATA
 from fxtunnel.protocol.hello import HEADER_BYTES, Denied, Hello, Welcome, decode_reply, encode_hello, parse_header
 
 
@@ -37,8 +38,8 @@ async def open_data_link(dialler: Dialler, url: GatewayUrl, hello: Hello, worker
 
 async def _greet(stream: TlsStream, hello: Hello) -> Welcome:
     await stream.send_all(encode_hello(hello))
-    kind, length, _ = parse_header(await _receive_exactly(stream, HEADER_BYTES))
-    answer = decode_reply(kind, await _receive_exactly(stream, length))
+    kind, length, _ = parse_header(await stream.receive_exactly(HEADER_BYTES))
+    answer = decode_reply(kind, await stream.receive_exactly(length))
     match answer:
         case Denied(code=refusal, message=message, retry_after_s=retry_after_s):
             raise PeerRefused(refusal, message or refusal.value, retry_after_s=retry_after_s)
@@ -46,14 +47,3 @@ async def _greet(stream: TlsStream, hello: Hello) -> Welcome:
             raise RemoteProtocolError(Code.PROTOCOL_ERROR, "the gateway resumed another session than the one asked for")
         case welcome:
             return welcome
-
-
-async def _receive_exactly(stream: TlsStream, count: int) -> bytes:
-    """The next `count` bytes. What follows belongs to the session and stays in the socket."""
-    data = bytearray()
-    while len(data) < count:
-        received = await stream.receive_some(count - len(data))
-        if not received:
-            raise TunnelClosed(Code.LINK_LOST, "the gateway closed a data link before it was open", by_peer=True)
-        data += received
-    return bytes(data)

@@ -18,10 +18,8 @@ from fxrelay.uplink.gateway_file import GatewayUrl
 from fxtunnel.control.busy import BUSY_BYTES, Appointment, parse_busy
 from fxtunnel.errors import TunnelError
 from fxtunnel.kit.tls import HandshakeFailed, HandshakeProblem, client_context, handshake_client
+from fxtunnel.protocol.alpn import ALPN_DATA, ALPN_HTTP, ALPN_WORKER
 
-ALPN_HTTP: Final = "http/1.1"
-ALPN_DATA: Final = "fx-data/1"
-ALPN_WORKER: Final = "fx-worker/"
 MAX_CONTEXTS: Final = 6
 """Kept, of TLS; a relay speaks to one worker of a gateway at a time."""
 PROXY_HEAD_BYTES: Final = 8192

@@ -6,13 +6,14 @@ from typing import Final
 
 import trio
 
-from fxrelay.uplink.dial import ALPN_HTTP, Dialler, within
+from fxrelay.uplink.dial import Dialler, within
 from fxrelay.uplink.gateway_file import GatewayFile, GatewayUrl
 from fxrelay.uplink.identity import Identity
 from fxtunnel.codes import Code, Refusal
 from fxtunnel.control.upgrade import ENROL_PATH, post_json, refusal_from
 from fxtunnel.errors import PeerRefused, RemoteProtocolError
 from fxtunnel.kit.tls import TlsStream
+from fxtunnel.protocol.alpn import ALPN_HTTP
 
 logger = logging.getLogger(__name__)
 

@@ -33,7 +33,7 @@ class LinkSession(Protocol):
     def forgo_resumption(self) -> None:
         """The gateway keeps nothing for a repeat: do not either. Before the first `attach`."""
 
-    def attach(self, link: ssl.SSLSocket, peer_received: int, peer_window: int = 0) -> None:
+    def attach(self, link: ssl.SSLSocket, peer_received: int) -> None:
         """Run on `link` from now on, and own it. Raises RemoteProtocolError, and then does not take it."""
 
     def close(self, code: Code, text: str = "") -> None:

@@ -137,7 +137,7 @@ class Slot:
                 session.forgo_resumption()
         self._down = trio.Event()
         try:
-            session.attach(link, welcome.received, welcome.window)
+            session.attach(link, welcome.received)
         except RemoteProtocolError as exc:
             link.close()
             session.close(exc.code, str(exc))

@@ -23,13 +23,18 @@ class Beside:
 
     There is never more than one thread, so that a crowd cannot make many of them, nor take more than one core. It is trio's, which keeps
     idle ones for a while. The sources of work take turns, so that a crowd from one of them keeps no other one waiting.
+
+    While no thread can be started (a limit of tasks or of memory), the loop does the work itself, one piece in a turn: what is held up by
+    it is a millisecond, and nobody waits in vain.
     """
 
-    __slots__ = ("_call_soon_threadsafe", "_has_thread", "_is_closed", "_lock", "_waiting")
+    __slots__ = ("_call_soon_threadsafe", "_is_closed", "_is_under_way", "_is_without_thread", "_lock", "_waiting")
 
     def __init__(self, call_soon_threadsafe: Callable[[Callable[[], object]], None]) -> None:
         self._call_soon_threadsafe = call_soon_threadsafe
-        self._has_thread = False
+        self._is_under_way = False
+        """Somebody takes out what waits, or soon will."""
+        self._is_without_thread = False
         self._is_closed = False
         self._lock = threading.Lock()
         """Held for a moment only: for putting one piece in, taking one out, or telling the loop of it."""
@@ -39,7 +44,7 @@ class Beside:
         """Call `work` in the thread, then `then` with its outcome in the loop. Whoever asks bounds how much waits."""
         with self._lock:
             self._waiting.put(source, (work, then))
-        if not self._has_thread:
+        if not self._is_under_way:
             self._begin()
 
     def close(self) -> None:
@@ -48,16 +53,31 @@ class Beside:
             self._is_closed = True
 
     def _begin(self) -> None:
-        self._has_thread = True
-        trio.lowlevel.start_thread_soon(self._work, self._ended, THREAD_NAME)
+        self._is_under_way = True
+        try:
+            trio.lowlevel.start_thread_soon(self._work, self._ended, THREAD_NAME)
+        except RuntimeError as exc:
+            if not self._is_without_thread:
+                logger.warning("no thread can be started (%s): the loop does its work until one can", exc)
+            self._is_without_thread = True
+            self._tell(self._do_one)
+        else:
+            self._is_without_thread = False
 
     def _work(self) -> None:
-        while True:
-            with self._lock:
-                if self._is_closed or not self._waiting:
-                    return
-                work, then = self._waiting.take()
+        while (piece := self._take()) is not None:
+            work, then = piece
             self._tell(partial(_told, then, outcome.capture(work)))
+
+    def _do_one(self) -> None:
+        if (piece := self._take()) is not None:
+            work, then = piece
+            _told(then, outcome.capture(work))
+        self._look_again()
+
+    def _take(self) -> tuple[Work, Then] | None:
+        with self._lock:
+            return None if self._is_closed or not self._waiting else self._waiting.take()
 
     def _ended(self, result: outcome.Outcome[None]) -> None:
         self._tell(self._look_again)
@@ -68,7 +88,7 @@ class Beside:
                 self._call_soon_threadsafe(call)
 
     def _look_again(self) -> None:
-        self._has_thread = False
+        self._is_under_way = False
         if self._waiting:
             self._begin()
 

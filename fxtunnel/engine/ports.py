@@ -70,6 +70,9 @@ class TurnTaker(Protocol):
     def read_turn(self, limit_bytes: int) -> int:
         """Write at most `limit_bytes` into one DATA frame, now. Returns how many there were."""
 
+    def on_crash(self) -> None:
+        """See `Endpoint`."""
+
 
 class Carrier(Protocol):
     """What carries a stream: a `Session`."""

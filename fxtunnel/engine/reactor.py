@@ -46,24 +46,25 @@ _FOREVER: Final = -1.0
 AnySocket = socket.socket | ssl.SSLSocket
 
 
-class Handler(Protocol):
+class Crashable(Protocol):
+    """Who is called from the loop."""
+
+    def on_crash(self) -> None:
+        """A callback of this object raised, which is a bug; it has been logged. Let go of everything and unregister."""
+
+
+class Handler(Crashable, Protocol):
     """Who hears of a file descriptor's events."""
 
     def on_event(self, events: int) -> None:
         """Something happened."""
 
-    def on_crash(self) -> None:
-        """`on_event` or `flush` raised, which is a bug; it has been logged. Let go of everything and unregister."""
 
-
-class Flushable(Protocol):
+class Flushable(Crashable, Protocol):
     """Who wants to write once, at the end of the turn."""
 
     def flush(self) -> None:
         """Write what was gathered in this turn."""
-
-    def on_crash(self) -> None:
-        """See `Handler.on_crash`."""
 
 
 class Timer:
@@ -194,17 +195,18 @@ class Reactor:
                 try:
                     handler.on_event(flags)
                 except Exception:
-                    self._crashed(handler)
+                    self.crashed(handler)
             elif fd == self._wake_fd:
                 os.eventfd_read(fd)
         for handler in again:
             try:
                 handler.on_event(READ)
             except Exception:
-                self._crashed(handler)
+                self.crashed(handler)
         if self._timers and self._timers[0][0] <= now:
             self._run_timers()
         if self._calls:
+            # No barrier: these are trio's own steps, without which it would stand still for ever, and what `beside` tells, which has one.
             for _ in range(len(self._calls)):
                 self._calls.popleft()()
         if self._dirty:
@@ -222,7 +224,7 @@ class Reactor:
             try:
                 flushable.flush()
             except Exception:
-                self._crashed(flushable)
+                self.crashed(flushable)
 
     def _run_timers(self) -> None:
         while self._timers and self._timers[0][0] <= self.now:
@@ -243,8 +245,11 @@ class Reactor:
         # epoll counts milliseconds: rounding up keeps a timer that is 0.4 ms away from spinning.
         return max(self._timers[0][0] - time.monotonic(), 0.0) + 0.0005
 
-    def _crashed(self, culprit: Handler | Flushable) -> None:
-        # The one barrier of the data plane: a bug in one connection's callback ends that connection, nothing else.
+    def crashed(self, culprit: Crashable) -> None:
+        """The one barrier of the data plane: a bug in one connection's callback ends that connection, nothing else.
+
+        Call it while what was raised is being handled.
+        """
         logger.exception("data plane callback failed")
         try:
             culprit.on_crash()

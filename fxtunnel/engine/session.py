@@ -79,6 +79,7 @@ class Session:
             max_streams=config.max_streams,
             max_window_bytes=config.max_window_bytes,
             wake=self.wake,
+            crashed=reactor.crashed,
             on_open=None if on_open is None else lambda stream, opening: on_open(self, stream, opening),
         )
         self._arm(self._config.hold_s, self._hold_over)
@@ -115,7 +116,7 @@ class Session:
         """The peer does not resume: keep nothing for a repeat, send no ACKs; a lost link is the end. Before the first `attach`."""
         self.mux.ring.keep = False
 
-    def attach(self, link: ssl.SSLSocket, peer_received: int, peer_window: int = 0) -> None:
+    def attach(self, link: ssl.SSLSocket, peer_received: int) -> None:
         """Run on `link` from now on: a non-blocking TLS socket after its hello. The session owns it.
 
         Raises:
@@ -237,7 +238,10 @@ class Session:
             if (chosen := turns.next(filled, beside_bytes - ring.head + ring.acked)) is None:
                 self._grow_ring()
                 return False
-            filled += chosen[0].read_turn(min(chosen[1], room)) or 256
+            try:
+                filled += chosen[0].read_turn(min(chosen[1], room)) or 256
+            except Exception:
+                self._reactor.crashed(chosen[0])
         return turns.waiting > 0
 
     def _grow_ring(self) -> None:
@@ -390,11 +394,7 @@ class Session:
         if self._timer is not None:
             self._timer.cancel()
         self._turns.clear()
-        try:
-            self.mux.reset_all(code)
-        finally:
-            for _ in self.mux.streams:  # an endpoint raised: it must not keep the others from their end; each call gets one further
-                self._reactor.call_later(0, lambda: self.mux.reset_all(code))
-            self._owner.on_closed(self, code, text)
-            if self._link is None:
-                self.mux.dispose()
+        self.mux.reset_all(code)
+        self._owner.on_closed(self, code, text)
+        if self._link is None:
+            self.mux.dispose()

@@ -160,7 +160,7 @@ class Splice:
         self._close_if_done()
 
     def on_crash(self) -> None:
-        """From the reactor: a bug of ours; this stream ends, nothing else does."""
+        """From the reactor or the session: a bug of ours; this stream ends, nothing else does."""
         self.fail(Code.INTERNAL_ERROR)
 
     def on_accept(self) -> None:

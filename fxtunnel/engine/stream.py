@@ -233,6 +233,11 @@ class TunnelStream(trio.abc.HalfCloseableStream):
         else:
             self._wake_sender()
 
+    def on_crash(self) -> None:
+        """See `Endpoint`: the task is told that the stream was reset."""
+        self.stream.reset(Code.INTERNAL_ERROR)
+        self.on_reset(Code.INTERNAL_ERROR)
+
     def read_turn(self, limit_bytes: int) -> int:
         """See `TurnTaker`."""
         self._queued = False

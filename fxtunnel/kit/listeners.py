@@ -18,6 +18,8 @@ from fxtunnel.kit.settings import Address
 
 BACKLOG: Final = 4_096
 FIRST_INHERITED_FD: Final = 3
+EXHAUSTED: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+"""Why `accept` fails that concern this host; the others concern the connection that was to be accepted (accept(2))."""
 SocketOption = tuple[int, int, int | bytes]
 
 

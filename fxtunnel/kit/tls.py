@@ -170,6 +170,20 @@ class TlsStream(trio.abc.HalfCloseableStream):
             except ssl.SSLZeroReturnError:
                 return b""
 
+    async def receive_exactly(self, size_bytes: int) -> bytes:
+        """So many bytes, and not one more: what follows stays in the socket. Cancelled, what had come is lost.
+
+        Raises:
+            trio.BrokenResourceError: the connection broke, or ended before.
+        """
+        data = b""
+        while len(data) < size_bytes:
+            more = await self.receive_some(size_bytes - len(data))
+            if not more:
+                raise trio.BrokenResourceError("the peer closed the connection")
+            data += more
+        return data
+
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
         """Send all of `data`. Cancelled or failed, the stream can send nothing more.
 

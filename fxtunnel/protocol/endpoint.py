@@ -6,7 +6,7 @@ from fxtunnel.codes import Code
 
 
 class Endpoint(Protocol):
-    """What a stream is attached to. None of these may raise or block."""
+    """What a stream is attached to. None of these may block. One that raises ends its stream, and `on_crash` is called."""
 
     def on_accept(self) -> None:
         """The other end has reached the service."""
@@ -31,3 +31,6 @@ class Endpoint(Protocol):
 
     def on_credit(self) -> None:
         """Sending was out of credit and may go on."""
+
+    def on_crash(self) -> None:
+        """One of these raised, which is a bug; it has been logged. Reset the stream, if it is open, and let go of everything."""

@@ -38,7 +38,7 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class Hello:
-    """The relay's first frame. `session` None asks for a new session; `received` is its receive counter."""
+    """The relay's first frame. `session` None asks for a new session; `received` is its receive counter; `window` is reserved."""
 
     ticket: str
     session: SessionId | None = None
@@ -50,7 +50,7 @@ class Hello:
 
 @dataclass(frozen=True, slots=True)
 class Welcome:
-    """The gateway's answer: the session, and its own receive counter."""
+    """The gateway's answer: the session, and its own receive counter; `window` is reserved."""
 
     session: SessionId
     received: int = 0

@@ -45,7 +45,8 @@ class Mux:
     """The streams of one session and its two byte sequences.
 
     Feed what arrives to `receive`; send what `ring.unsent` shows; call `tick` when a heartbeat is due. `on_open` is called for each OPEN
-    (relay); it sets `stream.endpoint` before it returns, or refuses. `wake` is called whenever something was queued. One thread.
+    (relay); it sets `stream.endpoint` before it returns, or refuses. `wake` is called whenever something was queued. `crashed` is called
+    from within the handling of what an endpoint raised: it logs that, and calls `on_crash`, which ends the stream and no other. One thread.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class Mux:
         max_streams: int,
         max_window_bytes: int,
         wake: Callable[[], None],
+        crashed: Callable[[Endpoint | Stream], None],
         on_open: Callable[[Stream, Opening], None] | None = None,
     ) -> None:
         self.ring = ring
@@ -71,6 +73,7 @@ class Mux:
         self._budget = budget
         self._max_streams = max_streams
         self._wake = wake
+        self._crashed = crashed
         self._on_open = on_open
         self._last_id = 0
         self._acked_to_peer = 0
@@ -171,7 +174,10 @@ class Mux:
             endpoint = stream.endpoint
             self.forget(stream)
             if endpoint is not None:
-                endpoint.on_reset(code)
+                try:
+                    endpoint.on_reset(code)
+                except Exception:
+                    self._crashed(endpoint)
 
     def statistics(self) -> MuxStatistics:
         """Counters now."""
@@ -197,13 +203,19 @@ class Mux:
     def on_data(self, stream_id: int, data: memoryview) -> None:
         """From the parser: bytes of the DATA frame."""
         stream = self.streams.get(stream_id)
-        if stream is not None and stream.endpoint is not None:
-            stream.endpoint.on_data(data)
+        if stream is not None and (endpoint := stream.endpoint) is not None:
+            try:
+                endpoint.on_data(data)
+            except Exception:
+                self._crashed(endpoint)
 
     def on_last_data(self, stream_id: int, data: memoryview) -> None:
         """From the parser: bytes of the DATA frame, and the stream's FIN behind them."""
-        if (stream := self.streams.get(stream_id)) is not None and stream.endpoint is not None:
-            stream.endpoint.on_last_data(data)
+        if (stream := self.streams.get(stream_id)) is not None and (endpoint := stream.endpoint) is not None:
+            try:
+                endpoint.on_last_data(data)
+            except Exception:
+                self._crashed(endpoint)
 
     def on_frame(self, kind: int, stream_id: int, payload: memoryview) -> None:
         """From the parser: any other frame, whole."""
@@ -213,7 +225,15 @@ class Mux:
                 return
             stream = self.streams.get(stream_id)
             if stream is not None:
-                self._on_stream_frame(kind, stream, payload)
+                endpoint = stream.endpoint
+                if endpoint is None:
+                    raise LocalProtocolError(f"stream {stream.id} has no endpoint")
+                try:
+                    self._on_stream_frame(kind, stream, endpoint, payload)
+                except RemoteProtocolError:
+                    raise
+                except Exception:
+                    self._crashed(endpoint)
             elif stream_id > self._last_id and kind in frames.MAX_LENGTH:
                 raise RemoteProtocolError(Code.PROTOCOL_ERROR, f"frame 0x{kind:02x} on stream {stream_id} that was never opened")
         elif kind == frames.ACK:
@@ -228,10 +248,7 @@ class Mux:
         elif kind == frames.GOAWAY:
             self.goaway = (Code.from_wire(frames.decode_u16(payload)), frames.decode_text(payload))
 
-    def _on_stream_frame(self, kind: int, stream: Stream, payload: memoryview) -> None:
-        endpoint = stream.endpoint
-        if endpoint is None:
-            raise LocalProtocolError(f"stream {stream.id} has no endpoint")
+    def _on_stream_frame(self, kind: int, stream: Stream, endpoint: Endpoint, payload: memoryview) -> None:
         if kind == frames.CREDIT:
             if stream.early is not None:  # the copy kept for a replay would grow with it, and no frame could carry that
                 raise RemoteProtocolError(Code.PROTOCOL_ERROR, f"CREDIT before ACCEPT on stream {stream.id}")
@@ -300,7 +317,10 @@ class Mux:
         stream = Stream(self, stream_id, None, ReceiveWindow(self._budget, first), window)
         self.streams[stream_id] = stream
         self.opened += 1
-        self._on_open(stream, opening)
+        try:
+            self._on_open(stream, opening)
+        except Exception:
+            self._crashed(stream.endpoint or stream)
 
     def _queue_ack(self) -> None:
         received = self.parser.received

@@ -56,6 +56,10 @@ class Stream:
             self.mux.queue(frames.encode_refuse(self.id, code, text))
             self.mux.forget(self)
 
+    def on_crash(self) -> None:
+        """Whoever was to take it raised before there was an endpoint: it is nobody's."""
+        self.refuse(Code.INTERNAL_ERROR, "internal error")
+
     def redirect(self, relay: str) -> None:
         """Send the opener to another relay."""
         if not self.closed:

@@ -1,18 +1,28 @@
 """A client gets another relay as long as it can have lost nothing, and RST after that."""
 
+import json
+import socket
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import trio
 from peers import Serve, connect, echo, exchange, free_port, hanging_port, pattern, receive_all, receive_exactly, refused, until_reset
-from plane import Contexts, Plane, open_plane
+from plane import SERVICE, Contexts, Plane, open_plane
 
+from fxgateway.access_log import AccessLog
 from fxgateway.doors.client import MAX_ATTEMPTS
+from fxgateway.doors.elsewhere import Journey
+from fxgateway.doors.web_client import WebClient, Words
+from fxgateway.routing.hosts import HostTable
+from fxgateway.routing.reception import STREAM_PATH, SWITCHING, Kind, Receptionist
+from fxgateway.workers.parcels import pack, unpack
 from fxrelay.delivery.delivery import DeliveryLimits
 from fxtunnel.codes import Code
 from fxtunnel.engine.ports import SessionConfig, State
 from fxtunnel.model import ServiceName
 
+UPGRADE = b"Connection: Upgrade\r\nUpgrade: fx-stream\r\n\r\n"
 SHORT_HOLD = SessionConfig(hold_s=1.0, heartbeat_s=0.1, dead_after_s=0.5)
 """As long as a busy machine needs for another relay to come."""
 
@@ -210,6 +220,41 @@ async def test_relay_lost_after_it_accepted(contexts: Contexts, sent: bytes) -> 
             await stream.send_all(b"hello")
             assert await receive_exactly(stream, 5) == b"hello"
         await stream.aclose()
+
+
+async def test_who_has_been_greeted_is_told_nothing_in_http_any_more(contexts: Contexts) -> None:
+    """It speaks another protocol since its 101, also on its next relay's stream, which is refused."""
+    async with open_plane(contexts, SHORT_HOLD) as plane:
+        first = await plane.add_relay(await plane.serve(echo), name="a")
+        receptionist = Receptionist(Kind.HTTP, HostTable(), None, streams=frozenset({SERVICE}))
+        port = plane.add_door(receptionist=receptionist)  # type: ignore[arg-type]
+        stream = await connect(port)
+        await stream.send_all(f"GET {STREAM_PATH}{SERVICE} HTTP/1.1\r\nHost: a\r\n".encode() + UPGRADE)
+        assert await receive_exactly(stream, len(SWITCHING)) == SWITCHING
+        (client,) = plane.doors[0].clients
+        packed = json.loads(json.dumps(pack(client, Journey((), None, (), 0, 0, False, b""), "192.0.2.1:1")))
+        near, far = socket.socketpair()
+        with near, far:
+            moved, _ = unpack(plane.doors[0], near, packed)
+            assert isinstance(moved, WebClient)
+            assert moved.words == Words(b"", b"", b"", is_greeted=True)
+        second = await plane.add_relay(free_port(), name="b")
+        first.far_session.close(Code.SHUTDOWN)
+        assert await until_reset(stream, 5) == b""
+        assert second.far_session.mux.opened == 1
+        await stream.aclose()
+
+
+async def test_who_came_before_there_was_an_access_log_moves_without_a_diary(contexts: Contexts) -> None:
+    async with open_plane(contexts) as plane:
+        await plane.add_relay(await plane.serve(echo))
+        async with await connect(plane.add_door()) as stream:
+            await stream.send_all(b"x")
+            assert await receive_exactly(stream, 1) == b"x"
+            door = plane.doors[0]
+            door.reconfigure(replace(door.config, access=AccessLog()))
+            (client,) = door.clients
+            assert pack(client, Journey((), None, (), 0, 0, False, b""), "")["diary"] is None
 
 
 async def test_stream_whose_service_has_ended_is_not_begun_again(contexts: Contexts) -> None:

@@ -5,10 +5,12 @@ from dataclasses import replace
 
 import pytest
 import trio
-from peers import connect, echo, exchange, receive_exactly, refused, reset, until_reset
-from plane import Contexts, open_plane
+from peers import connect, echo, exchange, receive_all, receive_exactly, refused, reset, until_reset
+from plane import SERVICE, Contexts, open_plane
 
 from fxgateway.routing.admission import AdmissionLimits
+from fxgateway.routing.hosts import HostTable
+from fxgateway.routing.reception import Kind, Receptionist
 
 EXEMPT = (ipaddress.ip_network("127.0.0.0/8"),)
 
@@ -73,6 +75,32 @@ async def test_reload_that_renames_a_door_keeps_the_counts_right(contexts: Conte
         assert await exchange(port, b"x") == b"x"
 
 
+async def test_a_door_that_is_renamed_keeps_to_its_limit(contexts: Contexts) -> None:
+    """It is the same door: who came in by it before counts on, and who is still to say what he wants is given back where he was counted."""
+    async with open_plane(contexts) as plane:
+        await plane.add_relay(await plane.serve(echo))
+        receptionist = Receptionist(Kind.HTTP, HostTable(), SERVICE)
+        port = plane.add_door(AdmissionLimits(connections_per_door=2, exempt=EXEMPT), receptionist=receptionist)  # type: ignore[arg-type]
+        door = plane.doors[0]
+        async with await connect(port) as slow, await connect(port) as gone:
+            for stream in (slow, gone):
+                await stream.send_all(b"GET / HTTP/1.1\r\n")
+            with trio.fail_after(5):
+                while len(door.hall.visitors) < 2:
+                    await trio.sleep(0.01)
+            door.reconfigure(replace(door.config, name="renamed"))
+            async with await connect(port) as third:
+                await third.send_all(b"GET / HTTP/1.1\r\n\r\n")
+                assert (await receive_all(third)).startswith(b"HTTP/1.1 429 ")
+            await gone.send_all(b"no head\r\n\r\n")
+            assert (await receive_all(gone)).startswith(b"HTTP/1.1 400 ")
+            await slow.send_all(b"Host: a\r\n\r\n")
+            assert (await receive_exactly(slow, 5)) == b"GET /"
+            assert door.admission._doors == {str(door.config.listen): 1}
+        await plane.quiet()
+        assert door.admission._doors == {}
+
+
 async def test_closed_door_lets_its_clients_finish_and_then_rests(contexts: Contexts) -> None:
     async with open_plane(contexts) as plane:
         await plane.add_relay(await plane.serve(echo))
@@ -92,6 +120,29 @@ async def test_closed_door_lets_its_clients_finish_and_then_rests(contexts: Cont
         armed = door._sweep
         await trio.sleep(0.6)
         assert door._sweep is armed
+
+
+@pytest.mark.parametrize("pauses_first", [True, False])
+async def test_a_door_that_pauses_may_wait_as_well(contexts: Contexts, pauses_first: bool, caplog: pytest.LogCaptureFixture) -> None:
+    """It takes clients when both are over, whichever ends first."""
+    async with open_plane(contexts) as plane:
+        await plane.add_relay(await plane.serve(echo))
+        port = plane.add_door()
+        door, deadline = plane.doors[0], plane.reactor.now + (0.1 if pauses_first else 0.6)
+        if pauses_first:
+            door._pause("the test")
+        door.wait_until(lambda: False, deadline)
+        if not pauses_first:
+            door._pause("the test")
+        assert door.is_waiting
+        assert await exchange(port, b"x") == b"x"
+        assert plane.reactor.now >= deadline
+        with trio.fail_after(10):
+            while door._paused or door.is_waiting:
+                await trio.sleep(0.01)
+        await trio.sleep(0.3)  # a pause that was forgotten would end now
+        assert await exchange(port, b"y") == b"y"
+    assert "timer failed" not in caplog.text
 
 
 async def test_door_closed_while_it_pauses(contexts: Contexts) -> None:

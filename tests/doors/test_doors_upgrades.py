@@ -13,7 +13,7 @@ from fxgateway.tunnels import registry as registry_module
 from fxgateway.tunnels.ports import Departure
 from fxtunnel.codes import Code
 from fxtunnel.kit.settings import Address
-from fxtunnel.model import ServiceName
+from fxtunnel.model import InstanceId, ServiceName
 from tests.ports import free_port
 
 SERVICE = ServiceName("s")
@@ -63,7 +63,7 @@ async def test_who_has_yielded_to_another_process_serves_until_that_one_does(con
             plane.registry.relieve(old.id)
             assert await exchange(port, b"it has not yielded") == b"it has not yielded"
             plane.registry.mark_draining(old.id, old.instance, MAKES_WAY)
-            plane.registry.yield_name(old.id, old.instance, Code.FENCED, "")
+            plane.registry.yield_name(old.id, old.instance, 2, InstanceId("successor"))
             assert await exchange(port, b"not yet") == b"not yet"
             assert old.control.relieved == 0
             plane.registry.relieve(old.id)
@@ -81,15 +81,15 @@ async def test_who_drains_steps_aside_at_once_for_a_successor_at_another_process
         async with await connect(port) as kept:
             await say(kept)
             plane.registry.mark_draining(old.id, old.instance, Departure(60.0))
-            plane.registry.yield_name(old.id, old.instance, Code.FENCED, "")
+            plane.registry.yield_name(old.id, old.instance, 2, InstanceId("successor"))
             assert (old.control.relieved, old.control.closed) == (0, [])
             await say(kept)
             assert [relay.instance for relay in plane.registry.leaving(old.id)] == [old.instance]
 
 
-@pytest.mark.parametrize(("departure", "code"), [(None, Code.FENCED), (MAKES_WAY, Code.LINK_LOST)])
+@pytest.mark.parametrize(("departure", "successor", "code"), [(None, "b-1", Code.FENCED), (MAKES_WAY, "a-1", Code.LINK_LOST)])
 async def test_who_does_not_go_away_or_is_elsewhere_itself_loses_its_streams(
-    contexts: Contexts, departure: Departure | None, code: Code
+    contexts: Contexts, departure: Departure | None, successor: str, code: Code
 ) -> None:
     async with open_plane(contexts) as plane:
         old = await plane.add_relay(await plane.serve(echo))
@@ -97,8 +97,9 @@ async def test_who_does_not_go_away_or_is_elsewhere_itself_loses_its_streams(
             await say(kept)
             if departure is not None:
                 plane.registry.mark_draining(old.id, old.instance, departure)
-            plane.registry.yield_name(old.id, old.instance, code, "")
+            plane.registry.yield_name(old.id, old.instance, 2, InstanceId(successor))
             await until_reset(kept)
+            assert old.control.closed == [code]
             assert (plane.registry.relays(), plane.registry.leaving(old.id)) == ((), ())
 
 

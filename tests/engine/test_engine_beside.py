@@ -5,6 +5,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
+from typing import Any
 
 import outcome
 import pytest
@@ -108,3 +109,37 @@ def test_a_loop_that_has_closed_is_told_nothing_more(monkeypatch: pytest.MonkeyP
     threads[0].join(10)
     assert not threads[0].is_alive()
     assert told == []
+
+
+async def test_work_goes_on_in_the_loop_while_no_thread_can_be_started(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with running() as reactor:
+        start, refused = trio.lowlevel.start_thread_soon, 0
+
+        def refuses(*args: Any) -> None:
+            nonlocal refused
+            if refused < 3:
+                refused += 1
+                raise RuntimeError("can't start new thread")
+            start(*args)
+
+        monkeypatch.setattr(trio.lowlevel, "start_thread_soon", refuses)
+        threads, told, done = [], [], trio.Event()
+
+        def then(result: outcome.Outcome[int]) -> None:
+            told.append(result.unwrap())
+            if len(told) == 5:
+                done.set()
+
+        def work(number: int) -> int:
+            threads.append(threading.current_thread() is threading.main_thread())
+            return number
+
+        for number in range(5):
+            reactor.beside.do(partial(work, number), then)
+            assert told == [], "told from within `do`"
+        await done.wait()
+        assert told == [0, 1, 2, 3, 4]
+        assert threads == [True, True, True, False, False]
+        assert caplog.text.count("no thread can be started") == 1

@@ -1,4 +1,4 @@
-"""A bug in one callback, injected here, ends one stream or one session, and never the daemon or anybody else."""
+"""A bug in one callback, injected here, ends one connection, and never its session, the daemon or anybody else."""
 
 import os
 import socket
@@ -10,7 +10,7 @@ from peers import connect, echo, exchange, receive_exactly, refused, until_reset
 from plane import Contexts, open_plane
 
 from fxgateway.doors.client import Client
-from fxrelay.delivery.delivery import Delivery
+from fxrelay.delivery.delivery import Delivery, DeliveryDesk
 from fxtunnel.codes import Code
 from fxtunnel.engine.ports import SessionConfig, State
 from fxtunnel.engine.session import Session
@@ -64,23 +64,22 @@ async def test_bug_in_a_sockets_callback_ends_its_stream(
     ("owner", "name"),
     [
         *((Client, "on_data"), (Delivery, "on_data"), (Delivery, "on_last_data"), (Delivery, "on_fin"), (Client, "on_accept")),
-        *((Splice, "read_turn"), (Stream, "consumed")),
+        *((Splice, "read_turn"), (Stream, "consumed"), (DeliveryDesk, "_deliver")),
     ],
 )
-async def test_bug_in_a_streams_callback_ends_at_most_its_session(
+async def test_bug_in_a_streams_callback_ends_its_stream(
     contexts: Contexts, monkeypatch: pytest.MonkeyPatch, error: type[Exception], owner: type, name: str
 ) -> None:
     async with open_plane(contexts) as plane:
-        service = await plane.serve(echo)
-        first = await plane.add_relay(service, name="a")
+        relay = await plane.add_relay(await plane.serve(echo))
         port = plane.add_door()
         bystander = await connect(port)
         await bystander.send_all(b"x")
         await receive_exactly(bystander, 1)
-        second = await plane.add_relay(service, name="b")
         hit = once(owner, name, error, monkeypatch)
-        victim = await connect(port)
+        victim = None
         try:
+            victim = await connect(port)
             if name == "on_last_data":  # no checkpoint between the byte and the FIN: they go on together
                 os.write(victim.socket.fileno(), b"y")
                 victim.socket.shutdown(socket.SHUT_WR)
@@ -88,16 +87,17 @@ async def test_bug_in_a_streams_callback_ends_at_most_its_session(
                 await victim.send_all(b"y")
                 await victim.send_eof()
             await until_reset(victim, 2)
-        except (AssertionError, trio.BrokenResourceError):
-            pass  # a client whose stream had not begun may be served by the other relay
+        except (trio.BrokenResourceError, OSError):
+            pass  # it was reset while it was still speaking, or before we heard that it was let in
         assert hit
-        await victim.aclose()
+        if victim is not None:
+            await victim.aclose()
         await bystander.send_all(b"still")
         assert await receive_exactly(bystander, 5) == b"still"
         await bystander.aclose()
-        assert first.session.state is State.UP, "the bystander's session"
-        if second.session.state is State.UP:
-            assert second.far_session.state is State.UP
+        assert relay.session.state is State.UP
+        assert relay.far_session.state is State.UP
+        assert relay.dialled == 1
         assert await exchange(port, b"new") == b"new"
 
 
@@ -111,18 +111,11 @@ async def test_bug_at_the_end_of_one_stream_leaves_no_other_open(contexts: Conte
             await receive_exactly(stream, 1)
         hit = once(Client, "on_reset", MemoryError, monkeypatch)
         plane.reactor.call_later(0, lambda: relay.far_session.close(Code.INTERNAL_ERROR))
-        ended = 0
         for stream in streams:
-            with trio.move_on_after(0.3):
-                await until_reset(stream)
-                ended += 1
-        assert ended == 3
-        assert relay.far_session.id not in [key for live in plane.registry.relays() for key in live.sessions]
-        (broken,) = hit
-        assert isinstance(broken, Client)
-        broken.abort()
-        for stream in streams:
+            await until_reset(stream)
             await stream.aclose()
+        assert len(hit) == 1
+        assert relay.far_session.id not in [key for live in plane.registry.relays() for key in live.sessions]
 
 
 @pytest.mark.parametrize("error", ERRORS)

@@ -40,6 +40,7 @@ class Wire:
             max_streams=8,
             max_window_bytes=1 << 20,
             wake=self.wake,
+            crashed=_let_fly,
             on_open=on_open,
         )
 
@@ -261,3 +262,7 @@ async def test_a_stream_in_use_is_not_given_back() -> None:
             with pytest.raises(LocalProtocolError):
                 right.give_back()
             nursery.cancel_scope.cancel()
+
+
+def _let_fly(culprit: object) -> None:
+    raise  # what is being handled: a test is to see it

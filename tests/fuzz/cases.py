@@ -86,6 +86,7 @@ class Target:
             max_streams=MAX_STREAMS,
             max_window_bytes=4 * 1_048_576,
             wake=lambda: None,
+            crashed=_let_fly,
             on_open=self._on_open if accepts else None,
         )
 
@@ -292,3 +293,7 @@ def run_case(seed: int, number: int, tally: Tally) -> None:
     """Case `number` of a run; the two integers are all that is needed to repeat it."""
     rng = random.Random(f"{seed}/{number}")
     CASES[number % len(CASES)](rng, tally)
+
+
+def _let_fly(culprit: object) -> None:
+    raise  # what is being handled: a test is to see it

@@ -22,7 +22,7 @@ from trio_websocket import ConnectionClosed
 
 from fxrelay.uplink.control_link import control_hello, open_control_link
 from fxrelay.uplink.datalink import open_data_link
-from fxrelay.uplink.dial import ALPN_HTTP, Dialler
+from fxrelay.uplink.dial import Dialler
 from fxrelay.uplink.enrol import enrol
 from fxrelay.uplink.gateway_file import GatewayFile, GatewayUrl, load_gateway_file
 from fxrelay.uplink.identity import Identity, load_identity
@@ -35,6 +35,7 @@ from fxtunnel.kit.files import write_secret
 from fxtunnel.kit.tls import TlsStream
 from fxtunnel.model import Offer, RelayId, ServiceName
 from fxtunnel.protocol import frames
+from fxtunnel.protocol.alpn import ALPN_HTTP
 from fxtunnel.protocol.hello import Hello, Welcome
 from tests.fuzz.cases import odd_json
 from tests.fuzz.peers import CODES, TAGS, mutated, noise, odd_frame

@@ -1,5 +1,6 @@
 """How the commands say what went wrong, and what they leave behind for scripts: the exit code."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -105,3 +106,14 @@ def test_a_reload_waits_for_the_start_and_for_no_more() -> None:
         sys.exit(2)
     assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
     assert signal.SIGHUP not in before, "whoever is started from here could not be reloaded"
+
+
+def test_a_reader_that_has_seen_enough_ends_a_command_without_a_word() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        command = [sys.executable, "-m", "fxgateway.cli", "relays", "--help"]
+        done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, timeout=60, check=False)
+    finally:
+        os.close(writer)
+    assert (done.returncode, done.stderr) == (1, b"")

@@ -114,6 +114,7 @@ class Side:
             max_streams=max_streams,
             max_window_bytes=16 * MIB,
             wake=self._wake,
+            crashed=_let_fly,
             on_open=self._opened if accepts else None,
         )
 
@@ -257,3 +258,7 @@ class Pair:
         for side in self.sides:
             held = sum(stream.window.window_bytes for stream in side.mux.streams.values())
             assert side.budget.promised_bytes + side.budget.grown_bytes == held
+
+
+def _let_fly(culprit: object) -> None:
+    raise  # what is being handled: a test is to see it

@@ -10,7 +10,7 @@ import trio
 
 from fxrelay.uplink.control_link import ControlLink, control_hello, open_control_link
 from fxrelay.uplink.datalink import open_data_link
-from fxrelay.uplink.dial import ALPN_HTTP, Dialler
+from fxrelay.uplink.dial import Dialler
 from fxrelay.uplink.enrol import enrol
 from fxrelay.uplink.gateway_file import GatewayFile, GatewayUrl, load_gateway_file
 from fxrelay.uplink.identity import Identity, load_identity
@@ -21,6 +21,7 @@ from fxtunnel.control.upgrade import CONTROL_PATH, open_websocket
 from fxtunnel.kit.tls import TlsStream
 from fxtunnel.model import Offer, RelayId, ServiceName, SessionId
 from fxtunnel.protocol import frames
+from fxtunnel.protocol.alpn import ALPN_HTTP
 from fxtunnel.protocol.hello import Hello, Welcome
 from tests.protocol.recording import CollectingSink, Frame
 from tests.system.stack import Stack

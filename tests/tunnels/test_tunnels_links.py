@@ -8,13 +8,14 @@ import pytest
 import trio
 from tunnels_rig import GATEWAY, NODE, SSH, ended, exactly, hello, reply, running, until
 
+from fxgateway.tunnels.colleagues import Alone
 from fxgateway.tunnels.control import ControlConfig
 from fxtunnel.codes import Code, Refusal
 from fxtunnel.control.channel import Channel
 from fxtunnel.control.messages import Closing, Drain, Load, Ping, Refused, Services, Welcome, encode
 from fxtunnel.errors import TunnelClosed
 from fxtunnel.kit.tokens import thumbprint
-from fxtunnel.model import Offer, ServiceName, SessionId
+from fxtunnel.model import InstanceId, Offer, RelayId, ServiceName, SessionId
 from fxtunnel.protocol import hello as wire
 
 
@@ -31,8 +32,8 @@ async def test_the_way_in_from_enrolment_to_a_data_link(tmp_path: Path) -> None:
             stream, answered = await rig.data_link(await ticket(), window=4711)
             assert isinstance(answered, wire.Welcome)
             session = rig.registry.sessions[answered.session]
-            link, received, window = session.links[0]
-            assert (received, window, answered.received) == (0, 4711, 0)
+            link, received = session.links[0]
+            assert (received, answered.received) == (0, 0)
             link.send(b"from the session")
             assert await exactly(stream, 16) == b"from the session"
             await stream.aclose()
@@ -231,6 +232,45 @@ async def test_an_instance_that_drains_comes_back_only_where_it_is_known(tmp_pat
             async with rig.websocket() as ws:
                 await ws.send_message(encode(hello("i0", caps=("resume", "leaving"))))
                 assert isinstance(await Channel(ws).receive(), Refused)
+
+
+class Claims(Alone):
+    """The other processes of the gateway: what they are asked for, and what they say."""
+
+    def __init__(self, says: Exception | None = None) -> None:
+        super().__init__()
+        self.claimed: list[InstanceId] = []
+        self.says = says
+
+    async def claim(self, relay_id: RelayId, instance: InstanceId) -> int:
+        await trio.lowlevel.checkpoint()
+        self.claimed.append(instance)
+        if self.says is not None:
+            raise self.says
+        return 0
+
+
+async def test_an_instance_that_drains_takes_no_name_back(tmp_path: Path) -> None:
+    """Its successor may have it by now, at another process, and would be fenced off."""
+    async with running(tmp_path) as rig:
+        await rig.enrol()
+        rig.port._control._colleagues = claims = Claims()
+        async with rig.control("i1"), rig.websocket() as ws:
+            await ws.send_message(encode(hello("i1", caps=("resume", "leaving"))))
+            assert isinstance(await Channel(ws).receive(), Welcome)
+    assert claims.claimed == [InstanceId("i1")]
+
+
+async def test_whoever_has_lost_the_name_before_his_welcome_is_told_so(tmp_path: Path) -> None:
+    async with running(tmp_path) as rig:
+        await rig.enrol()
+        rig.port._control._colleagues = Claims(TunnelClosed(Code.FENCED, "another instance has it now"))
+        async with rig.control("i1") as (channel, answered):
+            assert isinstance(answered, Closing)
+            assert (answered.code, answered.message) == (Code.FENCED, "another instance has it now")
+            with pytest.raises(TunnelClosed):
+                await channel.receive()
+        assert rig.registry.calls == []
 
 
 def is_listened_at(address: tuple[str, int]) -> bool:

@@ -44,7 +44,7 @@ class FakeSession:
 
     id: SessionId = field(default_factory=lambda: SessionId(secrets.token_hex(16)))
     received: int = 0
-    links: list[tuple[ssl.SSLSocket, int, int]] = field(default_factory=list)
+    links: list[tuple[ssl.SSLSocket, int]] = field(default_factory=list)
     log: list[str] = field(default_factory=list)
     refuses: bool = False
 
@@ -58,11 +58,11 @@ class FakeSession:
     def detach(self, reason: str) -> None:
         self.log.append("detach")
 
-    def attach(self, link: ssl.SSLSocket, peer_received: int, peer_window: int = 0) -> None:
+    def attach(self, link: ssl.SSLSocket, peer_received: int) -> None:
         if self.refuses:
             raise RemoteProtocolError(Code.PROTOCOL_ERROR, "resume at 9, kept 0 to 3")
         self.log.append("attach")
-        self.links.append((link, peer_received, peer_window))
+        self.links.append((link, peer_received))
 
     def close(self, code: Code, text: str = "") -> None:
         self.log.append(f"close {code.label}")
@@ -273,7 +273,7 @@ async def running(path: Path, limits: PortLimits = LIMITS, config: ControlConfig
                 await (await rig.dial()).aclose()
         nursery.cancel_scope.cancel()
     for session in registry.sessions.values():
-        for link, _, _ in session.links:
+        for link, _ in session.links:
             link.close()
 
 

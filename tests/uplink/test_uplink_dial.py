@@ -12,7 +12,7 @@ from pydantic import SecretStr
 from uplink_fakes import FakeGateway, session_id
 
 from fxrelay.uplink.datalink import open_data_link
-from fxrelay.uplink.dial import ALPN_DATA, ALPN_HTTP, Dialler, GatewayBusy, Proxy, Unanswered
+from fxrelay.uplink.dial import Dialler, GatewayBusy, Proxy, Unanswered
 from fxrelay.uplink.gateway_file import GatewayUrl
 from fxrelay.uplink.slot import RESUMING_CAP_S
 from fxrelay.uplink.verdicts import appointed_s
@@ -21,6 +21,7 @@ from fxtunnel.control.busy import Appointment
 from fxtunnel.errors import PeerRefused, RemoteProtocolError, TunnelClosed, TunnelError
 from fxtunnel.kit.certificates import Authority
 from fxtunnel.kit.tls import HandshakeFailed, HandshakeProblem, TlsStream
+from fxtunnel.protocol.alpn import ALPN_DATA, ALPN_HTTP
 from fxtunnel.protocol.hello import Denied, Hello, Welcome, encode_denied, encode_hello, encode_welcome
 
 Handler = Callable[[trio.SocketStream], Awaitable[None]]

@@ -80,7 +80,7 @@ class FakeSession:
     def forgo_resumption(self) -> None:
         self.calls.append("forgo")
 
-    def attach(self, link: ssl.SSLSocket, peer_received: int, peer_window: int = 0) -> None:
+    def attach(self, link: ssl.SSLSocket, peer_received: int) -> None:
         if self.refuses_to_attach:
             raise RemoteProtocolError(Code.PROTOCOL_ERROR, "the peer wants bytes that were never sent")
         self.calls.append("attach")

@@ -7,7 +7,6 @@ import pytest
 
 from fxgateway.routing.table import Forward, Readiness, Reject, RejectReason, RouteTable
 from fxgateway.workers.far_relays import AllRelays, FarRelay, holders
-from fxtunnel.codes import Code
 from fxtunnel.model import InstanceId, Offer, RelayId, ServiceName
 
 SSH, DESK = ServiceName("ssh"), ServiceName("desk")
@@ -39,7 +38,7 @@ class Registry:
     def named(self, relay_id: RelayId) -> Near | None:
         return self.here.get(relay_id)
 
-    def yield_name(self, relay_id: RelayId, instance: InstanceId, code: Code, text: str) -> None:
+    def yield_name(self, relay_id: RelayId, instance: InstanceId, epoch: int, successor: InstanceId) -> None:
         pass
 
     def relieve(self, relay_id: RelayId) -> None:
@@ -173,7 +172,7 @@ def test_who_has_yielded_is_relieved_when_its_successor_serves_elsewhere(order: 
     for what in order:
         world.registry.relieved.clear()
         if what == "yield":
-            world.relays.yield_name(A, FIRST, Code.FENCED, "")
+            world.relays.yield_name(A, FIRST, 2, InstanceId("second"))
         else:
             world.relays.note(2, {A: ["second", 2, UP, 0]})
     assert world.registry.relieved == [A]  # it knows whether its own has yielded

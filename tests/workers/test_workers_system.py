@@ -133,6 +133,25 @@ def test_one_worker_dies_and_the_others_do_not_notice(make_stack: MakeStack, ech
         say(stack.doors["echo"])
 
 
+def test_a_worker_that_cannot_be_replaced_now_is_replaced_later(make_stack: MakeStack, echo_service: Service) -> None:
+    """The parent may open no more files when it would start a successor: the other worker, and the clients in it, go on."""
+    stack = start(make_stack, {"echo": echo_service.target}, relays=2)
+    assert stack.gateway is not None
+    victim = worker_of(stack, "node-0")
+    pids = {number: worker["pid"] for number, worker in workers(stack).items()}
+    (healthy,) = pids.keys() - {victim}
+    parent = psutil.Process(stack.gateway.pid)
+    before = parent.rlimit(psutil.RLIMIT_NOFILE)
+    parent.rlimit(psutil.RLIMIT_NOFILE, (3, before[1]))
+    os.kill(pids[victim], signal.SIGKILL)
+    wait_until(lambda: stack.logs().count(f"worker {victim} has died (Too many open files)") >= 2, 20, "two attempts")
+    assert psutil.Process(pids[healthy]).ppid() == parent.pid
+    wait_until(lambda: is_served(stack.doors["echo"]), 30, "the other worker to serve")
+    parent.rlimit(psutil.RLIMIT_NOFILE, before)
+    wait_until(lambda: victim in workers(stack) and workers(stack)[victim]["up"], 30, "the worker to be back")
+    assert workers(stack)[healthy]["pid"] == pids[healthy]
+
+
 def test_a_relay_does_not_wait_for_the_successor_of_its_worker(make_stack: MakeStack, echo_service: Service) -> None:
     """It names the worker that has died; a process with that number exists again, and is not there yet."""
     stack = start(make_stack, {"echo": echo_service.target}, relays=2)
@@ -285,20 +304,25 @@ def test_whoever_does_not_speak_tls_is_hung_up_on(shared: Stack, words: bytes) -
 
 
 def test_limits_are_what_they_say(make_stack: MakeStack, echo_service: Service) -> None:
-    stack = start(make_stack, {"echo": echo_service.target}, relays=2, extra="[limits]\nconnections_per_door = 30\n")
+    small = free_port()
+    own = f'[[door]]\nname = "small"\nlisten = "127.0.0.1:{small}"\nservice = "echo"\nmax_connections = 10\n'
+    extra = f"[limits]\nconnections_per_door = 30\n{own}"
+    stack = start(make_stack, {"echo": echo_service.target}, relays=2, extra=extra)
     with ExitStack() as clients:
 
-        def is_let_in() -> bool:
+        def is_let_in(port: int = stack.doors["echo"]) -> bool:
             try:
-                client = clients.enter_context(dial(stack.doors["echo"]))
+                client = clients.enter_context(dial(port))
                 client.sendall(b"!")
                 return client.recv(1) == b"!"
             except ConnectionError:
                 return False
 
         assert [is_let_in() for _ in range(30)] == [True] * 30
+        assert [is_let_in(small) for _ in range(10)] == [True] * 10
         time.sleep(1)  # the others are told within milliseconds, each time they have their turn
         assert [is_let_in() for _ in range(15)] == [False] * 15
+        assert [is_let_in(small) for _ in range(5)] == [False] * 5
 
 
 def test_workers_do_not_outlive_their_parent(make_stack: MakeStack, echo_service: Service) -> None:

@@ -1,0 +1,154 @@
+"""Who has a relay's name, when the parent's answer and the fence that follows it are read together."""
+
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+import pytest
+import trio
+
+from fxgateway.doors.doors import Doors
+from fxgateway.routing.admission import AdmissionLimits
+from fxgateway.routing.shared_admission import SharedAdmission
+from fxgateway.tunnels.registry import Registry, RegistryLimits
+from fxgateway.workers.channel import Channel, Message, pair
+from fxgateway.workers.crew import Crew
+from fxgateway.workers.far_relays import AllRelays
+from fxgateway.workers.guests import Guests
+from fxtunnel.codes import Code
+from fxtunnel.engine.ports import SessionConfig
+from fxtunnel.engine.reactor import Reactor
+from fxtunnel.errors import TunnelClosed
+from fxtunnel.model import InstanceId, Offer, RelayId, ServiceName
+from fxtunnel.protocol.credit import WindowBudget
+
+NODE = RelayId("node-a")
+FIRST, SECOND = InstanceId("first"), InstanceId("second")
+OFFERS = (Offer(ServiceName("ssh")),)
+
+
+@dataclass
+class Parent:
+    """The other end of a worker's line: answers all claims at once, when it is told to."""
+
+    claims: list[Message] = field(default_factory=list)
+    channel: Channel | None = None
+
+    def on_message(self, channel: Channel, message: Message, sockets: list[socket.socket]) -> None:
+        if message["op"] == "claim":
+            self.claims.append(message)
+
+    def on_gone(self, channel: Channel) -> None:
+        pass
+
+    def send(self, message: Message) -> None:
+        assert self.channel is not None
+        assert self.channel.send(message)
+
+    def answer(self, claim: Message, epoch: int) -> None:
+        self.send({"op": "answer", "n": claim["n"], "epoch": epoch})
+
+    def fence(self, instance: InstanceId, epoch: int, successor: InstanceId) -> None:
+        self.send({"op": "fence", "relay": NODE, "instance": instance, "epoch": epoch, "successor": successor})
+
+
+class Link:
+    remote_address = "192.0.2.1:1"
+    connected_at = 0.0
+
+    def __init__(self) -> None:
+        self.closed: list[Code] = []
+
+    def drain(self, deadline_s: float) -> None:
+        pass
+
+    def close(self, code: Code, text: str, retry_after_s: float = 0) -> None:
+        self.closed.append(code)
+
+
+class Worker:
+    """As much of one as takes names."""
+
+    def __init__(self, reactor: Reactor, line: socket.socket, parent: Parent) -> None:
+        self.parent = parent
+        self.registry = Registry(reactor, SessionConfig(), WindowBudget(1 << 20), RegistryLimits())
+        self.crew = Crew(reactor, line)
+        relays = AllRelays(self.registry, self.crew.pass_on, self.crew.catch_up)
+        admission = SharedAdmission(AdmissionLimits(), 100)
+        self.crew.join(1, self.registry, relays, admission, Doors(reactor, relays, admission))
+        self.guests = Guests(self.crew, 1)
+        self.links: dict[InstanceId, Link] = {}
+        self.refused: dict[InstanceId, Code] = {}
+
+    async def take(self, instance: InstanceId) -> None:
+        """As a control link does it."""
+        try:
+            epoch = await self.guests.claim(NODE, instance)
+        except TunnelClosed as exc:
+            self.refused[instance] = exc.code
+        else:
+            link = self.links[instance] = Link()
+            self.registry.enter(NODE, instance, OFFERS, link, epoch)
+
+    async def claims(self, count: int) -> list[Message]:
+        with trio.fail_after(10):
+            while len(self.parent.claims) < count:
+                await trio.sleep(0.01)
+        return self.parent.claims
+
+    @property
+    def here(self) -> list[InstanceId]:
+        return [relay.instance for relay in self.registry.relays()]
+
+
+@asynccontextmanager
+async def working() -> AsyncIterator[tuple[Worker, trio.Nursery]]:
+    reactor, parent = Reactor(), Parent()
+    ours, theirs = pair()
+    parent.channel = Channel(reactor, ours, parent, 1)
+    worker = Worker(reactor, theirs, parent)
+    async with trio.open_nursery() as around:
+        around.start_soon(reactor.run_in_task)
+        with trio.fail_after(20):
+            async with trio.open_nursery() as nursery:
+                yield worker, nursery
+        around.cancel_scope.cancel()
+    worker.crew.close()
+    parent.channel.close()
+    reactor.close()
+
+
+@pytest.mark.parametrize(("successor", "code"), [(SECOND, Code.FENCED), (FIRST, Code.LINK_LOST)])
+async def test_a_name_that_is_given_on_before_it_is_taken_is_not_taken(successor: InstanceId, code: Code) -> None:
+    async with working() as (worker, nursery):
+        nursery.start_soon(worker.take, FIRST)
+        (claim,) = await worker.claims(1)
+        worker.parent.answer(claim, 5)
+        worker.parent.fence(FIRST, 6, successor)  # another worker's claim: both are read at once
+    assert worker.here == []
+    assert worker.refused == {FIRST: code}
+
+
+async def test_a_fence_that_was_meant_for_an_earlier_holding_does_not_count(caplog: pytest.LogCaptureFixture) -> None:
+    async with working() as (worker, nursery):
+        nursery.start_soon(worker.take, FIRST)
+        (claim,) = await worker.claims(1)
+        worker.parent.fence(FIRST, 6, SECOND)
+        worker.parent.answer(claim, 7)
+    assert worker.here == [FIRST]
+    assert not worker.links[FIRST].closed
+
+
+async def test_of_two_at_one_worker_the_later_claim_has_the_name() -> None:
+    """Whichever of their tasks goes on first."""
+    for _ in range(20):
+        async with working() as (worker, nursery):
+            nursery.start_soon(worker.take, FIRST)
+            await worker.claims(1)
+            nursery.start_soon(worker.take, SECOND)
+            first, second = await worker.claims(2)
+            worker.parent.answer(first, 5)
+            worker.parent.answer(second, 6)
+        assert worker.here == [SECOND]
+        assert worker.refused == {FIRST: Code.FENCED} or worker.links[FIRST].closed == [Code.FENCED]
