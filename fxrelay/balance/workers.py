@@ -18,6 +18,7 @@ import trio
 
 from fxrelay.balance import question
 from fxrelay.balance.answers import Answer, failed
+from fxrelay.balance.giving_way import LOOK_S, Patience
 from fxrelay.balance.offered import Offered, Part
 from fxrelay.balance.question import Question
 from fxrelay.balance.script_input import ScriptInput
@@ -164,7 +165,9 @@ class Asked:
         self._own = own
         self._worker = worker
         self._then = then
+        self._reactor = reactor
         self._question = worker.question(reactor, *asking, timeout_s, self._told)
+        self._next_look = reactor.call_later(LOOK_S, self._look)
         own.asked.add(self)
 
     def cancel(self) -> None:
@@ -181,10 +184,15 @@ class Asked:
         if self not in self._own.asked:
             return False
         self._question.abandon()
+        self._next_look.cancel()
         self._own.asked.discard(self)
         self._own.busy.discard(self._worker)
         self._own.limiter.release_on_behalf_of(self._worker)
         return True
+
+    def _look(self) -> None:
+        if self._worker.look(self._reactor.now):
+            self._next_look = self._reactor.call_later(LOOK_S, self._look)
 
     def _give_up(self) -> None:
         # It may take GRACE_S for an executable to end.
@@ -218,6 +226,7 @@ class _Worker:
         self._directory = directory
         self._memory_bytes = memory_bytes
         self._process: subprocess.Popen[bytes] | None = None
+        self._patience: Patience | None = None
         self._channel: socket.socket | None = None
         self._stderr: int | None = None
         self._stopped = False
@@ -261,11 +270,17 @@ class _Worker:
     ) -> Question:
         """Send one request, without waiting for its answer; the process must have answered one before."""
         assert self._channel is not None
+        assert self._patience is not None
         self._set_grace(head)
+        self._patience.begin(reactor.now)
         packed = self.pack(servers)
         text = json.dumps(head).encode()
         request = b"".join((LENGTH.pack(len(text)), text, LENGTH.pack(len(packed)), packed))
         return Question(reactor, self._channel, request, timeout_s + LATE_BY_S, then)
+
+    def look(self, now_s: float) -> bool:
+        """The answer to a `question` has not come for LOOK_S. False: no need to look again."""
+        return self._patience is not None and self._patience.look(now_s)
 
     def answered(self) -> None:
         """The answer to a `question` came."""
@@ -320,6 +335,8 @@ class _Worker:
     def _answer(self, head: bytes, packed: bytes, timeout_s: float) -> Answer:
         if self._stopped:
             raise EOFError("not wanted any more")
+        if self._patience is not None:
+            self._patience.end()
         channel = self._channel or self._start()
         if self._stopped:
             raise EOFError("not wanted any more")
@@ -363,6 +380,7 @@ class _Worker:
         ours.settimeout(START_S)
         if _receive(ours, len(READY)) != READY:
             raise EOFError("it did not start")
+        self._patience = Patience(self._process.pid)
         return ours
 
 
