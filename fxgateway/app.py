@@ -254,7 +254,7 @@ class Gateway:
     def _apply(self, fresh: GatewaySettings, contexts: Mapping[str, ssl.SSLContext], inherited: Inherited | None = None) -> None:
         """Doors and limits of a reloaded configuration; what needs a restart is named, and stays."""
         context = server_context(fresh.tunnel.certificate, fresh.tunnel.key, ALPN_SPOKEN)
-        self._doors.apply(door_configs(fresh, contexts, self._access), inherited)
+        self._doors.apply(self._door_configs(fresh, contexts), inherited)
         self._admission.apply(self._admission_limits(fresh))
         self._registry.apply(registry_limits(fresh), session_config(fresh))
         self._port.apply(context, port_limits(fresh))

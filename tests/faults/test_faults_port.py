@@ -120,7 +120,7 @@ async def test_a_fault_at_every_await_of_a_connection(
                     while f'"request":{nth},"ticket"' not in str(await bystander.get_message()).replace(" ", ""):
                         pass
                 for session in rig.registry.sessions.values():
-                    for link, _, _ in session.links:
+                    for link, _ in session.links:
                         link.close()
                 rig.registry.sessions.clear()
     assert hits > 5 * len(FAULTS)
