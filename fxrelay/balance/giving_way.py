@@ -72,7 +72,7 @@ class Patience:
         return self._is_patient
 
     def end(self) -> None:
-        """It is asked something that somebody else waits for, in a thread: it may take what it needs. May wait for 100 ms."""
+        """It is asked something that somebody else waits for, in a thread: it may take what it needs. Waits for half a second at most."""
         if self._is_patient:
             self._is_patient = not _set_nice_soon(self._proc, self._pid, NICE)
 
