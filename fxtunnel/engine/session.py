@@ -17,11 +17,11 @@ from fxtunnel.engine.reactor import ERROR, INCOMING, LINK_EVENTS, READ, READ_BUF
 from fxtunnel.engine.read_share import ReadShare
 from fxtunnel.engine.splice import Splice
 from fxtunnel.engine.tls_calls import RecvInto, Send, corked, no_link, reason_of, tls_calls
-from fxtunnel.engine.turns import BESIDE_BYTES, SPARSE_BYTES, SPARSE_TURN_BYTES, TURN_BYTES, Turns
+from fxtunnel.engine.turns import SPARSE_BYTES, SPARSE_TURN_BYTES, TURN_BYTES, Turns, beside_bytes
 from fxtunnel.errors import RemoteProtocolError
 from fxtunnel.model import SessionId
 from fxtunnel.protocol import frames
-from fxtunnel.protocol.credit import MIN_GROWTH_RTT_S, WindowBudget
+from fxtunnel.protocol.credit import WindowBudget
 from fxtunnel.protocol.heartbeats import next_beat
 from fxtunnel.protocol.mux import Mux
 from fxtunnel.protocol.opening import Opening
@@ -228,28 +228,23 @@ class Session:
     def _fill(self) -> bool:
         """One turn: up to TURN_BYTES from those who wait. Whether somebody is left who may go on in the next."""
         turns, mux, ring = self._turns, self.mux, self.mux.ring
-        filled = 0
+        filled, most_bytes = 0, beside_bytes(ring.size_bytes, mux.min_rtt_s)
         while turns.waiting and filled < TURN_BYTES:
             room = mux.data_room - frames.HEADER_BYTES
             if room < MIN_TURN_BYTES:
-                self._grow_ring()
+                mux.grow_ring(self._config.max_ring_bytes)
                 return True
-            beside_bytes = ring.size_bytes >> 1 if ring.size_bytes > self._config.ring_bytes else BESIDE_BYTES
-            if (chosen := turns.next(filled, beside_bytes - ring.head + ring.acked)) is None:
-                self._grow_ring()
+            if (chosen := turns.next(filled, ring.head, most_bytes - ring.head + ring.acked)) is None:
+                mux.grow_ring(self._config.max_ring_bytes)
+                mux.ask()
                 return False
             try:
                 filled += chosen[0].read_turn(min(chosen[1], room)) or 256
             except Exception:
                 self._reactor.crashed(chosen[0])
+            if turns.is_beside(ring.head):
+                mux.ask()
         return turns.waiting > 0
-
-    def _grow_ring(self) -> None:
-        # Replay memory is full, or as full as it may be beside somebody who types. On a long path that is the bandwidth-delay product.
-        ring = self.mux.ring
-        if self.mux.min_rtt_s > MIN_GROWTH_RTT_S and ring.size_bytes < self._config.max_ring_bytes:
-            ring.grow(min(ring.size_bytes * 2, self._config.max_ring_bytes))
-            self.wake()
 
     def _write(self, link: ssl.SSLSocket) -> bool:
         """Send what the ring holds, several records as few segments. True: all of it; False: the link is full, or gone."""

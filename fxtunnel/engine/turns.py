@@ -21,10 +21,14 @@ SPARSE_TURN_BYTES: Final = 65_536
 SPARSE_SHARE_BYTES: Final = TURN_BYTES // 4
 """So much of a turn belongs to those who have little, so that however many they are, the others go on."""
 
-BESIDE_BYTES: Final = 524_288
-"""What may be unacknowledged beside somebody who has little, on a short path: twice what a peer leaves so (PROTOCOL.md, 7)."""
-ALONE_TURNS: Final = 256
-"""So many turns of bulk, 64 MiB, since somebody had little to send: bulk is alone."""
+BESIDE_BYTES: Final = 196_608
+"""What may be unacknowledged beside somebody who has little, since he waits for it; the peer is asked to acknowledge each third."""
+BESIDE_BYTES_PER_S: Final = 250_000_000
+"""So fast bulk should be all the same: what a longer path holds at this rate is not what he waits for."""
+BESIDE_TURN_BYTES: Final = 65_536
+"""What each that has much sends at once beside somebody who has little."""
+ALONE_BYTES: Final = 67_108_864
+"""So many bytes after somebody had little to send, bulk is alone."""
 
 
 def lately(turn_bytes: int, count: int) -> int:
@@ -35,6 +39,11 @@ def lately(turn_bytes: int, count: int) -> int:
     return max(count, turn_bytes >> 1)
 
 
+def beside_bytes(ring_bytes: int, min_rtt_s: float) -> int:
+    """What may be unacknowledged beside somebody who has little: at most half of the replay memory, on a path as long as that."""
+    return min(ring_bytes >> 1, max(BESIDE_BYTES, int(min_rtt_s * BESIDE_BYTES_PER_S)))
+
+
 class Turns:
     """The takers that wait, in two queues, as new and old flows do in FQ-CoDel (RFC 8290, section 4.2).
 
@@ -43,12 +52,12 @@ class Turns:
     What is on the link already is kept short as well, but only while somebody is there who would wait for it.
     """
 
-    __slots__ = ("_bulk", "_bulk_turns", "_sparse", "waiting")
+    __slots__ = ("_bulk", "_sparse", "_sparse_at", "waiting")
 
     def __init__(self) -> None:
         self._bulk: deque[TurnTaker] = deque()
         self._sparse: deque[TurnTaker] = deque()
-        self._bulk_turns = ALONE_TURNS  # since the last sparse one
+        self._sparse_at = -ALONE_BYTES  # where in the sequence somebody last had little
         self.waiting = 0
         """How many takers wait."""
 
@@ -70,21 +79,24 @@ class Turns:
         self._bulk.clear()
         self.waiting = 0
 
-    def next(self, filled_bytes: int, beside_bytes: int) -> tuple[TurnTaker, int] | None:
-        """Who is next in a turn that has `filled_bytes` already, and how much it may write.
+    def is_beside(self, head: int) -> bool:
+        """Whether somebody who has little was there lately, at `head` of the sequence."""
+        return head - self._sparse_at < ALONE_BYTES
 
-        While somebody who has little was there lately, those who have much may send `beside_bytes` together. None: they have done so, or
+    def next(self, filled_bytes: int, head: int, may_bytes: int) -> tuple[TurnTaker, int] | None:
+        """Who is next in a turn that has `filled_bytes` already, and how much it may write at `head` of the sequence.
+
+        While somebody who has little was there lately, those who have much may send `may_bytes` together. None: they have done so, or
         nobody waits.
         """
         if self._sparse and (filled_bytes < SPARSE_SHARE_BYTES or not self._bulk):
-            self._bulk_turns = 0
+            self._sparse_at = head
             self.waiting -= 1
             return self._sparse.popleft(), SPARSE_TURN_BYTES
         most = BULK_TURN_BYTES if len(self._bulk) <= CROWD else CROWDED_TURN_BYTES
-        if self._bulk_turns < ALONE_TURNS:
-            most = min(most, beside_bytes)
+        if self.is_beside(head):
+            most = min(BESIDE_TURN_BYTES, may_bytes)
         if not self._bulk or most < SPARSE_BYTES:
             return None
-        self._bulk_turns += 1
         self.waiting -= 1
         return self._bulk.popleft(), most

@@ -12,7 +12,7 @@ from typing import Final
 from fxtunnel.codes import Code
 from fxtunnel.errors import LocalProtocolError, RemoteProtocolError
 from fxtunnel.protocol import frames
-from fxtunnel.protocol.credit import ReceiveWindow, WindowBudget
+from fxtunnel.protocol.credit import MIN_GROWTH_RTT_S, ReceiveWindow, WindowBudget
 from fxtunnel.protocol.endpoint import Endpoint
 from fxtunnel.protocol.frames import EARLY_BYTES, MAX_CREDIT, MAX_STREAM_ID
 from fxtunnel.protocol.heartbeats import Heartbeats
@@ -23,6 +23,9 @@ from fxtunnel.protocol.stream import Stream
 
 ACK_EVERY_BYTES: Final = 262_144
 """A receiver acknowledges at least this often (PROTOCOL.md, 7)."""
+ASK_EVERY_BYTES: Final = 65_536
+"""A sender that wants to hear of less asks for it (`Mux.ask`)."""
+_ASKS: Final = frames.encode_u64(frames.PING, 0)
 RING_RESERVE_BYTES: Final = 16_384
 """Room in the ring that DATA leaves to control frames, so that ACK and CREDIT get through when replay memory is full."""
 MAX_OVERFLOW_BYTES: Final = 4_194_304
@@ -77,6 +80,7 @@ class Mux:
         self._on_open = on_open
         self._last_id = 0
         self._acked_to_peer = 0
+        self._asked_at = 0
         self.heartbeats = Heartbeats()
 
     @property
@@ -159,6 +163,19 @@ class Mux:
         self._queue_ack()
         self.queue(frames.encode_u64(frames.PING, int(now * 1e6)))
         self.heartbeats.began(self.passed_bytes)
+
+    def ask(self) -> None:
+        """Have the peer acknowledge soon what is written so far. Costs next to nothing until ASK_EVERY_BYTES later. Wakes nobody."""
+        ring = self.ring
+        if ring.head - self._asked_at >= ASK_EVERY_BYTES and ring.keep and not self.overflow and ring.free_bytes >= len(_ASKS):
+            self._asked_at = ring.head
+            ring.append(_ASKS)
+
+    def grow_ring(self, max_bytes: int) -> None:
+        """Replay memory is as full as it may be: double it, if the path is long enough for that to be its bandwidth-delay product."""
+        if self.min_rtt_s > MIN_GROWTH_RTT_S and self.ring.size_bytes < max_bytes:
+            self.ring.grow(min(self.ring.size_bytes * 2, max_bytes))
+            self._wake()
 
     def refill(self) -> None:
         """Move control frames that waited for room into the ring. Call after ACKs or `advance`."""
@@ -244,7 +261,8 @@ class Mux:
             self._queue_ack()
             self.queue(frames.encode_u64(frames.PONG, frames.decode_u64(payload)))
         elif kind == frames.PONG:
-            self.heartbeats.answered(self.now - frames.decode_u64(payload) / 1e6, self.passed_bytes)
+            if pinged_us := frames.decode_u64(payload):  # 0: it was an `ask`
+                self.heartbeats.answered(self.now - pinged_us / 1e6, self.passed_bytes)
         elif kind == frames.GOAWAY:
             self.goaway = (Code.from_wire(frames.decode_u16(payload)), frames.decode_text(payload))
 

@@ -7,7 +7,7 @@ from peers import connect, echo, exchange, pattern, receive_exactly, reset
 from plane import Contexts, open_plane
 
 from fxtunnel.engine.ports import SessionConfig
-from fxtunnel.engine.turns import SPARSE_BYTES
+from fxtunnel.engine.turns import BESIDE_BYTES, SPARSE_BYTES, SPARSE_TURN_BYTES
 
 MIB = 1 << 20
 
@@ -63,6 +63,32 @@ async def test_who_has_little_is_told_from_who_has_much(contexts: Contexts) -> N
         assert turns[0] == 2
         assert turns[1] >= SPARSE_BYTES
         assert sorted(client.turn_bytes for client in plane.doors[0].clients) == [1, 3]
+        for stream in (download, typist):
+            reset(stream)
+
+
+async def test_bulk_beside_somebody_who_types_keeps_the_link_short_and_goes_on(contexts: Contexts) -> None:
+    # No heartbeat, which would bring an ACK as well.
+    async with open_plane(contexts, SessionConfig(hold_s=5.0, heartbeat_s=3_600, dead_after_s=7_200)) as plane:
+        relay = await plane.add_relay(await plane.serve(mixed))
+        port = plane.add_door()
+        download, typist = await connect(port), await connect(port)
+        await typist.send_all(b"e")
+        while not relay.session.mux.min_rtt_s:
+            await trio.sleep(0.01)
+        relay.session.mux.heartbeats.min_rtt_s = 1e-4  # whatever the only PING measured on a busy machine
+        await download.send_all(b"f")
+        await receive_exactly(download, 4 * MIB)
+        most_bytes = 0
+        with trio.fail_after(20):
+            for number in range(60):
+                key = b"%4d" % number
+                await typist.send_all(key)
+                assert await receive_exactly(typist, 4) == key
+                await receive_exactly(download, 300_000)
+                ring = relay.session.mux.ring
+                most_bytes = max(most_bytes, ring.head - ring.acked)
+        assert 0 < most_bytes < BESIDE_BYTES + 2 * SPARSE_TURN_BYTES
         for stream in (download, typist):
             reset(stream)
 

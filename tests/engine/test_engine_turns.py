@@ -7,7 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fxtunnel.engine.turns import (
-    ALONE_TURNS,
+    ALONE_BYTES,
+    BESIDE_BYTES,
+    BESIDE_TURN_BYTES,
     BULK_TURN_BYTES,
     CROWD,
     CROWDED_TURN_BYTES,
@@ -16,6 +18,7 @@ from fxtunnel.engine.turns import (
     SPARSE_TURN_BYTES,
     TURN_BYTES,
     Turns,
+    beside_bytes,
     lately,
 )
 
@@ -37,10 +40,10 @@ class Taker:
         return count
 
 
-def one_turn(turns: Turns, beside_bytes: int = FREE) -> int:
+def one_turn(turns: Turns, may_bytes: int = FREE, head: int = 0) -> int:
     """A turn as a session has it: who has sent wants the next one at once."""
     filled, again = 0, []
-    while filled < TURN_BYTES and (chosen := turns.next(filled, beside_bytes - filled)) is not None:
+    while filled < TURN_BYTES and (chosen := turns.next(filled, head + filled, may_bytes - filled)) is not None:
         taker, most = chosen
         filled += taker.read_turn(most)
         again.append(taker)
@@ -67,7 +70,7 @@ def test_bulk_is_sent_in_large_pieces_round_robin() -> None:
     one_turn(turns)
     assert [download.turn_bytes for download in downloads] == [SPARSE_TURN_BYTES] * 4
     for _ in range(8):
-        one_turn(turns)
+        one_turn(turns, head=2 * ALONE_BYTES)
     assert [download.sent_bytes for download in downloads] == [SPARSE_TURN_BYTES + 4 * BULK_TURN_BYTES] * 4
 
 
@@ -80,7 +83,7 @@ def test_neither_starves_the_other(typists: int, each_bytes: int, downloads: int
     rounds = 2 * downloads + typists * SPARSE_BYTES // SPARSE_SHARE_BYTES + 2
     for _ in range(rounds):
         one_turn(turns)
-    assert all(taker.sent_bytes >= BULK_TURN_BYTES for taker in much)
+    assert all(taker.sent_bytes >= BESIDE_TURN_BYTES for taker in much)
     assert all(taker.sent_bytes >= each_bytes for taker in little)
     assert turns.waiting == typists + downloads
 
@@ -88,16 +91,34 @@ def test_neither_starves_the_other(typists: int, each_bytes: int, downloads: int
 def test_beside_somebody_who_types_bulk_keeps_the_link_short_and_alone_it_does_not() -> None:
     turns, download, typist = Turns(), Taker(FREE, SPARSE_BYTES), Taker(64)
     turns.want(download)
-    assert one_turn(turns, beside_bytes=0) == BULK_TURN_BYTES, "nobody is there who would wait"
+    assert turns.next(0, 0, 0) == (download, BULK_TURN_BYTES), "nobody is there who would wait"
+    assert not turns.is_beside(0)
+    turns.want(download)
     turns.want(typist)
-    assert one_turn(turns, beside_bytes=100_000) == 100_000
-    assert download.sent_bytes == BULK_TURN_BYTES + 100_000 - 64
-    turns.cancel(typist)
-    assert turns.next(0, SPARSE_BYTES - 1) is None
+    assert turns.next(0, 7, 0) == (typist, SPARSE_TURN_BYTES)
+    assert turns.is_beside(7 + ALONE_BYTES - 1)
+    assert turns.next(64, 71, SPARSE_BYTES - 1) is None
     assert turns.waiting == 1
-    for _ in range(ALONE_TURNS - 1):
-        assert one_turn(turns) == BULK_TURN_BYTES
-    assert one_turn(turns, beside_bytes=0) == BULK_TURN_BYTES, "the typist has left long ago"
+    assert turns.next(64, 71, 50_000) == (download, 50_000)
+    turns.want(download)
+    assert turns.next(64, 7 + ALONE_BYTES - 1, FREE) == (download, BESIDE_TURN_BYTES)
+    turns.want(download)
+    assert not turns.is_beside(7 + ALONE_BYTES)
+    assert turns.next(64, 7 + ALONE_BYTES, 0) == (download, BULK_TURN_BYTES), "the typist has left long ago"
+
+
+@pytest.mark.parametrize(
+    ("ring_bytes", "min_rtt_s", "expected"),
+    [
+        (1 << 20, 0.0, BESIDE_BYTES),
+        (1 << 20, 0.0004, BESIDE_BYTES),
+        (1 << 20, 0.001, 250_000),
+        (1 << 20, 0.05, 1 << 19),
+        (1 << 24, 0.05, 1 << 23),
+    ],
+)
+def test_a_long_path_holds_more(ring_bytes: int, min_rtt_s: float, expected: int) -> None:
+    assert beside_bytes(ring_bytes, min_rtt_s) == expected
 
 
 @pytest.mark.parametrize(("short_reads", "is_known"), [(1, False), (4, False), (5, True)])
@@ -109,7 +130,7 @@ def test_a_short_read_in_a_download_is_nobody_who_types(short_reads: int, is_kno
         one_turn(turns)
         turns.clear()
     turns.want(other)
-    assert (turns.next(0, 0) is None) is is_known
+    assert (turns.next(0, 0, 0) is None) is is_known
 
 
 def test_who_is_cancelled_or_cleared_gets_no_turn() -> None:
@@ -119,11 +140,11 @@ def test_who_is_cancelled_or_cleared_gets_no_turn() -> None:
     turns.cancel(download)
     turns.cancel(download)
     assert turns.waiting == 1
-    assert turns.next(0, FREE) == (typist, SPARSE_TURN_BYTES)
-    assert turns.next(0, FREE) is None
+    assert turns.next(0, 0, FREE) == (typist, SPARSE_TURN_BYTES)
+    assert turns.next(0, 0, FREE) is None
     turns.want(download)
     turns.clear()
-    assert turns.next(0, FREE) is None
+    assert turns.next(0, 0, FREE) is None
     assert turns.waiting == 0
 
 
@@ -132,5 +153,5 @@ def test_in_a_crowd_each_sends_less_at_once() -> None:
     takers = [Taker(FREE, turn_bytes=SPARSE_BYTES) for _ in range(CROWD + 1)]
     for taker in takers:
         turns.want(taker)
-    assert turns.next(0, FREE) == (takers[0], CROWDED_TURN_BYTES)
-    assert turns.next(0, FREE) == (takers[1], BULK_TURN_BYTES)
+    assert turns.next(0, 0, FREE) == (takers[0], CROWDED_TURN_BYTES)
+    assert turns.next(0, 0, FREE) == (takers[1], BULK_TURN_BYTES)

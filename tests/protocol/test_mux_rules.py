@@ -10,7 +10,7 @@ from fxtunnel.protocol import frames
 from fxtunnel.protocol.credit import FIRST_WINDOW_BYTES
 from fxtunnel.protocol.frames import EARLY_BYTES, MAX_CREDIT
 from fxtunnel.protocol.heartbeats import CALM_BYTES
-from fxtunnel.protocol.mux import ACK_EVERY_BYTES, MAX_OVERFLOW_BYTES, RING_RESERVE_BYTES
+from fxtunnel.protocol.mux import ACK_EVERY_BYTES, ASK_EVERY_BYTES, MAX_OVERFLOW_BYTES, RING_RESERVE_BYTES
 from tests.protocol.mux_pair import TAGS, Pair, Recorder, Side
 from tests.protocol.recording import CollectingSink, Frame
 
@@ -234,6 +234,25 @@ def test_a_ping_is_answered_with_an_ack_and_its_pong(relay: Side) -> None:
     received = relay.mux.parser.received
     expected = [(frames.ACK, 0, received.to_bytes(8, "big")), (frames.PONG, 0, b"\xff" * 8)]
     assert answers(relay) == expected
+
+
+def test_who_asks_is_told_at_once_what_has_arrived_and_measures_nothing() -> None:
+    pair = Pair()
+    ours, _ = pair.open()
+    pair.gateway.send(ours, ASK_EVERY_BYTES // 2)
+    pair.pump()
+    mux, ring = pair.gateway.mux, pair.gateway.mux.ring
+    mux.ask()
+    assert ring.unsent_bytes == 0, "so little is not worth it"
+    pair.gateway.send(ours, ASK_EVERY_BYTES // 2)
+    mux.ask()
+    mux.ask()
+    asked_at = ring.head
+    pair.now += 0.25
+    pair.pump()
+    assert ring.acked == ring.head == asked_at
+    assert answers(pair.relay) == []
+    assert mux.min_rtt_s == 0.0
 
 
 def test_the_round_trip_is_the_shortest_of_the_last_sixteen() -> None:
