@@ -7,18 +7,8 @@
  * windows of what runs over the line are. A FIN travels like a byte; a reset is passed on at once. Everything is on 127.0.0.1.
  */
 #define _GNU_SOURCE
-#include <arpa/inet.h>
-#include <errno.h>
-#include <netinet/in.h>
-#include <netinet/tcp.h>
-#include <stdint.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <sys/epoll.h>
-#include <sys/socket.h>
-#include <time.h>
-#include <unistd.h>
+#define PROGRAM "delayline"
+#include "net.h"
 
 enum { CHUNK = 65536, CHUNKS = 16384, EVENTS = 64, BACKLOG = 512 };
 #define QUEUE_S 0.005
@@ -47,21 +37,9 @@ static double delay_s, bytes_per_s, lanes[2];
 static size_t ring_bytes;
 static struct joined *all;
 
-static void die(const char *what) {
-    fprintf(stderr, "delayline: %s: %s\n", what, strerror(errno));
-    exit(1);
-}
-
-static double now_s(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return t.tv_sec + t.tv_nsec / 1e9;
-}
-
-static void watch(int ep, int fd, struct joined *j, int side) {
+static void watch_side(int ep, int fd, struct joined *j, int side) {
     struct epoll_event e = {.events = EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLET, .data.u64 = (uintptr_t)j | side};
-    int on = 1;
-    setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
+    nodelay(fd);
     if (epoll_ctl(ep, EPOLL_CTL_ADD, fd, &e) < 0) die("epoll_ctl");
 }
 
@@ -80,7 +58,7 @@ static void join_up(int ep, int near, int target) {
         p->ring = malloc(ring_bytes), p->chunks = malloc(CHUNKS * sizeof *p->chunks);
     }
     j->next = all, all = j;
-    watch(ep, near, j, 0), watch(ep, far, j, 1);
+    watch_side(ep, near, j, 0), watch_side(ep, far, j, 1);
 }
 
 static void end(struct joined *j, int in_order) {
@@ -137,12 +115,9 @@ int main(int argc, char **argv) {
     alarm(atoi(argv[1]));
     delay_s = atof(argv[4]) / 1e3, bytes_per_s = atof(argv[5]) * 1e6 / 8;
     ring_bytes = bytes_per_s * (delay_s + QUEUE_S) * 1.25 + 4 * CHUNK;
-    int fd = socket(AF_INET, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0), on = 1, ep = epoll_create1(EPOLL_CLOEXEC);
-    struct sockaddr_in at = {.sin_family = AF_INET, .sin_port = htons(atoi(argv[2])), .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
-    setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on);
-    if (bind(fd, (void *)&at, sizeof at) < 0 || listen(fd, BACKLOG) < 0) die("listen");
-    struct epoll_event ready[EVENTS], first = {.events = EPOLLIN, .data.u64 = 0};
-    if (epoll_ctl(ep, EPOLL_CTL_ADD, fd, &first) < 0) die("epoll_ctl");
+    int fd = listen_on(atoi(argv[2]), BACKLOG), ep = epoll_create1(EPOLL_CLOEXEC);
+    struct epoll_event ready[EVENTS];
+    watch(ep, EPOLL_CTL_ADD, fd, EPOLLIN, NULL);
     puts("ready"), fflush(stdout);
     for (int busy = 0, waiting[2] = {0, 0};;) {
         int n = epoll_wait(ep, ready, EVENTS, busy ? 1 : -1);

@@ -8,38 +8,15 @@
  * Each client prints one JSON object. Everything is on 127.0.0.1.
  */
 #define _GNU_SOURCE
-#include <arpa/inet.h>
-#include <errno.h>
-#include <netinet/in.h>
-#include <netinet/tcp.h>
-#include <poll.h>
 #include <pthread.h>
-#include <signal.h>
-#include <stdint.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <sys/epoll.h>
-#include <sys/resource.h>
-#include <sys/socket.h>
-#include <time.h>
-#include <unistd.h>
+
+#define PROGRAM "loadgen"
+#include "net.h"
 
 enum { HEAD = 16, REQUEST = 64, ANSWER = 256, PING = 64, CHUNK = 262144, PERIOD = 65521, TURNS = 4, EVENTS = 256, OPENING = 64, SMALL = 32768 };
 
 static uint8_t pattern[PERIOD + CHUNK];
 static volatile sig_atomic_t stopping;
-
-static void die(const char *what) {
-    fprintf(stderr, "loadgen: %s: %s\n", what, strerror(errno));
-    exit(1);
-}
-
-static double now_s(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return t.tv_sec + t.tv_nsec / 1e9;
-}
 
 static void on_term(int sig) {
     (void)sig;
@@ -47,16 +24,9 @@ static void on_term(int sig) {
 }
 
 static void prepare(void) {
-    uint32_t x = 2463534242u;
-    for (int i = 0; i < PERIOD; i++) {
-        x ^= x << 13, x ^= x >> 17, x ^= x << 5;
-        pattern[i] = x >> 11;
-    }
+    fill_noise(pattern, PERIOD);
     for (int i = PERIOD; i < PERIOD + CHUNK; i++) pattern[i] = pattern[i - PERIOD];
-    struct rlimit files;
-    getrlimit(RLIMIT_NOFILE, &files);
-    files.rlim_cur = files.rlim_max;
-    setrlimit(RLIMIT_NOFILE, &files);
+    raise_file_limit();
     signal(SIGPIPE, SIG_IGN);
     struct sigaction term = {.sa_handler = on_term};
     sigaction(SIGTERM, &term, NULL);
@@ -68,44 +38,6 @@ static void request(uint8_t *head, char op, uint64_t count) {
     memset(head, 0, HEAD);
     head[0] = op;
     memcpy(head + 8, &count, 8);
-}
-
-static void watch(int ep, int how, int fd, uint32_t events, void *owner) {
-    struct epoll_event e = {.events = events, .data.ptr = owner};
-    if (epoll_ctl(ep, how, fd, &e) < 0) die("epoll_ctl");
-}
-
-static void nodelay(int fd) {
-    int on = 1;
-    setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
-}
-
-static int dial(int port, int flags) {
-    int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC | flags, 0);
-    if (fd < 0) return -1;
-    nodelay(fd);
-    struct sockaddr_in to = {.sin_family = AF_INET, .sin_port = htons(port), .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
-    if (connect(fd, (void *)&to, sizeof to) < 0 && errno != EINPROGRESS) {
-        close(fd);
-        return -1;
-    }
-    return fd;
-}
-
-/* Writes everything, waiting where it must; only for the few bytes of heads, echoes and answers. */
-static int write_all(int fd, const uint8_t *bytes, size_t n) {
-    while (n) {
-        ssize_t w = send(fd, bytes, n, MSG_NOSIGNAL);
-        if (w > 0) {
-            bytes += w, n -= w;
-        } else if (errno == EAGAIN) {
-            struct pollfd p = {fd, POLLOUT, 0};
-            if (poll(&p, 1, 5000) <= 0) return -1;
-        } else if (errno != EINTR) {
-            return -1;
-        }
-    }
-    return 0;
 }
 
 /* ---- the service: thread 0 accepts and answers what is small, thread 1 moves bulk, so that an echo never queues behind bulk in here */
@@ -210,13 +142,9 @@ static void *serve_loop(void *arg) {
 }
 
 static int serve(int port) {
-    int fd = socket(AF_INET, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0), on = 1;
-    struct sockaddr_in at = {.sin_family = AF_INET, .sin_port = htons(port), .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
-    setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on);
-    if (bind(fd, (void *)&at, sizeof at) < 0 || listen(fd, 4096) < 0) die("listen");
+    listener = listen_on(port, 4096);
     eps[0] = epoll_create1(EPOLL_CLOEXEC), eps[1] = epoll_create1(EPOLL_CLOEXEC);
-    watch(eps[0], EPOLL_CTL_ADD, fd, EPOLLIN, NULL);
-    listener = fd;
+    watch(eps[0], EPOLL_CTL_ADD, listener, EPOLLIN, NULL);
     pthread_t bulk;
     if (pthread_create(&bulk, NULL, serve_loop, &eps[1])) die("thread");
     puts("ready"), fflush(stdout);
@@ -289,13 +217,6 @@ static int bulk(int port, char direction, int n, uint64_t bytes, double seconds)
 }
 
 /* ---- latency */
-
-static int by_value(const void *a, const void *b) {
-    double x = *(const double *)a, y = *(const double *)b;
-    return (x > y) - (x < y);
-}
-
-static double rank_us(double *sorted, int n, double q) { return n ? sorted[(int)(q * (n - 1))] * 1e6 : -1; }
 
 static int echo(int port, double seconds) {
     enum { MOST = 2000000, WARM = 100 };

@@ -6,21 +6,8 @@
  * The clients compare what comes back, byte by byte, and print one JSON object.
  */
 #define _GNU_SOURCE
-#include <arpa/inet.h>
-#include <errno.h>
-#include <netinet/in.h>
-#include <netinet/tcp.h>
-#include <poll.h>
-#include <signal.h>
-#include <stdint.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <sys/epoll.h>
-#include <sys/resource.h>
-#include <sys/socket.h>
-#include <time.h>
-#include <unistd.h>
+#define PROGRAM "webgen"
+#include "net.h"
 
 enum { SMALL = 256, PING = 64, FRAME = 6 + PING, ECHO = 2 + PING, CHUNK = 262144, HEAD = 16384, EVENTS = 256, MOST = 4000000 };
 
@@ -34,74 +21,18 @@ static uint8_t small[512];
 static int small_bytes;
 static double took[MOST];
 
-static void die(const char *what) {
-    fprintf(stderr, "webgen: %s: %s\n", what, strerror(errno));
-    exit(1);
-}
-
-static double now_s(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return t.tv_sec + t.tv_nsec / 1e9;
-}
-
 static int headed(uint8_t *out, uint64_t length) {
     return sprintf((char *)out, "HTTP/1.1 200 OK\r\nServer: webgen\r\nContent-Type: application/octet-stream\r\nContent-Length: %llu\r\n\r\n",
                    (unsigned long long)length);
 }
 
 static void prepare(void) {
-    uint32_t x = 2463534242u;
-    for (int i = 0; i < CHUNK; i++) {
-        x ^= x << 13, x ^= x >> 17, x ^= x << 5;
-        pattern[i] = x >> 11;
-    }
+    fill_noise(pattern, CHUNK);
     small_bytes = headed(small, SMALL);
     memcpy(small + small_bytes, pattern, SMALL);
     small_bytes += SMALL;
-    struct rlimit files;
-    getrlimit(RLIMIT_NOFILE, &files);
-    files.rlim_cur = files.rlim_max;
-    setrlimit(RLIMIT_NOFILE, &files);
+    raise_file_limit();
     signal(SIGPIPE, SIG_IGN);
-}
-
-static void watch(int ep, int how, int fd, uint32_t events, void *owner) {
-    struct epoll_event e = {.events = events, .data.ptr = owner};
-    if (epoll_ctl(ep, how, fd, &e) < 0) die("epoll_ctl");
-}
-
-static void nodelay(int fd) {
-    int on = 1;
-    setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
-}
-
-static int dial(int port, int flags) {
-    int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC | flags, 0);
-    if (fd < 0) return -1;
-    nodelay(fd);
-    struct sockaddr_in to = {.sin_family = AF_INET, .sin_port = htons(port), .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
-    if (connect(fd, (void *)&to, sizeof to) < 0 && errno != EINPROGRESS) {
-        close(fd);
-        return -1;
-    }
-    return fd;
-}
-
-/* Writes everything, waiting where it must; only for what is short. */
-static int write_all(int fd, const void *bytes, size_t n) {
-    while (n) {
-        ssize_t w = send(fd, bytes, n, MSG_NOSIGNAL);
-        if (w > 0) {
-            bytes = (const uint8_t *)bytes + w, n -= w;
-        } else if (errno == EAGAIN) {
-            struct pollfd p = {fd, POLLOUT, 0};
-            if (poll(&p, 1, 5000) <= 0) return -1;
-        } else if (errno != EINTR) {
-            return -1;
-        }
-    }
-    return 0;
 }
 
 /* ---- the service */
@@ -173,10 +104,7 @@ static int served_turn(int ep, struct served *c, uint32_t events) {
 }
 
 static void serve(int port) {
-    int listener = socket(AF_INET, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0), on = 1, ep = epoll_create1(EPOLL_CLOEXEC);
-    struct sockaddr_in at = {.sin_family = AF_INET, .sin_port = htons(port), .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
-    setsockopt(listener, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on);
-    if (bind(listener, (void *)&at, sizeof at) < 0 || listen(listener, 4096) < 0) die("listen");
+    int listener = listen_on(port, 4096), ep = epoll_create1(EPOLL_CLOEXEC);
     watch(ep, EPOLL_CTL_ADD, listener, EPOLLIN, NULL);
     puts("ready"), fflush(stdout);
     struct epoll_event ready[EVENTS];
@@ -200,14 +128,9 @@ static void serve(int port) {
 
 /* ---- clients */
 
-static int by_value(const void *a, const void *b) {
-    double x = *(const double *)a, y = *(const double *)b;
-    return (x > y) - (x < y);
-}
-
 static int report(int n, int failed, double seconds) {
     qsort(took, n, sizeof *took, by_value);
-    double p50 = n ? took[(int)(0.5 * (n - 1))] * 1e6 : -1, p99 = n ? took[(int)(0.99 * (n - 1))] * 1e6 : -1;
+    double p50 = rank_us(took, n, 0.5), p99 = rank_us(took, n, 0.99);
     printf("{\"done\":%d,\"failed\":%d,\"seconds\":%.6f,\"p50_us\":%.2f,\"p99_us\":%.2f}\n", n, failed, seconds, p50, p99);
     return 0;
 }
