@@ -201,7 +201,7 @@ def test_closing_ends_calls_under_way_with_a_store_error(backend: Backend) -> No
     time.sleep(0.3)
     began = time.monotonic()
     store.close()
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 8
     for thread in threads:
         thread.join(20)
     assert [type(end) for end in ends] == [StoreError] * 4

@@ -16,7 +16,8 @@ from fxrelay.reserving.reservations import NO_STORE, Entered, NotEntered
 from fxtunnel.model import RelayId
 
 
-async def test_a_store_that_hangs_makes_one_wait_for_two_seconds_and_the_others_not_at_all(tmp_path: Path) -> None:
+async def test_a_store_that_hangs_makes_one_wait_for_two_seconds_and_nobody_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(books, "PAUSE_S", 15.0)
     async with relays(tmp_path, "a") as (relay,):
         relay.store.hangs = answers = threading.Event()
         began = trio.current_time()

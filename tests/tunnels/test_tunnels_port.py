@@ -151,7 +151,7 @@ async def test_a_busy_port_says_so_before_tls_and_finishes_what_it_has_begun(tmp
         late = await rig.connect()
         late.sendall(hello_bytes)
         stream = trio.SocketStream(trio.socket.from_stdlib_socket(late))
-        with trio.fail_after(2):
+        with trio.fail_after(10):
             line = bytes(await stream.receive_some(BUSY_BYTES))
         appointment = parse_busy(line)
         assert appointment is not None

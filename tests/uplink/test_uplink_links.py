@@ -328,7 +328,7 @@ async def test_shutdown_says_goodbye_on_both_links_and_run_returns(gateway: Fake
         began = trio.current_time()
         await it.uplink.shutdown(Code.SHUTDOWN, "the relay stops")
         await it.ended.wait()
-        assert trio.current_time() - began < 1.5
+        assert trio.current_time() - began < 8
         assert it.error is None
         assert it.session.closed == (Code.SHUTDOWN, "the relay stops")
         await until(lambda: Closing(code=Code.SHUTDOWN, message="the relay stops") in gateway.heard)
