@@ -201,14 +201,14 @@ class Client(Splice):
                     assert_never(step)
 
     def _open(self, session: Session, peer: str, early: bytes) -> bool:
-        """Open the stream on this session."""
+        """Open the stream on this session. What fails after that ends the stream with the client."""
         stream = session.open_stream(self._open_tags(peer), self)
         if stream is None:
             return False
+        self.join(session, stream)
         self._open_ends_at = session.mux.ring.head + len(session.mux.overflow)
         self.door.opening[self] = self.reactor.now
         stream.replay(early)
-        self.join(session, stream)
         if self._read_done:
             stream.fin()
         return True
