@@ -185,24 +185,28 @@ class Client(Splice):
             step = next_step(self.journey, self.service, relays)
             self.journey = step.journey
             match step:
-                case Ask(relay):
-                    session = relay.session_for_stream()
+                case Ask():
+                    session = step.relay.session_for_stream()
                     if session is not None and self._open(session, peer, early):
                         return True
                     self.journey = step.journey.refused()
-                case PassOn(relay):
-                    if relay.take(self, early):
+                case PassOn():
+                    if step.relay.take(self, early):
                         return False
                     self.journey = step.otherwise
-                case GiveUp(reason):
-                    self.turn_away(reason.value)
+                case GiveUp():
+                    self.turn_away(step.reason.value)
                     return False
                 case _:
                     assert_never(step)
 
     def _open(self, session: Session, peer: str, early: bytes) -> bool:
         """Open the stream on this session. What fails after that ends the stream with the client."""
-        stream = session.open_stream(self._open_tags(peer), self)
+        journey = self.journey
+        tags = encode_tag(TAG_CLIENT, peer) + self.tags if peer else self.tags
+        if journey.target is not None or journey.avoid:  # hardly ever
+            tags += encode_redirects(journey.via, journey.avoid)
+        stream = session.open_stream(tags, self)
         if stream is None:
             return False
         self.join(session, stream)
@@ -212,13 +216,6 @@ class Client(Splice):
         if self._read_done:
             stream.fin()
         return True
-
-    def _open_tags(self, peer: str) -> bytes:
-        tags = encode_tag(TAG_CLIENT, peer) + self.tags if peer else self.tags
-        journey = self.journey
-        if journey.target is None and not journey.avoid:  # as for nearly everybody
-            return tags
-        return tags + encode_redirects(journey.via, journey.avoid)
 
 
 def peer_text(peer: object) -> str:

@@ -98,9 +98,8 @@ class Journey(NamedTuple):
         return self._replace(asked=self.asked[:-1]) if self.target is None else self
 
 
-@dataclass(frozen=True, slots=True)
-class Ask(Generic[N]):
-    """Open the stream on this relay. If that fails: `journey.refused()`."""
+class Ask(NamedTuple, Generic[N]):
+    """Open the stream on this relay. If that fails: `journey.refused()`. A tuple, as `Journey` is."""
 
     relay: N
     journey: Journey
