@@ -17,7 +17,7 @@ from fxgateway.access_log import AccessLog
 from fxgateway.admin.live import LiveView
 from fxgateway.admin.pages import make_app
 from fxgateway.door_settings import DoorSettings
-from fxgateway.doors.door import DoorConfig, Relays
+from fxgateway.doors.door import DoorConfig, DoorRelays
 from fxgateway.doors.doors import Doors
 from fxgateway.routing.admission import Admission, AdmissionLimits
 from fxgateway.routing.hosts import HostTable, Route
@@ -172,7 +172,7 @@ class Gateway:
     def _make_admission(self, settings: GatewaySettings) -> Admission:
         return Admission(self._admission_limits(settings))
 
-    def _make_relays(self) -> Relays:
+    def _make_relays(self) -> DoorRelays:
         return self._registry
 
     def _make_colleagues(self) -> Colleagues:

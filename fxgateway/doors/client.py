@@ -1,21 +1,20 @@
 """Pump: one client from accept to close: a relay is chosen, and another one while nothing has been lost by it."""
 
 import socket
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, assert_never
 
-from fxgateway.doors.elsewhere import MAX_HOPS, Elsewhere, Journey
-from fxgateway.routing.table import Forward, Reject
+from fxgateway.routing.journey import MAX_ATTEMPTS, Ask, GiveUp, Journey, PassOn, next_step
 from fxtunnel.codes import Code
+from fxtunnel.engine.session import Session
 from fxtunnel.engine.splice import Splice
-from fxtunnel.model import RelayId, ServiceName, is_name
-from fxtunnel.protocol.opening import MAX_AVOIDED, TAG_CLIENT, encode_redirects, encode_tag
+from fxtunnel.model import RelayId, ServiceName
+from fxtunnel.protocol.opening import TAG_CLIENT, encode_redirects, encode_tag
 
 if TYPE_CHECKING:
     from fxgateway.doors.door import Door
     from fxgateway.doors.recorded import Diary
 
-MAX_ATTEMPTS: Final = 8
-"""Streams opened for one client, at most; a cluster whose relays all refuse or redirect should not keep the gateway busy."""
+_AT_THE_START: Final = Journey()
 
 
 class Client(Splice):
@@ -27,15 +26,11 @@ class Client(Splice):
     """
 
     __slots__ = (
-        "_asked",
-        "_attempts",
-        "_avoid",
         "_open_ends_at",
-        "_target",
         "address",
         "diary",
         "door",
-        "hops",
+        "journey",
         "last_bytes",
         "moved_at",
         "named",
@@ -59,14 +54,8 @@ class Client(Splice):
         """The client's ip:port if it was told (at first by accept, or a PROXY header); else the socket knows it."""
         self.last_bytes = 0
         self.moved_at = door.reactor.now
-        self.hops = 0
-        """Processes it was passed on by."""
-        self._attempts = 0
-        self._asked: tuple[RelayId, ...] = ()
-        """Relays asked on their own account. The last of them is the one that redirected to `_target`."""
-        self._target: RelayId | None = None
-        self._avoid: tuple[RelayId, ...] = ()
-        """Relays that were redirected to in vain."""
+        self.journey = _AT_THE_START
+        """How far it has got; `next_step` says how it goes on."""
         self._open_ends_at = 0
         """Where in the session's sequence its OPEN ends."""
 
@@ -79,15 +68,17 @@ class Client(Splice):
 
         `said` has been taken from the socket already: at most EARLY_BYTES.
         """
-        if self._forward(said, self._tags(peer)):
+        if self._forward(peer, said):
             self.start()
 
-    def go_on(self, journey: Journey) -> None:
-        """As `begin`, for a client that another process has passed on."""
-        self._asked, self._target, self._avoid = journey.asked, journey.target, journey.avoid
-        self._attempts, self.hops, self._read_done = journey.attempts, journey.hops, journey.has_ended
-        if self._forward(journey.early, self._tags(self.named or self.peer()), asks_again=journey.target is None):
-            self.start()
+    @property
+    def has_ended(self) -> bool:
+        """Whether it has said all that it will say."""
+        return self._read_done
+
+    @has_ended.setter
+    def has_ended(self, has_ended: bool) -> None:
+        self._read_done = has_ended
 
     def give_away(self) -> socket.socket:
         """It is another process's; the socket, which is the caller's now. Nobody here counts it any more."""
@@ -106,7 +97,7 @@ class Client(Splice):
     @property
     def relay_name(self) -> str:
         """The relay that was asked last; empty before any was."""
-        return self._target or (self._asked[-1] if self._asked else "")
+        return self.journey.last
 
     @property
     def moved_bytes(self) -> int:
@@ -122,16 +113,11 @@ class Client(Splice):
         if code.is_final:
             self.turn_away(code.label)  # it concerns the client: what one relay says, another one must not be asked to overrule
         else:
-            self._try_another()
+            self._go_on(self.journey.refused())
 
     def on_redirect(self, relay: str) -> None:
         """See `Endpoint`."""
-        # PROTOCOL.md, 6: what cannot be followed is a REFUSE, of the relay that was redirected to as well as of the one that redirects.
-        if self._target is None and is_name(relay) and relay not in self._avoid and len(self._avoid) < MAX_AVOIDED:
-            self._target = RelayId(relay)
-            self._open_again(asks_again=False)
-        else:
-            self._try_another()
+        self._go_on(self.journey.redirected(relay))
 
     def on_reset(self, code: Code) -> None:
         """See `Endpoint`."""
@@ -140,9 +126,7 @@ class Client(Splice):
             return
         untouched = not stream.bytes_in and not stream.bytes_out and not stream.fin_received
         if not stream.accepted or (untouched and code in (Code.LINK_LOST, Code.FENCED, Code.REVOKED, Code.SHUTDOWN, Code.DRAINING)):
-            if code is Code.LINK_LOST and self._target is None:
-                self._asked = self._asked[:-1]  # it has refused nothing, and may have another link by now
-            self._try_another()
+            self._go_on(self.journey.lost() if code is Code.LINK_LOST else self.journey.refused())
         else:
             super().on_reset(code)
 
@@ -150,7 +134,7 @@ class Client(Splice):
         """The relay has not answered the OPEN in time."""
         if self.stream is not None:
             self.stream.reset(Code.CANCELLED)
-        self._try_another()
+        self._go_on(self.journey.refused())
 
     @property
     def waits_for_link(self) -> bool:
@@ -161,16 +145,14 @@ class Client(Splice):
     @property
     def wish(self) -> tuple[ServiceName, tuple[RelayId, ...], RelayId | None]:
         """What decides where it could go instead of waiting: service, relays that will not have it, and the one it must go to, if any."""
-        return self.service, self._asked[:-1], self._target
+        return self.service, self.journey.asked[:-1], self.journey.target
 
     def go_on_elsewhere(self) -> None:
         """It `waits_for_link`, and there is a relay that could take it now: by another link, or another relay."""
-        if self.stream is None or self._attempts >= MAX_ATTEMPTS:
+        if self.stream is None or self.journey.attempts >= MAX_ATTEMPTS:
             return
         self.stream.reset(Code.CANCELLED)
-        if self._target is None:
-            self._asked = self._asked[:-1]  # that one was not asked after all
-        self._open_again(asks_again=False)
+        self._go_on(self.journey.unasked())
 
     def end_idle(self) -> None:
         """Nothing has moved for too long."""
@@ -180,25 +162,14 @@ class Client(Splice):
         """See `Splice`."""
         self.door.client_released(self)
 
-    def _try_another(self) -> None:
-        """The relay that has the stream cannot serve it: back to the one that redirected there, or on by the routes."""
-        self._open_again(asks_again=self._give_up_target())
-
-    def _give_up_target(self) -> bool:
-        target, self._target = self._target, None
-        if target is not None:
-            self._avoid = (*self._avoid, target)
-        return target is not None
-
-    def _open_again(self, *, asks_again: bool) -> None:
+    def _go_on(self, journey: Journey) -> None:
+        """The relay that has the stream does not serve it."""
         stream = self.stream
         if self.closed or stream is None:
             return
+        self.journey = journey
         self.door.opening.pop(self, None)  # to enter again at its end: it is in order of time
-        self._forward(bytes(stream.early or b""), self._tags(self.named or self.peer()), asks_again=asks_again)
-
-    def _tags(self, peer: str) -> bytes:
-        return encode_tag(TAG_CLIENT, peer) + self.tags if peer else self.tags
+        self._forward(self.named or self.peer(), bytes(stream.early or b""))
 
     def peer(self) -> str:
         """Its ip:port as the socket knows it."""
@@ -207,48 +178,44 @@ class Client(Splice):
         except OSError:
             return self.address
 
-    def _forward(self, early: bytes, tags: bytes, *, asks_again: bool = False) -> bool:
-        """Open the stream on `_target`, or on the relay that redirected last (`asks_again`), or on the best that was not asked yet."""
+    def _forward(self, peer: str, early: bytes) -> bool:
+        """Take the next steps until there is a stream; False when the client has ended here instead."""
         relays = self.door.relays
-        while self._attempts < MAX_ATTEMPTS:
-            relay = None
-            if self._target is not None:
-                relay = relays.named(self._target) if self._target != self._asked[-1] else None
-                if relay is None:
-                    asks_again = self._give_up_target()
-                    continue
-            elif asks_again:
-                relay = relays.named(self._asked[-1])
-                asks_again = False
-            if relay is None:
-                match relays.routes.decide(self.service, self._asked):
-                    case Forward(relay):
-                        self._asked = (*self._asked, relay.relay_id)
-                    case Reject(reason):
-                        self.turn_away(reason.value)
+        while True:
+            step = next_step(self.journey, self.service, relays)
+            self.journey = step.journey
+            match step:
+                case Ask():
+                    session = step.relay.session_for_stream()
+                    if session is not None and self._open(session, peer, early):
+                        return True
+                    self.journey = step.journey.refused()
+                case PassOn():
+                    if step.relay.take(self, early):
                         return False
-            if isinstance(relay, Elsewhere):
-                journey = Journey(self._asked, self._target, self._avoid, self._attempts, self.hops + 1, self._read_done, early)
-                if self.hops < MAX_HOPS and relay.take(self, journey):
+                    self.journey = step.otherwise
+                case GiveUp():
+                    self.turn_away(step.reason.value)
                     return False
-                session = None
-            else:
-                session = relay.session_for_stream()
-            self._attempts += 1
-            extra = encode_redirects(self._asked[-1] if self._target is not None else None, self._avoid)
-            stream = session.open_stream(tags + extra, self) if session is not None else None
-            if session is None or stream is None:
-                asks_again = self._give_up_target()
-                continue
-            self.door.opening[self] = self.reactor.now
-            self._open_ends_at = session.mux.ring.head + len(session.mux.overflow)
-            stream.replay(early)
-            self.join(session, stream)
-            if self._read_done:
-                stream.fin()
-            return True
-        self.turn_away("too-many-attempts")
-        return False
+                case _:
+                    assert_never(step)
+
+    def _open(self, session: Session, peer: str, early: bytes) -> bool:
+        """Open the stream on this session. What fails after that ends the stream with the client."""
+        journey = self.journey
+        tags = encode_tag(TAG_CLIENT, peer) + self.tags if peer else self.tags
+        if journey.target is not None or journey.avoid:  # hardly ever
+            tags += encode_redirects(journey.via, journey.avoid)
+        stream = session.open_stream(tags, self)
+        if stream is None:
+            return False
+        self.join(session, stream)
+        self._open_ends_at = session.mux.ring.head + len(session.mux.overflow)
+        self.door.opening[self] = self.reactor.now
+        stream.replay(early)
+        if self._read_done:
+            stream.fin()
+        return True
 
 
 def peer_text(peer: object) -> str:

@@ -5,9 +5,9 @@ import logging
 import secrets
 import socket
 import ssl
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final, Protocol, TypeVar
+from typing import TYPE_CHECKING, Final, TypeAlias, TypeVar
 
 from fxgateway.doors.client import Client, peer_text
 from fxgateway.doors.elsewhere import Elsewhere
@@ -17,15 +17,15 @@ from fxgateway.doors.recorded import AccessSink, Diary, RecordedClient
 from fxgateway.doors.waiting import spare_the_wait
 from fxgateway.doors.web_client import error_words
 from fxgateway.routing.admission import Admission, Verdict
+from fxgateway.routing.journey import Relays
 from fxgateway.routing.reception import Kind, Lead, Receptionist
-from fxgateway.routing.table import Forward, Reject
 from fxtunnel.codes import Code
 from fxtunnel.engine.reactor import LISTENER_EVENTS, Reactor, Timer
 from fxtunnel.engine.splice import RESET_ON_CLOSE, abort
 from fxtunnel.kit.answers import Refused
 from fxtunnel.kit.listeners import EXHAUSTED
 from fxtunnel.kit.settings import Address
-from fxtunnel.model import RelayId, ServiceName
+from fxtunnel.model import ServiceName
 from fxtunnel.protocol.opening import TAG_TRACE, Opening, encode_tag, encode_tags
 
 if TYPE_CHECKING:
@@ -59,22 +59,7 @@ _NOBODY: Final = ""
 """The source as which admission counts a connection that owes its PROXY header: in all and per door, but of no source yet."""
 
 
-class Routes(Protocol):
-    """Who offers what."""
-
-    def decide(self, service: ServiceName, tried: Collection[RelayId] = ()) -> "Forward[LiveRelay] | Forward[Elsewhere] | Reject":
-        """See `RouteTable`."""
-
-
-class Relays(Protocol):
-    """The relays that are there now."""
-
-    @property
-    def routes(self) -> Routes:
-        """Who offers what."""
-
-    def named(self, relay_id: RelayId) -> "LiveRelay | Elsewhere | None":
-        """A relay by its name."""
+DoorRelays: TypeAlias = "Relays[LiveRelay, Elsewhere]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +97,7 @@ class DoorCounters:
 class Door:
     """Takes clients in. `open` binds; `close` stops listening and leaves the clients that are in alone."""
 
-    def __init__(self, reactor: Reactor, config: DoorConfig, relays: Relays, admission: Admission) -> None:
+    def __init__(self, reactor: Reactor, config: DoorConfig, relays: DoorRelays, admission: Admission) -> None:
         self.reactor = reactor
         self.config = config
         self.listen_address = str(config.listen)

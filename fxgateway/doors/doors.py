@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from functools import partial
 
-from fxgateway.doors.door import CLIENT_OPTIONS, Door, DoorConfig, Relays
+from fxgateway.doors.door import CLIENT_OPTIONS, Door, DoorConfig, DoorRelays
 from fxgateway.routing.admission import Admission
 from fxgateway.routing.table import Forward
 from fxtunnel.engine.reactor import Reactor
@@ -13,7 +13,7 @@ from fxtunnel.kit.listeners import Inherited, bound_address, listen
 class Doors:
     """The doors that are open, and those that have been closed but still have clients in them."""
 
-    def __init__(self, reactor: Reactor, relays: Relays, admission: Admission) -> None:
+    def __init__(self, reactor: Reactor, relays: DoorRelays, admission: Admission) -> None:
         self._reactor = reactor
         self._relays = relays
         self._admission = admission

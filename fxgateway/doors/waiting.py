@@ -8,10 +8,10 @@ from fxtunnel.model import RelayId, ServiceName
 
 if TYPE_CHECKING:
     from fxgateway.doors.client import Client
-    from fxgateway.doors.door import Relays
+    from fxgateway.doors.door import DoorRelays
 
 
-def spare_the_wait(opening: "Iterable[Client]", relays: "Relays") -> None:
+def spare_the_wait(opening: "Iterable[Client]", relays: "DoorRelays") -> None:
     """Let a relay have them that could take them now, be it the same by another link. Call now and then.
 
     When a path, or this process, has stood still for longer than sessions are held, relays make their links anew: then nobody will ever
@@ -26,7 +26,7 @@ def spare_the_wait(opening: "Iterable[Client]", relays: "Relays") -> None:
             client.go_on_elsewhere()
 
 
-def _is_served_now(relays: "Relays", service: ServiceName, tried: tuple[RelayId, ...], target: RelayId | None) -> bool:
+def _is_served_now(relays: "DoorRelays", service: ServiceName, tried: tuple[RelayId, ...], target: RelayId | None) -> bool:
     if target is not None:
         relay = relays.named(target)
         return relay is not None and relay.readiness < Readiness.HELD

@@ -43,6 +43,7 @@ class RejectReason(Enum):
 
     NO_RELAY = "no-relay"
     EXHAUSTED = "all-refused"
+    TOO_MANY_ATTEMPTS = "too-many-attempts"
 
 
 @dataclass(frozen=True, slots=True)

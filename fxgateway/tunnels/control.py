@@ -10,7 +10,7 @@ import trio
 from trio_websocket import WebSocketConnection
 
 from fxgateway.tunnels.colleagues import Colleagues
-from fxgateway.tunnels.ports import Departure, Registry
+from fxgateway.tunnels.ports import Departure, RegistryPort
 from fxgateway.tunnels.tickets import LIFETIME_S, TicketBook
 from fxtunnel import __version__
 from fxtunnel.codes import Code, Refusal
@@ -96,7 +96,7 @@ class ControlDesk:
     """Serves control links, any number at once."""
 
     def __init__(
-        self, gateway_id: GatewayId, registry: Registry, tickets: TicketBook, config: ControlConfig, colleagues: Colleagues
+        self, gateway_id: GatewayId, registry: RegistryPort, tickets: TicketBook, config: ControlConfig, colleagues: Colleagues
     ) -> None:
         self._gateway_id = gateway_id
         self._registry = registry

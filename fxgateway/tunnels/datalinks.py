@@ -6,8 +6,8 @@ from typing import Final
 
 import trio
 
-from fxgateway.tunnels.ports import Registry, SessionHandle
-from fxgateway.tunnels.tickets import Ticket, TicketBook
+from fxgateway.tunnels.ports import RegistryPort, SessionHandle
+from fxgateway.tunnels.tickets import LinkTicket, TicketBook
 from fxtunnel.codes import Code, Refusal
 from fxtunnel.errors import PeerRefused, RemoteProtocolError, TunnelClosed
 from fxtunnel.kit.tls import TlsStream
@@ -34,7 +34,7 @@ _TEXT_CHARS: Final = 256
 class DataDesk:
     """Admits data links, any number at once."""
 
-    def __init__(self, registry: Registry, tickets: TicketBook) -> None:
+    def __init__(self, registry: RegistryPort, tickets: TicketBook) -> None:
         self._registry = registry
         self._tickets = tickets
 
@@ -83,7 +83,7 @@ class DataDesk:
         logger.info("data link of %s from %s is up", ticket.relay_id, remote_address, extra={"tunnel": session.id})
         self._registry.end_given_up(ticket.relay_id, ticket.instance)
 
-    def _session(self, ticket: Ticket) -> SessionHandle:
+    def _session(self, ticket: LinkTicket) -> SessionHandle:
         if ticket.session_id is not None:
             resumed = self._registry.find_session(ticket.relay_id, ticket.instance, ticket.session_id)
             if resumed is None:

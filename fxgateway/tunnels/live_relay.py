@@ -1,5 +1,7 @@
 """Pump: one instance of a relay: its control link, its sessions, and how well it could take a stream."""
 
+from typing import ClassVar, Literal
+
 from fxgateway.routing.table import Readiness
 from fxgateway.tunnels.ports import ControlHandle
 from fxtunnel.engine.session import Session
@@ -8,6 +10,8 @@ from fxtunnel.model import InstanceId, Offer, RelayId, SessionId
 
 class LiveRelay:
     """One instance of a relay, from its first control link until its last session has ended."""
+
+    is_far: ClassVar[Literal[False]] = False
 
     __slots__ = (
         "draining",

@@ -45,7 +45,7 @@ class TurnedAway(Exception):
         self.appointment = appointment
 
 
-class Guest:
+class Arrival:
     """One such peer. Whatever is done for it runs inside `scope`. Its time stands still while it waits for us."""
 
     __slots__ = ("completes", "entered_at", "is_evicted", "is_stranger", "scope", "served_at", "source", "turn")
@@ -73,13 +73,13 @@ class Lobby:
     """
 
     def __init__(self) -> None:
-        self._strangers: set[Guest] = set()
+        self._strangers: set[Arrival] = set()
         self._by_source: dict[str, int] = {}
-        self._silent: OrderedDict[Guest, None] = OrderedDict()
-        self._waiting: OrderedDict[str, deque[Guest]] = OrderedDict()
+        self._silent: OrderedDict[Arrival, None] = OrderedDict()
+        self._waiting: OrderedDict[str, deque[Arrival]] = OrderedDict()
         self._waiting_count = 0
-        self._served: OrderedDict[Guest, None] = OrderedDict()
-        self._late: OrderedDict[Guest, None] = OrderedDict()
+        self._served: OrderedDict[Arrival, None] = OrderedDict()
+        self._late: OrderedDict[Arrival, None] = OrderedDict()
         self._at_once = 1
         self._pace = Pace()
         self._is_crowded = trio.Event()
@@ -98,7 +98,7 @@ class Lobby:
                 self._end_long_turns()
             self._is_crowded = trio.Event()
 
-    def enter(self, address: str, limits: PortLimits, *, has_spoken: bool = False) -> Guest:
+    def enter(self, address: str, limits: PortLimits, *, has_spoken: bool = False) -> Arrival:
         """A peer from this IP address comes in; its time runs. Pair it with `leave`. `has_spoken`: its first bytes are there already.
 
         Raises:
@@ -112,67 +112,67 @@ class Lobby:
             self._make_room(self._silent_one(now, source))
         elif len(self._strangers) >= limits.pending:
             self._make_room(next(iter(self._silent), None) or self._last_of_crowd(source))
-        guest = Guest(source, now, now + limits.hello_timeout_s)
-        self._strangers.add(guest)
+        arrival = Arrival(source, now, now + limits.hello_timeout_s)
+        self._strangers.add(arrival)
         if not has_spoken:
-            self._silent[guest] = None
+            self._silent[arrival] = None
         self._by_source[source] = self._by_source.get(source, 0) + 1
-        return guest
+        return arrival
 
-    async def wait_turn(self, guest: Guest) -> None:
+    async def wait_turn(self, arrival: Arrival) -> None:
         """Its first bytes are there. Returns when it is to be served; until then its time stands still. Ends with `leave`.
 
         Raises:
             TurnedAway: it has waited for too long.
         """
-        left_s = guest.scope.deadline - trio.current_time()
-        guest.scope.deadline = math.inf
-        self._silent.pop(guest, None)
-        queue = self._waiting.setdefault(guest.source, deque())
-        if guest.completes:
-            queue.appendleft(guest)
+        left_s = arrival.scope.deadline - trio.current_time()
+        arrival.scope.deadline = math.inf
+        self._silent.pop(arrival, None)
+        queue = self._waiting.setdefault(arrival.source, deque())
+        if arrival.completes:
+            queue.appendleft(arrival)
         else:
-            queue.append(guest)
+            queue.append(arrival)
         self._waiting_count += 1
         self._begin_turns()
         with trio.move_on_after(LONGEST_WAIT_S):
-            await guest.turn.wait()
-        if not guest.turn.is_set():
+            await arrival.turn.wait()
+        if not arrival.turn.is_set():
             raise TurnedAway(self.appointment())
-        guest.scope.deadline = trio.current_time() + left_s
+        arrival.scope.deadline = trio.current_time() + left_s
 
     def appointment(self) -> Appointment:
         """For one more who is to come again."""
         return self._pace.book(trio.current_time(), self._waiting_count)
 
-    def admit(self, guest: Guest) -> None:
+    def admit(self, arrival: Arrival) -> None:
         """It has proved who it is, and is not a stranger any more. It keeps its turn until it leaves."""
-        self._forget(guest)
+        self._forget(arrival)
 
-    def _forget(self, guest: Guest) -> None:
-        self._silent.pop(guest, None)
-        self._late.pop(guest, None)
-        if guest in self._strangers:
-            self._strangers.remove(guest)
-            self._by_source[guest.source] -= 1
-            if not self._by_source[guest.source]:
-                del self._by_source[guest.source]
-        guest.is_stranger = False
+    def _forget(self, arrival: Arrival) -> None:
+        self._silent.pop(arrival, None)
+        self._late.pop(arrival, None)
+        if arrival in self._strangers:
+            self._strangers.remove(arrival)
+            self._by_source[arrival.source] -= 1
+            if not self._by_source[arrival.source]:
+                del self._by_source[arrival.source]
+        arrival.is_stranger = False
 
-    def leave(self, guest: Guest) -> None:
+    def leave(self, arrival: Arrival) -> None:
         """All is done for it, or it is gone. Twice is once."""
-        self._forget(guest)
-        queue = self._waiting.get(guest.source)
-        if queue is not None and guest in queue:
-            queue.remove(guest)
+        self._forget(arrival)
+        queue = self._waiting.get(arrival.source)
+        if queue is not None and arrival in queue:
+            queue.remove(arrival)
             self._waiting_count -= 1
             if not queue:
-                del self._waiting[guest.source]
-        if guest in self._served:
-            self._end_turn(guest)
+                del self._waiting[arrival.source]
+        if arrival in self._served:
+            self._end_turn(arrival)
             self._begin_turns()
 
-    def _make_room(self, loser: Guest | None) -> None:
+    def _make_room(self, loser: Arrival | None) -> None:
         if loser is None:
             raise TurnedAway(self.appointment())
         self._evict(loser)
@@ -182,59 +182,59 @@ class Lobby:
         own = len(self._waiting.get(source, ()))
         return own + sum(min(len(queue), own + 1) for other, queue in self._waiting.items() if other != source)
 
-    def _silent_one(self, now: float, source: str) -> Guest | None:
+    def _silent_one(self, now: float, source: str) -> Arrival | None:
         """Who of this source has been silent for the longest time, and for long enough."""
-        for guest in self._silent:
-            if now - guest.entered_at < SILENT_S:
+        for arrival in self._silent:
+            if now - arrival.entered_at < SILENT_S:
                 return None
-            if guest.source == source:
-                return guest
+            if arrival.source == source:
+                return arrival
         return None
 
-    def _last_of_crowd(self, source: str) -> Guest | None:
+    def _last_of_crowd(self, source: str) -> Arrival | None:
         """Who came last of the source that has most waiting here, if that is far more than this one has; nothing was done for it yet."""
         longest = max(self._waiting.values(), key=len, default=None)
         if longest is None or len(longest) <= CROWD_SHARE * (1 + self._by_source.get(source, 0)):
             return None
         return longest[-1]
 
-    def _evict(self, guest: Guest) -> None:
-        guest.is_evicted = True
-        guest.scope.cancel()
-        self.leave(guest)
+    def _evict(self, arrival: Arrival) -> None:
+        arrival.is_evicted = True
+        arrival.scope.cancel()
+        self.leave(arrival)
 
     def _begin_turns(self) -> None:
         while self._waiting and len(self._served) < self._at_once:
             source, queue = self._waiting.popitem(last=False)
-            guest = queue.popleft()
+            arrival = queue.popleft()
             self._waiting_count -= 1
             if queue:
                 self._waiting[source] = queue  # behind the other sources
-            self._served[guest] = None
-            guest.served_at = trio.current_time()
-            guest.turn.set()
+            self._served[arrival] = None
+            arrival.served_at = trio.current_time()
+            arrival.turn.set()
         if self._waiting:
             self._is_crowded.set()
 
-    def _end_turn(self, guest: Guest) -> None:
-        del self._served[guest]
+    def _end_turn(self, arrival: Arrival) -> None:
+        del self._served[arrival]
         self._pace.note_done(trio.current_time(), is_crowded=bool(self._waiting))
 
     def _give_back(self, late_s: float) -> None:
         """This process has had no turn itself for so long: that was no fault of those who have one, or had."""
-        for guest in (*self._served, *self._late):
-            guest.served_at += late_s
-            guest.scope.deadline += late_s
+        for arrival in (*self._served, *self._late):
+            arrival.served_at += late_s
+            arrival.scope.deadline += late_s
 
     def _end_long_turns(self) -> None:
         now = trio.current_time()
         while self._served:
-            guest = next(iter(self._served))
-            if now - guest.served_at < TURN_S:
+            arrival = next(iter(self._served))
+            if now - arrival.served_at < TURN_S:
                 break
-            self._end_turn(guest)
-            if guest.is_stranger:
-                self._late[guest] = None
+            self._end_turn(arrival)
+            if arrival.is_stranger:
+                self._late[arrival] = None
                 if len(self._late) > LATE_SHARE * self._at_once:
                     self._evict(next(iter(self._late)))
         self._begin_turns()

@@ -17,8 +17,8 @@ from fxgateway.tunnels.control import Caller, ControlConfig, ControlDesk
 from fxgateway.tunnels.datalinks import DataDesk
 from fxgateway.tunnels.enrolment import Enroller
 from fxgateway.tunnels.identities import Identities
-from fxgateway.tunnels.lobby import Guest, Lobby, PortLimits, TurnedAway
-from fxgateway.tunnels.ports import Registry
+from fxgateway.tunnels.lobby import Arrival, Lobby, PortLimits, TurnedAway
+from fxgateway.tunnels.ports import RegistryPort
 from fxgateway.tunnels.tickets import TicketBook
 from fxtunnel.codes import Code, Refusal
 from fxtunnel.control.busy import Appointment, encode_busy
@@ -71,7 +71,7 @@ class TunnelPort:
         context: ssl.SSLContext,
         gateway_id: GatewayId,
         identities: Identities,
-        registry: Registry,
+        registry: RegistryPort,
         limits: PortLimits,
         control: ControlConfig = ControlConfig(),  # noqa: B008 - immutable
         colleagues: Colleagues | None = None,
@@ -160,11 +160,11 @@ class TunnelPort:
 
     def _welcome(self, passed: Passed, keeps: Callable[[Passed], Awaitable[bool]], handlers: trio.Nursery) -> None:
         try:
-            guest = self._lobby.enter(passed.ip, self._limits, has_spoken=_first_words(passed.sock) is not None)
+            arrival = self._lobby.enter(passed.ip, self._limits, has_spoken=_first_words(passed.sock) is not None)
         except TurnedAway as exc:
             self._turn_away(passed, exc.appointment)
         else:
-            handlers.start_soon(self._serve, passed, guest, keeps)
+            handlers.start_soon(self._serve, passed, arrival, keeps)
 
     def _turn_away(self, passed: Passed, appointment: Appointment) -> None:
         """Say when to come again, and close. It has cost us no TLS."""
@@ -175,12 +175,12 @@ class TunnelPort:
         with passed.sock as sock:
             _say(sock, encode_busy(appointment))
 
-    async def _serve(self, passed: Passed, guest: Guest, keeps: Callable[[Passed], Awaitable[bool]]) -> None:
+    async def _serve(self, passed: Passed, arrival: Arrival, keeps: Callable[[Passed], Awaitable[bool]]) -> None:
         """The barrier: nothing a connection raises gets past this."""
         sock, remote_address = passed.sock, passed.remote_address
         try:
             with sock:
-                await self._converse(passed, guest, keeps)
+                await self._converse(passed, arrival, keeps)
         except* TunnelError as group:
             for exc in leaves(group):
                 if isinstance(exc, PeerRefused):
@@ -191,32 +191,32 @@ class TunnelPort:
         except* Exception:
             logger.exception("tunnel port: connection from %s ended by an internal error", remote_address)
 
-    async def _converse(self, passed: Passed, guest: Guest, keeps: Callable[[Passed], Awaitable[bool]]) -> None:
+    async def _converse(self, passed: Passed, arrival: Arrival, keeps: Callable[[Passed], Awaitable[bool]]) -> None:
         sock, remote_address = passed.sock, passed.remote_address
         stream: TlsStream | None = None
         upgrade: _Upgrade | None = None
         try:
-            with guest.scope:
+            with arrival.scope:
                 await trio.lowlevel.wait_readable(sock)
-                guest.completes = ALPN_DATA.encode() in (_first_words(sock) or b"")
-                await self._lobby.wait_turn(guest)
+                arrival.completes = ALPN_DATA.encode() in (_first_words(sock) or b"")
+                await self._lobby.wait_turn(arrival)
                 if not await keeps(passed):
                     return
                 _check_connected(sock)
                 stream = TlsStream(await handshake_server(sock, self._context))
                 upgrade = await self._identify(stream, remote_address)
-            if guest.scope.cancelled_caught:
-                self._log_unproven(guest, remote_address)
-                if guest.is_evicted and not guest.turn.is_set():
+            if arrival.scope.cancelled_caught:
+                self._log_unproven(arrival, remote_address)
+                if arrival.is_evicted and not arrival.turn.is_set():
                     _say(sock, encode_busy(self._lobby.appointment()))
                 return
-            self._lobby.admit(guest)
+            self._lobby.admit(arrival)
             if stream is not None and upgrade is not None:
-                await self._serve_control(stream, upgrade, remote_address, lambda: self._lobby.leave(guest))
+                await self._serve_control(stream, upgrade, remote_address, lambda: self._lobby.leave(arrival))
         except TurnedAway as exc:
             self._turn_away(passed, exc.appointment)
         finally:
-            self._lobby.leave(guest)
+            self._lobby.leave(arrival)
             if upgrade is None and passed.counts_as_relay:
                 self._colleagues.was_no_relay()
             if stream is not None:
@@ -280,8 +280,8 @@ class TunnelPort:
                 await answer(stream, refused.refusal.status, refusal_fields(refused, self._now_unix()))
             raise refused
 
-    def _log_unproven(self, guest: Guest, remote_address: str) -> None:
-        why = "made room for newer ones" if guest.is_evicted else f"did not prove who it is within {self._limits.hello_timeout_s:g} s"
+    def _log_unproven(self, arrival: Arrival, remote_address: str) -> None:
+        why = "made room for newer ones" if arrival.is_evicted else f"did not prove who it is within {self._limits.hello_timeout_s:g} s"
         logger.warning("tunnel port: connection from %s closed: it %s", remote_address, why)
 
 

@@ -65,7 +65,7 @@ class SessionHandle(Protocol):
         """End the session."""
 
 
-class Registry(Protocol):
+class RegistryPort(Protocol):
     """Which relays are here. Nothing in it blocks."""
 
     @property

@@ -11,7 +11,7 @@ LIFETIME_S: Final = 30.0
 
 
 @dataclass(frozen=True, slots=True)
-class Ticket:
+class LinkTicket:
     """What a ticket admits: one data link of this instance, for a new session (None) or to resume one."""
 
     relay_id: RelayId
@@ -30,7 +30,7 @@ class TicketBook:
         self._new_text = new_text
         self._per_relay = per_relay
         self._in_all = in_all
-        self._tickets: OrderedDict[str, Ticket] = OrderedDict()  # in the order of issue, which is that of expiry
+        self._tickets: OrderedDict[str, LinkTicket] = OrderedDict()  # in the order of issue, which is that of expiry
         self._by_relay: dict[RelayId, OrderedDict[str, None]] = {}
 
     def __len__(self) -> int:
@@ -45,11 +45,11 @@ class TicketBook:
         elif len(self._tickets) >= self._in_all:
             self._take(next(iter(self._tickets)))
         text = self._new_text()
-        self._tickets[text] = Ticket(relay_id, instance, session_id, now + LIFETIME_S)
+        self._tickets[text] = LinkTicket(relay_id, instance, session_id, now + LIFETIME_S)
         self._by_relay.setdefault(relay_id, OrderedDict())[text] = None
         return text
 
-    def redeem(self, text: str, now: float) -> Ticket | None:
+    def redeem(self, text: str, now: float) -> LinkTicket | None:
         """What `text` admits; it is spent by this. None: never issued, used, or too old."""
         self._expire(now)
         return self._take(text)
@@ -61,7 +61,7 @@ class TicketBook:
                 return
             self._take(text)
 
-    def _take(self, text: str) -> Ticket | None:
+    def _take(self, text: str) -> LinkTicket | None:
         ticket = self._tickets.pop(text, None)
         if ticket is not None:
             mine = self._by_relay[ticket.relay_id]

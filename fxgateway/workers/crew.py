@@ -10,7 +10,6 @@ import trio
 
 from fxgateway.doors.client import Client
 from fxgateway.doors.doors import Doors
-from fxgateway.doors.elsewhere import Journey
 from fxgateway.routing.shared_admission import Counts, SharedAdmission
 from fxgateway.steering import UNKNOWN
 from fxgateway.tunnels.colleagues import Passed
@@ -150,14 +149,14 @@ class Crew:
         """
         return await self.asking.ask(self.parent, what, **fields)
 
-    def pass_on(self, worker: int, client: Client, journey: Journey) -> bool:
+    def pass_on(self, worker: int, client: Client, early: bytes) -> bool:
         """See `FarRelay`."""
         channel = self.peers.get(worker)
         if channel is None or not channel.has_room:
             return False
         if isinstance(client.sock, TlsSocket):
             ours, theirs = plain_pair()
-            if not channel.send(pack(client, journey, client.named or client.peer()) | {"is_bridged": True}, [theirs]):
+            if not channel.send(pack(client, early, client.named or client.peer()) | {"is_bridged": True}, [theirs]):
                 ours.close()
                 theirs.close()
                 return False
@@ -165,7 +164,7 @@ class Crew:
             client.give_away()
             self._bridges.add(Bridge(self._reactor, secure, ours, self._bridges.discard))
             return True
-        message = pack(client, journey, client.named) | {"is_bridged": False}
+        message = pack(client, early, client.named) | {"is_bridged": False}
         sock = client.give_away()
         if not channel.send(message, [sock]):
             abort(sock)
@@ -233,11 +232,11 @@ class Crew:
             else:
                 abort(sock)
             return
-        client, journey = unpack(door, adopt(sock) if message["is_bridged"] else sock, message)
+        client, early = unpack(door, adopt(sock) if message["is_bridged"] else sock, message)
         self._admission.adopt(door.listen_address, client.address, self._reactor.now)
         door.clients.add(client)
         try:
-            client.go_on(journey)
+            client.begin(client.named or client.peer(), early)
         except BaseException:
             client.fail(Code.INTERNAL_ERROR)
             raise

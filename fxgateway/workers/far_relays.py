@@ -4,13 +4,13 @@ from collections.abc import Callable, Collection, Iterator
 from typing import Any, Final
 
 from fxgateway.doors.client import Client
-from fxgateway.doors.elsewhere import Elsewhere, Journey
+from fxgateway.doors.elsewhere import Elsewhere
 from fxgateway.routing.table import Forward, Readiness, Reject, RouteTable
 from fxgateway.tunnels.live_relay import LiveRelay
 from fxgateway.tunnels.registry import Registry
 from fxtunnel.model import InstanceId, RelayId, ServiceName
 
-PassOn = Callable[[int, Client, Journey], bool]
+PassOn = Callable[[int, Client, bytes], bool]
 News = dict[str, Any]
 """Relay id to [instance, epoch, readiness, open streams, services], without the services when they have not changed, or to None when
 the relay is gone."""
@@ -32,16 +32,16 @@ class FarRelay(Elsewhere):
         """As announced, and the clients that were sent there since."""
         self._pass_on = pass_on
 
-    def take(self, client: Client, journey: Journey) -> bool:
+    def take(self, client: Client, early: bytes) -> bool:
         """See `Elsewhere`."""
-        if not self._pass_on(self.worker, client, journey):
+        if not self._pass_on(self.worker, client, early):
             return False
         self.open_streams += 1
         return True
 
 
 class AllRelays:
-    """Implements the doors' `Relays`, and its own `routes`: the best of all, our own where two are alike."""
+    """Implements the doors' `DoorRelays`, and its own `routes`: the best of all, our own where two are alike."""
 
     def __init__(self, registry: Registry, pass_on: PassOn, catch_up: Callable[[], None]) -> None:
         self._registry = registry

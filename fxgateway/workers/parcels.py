@@ -6,20 +6,18 @@ from typing import Any
 
 from fxgateway.doors.client import Client
 from fxgateway.doors.door import Door
-from fxgateway.doors.elsewhere import Journey
 from fxgateway.doors.recorded import RECORDED, Diary, RecordedClient
 from fxgateway.doors.web_client import TlsWebClient, WebClient, Words
+from fxgateway.routing.journey import Journey
 from fxgateway.routing.reception import Lead
 from fxgateway.workers.bridge import PlainEnd
 from fxgateway.workers.channel import Message
-from fxtunnel.model import RelayId, ServiceName
+from fxtunnel.model import ServiceName
 from fxtunnel.protocol.opening import Opening
 
-_JOURNEY = ("asked", "target", "avoid", "attempts", "hops", "has_ended")
 
-
-def pack(client: Client, journey: Journey, named: str) -> Message:
-    """The message. `named` is the client's ip:port, if its socket will not know it."""
+def pack(client: Client, early: bytes, named: str) -> Message:
+    """The message. `early` is what it sent first; `named` its ip:port, if its socket will not know it."""
     diary = client.diary
     words = client.words if isinstance(client, WebClient) else None
     return {
@@ -30,15 +28,16 @@ def pack(client: Client, journey: Journey, named: str) -> Message:
         "service": client.service,
         "trace": client.trace,
         "tags": _text(client.tags),
-        "journey": {name: getattr(journey, name) for name in _JOURNEY},
-        "early": _text(journey.early),
+        "journey": client.journey,
+        "early": _text(early),
+        "has_ended": client.has_ended,
         "words": None if words is None else [_text(words.accept), _text(words.instead), _text(words.greeting), words.is_greeted],
         "diary": None if diary is None else [diary.peer, diary.came_at, diary.host, diary.scheme],
     }
 
 
-def unpack(door: Door, sock: socket.socket, message: Message) -> tuple[Client, Journey]:
-    """The client, in one of our doors. It owns the socket; nothing has been done with it yet."""
+def unpack(door: Door, sock: socket.socket, message: Message) -> tuple[Client, bytes]:
+    """The client, in one of our doors, and what it sent first. It owns the socket; nothing has been done with it yet."""
     service, address = ServiceName(message["service"]), str(message["address"])
     is_recorded = door.config.access is not None
     client: Client
@@ -54,21 +53,9 @@ def unpack(door: Door, sock: socket.socket, message: Message) -> tuple[Client, J
     client.trace, client.named = message["trace"], message["named"]
     if is_recorded:
         client.diary = _diary(message["diary"], client)
-    return client, _journey(message)
-
-
-def _journey(message: Message) -> Journey:
-    fields = message["journey"]
-    target = fields["target"]
-    return Journey(
-        tuple(map(RelayId, fields["asked"])),
-        None if target is None else RelayId(target),
-        tuple(map(RelayId, fields["avoid"])),
-        int(fields["attempts"]),
-        int(fields["hops"]),
-        bool(fields["has_ended"]),
-        _bytes(message["early"]),
-    )
+    client.journey = Journey._make(tuple(field) if isinstance(field, list) else field for field in message["journey"])
+    client.has_ended = bool(message["has_ended"])
+    return client, _bytes(message["early"])
 
 
 def _diary(facts: list[Any] | None, client: Client) -> Diary:

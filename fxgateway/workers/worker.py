@@ -10,7 +10,7 @@ from typing import Any, Final
 import trio
 
 from fxgateway.app import Gateway, web_contexts
-from fxgateway.doors.door import Relays
+from fxgateway.doors.door import DoorRelays
 from fxgateway.routing.admission import Admission, AdmissionLimits
 from fxgateway.routing.shared_admission import SharedAdmission
 from fxgateway.sandbox import Sandbox
@@ -117,7 +117,7 @@ class Worker(Gateway):
         in_all = max(1, min(settings.limits.connections, self._spare_files() * self._workers))
         return replace(super()._admission_limits(settings), connections=in_all)
 
-    def _make_relays(self) -> Relays:
+    def _make_relays(self) -> DoorRelays:
         self._all_relays = AllRelays(self._registry, self._crew.pass_on, self._crew.catch_up)
         return self._all_relays
 

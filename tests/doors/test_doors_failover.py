@@ -11,10 +11,9 @@ from peers import Serve, connect, echo, exchange, free_port, hanging_port, patte
 from plane import SERVICE, Contexts, Plane, open_plane
 
 from fxgateway.access_log import AccessLog
-from fxgateway.doors.client import MAX_ATTEMPTS
-from fxgateway.doors.elsewhere import Journey
 from fxgateway.doors.web_client import WebClient, Words
 from fxgateway.routing.hosts import HostTable
+from fxgateway.routing.journey import MAX_ATTEMPTS, Journey
 from fxgateway.routing.reception import STREAM_PATH, SWITCHING, Kind, Receptionist
 from fxgateway.workers.parcels import pack, unpack
 from fxrelay.delivery.delivery import DeliveryLimits
@@ -232,11 +231,12 @@ async def test_who_has_been_greeted_is_told_nothing_in_http_any_more(contexts: C
         await stream.send_all(f"GET {STREAM_PATH}{SERVICE} HTTP/1.1\r\nHost: a\r\n".encode() + UPGRADE)
         assert await receive_exactly(stream, len(SWITCHING)) == SWITCHING
         (client,) = plane.doors[0].clients
-        packed = json.loads(json.dumps(pack(client, Journey((), None, (), 0, 0, False, b""), "192.0.2.1:1")))
+        packed = json.loads(json.dumps(pack(client, b"", "192.0.2.1:1")))
         near, far = socket.socketpair()
         with near, far:
             moved, _ = unpack(plane.doors[0], near, packed)
             assert isinstance(moved, WebClient)
+            assert moved.journey == client.journey == Journey((first.id,), attempts=1)
             assert moved.words == Words(b"", b"", b"", is_greeted=True)
         second = await plane.add_relay(free_port(), name="b")
         first.far_session.close(Code.SHUTDOWN)
@@ -254,7 +254,7 @@ async def test_who_came_before_there_was_an_access_log_moves_without_a_diary(con
             door = plane.doors[0]
             door.reconfigure(replace(door.config, access=AccessLog()))
             (client,) = door.clients
-            assert pack(client, Journey((), None, (), 0, 0, False, b""), "")["diary"] is None
+            assert pack(client, b"", "")["diary"] is None
 
 
 async def test_stream_whose_service_has_ended_is_not_begun_again(contexts: Contexts) -> None:

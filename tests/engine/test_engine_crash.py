@@ -119,14 +119,39 @@ async def test_bug_at_the_end_of_one_stream_leaves_no_other_open(contexts: Conte
 
 
 @pytest.mark.parametrize("error", ERRORS)
+@pytest.mark.parametrize(("owner", "name"), [(Session, "open_stream"), (Session, "want_turn"), (Stream, "replay")])
 async def test_bug_while_a_client_comes_in_ends_that_client(
-    contexts: Contexts, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+    contexts: Contexts, monkeypatch: pytest.MonkeyPatch, error: type[Exception], owner: type, name: str
 ) -> None:
     async with open_plane(contexts) as plane:
         await plane.add_relay(await plane.serve(echo))
         port = plane.add_door()
-        once(Session, "open_stream", error, monkeypatch)
+        hit = once(owner, name, error, monkeypatch)
         await refused(port)
+        assert hit
+        await plane.quiet()
+        assert await exchange(port, b"next") == b"next"
+
+
+@pytest.mark.parametrize(("owner", "name"), [(Session, "open_stream"), (Stream, "replay")])
+async def test_bug_while_a_client_goes_on_to_another_relay_ends_that_client(
+    contexts: Contexts, monkeypatch: pytest.MonkeyPatch, owner: type, name: str
+) -> None:
+    async with open_plane(contexts) as plane:
+        refuses = await plane.add_relay(await plane.serve(echo), name="a")
+        await plane.add_relay(await plane.serve(echo), name="b")
+        port = plane.add_door()
+        hit: list[object] = []
+
+        def refuse(session: object, stream: Stream, *_: object) -> None:
+            stream.refuse(Code.BUSY)
+            hit.append(once(owner, name, MemoryError, monkeypatch))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(refuses.desk, "_deliver", refuse)
+            await refused(port)
+        assert len(hit) == 1
+        assert hit[0]
         await plane.quiet()
         assert await exchange(port, b"next") == b"next"
 

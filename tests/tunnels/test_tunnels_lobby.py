@@ -7,35 +7,35 @@ import pytest
 import trio
 import trio.testing
 
-from fxgateway.tunnels.lobby import CROWD_SHARE, LATE_SHARE, LONGEST_WAIT_S, SILENT_S, TURN_S, Guest, Lobby, PortLimits, TurnedAway
+from fxgateway.tunnels.lobby import CROWD_SHARE, LATE_SHARE, LONGEST_WAIT_S, SILENT_S, TURN_S, Arrival, Lobby, PortLimits, TurnedAway
 from fxgateway.tunnels.pace import FIRST_GAP_S, LEAST_S, MOST_S, TURNS_A_RELAY, Pace
 
 LIMITS = PortLimits(hello_timeout_s=5.0, pending=8, pending_per_source=4, at_once=2)
 
 
-async def served(lobby: Lobby, guest: Guest, finished: list[Guest], takes_s: float) -> None:
-    """One guest, from its first bytes to its end."""
+async def served(lobby: Lobby, arrival: Arrival, finished: list[Arrival], takes_s: float) -> None:
+    """One arrival, from its first bytes to its end."""
     try:
-        with guest.scope:
-            await lobby.wait_turn(guest)
+        with arrival.scope:
+            await lobby.wait_turn(arrival)
             await trio.sleep(takes_s)
-            lobby.admit(guest)
-            finished.append(guest)
+            lobby.admit(arrival)
+            finished.append(arrival)
     finally:
-        lobby.leave(guest)
+        lobby.leave(arrival)
 
 
 async def test_only_so_many_are_worked_on_and_the_others_wait_without_losing_time(autojump_clock: trio.testing.MockClock) -> None:
     lobby, finished = Lobby(), []
-    guests = [lobby.enter(f"10.0.0.{number}", LIMITS, has_spoken=True) for number in range(8)]
+    arrivals = [lobby.enter(f"10.0.0.{number}", LIMITS, has_spoken=True) for number in range(8)]
     async with trio.open_nursery() as nursery:
-        for guest in guests:
-            nursery.start_soon(served, lobby, guest, finished, 0.9)
+        for arrival in arrivals:
+            nursery.start_soon(served, lobby, arrival, finished, 0.9)
         await trio.testing.wait_all_tasks_blocked()
-        assert sum(guest.turn.is_set() for guest in guests) == 2
+        assert sum(arrival.turn.is_set() for arrival in arrivals) == 2
         await trio.sleep(2.0)
         assert len(finished) == 4
-    assert set(finished) == set(guests)
+    assert set(finished) == set(arrivals)
     assert len(lobby) == 0
 
 
@@ -53,11 +53,11 @@ async def test_a_wait_for_us_does_not_count(autojump_clock: trio.testing.MockClo
 
 async def test_a_peer_that_is_slow_in_its_turn_still_ends_in_time(autojump_clock: trio.testing.MockClock) -> None:
     lobby, finished = Lobby(), []
-    guest = lobby.enter("10.0.0.1", LIMITS)
+    arrival = lobby.enter("10.0.0.1", LIMITS)
     await trio.sleep(3.0)
     began = trio.current_time()
-    await served(lobby, guest, finished, 60.0)
-    assert guest.scope.cancelled_caught
+    await served(lobby, arrival, finished, 60.0)
+    assert arrival.scope.cancelled_caught
     assert trio.current_time() - began == pytest.approx(2.0)
     assert not finished
 
@@ -67,8 +67,8 @@ async def test_turns_go_round_among_sources(autojump_clock: trio.testing.MockClo
     limits = PortLimits(pending=20, pending_per_source=10, at_once=1)
     crowd = [lobby.enter("10.0.0.1", limits, has_spoken=True) for _ in range(6)]
     async with trio.open_nursery() as nursery:
-        for guest in crowd:
-            nursery.start_soon(served, lobby, guest, finished, 0.1)
+        for arrival in crowd:
+            nursery.start_soon(served, lobby, arrival, finished, 0.1)
         await trio.testing.wait_all_tasks_blocked()
         other = lobby.enter("10.0.0.2", limits, has_spoken=True)
         nursery.start_soon(served, lobby, other, finished, 0.1)
@@ -82,18 +82,18 @@ async def test_who_keeps_us_waiting_loses_its_turn_and_then_its_place(autojump_c
     good, finished = lobby.enter("10.0.0.2", limits, has_spoken=True), []
     async with trio.open_nursery() as nursery:
         nursery.start_soon(lobby.run)
-        for guest in slow:
-            nursery.start_soon(served, lobby, guest, [], 50.0)
+        for arrival in slow:
+            nursery.start_soon(served, lobby, arrival, [], 50.0)
             await trio.testing.wait_all_tasks_blocked()
         nursery.start_soon(served, lobby, good, finished, 0.1)
         await trio.sleep(2 * TURN_S + 0.5)
         assert finished == [good]
-        assert not any(guest.is_evicted for guest in slow)
+        assert not any(arrival.is_evicted for arrival in slow)
         await trio.sleep((LATE_SHARE + 1) * (TURN_S + 0.2))
-        assert [guest.is_evicted for guest in slow] == [False] * len(slow), "nobody waits: nobody has to go"
+        assert [arrival.is_evicted for arrival in slow] == [False] * len(slow), "nobody waits: nobody has to go"
         more = [lobby.enter("10.0.0.3", limits, has_spoken=True) for _ in range(3)]
-        for guest in more:
-            nursery.start_soon(served, lobby, guest, [], 50.0)
+        for arrival in more:
+            nursery.start_soon(served, lobby, arrival, [], 50.0)
             await trio.testing.wait_all_tasks_blocked()
         await trio.sleep(3 * TURN_S)
         assert slow[0].is_evicted
@@ -111,7 +111,7 @@ async def test_the_silent_make_room_and_those_who_spoke_do_not(autojump_clock: t
     assert silent.scope.cancel_called
     with pytest.raises(TurnedAway):
         lobby.enter("10.0.0.10", LIMITS, has_spoken=True)
-    assert not any(guest.is_evicted for guest in spoke)
+    assert not any(arrival.is_evicted for arrival in spoke)
 
 
 async def test_a_source_makes_room_for_itself(autojump_clock: trio.testing.MockClock) -> None:
@@ -122,7 +122,7 @@ async def test_a_source_makes_room_for_itself(autojump_clock: trio.testing.MockC
         lobby.enter("10.0.0.1", LIMITS)
     await trio.sleep(SILENT_S)
     mine.append(lobby.enter("10.0.0.1", LIMITS))
-    assert [guest.is_evicted for guest in (other, *mine)] == [False, True, False, False, False, False]
+    assert [arrival.is_evicted for arrival in (other, *mine)] == [False, True, False, False, False, False]
 
 
 async def test_nobody_waits_for_long(autojump_clock: trio.testing.MockClock) -> None:
@@ -146,9 +146,9 @@ async def test_a_crowd_that_only_keeps_its_turns_turns_nobody_else_away(autojump
     lobby, finished = Lobby(), []
     limits = PortLimits(hello_timeout_s=60.0, pending=100, pending_per_source=40, at_once=2)
 
-    async def waits_for_ever(guest: Guest) -> None:
+    async def waits_for_ever(arrival: Arrival) -> None:
         with contextlib.suppress(TurnedAway):
-            await served(lobby, guest, [], 1e9)
+            await served(lobby, arrival, [], 1e9)
 
     async def dials_for_ever() -> None:
         while True:
@@ -174,15 +174,15 @@ async def test_a_crowd_makes_room_for_others_when_the_lobby_is_full(autojump_clo
     limits = PortLimits(pending=8, pending_per_source=8, at_once=1)
     crowd = [lobby.enter("10.0.0.1", limits, has_spoken=True) for _ in range(8)]
     async with trio.open_nursery() as nursery:
-        for guest in crowd:
-            nursery.start_soon(served, lobby, guest, [], 1e9)
+        for arrival in crowd:
+            nursery.start_soon(served, lobby, arrival, [], 1e9)
             await trio.testing.wait_all_tasks_blocked()
         lobby.enter("10.0.0.2", limits, has_spoken=True)
-        assert [guest.is_evicted for guest in crowd] == [False] * 7 + [True]
+        assert [arrival.is_evicted for arrival in crowd] == [False] * 7 + [True]
         await trio.testing.wait_all_tasks_blocked()
         lobby.enter("10.0.0.3", limits, has_spoken=True)
         lobby.enter("10.0.0.4", limits, has_spoken=True)
-        assert sum(guest.is_evicted for guest in crowd) == 3
+        assert sum(arrival.is_evicted for arrival in crowd) == 3
         assert len(lobby) == 8
         with pytest.raises(TurnedAway):  # four wait there: no crowd any more
             lobby.enter("10.0.0.5", limits, has_spoken=True)
@@ -197,8 +197,8 @@ async def test_nobody_pays_for_a_machine_that_stood_still(mock_clock: trio.testi
     first, second = (lobby.enter("10.0.0.1", limits, has_spoken=True) for _ in range(2))
     async with trio.open_nursery() as nursery:
         nursery.start_soon(lobby.run)
-        for guest in (first, second):
-            nursery.start_soon(served, lobby, guest, [], 1e9)
+        for arrival in (first, second):
+            nursery.start_soon(served, lobby, arrival, [], 1e9)
             await trio.testing.wait_all_tasks_blocked()
         mock_clock.jump(4.5)
         await trio.testing.wait_all_tasks_blocked()

@@ -2,7 +2,7 @@
 
 import itertools
 
-from fxgateway.tunnels.tickets import LIFETIME_S, Ticket, TicketBook
+from fxgateway.tunnels.tickets import LIFETIME_S, LinkTicket, TicketBook
 from fxtunnel.model import InstanceId, RelayId, SessionId
 
 A, B = RelayId("a"), RelayId("b")
@@ -17,7 +17,7 @@ def book(**limits: int) -> TicketBook:
 def test_a_ticket_is_good_once() -> None:
     tickets = book()
     text = tickets.issue(A, ONE, SessionId("s"), now=5.0)
-    assert tickets.redeem(text, now=6.0) == Ticket(A, ONE, SessionId("s"), 5.0 + LIFETIME_S)
+    assert tickets.redeem(text, now=6.0) == LinkTicket(A, ONE, SessionId("s"), 5.0 + LIFETIME_S)
     assert tickets.redeem(text, now=6.0) is None
     assert len(tickets) == 0
 

@@ -1,0 +1,155 @@
+"""Pure: a client's way to a service: which relay its stream is opened on next, after one that refused, redirected or was lost."""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Final, Generic, Literal, NamedTuple, Protocol, TypeVar
+
+from fxgateway.routing.table import Candidate, Forward, Reject, RejectReason
+from fxtunnel.model import RelayId, ServiceName, is_name
+from fxtunnel.protocol.opening import MAX_AVOIDED
+
+MAX_ATTEMPTS: Final = 8
+"""Streams opened for one client, at most; a cluster whose relays all refuse or redirect should not keep the gateway busy."""
+MAX_HOPS: Final = 8
+"""Times one client is passed on, at most: tables of different processes may disagree for a moment."""
+
+
+class Near(Candidate, Protocol):
+    """A relay whose tunnel ends in this process."""
+
+    @property
+    def is_far(self) -> Literal[False]:
+        """It is not."""
+
+
+class Far(Candidate, Protocol):
+    """A relay whose tunnel ends in another process of this gateway."""
+
+    @property
+    def is_far(self) -> Literal[True]:
+        """It is."""
+
+
+N = TypeVar("N", bound=Near)
+F = TypeVar("F", bound=Far)
+
+
+class Routes(Protocol[N, F]):
+    """Who offers what."""
+
+    def decide(self, service: ServiceName, tried: Collection[RelayId] = ()) -> Forward[N] | Forward[F] | Reject:
+        """See `RouteTable`."""
+
+
+class Relays(Protocol[N, F]):
+    """The relays that are there now."""
+
+    @property
+    def routes(self) -> Routes[N, F]:
+        """Who offers what."""
+
+    def named(self, relay_id: RelayId) -> N | F | None:
+        """A relay by its name, if it could take a stream."""
+
+
+class Journey(NamedTuple):
+    """How far a client has got. A tuple, since one is made for every stream; it goes along to another process as it is."""
+
+    asked: tuple[RelayId, ...] = ()
+    """Relays asked on their own account. The last of them is the one that redirected to `target`."""
+    target: RelayId | None = None
+    avoid: tuple[RelayId, ...] = ()
+    """Relays that were redirected to in vain."""
+    attempts: int = 0
+    hops: int = 0
+    """Times it was passed on."""
+    asks_again: bool = False
+    """The next to be asked is the last of `asked`, if it is still there: what it redirected to has failed, or another process chose it."""
+
+    @property
+    def last(self) -> str:
+        """The relay that was asked last, or to which it was redirected since; empty at the start."""
+        return self.target or (self.asked[-1] if self.asked else "")
+
+    @property
+    def via(self) -> RelayId | None:
+        """The relay whose REDIRECT leads to the next one."""
+        return self.asked[-1] if self.target is not None else None
+
+    def refused(self) -> "Journey":
+        """The relay that was asked cannot serve it: back to the one that redirected there, or on by the routes."""
+        if self.target is None:
+            return self
+        return self._replace(target=None, avoid=(*self.avoid, self.target), asks_again=True)
+
+    def redirected(self, relay: str) -> "Journey":
+        """The relay that was asked names another one."""
+        # PROTOCOL.md, 6: what cannot be followed is a REFUSE, of the relay that was redirected to as well as of the one that redirects.
+        if self.target is None and is_name(relay) and relay not in self.avoid and len(self.avoid) < MAX_AVOIDED:
+            return self._replace(target=RelayId(relay))
+        return self.refused()
+
+    def lost(self) -> "Journey":
+        """The link to the relay that was asked is lost. That one has refused nothing, and may have another link by now."""
+        return self.unasked() if self.target is None else self.refused()
+
+    def unasked(self) -> "Journey":
+        """The relay has not heard of it: it may be asked as if for the first time."""
+        return self._replace(asked=self.asked[:-1]) if self.target is None else self
+
+
+class Ask(NamedTuple, Generic[N]):
+    """Open the stream on this relay. If that fails: `journey.refused()`. A tuple, as `Journey` is."""
+
+    relay: N
+    journey: Journey
+
+
+@dataclass(frozen=True, slots=True)
+class PassOn(Generic[F]):
+    """Let the process go on that has this relay, with `journey`. If that does not take it: `otherwise`."""
+
+    relay: F
+    journey: Journey
+    otherwise: Journey
+
+
+@dataclass(frozen=True, slots=True)
+class GiveUp:
+    """Nobody serves it."""
+
+    reason: RejectReason
+    journey: Journey
+
+
+Step = Ask[N] | PassOn[F] | GiveUp
+
+
+def next_step(journey: Journey, service: ServiceName, relays: Relays[N, F]) -> Step[N, F]:
+    """Where it goes from here: to its target, or to the relay that redirected last, or to the best that was not asked yet.
+
+    `journey` in the answer is what it is with that step taken.
+    """
+    while journey.attempts < MAX_ATTEMPTS:
+        asked, target, avoid, attempts, hops, asks_again = journey
+        relay: N | F | None = None
+        if target is not None:
+            relay = relays.named(target) if target != asked[-1] else None
+            if relay is None:
+                journey = journey.refused()
+                continue
+        elif asks_again:
+            relay = relays.named(asked[-1])
+        if relay is None:
+            decision = relays.routes.decide(service, asked)
+            if isinstance(decision, Reject):
+                return GiveUp(decision.reason, journey)
+            relay = decision.relay
+            asked = (*asked, relay.relay_id)
+        then = Journey(asked, target, avoid, attempts + 1, hops)
+        if not relay.is_far:
+            return Ask(relay, then)
+        if hops < MAX_HOPS:
+            return PassOn(relay, Journey(asked, target, avoid, attempts, hops + 1, target is None), then.refused())
+        journey = then.refused()
+    return GiveUp(RejectReason.TOO_MANY_ATTEMPTS, journey)
