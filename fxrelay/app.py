@@ -33,7 +33,7 @@ from fxrelay.uplink.composing import session_config, uplink_config
 from fxrelay.uplink.gateway_file import GatewayFile, load_gateway_file
 from fxrelay.uplink.identity import Identity, load_identity
 from fxrelay.uplink.ports import LinkSession, UplinkSessionOwner
-from fxrelay.uplink.uplink import Uplink
+from fxrelay.uplink.uplink import Surroundings, Uplink
 from fxrelay.web import access
 from fxrelay.web.composing import web_limits, web_rules
 from fxrelay.web.desk import WebDesk
@@ -151,7 +151,7 @@ class Relay:
         web.porter = porter
         web.reconfigure(await trio.to_thread.run_sync(web_rules, self._settings))
         self._services.replace(await resolved(self._settings.services))
-        self._uplinks = self._make_uplinks(files, identity)
+        self._uplinks = self._make_uplinks(files, identity, Surroundings(is_reluctant=lambda: brain.is_cut_off))
         memory_bytes = self._settings.limits.memory_bytes
         view = LiveView(identity.relay_id, identity.instance, lambda: self._uplinks, self._desk, brain, self._budget, memory_bytes)
         async with trio.open_nursery() as nursery:
@@ -205,12 +205,13 @@ class Relay:
         on_open = partial(self._desk.on_open, gateway_id=gateway_id)
         return Session(self._reactor, session_id, owner, session_config(self._settings), self._budget, on_open)
 
-    def _make_uplinks(self, files: list[GatewayFile], identity: Identity) -> list[Uplink]:
+    def _make_uplinks(self, files: list[GatewayFile], identity: Identity, around: Surroundings) -> list[Uplink]:
         settings = self._settings
         offers = self._services.offers()
         uplinks = []
         for gateway, file in zip(settings.gateways, files, strict=True):
-            uplinks.append(Uplink(file, identity, offers, GatewaySessions(self, file.gateway_id), uplink_config(settings, gateway)))
+            sessions, timing = GatewaySessions(self, file.gateway_id), uplink_config(settings, gateway)
+            uplinks.append(Uplink(file, identity, offers, sessions, timing, around))
         return uplinks
 
     async def _run_uplink(self, uplink: Uplink) -> None:

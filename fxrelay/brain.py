@@ -115,6 +115,11 @@ class Brain:
         self._scripts.use_reactor(reactor)
 
     @property
+    def is_cut_off(self) -> bool:
+        """Whether the store does not answer, or may not: relays that have it are better asked."""
+        return self.view.health().store_down_s > 0
+
+    @property
     def problems(self) -> tuple[str, ...]:
         """What is wrong with what this node says about itself."""
         return tuple(self._gatherer.problems)
