@@ -156,7 +156,11 @@ class Crew:
         if channel is None or not channel.has_room:
             return False
         if isinstance(client.sock, TlsSocket):
-            ours, theirs = plain_pair()
+            try:
+                ours, theirs = plain_pair()
+            except OSError as exc:  # descriptors: another relay may have its tunnel here, and else the client is told
+                logger.warning("a client cannot be passed on to worker %d: %s", worker, exc.strerror)
+                return False
             if not channel.send(pack(client, journey, client.named or client.peer()) | {"is_bridged": True}, [theirs]):
                 ours.close()
                 theirs.close()

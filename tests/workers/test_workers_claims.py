@@ -1,14 +1,19 @@
-"""Who has a relay's name, when the parent's answer and the fence that follows it are read together."""
+"""Who has a relay's name, when the parent's answer and the fence that follows it are read together; whom a worker passes on."""
 
+import os
+import resource
 import socket
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
+from typing import cast
 
 import pytest
 import trio
 
+from fxgateway.doors.client import Client
 from fxgateway.doors.doors import Doors
+from fxgateway.doors.elsewhere import Journey
 from fxgateway.routing.admission import AdmissionLimits
 from fxgateway.routing.shared_admission import SharedAdmission
 from fxgateway.tunnels.registry import Registry, RegistryLimits
@@ -19,6 +24,7 @@ from fxgateway.workers.guests import Guests
 from fxtunnel.codes import Code
 from fxtunnel.engine.ports import SessionConfig
 from fxtunnel.engine.reactor import Reactor
+from fxtunnel.engine.tls_socket import TlsSocket
 from fxtunnel.errors import TunnelClosed
 from fxtunnel.model import InstanceId, Offer, RelayId, ServiceName
 from fxtunnel.protocol.credit import WindowBudget
@@ -152,3 +158,42 @@ async def test_of_two_at_one_worker_the_later_claim_has_the_name() -> None:
             worker.parent.answer(second, 6)
         assert worker.here == [SECOND]
         assert worker.refused == {FIRST: Code.FENCED} or worker.links[FIRST].closed == [Code.FENCED]
+
+
+@contextmanager
+def no_more_descriptors() -> Iterator[None]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest_free = os.dup(0)
+    os.close(lowest_free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@dataclass
+class SecureClient:
+    """One whose TLS ends here. `given_away`: it was passed on."""
+
+    sock: TlsSocket = field(default_factory=lambda: TlsSocket.__new__(TlsSocket))
+    given_away: bool = False
+
+    def give_away(self) -> socket.socket:
+        self.given_away = True
+        return self.sock
+
+
+async def test_who_cannot_be_passed_on_for_lack_of_descriptors_stays_to_be_served_otherwise() -> None:
+    async with working() as (worker, _):
+        line, far = pair()
+        assert worker.parent.channel is not None
+        worker.parent.channel.send({"op": "peer", "worker": 2}, [far])
+        with trio.fail_after(10):
+            while 2 not in worker.crew.peers:
+                await trio.sleep(0.01)
+        client = SecureClient()
+        with line, no_more_descriptors():
+            journey = Journey((NODE,), None, (), 0, 1, False, b"")
+            assert not worker.crew.pass_on(2, cast(Client, client), journey)
+        assert not client.given_away
