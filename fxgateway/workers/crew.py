@@ -135,7 +135,12 @@ class Crew:
             NoAnswer: there is none in time.
             TunnelClosed: the name has been given on since the parent answered.
         """
-        epoch = int((await self.ask("claim", relay=relay_id, instance=instance))["epoch"])
+        try:
+            epoch = int((await self.ask("claim", relay=relay_id, instance=instance))["epoch"])
+        except BaseException:
+            self._relays.expect(relay_id)  # the parent may give it the name all the same, and is told that it did not come
+            self.stir()
+            raise
         if epoch:
             if (gone := self._registry.overtaken(relay_id, instance, epoch)) is not None:
                 raise TunnelClosed(*gone)

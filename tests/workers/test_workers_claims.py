@@ -39,11 +39,14 @@ class Parent:
     """The other end of a worker's line: answers all claims at once, when it is told to."""
 
     claims: list[Message] = field(default_factory=list)
+    news: list[Message] = field(default_factory=list)
     channel: Channel | None = None
 
     def on_message(self, channel: Channel, message: Message, sockets: list[socket.socket]) -> None:
         if message["op"] == "claim":
             self.claims.append(message)
+        elif message["op"] == "told":
+            self.news.append(message["news"])
 
     def on_gone(self, channel: Channel) -> None:
         pass
@@ -158,6 +161,27 @@ async def test_of_two_at_one_worker_the_later_claim_has_the_name() -> None:
             worker.parent.answer(second, 6)
         assert worker.here == [SECOND]
         assert worker.refused == {FIRST: Code.FENCED} or worker.links[FIRST].closed == [Code.FENCED]
+
+
+async def test_a_name_that_nobody_waits_for_any_more_is_given_back() -> None:
+    """The parent may grant it all the same, later; it would count as a relay of this worker until the relay came again."""
+    async with working() as (worker, nursery):
+        with trio.CancelScope() as patience:
+            async with trio.open_nursery() as waiting:
+                waiting.start_soon(worker.take, FIRST)
+                (claim,) = await worker.claims(1)
+                patience.cancel()
+        worker.parent.answer(claim, 5)
+        with trio.fail_after(10):
+            while worker.parent.news != [{NODE: None}]:
+                await trio.sleep(0.01)
+        assert worker.here == []
+        nursery.start_soon(worker.take, FIRST)
+        worker.parent.answer((await worker.claims(2))[1], 6)
+        with trio.fail_after(10):
+            while worker.here != [FIRST]:
+                await trio.sleep(0.01)
+        assert worker.parent.news == [{NODE: None}]
 
 
 @contextmanager
