@@ -89,7 +89,7 @@ class Brain:
         environment = ClusterEnvironment(whose.relay_id, self._store, self._threads)
         self.chooser = PoolChooser(self.view, ways(settings), environment, self._news.tell, whose.instance)
         self.chooser.reconfigure(balancing(settings, self._scripts, site_environment(settings.node, os.environ)))
-        self.tickets = SharedMemory(self._store, self._threads)
+        self.tickets = SharedMemory(self._store, self._threads, lambda: self.view.is_store_down)
         self._forgetter = Forgetter(self._store, self._threads, cluster.forget_after_s)
         self.reservations: Reservations | None = None
         if _needs_reservations(settings):
