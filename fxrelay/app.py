@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Final
 
 import trio
-from pydantic import BaseModel
 
 from fxrelay import settings as config
 from fxrelay.admin.live import LiveView
@@ -33,7 +32,7 @@ from fxrelay.uplink.composing import session_config, uplink_config
 from fxrelay.uplink.gateway_file import GatewayFile, load_gateway_file
 from fxrelay.uplink.identity import Identity, load_identity
 from fxrelay.uplink.ports import LinkSession, UplinkSessionOwner
-from fxrelay.uplink.uplink import Uplink
+from fxrelay.uplink.uplink import Surroundings, Uplink
 from fxrelay.web import access
 from fxrelay.web.composing import web_limits, web_rules
 from fxrelay.web.desk import WebDesk
@@ -68,8 +67,6 @@ SWEEP_S: Final = 5.0
 RESOLVE_EVERY_S: Final = 30.0
 READY_POLL_S: Final = 0.02
 PAGES_END_S: Final = 1.0
-CLUSTER_AT_ONCE: Final = frozenset({"paths", "force_indirect", "networks"})
-"""What of [cluster] a reload changes."""
 PLANNED_DRAIN_S: Final = 86_400.0
 """For streams to end after `fxrelay drain`: as long as whoever plans the work likes to wait, a day at most."""
 
@@ -151,7 +148,7 @@ class Relay:
         web.porter = porter
         web.reconfigure(await trio.to_thread.run_sync(web_rules, self._settings))
         self._services.replace(await resolved(self._settings.services))
-        self._uplinks = self._make_uplinks(files, identity)
+        self._uplinks = self._make_uplinks(files, identity, Surroundings(is_reluctant=lambda: brain.is_cut_off))
         memory_bytes = self._settings.limits.memory_bytes
         view = LiveView(identity.relay_id, identity.instance, lambda: self._uplinks, self._desk, brain, self._budget, memory_bytes)
         async with trio.open_nursery() as nursery:
@@ -205,12 +202,13 @@ class Relay:
         on_open = partial(self._desk.on_open, gateway_id=gateway_id)
         return Session(self._reactor, session_id, owner, session_config(self._settings), self._budget, on_open)
 
-    def _make_uplinks(self, files: list[GatewayFile], identity: Identity) -> list[Uplink]:
+    def _make_uplinks(self, files: list[GatewayFile], identity: Identity, around: Surroundings) -> list[Uplink]:
         settings = self._settings
         offers = self._services.offers()
         uplinks = []
         for gateway, file in zip(settings.gateways, files, strict=True):
-            uplinks.append(Uplink(file, identity, offers, GatewaySessions(self, file.gateway_id), uplink_config(settings, gateway)))
+            sessions, timing = GatewaySessions(self, file.gateway_id), uplink_config(settings, gateway)
+            uplinks.append(Uplink(file, identity, offers, sessions, timing, around))
         return uplinks
 
     async def _run_uplink(self, uplink: Uplink) -> None:
@@ -313,7 +311,8 @@ class Relay:
                 self._services.replace(fresh)
 
     async def _load_again(self) -> None:
-        fresh = await trio.to_thread.run_sync(config.load, self._config_path, os.environ)
+        written = await trio.to_thread.run_sync(config.load, self._config_path, os.environ)
+        fresh, waiting = config.take_up(self._settings, written)
         services = await resolved(fresh.services, self._services)
         rules = await trio.to_thread.run_sync(web_rules, fresh)
         entries = await trio.to_thread.run_sync(entry_rules, fresh, self._owners, self._directory)
@@ -329,10 +328,12 @@ class Relay:
         if self._gate is not None:
             self._gate.reconfigure(logins, guarded_services(fresh))
         self._apply(fresh, services)
+        if waiting:
+            logger.warning("changed, but not before the next restart: %s", ", ".join(waiting))
         logger.info("reloaded %s", self._config_path)
 
     def _apply(self, fresh: RelaySettings, services: list[AnyService]) -> None:
-        """Services and limits of a reloaded configuration; what needs a restart is named, and stays."""
+        """Services and limits of a reloaded configuration, as far as it counts by now."""
         self._services.replace(services)
         self._desk.limits = delivery_limits(fresh)
         if self._desk.placer is not None:
@@ -340,16 +341,7 @@ class Relay:
         for uplink in self._uplinks:
             uplink.update_services(self._services.offers())
         configure_logs(fresh)
-        waiting = [f"relay.{key}" for key in _changed(self._settings.relay, fresh.relay)]
-        waiting += ["[[gateway]]"] if fresh.gateways != self._settings.gateways else []
-        waiting += [f"cluster.{key}" for key in _changed(self._settings.cluster, fresh.cluster) if key not in CLUSTER_AT_ONCE]
-        if waiting:
-            logger.warning("changed, but not before the next restart: %s", ", ".join(waiting))
         self._settings = fresh
-
-
-def _changed(before: BaseModel, after: BaseModel) -> list[str]:
-    return [key for key in type(after).model_fields if getattr(after, key) != getattr(before, key)]
 
 
 class GatewaySessions:

@@ -89,7 +89,7 @@ class Brain:
         environment = ClusterEnvironment(whose.relay_id, self._store, self._threads)
         self.chooser = PoolChooser(self.view, ways(settings), environment, self._news.tell, whose.instance)
         self.chooser.reconfigure(balancing(settings, self._scripts, site_environment(settings.node, os.environ)))
-        self.tickets = SharedMemory(self._store, self._threads)
+        self.tickets = SharedMemory(self._store, self._threads, lambda: self.view.is_store_down)
         self._forgetter = Forgetter(self._store, self._threads, cluster.forget_after_s)
         self.reservations: Reservations | None = None
         if _needs_reservations(settings):
@@ -113,6 +113,11 @@ class Brain:
     def use_reactor(self, reactor: Reactor) -> None:
         """Nodes for streams may be chosen in its thread from now on."""
         self._scripts.use_reactor(reactor)
+
+    @property
+    def is_cut_off(self) -> bool:
+        """Whether the store does not answer, or may not: relays that have it are better asked."""
+        return self.view.health().store_down_s > 0
 
     @property
     def problems(self) -> tuple[str, ...]:

@@ -4,7 +4,7 @@ import ipaddress
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 from urllib.parse import urlsplit
 
 from pydantic import Field, SecretStr, ValidationInfo, field_validator
@@ -158,6 +158,47 @@ class RelaySettings(WholeFile):
                 if isinstance(value, str) and seen.setdefault(value, index) != index:
                     found.append(clash(f"{section}[{seen[value]}] already has {key} {value!r}", (section, index, key), value))
         return found
+
+
+_WHOLE: Final = frozenset({"services", "node", "log"})
+"""Sections that a reload takes up as they are."""
+_TAKEN_UP: Final[Mapping[str, frozenset[str]]] = {
+    "cluster": frozenset({"paths", "force_indirect", "networks"}),
+    "limits": frozenset(
+        {
+            "streams_per_link",
+            "streams",
+            "connect_timeout_s",
+            "idle_timeout_s",
+            "head_timeout_s",
+            "keep_alive_s",
+            "stall_timeout_s",
+            "drain_s",
+            "handover_s",
+        }
+    ),
+    "resume": frozenset({"hold_s", "replay_bytes"}),
+}
+"""What it takes up of others."""
+
+
+def take_up(running: RelaySettings, written: RelaySettings) -> tuple[RelaySettings, list[str]]:
+    """What counts after a reload: as written, but for what waits for a restart, which stays; and the keys of that, where it differs."""
+    stays: dict[str, Any] = {}
+    waiting: list[str] = []
+    for name, field in RelaySettings.model_fields.items():
+        before, after = getattr(running, name), getattr(written, name)
+        if name in _WHOLE or before == after:
+            continue
+        if not isinstance(after, Section):
+            stays[name] = before
+            waiting.append(f"[[{field.alias}]]")
+            continue
+        late = type(after).model_fields.keys() - _TAKEN_UP.get(name, ())
+        keys = [key for key in type(after).model_fields if key in late and getattr(before, key) != getattr(after, key)]
+        stays[name] = after.model_copy(update={key: getattr(before, key) for key in keys})
+        waiting += [f"{name}.{key}" for key in keys]
+    return written.model_copy(update=stays), waiting
 
 
 def load(path: Path, environ: Mapping[str, str]) -> RelaySettings:

@@ -95,7 +95,7 @@ def _relay(relay: LiveRelay, leaving: tuple[LiveRelay, ...], now: float) -> Rela
     state: RelayState
     if relay.draining or relay.is_drained:
         state = "draining"
-    elif relay.readiness is Readiness.UP:
+    elif relay.readiness <= Readiness.RELUCTANT:
         state = "up"
     else:
         state = "held" if relay.sessions else "connecting"

@@ -1,4 +1,4 @@
-"""Pure: which relay takes a client: one that offers the service, has a working tunnel, and has the fewest open streams."""
+"""Pure: which relay takes a client: one that offers the service, has a working tunnel, is willing, and has the fewest open streams."""
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
@@ -12,11 +12,13 @@ class Readiness(IntEnum):
     """How well a relay could take a stream now; lower is better."""
 
     UP = 0
-    LEAVING = 1
+    RELUCTANT = 1
+    """It is up, but cut off from its cluster's store, and would refuse who needs that."""
+    LEAVING = 2
     """It makes way for a successor of its own that is not there yet: still better than nobody."""
-    HELD = 2
+    HELD = 3
     """Its links are lost but may be resumed; a stream would wait."""
-    NONE = 3
+    NONE = 4
 
 
 class Candidate(Protocol):

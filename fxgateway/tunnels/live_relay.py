@@ -21,6 +21,7 @@ class LiveRelay:
         "has_yielded",
         "instance",
         "is_drained",
+        "is_reluctant",
         "leave_by",
         "link",
         "offers",
@@ -49,6 +50,8 @@ class LiveRelay:
         """Its successor is at another process of this gateway, and does not serve yet."""
         self.is_drained = False
         """An administrator here wants nothing new to go there."""
+        self.is_reluctant = False
+        """It has said that it lacks something which others may have."""
         self.leave_by = 0.0
         self.predecessor: LiveRelay | None = None
         """The instance that makes way for this one, while it has streams."""
@@ -68,7 +71,7 @@ class LiveRelay:
     def readiness(self) -> Readiness:
         """See `Candidate`. Until its own first session is up, a predecessor stands in."""
         own, older = self._readiness, self.predecessor
-        return own if older is None or own is Readiness.UP or self.is_drained else min(own, older.readiness)
+        return own if older is None or own <= Readiness.RELUCTANT or self.is_drained else min(own, older.readiness)
 
     @property
     def _readiness(self) -> Readiness:
@@ -76,7 +79,7 @@ class LiveRelay:
             return Readiness.NONE
         for session in self.sessions.values():
             if session.is_up:
-                return Readiness.LEAVING if self.draining else Readiness.UP
+                return Readiness.LEAVING if self.draining else Readiness.RELUCTANT if self.is_reluctant else Readiness.UP
         return Readiness.HELD
 
     def session_for_stream(self) -> Session | None:

@@ -92,8 +92,8 @@ class RegistryPort(Protocol):
     def mark_draining(self, relay_id: RelayId, instance: InstanceId, departure: Departure) -> None:
         """This instance goes away."""
 
-    def note_load(self, relay_id: RelayId, instance: InstanceId, streams: int) -> None:
-        """How many streams the relay says it carries."""
+    def note_load(self, relay_id: RelayId, instance: InstanceId, streams: int, *, reluctant: bool) -> None:
+        """How many streams the relay says it carries, and whether others are better asked first."""
 
     def leave(self, relay_id: RelayId, link: ControlHandle) -> None:
         """A control link has ended."""

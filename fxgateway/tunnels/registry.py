@@ -146,11 +146,16 @@ class Registry:
                     logger.warning("an earlier instance of relay %s has not ended in time", relay.relay_id)
                     self._expel(relay, Code.FENCED, "it was to end by now")
 
-    def note_load(self, relay_id: RelayId, instance: InstanceId, streams: int) -> None:
-        """What the relay says it carries, for status pages."""
+    def note_load(self, relay_id: RelayId, instance: InstanceId, streams: int, *, reluctant: bool) -> None:
+        """What the relay says it carries, for status pages; and whether others are better asked first."""
         relay = self._instance(relay_id, instance)
         if relay is not None:
             relay.reported_streams = streams
+            if relay.is_reluctant is not reluctant:
+                relay.is_reluctant = reluctant
+                says = "is cut off from its store, and is asked after the others" if reluctant else "has its store again"
+                logger.warning("relay %s %s", relay_id, says)
+                self.on_change()
 
     def leave(self, relay_id: RelayId, link: ControlHandle) -> None:
         """A control link has ended. Sessions stay: they live and die by their own links."""

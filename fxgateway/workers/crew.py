@@ -134,7 +134,12 @@ class Crew:
             NoAnswer: there is none in time.
             TunnelClosed: the name has been given on since the parent answered.
         """
-        epoch = int((await self.ask("claim", relay=relay_id, instance=instance))["epoch"])
+        try:
+            epoch = int((await self.ask("claim", relay=relay_id, instance=instance))["epoch"])
+        except BaseException:
+            self._relays.expect(relay_id)  # the parent may give it the name all the same, and is told that it did not come
+            self.stir()
+            raise
         if epoch:
             if (gone := self._registry.overtaken(relay_id, instance, epoch)) is not None:
                 raise TunnelClosed(*gone)
@@ -155,7 +160,11 @@ class Crew:
         if channel is None or not channel.has_room:
             return False
         if isinstance(client.sock, TlsSocket):
-            ours, theirs = plain_pair()
+            try:
+                ours, theirs = plain_pair()
+            except OSError as exc:  # descriptors: another relay may have its tunnel here, and else the client is told
+                logger.warning("a client cannot be passed on to worker %d: %s", worker, exc.strerror)
+                return False
             if not channel.send(pack(client, early, client.named or client.peer()) | {"is_bridged": True}, [theirs]):
                 ours.close()
                 theirs.close()

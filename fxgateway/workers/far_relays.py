@@ -143,7 +143,7 @@ class AllRelays:
 
     def _relieve(self, relay_id: RelayId) -> None:
         far = self._far.get(relay_id)
-        if far is not None and far.readiness is Readiness.UP:
+        if far is not None and far.readiness <= Readiness.RELUCTANT:
             self._registry.relieve(relay_id)
 
     def _drop(self, relay_id: RelayId) -> None:

@@ -51,11 +51,14 @@ class SharedMemory:
     """Implements `TicketMemory` with a cluster's store, beside this relay's own memory.
 
     A memory reaches back to its beginning only: a ticket that was made before this relay started, or before the store began anew, is
-    refused. Its holder asks for another one.
+    refused. Its holder asks for another one. While `is_away`, nobody waits for the store.
     """
 
-    def __init__(self, store: Store, threads: Threads, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self, store: Store, threads: Threads, is_away: Callable[[], bool] = lambda: False, clock: Callable[[], float] = time.time
+    ) -> None:
         self._store = store
+        self._is_away = is_away
         self._threads = threads
         self._clock = clock
         self._here = SpentHere()
@@ -70,12 +73,7 @@ class SharedMemory:
         if not self._here.spend(ticket.use_id, ticket.expires_unix, self._clock()):
             await trio.lowlevel.checkpoint()
             return Use.AGAIN
-        found: tuple[Use, str] | None = None
-        with trio.move_on_after(STORE_TIMEOUT_S):
-            try:
-                found = await self._threads.run(lambda: _spend(self._store, ticket))
-            except StoreError as exc:
-                logger.warning("tickets cannot be noted in the store: %s", exc)
+        found = await self._note(ticket)
         if found is None:
             self._here.give_back(ticket.use_id)
             return Use.UNKNOWABLE
@@ -86,6 +84,20 @@ class SharedMemory:
             use = Use.FORGOTTEN
         self._epoch = epoch
         return use
+
+    async def _note(self, ticket: Ticket) -> tuple[Use, str] | None:
+        """What the store says, and its epoch; None: nothing in time."""
+        if self._is_away():
+            await trio.lowlevel.checkpoint()
+            return None
+        with trio.move_on_after(STORE_TIMEOUT_S) as patience:
+            try:
+                return await self._threads.run(lambda: _spend(self._store, ticket))
+            except StoreError as exc:
+                logger.warning("tickets cannot be noted in the store: %s", exc)
+        if patience.cancelled_caught:
+            self._threads.store_failed()
+        return None
 
     def spend_here(self, ticket: Ticket) -> Use:
         """See `TicketMemory`."""

@@ -129,7 +129,9 @@ class Guest:
         if use is Use.UNKNOWABLE and not rules.ticket.refuses_without_store:
             use = memory.spend_here(ticket)
         if use is not Use.FIRST:
-            return self.refuse(Code.BAD_TICKET, *_UNUSABLE[use], caller)
+            # Nothing was used, and another relay may have its store: that one is not to be asked only after a no that is about the ticket.
+            code = Code.BUSY if use is Use.UNKNOWABLE else Code.BAD_TICKET
+            return self.refuse(code, *_UNUSABLE[use], caller)
         self._used = ticket
         return None
 
@@ -186,6 +188,7 @@ class Guest:
 
 _WHAT: Final = {
     Code.NO_SERVICE: "a stream was refused",
+    Code.BUSY: "a ticket was not looked at",
     Code.BAD_TICKET: "a ticket was refused",
     Code.FORBIDDEN: "a user was refused",
     Code.OVER_LIMIT: "a stream beyond its limit was refused",

@@ -14,6 +14,7 @@ from typing import Any, Final
 import trio
 
 from fxrelay.cluster.plain_json import read_json
+from fxrelay.cluster.priority import AGAIN_S, ATTEMPTS, interrupt_nobody, set_session_nice
 from fxtunnel.errors import ScriptError
 
 NICE: Final = 10
@@ -120,9 +121,9 @@ async def _output_of(command: Sequence[str], name: str, bounds: ProgramBounds, e
     output, complaints = bytearray(), bytearray()
     is_over = False
     try:
-        _lower_priority(process.pid)
         with trio.move_on_after(bounds.timeout_s) as scope:
             async with trio.open_nursery() as nursery:
+                nursery.start_soon(_lower_priority, process.pid)
                 nursery.start_soon(_keep_last, process.stderr, complaints)
                 fits = await _read_all(process.stdout, output, bounds.output_bytes)
                 if not fits:
@@ -162,10 +163,17 @@ async def _keep_last(stream: trio.abc.ReceiveStream, into: bytearray) -> None:
         del into[:-_STDERR_BYTES]
 
 
-def _lower_priority(group: int) -> None:
+async def _lower_priority(leader: int) -> None:
+    """Of the leader of a session and a process group; takes half a second at most."""
     # Not in the child before it starts: code between fork and exec is not safe in a process with threads.
+    nice = min(19, os.getpriority(os.PRIO_PROCESS, 0) + NICE)
     with suppress(OSError):  # it has ended already
-        os.setpriority(os.PRIO_PGRP, group, min(19, os.getpriority(os.PRIO_PROCESS, 0) + NICE))
+        os.setpriority(os.PRIO_PGRP, leader, nice)
+    interrupt_nobody(leader, nice)
+    for _ in range(ATTEMPTS):
+        if set_session_nice(leader, nice):
+            break
+        await trio.sleep(AGAIN_S)
 
 
 def _kill_group(group: int) -> None:

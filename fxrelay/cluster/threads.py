@@ -18,10 +18,12 @@ def _ignored() -> None:
 
 
 class Threads:
-    """The threads of one relay's cluster. `store_failed` is called, in the trio thread, for each call that ends in a StoreError."""
+    """The threads of one relay's cluster. `store_failed` is called, in the trio thread, for each call that ends in a StoreError; also to be
+    called by who waited in vain.
+    """
 
     def __init__(self, store_failed: Callable[[], None] = _ignored) -> None:
-        self._store_failed = store_failed
+        self.store_failed = store_failed
         self._limiter = trio.CapacityLimiter(CLUSTER_THREADS)
 
     async def run(self, call: Callable[[], T]) -> T:
@@ -29,5 +31,5 @@ class Threads:
         try:
             return await trio.to_thread.run_sync(call, abandon_on_cancel=True, limiter=self._limiter)
         except StoreError:
-            self._store_failed()
+            self.store_failed()
             raise

@@ -129,6 +129,11 @@ class ClusterView:
         self.store_failed(error)
 
     @property
+    def is_store_down(self) -> bool:
+        """Whether the store was asked, and did not answer, or takes nothing."""
+        return self._store_down_since is not None
+
+    @property
     def is_store_doubted(self) -> bool:
         """Whether the store counts as down until it has been asked."""
         return self._doubted_since is not None

@@ -39,6 +39,8 @@ logger = logging.getLogger(__name__)
 
 BEATS_PER_DEATH: Final = 3
 """Pings that may go unanswered before a path is dead."""
+LOAD_LOOK_S: Final = 0.5
+"""Between two looks at whether others are better asked: clients are refused meanwhile."""
 MIN_HEARTBEAT_S: Final = 0.02
 """However often the gateway wants to hear of us: no gateway has this process do nothing else."""
 
@@ -89,10 +91,11 @@ class ControlLink:
         return answer.ticket
 
     async def run(
-        self, count_streams: Callable[[], int], on_drain: Callable[[Drain], None], is_vouched_for: Callable[[], bool] = lambda: False
+        self, load: Callable[[], Load], on_drain: Callable[[Drain], None], is_vouched_for: Callable[[], bool] = lambda: False
     ) -> None:
         """Carry messages until the link ends. Run it once; cancelling it is a goodbye. For `is_vouched_for` see `Channel.run`.
 
+        `load` is what holds now; it is asked for now and then, and told.
         `on_drain` is called when the gateway wants no new streams to come this way any more.
 
         Raises:
@@ -101,7 +104,7 @@ class ControlLink:
         self._on_drain = on_drain
         try:
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._report_load, count_streams)
+                nursery.start_soon(self._report_load, load)
                 try:
                     await self._channel.run(
                         self._on_message,
@@ -135,17 +138,19 @@ class ControlLink:
             case _:
                 raise RemoteProtocolError(Code.PROTOCOL_ERROR, f"a gateway does not send {message.type} here")
 
-    async def _report_load(self, count_streams: Callable[[], int]) -> None:
-        told = -1
+    async def _report_load(self, load: Callable[[], Load]) -> None:
+        told: Load | None = None
+        told_at = 0.0
         while True:
-            streams = count_streams()
-            if streams != told:
+            now, fresh = trio.current_time(), load()
+            is_urgent = told is None or fresh.reluctant is not told.reluctant
+            if is_urgent or (fresh != told and now - told_at >= self._heartbeat_s):
                 try:
-                    self._channel.send_nowait(Load(streams=streams))
+                    self._channel.send_nowait(fresh)
                 except TunnelClosed:
                     return
-                told = streams
-            await trio.sleep(self._heartbeat_s)
+                told, told_at = fresh, now
+            await trio.sleep(min(self._heartbeat_s, LOAD_LOOK_S))
 
 
 class _Answer:

@@ -24,7 +24,7 @@ from fxrelay.uplink.ties import Ties
 from fxrelay.uplink.verdicts import Doubling, appointed_s, final_error, retry_after_s
 from fxtunnel.codes import Code, Refusal
 from fxtunnel.control.channel import GOODBYE_S
-from fxtunnel.control.messages import CAP_LEAVING, Drain, Services
+from fxtunnel.control.messages import CAP_LEAVING, Drain, Load, Services
 from fxtunnel.errors import FxError, PeerRefused
 from fxtunnel.kit.backoff import FullJitter
 from fxtunnel.model import GatewayId, Offer, SessionId
@@ -52,10 +52,13 @@ FLAP_CAP_S: Final = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Surroundings:
-    """What makes an uplink repeatable in tests: chance, and the wall clock in seconds."""
+    """Chance, and the wall clock in seconds: with them an uplink is repeatable in tests. `is_reluctant`: whether the gateway had better ask
+    other relays first (PROTOCOL.md, 3.3).
+    """
 
     rng: random.Random = field(default_factory=random.Random)
     now_unix: Callable[[], float] = time.time
+    is_reluctant: Callable[[], bool] = lambda: False
 
 
 class Uplink:
@@ -302,7 +305,7 @@ class Uplink:
                 if self._welcomes == 1:
                     task_status.started()
                 try:
-                    await link.run(lambda: ties.streams, partial(self._on_drain, ties), lambda: ties.is_up)
+                    await link.run(partial(self._load, ties), partial(self._on_drain, ties), lambda: ties.is_up)
                 finally:
                     if not ties.departs.is_set():
                         self._lost_at = trio.current_time()
@@ -313,6 +316,9 @@ class Uplink:
                 raise
             logger.info("gateway %s no longer knows relay %s; enrolling again", self.gateway_id, self._identity.relay_id)
             self._must_enrol = True
+
+    def _load(self, ties: Ties) -> Load:
+        return Load(streams=ties.streams, reluctant=self._around.is_reluctant())
 
     def _bearer(self) -> str:
         return self._identity.assertion(self.gateway_id, self._around.now_unix())

@@ -130,10 +130,11 @@ class Services(_Message):
 
 
 class Load(_Message):
-    """How many streams the relay carries for this gateway."""
+    """How many streams the relay carries for this gateway. `reluctant`: another one is better asked (PROTOCOL.md, 3.3)."""
 
     type: Literal["load"] = "load"
     streams: Counter
+    reluctant: bool = False
 
 
 class Ping(_Message):

@@ -63,8 +63,8 @@ def store() -> FakeStore:
     return FakeStore()
 
 
-def memory_of(store: object, clock: Clock | None = None) -> SharedMemory:
-    return SharedMemory(store, Threads(), clock or Clock())  # type: ignore[arg-type]
+def memory_of(store: object, clock: Clock | None = None, threads: Threads | None = None) -> SharedMemory:
+    return SharedMemory(store, threads or Threads(), clock=clock or Clock())  # type: ignore[arg-type]
 
 
 async def spend(memory: SharedMemory, *numbers: int) -> list[Use]:
@@ -108,9 +108,22 @@ async def test_the_store_is_away(store: FakeStore) -> None:
 async def test_a_store_that_hangs_holds_nobody_up_for_long(store: FakeStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fxrelay.admitting.memory.STORE_TIMEOUT_S", 0.05)
     store.hangs = threading.Event()
+    doubts: list[None] = []
     with trio.fail_after(5):
-        assert await spend(memory_of(store), 1) == [Use.UNKNOWABLE]
+        assert await spend(memory_of(store, threads=Threads(lambda: doubts.append(None))), 1) == [Use.UNKNOWABLE]
+    assert len(doubts) == 1
     store.hangs.set()
+
+
+async def test_nobody_waits_for_a_store_that_is_known_to_be_away(store: FakeStore) -> None:
+    away = [True]
+    memory = SharedMemory(store, Threads(), lambda: away[0], Clock())  # type: ignore[arg-type]
+    assert await spend(memory, 1, 1) == [Use.UNKNOWABLE] * 2
+    assert store.number == 0
+    away[0] = False
+    assert await spend(memory, 1, 1) == [Use.FIRST, Use.AGAIN]
+    away[0] = True
+    assert await spend(memory, 1) == [Use.AGAIN]  # that can be told without the store
 
 
 async def test_a_store_that_lost_its_memory_is_noticed(store: FakeStore) -> None:

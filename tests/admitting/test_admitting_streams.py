@@ -214,12 +214,27 @@ async def test_a_store_that_is_away(contexts: Contexts, refuses: bool) -> None:
         nodes, memory = serve_nodes(plane, A), Memory()
         memory.is_away = True
         rules = TicketRules(RULES.keys, SERVICE, refuses_without_store=refuses)
-        await add_guarded_relay(plane, porter_of(memory, ticket=rules), nodes.port, mint, host=A)
+        relay = await add_guarded_relay(plane, porter_of(memory, ticket=rules), nodes.port, mint, host=A)
         port = plane.add_door()
         if refuses:
             await refused(port)
+            assert relay.desk.counters.refused_by_service == {SERVICE: {"busy": 1}}
         else:
             assert await ask(port) == A.encode()
+
+
+async def test_what_a_relay_without_its_store_cannot_tell_another_one_is_asked(contexts: Contexts) -> None:
+    async with open_plane(contexts) as plane:
+        nodes, cut_off, memory, ticket = serve_nodes(plane, A), Memory(), Memory(), mint()
+        cut_off.is_away = True
+        for name, its in (("a", cut_off), ("b", memory)):
+            await add_guarded_relay(plane, porter_of(its, name), nodes.port, lambda: ticket, host=A)
+        port = plane.add_door()
+        assert await ask(port) == A.encode()
+        assert nodes.got[A] == [b"hello"]
+        assert len(memory.spent) == 1
+        await refused(port)  # it is used now
+        assert not cut_off.spent
 
 
 async def test_a_memory_that_hangs_ends_in_a_refusal(contexts: Contexts) -> None:

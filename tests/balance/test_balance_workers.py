@@ -1,8 +1,6 @@
 """The script processes themselves: how they end, are replaced, and go when the relay goes."""
 
 import os
-import platform
-import re
 import signal
 import subprocess
 import sys
@@ -16,10 +14,12 @@ from balance_samples import Bench, eventually, failed, is_running, open_bench, w
 
 from fxrelay.balance.answers import Answer
 from fxrelay.balance.entries import Script
-from fxrelay.balance.giving_way import NICE, SLICE_NS
+from fxrelay.balance.giving_way import NICE
 from fxrelay.balance.model import Chosen
 from fxrelay.balance.workers import ScriptLimits, _Worker
+from fxrelay.cluster.priority import SLICE_NS
 from fxtunnel.model import RelayId
+from tests.scheduling import nice_of_session, slice_ns
 
 pytestmark = pytest.mark.xdist_group("balance-workers")
 A = Chosen(RelayId("a"))
@@ -66,23 +66,8 @@ async def test_script_processes_give_way(bench: Bench) -> None:
     wanted = min(19, os.getpriority(os.PRIO_PROCESS, 0) + NICE)
     assert os.sched_getscheduler(pid) == os.SCHED_BATCH
     assert os.getpriority(os.PRIO_PROCESS, pid) == wanted
-    assert _nice_of_session(pid) in (None, wanted)
-    assert _slice_ns(pid) in (None, SLICE_NS)
-
-
-def _nice_of_session(pid: int) -> int | None:
-    """None where the kernel does not group processes by session."""
-    groups = Path("/proc/sys/kernel/sched_autogroup_enabled")
-    if not groups.exists() or groups.read_text().strip() != "1":
-        return None
-    return int(Path(f"/proc/{pid}/autogroup").read_text().split()[-1])
-
-
-def _slice_ns(pid: int) -> int | None:
-    """None before Linux 6.12, where it cannot be chosen, and where the kernel does not show it."""
-    release = tuple(int(number) for number in re.findall(r"\d+", platform.release())[:2])
-    found = re.search(r"^se\.slice +: +(\d+)$", Path(f"/proc/{pid}/sched").read_text(), re.MULTILINE) if release >= (6, 12) else None
-    return int(found[1]) if found is not None else None
+    assert nice_of_session(pid) in (None, wanted)
+    assert slice_ns(pid) in (None, SLICE_NS)
 
 
 async def test_each_kind_has_processes_of_its_own(bench: Bench) -> None:

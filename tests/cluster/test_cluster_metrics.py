@@ -12,9 +12,11 @@ import trio
 
 from fxrelay.cluster.metrics import Metrics
 from fxrelay.cluster.plain_json import size_of
-from fxrelay.cluster.programs import ProgramBounds, json_of, why_not_run
+from fxrelay.cluster.priority import SLICE_NS
+from fxrelay.cluster.programs import NICE, ProgramBounds, json_of, why_not_run
 from fxrelay.cluster.server import MAX_METRICS_BYTES
 from fxtunnel.errors import ScriptError
+from tests.scheduling import nice_of_session, slice_ns
 
 BOUNDS = ProgramBounds(timeout_s=20.0)
 QUICK = ProgramBounds(timeout_s=0.5)
@@ -65,6 +67,21 @@ async def test_programs_see_little_and_are_nice(make_program: MakeProgram) -> No
     assert found["cwd"] == "/"
     assert set(found["names"].split()) - {"PWD", "SHLVL", "_", "OLDPWD"} == {"PATH", "LANG", "HOME"}
     assert found["nice"] == min(19, own + 10)
+
+
+async def test_programs_give_way_however_the_kernel_groups_processes(make_program: MakeProgram, tmp_path: Path) -> None:
+    told, go = tmp_path / "pid", tmp_path / "go"
+    path = make_program("wait", f"echo $$ > {told}\nuntil [ -e {go} ]; do sleep 0.05; done\necho 1")
+    wanted = min(19, os.getpriority(os.PRIO_PROCESS, 0) + NICE)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(json_of, path, BOUNDS, os.environ)
+        await until(lambda: told.exists() and told.read_text().endswith("\n"))
+        pid = int(told.read_text())
+        await until(lambda: os.sched_getscheduler(pid) == os.SCHED_BATCH)
+        await until(lambda: slice_ns(pid) in (None, SLICE_NS))
+        await until(lambda: nice_of_session(pid) in (None, wanted))
+        assert os.getpriority(os.PRIO_PROCESS, pid) == wanted
+        go.touch()
 
 
 @pytest.mark.parametrize(

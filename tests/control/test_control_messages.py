@@ -23,6 +23,7 @@ ONE_OF_EACH = [
     messages.Ticket(request=7, ticket="fxt_abc", expires_s=30.0),
     messages.Services(services=(Offer(ServiceName("db"), "tcp"),)),
     messages.Load(streams=12),
+    messages.Load(streams=12, reluctant=True),
     messages.Ping(n=1),
     messages.Pong(n=1),
     messages.Drain(deadline_s=30.0),
@@ -54,6 +55,13 @@ def test_unknown_types_are_ignored_unless_required() -> None:
     with pytest.raises(RemoteProtocolError) as caught:
         decode('{"type":"roster","required":true}')
     assert caught.value.code is Code.UNSUPPORTED
+
+
+def test_a_load_without_its_newer_field_is_not_reluctant() -> None:
+    assert decode('{"type":"load","streams":3}') == messages.Load(streams=3, reluctant=False)
+    assert decode('{"type":"load","streams":3,"reluctant":true}') == messages.Load(streams=3, reluctant=True)
+    with pytest.raises(RemoteProtocolError):
+        decode('{"type":"load","streams":3,"reluctant":1}')
 
 
 def test_drains_and_welcomes_without_their_newer_fields_mean_what_they_did() -> None:

@@ -235,4 +235,4 @@ async def test_a_door_waits_only_so_long(contexts: Contexts) -> None:
 
 
 def test_making_way_is_better_than_waiting_for_a_link() -> None:
-    assert Readiness.UP < Readiness.LEAVING < Readiness.HELD < Readiness.NONE
+    assert Readiness.UP < Readiness.RELUCTANT < Readiness.LEAVING < Readiness.HELD < Readiness.NONE

@@ -35,7 +35,7 @@ def chosen(decision: Forward[FakeRelay] | Reject) -> str:
     return decision.relay.relay_id if isinstance(decision, Forward) else decision.reason.value
 
 
-UP, HELD, NONE = Readiness.UP, Readiness.HELD, Readiness.NONE
+UP, RELUCTANT, LEAVING, HELD, NONE = Readiness
 
 DECISIONS: dict[str, tuple[list[FakeRelay], set[str], str]] = {
     "nobody": ([], set(), "no-relay"),
@@ -48,6 +48,11 @@ DECISIONS: dict[str, tuple[list[FakeRelay], set[str], str]] = {
     "equal: the first": ([relay("a", UP, 1), relay("b", UP, 1)], set(), "a"),
     "up before held": ([relay("a", HELD, 0), relay("b", UP, 900)], set(), "b"),
     "up before held, the other way round": ([relay("b", UP, 900), relay("a", HELD, 0)], set(), "b"),
+    "the only one is reluctant": ([relay("a", RELUCTANT)], set(), "a"),
+    "willing before reluctant": ([relay("a", RELUCTANT, 0), relay("b", UP, 900)], set(), "b"),
+    "reluctant before one that makes way": ([relay("a", LEAVING, 0), relay("b", RELUCTANT, 900)], set(), "b"),
+    "fewest streams of the reluctant": ([relay("a", RELUCTANT, 5), relay("b", RELUCTANT, 4)], set(), "b"),
+    "all willing were tried": ([relay("a", UP), relay("b", RELUCTANT, 7)], {"a"}, "b"),
     "held before nothing": ([relay("a", NONE, 0), relay("b", HELD, 5)], set(), "b"),
     "fewest streams of the held": ([relay("a", HELD, 5), relay("b", HELD, 4)], set(), "b"),
     "all gone": ([relay("a", NONE), relay("b", NONE)], set(), "no-relay"),

@@ -127,8 +127,10 @@ def test_a_reload_changes_the_ways_to_other_nodes(make_cluster: MakeCluster) -> 
     config.write_text(written.replace("[cluster]", "[cluster]\nforce_indirect = true"))
     reload(cluster.stack.relays["node-2"])
     assert {cluster.who_serves() for _ in range(6)} == {"node-2"}
-    config.write_text(written.replace("[cluster]", "[cluster]\nlease_s = 20"))
-    assert "not before the next restart: cluster.lease_s" in reload(cluster.stack.relays["node-2"], "restart")
+    extra = '[limits]\nmemory_bytes = "64MiB"\nstreams = 99\n[resume]\nenabled = false\n[liveness]\ndead_after_s = 9\n'
+    config.write_text(written.replace("[cluster]", "[cluster]\nlease_s = 20") + extra)
+    waiting = "not before the next restart: cluster.lease_s, limits.memory_bytes, resume.enabled, liveness.dead_after_s"
+    assert waiting in reload(cluster.stack.relays["node-2"], "restart")
     wait_until(lambda: {cluster.who_serves() for _ in range(4)} == set(names), 20, "both serve again")
     assert not any("force_indirect" in event for event in events(cluster.stack.relays["node-2"]))
 

@@ -139,13 +139,13 @@ async def test_a_control_link_feeds_the_registry(tmp_path: Path) -> None:
         await rig.enrol()
         async with rig.websocket() as ws:
             db = (Offer(ServiceName("db")),)
-            for message in [hello(), Services(services=db), Load(streams=3), Drain(deadline_s=5), Ping(n=1)]:
+            for message in [hello(), Services(services=db), Load(streams=3, reluctant=True), Drain(deadline_s=5), Ping(n=1)]:
                 await ws.send_message(encode(message))
             await ws.send_message('{"type":"roster"}')
             with trio.fail_after(5):
                 while "pong" not in await ws.get_message():
                     pass
-            assert rig.registry.calls[1:] == [("services", NODE, "i1", db), ("load", NODE, "i1", 3), ("draining", NODE, "i1")]
+            assert rig.registry.calls[1:] == [("services", NODE, "i1", db), ("load", NODE, "i1", 3, True), ("draining", NODE, "i1")]
 
 
 async def test_what_a_relay_has_given_up_ends_once_its_new_session_is_up(tmp_path: Path) -> None:
@@ -289,7 +289,7 @@ async def test_letting_go_of_the_address_leaves_links_alone(tmp_path: Path) -> N
                 while is_listened_at(rig.address):
                     await trio.sleep(0.01)
             await ws.send_message(encode(Load(streams=1)))
-            await until(lambda: ("load", NODE, "i1", 1) in rig.registry.calls)
+            await until(lambda: ("load", NODE, "i1", 1, False) in rig.registry.calls)
             rig.stop.cancel()
 
 

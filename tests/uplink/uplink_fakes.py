@@ -19,7 +19,7 @@ from fxrelay.uplink.ports import UplinkConfig, UplinkSessionOwner
 from fxrelay.uplink.uplink import Surroundings, Uplink
 from fxtunnel.codes import Code, Refusal
 from fxtunnel.control.channel import Channel
-from fxtunnel.control.messages import Closing, Message, Refused, Ticket, TicketRequest, encode
+from fxtunnel.control.messages import Closing, Load, Message, Refused, Ticket, TicketRequest, encode
 from fxtunnel.control.messages import Hello as ControlHello
 from fxtunnel.control.messages import Welcome as ControlWelcome
 from fxtunnel.control.upgrade import accept_websocket, answer, read_body, read_head, refusal_fields
@@ -159,6 +159,11 @@ class FakeGateway:
     async def wait_controls(self, count: int) -> None:
         """Wait until so many control links have been welcomed in all."""
         await until(lambda: len(self.controls) >= count)
+
+    @property
+    def loads(self) -> list[Load]:
+        """What it was told so far of what the relay carries."""
+        return [message for message in self.heard if isinstance(message, Load)]
 
     def cut_control(self) -> None:
         """Break the newest control link without a goodbye of TLS."""
@@ -323,7 +328,9 @@ class Running:
 
 
 @asynccontextmanager
-async def running(gateway: FakeGateway, state_dir: Path, config: UplinkConfig = QUICK) -> AsyncIterator[Running]:
+async def running(
+    gateway: FakeGateway, state_dir: Path, config: UplinkConfig = QUICK, around: Surroundings | None = None
+) -> AsyncIterator[Running]:
     """The gateway and an uplink to it; both are gone at the end of the block."""
     try:
         with trio.fail_after(15):
@@ -331,7 +338,8 @@ async def running(gateway: FakeGateway, state_dir: Path, config: UplinkConfig = 
                 await nursery.start(gateway.serve)
                 factory = FakeFactory()
                 identity = await load_identity(state_dir, RELAY_ID)
-                it = Running(Uplink(gateway.file, identity, OFFERS, factory, config, Surroundings(LongestWaits())), gateway, factory)
+                around = around or Surroundings(LongestWaits())
+                it = Running(Uplink(gateway.file, identity, OFFERS, factory, config, around), gateway, factory)
                 nursery.start_soon(it.run)
                 yield it
                 nursery.cancel_scope.cancel()

@@ -1,14 +1,19 @@
-"""Who has a relay's name, when the parent's answer and the fence that follows it are read together."""
+"""Who has a relay's name, when the parent's answer and the fence that follows it are read together; whom a worker passes on."""
 
+import os
+import resource
 import socket
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
+from typing import cast
 
 import pytest
 import trio
 
+from fxgateway.doors.client import Client
 from fxgateway.doors.doors import Doors
+from fxgateway.doors.elsewhere import Journey
 from fxgateway.routing.admission import AdmissionLimits
 from fxgateway.routing.shared_admission import SharedAdmission
 from fxgateway.tunnels.registry import Registry, RegistryLimits
@@ -19,6 +24,7 @@ from fxgateway.workers.guests import Guests
 from fxtunnel.codes import Code
 from fxtunnel.engine.ports import SessionConfig
 from fxtunnel.engine.reactor import Reactor
+from fxtunnel.engine.tls_socket import TlsSocket
 from fxtunnel.errors import TunnelClosed
 from fxtunnel.model import InstanceId, Offer, RelayId, ServiceName
 from fxtunnel.protocol.credit import WindowBudget
@@ -33,11 +39,14 @@ class Parent:
     """The other end of a worker's line: answers all claims at once, when it is told to."""
 
     claims: list[Message] = field(default_factory=list)
+    news: list[Message] = field(default_factory=list)
     channel: Channel | None = None
 
     def on_message(self, channel: Channel, message: Message, sockets: list[socket.socket]) -> None:
         if message["op"] == "claim":
             self.claims.append(message)
+        elif message["op"] == "told":
+            self.news.append(message["news"])
 
     def on_gone(self, channel: Channel) -> None:
         pass
@@ -152,3 +161,63 @@ async def test_of_two_at_one_worker_the_later_claim_has_the_name() -> None:
             worker.parent.answer(second, 6)
         assert worker.here == [SECOND]
         assert worker.refused == {FIRST: Code.FENCED} or worker.links[FIRST].closed == [Code.FENCED]
+
+
+async def test_a_name_that_nobody_waits_for_any_more_is_given_back() -> None:
+    """The parent may grant it all the same, later; it would count as a relay of this worker until the relay came again."""
+    async with working() as (worker, nursery):
+        with trio.CancelScope() as patience:
+            async with trio.open_nursery() as waiting:
+                waiting.start_soon(worker.take, FIRST)
+                (claim,) = await worker.claims(1)
+                patience.cancel()
+        worker.parent.answer(claim, 5)
+        with trio.fail_after(10):
+            while worker.parent.news != [{NODE: None}]:
+                await trio.sleep(0.01)
+        assert worker.here == []
+        nursery.start_soon(worker.take, FIRST)
+        worker.parent.answer((await worker.claims(2))[1], 6)
+        with trio.fail_after(10):
+            while worker.here != [FIRST]:
+                await trio.sleep(0.01)
+        assert worker.parent.news == [{NODE: None}]
+
+
+@contextmanager
+def no_more_descriptors() -> Iterator[None]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest_free = os.dup(0)
+    os.close(lowest_free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@dataclass
+class SecureClient:
+    """One whose TLS ends here. `given_away`: it was passed on."""
+
+    sock: TlsSocket = field(default_factory=lambda: TlsSocket.__new__(TlsSocket))
+    given_away: bool = False
+
+    def give_away(self) -> socket.socket:
+        self.given_away = True
+        return self.sock
+
+
+async def test_who_cannot_be_passed_on_for_lack_of_descriptors_stays_to_be_served_otherwise() -> None:
+    async with working() as (worker, _):
+        line, far = pair()
+        assert worker.parent.channel is not None
+        worker.parent.channel.send({"op": "peer", "worker": 2}, [far])
+        with trio.fail_after(10):
+            while 2 not in worker.crew.peers:
+                await trio.sleep(0.01)
+        client = SecureClient()
+        with line, no_more_descriptors():
+            journey = Journey((NODE,), None, (), 0, 1, False, b"")
+            assert not worker.crew.pass_on(2, cast(Client, client), journey)
+        assert not client.given_away

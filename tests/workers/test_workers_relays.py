@@ -86,6 +86,17 @@ def test_the_fewest_streams_decide_wherever_the_relay_is() -> None:
     assert world.chosen(tried=(A, B, C)) is RejectReason.EXHAUSTED
 
 
+def test_a_reluctant_relay_comes_after_the_willing_wherever_it_is() -> None:
+    world = World()
+    near = world.registry.put(Near(A, 0, Readiness.RELUCTANT))
+    world.relays.note(2, {B: ["i", 1, UP, 4, [SSH]]})
+    assert world.chosen() == B
+    near.readiness = Readiness.UP
+    world.relays.note(2, {B: ["i", 1, int(Readiness.RELUCTANT), 0]})
+    assert world.chosen() == A
+    assert world.registry.relieved == [B, B]  # it serves all the same: who yielded its name here takes nothing more
+
+
 def test_a_client_that_was_passed_on_counts_until_the_next_news() -> None:
     world = World()
     world.registry.put(Near(A, 2))
