@@ -27,7 +27,7 @@ from fxtunnel.errors import ConfigError, FxError
 from fxtunnel.kit import logs
 from fxtunnel.kit.listeners import Inherited
 from fxtunnel.kit.notify import Notifier
-from fxtunnel.kit.process import raise_file_limit
+from fxtunnel.kit.process import keep_going, raise_file_limit
 from fxtunnel.kit.settings import Address
 from fxtunnel.kit.tls import server_context
 from fxtunnel.protocol.alpn import ALPN_SPOKEN
@@ -103,7 +103,7 @@ class Worker(Gateway):
     async def serve(self) -> None:
         """See `Gateway`."""
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._follow_orders)
+            nursery.start_soon(keep_going, "following the parent's orders", self._follow_orders)
             nursery.start_soon(self._end_with_parent)
             await super().serve()
             nursery.cancel_scope.cancel()
@@ -161,27 +161,37 @@ class Worker(Gateway):
         self._stop.set()
 
     async def _follow_orders(self) -> None:
-        sockets: dict[str, socket.socket] = {}
         async for message, received in self._crew.received_orders:
-            sockets |= dict(zip(message.get("addresses", ()), received, strict=False))
-            answer: Message = {"op": "answer", "n": message.get("n", 0), "problems": []}
+            self._sockets |= dict(zip(message.get("addresses", ()), received, strict=False))
             match message["op"]:
                 case "prepare":
-                    try:
-                        await self._prepare(message, Inherited(sockets))
-                    except FxError as exc:
-                        answer["problems"] = [str(problem) for problem in (exc.problems if isinstance(exc, ConfigError) else (exc,))]
-                    sockets = {}
-                    self._crew.parent.send(answer)
+                    sockets, self._sockets = self._sockets, {}
+                    self._answer(message, await self._problems(message, Inherited(sockets)))
                 case "commit":
                     self._commit()
-                    self._crew.parent.send(answer)
+                    self._answer(message, [])
                 case "abandon":
                     self._abandon()
                 case "stop":
                     self._doors.close()
                     self._crew.parent.send({"op": "closed"})
                     self._stop.set()
+
+    def _answer(self, message: Message, problems: list[str]) -> None:
+        self._crew.parent.send({"op": "answer", "n": message["n"], "problems": problems})
+
+    async def _problems(self, message: Message, inherited: Inherited) -> list[str]:
+        """Prepare for a configuration; why that did not go."""
+        try:
+            await self._prepare(message, inherited)
+        except ConfigError as exc:
+            return [str(problem) for problem in exc.problems]
+        except FxError as exc:
+            return [str(exc)]
+        except Exception as exc:
+            logger.exception("a new configuration cannot be looked at")
+            return [f"an internal error: {exc}"]
+        return []
 
     async def _prepare(self, message: Message, inherited: Inherited) -> None:
         """Do everything that can fail."""
