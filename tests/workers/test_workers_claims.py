@@ -13,9 +13,11 @@ from fxgateway.routing.admission import AdmissionLimits
 from fxgateway.routing.shared_admission import SharedAdmission
 from fxgateway.tunnels.registry import Registry, RegistryLimits
 from fxgateway.workers.channel import Channel, Message, pair
-from fxgateway.workers.crew import Crew
+from fxgateway.workers.crew import Crew, Parts
 from fxgateway.workers.far_relays import AllRelays
 from fxgateway.workers.guests import Guests
+from fxgateway.workers.line import Line
+from fxgateway.workers.peers import Peers
 from fxtunnel.codes import Code
 from fxtunnel.engine.ports import SessionConfig
 from fxtunnel.engine.reactor import Reactor
@@ -73,11 +75,12 @@ class Worker:
     def __init__(self, reactor: Reactor, line: socket.socket, parent: Parent) -> None:
         self.parent = parent
         self.registry = Registry(reactor, SessionConfig(), WindowBudget(1 << 20), RegistryLimits())
-        self.crew = Crew(reactor, line)
-        relays = AllRelays(self.registry, self.crew.pass_on, self.crew.catch_up)
+        self.line, peers = Line(reactor, line), Peers(reactor)
+        relays = AllRelays(self.registry, peers.pass_on, peers.catch_up)
         admission = SharedAdmission(AdmissionLimits(), 100)
-        self.crew.join(1, self.registry, relays, admission, Doors(reactor, relays, admission))
-        self.guests = Guests(self.crew, 1)
+        self.guests = Guests(self.line, peers, self.registry, relays, 1)
+        doors = Doors(reactor, relays, admission)
+        Crew(reactor, self.line, peers, Parts(self.registry, relays, admission, doors, self.guests, dict, lambda *_: 0)).begin()
         self.links: dict[InstanceId, Link] = {}
         self.refused: dict[InstanceId, Code] = {}
 
@@ -114,7 +117,7 @@ async def working() -> AsyncIterator[tuple[Worker, trio.Nursery]]:
             async with trio.open_nursery() as nursery:
                 yield worker, nursery
         around.cancel_scope.cancel()
-    worker.crew.close()
+    worker.line.close()
     parent.channel.close()
     reactor.close()
 
