@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final, TypeAlias, TypeVar
 
 from fxgateway.doors.client import Client, peer_text
 from fxgateway.doors.elsewhere import Elsewhere
-from fxgateway.doors.hall import Hall, until
+from fxgateway.doors.hall import Hall
 from fxgateway.doors.proxied import Network, Proxied, is_within
 from fxgateway.doors.recorded import AccessSink, Diary, RecordedClient
 from fxgateway.doors.waiting import spare_the_wait
@@ -20,6 +20,7 @@ from fxgateway.routing.admission import Admission, Verdict
 from fxgateway.routing.journey import Relays
 from fxgateway.routing.reception import Kind, Lead, Receptionist
 from fxtunnel.codes import Code
+from fxtunnel.engine.overdue import idle, overdue
 from fxtunnel.engine.reactor import LISTENER_EVENTS, Reactor, Timer
 from fxtunnel.engine.splice import RESET_ON_CLOSE, abort
 from fxtunnel.kit.answers import Refused
@@ -346,24 +347,19 @@ class Door:
             return
         self._sweep_later()
         now = self.reactor.now
-        for client in until(self.opening, now - self.config.open_timeout_s):
+        for client in overdue(self.opening, now - self.config.open_timeout_s):
             self.opening.pop(client, None)
             client.open_timed_out()
         spare_the_wait(self.opening, self.relays)
-        for proxied in until(self.proxied, now - self.config.header_timeout_s):
+        for proxied in overdue(self.proxied, now - self.config.header_timeout_s):
             proxied.fail("proxy-header-timeout", f"nothing complete within {self.config.header_timeout_s:g} s")
         self.hall.turn_away_late(now - self.config.header_timeout_s)
 
     def end_idle(self) -> None:
         """End clients on whose stream nothing has moved for the idle time. Call now and then."""
-        now = self.reactor.now
-        for client in list(self.clients):
-            moved = client.moved_bytes
-            if moved != client.last_bytes:
-                client.last_bytes, client.moved_at = moved, now
-            elif now - client.moved_at > self.config.idle_timeout_s:
-                self.refused("idle-timeout")
-                client.end_idle()
+        for client in idle(self.clients, self.reactor.now, self.config.idle_timeout_s):
+            self.refused("idle-timeout")
+            client.end_idle()
 
 
 def _tags_of(config: DoorConfig) -> bytes:

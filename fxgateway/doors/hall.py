@@ -2,17 +2,17 @@
 
 import logging
 import socket
-import sys
 from functools import lru_cache
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import TYPE_CHECKING, Final
 
 from fxgateway.doors.client import Client
-from fxgateway.doors.farewell import Farewell
 from fxgateway.doors.recorded import RECORDED, RecordedClient
 from fxgateway.doors.securing import Securing
 from fxgateway.doors.visitor import HelloVisitor, SecureVisitor, Visitor
 from fxgateway.doors.web_client import TlsWebClient, WebClient, error_words
 from fxgateway.routing.reception import STREAM_PROTOCOL, Kind, Lead, Receptionist, TurnAway
+from fxtunnel.engine.farewell import Farewell
+from fxtunnel.engine.overdue import overdue
 from fxtunnel.engine.splice import abort
 from fxtunnel.engine.tls_socket import TlsSocket
 from fxtunnel.kit.answers import NAMES, Refused
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from fxgateway.doors.door import Door
 
 logger = logging.getLogger(__name__)
-T = TypeVar("T")
 
 LATE_AT_ONCE: Final = 2
 LATE_PAUSE_S: Final = 0.002
@@ -152,7 +151,7 @@ class Hall:
             self._turn_some_away(oldest)
 
     def _turn_some_away(self, oldest: float) -> None:
-        late = until(self.visitors, oldest, LATE_AT_ONCE + 1)
+        late = overdue(self.visitors, oldest, LATE_AT_ONCE + 1)
         self._is_turning_away = len(late) > LATE_AT_ONCE
         if self._is_turning_away:
             self.door.reactor.call_later(LATE_PAUSE_S, lambda: self._turn_some_away(oldest))
@@ -168,13 +167,3 @@ class Hall:
 @lru_cache(maxsize=1_024)
 def _led_tags(service: ServiceName, door: str, host: str, scheme: str) -> bytes:
     return encode_tags(Opening(service, door=door, host=host, scheme=scheme))
-
-
-def until(waiting: dict[T, float], oldest: float, limit: int = sys.maxsize) -> list[T]:
-    """The entries from before `oldest`, at most so many; the dict is in order of time."""
-    found: list[T] = []
-    for entry, since in waiting.items():
-        if since > oldest or len(found) == limit:
-            break
-        found.append(entry)
-    return found

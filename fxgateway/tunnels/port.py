@@ -8,6 +8,7 @@ import ssl
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 import trio
@@ -36,6 +37,7 @@ from fxtunnel.control.upgrade import (
 )
 from fxtunnel.errors import PeerRefused, TunnelClosed, TunnelError, leaves
 from fxtunnel.kit.listeners import EXHAUSTED
+from fxtunnel.kit.process import keep_going
 from fxtunnel.kit.settings import Address
 from fxtunnel.kit.tls import TlsStream, handshake_server
 from fxtunnel.kit.tokens import Assertion, KeyProblem, verify_assertion
@@ -105,7 +107,7 @@ class TunnelPort:
         When it is cancelled, control links say goodbye, which takes at most a second.
         """
         async with trio.open_nursery() as around:
-            around.start_soon(self._end_turns)
+            around.start_soon(keep_going, "taking turns back from slow relays", self._lobby.run)
             async with trio.open_nursery() as handlers:
                 await self._accept_all(listeners, handlers, task_status)
             around.cancel_scope.cancel()
@@ -115,16 +117,8 @@ class TunnelPort:
             async with trio.open_nursery() as accepting:
                 for listener in listeners:
                     accepting.start_soon(self._accept, listener, handlers)
-                accepting.start_soon(self._take_passed, handlers)
+                accepting.start_soon(keep_going, "taking relays that other workers have accepted", partial(self._take_passed, handlers))
                 task_status.started()
-
-    async def _end_turns(self) -> None:
-        while True:
-            try:
-                await self._lobby.run()
-            except Exception:
-                logger.exception("tunnel port: internal error in the order of turns")
-                await trio.sleep(_PAUSE_S)
 
     def stop_accepting(self) -> None:
         """Close the listeners, soon: a successor has them. Whoever is in stays."""
@@ -136,8 +130,7 @@ class TunnelPort:
         async with listener:
             with more:
                 more.setblocking(False)
-                while True:
-                    await self._accept_some(listener, more, handlers)
+                await keep_going("accepting relays", partial(self._accept_some, listener, more, handlers))
 
     async def _accept_some(self, listener: trio.SocketListener, more: socket.socket, handlers: trio.Nursery) -> None:
         try:

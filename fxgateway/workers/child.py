@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -17,6 +18,7 @@ import fxgateway
 from fxgateway.workers.channel import MAX_SOCKETS, Channel, ChannelOwner, Message, pair
 from fxtunnel.engine.reactor import Reactor
 from fxtunnel.errors import FxError
+from fxtunnel.kit.process import keep_going
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +71,8 @@ class Child:
         self._process: trio.Process | None = None
         self._owner = owner
         self._ready = trio.Event()
+        self._has_started = False
+        """Whoever waits for `run` to start has been told."""
         self._is_stopping = False
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -77,21 +81,22 @@ class Child:
         Raises:
             FxError: it did not get ready at the first attempt: trying again would not help.
         """
-        backoff_s, is_first = FIRST_BACKOFF_S, True
+        pause_s, backoff_s, is_first = 0.0, FIRST_BACKOFF_S, True
         while True:
             began = trio.current_time()
-            ending = await self._live(task_status if is_first else trio.TASK_STATUS_IGNORED)
+            try:
+                ending = await self._live_after(pause_s, task_status)
+            except Exception:
+                logger.exception("worker %d cannot be looked after", self.number)
+                ending = "an internal error"
             if self._is_stopping:
                 return
-            lasted_s = trio.current_time() - began
+            lasted_s = max(0.0, trio.current_time() - began - pause_s)
             if is_first and not self._ready.is_set():
                 raise FxError(f"worker {self.number} did not start ({ending}); its log lines say why")
             is_first = False
-            backoff_s = FIRST_BACKOFF_S if lasted_s >= SETTLED_S else backoff_s
-            logger.error("worker %d has died (%s) after %.0f s; it is started again in %g s", self.number, ending, lasted_s, backoff_s)
-            await trio.sleep(backoff_s)
-            if self._is_stopping:
-                return
+            pause_s = backoff_s = FIRST_BACKOFF_S if lasted_s >= SETTLED_S else backoff_s
+            logger.error("worker %d has died (%s) after %.0f s; it is started again in %g s", self.number, ending, lasted_s, pause_s)
             backoff_s = min(2 * backoff_s, MAX_BACKOFF_S)
 
     def stop(self) -> None:
@@ -115,8 +120,11 @@ class Child:
         self.is_ready = True
         self._ready.set()
 
-    async def _live(self, task_status: trio.TaskStatus[None]) -> str:
+    async def _live_after(self, pause_s: float, task_status: trio.TaskStatus[None]) -> str:
         """One process from start to end; how it ended. What a start takes may be used up for the moment: the other workers go on."""
+        await trio.sleep(pause_s)
+        if self._is_stopping:
+            return "not wanted any more"
         try:
             process, line = await self._start()
         except (OSError, RuntimeError) as exc:  # descriptors, memory, processes; a thread to start it from
@@ -130,8 +138,9 @@ class Child:
             except OSError as exc:
                 return _reason(exc)
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._watch, process)
-                nursery.start_soon(self._report, task_status)
+                nursery.start_soon(keep_going, f"watching worker {self.number}", partial(self._watch, process))
+                if not self._has_started:
+                    nursery.start_soon(self._report, task_status)
                 code = await process.wait()
                 nursery.cancel_scope.cancel()
         finally:
@@ -157,15 +166,17 @@ class Child:
 
     async def _end(self, process: trio.Process) -> None:
         """The process is over, or is killed now."""
-        if process.returncode is None:
-            process.kill()
-            with trio.move_on_after(LOOK_S, shield=True):
-                await process.wait()
-        self.is_ready, self.pid = False, 0
-        if self.channel is not None:
-            self.channel.close()
-            self.channel = None
-        self._home.died(self)
+        try:
+            if process.returncode is None:
+                process.kill()
+                with trio.move_on_after(LOOK_S, shield=True):
+                    await process.wait()
+        finally:
+            self.is_ready, self.pid = False, 0
+            if self.channel is not None:
+                self.channel.close()
+                self.channel = None
+            self._home.died(self)
 
     def _equip(self, channel: Channel) -> None:
         outfit = self._home.outfit(self.number)
@@ -176,6 +187,7 @@ class Child:
 
     async def _report(self, task_status: trio.TaskStatus[None]) -> None:
         await self._ready.wait()
+        self._has_started = True
         task_status.started()
 
     async def _watch(self, process: trio.Process) -> None:
@@ -188,7 +200,6 @@ class Child:
             if silent_s > (SILENT_S if self.is_ready else READY_S):
                 logger.error("worker %d has said nothing for %.0f s and is killed", self.number, silent_s)
                 process.send_signal(signal.SIGKILL)
-                return
 
 
 def send_sockets(channel: Channel, sockets: Sequence[tuple[str, socket.socket]]) -> None:

@@ -7,10 +7,14 @@ from typing import Final
 import trio
 
 from fxgateway.tunnels.colleagues import Passed
+from fxgateway.tunnels.registry import Registry
 from fxgateway.workers.asking import NoAnswer
-from fxgateway.workers.crew import Crew
+from fxgateway.workers.channel import Message
+from fxgateway.workers.far_relays import AllRelays
+from fxgateway.workers.line import Line
+from fxgateway.workers.peers import Peers
 from fxtunnel.codes import Refusal
-from fxtunnel.errors import PeerRefused
+from fxtunnel.errors import PeerRefused, TunnelClosed
 from fxtunnel.kit.client_hello import MAX_RECORDS_BYTES, ClientHello, NeedMore, NotTls, read_client_hello
 from fxtunnel.model import InstanceId, RelayId
 from fxtunnel.protocol.alpn import ALPN_DATA, ALPN_WORKER
@@ -22,6 +26,8 @@ _DATA: Final = ALPN_DATA.encode()
 LOOK_AGAIN_S: Final = 0.02
 """Between two looks at a hello that has come in part. Hellos come whole, but for those who try."""
 RETRY_AFTER_S: Final = 1.0
+MAX_PASSED: Final = 256
+"""Connections of relays that others have accepted and that wait to be served here."""
 
 
 class Guests:
@@ -31,10 +37,14 @@ class Guests:
     none, or one that does not serve now, goes where the fewest relays are: it would have to wait for a process to start.
     """
 
-    def __init__(self, crew: Crew, number: int) -> None:
+    def __init__(self, line: Line, peers: Peers, registry: Registry, relays: AllRelays, number: int) -> None:
         self.worker = str(number)
-        self._crew = crew
+        self._line = line
+        self._peers = peers
+        self._registry = registry
+        self._relays = relays
         self._number = number
+        self._passed, self._received_passed = trio.open_memory_channel[Passed](MAX_PASSED)
 
     async def keeps(self, passed: Passed) -> bool:
         """See `Colleagues`."""
@@ -45,12 +55,12 @@ class Guests:
         is_data = _DATA in hello.alpn
         if named is None and is_data:
             return True
-        is_led = named is not None and (named == self._number or self._crew.serves(named))
+        is_led = named is not None and (named == self._number or self._peers.serves(named))
         if is_led and named is not None:
             number = named
         else:
             number, passed.counts_as_relay = await self._place(named or 0, is_data=is_data)
-        channel = self._crew.peers.get(number)
+        channel = self._peers.channels.get(number)
         if channel is None:
             return True
         copy = passed.sock.dup()  # the caller closes its own
@@ -63,33 +73,44 @@ class Guests:
 
     async def wait_passed(self) -> Passed:
         """See `Colleagues`."""
-        return await self._crew.received_passed.receive()
+        return await self._received_passed.receive()
+
+    def welcome(self, message: Message, sockets: list[socket.socket]) -> None:
+        """Another worker passes a connection on to us."""
+        for sock in sockets[:1]:
+            try:
+                self._passed.send_nowait(Passed(sock, message["ip"], message["address"], counts_as_relay=message["counts_as_relay"]))
+            except trio.WouldBlock:
+                sock.close()
 
     def was_no_relay(self) -> None:
         """See `Colleagues`."""
-        self._crew.parent.send({"op": "unplace"})
+        self._line.channel.send({"op": "unplace"})
 
     async def first_use(self, jti: str, exp_unix: float, now_unix: float) -> bool:
         """See `Colleagues`: the parent remembers. Without its answer an assertion counts as used."""
         try:
-            return bool((await self._crew.ask("first_use", jti=jti, exp_unix=exp_unix))["is_first"])
+            return bool((await self._line.ask("first_use", jti=jti, exp_unix=exp_unix))["is_first"])
         except NoAnswer as exc:
             raise PeerRefused(Refusal.TOO_MANY, f"the gateway cannot look at assertions now: {exc}", retry_after_s=RETRY_AFTER_S) from exc
 
     async def claim(self, relay_id: RelayId, instance: InstanceId) -> int:
-        """See `Colleagues`: the parent knows."""
+        """See `Colleagues`: the parent knows. From here on a fence finds the instance in the registry."""
         try:
-            epoch = await self._crew.claim(relay_id, instance)
+            epoch = int((await self._line.ask("claim", relay=relay_id, instance=instance))["epoch"])
         except NoAnswer as exc:
             raise PeerRefused(Refusal.TOO_MANY, f"the gateway cannot take relays now: {exc}", retry_after_s=RETRY_AFTER_S) from exc
         if not epoch:
             raise PeerRefused(Refusal.TOO_MANY, "the gateway has no room for another relay", retry_after_s=RETRY_AFTER_S)
+        if (gone := self._registry.overtaken(relay_id, instance, epoch)) is not None:  # the name has been given on meanwhile
+            raise TunnelClosed(*gone)
+        self._relays.expect(relay_id)
         return epoch
 
     async def _place(self, named: int, *, is_data: bool) -> tuple[int, bool]:
         """Where it shall go, and whether it counts as a relay there."""
         try:
-            answer = await self._crew.ask("place", named=named, is_data=is_data)
+            answer = await self._line.ask("place", named=named, is_data=is_data)
         except NoAnswer:
             return self._number, False
         return int(answer["worker"]), bool(answer["counts"])

@@ -312,14 +312,17 @@ class Parent:
             else:
                 problems.extend(ConfigProblem(f"worker {child.number}", "", text) for text in answer["problems"])
 
-        async with trio.open_nursery() as nursery:
-            for child in self._children.values():
-                nursery.start_soon(prepare, child)
-        if problems:
+        try:
+            async with trio.open_nursery() as nursery:
+                for child in self._children.values():
+                    nursery.start_soon(prepare, child)
+            if problems:
+                raise ConfigError(problems)
+        except BaseException:
             for child in prepared:
                 if child.channel is not None:
                     child.channel.send({"op": "abandon"})
-            raise ConfigError(problems)
+            raise
         return prepared
 
     def _commit(self, fresh: GatewaySettings, opened: Mapping[str, socket.socket], wanted: Mapping[str, Address]) -> None:
@@ -340,6 +343,9 @@ class Parent:
                     await self._asking.ask(child.channel, "commit", PREPARE_S)
                 except NoAnswer:
                     child.start_again("it has not taken the new configuration")
+                except Exception:
+                    logger.exception("it cannot be told whether worker %d has taken the new configuration", child.number)
+                    child.start_again("it may not have taken the new configuration")
 
         async with trio.open_nursery() as nursery:
             for child in self._children.values():

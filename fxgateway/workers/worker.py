@@ -17,9 +17,11 @@ from fxgateway.sandbox import Sandbox
 from fxgateway.settings import GatewaySettings
 from fxgateway.tunnels.colleagues import Colleagues
 from fxgateway.workers.channel import Message
-from fxgateway.workers.crew import Crew
+from fxgateway.workers.crew import Crew, Parts
 from fxgateway.workers.far_relays import AllRelays
 from fxgateway.workers.guests import Guests
+from fxgateway.workers.line import Line
+from fxgateway.workers.peers import Peers
 from fxgateway.workers.shares import from_message, share_of
 from fxgateway.workers.snapshot import snapshot
 from fxtunnel.engine.reactor import Reactor
@@ -27,7 +29,7 @@ from fxtunnel.errors import ConfigError, FxError
 from fxtunnel.kit import logs
 from fxtunnel.kit.listeners import Inherited
 from fxtunnel.kit.notify import Notifier
-from fxtunnel.kit.process import raise_file_limit
+from fxtunnel.kit.process import keep_going, raise_file_limit
 from fxtunnel.kit.settings import Address
 from fxtunnel.kit.tls import server_context
 from fxtunnel.protocol.alpn import ALPN_SPOKEN
@@ -39,21 +41,21 @@ BEGIN_S: Final = 30.0
 
 def main() -> None:
     """Run a worker; the argument is the descriptor of its line to the parent. Returns when it has drained."""
-    line = socket.socket(fileno=int(sys.argv[1]))
-    line.setblocking(False)
-    line.set_inheritable(False)
+    sock = socket.socket(fileno=int(sys.argv[1]))
+    sock.setblocking(False)
+    sock.set_inheritable(False)
     reactor = Reactor()
     try:
-        reactor.host_trio(lambda: _serve(reactor, Crew(reactor, line)))
+        reactor.host_trio(lambda: _serve(reactor, Line(reactor, sock)))
     finally:
         reactor.close()
 
 
-async def _serve(reactor: Reactor, crew: Crew) -> None:
+async def _serve(reactor: Reactor, line: Line) -> None:
     sockets: dict[str, socket.socket] = {}
     with trio.fail_after(BEGIN_S):
         while True:
-            message, received = await crew.received_orders.receive()
+            message, received = await line.received_orders.receive()
             sockets |= dict(zip(message.get("addresses", ()), received, strict=False))
             if message["op"] == "begin":
                 break
@@ -64,13 +66,13 @@ async def _serve(reactor: Reactor, crew: Crew) -> None:
     )
     _mark_logs(number)
     logs.configure(settings.log.level, settings.log.style, sys.stderr)
-    worker = Worker(reactor, settings, Path(message["config"]), crew, number, workers, message["process"], sockets)
+    worker = Worker(reactor, settings, Path(message["config"]), line, number, workers, message["process"], sockets)
     if message["is_drained"]:
         worker.take_no_clients()
     try:
         await worker.serve()
     finally:
-        crew.close()
+        line.close()
 
 
 class Worker(Gateway):
@@ -81,13 +83,14 @@ class Worker(Gateway):
         reactor: Reactor,
         settings: GatewaySettings,
         config_path: Path,
-        crew: Crew,
+        line: Line,
         number: int,
         workers: int,
         process: str,
         sockets: dict[str, socket.socket],
     ) -> None:
-        self._crew = crew
+        self._line = line
+        self._peers = Peers(reactor)
         self._number = number
         self._run = process
         self._workers = workers
@@ -103,7 +106,7 @@ class Worker(Gateway):
     async def serve(self) -> None:
         """See `Gateway`."""
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._follow_orders)
+            nursery.start_soon(keep_going, "following the parent's orders", self._follow_orders)
             nursery.start_soon(self._end_with_parent)
             await super().serve()
             nursery.cancel_scope.cancel()
@@ -118,11 +121,12 @@ class Worker(Gateway):
         return replace(super()._admission_limits(settings), connections=in_all)
 
     def _make_relays(self) -> DoorRelays:
-        self._all_relays = AllRelays(self._registry, self._crew.pass_on, self._crew.catch_up)
+        self._all_relays = AllRelays(self._registry, self._peers.pass_on, self._peers.catch_up)
         return self._all_relays
 
     def _make_colleagues(self) -> Colleagues:
-        return Guests(self._crew, self._number)
+        self._guests = Guests(self._line, self._peers, self._registry, self._all_relays, self._number)
+        return self._guests
 
     def _process(self) -> str:
         return self._run
@@ -136,52 +140,69 @@ class Worker(Gateway):
         task_status.started(self._settings.admin.listen)
 
     def _clients(self) -> int:
-        return self._doors.clients + self._crew.bridges
+        return self._doors.clients + self._peers.bridges
 
     def _announce(self, tunnel: str, admin: str) -> None:
         self._view.listening = (tunnel, *self._doors.bound.values(), admin)
-        self._crew.steer = self._steering.act
-        self._crew.status = lambda: snapshot(self._view, self._all_relays.far)
-        self._crew.join(self._number, self._registry, self._all_relays, self._shared, self._doors)
-        self._crew.parent.send({"op": "ready"})
+        parts = Parts(
+            self._registry,
+            self._all_relays,
+            self._shared,
+            self._doors,
+            self._guests,
+            lambda: snapshot(self._view, self._all_relays.far),
+            self._steering.act,
+        )
+        Crew(self._reactor, self._line, self._peers, parts).begin()
+        self._line.channel.send({"op": "ready"})
 
     async def _drain(self) -> None:
         await super()._drain()
-        self._crew.end_bridges()
+        self._peers.end_bridges()
 
     async def _load_again(self) -> None:
         logger.info("SIGHUP is for the parent process, which reloads all workers")
         await trio.lowlevel.checkpoint()
 
     async def _end_with_parent(self) -> None:
-        await self._crew.orphaned.wait()
+        await self._line.orphaned.wait()
         logger.error("the parent process is gone; this worker stops")
         limits = self._settings.limits.model_copy(update={"drain_s": 0.0})
         self._settings = self._settings.model_copy(update={"limits": limits})
         self._stop.set()
 
     async def _follow_orders(self) -> None:
-        sockets: dict[str, socket.socket] = {}
-        async for message, received in self._crew.received_orders:
-            sockets |= dict(zip(message.get("addresses", ()), received, strict=False))
-            answer: Message = {"op": "answer", "n": message.get("n", 0), "problems": []}
+        async for message, received in self._line.received_orders:
+            self._sockets |= dict(zip(message.get("addresses", ()), received, strict=False))
             match message["op"]:
                 case "prepare":
-                    try:
-                        await self._prepare(message, Inherited(sockets))
-                    except FxError as exc:
-                        answer["problems"] = [str(problem) for problem in (exc.problems if isinstance(exc, ConfigError) else (exc,))]
-                    sockets = {}
-                    self._crew.parent.send(answer)
+                    sockets, self._sockets = self._sockets, {}
+                    self._answer(message, await self._problems(message, Inherited(sockets)))
                 case "commit":
                     self._commit()
-                    self._crew.parent.send(answer)
+                    self._answer(message, [])
                 case "abandon":
                     self._abandon()
                 case "stop":
                     self._doors.close()
-                    self._crew.parent.send({"op": "closed"})
+                    self._line.channel.send({"op": "closed"})
                     self._stop.set()
+
+    def _answer(self, message: Message, problems: list[str]) -> None:
+        self._line.channel.send({"op": "answer", "n": message["n"], "problems": problems})
+
+    async def _problems(self, message: Message, inherited: Inherited) -> list[str]:
+        """Prepare for a configuration; why that did not go."""
+        try:
+            await self._prepare(message, inherited)
+        except ConfigError as exc:
+            return [str(problem) for problem in exc.problems]
+        except FxError as exc:
+            return [str(exc)]
+        except Exception as exc:
+            logger.exception("a new configuration cannot be looked at")
+            return [f"an internal error: {exc}"]
+        return []
 
     async def _prepare(self, message: Message, inherited: Inherited) -> None:
         """Do everything that can fail."""

@@ -13,6 +13,7 @@ from fxrelay.delivery.addresses import Addresses, share_s
 from fxrelay.delivery.ports import StreamTaker
 from fxrelay.delivery.services import AnyService, Endpoint, PoolService, ServiceTable
 from fxtunnel.codes import Code
+from fxtunnel.engine.overdue import idle, overdue
 from fxtunnel.engine.reactor import ERROR, WRITE, Reactor, Timer
 from fxtunnel.engine.splice import RESET_ON_CLOSE, Splice
 from fxtunnel.kit.proxy_header import encode_proxy_header
@@ -302,13 +303,8 @@ class DeliveryDesk:
 
     def end_idle(self) -> None:
         """End streams on which nothing has moved for the idle time. Call now and then."""
-        now = self.reactor.now
-        for delivery in list(self.deliveries):
-            moved = delivery.moved_bytes
-            if moved != delivery.last_bytes:
-                delivery.last_bytes, delivery.moved_at = moved, now
-            elif now - delivery.moved_at > self.limits.idle_timeout_s:
-                delivery.fail(Code.IDLE_TIMEOUT)
+        for delivery in idle(self.deliveries, self.reactor.now, self.limits.idle_timeout_s):
+            delivery.fail(Code.IDLE_TIMEOUT)
 
     def abort_all(self) -> None:
         """End every stream, with RST."""
@@ -346,13 +342,7 @@ class DeliveryDesk:
 
     def _sweep(self) -> None:
         self.reactor.call_later(SWEEP_S, self._sweep)
-        oldest = self.reactor.now - self.limits.connect_timeout_s
-        late = []
-        for delivery, since in self.connecting.items():
-            if since > oldest:
-                break
-            late.append(delivery)
-        for delivery in late:
+        for delivery in overdue(self.connecting, self.reactor.now - self.limits.connect_timeout_s):
             delivery.refuse(Code.CONNECT_TIMEOUT, f"no answer within {self.limits.connect_timeout_s:g} s")
 
 

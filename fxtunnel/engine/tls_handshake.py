@@ -2,21 +2,16 @@
 
 import socket
 import ssl
-from collections.abc import Callable
 from contextlib import suppress
-from typing import Final, Protocol
+from typing import Protocol
 
 import outcome
 
-from fxtunnel.engine.reactor import INCOMING, STREAM_EVENTS, Reactor, Timer
-from fxtunnel.engine.splice import CLOSE_CLEANLY, abort
+from fxtunnel.engine.farewell import Farewell
+from fxtunnel.engine.reactor import INCOMING, STREAM_EVENTS, Reactor
+from fxtunnel.engine.splice import abort
 from fxtunnel.engine.tls_socket import TlsSocket
 from fxtunnel.kit.tls_problems import explain_to_server, is_torn
-
-FAREWELL_S: Final = 1.0
-"""How long a client that has been sent an alert may take to close, before it gets a RST, which may make it forget the alert."""
-MAX_DISCARDED_BYTES: Final = 65_536
-"""What such a client may still send meanwhile."""
 
 
 class SecureOwner(Protocol):
@@ -42,14 +37,12 @@ class Handshake:
     __slots__ = (
         "_answer",
         "_context",
-        "_discarded",
+        "_farewell",
         "_has_news",
         "_is_beside",
-        "_leaving",
         "_owner",
         "_sock",
         "_source",
-        "_timer",
         "is_over",
         "reactor",
     )
@@ -71,9 +64,7 @@ class Handshake:
         self._sock = sock
         self._source = source
         self._answer = http_answer
-        self._leaving = ""
-        self._discarded = 0
-        self._timer: Timer | None = None
+        self._farewell: Farewell | None = None
         self._is_beside = False
         """The thread has the socket."""
         self._has_news = False
@@ -85,18 +76,13 @@ class Handshake:
         try:
             self._sock = self._context.wrap_socket(self._sock, True, False, suppress_ragged_eofs=False)
         except (OSError, ValueError):  # gone already, and closed by this
-            self._timer = self.reactor.call_later(0, lambda: self.fail("the client closed the connection during the TLS handshake"))
+            self.reactor.call_later(0, lambda: self.fail("the client closed the connection during the TLS handshake"))
         else:
             self.reactor.register(self._sock, self, STREAM_EVENTS)
 
     def on_event(self, events: int) -> None:
         """From the reactor."""
-        tls = self._sock
-        if self.is_over or not isinstance(tls, TlsSocket):
-            return
-        if self._leaving:
-            if events & INCOMING:
-                self._discard()
+        if self.is_over:
             return
         if self._is_beside:
             self._has_news = True
@@ -138,51 +124,29 @@ class Handshake:
 
     def fail(self, reason: str) -> None:
         """Give up: RST, and the owner hears. Does nothing once the owner has heard."""
-        self._end(self._leaving or reason, abort)
+        if self._farewell is not None:
+            self._farewell.cut_short()
+        elif not self.is_over:
+            if self._is_beside:
+                self.reactor.unregister(self._sock)  # to be closed when the thread has let go of it
+            else:
+                self.reactor.forget(self._sock)
+                with suppress(OSError):  # it may be closed already
+                    abort(self._sock)
+            self._end(reason)
 
     def _leave(self, exc: OSError) -> None:
-        """The handshake has failed. If that is news to the client, it gets the alert, a FIN, and a moment to read them."""
+        """The handshake has failed. If that is news to the client, it has been sent an alert, and gets a moment to read it."""
         reason = str(explain_to_server(exc, "TLS 1.2 or 1.3"))
         if not isinstance(exc, ssl.SSLError) or is_torn(exc) or isinstance(exc, ssl.SSLZeroReturnError):
             self.fail(reason)
             return
-        self._leaving = reason
-        try:
-            if self._answer and exc.reason == "HTTP_REQUEST":
-                socket.socket.send(self._sock, self._answer)
-            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, CLOSE_CLEANLY)
-            socket.socket.shutdown(self._sock, socket.SHUT_WR)
-        except OSError:
-            self.fail(reason)
-            return
-        self._timer = self.reactor.call_later(FAREWELL_S, lambda: self.fail(reason))
-        self._discard()
+        self.reactor.unregister(self._sock)
+        plain = socket.socket(fileno=self._sock.detach())  # what is still said is read as it is
+        plain.setblocking(False)
+        answer = self._answer if exc.reason == "HTTP_REQUEST" else b""
+        self._farewell = Farewell(self.reactor, plain, answer, lambda: self._end(reason))
 
-    def _discard(self) -> None:
-        scratch = self.reactor.read_buffer[:MAX_DISCARDED_BYTES]
-        try:
-            while self._discarded <= MAX_DISCARDED_BYTES:
-                count = socket.socket.recv_into(self._sock, scratch)  # the raw bytes, whatever they are
-                if not count:
-                    self._end(self._leaving, socket.socket.close)
-                    return
-                self._discarded += count
-        except BlockingIOError:
-            return
-        except OSError:
-            pass
-        self.fail(self._leaving)
-
-    def _end(self, reason: str, close: Callable[[socket.socket], None]) -> None:
-        if self.is_over:
-            return
+    def _end(self, reason: str) -> None:
         self.is_over = True
-        if self._timer is not None:
-            self._timer.cancel()
-        if self._is_beside:
-            self.reactor.unregister(self._sock)  # to be closed when the thread has let go of it
-        else:
-            self.reactor.forget(self._sock)
-            with suppress(OSError):  # it may be closed already
-                close(self._sock)
         self._owner.on_failed(self, reason)

@@ -6,6 +6,7 @@ import resource
 import signal
 import sys
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Final, NoReturn
 
 import psutil
@@ -78,18 +79,20 @@ class Reloads:
 
     async def run(self, reload: Callable[[], Awaitable[None]], notifier: Notifier) -> NoReturn:
         """Await `reload` whenever it was asked for, until cancelled. An FxError out of it is logged, and what was before stays."""
-        while True:
-            await self._asked.wait()
-            self._asked = trio.Event()
-            notifier.reloading()
-            try:
-                await reload()
-            except FxError as exc:
-                for problem in exc.problems if isinstance(exc, ConfigError) else (exc,):
-                    logger.error("reload refused, the old configuration stays: %s", problem)
-            except Exception:
-                logger.exception("the reload failed, the old configuration stays as far as it was not replaced")
-            notifier.ready()
+        await keep_going("waiting for reloads", partial(self._next, reload, notifier))
+
+    async def _next(self, reload: Callable[[], Awaitable[None]], notifier: Notifier) -> None:
+        await self._asked.wait()
+        self._asked = trio.Event()
+        notifier.reloading()
+        try:
+            await reload()
+        except FxError as exc:
+            for problem in exc.problems if isinstance(exc, ConfigError) else (exc,):
+                logger.error("reload refused, the old configuration stays: %s", problem)
+        except Exception:
+            logger.exception("the reload failed, the old configuration stays as far as it was not replaced")
+        notifier.ready()
 
 
 async def keep_going(what: str, call: Callable[[], Awaitable[object]]) -> NoReturn:
@@ -144,6 +147,10 @@ async def follow_launcher(notifier: Notifier, on_stop: Callable[[], None], *, ta
 async def feed_watchdog(notifier: Notifier) -> None:
     """Tell systemd's watchdog that the loop turns; returns at once if systemd did not ask."""
     interval_s = notifier.watchdog_interval_s
-    while interval_s is not None:
-        notifier.watchdog()
-        await trio.sleep(interval_s / 2)
+    if interval_s is not None:
+        await keep_going("feeding the watchdog", partial(_feed_once, notifier, interval_s / 2))
+
+
+async def _feed_once(notifier: Notifier, pause_s: float) -> None:
+    notifier.watchdog()
+    await trio.sleep(pause_s)

@@ -171,7 +171,7 @@ async def test_bug_in_a_timer_does_not_stop_the_sweep(contexts: Contexts, monkey
 
         with monkeypatch.context() as patch:
             if owner is Client:
-                patch.setattr("fxgateway.doors.door.until", sweep_fails)
+                patch.setattr("fxgateway.doors.door.overdue", sweep_fails)
             else:
                 patch.setattr(type(relay.desk), "limits", property(sweep_fails), raising=False)
             with trio.fail_after(10):

@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-for folder in ("cluster", "delivery", "engine", "tunnels", "uplink", "web"):
+for folder in ("admitting", "cluster", "delivery", "engine", "tunnels", "uplink", "web"):
     sys.path.insert(0, str(Path(__file__).parents[1] / folder))
 
 from engine_fixtures import contexts, no_descriptor_leaks  # noqa: E402 - a path comes first

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import trio
-from sabotage import FAULTS, LIMIT, Sabotage, lines_about, sabotage
+from sabotage import FAULTS, LIMIT, Fault, Sabotage, lines_about, sabotage
 from tunnels_rig import NODE, Rig, hello, reply, running, until
 
 from fxgateway.tunnels.control import ControlConfig
@@ -17,6 +17,8 @@ from fxtunnel.control import channel
 from fxtunnel.control.channel import Channel
 from fxtunnel.control.messages import Closing, Load, Ping, Services, TicketRequest, encode
 from fxtunnel.control.upgrade import CONTROL_PATH, open_websocket
+from fxtunnel.errors import TunnelError
+from fxtunnel.kit import process
 from fxtunnel.kit.tokens import new_key
 from fxtunnel.model import Offer, RelayId, ServiceName
 from fxtunnel.protocol import hello as wire
@@ -149,3 +151,23 @@ def judge(done: Sabotage, caplog: pytest.LogCaptureFixture) -> int:
         assert all(line.levelno == logging.ERROR and "internal error" in line.getMessage() for line in lines)
         told += len(lines)
     return told
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: type(fault()).__name__)
+async def test_the_port_goes_on_accepting(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, fault: Fault
+) -> None:
+    caplog.set_level(logging.ERROR)
+    monkeypatch.setattr(process, "PAUSE_S", 0.01)
+    hits = 0
+    for nth in range(1, 8):
+        path = tmp_path / str(nth)
+        path.mkdir()
+        with sabotage(nth, "TunnelPort._accept", "keep_going", faults=[fault]) as done:
+            async with running(path, PortLimits(hello_timeout_s=2.0, at_once=1)) as rig:
+                for number in range(8):
+                    with contextlib.suppress(OSError, TunnelError, trio.BrokenResourceError):  # nobody has it who was just accepted
+                        await rig.enrol(RelayId(f"new-{number}"), new_key())
+                assert (await rig.enrol())[0] == 200, [tree.where for tree in done.hit]
+        hits += len(done.hit)
+    assert hits >= 7

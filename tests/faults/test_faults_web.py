@@ -5,16 +5,24 @@ import logging
 
 import pytest
 import trio
+from delivery_rig import Spec
 from peers import connect
 from plane import Contexts, open_plane
 from sabotage import FAULTS, LIMIT, lines_about, sabotage
-from web_rig import Canned, add_web_relay, ask, read_head, statuses
+from test_web_held import Holding
+from web_rig import Canned, NamingChooser, add_web_relay, ask, read_head, statuses
+
+from fxrelay.web.ports import Reply, Sender
 
 POST = b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 4\r\n\r\n"
 SLOW_GET = b"GET / HTTP/1.1\r\nHost: a\r\nX: "
 LAST = b"GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
 GAP_S = 0.005
 """So that what comes next is waited for."""
+
+
+LOGIN = b"POST /login HTTP/1.1\r\nHost: a\r\nContent-Length: 4\r\n\r\n"
+LAST_LOGIN = LOGIN.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")
 
 
 class Service(Canned):
@@ -63,3 +71,47 @@ async def test_a_fault_at_every_await_of_a_connection(contexts: Contexts, caplog
             if not done.hit:
                 break
     assert hits >= 4 * len(FAULTS)
+
+
+class Waiting(Holding):
+    """Does not know at once what it thinks of an answer."""
+
+    async def run(self, body: bytes, sender: Sender) -> Reply:
+        reply = await super().run(body, sender)
+        await trio.sleep(GAP_S)
+        return reply
+
+
+async def test_a_fault_at_every_await_of_a_request_that_is_held(contexts: Contexts, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING)
+    hits = 0
+    async with open_plane(contexts) as plane:
+        port, chooser = await plane.serve(Service()), NamingChooser(Spec("a", is_local=True))
+        _, web = await add_web_relay(plane, port, chooser=chooser, is_pool=True, gate=Waiting(chooser))  # type: ignore[arg-type]
+        door = plane.add_door()
+
+        async def victim() -> None:
+            with trio.fail_after(20), contextlib.suppress(OSError, trio.BrokenResourceError):
+                async with await connect(door) as stream:
+                    for piece in (LOGIN, b"ab", b"cd", LAST_LOGIN, b"efgh"):
+                        await stream.send_all(piece)
+                        await trio.sleep(GAP_S)
+                    async for _ in stream:
+                        pass
+
+        for nth in range(1, LIMIT):
+            with sabotage(nth, "WebDesk._serve") as done:
+                async with trio.open_nursery() as victims:
+                    for _ in FAULTS:
+                        victims.start_soon(victim)
+                await plane.quiet()
+            where = [tree.where for tree in done.hit]
+            hits += len(done.hit)
+            assert not web.connections, where
+            await chooser.settled()
+            assert all(len(lines_about(tree.fault, caplog)) <= 1 for tree in done.hit), where
+            caplog.clear()
+            assert statuses(await ask(door, LAST_LOGIN + b"abcd")) == [200], where
+            if not done.hit:
+                break
+    assert hits >= 8 * len(FAULTS)

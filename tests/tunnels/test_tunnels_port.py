@@ -261,7 +261,7 @@ async def test_a_bug_in_the_order_of_turns_ends_nothing(
             async with rig.control() as (_, welcome):
                 assert isinstance(welcome, Welcome)
         assert failed.is_set()
-        assert "internal error in the order of turns" in caplog.text
+        assert "taking turns back from slow relays failed" in caplog.text
         idler.close()
 
 

@@ -13,14 +13,15 @@ import trio
 
 from fxgateway.doors.client import Client
 from fxgateway.doors.doors import Doors
-from fxgateway.doors.elsewhere import Journey
 from fxgateway.routing.admission import AdmissionLimits
 from fxgateway.routing.shared_admission import SharedAdmission
 from fxgateway.tunnels.registry import Registry, RegistryLimits
 from fxgateway.workers.channel import Channel, Message, pair
-from fxgateway.workers.crew import Crew
+from fxgateway.workers.crew import Crew, Parts
 from fxgateway.workers.far_relays import AllRelays
 from fxgateway.workers.guests import Guests
+from fxgateway.workers.line import Line
+from fxgateway.workers.peers import Peers
 from fxtunnel.codes import Code
 from fxtunnel.engine.ports import SessionConfig
 from fxtunnel.engine.reactor import Reactor
@@ -82,11 +83,13 @@ class Worker:
     def __init__(self, reactor: Reactor, line: socket.socket, parent: Parent) -> None:
         self.parent = parent
         self.registry = Registry(reactor, SessionConfig(), WindowBudget(1 << 20), RegistryLimits())
-        self.crew = Crew(reactor, line)
-        relays = AllRelays(self.registry, self.crew.pass_on, self.crew.catch_up)
+        self.line, self.peers = Line(reactor, line), Peers(reactor)
+        peers = self.peers
+        relays = AllRelays(self.registry, peers.pass_on, peers.catch_up)
         admission = SharedAdmission(AdmissionLimits(), 100)
-        self.crew.join(1, self.registry, relays, admission, Doors(reactor, relays, admission))
-        self.guests = Guests(self.crew, 1)
+        self.guests = Guests(self.line, peers, self.registry, relays, 1)
+        doors = Doors(reactor, relays, admission)
+        Crew(reactor, self.line, peers, Parts(self.registry, relays, admission, doors, self.guests, dict, lambda *_: 0)).begin()
         self.links: dict[InstanceId, Link] = {}
         self.refused: dict[InstanceId, Code] = {}
 
@@ -123,7 +126,7 @@ async def working() -> AsyncIterator[tuple[Worker, trio.Nursery]]:
             async with trio.open_nursery() as nursery:
                 yield worker, nursery
         around.cancel_scope.cancel()
-    worker.crew.close()
+    worker.line.close()
     parent.channel.close()
     reactor.close()
 
@@ -214,10 +217,9 @@ async def test_who_cannot_be_passed_on_for_lack_of_descriptors_stays_to_be_serve
         assert worker.parent.channel is not None
         worker.parent.channel.send({"op": "peer", "worker": 2}, [far])
         with trio.fail_after(10):
-            while 2 not in worker.crew.peers:
+            while 2 not in worker.peers.channels:
                 await trio.sleep(0.01)
         client = SecureClient()
         with line, no_more_descriptors():
-            journey = Journey((NODE,), None, (), 0, 1, False, b"")
-            assert not worker.crew.pass_on(2, cast(Client, client), journey)
+            assert not worker.peers.pass_on(2, cast(Client, client), b"")
         assert not client.given_away

@@ -15,7 +15,11 @@ _BLOCK_BYTES: Final = 16_384
 
 
 class Farewell:
-    """Owns the socket from now on, and calls `ended` once. `words` must fit into the socket's buffer: otherwise there is a RST instead."""
+    """Owns the socket, which is not registered, from now on, and calls `ended` once, when it is closed; maybe at once.
+
+    `words` must fit into the socket's buffer: otherwise there is a RST instead. They may be empty: whatever is to be read was sent before.
+    A client that does not close in time, or does not stop talking, gets a RST.
+    """
 
     __slots__ = ("_ended", "_left_bytes", "_reactor", "_sock", "_timer")
 
@@ -26,7 +30,7 @@ class Farewell:
         self._left_bytes = MAX_READ_BYTES
         self._timer: Timer | None = None
         try:
-            said = sock.send(words) == len(words)
+            said = not words or sock.send(words) == len(words)
             if said:
                 sock.shutdown(socket.SHUT_WR)
         except OSError:
@@ -35,7 +39,7 @@ class Farewell:
             abort(sock)
             ended()
             return
-        self._timer = reactor.call_later(FAREWELL_S, self._end)
+        self._timer = reactor.call_later(FAREWELL_S, self.cut_short)
         reactor.register(sock, self, STREAM_EVENTS)
 
     def on_event(self, events: int) -> None:
@@ -45,25 +49,36 @@ class Farewell:
             while self._left_bytes > 0:
                 count = self._sock.recv_into(buffer)
                 if not count:
-                    break
+                    self._end(_close)
+                    return
                 self._left_bytes -= count
         except BlockingIOError:
             return
         except OSError:
             pass
-        self._end()
+        self.cut_short()
 
     def on_crash(self) -> None:
         """From the reactor: a bug of ours."""
-        self._end()
+        self.cut_short()
 
-    def _end(self) -> None:
+    def cut_short(self) -> None:
+        """RST now. Does nothing once it is over."""
+        self._end(abort)
+
+    def _end(self, close: Callable[[socket.socket], None]) -> None:
         timer, self._timer = self._timer, None
         if timer is not None:
             timer.cancel()
             self._reactor.forget(self._sock)
             try:
-                self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, CLOSE_CLEANLY)
+                close(self._sock)
             finally:
-                self._sock.close()
                 self._ended()
+
+
+def _close(sock: socket.socket) -> None:
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, CLOSE_CLEANLY)
+    finally:
+        sock.close()
