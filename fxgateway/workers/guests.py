@@ -97,7 +97,7 @@ class Guests:
     async def claim(self, relay_id: RelayId, instance: InstanceId) -> int:
         """See `Colleagues`: the parent knows. From here on a fence finds the instance in the registry."""
         try:
-            epoch = int((await self._line.ask("claim", relay=relay_id, instance=instance))["epoch"])
+            epoch = int((await self._ask_for_name(relay_id, instance))["epoch"])
         except NoAnswer as exc:
             raise PeerRefused(Refusal.TOO_MANY, f"the gateway cannot take relays now: {exc}", retry_after_s=RETRY_AFTER_S) from exc
         if not epoch:
@@ -106,6 +106,14 @@ class Guests:
             raise TunnelClosed(*gone)
         self._relays.expect(relay_id)
         return epoch
+
+    async def _ask_for_name(self, relay_id: RelayId, instance: InstanceId) -> Message:
+        try:
+            return await self._line.ask("claim", relay=relay_id, instance=instance)
+        except BaseException:
+            self._relays.expect(relay_id)  # the parent may give it the name all the same, and is told that it did not come
+            self._registry.on_change()
+            raise
 
     async def _place(self, named: int, *, is_data: bool) -> tuple[int, bool]:
         """Where it shall go, and whether it counts as a relay there."""
