@@ -4,7 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PYTEST_ARGS ?=
-WORKERS ?= $(shell nproc)
+# One more than there are cores: tests wait more than they work.
+WORKERS ?= $(shell expr $$(nproc) + 1)
 
 .PHONY: help demo test check lint types bench fuzz chaos conformance requirements clean
 
