@@ -27,12 +27,13 @@ MIB = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """One port for everything, and the authority of the certificate that only nginx has."""
+    """One port for everything, and the authorities of the certificates that only nginx and only the gateway have."""
 
     stack: Stack
     port: int
     secure_port: int
-    authority: trustme.CA
+    nginx_authority: trustme.CA
+    gateway_authority: trustme.CA
     files: Path
     ssh: Ssh
 
@@ -46,18 +47,19 @@ def greets(sock: socket.socket) -> None:
 def site(make_shared_stack: MakeStack, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     need("nginx", "sshd")
     home = tmp_path_factory.mktemp("site")
-    authority = trustme.CA()
-    certificate = authority.issue_cert("secure.test")
-    certificate.private_key_pem.write_to_path(str(home / "key.pem"))
-    for pem in certificate.cert_chain_pems:
-        pem.write_to_path(str(home / "cert.pem"), append=True)
+    authorities = {"nginx": trustme.CA(), "gateway": trustme.CA()}
+    for who, authority in authorities.items():
+        certificate = authority.issue_cert("secure.test")
+        certificate.private_key_pem.write_to_path(str(home / f"{who}.key"))
+        (home / f"{who}.key").chmod(0o600)
+        for pem in certificate.cert_chain_pems:
+            pem.write_to_path(str(home / f"{who}.pem"), append=True)
     port, tls_port, secure_port = free_port(), free_port(), free_port()
-    (home / "key.pem").chmod(0o600)
     vnc = Service(greets)
     with nginx_server(home / "plain") as (plain_port, files), ssh_server(home / "ssh") as ssh:
         (home / "tls.conf").write_text(
             f"daemon off;\npid {home}/tls.pid;\nerror_log {home}/tls.log;\nevents {{}}\n"
-            f"stream {{ server {{ listen 127.0.0.1:{tls_port} ssl; ssl_certificate {home}/cert.pem; ssl_certificate_key {home}/key.pem; "
+            f"stream {{ server {{ listen 127.0.0.1:{tls_port} ssl; ssl_certificate {home}/nginx.pem; ssl_certificate_key {home}/nginx.key; "
             f"proxy_pass 127.0.0.1:{plain_port}; }} }}\n"
         )
         module = Path("/usr/lib/nginx/modules/ngx_stream_module.so")
@@ -69,7 +71,7 @@ def site(make_shared_stack: MakeStack, tmp_path_factory: pytest.TempPathFactory)
                 extra=f'[[door]]\nlisten = "127.0.0.1:{port}"\nkind = "auto"\nservice = "vnc"\n'
                 'ssh = "ssh"\nstreams = ["ssh", "vnc", "away"]\n'
                 f'[[door]]\nlisten = "127.0.0.1:{secure_port}"\nkind = "https"\nservice = "plain"\n'
-                f'certificate = "{home}/cert.pem"\nkey = "{home}/key.pem"\n[log]\naccess = "{home}/access.log"\n'
+                f'certificate = "{home}/gateway.pem"\nkey = "{home}/gateway.key"\n[log]\naccess = "{home}/access.log"\n'
                 '[[route]]\nhost = "secure.test"\nservice = "tls"\n'
                 '[[route]]\nhost = "plain.test"\nservice = "plain"\n'
                 '[[route]]\nhost = "away.test"\nservice = "away"\n'
@@ -78,15 +80,15 @@ def site(make_shared_stack: MakeStack, tmp_path_factory: pytest.TempPathFactory)
             targets = {"tls": tls_port, "plain": plain_port, "ssh": ssh.port}
             services = {name: f"127.0.0.1:{target}" for name, target in targets.items()} | {"vnc": vnc.target}
             stack.start_relay("node-a", services)
-            yield Site(stack, port, secure_port, authority, files, ssh)
+            yield Site(stack, port, secure_port, authorities["nginx"], authorities["gateway"], files, ssh)
             stack.stop()
     vnc.close()
 
 
-def fetched(site: Site, port: int, path: str, host: str) -> str:
-    """The digest of a file of nginx's, fetched over TLS by somebody who believes the site's authority only."""
+def fetched(authority: trustme.CA, port: int, path: str, host: str) -> str:
+    """The digest of a file of nginx's, fetched over TLS by somebody who believes this authority only."""
     context = ssl.create_default_context()
-    site.authority.configure_trust(context)
+    authority.configure_trust(context)
     with dial(port) as sock, context.wrap_socket(sock, server_hostname="secure.test") as client:
         client.sendall(f"GET {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode())
         response = http.client.HTTPResponse(client)
@@ -100,7 +102,7 @@ def fetched(site: Site, port: int, path: str, host: str) -> str:
 
 
 def test_tls_ends_at_the_service_and_nowhere_else(site: Site) -> None:
-    assert random_file(site.files / "large", 64 * MIB) == fetched(site, site.port, "/large", "secure.test")
+    assert random_file(site.files / "large", 64 * MIB) == fetched(site.nginx_authority, site.port, "/large", "secure.test")
 
 
 def test_a_name_without_a_route_is_led_to_the_default(site: Site) -> None:
@@ -110,7 +112,7 @@ def test_a_name_without_a_route_is_led_to_the_default(site: Site) -> None:
 
 
 def test_tls_that_ends_at_the_gateway(site: Site) -> None:
-    assert random_file(site.files / "through", 64 * MIB) == fetched(site, site.secure_port, "/through", "elsewhere.test")
+    assert random_file(site.files / "through", 64 * MIB) == fetched(site.gateway_authority, site.secure_port, "/through", "elsewhere.test")
     log = site.files.parent.parent / "access.log"
     wait_until(lambda: "elsewhere.test" in log.read_text(), 20, "the access log")
     records = [json.loads(line) for line in log.read_text().splitlines()]
