@@ -103,6 +103,27 @@ def test_a_restart_between_two_calls_goes_unnoticed(server: RedisServer, store: 
     store.put(SERVERS, "n", "x")
 
 
+def test_answers_that_come_after_a_call_was_given_up_are_nobodys(server: RedisServer, store: RedisStore) -> None:
+    """As CVE-2023-28858 of redis-py: whoever asked next on that connection was given somebody else's answer."""
+    texts = {f"n{number}": f"text {number}" for number in range(20)}
+    for key, text in texts.items():
+        store.put(SERVERS, key, text)
+    server.signal(signal.SIGSTOP)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            given_up = [pool.submit(store.get, SERVERS, f"n{number}") for number in range(8)]
+            for call in given_up:
+                with pytest.raises(StoreError):
+                    call.result(20)
+    finally:
+        server.signal(signal.SIGCONT)  # it answers them now
+    wait_until(lambda: answers(store))
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(10):
+            found = dict(zip(texts, pool.map(partial(store.get, SERVERS), texts), strict=True))
+            assert {key: document.text for key, document in found.items() if document is not None} == texts
+
+
 def test_a_hanging_server_is_a_store_error_within_seconds(server: RedisServer, store: RedisStore) -> None:
     transporter = RedisTransporter(redis_client(server))
     subscription = transporter.subscribe(TOPICS)
