@@ -145,7 +145,7 @@ class Relay:
         gate.reservations = brain.reservations
         gate.reconfigure(await trio.to_thread.run_sync(login_services, self._settings), guarded_services(self._settings))
         self._desk.web = self._web = web = WebDesk(self._desk, brain.chooser, identity.relay_id, web_limits(self._settings.limits), gate)
-        web.porter = porter
+        web.porter, web.others_may = porter, brain.others_may
         web.reconfigure(await trio.to_thread.run_sync(web_rules, self._settings))
         self._services.replace(await resolved(self._settings.services))
         self._uplinks = self._make_uplinks(files, identity, Surroundings(is_reluctant=lambda: brain.is_cut_off))

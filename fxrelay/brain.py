@@ -23,11 +23,12 @@ from fxrelay.balance.ways import Ways
 from fxrelay.balance.workers import ScriptLimits
 from fxrelay.cluster.follow import FollowConfig, Follower
 from fxrelay.cluster.gather import Gatherer
-from fxrelay.cluster.members import Ages
+from fxrelay.cluster.members import Ages, MemberState
 from fxrelay.cluster.opening import open_cluster
 from fxrelay.cluster.placement_news import PlacementNews
 from fxrelay.cluster.programs import ProgramBounds
 from fxrelay.cluster.publish import Publisher, PublisherConfig
+from fxrelay.cluster.server import ServerObject
 from fxrelay.cluster.static_data import site_environment
 from fxrelay.cluster.threads import Threads
 from fxrelay.cluster.view import ClusterView
@@ -46,6 +47,8 @@ from fxtunnel.model import GatewayId, InstanceId, RelayId, ServiceName
 logger = logging.getLogger(__name__)
 
 TUNNEL_POLL_S: Final = 0.5
+TOLD_WITHIN_S: Final = 2.0
+"""By then gateways know that this relay lacks its store."""
 READS_BEFORE_STALE: Final = 3
 """While live updates are down the store is read so often within `stale_s`: one reading may fail, and what is read is not new itself."""
 
@@ -118,6 +121,16 @@ class Brain:
     def is_cut_off(self) -> bool:
         """Whether the store does not answer, or may not: relays that have it are better asked."""
         return self.view.health().store_down_s > 0
+
+    def others_may(self, service: ServiceName, gateway_id: GatewayId) -> bool:
+        """Whether the gateway has another relay for the service, to be asked if this one cannot decide without the store. Not once it has
+        been told that this one lacks it: then it has asked the others before.
+        """
+        own, now = self._whose.relay_id, self.view.now
+        return self.view.health().store_down_s < TOLD_WITHIN_S and any(
+            member.state is MemberState.UP and member.server.server_id != own and _serves(member.server, service, gateway_id)
+            for member in self.view.members.members(now)
+        )
 
     @property
     def problems(self) -> tuple[str, ...]:
@@ -208,6 +221,10 @@ class Brain:
                 known = up
                 self.publisher.changed()
             await trio.sleep(TUNNEL_POLL_S)
+
+
+def _serves(server: ServerObject, service: ServiceName, gateway_id: GatewayId) -> bool:
+    return gateway_id in server.gateways and service in server.services and not server.draining
 
 
 def _needs_reservations(settings: RelaySettings) -> bool:

@@ -22,7 +22,7 @@ from fxrelay.logins.rules import LoginRules
 from fxrelay.reserving.kept import find_login, is_kept
 from fxrelay.reserving.leases import Terms
 from fxrelay.reserving.reservations import Entered, Reservations
-from fxrelay.web.ports import HeldRequest, NodeChooser, Passage, RequestFacts
+from fxrelay.web.ports import HeldRequest, NodeChooser, Passage, RequestFacts, Unable
 from fxtunnel.kit.answers import Refused
 from fxtunnel.kit.jwt_keys import TokenVerifier
 from fxtunnel.kit.process import keep_going
@@ -36,6 +36,9 @@ MAX_LATER: Final = 1_024
 """Entries and extensions that wait for the store. What finds no room expires, or is tried with the next request."""
 AT_ONCE: Final = 4
 _ANY: Final = Passage()
+_UNAVAILABLE: Final = "ReservationsUnavailable"
+_LATER: Final = "Reserved servers cannot be given out at the moment. Please try again in a moment."
+LATER_S: Final = 5.0
 MAX_GONE: Final = 4_096
 GONE_S: Final = 10.0
 """For so long a login that is known to have ended is not looked for again."""
@@ -210,7 +213,7 @@ class LoginGate:
         is_new = self._gone.get(found.login_id, -GONE_S) + GONE_S <= trio.current_time()
         if found.until_unix > self.wall_clock() and is_new:
             if not await reservations.look_at(found.server_id):
-                raise unavailable("the store does not tell whether a login still counts")
+                raise unanswered("the store does not tell whether a login still counts")
             live = self._find(service, request, reservations)
             if live is not None:
                 return live
@@ -302,6 +305,10 @@ class LoginGate:
 
 
 def unavailable(why: str) -> Refused:
-    """The answer while reservations cannot be decided."""
-    text = "Reserved servers cannot be given out at the moment. Please try again in a moment."
-    return Refused(503, "ReservationsUnavailable", text, retry_after_s=5.0, detail=why)
+    """The answer while reservations cannot be decided, whichever relay is asked."""
+    return Refused(503, _UNAVAILABLE, _LATER, retry_after_s=LATER_S, detail=why)
+
+
+def unanswered(why: str) -> Unable:
+    """The same, because the store does not answer here."""
+    return Unable(503, _UNAVAILABLE, _LATER, retry_after_s=LATER_S, detail=why)

@@ -11,7 +11,7 @@ from fxrelay.balance.reservations import ENTRY_HARD_MS, Reason, is_daemon
 from fxrelay.delivery.identity import identity_of
 from fxrelay.delivery.ports import Node, NoNode, Wanted
 from fxrelay.logins.attempts import Ongoing
-from fxrelay.logins.gate import LoginGate, LoginService, unavailable
+from fxrelay.logins.gate import LoginGate, LoginService, unanswered, unavailable
 from fxrelay.logins.passes import Pass
 from fxrelay.logins.recognising import Failed, GoesOn, Parameters, Succeeded, is_user, judge, login_id_of, read_parameters
 from fxrelay.logins.rules import Retry
@@ -131,7 +131,7 @@ class HeldLogin:
                 raise Refused(
                     429, "TooManyLogins", "Too many logins from your address are under way. Please try again.", retry_after_s=30.0
                 )
-            raise unavailable(entered.text)
+            raise _undecided(entered)
         entered = replace(entered, attempt=entered.attempt.after(Happening.FORWARD))
         return await self._send("", Ongoing(node.server_id, user, self._address, now, now, entered), node, sender)
 
@@ -146,7 +146,7 @@ class HeldLogin:
                 if isinstance(gone_on, NotEntered):
                     self._gate.attempts.drop(key)
                     if gone_on.is_final or gone_on.reason == NO_STORE:
-                        raise unavailable(gone_on.text)
+                        raise _undecided(gone_on)
                     text = "The server was given to another user in the meantime, or the login took too long. Please log in again."
                     raise _lost(text, self._end_try())
                 ongoing.entered = gone_on
@@ -154,7 +154,7 @@ class HeldLogin:
             elif ongoing.reserves:
                 began = await self._reservations.enter(ongoing.server_id, ongoing.user, self._address)
                 if isinstance(began, NotEntered):
-                    raise unavailable(began.text)
+                    raise _undecided(began)
                 ongoing.entered = replace(began, attempt=began.attempt.after(Happening.FORWARD))
             if self._said.user and self._said.user != ongoing.user and self._service.verifier is None:
                 raise Refused(400, "BadLogin", "This login was begun by another user.")
@@ -261,7 +261,7 @@ class HeldLogin:
         if not isinstance(hold, Hold):
             if hold.is_final:
                 self._gate.take_out(entered, Happening.REJECT)
-                raise unavailable(hold.text)
+                raise _undecided(hold)
             return Lost(hold)
         now_unix = self._gate.wall_clock()
         found = Pass(hold.server_id, hold.login_id, int(now_unix + proven.lasts_s))
@@ -318,6 +318,10 @@ class HeldLogin:
             message = f"No server is free at the moment; you were number {node.position} of those who wait. Please try again."
             fields = (b"Fx-Queue-Position: %d\r\n" % node.position,)
         return Refused(503, node.name or "NoServerFree", message, retry_after_s=5.0 + 2.0 * node.position, detail=node.text, fields=fields)
+
+
+def _undecided(refused: NotEntered) -> Refused:
+    return unanswered(refused.text) if refused.reason == NO_STORE else unavailable(refused.text)
 
 
 def _lost(message: str, fields: tuple[bytes, ...] = ()) -> Refused:

@@ -8,6 +8,7 @@ from fxrelay.web.heads import MAX_HEAD_BYTES, BadHead, HeadScanner
 from fxrelay.web.ports import WebLimits
 from fxtunnel.engine.stream import TunnelStream
 from fxtunnel.kit.answers import Refused
+from fxtunnel.protocol.frames import EARLY_BYTES
 
 RECEIVE_BYTES: Final = 65_536
 
@@ -25,9 +26,15 @@ class ClientSide:
         self.scanner = HeadScanner()
         self.bytes_in = 0
         self.bytes_out = 0
+        self._tunnel = stream if isinstance(stream, TunnelStream) else None
         self._send_nowait = stream.send_nowait if isinstance(stream, TunnelStream) else None
         self._waits = trio.CancelScope()
         self._is_waiting = False
+
+    def accept(self) -> None:
+        """ACCEPT: no other relay is to serve this client. May be repeated; sending does it, and waiting for more than may come before."""
+        if self._tunnel is not None:
+            self._tunnel.stream.accept()
 
     async def next_head(self, *, is_first: bool) -> bytes | None:
         """The next request's head; None when the client says nothing more, nothing in time, or `stop_waiting` was called before it began.
@@ -45,7 +52,7 @@ class ClientSide:
                 if head is not None:
                     return head
                 self._is_waiting = not scanner.rest
-                data = await self._receive()
+                data = await self._next()
                 if not data:
                     break
                 if self._is_waiting and not is_first:
@@ -72,7 +79,7 @@ class ClientSide:
             ClientGone: the client left.
         """
         with trio.move_on_after(self.limits.stall_timeout_s):
-            data = await self._receive()
+            data = await self._next()
             if not data:
                 raise ClientGone("left in the middle of a request's body")
             return data
@@ -91,6 +98,7 @@ class ClientSide:
         while len(self.scanner.rest) <= MAX_HEAD_BYTES:
             data = await self._receive()
             if not data:
+                self.accept()  # no other relay is to find that out as well
                 raise ClientGone("left before it had its answer")
             self.scanner.feed(data)
 
@@ -100,6 +108,7 @@ class ClientSide:
         Raises:
             ClientGone: the client left, or takes nothing any more.
         """
+        self.accept()
         if self._send_nowait is not None and self._send_nowait(data):
             self.bytes_out += len(data)
             return
@@ -111,6 +120,14 @@ class ClientSide:
             self.bytes_out += len(data)
             return
         raise ClientGone("takes nothing of its answer")
+
+    async def _next(self) -> bytes:
+        if self.bytes_in >= EARLY_BYTES:
+            self.accept()  # the gateway keeps back until then what is more
+        data = await self._receive()
+        if not data:
+            self.accept()  # no other relay is to find that out as well
+        return data
 
     async def _receive(self) -> bytes:
         try:

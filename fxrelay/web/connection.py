@@ -25,7 +25,7 @@ from fxrelay.web.heads import BadHead, RequestHead, ResponseHead, parse_request
 from fxrelay.web.holding import WholeSender, answer_whole, read_whole, while_there
 from fxrelay.web.judging import Asked, Judge, admitted, watched
 from fxrelay.web.link import ServiceLink
-from fxrelay.web.ports import HeldRequest, NodeChooser, RequestGate, WebLimits, WebRules
+from fxrelay.web.ports import HeldRequest, NodeChooser, RequestGate, Unable, WebLimits, WebRules
 from fxrelay.web.reaching import Held, Reacher
 from fxrelay.web.secure import HandshakeFailed, HandshakeTurns, end_tls
 from fxrelay.web.upgrade import UpgradedDelivery, copy_both_ways
@@ -97,6 +97,7 @@ class WebConnection:
             logger.exception("an HTTP connection failed (trace %s)", self._opening.trace)
         finally:
             if in_order:
+                self.tunnel.stream.accept()  # no FIN before it
                 self.tunnel.end()
             elif not self.is_given_back:
                 self.tunnel.reset(self.tunnel.broken or Code.CANCELLED)
@@ -192,6 +193,8 @@ class WebConnection:
             except BadHead as exc:
                 await self._answer_alone(_refusal(exc), head, keeps_on=False)
             except Refused as exc:
+                if self._left_to_another(exc):
+                    return False
                 # Bytes behind a request for an upgrade are not a request, and what is left of a body neither.
                 keeps_on = head is not None and not head.has_body and head.get(b"upgrade") is None and _keeps_alive(head)
                 await self._answer_alone(exc, head, keeps_on=keeps_on)
@@ -220,6 +223,8 @@ class WebConnection:
                 self._entrance.count_for(asked.passed.user)
         if asked.passed.held is not None:
             return await self._hold(head, asked, asked.passed.held)
+        assert self._client is not None
+        self._client.accept()
         head = asked.head
         wire = self._judge.wire(asked)
         with Held() as held, watched(asked.passed, self.scope):
@@ -269,10 +274,12 @@ class WebConnection:
         body = await read_whole(client, head, held.max_body_bytes)
         visit.bytes_in = len(body)
         sender = WholeSender(self._reacher, head, partial(self._wire_of, asked), body, self._rules.response_timeout_s)
-        sender.visit = visit
+        sender.visit, sender.before = visit, client.accept
         try:
             reply = await while_there(client, lambda: held.run(body, sender))
         except Refused as exc:
+            if self._left_to_another(exc):
+                return False
             keeps_client = _keeps_alive(head) and not self.is_draining
             await self._answer_alone(exc, head, keeps_on=keeps_client)
             return keeps_client
@@ -285,6 +292,17 @@ class WebConnection:
             if not is_given:
                 reply.undone()
         return keeps_client
+
+    def _left_to_another(self, refused: Refused) -> bool:
+        """REFUSE, so that the gateway asks another relay, if this one cannot tell and has not accepted the stream yet."""
+        stream = self.tunnel.stream
+        if not isinstance(refused, Unable) or stream.accepted:
+            return False
+        self._visit.why = refused.name
+        text = f"{refused.detail} (trace {self._opening.trace})"
+        logger.warning("service %s leaves a client to another relay: %s", self._rules.name, text)
+        self._around.desk.turn_down(stream, self._service, Code.BUSY, text)
+        return True
 
     def _wire_of(self, asked: Asked, head: RequestHead) -> bytes:
         return self._judge.wire(replace(asked, head=head))

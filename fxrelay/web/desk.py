@@ -2,7 +2,7 @@
 
 import logging
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+ACCEPT_AFTER_S: Final = 3.0
+"""A stream that another relay could serve is accepted after this long: a store that does not answer has said so within two seconds."""
 MAX_WAITING: Final = 1_024
 """Streams that were accepted and whose task has not begun."""
 
@@ -51,6 +53,8 @@ class WebDesk:
         self._gate = gate
         self.porter: Porter | None = None
         """Who admits the requests of guarded services; without one nobody gets in."""
+        self.others_may: Callable[[ServiceName, GatewayId], bool] = lambda service, gateway_id: False
+        """Whether another relay may serve what the gate of this one finds that it cannot decide."""
         self.handshakes = HandshakeTurns()
         self._rules: Mapping[ServiceName, WebRules] = {}
         self._given_back: set[WebConnection] = set()
@@ -90,7 +94,11 @@ class WebDesk:
             return
         self._waiting += 1
         self._desk.count_opening(service)
-        stream.accept()
+        is_for_gate = rules.tls is None and self._gate is not None and self._gate.concerns(service.name)
+        if is_for_gate and self.others_may(service.name, gateway_id):
+            self._desk.reactor.call_later(ACCEPT_AFTER_S, stream.accept)  # whoever serves it does so as soon as it is theirs
+        else:
+            stream.accept()
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Serve until cancelled; connections that are open are reset then. Run it once."""

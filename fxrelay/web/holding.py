@@ -109,9 +109,12 @@ class WholeSender:
         self._data = wire(replace(head, length=length, fields=fields)) + body
         self._timeout_s = timeout_s
         self.visit: Visit | None = None
+        self.before: Callable[[], None] = lambda: None
+        """Called when a node is about to get the request."""
 
     async def send(self, node: Node, most_bytes: int) -> WholeAnswer:
         """See `Sender`."""
+        self.before()
         with Held() as held:
             held.take(node.claim)
             link = await self._reacher.to_node(node, held)

@@ -9,6 +9,7 @@ from fxrelay.delivery.ports import Chooser, Node, NoNode, Wanted
 from fxrelay.web.affinity import Affinity
 from fxrelay.web.heads import Field
 from fxrelay.web.passes import Passes
+from fxtunnel.kit.answers import Refused
 from fxtunnel.model import RelayId, ServiceName
 
 
@@ -107,6 +108,10 @@ class Reply:
     answer: WholeAnswer
     extra: tuple[bytes, ...] = ()
     undone: Callable[[], None] = lambda: None
+
+
+class Unable(Refused):
+    """What this relay cannot tell, and another one may. No service has been asked."""
 
 
 class HeldRequest(Protocol):

@@ -55,9 +55,10 @@ async def add_web_relay(
     gate: RequestGate | None = None,
     is_pool: bool = False,
     delivery: DeliveryLimits | None = None,
+    name: str = "a",
 ) -> tuple[RelaySide, WebDesk]:
     """A relay whose SERVICE is HTTP at `port`."""
-    relay = await plane.add_relay(limits=delivery)
+    relay = await plane.add_relay(name=name, limits=delivery)
     endpoints = (Endpoint(2, (host, port), is_local=True),)
     service = PoolService(SERVICE, host, port, endpoints, "http") if is_pool else Service(SERVICE, Address(host, port), endpoints, "http")
     relay.table.replace([service])
