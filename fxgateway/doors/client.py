@@ -204,7 +204,7 @@ class Client(Splice):
         """Open the stream on this session. What fails after that ends the stream with the client."""
         journey = self.journey
         tags = encode_tag(TAG_CLIENT, peer) + self.tags if peer else self.tags
-        if journey.target is not None or journey.avoid:  # hardly ever
+        if journey.target is not None or journey.avoid:  # it was redirected
             tags += encode_redirects(journey.via, journey.avoid)
         stream = session.open_stream(tags, self)
         if stream is None:
