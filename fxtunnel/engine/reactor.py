@@ -20,6 +20,7 @@ import outcome
 import trio
 
 from fxtunnel.engine.beside import Beside
+from fxtunnel.engine.guest import Guest
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -153,13 +154,16 @@ class Reactor:
     def host_trio(self, main: Callable[[], Awaitable[T]]) -> T:
         """Run the loop with `main` as trio's main task in the same thread; returns or raises what `main` does."""
         result: list[outcome.Outcome[Any]] = []
+        guest = Guest(self)
         trio.lowlevel.start_guest_run(
             main,
             run_sync_soon_threadsafe=self.call_soon_threadsafe,
-            run_sync_soon_not_threadsafe=self.call_soon,
+            run_sync_soon_not_threadsafe=guest.soon,
             done_callback=result.append,
+            clock=guest,
             restrict_keyboard_interrupt_to_checkpoints=True,
         )
+        guest.begin()
         while not result:
             self.run_once(self._wait_s())
         value: T = result[0].unwrap()
