@@ -18,7 +18,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="directory for server.pem and server.key")
     given = parser.parse_args()
     try:
-        authority = load_authority(given.ca.read_text(), read_secret(given.ca_key))
+        authority = load_authority(_text_of(given.ca), read_secret(given.ca_key))
         certificate, key = issue_server_certificate(authority, given.host)
         write_secret(given.out / "server.key", key)
         write_atomic(given.out / "server.pem", certificate.encode(), 0o644)
@@ -29,6 +29,14 @@ def main() -> int:
         print(f"{given.ca}: cannot be read: {exc.strerror}", file=sys.stderr)  # noqa: T201 - a script
         return 2
     return 0
+
+
+def _text_of(certificate: Path) -> str:
+    try:
+        return certificate.read_text("utf-8")
+    except UnicodeDecodeError as exc:
+        convert = f"openssl x509 -inform DER -in {certificate} -out ca.pem"
+        raise ConfigError.one(certificate, "", f"is not in PEM format; if it is DER, run: {convert}") from exc
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ def init(directory: Path, public_url: str, force: bool, token_days: int) -> None
     """Make a gateway: configuration, authority, certificate, enrolment file.
 
     Writes gateway.toml, ca.pem, ca.key, server.pem, server.key, relays.json and gateway.json. Keys and enrolment file have mode 0600. Copy
-    gateway.json to each relay; keep ca.key off this host if you can (it is only needed to issue certificates).
+    gateway.json to each relay; move ca.key off this host before the gateway runs (it is only needed to issue certificates).
     """
     from fxgateway import setup
 

@@ -11,7 +11,8 @@ import fxgateway
 import fxtunnel
 from fxgateway.settings import GatewaySettings, SandboxMode
 from fxtunnel.errors import ConfigError
-from fxtunnel.kit.landlock import ABI_NETWORK, CHANGE, READ, Access, Grant, InForce, Unavailable, restrict, supported_abi
+from fxtunnel.kit.landlock import CHANGE, READ, Access, Grant, InForce, Unavailable, restrict
+from fxtunnel.kit.seccomp import give_up_connections
 from fxtunnel.kit.settings import Address
 
 logger = logging.getLogger(__name__)
@@ -36,14 +37,9 @@ class Sandbox:
         Raises:
             ConfigError: the mode is "required", and the kernel cannot do it.
         """
-        mode = self._settings.sandbox.mode
-        if mode is SandboxMode.OFF:
+        if self._settings.sandbox.mode is SandboxMode.OFF:
             logger.info("sandbox: off, as configured")
             return
-        if mode is SandboxMode.REQUIRED and supported_abi() < ABI_NETWORK:
-            raise ConfigError.one(
-                "sandbox", "sandbox.mode", f"this kernel offers Landlock ABI {supported_abi()}, and {ABI_NETWORK} is needed"
-            )
         # The directory is kept open: the kernel may otherwise drop what the rule is bound to, and make it anew when it is asked for.
         self._pinned = os.open(f"/proc/{os.getpid()}", os.O_PATH | os.O_CLOEXEC)
         itself = [Grant(Path(f"/proc/{os.getpid()}"), READ), Grant(Path("/proc/stat"), READ)]
@@ -51,11 +47,20 @@ class Sandbox:
             # A service manager may listen on an abstract socket.
             self.in_force = restrict([*self._grants, *itself], scopes=not environ_notify.startswith("@"))
         except Unavailable as exc:
-            if mode is SandboxMode.REQUIRED:
-                raise ConfigError.one("sandbox", "sandbox.mode", str(exc.strerror)) from exc
-            logger.warning("sandbox: none: %s", exc.strerror)
-            return
-        logger.info("sandbox: in force (Landlock ABI %d), given up until the end: %s", self.in_force.abi, self.in_force)
+            self._do_without("files and programs", exc)
+        else:
+            logger.info("sandbox: in force (Landlock ABI %d), given up until the end: %s", self.in_force.abi, self.in_force)
+        try:
+            give_up_connections()
+        except Unavailable as exc:
+            self._do_without("ways to connect", exc)
+        else:
+            logger.info("sandbox: in force (seccomp), given up until the end: connections to anywhere, UDP")
+
+    def _do_without(self, what: str, exc: Unavailable) -> None:
+        if self._settings.sandbox.mode is SandboxMode.REQUIRED:
+            raise ConfigError.one("sandbox", "sandbox.mode", str(exc.strerror)) from exc
+        logger.warning("sandbox: none for %s: %s", what, exc.strerror)
 
     def check(self, fresh: GatewaySettings) -> None:
         """Whether what a configuration names can be opened from in here.

@@ -144,7 +144,7 @@ class SandboxMode(Enum):
 
 
 class SandboxSettings(Section):
-    """What the gateway gives up when it starts (Landlock): opening other files, running programs, connecting to anything."""
+    """What the gateway gives up when it starts (Landlock, seccomp): opening other files, running programs, connecting to anything."""
 
     mode: SandboxMode = Field(
         SandboxMode.AUTO, description="auto: as far as the kernel can. required: no start without files and connections. off: nothing."

@@ -173,7 +173,7 @@ listen = "127.0.0.1:9101"
 {_commented(LivenessSettings)}
 [log]
 {_commented(GatewayLogSettings)}
-# What is given up at the start (Landlock): other files, programs, connections.
+# What is given up at the start (Landlock, seccomp): other files, programs, connections.
 [sandbox]
 {_commented(SandboxSettings)}"""
 

@@ -60,7 +60,7 @@ class Tls:
 class Broker:
     """A Redis. With `sentinel_name` the endpoints are Sentinels that know where that one is; with `is_cluster` it is a Redis Cluster.
 
-    `tls` is None only for a Redis on this machine.
+    `tls` is None only for a Redis on this machine. `appendfsync` is what Redis's configuration says; empty: ask.
     """
 
     endpoints: tuple[Endpoint, ...]
@@ -70,6 +70,7 @@ class Broker:
     tls: Tls | None = None
     sentinel_name: str = ""
     is_cluster: bool = False
+    appendfsync: str = ""
 
 
 def load_broker(path: Path) -> Broker:
@@ -103,6 +104,7 @@ def load_broker(path: Path) -> Broker:
         tls,
         content.sentinel_name,
         content.cluster,
+        content.appendfsync,
     )
 
 
@@ -146,6 +148,7 @@ class _Content(_Section):
     sentinel_name: str = ""
     sentinel_password: SecretStr | None = None
     cluster: bool = False
+    appendfsync: Annotated[str, Field(pattern=r"^(always|everysec|no)?$")] = ""
 
 
 def _clashes(raw: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

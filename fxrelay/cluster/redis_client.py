@@ -51,6 +51,11 @@ class RedisClient:
         return not (self._broker.sentinel_name or self._broker.is_cluster)
 
     @property
+    def appendfsync(self) -> str:
+        """What broker.json says of Redis's configuration; empty if nothing."""
+        return self._broker.appendfsync
+
+    @property
     def has_one_line(self) -> bool:
         """Whether all keys are at the server to which any connection of the pool leads."""
         return not self._broker.is_cluster

@@ -5,7 +5,7 @@
     {NAMESPACE}:v              hash of COLLECTION:KEY -> how often `update` has written it
     {NAMESPACE}:epoch          random text, kept where Redis loses nothing
 
-An ACL for it: `~{NAMESPACE}:* &{NAMESPACE}:* +@hash +@string +@pubsub +@connection +eval +time +info +config|get`.
+An ACL for it: `~{NAMESPACE}:* &{NAMESPACE}:* +@hash +@string +@pubsub +@connection -@dangerous +eval +time +info`.
 """
 
 import re
@@ -180,11 +180,15 @@ class RedisStore:
         return int(text)
 
     def _syncs_always(self) -> bool:
+        if not self._client.is_one_server:
+            return False
+        if self._client.appendfsync:
+            return self._client.appendfsync == "always"
         try:
             found = self._client.ask(lambda redis: redis.config_get("appendfsync"))
         except StoreError:
-            return False  # this user may not ask: then take it that something may be lost
-        return isinstance(found, dict) and found.get("appendfsync") in ("always", b"always") and self._client.is_one_server
+            return False  # whoever may read this may read Redis's passwords too, so few may: then take it that something may be lost
+        return isinstance(found, dict) and found.get("appendfsync") in ("always", b"always")
 
     def _stored_epoch(self) -> str:
         key = self._client.key("epoch")

@@ -167,7 +167,7 @@ def _check_private(path: Path, facts: os.stat_result | None) -> None:
         raise StoreError(f"{path}: is not a regular file; name another one, or move it away")
     mode = stat.S_IMODE(facts.st_mode)
     if facts.st_uid not in (os.geteuid(), 0):
-        raise StoreError(f"{path}: belongs to uid {facts.st_uid}; run: chown {os.geteuid()} {path}")
+        raise StoreError(f"{path}: belongs to uid {facts.st_uid}; run: chown -h {os.geteuid()} {path}")
     if mode & 0o077:
         raise StoreError(f"{path}: is accessible by others (mode {mode:04o}); run: chmod 600 {path}")
 

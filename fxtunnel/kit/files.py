@@ -63,7 +63,7 @@ def read_public(path: Path) -> bytes:
         if not stat.S_ISREG(facts.st_mode):
             raise ConfigError.one(path, "", "is not a regular file")
         if facts.st_uid not in (os.geteuid(), 0):
-            raise ConfigError.one(path, "", f"belongs to uid {facts.st_uid}; run: chown {os.geteuid()} {path}")
+            raise ConfigError.one(path, "", f"belongs to uid {facts.st_uid}; run: chown -h {os.geteuid()} {path}")
         if mode & 0o022:
             raise ConfigError.one(path, "", f"others may change it (mode {mode:04o}); run: chmod go-w {path}")
         data = file.read(MAX_FILE_BYTES + 1)
@@ -126,7 +126,7 @@ def make_private_dir(path: Path) -> None:
     if not stat.S_ISDIR(facts.st_mode):
         raise ConfigError.one(path, "", "is not a directory")
     if facts.st_uid not in (os.geteuid(), 0):
-        raise ConfigError.one(path, "", f"belongs to uid {facts.st_uid}; run: chown {os.geteuid()} {path}")
+        raise ConfigError.one(path, "", f"belongs to uid {facts.st_uid}; run: chown -h {os.geteuid()} {path}")
     if stat.S_IMODE(facts.st_mode) & 0o077:
         raise ConfigError.one(path, "", f"is accessible by others (mode {stat.S_IMODE(facts.st_mode):04o}); run: chmod 700 {path}")
 
@@ -165,7 +165,7 @@ def _check_private(path: Path, facts: os.stat_result) -> None:
     if not stat.S_ISREG(facts.st_mode):
         raise ConfigError.one(path, "", "is not a regular file")
     if facts.st_uid not in (os.geteuid(), 0):
-        raise ConfigError.one(path, "", f"belongs to uid {facts.st_uid}; run: chown {os.geteuid()} {path}")
+        raise ConfigError.one(path, "", f"belongs to uid {facts.st_uid}; run: chown -h {os.geteuid()} {path}")
     if mode & _forbidden_bits(path, facts):
         raise ConfigError.one(path, "", f"is accessible by others (mode {mode:04o}); run: chmod 600 {path}")
 

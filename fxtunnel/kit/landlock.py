@@ -1,4 +1,4 @@
-"""Task: Landlock (landlock(7)): giving up for good to open files but those named, to connect, and to reach other processes."""
+"""Task: Landlock (landlock(7)): giving up for good to open files but those named, connect() of TCP, and signals to other processes."""
 
 import ctypes
 import logging
@@ -56,7 +56,7 @@ _ON_FILES: Final = Access.EXECUTE | Access.WRITE_FILE | Access.READ_FILE | Acces
 
 
 class Unavailable(OSError):
-    """This kernel has no Landlock, or does not let us use it; `strerror` says which."""
+    """This kernel cannot hold us to it, or does not let us; `strerror` says which."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,13 +73,13 @@ class InForce:
 
     abi: int
     connect: bool
-    """No TCP connection can be opened."""
+    """connect() of TCP fails. What else there is to reach somebody takes `fxtunnel.kit.seccomp`."""
     scopes: bool
     """Processes outside get no signals, and their abstract unix sockets no connections."""
 
     def __str__(self) -> str:
         parts = ["files beyond those named, programs"]
-        parts += ["TCP connections to anywhere"] if self.connect else []
+        parts += ["connect() of TCP"] if self.connect else []
         parts += ["signals to other processes"] if self.scopes else []
         return ", ".join(parts)
 

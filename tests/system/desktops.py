@@ -92,10 +92,10 @@ def jupyter(home: Path, base: str) -> Iterator[Jupyter]:
     application = "ServerApp" if lab else "NotebookApp"
     arguments = [
         *(lab or program("jupyter-notebook"), "--allow-root", "--no-browser", "--ip=127.0.0.1", f"--port={port}"),
-        *(f"--{application}.{key}={value}" for key, value in (("base_url", base), ("token", token), ("allow_remote_access", "True"))),
+        *(f"--{application}.{key}={value}" for key, value in (("base_url", base), ("allow_remote_access", "True"))),
         *(f"--{application}.port_retries=0", f"--{application}.terminals_enabled=False"),
     ]
-    environment = {"PATH": os.environ["PATH"], "HOME": str(home), "LANG": "C.UTF-8", "JUPYTER_PLATFORM_DIRS": "1"}
+    environment = {"PATH": os.environ["PATH"], "HOME": str(home), "LANG": "C.UTF-8", "JUPYTER_PLATFORM_DIRS": "1", "JUPYTER_TOKEN": token}
     with running(arguments, port, home / "jupyter.log", environment, home):
         yield Jupyter(port, home, base, token, bool(lab))
 

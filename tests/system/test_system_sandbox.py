@@ -13,7 +13,7 @@ import pytest
 from fxtunnel.kit.landlock import ABI_NETWORK, ABI_SCOPES, supported_abi
 from tests.ports import free_port
 from tests.system.peers import Service, is_served
-from tests.system.stack import Stack, wait_until
+from tests.system.stack import STOP_S, Stack, wait_until
 
 ABI = supported_abi()
 pytestmark = [
@@ -24,7 +24,17 @@ pytestmark = [
 
 BURGLAR = textwrap.dedent(
     """
-    import errno, json, os, signal, socket, sys, threading
+    import ctypes, errno, json, os, platform, signal, socket, sys, threading
+
+    def call(number, *arguments):
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.syscall(number, *arguments) < 0:
+            raise OSError(ctypes.get_errno(), "")
+
+    def fast_open_of_many(address):
+        number = {"x86_64": 307, "aarch64": 269}[platform.machine()]
+        with socket.socket() as sock:
+            call(number, sock.fileno(), None, 0, socket.MSG_FASTOPEN)
 
     def attempt(what):
         try:
@@ -34,9 +44,22 @@ BURGLAR = textwrap.dedent(
         return "done"
 
     def tries():
-        port = int(os.environ["BURGLAR_PORT"])
+        address, path = ("127.0.0.1", int(os.environ["BURGLAR_PORT"])), os.environ["BURGLAR_SOCKET"]
+        IP, STREAM, UDP = socket.AF_INET, socket.SOCK_STREAM, socket.SOCK_DGRAM
         return {
-            "connect": attempt(lambda: socket.create_connection(("127.0.0.1", port), 2).close()),
+            "connect": attempt(lambda: socket.create_connection(address, 2).close()),
+            "connect in a send": attempt(lambda: socket.socket().sendto(b"x", socket.MSG_FASTOPEN, address)),
+            "connect in a message": attempt(lambda: socket.socket().sendmsg([b"x"], [], socket.MSG_FASTOPEN, address)),
+            "connect in many messages": attempt(lambda: fast_open_of_many(address)),
+            "multipath": attempt(lambda: socket.socket(IP, STREAM, 262).connect(address)),
+            "SCTP": attempt(lambda: socket.socket(IP, STREAM, socket.IPPROTO_SCTP)),
+            "UDP": attempt(lambda: socket.socket(IP, UDP).sendto(b"x", address)),
+            "UDP, IPv6": attempt(lambda: socket.socket(socket.AF_INET6, UDP | socket.SOCK_NONBLOCK)),
+            "raw": attempt(lambda: socket.socket(IP, socket.SOCK_RAW, socket.IPPROTO_ICMP)),
+            "packets": attempt(lambda: socket.socket(socket.AF_PACKET, UDP)),
+            "unix socket": attempt(lambda: socket.socket(socket.AF_UNIX).connect(path)),
+            "unix datagram": attempt(lambda: socket.socket(socket.AF_UNIX, UDP).sendto(b"x", path + ".datagrams")),
+            "ring": attempt(lambda: call(425, 1, ctypes.create_string_buffer(256))),
             "read": attempt(lambda: open("/etc/passwd").close()),
             "read of another process": attempt(lambda: open(f"/proc/{os.getppid()}/environ").close()),
             "list": attempt(lambda: os.listdir("/etc")),
@@ -64,8 +87,10 @@ BURGLAR = textwrap.dedent(
 
 FRESH = ("env",)
 """An interpreter of its own: what is imported only later must be within reach."""
-LOST = {"connect": "EACCES", "read": "EACCES", "read of another process": "EACCES", "list": "EACCES", "write": "EACCES", "run": "EACCES"}
-KEPT = {"bind": "done", "read of itself": "done"}
+CONNECTIONS = ("connect", "connect in a send", "connect in a message", "connect in many messages", "multipath", "SCTP")
+SOCKETS = ("UDP", "UDP, IPv6", "raw", "packets", "unix socket", "ring")
+LOST = dict.fromkeys((*CONNECTIONS, *SOCKETS, "read", "read of another process", "list", "write", "run"), "EACCES")
+KEPT = {"bind": "done", "read of itself": "done", "unix datagram": "done"}
 
 
 @pytest.fixture
@@ -75,10 +100,17 @@ def break_in(home: Path) -> Callable[[Stack], dict[str, dict[str, str]]]:
     (home / "burglar" / "sitecustomize.py").write_text(BURGLAR)
 
     def burgle(stack: Stack) -> dict[str, dict[str, str]]:
-        with socket.create_server(("127.0.0.1", 0)) as listener:
+        at = str(home / "burgled")
+        with (
+            socket.create_server(("127.0.0.1", 0)) as listener,
+            socket.create_server(at, family=socket.AF_UNIX),
+            socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as datagrams,
+        ):
+            datagrams.bind(f"{at}.datagrams")
             env = {
                 "PYTHONPATH": os.pathsep.join([str(home / "burglar"), *filter(None, [os.environ.get("PYTHONPATH")])]),
                 "BURGLAR_PORT": str(listener.getsockname()[1]),
+                "BURGLAR_SOCKET": at,
                 "BURGLAR_FILE": str(home / "left behind"),
             }
             gateway = stack.start_gateway(env=env)
@@ -95,6 +127,7 @@ def test_whoever_breaks_in_can_open_and_call_nothing(make_stack: Callable[..., S
     expected = LOST | KEPT | ({"signal": "EPERM"} if ABI >= ABI_SCOPES else {"signal": "done"})
     assert found == {"main": expected, "thread": expected}
     assert f"sandbox: in force (Landlock ABI {ABI})" in stack.logs()
+    assert "sandbox: in force (seccomp)" in stack.logs()
 
 
 def test_switched_off_it_is_no_sandbox(make_stack: Callable[..., Stack], home: Path) -> None:
@@ -130,6 +163,21 @@ def test_everything_that_a_running_gateway_does_still_works(make_stack: Callable
     # Revoked by another process, which replaces relays.json.
     stack.gateway_cli("revoke", "node-a")
     wait_until(lambda: not is_served(other), 10, "the relay gone")
+
+
+def test_a_socket_with_a_path_is_taken_over_from_the_dead_only(make_stack: Callable[..., Stack], home: Path) -> None:
+    """Nothing connects in there: whether the process that made it still lives is found out in another way."""
+    path = home / "door.sock"
+    stack = make_stack("echo", extra=f'[[door]]\nlisten = "unix:{path}"\nservice = "echo"\n[sandbox]\nmode = "required"\n')
+    for _ in range(2):  # the second finds what the first left behind
+        stack.start_gateway(prefix=FRESH).process.kill()
+        stack.gateway.process.wait(STOP_S)
+        assert path.is_socket()
+    path.unlink()
+    with socket.create_server(str(path), family=socket.AF_UNIX), socket.socket(socket.AF_UNIX) as client:
+        assert stack.launch_gateway(prefix=FRESH).process.wait(STOP_S) == 1
+        assert f"unix:{path}" in stack.logs()
+        client.connect(str(path))
 
 
 def test_a_reload_that_would_need_more_says_so(make_stack: Callable[..., Stack], home: Path) -> None:
