@@ -1,8 +1,9 @@
 """Pure: receive windows. How much a stream may be sent before its reader has taken anything, and how that grows.
 
-Two kinds of memory are promised. A *first window* is promised to every stream, and shrinks in steps while many streams are open, so that
+Three kinds of memory are promised. A *first window* is promised to every stream, and shrinks in steps while many streams are open, so that
 thousands of readers that never read cannot fill the memory. *Growth* goes to streams whose reader keeps up, from a budget of its own. The
 kernels on the way read for a reader that does not, a little: so much is no proof, and growth before the proof has but half of the budget.
+What *rings* grow by is for sessions whose peer acknowledges late, because the path is long or because it lies.
 """
 
 from typing import Final
@@ -29,15 +30,17 @@ FASTEST_GROWTH: Final = 4
 
 
 class WindowBudget:
-    """What one daemon has promised to buffer for its peers' streams."""
+    """What one daemon has promised to buffer for its peers' streams, and to keep for their replay beyond the first size of rings."""
 
-    __slots__ = ("_first_bytes", "_growth_bytes", "grown_bytes", "promised_bytes")
+    __slots__ = ("_first_bytes", "_growth_bytes", "_rings_bytes", "grown_bytes", "promised_bytes", "rings_bytes")
 
     def __init__(self, memory_bytes: int) -> None:
         self._first_bytes = memory_bytes * 3 // 8
         self._growth_bytes = memory_bytes // 4
+        self._rings_bytes = memory_bytes // 8
         self.promised_bytes = 0
         self.grown_bytes = 0
+        self.rings_bytes = 0
 
     def take_first(self) -> int:
         """A first window for one more stream, or 0 when there is no memory left for it. Give it back with `release`."""
@@ -62,6 +65,17 @@ class WindowBudget:
             return 0
         self.grown_bytes += granted
         return granted
+
+    def take_ring(self, wanted_bytes: int) -> bool:
+        """Whether a ring may grow by that much: by half of what is left at most, so that there is some for those who come later."""
+        if wanted_bytes > (self._rings_bytes - self.rings_bytes) >> 1:
+            return False
+        self.rings_bytes += wanted_bytes
+        return True
+
+    def release_ring(self, grown_bytes: int) -> None:
+        """A ring has let go of what it had grown by."""
+        self.rings_bytes -= grown_bytes
 
     def release(self, first_bytes: int, grown_bytes: int) -> None:
         """A stream has ended."""
