@@ -22,6 +22,8 @@ MIN_GROWTH_RTT_S: Final = 0.002
 causes would be taken for path length, and grow it for ever."""
 PROOF_BYTES: Final = 131_072
 """What the kernels on the way may take for a reader that never reads: less than this does not show that somebody does."""
+USEFUL_WINDOW_BYTES: Final = 262_144
+"""The last quarter of growth is for windows up to this size, whoever has the rest, and for however long."""
 _QUARTER: Final = 2
 _HALF: Final = 1
 """Shifts: how much of a window is free when credit goes back. Half is enough where the path is short, and is half as many frames."""
@@ -57,10 +59,17 @@ class WindowBudget:
         self.promised_bytes = promised + window
         return window
 
-    def take_growth(self, wanted_bytes: int, window_bytes: int = PROOF_BYTES) -> int:
-        """Up to `wanted_bytes` more for a stream whose reader keeps up; the last half is closed to windows below PROOF_BYTES."""
-        limit = self._growth_bytes if window_bytes >= PROOF_BYTES else self._growth_bytes >> 1
-        granted = min(wanted_bytes, limit - self.grown_bytes)
+    def take_growth(self, wanted_bytes: int, window_bytes: int, taken_bytes: int) -> int:
+        """Up to `wanted_bytes` more for a window of `window_bytes` whose reader keeps up, and has taken `taken_bytes` in its life.
+
+        Without a proof there is the first half. With one there are three quarters, and all of it up to USEFUL_WINDOW_BYTES.
+        """
+        limit, grown = self._growth_bytes, self.grown_bytes
+        if taken_bytes < PROOF_BYTES:
+            granted = min(wanted_bytes, (limit >> 1) - grown)
+        else:
+            useful = min(wanted_bytes, USEFUL_WINDOW_BYTES - window_bytes, limit - grown)
+            granted = max(useful, min(wanted_bytes, limit - (limit >> 2) - grown))
         if granted <= 0:
             return 0
         self.grown_bytes += granted
@@ -90,7 +99,18 @@ class ReceiveWindow:
     (`flow-control`).
     """
 
-    __slots__ = ("_budget", "_consumed", "_measured", "_part", "_since", "_trip_bytes", "first_bytes", "left_bytes", "window_bytes")
+    __slots__ = (
+        "_budget",
+        "_consumed",
+        "_measured",
+        "_part",
+        "_since",
+        "_taken",
+        "_trip_bytes",
+        "first_bytes",
+        "left_bytes",
+        "window_bytes",
+    )
 
     def __init__(self, budget: WindowBudget, first_bytes: int) -> None:
         self._budget = budget
@@ -99,6 +119,7 @@ class ReceiveWindow:
         self._part = _QUARTER
         self._trip_bytes = 0
         self._since = 0.0
+        self._taken = 0
         self.first_bytes = first_bytes
         self.window_bytes = first_bytes
         self.left_bytes = first_bytes
@@ -113,6 +134,7 @@ class ReceiveWindow:
         amount = self._consumed
         self._consumed = 0
         self._measured += amount
+        self._taken += amount
         if min_rtt_s > MIN_GROWTH_RTT_S:
             amount += self._follow_path(now, min_rtt_s, max_window_bytes)
         elif self._measured >= (window := self.window_bytes) and self._measured >= PROOF_BYTES:
@@ -145,7 +167,7 @@ class ReceiveWindow:
         return self._grow(min(wanted, FASTEST_GROWTH * window, max_window_bytes) - window)
 
     def _grow(self, wanted_bytes: int) -> int:
-        growth = self._budget.take_growth(wanted_bytes, self.window_bytes) if wanted_bytes > 0 else 0
+        growth = self._budget.take_growth(wanted_bytes, self.window_bytes, self._taken) if wanted_bytes > 0 else 0
         self.window_bytes += growth
         return growth
 
