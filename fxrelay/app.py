@@ -21,7 +21,7 @@ from fxrelay.balance.workers import Workers
 from fxrelay.brain import Brain, Whose
 from fxrelay.cluster.static_data import site_environment
 from fxrelay.delivery.composing import delivery_limits, resolved
-from fxrelay.delivery.delivery import DeliveryDesk
+from fxrelay.delivery.delivery import DeliveryDesk, DeliveryLimits
 from fxrelay.delivery.placing import Placer
 from fxrelay.delivery.services import AnyService, PoolService, ServiceTable
 from fxrelay.logins.composing import guarded_services, login_services
@@ -34,7 +34,7 @@ from fxrelay.uplink.identity import Identity, load_identity
 from fxrelay.uplink.ports import LinkSession, UplinkSessionOwner
 from fxrelay.uplink.uplink import Surroundings, Uplink
 from fxrelay.web import access
-from fxrelay.web.composing import web_limits, web_rules
+from fxrelay.web.composing import files_of_a_stream, web_limits, web_rules
 from fxrelay.web.desk import WebDesk
 from fxtunnel.codes import Code
 from fxtunnel.engine.reactor import Reactor
@@ -52,6 +52,7 @@ from fxtunnel.kit.process import (
     follow_launcher,
     keep_going,
     let_finish,
+    open_files,
     raise_file_limit,
     settle,
     wait_until,
@@ -67,6 +68,8 @@ SWEEP_S: Final = 5.0
 RESOLVE_EVERY_S: Final = 30.0
 READY_POLL_S: Final = 0.02
 PAGES_END_S: Final = 1.0
+RESERVED_FILES: Final = 48
+"""Descriptors kept for uplinks, the store, scripts and status, so that streams can never take the last one."""
 PLANNED_DRAIN_S: Final = 86_400.0
 """For streams to end after `fxrelay drain`: as long as whoever plans the work likes to wait, a day at most."""
 
@@ -78,10 +81,9 @@ def run(settings: RelaySettings, config_path: Path) -> int:
         FxError: it cannot work here; alone, or in a group.
     """
     configure_logs(settings)
-    raise_file_limit()
     reactor = Reactor()
     notifier = Notifier.of_this_process()
-    relay = Relay(reactor, settings, config_path, notifier)
+    relay = Relay(reactor, settings, config_path, notifier, raise_file_limit())
     try:
         return reactor.host_trio(relay.serve)
     finally:
@@ -99,8 +101,10 @@ def configure_logs(settings: RelaySettings) -> None:
 class Relay:
     """Everything one fxrelay process consists of. Also the factory of its uplinks' sessions."""
 
-    def __init__(self, reactor: Reactor, settings: RelaySettings, config_path: Path, notifier: Notifier) -> None:
+    def __init__(self, reactor: Reactor, settings: RelaySettings, config_path: Path, notifier: Notifier, file_limit: int) -> None:
         self._reactor = reactor
+        self._file_limit = file_limit
+        self._own_files = open_files()
         self._settings = settings
         self._config_path = config_path
         self._notifier = notifier
@@ -112,7 +116,7 @@ class Relay:
         self._stop = trio.Event()
         self._reloads = Reloads()
         self._services = ServiceTable()
-        self._desk = DeliveryDesk(reactor, self._services, delivery_limits(settings))
+        self._desk = DeliveryDesk(reactor, self._services, self._delivery_limits(settings))
         self._budget = WindowBudget(settings.limits.memory_bytes)
         self._uplinks: list[Uplink] = []
         self._brain: Brain | None = None
@@ -201,6 +205,14 @@ class Relay:
         """A session of one gateway; the desk hears who asks."""
         on_open = partial(self._desk.on_open, gateway_id=gateway_id)
         return Session(self._reactor, session_id, owner, session_config(self._settings), self._budget, on_open)
+
+    def _delivery_limits(self, settings: RelaySettings) -> DeliveryLimits:
+        """As configured, as far as there are descriptors: one a stream, or all the links that a connection to an HTTP pool may have."""
+        spare = self._file_limit - self._own_files - max(RESERVED_FILES, self._file_limit // 10)
+        most = max(1, spare // files_of_a_stream(settings.services))
+        if most < settings.limits.streams:
+            logger.info("limits.streams is %d; with %d files it is %d", settings.limits.streams, self._file_limit, most)
+        return delivery_limits(settings, most)
 
     def _make_uplinks(self, files: list[GatewayFile], identity: Identity, around: Surroundings) -> list[Uplink]:
         settings = self._settings
@@ -335,7 +347,7 @@ class Relay:
     def _apply(self, fresh: RelaySettings, services: list[AnyService]) -> None:
         """Services and limits of a reloaded configuration, as far as it counts by now."""
         self._services.replace(services)
-        self._desk.limits = delivery_limits(fresh)
+        self._desk.limits = self._delivery_limits(fresh)
         if self._desk.placer is not None:
             self._desk.placer.paths = fresh.cluster.paths
         for uplink in self._uplinks:

@@ -246,7 +246,7 @@ class TunnelPort:
                 raise
             await trio.to_thread.run_sync(self._identities.look_again)
             assertion = self._verify(token)
-        if not await self._colleagues.first_use(assertion.jti, assertion.exp_unix, self._now_unix()):
+        if not await self._colleagues.first_use(assertion.use, assertion.exp_unix, self._now_unix()):
             raise PeerRefused(Refusal.BAD_ASSERTION, "bad assertion: it was used before")
         self._control.check_room(assertion.relay_id)
         return _Upgrade(head, assertion.relay_id, assertion.kid)

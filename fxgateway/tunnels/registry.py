@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 
 MAX_LEAVING: Final = 8
 """Instances of one relay that may drain beside the present one: a relay that is restarted in a tight loop must not fill the memory."""
+HANDOVER_SHARES: Final = 2
+"""All instances of a relay together have so many times `links_per_relay`: one that goes and one that comes, as many as each may have."""
 DEPARTURE_GRACE_S: Final = 10.0
 """Beyond the deadline that a draining instance has named itself, before it is fenced off."""
 
@@ -165,12 +167,15 @@ class Registry:
                 self._forget_if_gone(relay)
 
     def new_session(self, relay_id: RelayId, instance: InstanceId) -> Session | None:
-        """A session for a data link that has shown its ticket; None when the relay is not here or has enough."""
+        """A session for a data link that has shown its ticket; None when the relay is not here or has enough.
+
+        The present instance gets it also when those that drain have all there is: the oldest of them is fenced off.
+        """
         relay = self._instance(relay_id, instance)
         if relay is None:
             return None
         self._end_given_up(relay, 1 + len(relay.sessions) - self._limits.links_per_relay)  # no more: their streams need somewhere to go
-        if len(relay.sessions) >= self._limits.links_per_relay:
+        if len(relay.sessions) >= self._limits.links_per_relay or not self._has_room(relay):
             return None
         session = Session(self._reactor, SessionId(secrets.token_hex(16)), _Owner(self, relay), self._config, self._budget)
         relay.sessions[session.id] = session
@@ -300,6 +305,18 @@ class Registry:
         leaving[relay.instance] = relay
         self._leaving[relay.relay_id] = leaving
         return relay
+
+    def _has_room(self, relay: LiveRelay) -> bool:
+        """Whether one more session of `relay` is within what all its instances may have; the present one makes itself room."""
+        present = self._relays.get(relay.relay_id)
+        while True:
+            leaving = self.leaving(relay.relay_id)
+            instances = leaving if present is None else (present, *leaving)
+            if sum(len(instance.sessions) for instance in instances) < HANDOVER_SHARES * self._limits.links_per_relay:
+                return True
+            if relay is not present or not leaving:
+                return False
+            self._expel(leaving[0], Code.FENCED, "instances of this relay that drain have too many links")
 
     def _offer(self, relay: LiveRelay, offers: tuple[Offer, ...]) -> None:
         self.on_change()

@@ -36,7 +36,7 @@ async def resolved(sections: tuple[ServiceSection, ...], known: ServiceTable | N
     return services
 
 
-def delivery_limits(settings: RelaySettings) -> DeliveryLimits:
-    """The bounds of deliveries."""
+def delivery_limits(settings: RelaySettings, most_streams: int) -> DeliveryLimits:
+    """The bounds of deliveries, of which there are `most_streams` at most, whatever the configuration says."""
     limits = settings.limits
-    return DeliveryLimits(limits.streams, limits.connect_timeout_s, limits.idle_timeout_s)
+    return DeliveryLimits(min(limits.streams, most_streams), limits.connect_timeout_s, limits.idle_timeout_s)

@@ -10,6 +10,7 @@ from fxrelay.settings import LimitSettings, RelaySettings
 from fxrelay.web.affinity import KEY_BYTES, Affinity, ClaimAffinity, CookieAffinity
 from fxrelay.web.passes import Passes
 from fxrelay.web.ports import WebLimits, WebRules
+from fxrelay.web.reaching import MAX_IDLE_LINKS
 from fxtunnel.errors import ConfigError, ConfigProblem
 from fxtunnel.kit.files import make_private_dir, read_secret, write_secret
 from fxtunnel.kit.web_tls import server_context
@@ -50,6 +51,11 @@ def verify_web_files(settings: RelaySettings) -> list[ConfigProblem]:
         except ConfigError as exc:
             problems += exc.problems
     return problems
+
+
+def files_of_a_stream(sections: tuple[ServiceSection, ...]) -> int:
+    """How many descriptors a stream of these services may hold at once: a connection to an HTTP pool has links to several nodes."""
+    return 1 + MAX_IDLE_LINKS if any(section.protocol == "http" and section.port is not None for section in sections) else 1
 
 
 def web_limits(limits: LimitSettings) -> WebLimits:

@@ -235,7 +235,8 @@ class Session:
                 mux.grow_ring(self._config.max_ring_bytes)
                 return True
             if (chosen := turns.next(filled, ring.head, most_bytes - ring.head + ring.acked)) is None:
-                mux.grow_ring(self._config.max_ring_bytes)
+                if most_bytes == ring.size_bytes >> 1:  # the ring is what is short; otherwise it is the path
+                    mux.grow_ring(self._config.max_ring_bytes)
                 mux.ask()
                 return False
             try:

@@ -50,6 +50,11 @@ class Assertion:
     jti: str
     exp_unix: int
 
+    @property
+    def use(self) -> str:
+        """What a ReplayGuard is asked about when the key is known to be that relay's."""
+        return f"{self.relay_id}/{self.jti}"
+
 
 def new_key() -> Ed25519PrivateKey:
     """A fresh Ed25519 key, a relay's identity."""
@@ -169,27 +174,42 @@ def verify_assertion(
 class ReplayGuard:
     """Remembers which assertions were used, until they are too old to be used again.
 
-    When it is full it refuses: only holders of enrolled keys get this far, and forgetting early would let a stolen one back in.
+    When it is full it refuses: forgetting early would let a stolen one back in. So that nobody fills it for the others, a relay has
+    `limit_each`, and all who enrol, whose keys are anybody's, have half together.
     """
 
-    def __init__(self, *, limit: int = 65536, leeway_s: float = LEEWAY_S) -> None:
+    def __init__(self, *, limit: int = 65536, limit_each: int = 1024, leeway_s: float = LEEWAY_S) -> None:
         self._limit = limit
+        self._limit_each = limit_each
         self._leeway_s = leeway_s
         self._seen: set[str] = set()
-        self._by_expiry: list[tuple[float, str]] = []
+        self._counts: dict[str, int] = {}
+        self._by_expiry: list[tuple[float, str, str]] = []
 
     def __len__(self) -> int:
         return len(self._seen)
 
-    def first_use(self, jti: str, exp_unix: float, now_unix: float) -> bool:
-        """Whether `jti` is new, in which case it no longer is. False as well when there is no room to remember it."""
+    def first_use(self, use: str, exp_unix: float, now_unix: float) -> bool:
+        """Whether it is new, in which case it no longer is. False as well when there is no room to remember it.
+
+        `use` is `Assertion.use`, or the `jti` alone of somebody who enrols: an assertion that enrolled a relay is used for the relay too.
+        """
         while self._by_expiry and self._by_expiry[0][0] < now_unix:
-            self._seen.discard(heapq.heappop(self._by_expiry)[1])
-        if jti in self._seen or len(self._seen) >= self._limit:
+            self._forget(*heapq.heappop(self._by_expiry)[1:])
+        whose, _, jti = use.rpartition("/")
+        count = self._counts.get(whose, 0)
+        if jti in self._seen or len(self._seen) >= self._limit or count >= (self._limit_each if whose else self._limit >> 1):
             return False
         self._seen.add(jti)
-        heapq.heappush(self._by_expiry, (exp_unix + self._leeway_s, jti))
+        self._counts[whose] = count + 1
+        heapq.heappush(self._by_expiry, (exp_unix + self._leeway_s, whose, jti))
         return True
+
+    def _forget(self, whose: str, jti: str) -> None:
+        self._seen.discard(jti)
+        self._counts[whose] -= 1
+        if not self._counts[whose]:
+            del self._counts[whose]
 
 
 def new_enrolment_token() -> str:

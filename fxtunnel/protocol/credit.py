@@ -1,8 +1,9 @@
 """Pure: receive windows. How much a stream may be sent before its reader has taken anything, and how that grows.
 
-Two kinds of memory are promised. A *first window* is promised to every stream, and shrinks in steps while many streams are open, so that
+Three kinds of memory are promised. A *first window* is promised to every stream, and shrinks in steps while many streams are open, so that
 thousands of readers that never read cannot fill the memory. *Growth* goes to streams whose reader keeps up, from a budget of its own. The
 kernels on the way read for a reader that does not, a little: so much is no proof, and growth before the proof has but half of the budget.
+What *rings* grow by is for sessions whose peer acknowledges late, because the path is long or because it lies.
 """
 
 from typing import Final
@@ -21,6 +22,8 @@ MIN_GROWTH_RTT_S: Final = 0.002
 causes would be taken for path length, and grow it for ever."""
 PROOF_BYTES: Final = 131_072
 """What the kernels on the way may take for a reader that never reads: less than this does not show that somebody does."""
+USEFUL_WINDOW_BYTES: Final = 262_144
+"""The last quarter of growth is for windows up to this size, whoever has the rest, and for however long."""
 _QUARTER: Final = 2
 _HALF: Final = 1
 """Shifts: how much of a window is free when credit goes back. Half is enough where the path is short, and is half as many frames."""
@@ -29,15 +32,17 @@ FASTEST_GROWTH: Final = 4
 
 
 class WindowBudget:
-    """What one daemon has promised to buffer for its peers' streams."""
+    """What one daemon has promised to buffer for its peers' streams, and to keep for their replay beyond the first size of rings."""
 
-    __slots__ = ("_first_bytes", "_growth_bytes", "grown_bytes", "promised_bytes")
+    __slots__ = ("_first_bytes", "_growth_bytes", "_rings_bytes", "grown_bytes", "promised_bytes", "rings_bytes")
 
     def __init__(self, memory_bytes: int) -> None:
         self._first_bytes = memory_bytes * 3 // 8
         self._growth_bytes = memory_bytes // 4
+        self._rings_bytes = memory_bytes // 8
         self.promised_bytes = 0
         self.grown_bytes = 0
+        self.rings_bytes = 0
 
     def take_first(self) -> int:
         """A first window for one more stream, or 0 when there is no memory left for it. Give it back with `release`."""
@@ -54,14 +59,32 @@ class WindowBudget:
         self.promised_bytes = promised + window
         return window
 
-    def take_growth(self, wanted_bytes: int, window_bytes: int = PROOF_BYTES) -> int:
-        """Up to `wanted_bytes` more for a stream whose reader keeps up; the last half is closed to windows below PROOF_BYTES."""
-        limit = self._growth_bytes if window_bytes >= PROOF_BYTES else self._growth_bytes >> 1
-        granted = min(wanted_bytes, limit - self.grown_bytes)
+    def take_growth(self, wanted_bytes: int, window_bytes: int, taken_bytes: int) -> int:
+        """Up to `wanted_bytes` more for a window of `window_bytes` whose reader keeps up, and has taken `taken_bytes` in its life.
+
+        Without a proof there is the first half. With one there are three quarters, and all of it up to USEFUL_WINDOW_BYTES.
+        """
+        limit, grown = self._growth_bytes, self.grown_bytes
+        if taken_bytes < PROOF_BYTES:
+            granted = min(wanted_bytes, (limit >> 1) - grown)
+        else:
+            useful = min(wanted_bytes, USEFUL_WINDOW_BYTES - window_bytes, limit - grown)
+            granted = max(useful, min(wanted_bytes, limit - (limit >> 2) - grown))
         if granted <= 0:
             return 0
         self.grown_bytes += granted
         return granted
+
+    def take_ring(self, wanted_bytes: int) -> bool:
+        """Whether a ring may grow by that much: by half of what is left at most, so that there is some for those who come later."""
+        if wanted_bytes > (self._rings_bytes - self.rings_bytes) >> 1:
+            return False
+        self.rings_bytes += wanted_bytes
+        return True
+
+    def release_ring(self, grown_bytes: int) -> None:
+        """A ring has let go of what it had grown by."""
+        self.rings_bytes -= grown_bytes
 
     def release(self, first_bytes: int, grown_bytes: int) -> None:
         """A stream has ended."""
@@ -76,7 +99,18 @@ class ReceiveWindow:
     (`flow-control`).
     """
 
-    __slots__ = ("_budget", "_consumed", "_measured", "_part", "_since", "_trip_bytes", "first_bytes", "left_bytes", "window_bytes")
+    __slots__ = (
+        "_budget",
+        "_consumed",
+        "_measured",
+        "_part",
+        "_since",
+        "_taken",
+        "_trip_bytes",
+        "first_bytes",
+        "left_bytes",
+        "window_bytes",
+    )
 
     def __init__(self, budget: WindowBudget, first_bytes: int) -> None:
         self._budget = budget
@@ -85,6 +119,7 @@ class ReceiveWindow:
         self._part = _QUARTER
         self._trip_bytes = 0
         self._since = 0.0
+        self._taken = 0
         self.first_bytes = first_bytes
         self.window_bytes = first_bytes
         self.left_bytes = first_bytes
@@ -99,6 +134,7 @@ class ReceiveWindow:
         amount = self._consumed
         self._consumed = 0
         self._measured += amount
+        self._taken += amount
         if min_rtt_s > MIN_GROWTH_RTT_S:
             amount += self._follow_path(now, min_rtt_s, max_window_bytes)
         elif self._measured >= (window := self.window_bytes) and self._measured >= PROOF_BYTES:
@@ -131,7 +167,7 @@ class ReceiveWindow:
         return self._grow(min(wanted, FASTEST_GROWTH * window, max_window_bytes) - window)
 
     def _grow(self, wanted_bytes: int) -> int:
-        growth = self._budget.take_growth(wanted_bytes, self.window_bytes) if wanted_bytes > 0 else 0
+        growth = self._budget.take_growth(wanted_bytes, self.window_bytes, self._taken) if wanted_bytes > 0 else 0
         self.window_bytes += growth
         return growth
 

@@ -81,6 +81,7 @@ class Mux:
         self._last_id = 0
         self._acked_to_peer = 0
         self._asked_at = 0
+        self._ring_grown_bytes = 0
         self.heartbeats = Heartbeats()
 
     @property
@@ -141,6 +142,8 @@ class Mux:
         The three know each other, and the garbage collector is lazy by choice (fxtunnel/kit/process.py).
         """
         self.ring.dispose()
+        self._budget.release_ring(self._ring_grown_bytes)
+        self._ring_grown_bytes = 0
         self.parser.dispose()
         self._wake = _asleep
         self._on_open = None
@@ -172,9 +175,17 @@ class Mux:
             ring.append(_ASKS)
 
     def grow_ring(self, max_bytes: int) -> None:
-        """Replay memory is as full as it may be: double it, if the path is long enough for that to be its bandwidth-delay product."""
-        if self.min_rtt_s > MIN_GROWTH_RTT_S and self.ring.size_bytes < max_bytes:
-            self.ring.grow(min(self.ring.size_bytes * 2, max_bytes))
+        """Replay memory is as full as it may be: double it, if the path is long enough for that to be its bandwidth-delay product.
+
+        A peer that answers PINGs late and acknowledges nothing makes any path look so. What all rings grow by together has a budget.
+        """
+        size_bytes = self.ring.size_bytes
+        wanted_bytes = min(size_bytes, max_bytes - size_bytes)
+        if self.min_rtt_s > MIN_GROWTH_RTT_S and wanted_bytes > 0 and self._budget.take_ring(wanted_bytes):
+            self.ring.grow(size_bytes + wanted_bytes)
+            grown_bytes = self.ring.size_bytes - size_bytes
+            self._budget.release_ring(wanted_bytes - grown_bytes)
+            self._ring_grown_bytes += grown_bytes
             self._wake()
 
     def refill(self) -> None:

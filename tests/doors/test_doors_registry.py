@@ -4,6 +4,7 @@ import trio
 from peers import connect, echo, exchange, receive_exactly, refused, until_reset
 from plane import Contexts, ControlLink, RelaySide, open_plane
 
+from fxgateway.tunnels.ports import Departure
 from fxgateway.tunnels.registry import RegistryLimits
 from fxtunnel.codes import Code
 from fxtunnel.engine.ports import SessionConfig, State
@@ -108,6 +109,35 @@ async def test_sessions_and_relays_are_bounded(contexts: Contexts) -> None:
         again = registry.new_session(relay.id, relay.instance)
         assert again is not None
         again.close(Code.NORMAL)
+
+
+async def test_instances_of_a_relay_share_what_a_hand_over_needs(contexts: Contexts) -> None:
+    """Each says that it drains for a day, and keeps its links: the present one gets its own, at the expense of the oldest."""
+    async with open_plane(contexts) as plane:
+        registry, name = plane.registry, RelayId("a")
+        registry.apply(RegistryLimits(links_per_relay=2), plane.config)
+        links, sessions = [], []
+        for number in range(6):
+            link, instance = ControlLink(), InstanceId(f"a-{number}")
+            registry.enter(name, instance, OFFERS, link)
+            links.append(link)
+            sessions.append([registry.new_session(name, instance) for _ in range(2)])
+            registry.mark_draining(name, instance, Departure(86_400.0))
+            assert all(sessions[-1]), "who comes gets its links"
+        open_now = [[session is not None and session.state is not State.CLOSED for session in pair] for pair in sessions]
+        assert open_now == [[False, False]] * 4 + [[True, True]] * 2
+        assert [link.closed for link in links] == [[Code.FENCED]] * 4 + [[]] * 2
+        earlier = InstanceId("a-4")
+        for session in sessions[4]:
+            assert session is not None
+            session.close(Code.NORMAL)
+        kept = registry.new_session(name, earlier)
+        assert kept is not None, "one that drains may link up again"
+        registry.apply(RegistryLimits(links_per_relay=1), plane.config)
+        kept.close(Code.NORMAL)
+        assert registry.new_session(name, earlier) is None
+        assert [instance.instance for instance in registry.leaving(name)] == [earlier], "and drives nobody out"
+        registry.close_all(Code.SHUTDOWN, "", 0.0)
 
 
 async def test_streams_go_to_the_session_that_is_up(contexts: Contexts) -> None:

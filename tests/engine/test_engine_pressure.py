@@ -2,10 +2,13 @@
 
 import socket
 
+import pytest
 import trio
 from peers import connect, echo, exchange, pattern, receive_exactly, reset
-from plane import Contexts, open_plane
+from plane import Contexts, RelaySide, open_plane
 
+from fxrelay.delivery.delivery import DeliveryLimits
+from fxtunnel.codes import Code
 from fxtunnel.engine.ports import SessionConfig
 from fxtunnel.engine.turns import BESIDE_BYTES, SPARSE_BYTES, SPARSE_TURN_BYTES
 
@@ -91,6 +94,39 @@ async def test_bulk_beside_somebody_who_types_keeps_the_link_short_and_goes_on(c
         assert 0 < most_bytes < BESIDE_BYTES + 2 * SPARSE_TURN_BYTES
         for stream in (download, typist):
             reset(stream)
+
+
+class Taker:
+    """Has `turn_bytes` to send, and sends nothing."""
+
+    def __init__(self, turn_bytes: int) -> None:
+        self.turn_bytes = turn_bytes
+
+    def read_turn(self, limit_bytes: int) -> int:
+        return 0
+
+    def on_crash(self) -> None:
+        raise AssertionError
+
+
+@pytest.mark.parametrize(("ring_bytes", "grown_bytes"), [(MIB, 2 * MIB), (2 * MIB, 2 * MIB)])
+async def test_the_ring_grows_beside_somebody_who_types_only_where_it_is_what_is_short(
+    contexts: Contexts, ring_bytes: int, grown_bytes: int
+) -> None:
+    """A path of 2.5 ms holds 610 KiB: more than half of the one ring, and less than half of the other."""
+    config = SessionConfig(ring_bytes=ring_bytes)
+    async with open_plane(contexts) as plane:
+        session = RelaySide(plane, "b", DeliveryLimits(), config).session
+        session.mux.heartbeats.min_rtt_s = 0.0025
+        ring = session.mux.ring
+        ring.append(bytes(700_000))
+        ring.advance(700_000)
+        typist, download = Taker(1), Taker(SPARSE_BYTES)
+        session.want_turn(typist)
+        session.want_turn(download)
+        assert not session._fill(), "what is not acknowledged is enough"
+        assert ring.size_bytes == grown_bytes
+        session.close(Code.NORMAL)
 
 
 async def test_services_that_never_read_stop_only_themselves(contexts: Contexts) -> None:

@@ -243,11 +243,30 @@ def test_a_jti_counts_once_for_as_long_as_its_assertion_is_accepted() -> None:
 
 def test_a_full_guard_refuses_until_there_is_room() -> None:
     guard = ReplayGuard(limit=2)
-    assert guard.first_use("a", NOW, NOW)
-    assert guard.first_use("b", NOW + 60, NOW)
-    assert not guard.first_use("c", NOW + 60, NOW)
-    assert guard.first_use("c", NOW + 60, NOW + 31)
+    assert guard.first_use("x/a", NOW, NOW)
+    assert guard.first_use("y/b", NOW + 60, NOW)
+    assert not guard.first_use("z/c", NOW + 60, NOW)
+    assert guard.first_use("z/c", NOW + 60, NOW + 31)
     assert len(guard) == 2
+
+
+def test_a_relay_fills_the_guard_for_itself_alone() -> None:
+    guard = ReplayGuard(limit=10, limit_each=3)
+    assert [guard.first_use(f"greedy/{number}", NOW + number, NOW) for number in range(5)] == [True] * 3 + [False] * 2
+    assert [guard.first_use(f"e{number}", NOW, NOW) for number in range(7)] == [True] * 5 + [False] * 2, "who enrols fills half"
+    assert guard.first_use("other/a", NOW, NOW)
+    assert not guard.first_use("greedy/5", NOW, NOW + 30)
+    assert guard.first_use("greedy/5", NOW + 60, NOW + 31), "as soon as its oldest is forgotten"
+    assert not guard.first_use("greedy/6", NOW + 60, NOW + 31)
+    assert len(guard) == 3
+    assert guard.first_use("other/b", NOW + 200, NOW + 150)
+    assert set(guard._counts) == {"other"}
+
+
+def test_an_assertion_that_enrolled_a_relay_is_used() -> None:
+    guard = ReplayGuard()
+    assert guard.first_use("a", NOW + 60, NOW)
+    assert not guard.first_use("relay/a", NOW + 60, NOW)
 
 
 def test_thumbprint_is_that_of_the_rfc() -> None:
@@ -320,5 +339,7 @@ def test_the_cap_is_8_kib_to_the_byte() -> None:
 
 def test_a_guard_remembers_so_many_by_default() -> None:
     guard = ReplayGuard()
-    assert all(guard.first_use(str(number), NOW, NOW) for number in range(65_536))
-    assert not guard.first_use("one more", NOW, NOW)
+    assert all(guard.first_use(f"r{number // 1_024}/{number}", NOW, NOW) for number in range(1_025, 65_536))
+    assert [guard.first_use(f"r0/{number}", NOW, NOW) for number in range(1_026)] == [True] * 1_024 + [False] * 2
+    assert guard.first_use("r1/one more", NOW, NOW)
+    assert not guard.first_use("r99/one more", NOW, NOW), "65,536 in all"

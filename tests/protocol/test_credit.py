@@ -12,6 +12,7 @@ from fxtunnel.protocol.credit import (
     MIN_GROWTH_RTT_S,
     PROOF_BYTES,
     SMALLEST_WINDOW_BYTES,
+    USEFUL_WINDOW_BYTES,
     ReceiveWindow,
     WindowBudget,
 )
@@ -77,7 +78,7 @@ def test_every_first_window_holds_the_early_bytes() -> None:
 @given(st.integers(0, 10 * MIB), st.lists(st.integers(-5, 5 * MIB), max_size=20))
 def test_growth_stays_within_its_own_bound(memory: int, wishes: list[int]) -> None:
     budget = WindowBudget(memory)
-    granted = [budget.take_growth(wish) for wish in wishes]
+    granted = [budget.take_growth(wish, FIRST_WINDOW_BYTES, PROOF_BYTES) for wish in wishes]
     assert all(0 <= grant <= max(wish, 0) for grant, wish in zip(granted, wishes, strict=True))
     assert budget.grown_bytes == sum(granted) <= growth_bound(memory)
     assert budget.promised_bytes == 0
@@ -232,6 +233,20 @@ def test_readers_that_never_read_leave_growth_to_those_that_do(rtt_s: float, sha
     assert reader.window_bytes == LOCAL_WINDOW_BYTES or rtt_s
 
 
+@pytest.mark.parametrize(("crowd_rtt_s", "rtt_s"), [(LONG_RTT_S, 0.0), (LONG_RTT_S, LONG_RTT_S), (0.0, 0.0), (0.0, LONG_RTT_S)])
+def test_readers_that_read_and_stop_leave_a_useful_window_to_who_comes_later(crowd_rtt_s: float, rtt_s: float) -> None:
+    """What a window was granted cannot be taken back, so a crowd keeps what it has grown by as long as its connections stand."""
+    memory = 256 * MIB
+    budget = WindowBudget(memory)
+    crowd = [ReceiveWindow(budget, budget.take_first()) for _ in range(60)]
+    for window in crowd:
+        keep_up(window, 100.0, rounds=30, window_s=max(0.005, crowd_rtt_s), rtt_s=crowd_rtt_s)
+    assert budget.grown_bytes >= growth_bound(memory) * 3 // 4, "the crowd has all that one may have"
+    newcomer = ReceiveWindow(budget, budget.take_first())
+    keep_up(newcomer, 100.0, rounds=1_200, window_s=max(0.005, rtt_s), rtt_s=rtt_s)
+    assert newcomer.window_bytes == USEFUL_WINDOW_BYTES
+
+
 class WindowMachine(RuleBasedStateMachine):
     """Several windows on one budget; what the peer may send, what waits and what was taken always add up to the window."""
 
@@ -310,15 +325,19 @@ def test_the_shares_are_those_of_the_documents() -> None:
     while window := budget.take_first():
         given_out.append(window)
     assert {size: given_out.count(size) for size in set(given_out)} == {32_768: 1_536, 8_192: 3_072, 4_096: 6_144}
-    assert budget.take_growth(1 << 40, PROOF_BYTES - 1) == 32 * MIB
-    assert budget.take_growth(1 << 40) == 32 * MIB
-    assert budget.take_growth(1) == 0
+    assert budget.take_growth(1 << 40, FIRST_WINDOW_BYTES, PROOF_BYTES - 1) == 32 * MIB
+    assert budget.take_growth(1 << 40, FIRST_WINDOW_BYTES, PROOF_BYTES) == 16 * MIB
+    assert budget.take_growth(1, USEFUL_WINDOW_BYTES, PROOF_BYTES) == 0
+    assert budget.take_growth(1 << 40, FIRST_WINDOW_BYTES, PROOF_BYTES) == USEFUL_WINDOW_BYTES - FIRST_WINDOW_BYTES
+    assert sum(budget.take_growth(1 << 40, FIRST_WINDOW_BYTES, PROOF_BYTES) for _ in range(80)) < 16 * MIB
+    assert budget.grown_bytes == 64 * MIB
+    assert budget.take_growth(1, FIRST_WINDOW_BYTES, PROOF_BYTES) == 0
     assert LOCAL_WINDOW_BYTES == 1 << 20
 
 
 @pytest.mark.parametrize("wanted", [0, -1])
 def test_who_wants_no_growth_changes_nothing(wanted: int) -> None:
     budget = WindowBudget(MIB)
-    assert budget.take_growth(wanted) == 0
+    assert budget.take_growth(wanted, FIRST_WINDOW_BYTES, PROOF_BYTES) == 0
     assert budget.grown_bytes == 0
-    assert budget.take_growth(1) == 1
+    assert budget.take_growth(1, FIRST_WINDOW_BYTES, PROOF_BYTES) == 1

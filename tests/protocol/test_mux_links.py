@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from fxtunnel.codes import Code
 from fxtunnel.errors import RemoteProtocolError
+from fxtunnel.protocol.credit import WindowBudget
 from fxtunnel.protocol.stream import Stream
-from tests.protocol.mux_pair import Pair, pattern
+from tests.protocol.mux_pair import MIB, Pair, pattern
 
 
 def random_sizes(seed: int) -> Iterator[int]:
@@ -225,3 +226,40 @@ def test_the_ring_may_grow_while_links_break() -> None:
     assert pair.gateway.ring.size_bytes > 60_000
     assert total > 500_000
     assert pair.relay.heard(theirs).data == pattern(1, 0, total)
+
+
+def fill_and_grow(pair: Pair) -> int:
+    """As much as fits is written, again and again, to a peer that answers PINGs late and acknowledges nothing. Returns the size."""
+    mux = pair.gateway.mux
+    mux.heartbeats.min_rtt_s = 0.05
+    for _ in range(10):
+        pair.gateway.ring.append(bytes(pair.gateway.ring.free_bytes))
+        mux.grow_ring(16 * MIB)
+    return pair.gateway.ring.size_bytes
+
+
+def test_rings_grow_from_one_budget_and_give_it_back_when_their_session_ends() -> None:
+    budget = WindowBudget(256 * MIB)
+    pairs = [Pair() for _ in range(20)]
+    for pair in pairs:
+        pair.gateway.mux._budget = budget
+    sizes = [fill_and_grow(pair) for pair in pairs]
+    assert sizes[0] == 16 * MIB, "one that is alone gets what it may have"
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[-1] == MIB, "when nothing is left they stay as they are"
+    assert sum(sizes) - 20 * MIB == budget.rings_bytes <= 32 * MIB
+    for pair in pairs:
+        pair.gateway.mux.dispose()
+        pair.gateway.mux.dispose()
+    assert budget.rings_bytes == 0
+
+
+def test_a_ring_that_cannot_grow_as_far_takes_no_more_than_it_grows_by() -> None:
+    pair = Pair(ring_bytes=300_000)
+    pair.gateway.mux.heartbeats.min_rtt_s = 0.05
+    pair.gateway.ring.append(bytes(100))
+    pair.gateway.mux.grow_ring(500_000)  # with bytes that wait to be sent, only a multiple would do
+    assert (pair.gateway.ring.size_bytes, pair.gateway.budget.rings_bytes) == (300_000, 0)
+    pair.write(pair.gateway)
+    pair.gateway.mux.grow_ring(500_000)
+    assert (pair.gateway.ring.size_bytes, pair.gateway.budget.rings_bytes) == (500_000, 200_000)

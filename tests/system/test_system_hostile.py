@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import psutil
 import pytest
@@ -272,6 +273,35 @@ def test_at_descriptor_exhaustion_the_tunnel_stays(make_stack: Callable[..., Sta
         wait_until(lambda: is_served(stack.doors["echo"]), 20, "normal again")
     assert busy < 0.1, f"{busy:.1%} of a CPU"
     assert sum("pauses" in line for line in stack.logs().splitlines()) < 20
+
+
+def test_streams_never_take_a_relays_last_descriptors(make_stack: Callable[..., Stack], echo_service: Service, home: Path) -> None:
+    need("prlimit")
+    stack = make_stack("echo")
+    stack.start_gateway()
+    stack.relay_prefix = ("prlimit", "--nofile=100")
+    cluster = f'[cluster]\nstore = "sqlite:{home / "cluster.db"}"\npublish_s = 0.5\nstale_s = 20\ndown_s = 40\nresync_s = 1\n'
+    relay = stack.start_relay("node-a", {"echo": echo_service.target}, cluster)
+
+    with dial(stack.doors["echo"]) as client, contextlib.ExitStack() as crowd:
+        say(client)
+        served = 0
+        for _ in range(CLIENTS):
+            with contextlib.suppress(OSError, EOFError):
+                other = crowd.enter_context(dial(stack.doors["echo"]))
+                say(other)
+                served += 1
+        assert 20 <= served < CLIENTS
+        assert psutil.Process(relay.pid).num_fds() <= 90
+        stack.cutter.cut()
+        say(client, b"and after a cut")
+        assert json.loads(stack.relay_cli("node-a", "status", "--json").stdout), "whoever looks after it is still answered"
+        crowd.close()
+        wait_until(lambda: is_served(stack.doors["echo"]), 20, "normal again")
+    log = relay.log.read_text()
+    assert "with 100 files it is" in log
+    assert "unable to open" not in log
+    assert "Too many open files" not in log
 
 
 def test_the_limits_of_one_source(make_stack: Callable[..., Stack], echo_service: Service) -> None:
