@@ -14,6 +14,7 @@ import pytest
 from fxrelay.cluster.machine import MAX_LIST_BYTES, MAX_LISTED, MachineReader, SessionCounter, count_connections, session_fields
 from fxrelay.cluster.plain_json import size_of
 from fxrelay.cluster.programs import ProgramBounds
+from tests.ports import free_port
 
 BOUNDS = ProgramBounds(timeout_s=20.0)
 HEAD = "  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode\n"
@@ -43,8 +44,8 @@ def test_cpu_is_the_share_since_the_last_call(monkeypatch: pytest.MonkeyPatch) -
 
 def test_connections_to_a_port_are_counted_once() -> None:
     with ExitStack() as stack:
-        listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
-        other = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+        # Not of those that somebody else's connection may come from, at another address.
+        listener, other = (stack.enter_context(socket.create_server(("127.0.0.1", free_port()))) for _ in range(2))
         ends = [("", listener.getsockname()[1])]
         assert count_connections(ends) == 0
         for server, clients in ((listener, 3), (other, 2)):

@@ -1,7 +1,6 @@
 """A Redis that dies, hangs, forgets, refuses, or is not who it should be."""
 
 import contextlib
-import re
 import signal
 import socket
 import threading
@@ -10,7 +9,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 
 import pytest
 import trustme
@@ -27,7 +25,6 @@ from tests.ports import free_port
 
 pytestmark = [*SYSTEM, NEEDS_REDIS]
 
-DOCUMENTATION = Path(__file__).parents[2] / "docs" / "CLUSTER.md"
 MakeServer = Callable[..., RedisServer]
 DEADLINE_S = 8.0
 """Two timeouts of a call are 5 s; the rest is for a busy machine."""
@@ -300,60 +297,6 @@ def test_databases_and_namespaces_are_apart(server: RedisServer) -> None:
     assert [store.add("apart", 0) for store in stores] == [1, 2, 3]
     for store in stores:
         store.close()
-
-
-FORBIDDEN = (
-    *("CONFIG GET requirepass", "CONFIG GET appendfsync", "CONFIG SET dir /tmp", "CONFIG REWRITE", "ACL LIST", "ACL GETUSER default"),
-    *("MODULE LIST", "MODULE LOAD x.so", "DEBUG SLEEP 0", "FLUSHALL", "FLUSHDB", "SCRIPT FLUSH", "FUNCTION LIST", "KEYS *", "MONITOR"),
-    *("CLIENT LIST", "CLIENT KILL TYPE normal", "CLIENT PAUSE 1", "REPLICAOF NO ONE", "SAVE", "SHUTDOWN", "SLOWLOG GET", "SWAPDB 0 1"),
-)
-
-
-@pytest.mark.parametrize("is_cluster", [False, True], ids=["server", "cluster"])
-def test_the_access_list_of_the_documentation_is_enough(make_server: MakeServer, is_cluster: bool) -> None:
-    text = DOCUMENTATION.read_text().replace("{fastx-cluster}", "{fx-test}")
-    first, for_clusters = re.findall(r"^ {4}ACL SETUSER fxrelay (.+)$", text, re.MULTILINE)
-    rules = first.replace(">PASSWORD", ">secret") + (f" {for_clusters}" if is_cluster else "")
-    cluster = ("tls-cluster yes", "cluster-enabled yes", "cluster-require-full-coverage no") if is_cluster else ()
-    open_to_all = ("enable-module-command yes", "enable-debug-command yes")  # so that only the user's rules stand in the way
-    server = make_server(*plain(), *open_to_all, *cluster, f"user relay {rules}")
-    client = partial(redis_client, server, username="relay", password="secret", cluster=is_cluster)
-    if is_cluster:
-        whole = redis_client(server)
-        whole.ask(lambda redis: redis.execute_command("CLUSTER", "ADDSLOTSRANGE", 0, 16383))
-        whole.close()
-    store, transporter = RedisStore(client()), RedisTransporter(client())
-    wait_until(lambda: answers(store))
-    assert store.epoch()
-    store.put(SERVERS, "n", "x")
-    assert store.add("c", 1) == 1
-    assert len(list(store.documents(SERVERS))) == 1
-    store.delete(SERVERS, "n")
-    subscription = transporter.subscribe(TOPICS)
-    transporter.publish(SERVERS, "x")
-    assert len(subscription.next_batch(20)) == 1
-    other = RedisStore(client(namespace="other"))
-    with fails_soon("no permissions"):
-        other.put(SERVERS, "n", "x")
-    plain_client = client(cluster=False)
-    for command in FORBIDDEN:
-        with fails_soon("no permissions"):
-            plain_client.ask(lambda redis, command=command: redis.execute_command(*command.split()))
-    with fails_soon("(?i)permission|can't run|not allowed"):
-        plain_client.ask(lambda redis: redis.eval("return redis.call('CONFIG', 'GET', 'requirepass')", 0))
-    for closed in (store, other, transporter, plain_client):
-        closed.close()
-
-
-@pytest.mark.parametrize(
-    ("log", "said", "begin"), [("yes", "always", "kept-"), ("yes", "everysec", "run-"), ("yes", "", "run-"), ("no", "always", "run-")]
-)
-def test_a_user_who_may_not_ask_is_told_by_the_broker_file(make_server: MakeServer, log: str, said: str, begin: str) -> None:
-    (rules, _) = re.findall(r"^ {4}ACL SETUSER fxrelay (.+)$", DOCUMENTATION.read_text().replace("fastx-cluster", "fx-test"), re.MULTILINE)
-    server = make_server(f"appendonly {log}", "appendfsync always", f"user relay {rules.replace('>PASSWORD', '>secret')}")
-    store = RedisStore(redis_client(server, username="relay", password="secret", appendfsync=said))
-    assert store.epoch().startswith(begin)
-    store.close()
 
 
 def test_the_epoch_outlives_a_restart_only_where_nothing_is_forgotten(make_server: MakeServer) -> None:
