@@ -372,7 +372,8 @@ class Session:
         config, silent_s = self._config, self._reactor.now - self._last_arrival
         if silent_s >= config.dead_after_s:
             return self._lost(f"nothing arrived for {silent_s:.1f} s")
-        is_idle = self.mux.heartbeats.is_idle(self.mux.passed_bytes)
+        if is_idle := self.mux.heartbeats.is_idle(self.mux.passed_bytes):
+            self.mux.shrink_ring()
         is_due, wait_s = next_beat(silent_s, config.heartbeat_s, config.dead_after_s, config.yield_s, is_idle=is_idle)
         self._arm(wait_s, self._beat)
         if is_due:

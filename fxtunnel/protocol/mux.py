@@ -188,6 +188,12 @@ class Mux:
             self._ring_grown_bytes += grown_bytes
             self._wake()
 
+    def shrink_ring(self) -> None:
+        """Next to nothing passes: what the ring has grown by is for others, unless it is full of what the peer does not acknowledge."""
+        if self._ring_grown_bytes and self.ring.shrink(self.ring.size_bytes - self._ring_grown_bytes):
+            self._budget.release_ring(self._ring_grown_bytes)
+            self._ring_grown_bytes = 0
+
     def refill(self) -> None:
         """Move control frames that waited for room into the ring. Call after ACKs or `advance`."""
         if self.overflow:

@@ -132,8 +132,17 @@ class ReplayRing:
         """
         if self.sent != self.head:
             size_bytes -= size_bytes % self.size_bytes
-        if size_bytes <= self.size_bytes:
-            return
+        if size_bytes > self.size_bytes:
+            self._resize(size_bytes)
+
+    def shrink(self, size_bytes: int) -> bool:
+        """Make do with less again; contents and counters stay. False: something waits to be sent, or more than that is kept."""
+        if self.sent != self.head or self.head - self.acked > size_bytes:
+            return False
+        self._resize(size_bytes)
+        return True
+
+    def _resize(self, size_bytes: int) -> None:
         old_view, old_size = self._view, self.size_bytes
         self.size_bytes = size_bytes
         self._buffer = _untouched(size_bytes + SLACK_BYTES)

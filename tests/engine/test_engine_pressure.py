@@ -129,6 +129,20 @@ async def test_the_ring_grows_beside_somebody_who_types_only_where_it_is_what_is
         session.close(Code.NORMAL)
 
 
+async def test_the_ring_of_an_idle_link_is_as_small_as_at_first_again(contexts: Contexts) -> None:
+    async with open_plane(contexts, SessionConfig(heartbeat_s=0.05, dead_after_s=10)) as plane:
+        relay = await plane.add_relay(await plane.serve(echo))
+        mux = relay.session.mux
+        mux.heartbeats.min_rtt_s = 0.01
+        mux.grow_ring(4 * MIB)
+        assert mux.ring.size_bytes == 2 * MIB
+        with trio.fail_after(10):
+            while mux.ring.size_bytes != MIB:
+                await trio.sleep(0.01)
+        assert relay.budget.rings_bytes == 0
+        assert await exchange(plane.add_door(), pattern(2 * MIB)) == pattern(2 * MIB)
+
+
 async def test_services_that_never_read_stop_only_themselves(contexts: Contexts) -> None:
     async def serve(stream: trio.SocketStream) -> None:
         if await receive_exactly(stream, 1) == b"s":

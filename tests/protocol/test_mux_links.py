@@ -263,3 +263,32 @@ def test_a_ring_that_cannot_grow_as_far_takes_no_more_than_it_grows_by() -> None
     pair.write(pair.gateway)
     pair.gateway.mux.grow_ring(500_000)
     assert (pair.gateway.ring.size_bytes, pair.gateway.budget.rings_bytes) == (500_000, 200_000)
+
+
+def test_an_idle_ring_gives_back_what_it_had_grown_by() -> None:
+    pair = Pair(ring_bytes=60_000)
+    ours, theirs = pair.open()
+    gateway = pair.gateway
+    gateway.mux.heartbeats.min_rtt_s = 0.05
+    for _ in range(3):
+        gateway.mux.grow_ring(16 * MIB)
+        gateway.send(ours, 300_000)
+        gateway.mux.shrink_ring()
+        assert gateway.ring.size_bytes > 60_000, "what waits to be sent stays where it is"
+        pair.pump()
+    assert gateway.ring.head - gateway.ring.acked > 60_000
+    gateway.mux.shrink_ring()
+    assert (gateway.ring.size_bytes, gateway.budget.rings_bytes) == (480_000, 420_000), "what is kept for a replay does not fit"
+    pair.settle()
+    gateway.send(ours, 5_000)
+    pair.write(gateway)
+    gateway.mux.shrink_ring()
+    gateway.mux.shrink_ring()
+    assert (gateway.ring.size_bytes, gateway.budget.rings_bytes) == (60_000, 0)
+    pair.cut()  # what was kept is sent again
+    for _ in range(40):
+        gateway.send(ours, 20_000)
+        pair.settle()
+    assert pair.relay.heard(theirs).data == pattern(ours.id, 0, ours.bytes_out)
+    gateway.mux.dispose()
+    assert gateway.budget.rings_bytes == 0

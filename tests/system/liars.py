@@ -16,7 +16,7 @@ from fxrelay.uplink.gateway_file import GatewayFile, GatewayUrl, load_gateway_fi
 from fxrelay.uplink.identity import Identity, load_identity
 from fxrelay.uplink.ports import UplinkConfig
 from fxtunnel.control.messages import Hello as ControlHello
-from fxtunnel.control.messages import encode
+from fxtunnel.control.messages import Load, encode
 from fxtunnel.control.upgrade import CONTROL_PATH, open_websocket
 from fxtunnel.kit.tls import TlsStream
 from fxtunnel.model import Offer, RelayId, ServiceName, SessionId
@@ -89,7 +89,7 @@ class Liar:
             open_control_link(self.dialler, self.url, self.gateway, self.hello, self.bearer, UplinkConfig()) as link,
             trio.open_nursery() as nursery,
         ):
-            nursery.start_soon(link.run, lambda: 0, lambda deadline_s: None)
+            nursery.start_soon(link.run, lambda: Load(streams=0), lambda deadline_s: None)
             yield link
             nursery.cancel_scope.cancel()
 
