@@ -28,7 +28,7 @@ from fxrelay.uplink.gateway_file import GatewayFile, GatewayUrl, load_gateway_fi
 from fxrelay.uplink.identity import Identity, load_identity
 from fxrelay.uplink.ports import UplinkConfig
 from fxtunnel.control.messages import Hello as ControlHello
-from fxtunnel.control.messages import encode
+from fxtunnel.control.messages import Load, encode
 from fxtunnel.control.upgrade import CONTROL_PATH, open_websocket
 from fxtunnel.kit.certificates import new_authority
 from fxtunnel.kit.files import write_secret
@@ -205,7 +205,7 @@ async def _data_links(stand: _Stand, rng: random.Random, findings: Findings, amo
         open_control_link(relay.dialler, relay.url, relay.gateway, relay.hello, relay.bearer, UplinkConfig()) as link,
         trio.open_nursery() as nursery,
     ):
-        nursery.start_soon(link.run, lambda: 0, lambda deadline_s: None)
+        nursery.start_soon(link.run, lambda: Load(streams=0), lambda deadline_s: None)
         number = 0
         while sent < amount:
             sock, _ = await open_data_link(relay.dialler, relay.url, Hello(await link.ticket(None), None, 0, caps=relay.hello.caps))

@@ -29,7 +29,8 @@ class SmallDisk:
         """Until nothing can be written any more."""
         # SQLite keeps its journal file and writes over it, so the store would go on in the room it has: take that, too.
         filler, journal = self.directory / "filler", self.directory / "cluster.db-journal"
-        script = f"cat /dev/zero > {filler}; : > {journal}; cat /dev/zero >> {filler}"
+        # A relay may write just between the two; so it is done again.
+        script = f"cat /dev/zero > {filler}; for n in 1 2 3; do : > {journal}; cat /dev/zero >> {filler}; sleep 0.4; done"
         subprocess.run([*self.prefix, "sh", "-c", script], capture_output=True, check=False)
 
     def free(self) -> None:
