@@ -133,16 +133,16 @@ def documented(page: str, begin: str) -> str:
 def walk(commands: str, home: Path) -> None:
     """Run them as they are written, with `home` for the machine's directories, but for what systemd does."""
     commands = re.sub(r"^ +(systemctl|cp deploy/systemd).*$", "", commands, flags=re.MULTILINE)
-    commands = re.sub(r"(?<=[\s=])(?=/var/lib/|/root/)", str(home), commands)
+    commands = re.sub(r"(?<=[\s=])(?=/var/lib/|/etc/fxgateway-ca)", str(home), commands)
     commands = commands.replace("…/", f"{ROOT}/").replace("/opt/fxgateway/bin/", f"{Path(sys.executable).parent}/")
     env = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT)}
     subprocess.run(["sh", "-euc", commands], check=True, timeout=60, env=env, cwd=home)
 
 
 def test_a_certificate_is_renewed_by_the_steps_for_the_units(tmp_path: Path):
-    service, authority = tmp_path / "var/lib/private/fxgateway", tmp_path / "root/fxgateway-ca"
+    service, authority = tmp_path / "var/lib/private/fxgateway", tmp_path / "etc/fxgateway-ca"
     (tmp_path / "var/lib").mkdir(parents=True)
-    (tmp_path / "root").mkdir(mode=0o700)
+    (tmp_path / "etc").mkdir()
     walk(documented("deploy/systemd/README.md", "fxgateway init"), tmp_path)
     assert not (service / "ca.key").exists()  # before the service has ever run
     assert authority.stat().st_mode & 0o777 == 0o700
