@@ -41,7 +41,7 @@ class Colleagues(Protocol):
     def was_no_relay(self) -> None:
         """A connection that counted as a relay has ended without one."""
 
-    async def first_use(self, jti: str, exp_unix: float, now_unix: float) -> bool:
+    async def first_use(self, use: str, exp_unix: float, now_unix: float) -> bool:
         """See `ReplayGuard`: over all processes."""
 
     async def claim(self, relay_id: RelayId, instance: InstanceId) -> int:
@@ -76,10 +76,10 @@ class Alone:
     def was_no_relay(self) -> None:
         """See `Colleagues`."""
 
-    async def first_use(self, jti: str, exp_unix: float, now_unix: float) -> bool:
+    async def first_use(self, use: str, exp_unix: float, now_unix: float) -> bool:
         """See `Colleagues`."""
         await trio.lowlevel.checkpoint()
-        return self._replays.first_use(jti, exp_unix, now_unix)
+        return self._replays.first_use(use, exp_unix, now_unix)
 
     async def claim(self, relay_id: RelayId, instance: InstanceId) -> int:
         """See `Colleagues`."""

@@ -87,10 +87,10 @@ class Guests:
         """See `Colleagues`."""
         self._line.channel.send({"op": "unplace"})
 
-    async def first_use(self, jti: str, exp_unix: float, now_unix: float) -> bool:
+    async def first_use(self, use: str, exp_unix: float, now_unix: float) -> bool:
         """See `Colleagues`: the parent remembers. Without its answer an assertion counts as used."""
         try:
-            return bool((await self._line.ask("first_use", jti=jti, exp_unix=exp_unix))["is_first"])
+            return bool((await self._line.ask("first_use", use=use, exp_unix=exp_unix))["is_first"])
         except NoAnswer as exc:
             raise PeerRefused(Refusal.TOO_MANY, f"the gateway cannot look at assertions now: {exc}", retry_after_s=RETRY_AFTER_S) from exc
 

@@ -174,7 +174,7 @@ class Parent:
                 self._names.unplace(child.number)
             case "first_use":
                 now_unix = time.time()
-                self._answer(channel, message, is_first=self._replays.first_use(message["jti"], message["exp_unix"], now_unix))
+                self._answer(channel, message, is_first=self._replays.first_use(message["use"], message["exp_unix"], now_unix))
             case "claim":
                 self._answer(channel, message, epoch=self._claim(child.number, RelayId(message["relay"]), InstanceId(message["instance"])))
 

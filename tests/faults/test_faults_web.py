@@ -40,6 +40,17 @@ class Service(Canned):
             await stream.send_all(b"cd")
 
 
+async def victim(port: int, pieces: tuple[bytes, ...]) -> None:
+    """A client that speaks slowly, and hears whatever comes of it."""
+    with trio.fail_after(20), contextlib.suppress(OSError, trio.BrokenResourceError):
+        async with await connect(port) as stream:
+            for piece in pieces:
+                await stream.send_all(piece)
+                await trio.sleep(GAP_S)
+            async for _ in stream:
+                pass
+
+
 async def test_a_fault_at_every_await_of_a_connection(contexts: Contexts, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING)
     hits = 0
@@ -47,20 +58,11 @@ async def test_a_fault_at_every_await_of_a_connection(contexts: Contexts, caplog
         _, web = await add_web_relay(plane, await plane.serve(Service()))
         port = plane.add_door()
 
-        async def victim() -> None:
-            with trio.fail_after(20), contextlib.suppress(OSError, trio.BrokenResourceError):
-                async with await connect(port) as stream:
-                    for piece in (POST, b"ab", b"cd", SLOW_GET, b"y\r\n\r\n", LAST):
-                        await stream.send_all(piece)
-                        await trio.sleep(GAP_S)
-                    async for _ in stream:
-                        pass
-
         for nth in range(1, LIMIT):
             with sabotage(nth, "WebDesk._serve") as done:
                 async with trio.open_nursery() as victims:
                     for _ in FAULTS:
-                        victims.start_soon(victim)
+                        victims.start_soon(victim, port, (POST, b"ab", b"cd", SLOW_GET, b"y\r\n\r\n", LAST))
                 await plane.quiet()
             hits += len(done.hit)
             assert not web.connections, [tree.where for tree in done.hit]
@@ -87,23 +89,14 @@ async def test_a_fault_at_every_await_of_a_request_that_is_held(contexts: Contex
     hits = 0
     async with open_plane(contexts) as plane:
         port, chooser = await plane.serve(Service()), NamingChooser(Spec("a", is_local=True))
-        _, web = await add_web_relay(plane, port, chooser=chooser, is_pool=True, gate=Waiting(chooser))  # type: ignore[arg-type]
+        _, web = await add_web_relay(plane, port, chooser=chooser, is_pool=True, gate=Waiting(chooser))  # type: ignore[arg-type]  # a fake gate
         door = plane.add_door()
-
-        async def victim() -> None:
-            with trio.fail_after(20), contextlib.suppress(OSError, trio.BrokenResourceError):
-                async with await connect(door) as stream:
-                    for piece in (LOGIN, b"ab", b"cd", LAST_LOGIN, b"efgh"):
-                        await stream.send_all(piece)
-                        await trio.sleep(GAP_S)
-                    async for _ in stream:
-                        pass
 
         for nth in range(1, LIMIT):
             with sabotage(nth, "WebDesk._serve") as done:
                 async with trio.open_nursery() as victims:
                     for _ in FAULTS:
-                        victims.start_soon(victim)
+                        victims.start_soon(victim, door, (LOGIN, b"ab", b"cd", LAST_LOGIN, b"efgh"))
                 await plane.quiet()
             where = [tree.where for tree in done.hit]
             hits += len(done.hit)
