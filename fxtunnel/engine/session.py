@@ -241,6 +241,7 @@ class Session:
                 return False
             try:
                 filled += chosen[0].read_turn(min(chosen[1], room)) or 256
+                turns.took(chosen[0], ring.head)
             except Exception:
                 self._reactor.crashed(chosen[0])
             if turns.is_beside(ring.head):

@@ -52,12 +52,13 @@ class Turns:
     What is on the link already is kept short as well, but only while somebody is there who would wait for it.
     """
 
-    __slots__ = ("_bulk", "_sparse", "_sparse_at", "waiting")
+    __slots__ = ("_bulk", "_is_first", "_sparse", "_sparse_at", "waiting")
 
     def __init__(self) -> None:
         self._bulk: deque[TurnTaker] = deque()
         self._sparse: deque[TurnTaker] = deque()
         self._sparse_at = -ALONE_BYTES  # where in the sequence somebody last had little
+        self._is_first = False  # whether who has the turn now went before the others
         self.waiting = 0
         """How many takers wait."""
 
@@ -79,6 +80,11 @@ class Turns:
         self._bulk.clear()
         self.waiting = 0
 
+    def took(self, taker: TurnTaker, head: int) -> None:
+        """It had its turn, which ends at `head` of the sequence. What a stream that begins brings says whether it has little."""
+        if self._is_first and taker.turn_bytes < SPARSE_BYTES:
+            self._sparse_at = head
+
     def is_beside(self, head: int) -> bool:
         """Whether somebody who has little was there lately, at `head` of the sequence."""
         return head - self._sparse_at < ALONE_BYTES
@@ -86,11 +92,11 @@ class Turns:
     def next(self, filled_bytes: int, head: int, may_bytes: int) -> tuple[TurnTaker, int] | None:
         """Who is next in a turn that has `filled_bytes` already, and how much it may write at `head` of the sequence.
 
-        While somebody who has little was there lately, those who have much may send `may_bytes` together. None: they have done so, or
-        nobody waits.
+        Call `took` after the turn. While somebody who has little was there lately, those who have much may send `may_bytes` together.
+        None: they have done so, or nobody waits.
         """
         if self._sparse and (filled_bytes < SPARSE_SHARE_BYTES or not self._bulk):
-            self._sparse_at = head
+            self._is_first = True
             self.waiting -= 1
             return self._sparse.popleft(), SPARSE_TURN_BYTES
         most = BULK_TURN_BYTES if len(self._bulk) <= CROWD else CROWDED_TURN_BYTES
@@ -98,5 +104,6 @@ class Turns:
             most = min(BESIDE_TURN_BYTES, may_bytes)
         if not self._bulk or most < SPARSE_BYTES:
             return None
+        self._is_first = False
         self.waiting -= 1
         return self._bulk.popleft(), most

@@ -46,6 +46,7 @@ def one_turn(turns: Turns, may_bytes: int = FREE, head: int = 0) -> int:
     while filled < TURN_BYTES and (chosen := turns.next(filled, head + filled, may_bytes - filled)) is not None:
         taker, most = chosen
         filled += taker.read_turn(most)
+        turns.took(taker, head + filled)
         again.append(taker)
     for taker in again:
         turns.want(taker)
@@ -95,7 +96,8 @@ def test_beside_somebody_who_types_bulk_keeps_the_link_short_and_alone_it_does_n
     assert not turns.is_beside(0)
     turns.want(download)
     turns.want(typist)
-    assert turns.next(0, 7, 0) == (typist, SPARSE_TURN_BYTES)
+    assert turns.next(0, 0, 0) == (typist, SPARSE_TURN_BYTES)
+    turns.took(typist, 7)
     assert turns.is_beside(7 + ALONE_BYTES - 1)
     assert turns.next(64, 71, SPARSE_BYTES - 1) is None
     assert turns.waiting == 1
@@ -105,6 +107,14 @@ def test_beside_somebody_who_types_bulk_keeps_the_link_short_and_alone_it_does_n
     turns.want(download)
     assert not turns.is_beside(7 + ALONE_BYTES)
     assert turns.next(64, 7 + ALONE_BYTES, 0) == (download, BULK_TURN_BYTES), "the typist has left long ago"
+
+
+@pytest.mark.parametrize(("first_bytes", "has_little"), [(FREE, False), (SPARSE_BYTES, False), (SPARSE_BYTES - 1, True), (64, True)])
+def test_a_stream_that_begins_is_known_by_what_its_first_turn_brings(first_bytes: int, has_little: bool) -> None:
+    turns, beginner = Turns(), Taker(first_bytes)
+    turns.want(beginner)
+    one_turn(turns)
+    assert turns.is_beside(0) is has_little
 
 
 @pytest.mark.parametrize(
