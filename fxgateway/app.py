@@ -44,6 +44,7 @@ from fxtunnel.kit.process import (
     feed_watchdog,
     follow_launcher,
     keep_going,
+    let_arrive,
     let_finish,
     open_files,
     raise_file_limit,
@@ -213,6 +214,7 @@ class Gateway:
 
     async def _drain(self) -> None:
         drain_s = self._settings.limits.drain_s
+        until = trio.current_time() + drain_s
         if self._inherited.is_handed_on:
             await self._hand_over(drain_s)
         else:
@@ -221,6 +223,7 @@ class Gateway:
         self._registry.begin_drain(drain_s)
         await let_finish("clients", self._clients, drain_s)
         self._doors.abort_all()
+        await let_arrive(self._registry.sessions, until)
         self._registry.close_all(Code.SHUTDOWN, "the gateway is stopping", RETRY_AFTER_S)
         with trio.move_on_after(GOODBYE_S):
             await wait_until(lambda: all(relay.link is None for relay in self._registry.relays()))

@@ -51,6 +51,7 @@ from fxtunnel.kit.process import (
     feed_watchdog,
     follow_launcher,
     keep_going,
+    let_arrive,
     let_finish,
     open_files,
     raise_file_limit,
@@ -302,8 +303,10 @@ class Relay:
 
     async def _let_finish(self) -> None:
         drain_s = self._settings.limits.drain_s
+        until = trio.current_time() + drain_s
         await let_finish("streams", lambda: self._desk.streams, drain_s)
         self._desk.abort_all()
+        await let_arrive(lambda: [session for uplink in self._uplinks for session in uplink.sessions()], until)
         await trio.sleep(POLL_S)  # FINs and RESETs that were just queued still have to leave
         async with trio.open_nursery() as nursery:
             for uplink in self._uplinks:

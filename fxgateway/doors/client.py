@@ -58,6 +58,8 @@ class Client(Splice):
         """How far it has got; `next_step` says how it goes on."""
         self._open_ends_at = 0
         """Where in the session's sequence its OPEN ends."""
+        if not address:  # of a unix socket
+            self.reads_short()
 
     def has_spoken(self) -> None:
         """What it said first was looked at and is still in the socket: it goes with the OPEN, before any event tells of it."""
@@ -98,11 +100,6 @@ class Client(Splice):
     def relay_name(self) -> str:
         """The relay that was asked last; empty before any was."""
         return self.journey.last
-
-    @property
-    def moved_bytes(self) -> int:
-        """Bytes moved so far, both ways, for the idle sweep."""
-        return self.stream.bytes_in + self.stream.bytes_out if self.stream is not None else 0
 
     def on_accept(self) -> None:
         """See `Endpoint`."""

@@ -63,6 +63,11 @@ class Registry:
         """Earlier instances of a relay that still have streams to end."""
         return tuple(self._leaving.get(relay_id, {}).values())
 
+    def sessions(self) -> list[Session]:
+        """Everyone's, also of instances that drain."""
+        instances = [*self._relays.values(), *(relay for relay_id in self._leaving for relay in self.leaving(relay_id))]
+        return [session for relay in instances for session in relay.sessions.values()]
+
     def named(self, relay_id: RelayId) -> LiveRelay | None:
         """The relay with this name, if it could take a stream."""
         relay = self._relays.get(relay_id)

@@ -86,11 +86,8 @@ class Delivery(Splice):
         self._connecting = True
         self._is_redirected = opening.via is not None
         self._write_blocked = True
-
-    @property
-    def moved_bytes(self) -> int:
-        """Bytes moved so far, both ways."""
-        return self.stream.bytes_in + self.stream.bytes_out if self.stream is not None else 0
+        if addresses and addresses[0].family == socket.AF_UNIX:
+            self.reads_short()
 
     def start(self) -> None:
         """See `Splice`. Over loopback the connection stands by the time it has been asked for, so no event needs to tell."""

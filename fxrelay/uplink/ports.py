@@ -39,6 +39,13 @@ class LinkSession(Protocol):
     def close(self, code: Code, text: str = "") -> None:
         """Say goodbye and reset all streams; calls the owner's `on_closed` unless the session was closed before."""
 
+    @property
+    def has_delivered(self) -> bool:
+        """Whether the gateway has acknowledged all that was sent on streams which have ended, or the session is over."""
+
+    def press(self) -> None:
+        """Have the gateway acknowledge soon what was sent so far."""
+
     def statistics(self) -> SessionStatistics:
         """Counters now."""
 

@@ -71,14 +71,19 @@ class Ties:
         return self._home.wants_sessions and not self.departs.is_set()
 
     @property
+    def sessions(self) -> list[LinkSession]:
+        """Those that are not over."""
+        return [slot.session for slot in self.slots if slot.session is not None]
+
+    @property
     def streams(self) -> int:
         """Open streams."""
-        return sum(slot.session.statistics().mux.streams for slot in self.slots if slot.session is not None)
+        return sum(session.statistics().mux.streams for session in self.sessions)
 
     @property
     def is_up(self) -> bool:
         """Whether a data link is up."""
-        return any(slot.session is not None and slot.session.statistics().is_up for slot in self.slots)
+        return any(session.statistics().is_up for session in self.sessions)
 
     async def open_link(self, session: LinkSession | None) -> tuple[ssl.SSLSocket, Welcome]:
         """See `SlotHome`. `session` must be detached."""
@@ -146,7 +151,7 @@ class Ties:
 
     @property
     def _kept(self) -> tuple[SessionId, ...]:
-        return tuple(slot.session.id for slot in self.slots if slot.session is not None)
+        return tuple(session.id for session in self.sessions)
 
     async def _ticket(self, session_id: SessionId | None) -> tuple[str, str]:
         """A ticket, over this control link or a later one, and the worker that knows it."""

@@ -174,6 +174,10 @@ class Uplink:
         self._send(Services(services=offers))
         self._offers = offers
 
+    def sessions(self) -> list[LinkSession]:
+        """Those that are not over, with every process of the gateway."""
+        return [session for ties in self._ties for session in ties.sessions]
+
     def statistics(self) -> UplinkStatistics:
         """A snapshot for status pages."""
         return UplinkStatistics(
@@ -184,7 +188,7 @@ class Uplink:
             self._last_error,
             self._epoch,
             self._drain_until is not None,
-            tuple(slot.session.statistics() for ties in reversed(self._ties) for slot in ties.slots if slot.session is not None),
+            tuple(session.statistics() for ties in reversed(self._ties) for session in ties.sessions),
             self._attempts,
             self._next_try_unix,
         )

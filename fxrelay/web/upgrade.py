@@ -26,7 +26,9 @@ class UpgradedDelivery(Delivery):
         super().__init__(desk, sock, service, (), opening)
         self.ended = trio.Event()
         self._connecting = False
-        if sock.family != socket.AF_UNIX:
+        if sock.family == socket.AF_UNIX:
+            self.reads_short()
+        else:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, SERVICE_NOTSENT_BYTES)
 
     def carry(self, tunnel: TunnelStream, client: ClientSide) -> None:

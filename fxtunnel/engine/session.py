@@ -16,7 +16,7 @@ from fxtunnel.engine.ports import SessionConfig, SessionOwner, SessionStatistics
 from fxtunnel.engine.reactor import ERROR, INCOMING, LINK_EVENTS, READ, READ_BUFFER_BYTES, WRITE, Reactor, Timer
 from fxtunnel.engine.read_share import ReadShare
 from fxtunnel.engine.splice import Splice
-from fxtunnel.engine.tls_calls import RecvInto, Send, corked, no_link, reason_of, tls_calls
+from fxtunnel.engine.tls_calls import RECORD_BYTES, WRITE_BYTES, RecvInto, Send, corked, keep_short, no_link, reason_of, tls_calls
 from fxtunnel.engine.turns import SPARSE_BYTES, SPARSE_TURN_BYTES, TURN_BYTES, Turns, beside_bytes
 from fxtunnel.errors import RemoteProtocolError
 from fxtunnel.model import SessionId
@@ -30,13 +30,8 @@ from fxtunnel.protocol.stream import Stream
 
 logger = logging.getLogger(__name__)
 
-RECORD_BYTES: Final = 16_384
-WRITE_BYTES: Final = 262_144
-"""Handed to OpenSSL at once: it cuts records itself, which saves a Python call for each (about 10 % of a link's CPU)."""
 MIN_TURN_BYTES: Final = SPARSE_BYTES
 """With less room nobody is read, so that who is cut short by it is not taken for somebody who has little."""
-NOTSENT_LOWAT_BYTES: Final = 131_072
-"""Unsent bytes the kernel may hold for a link: interactive frames queue behind these."""
 GOODBYE_S: Final = 1.0
 
 
@@ -65,8 +60,7 @@ class Session:
         self._recv: RecvInto = no_link
         self._send: Send = no_link
         self._links = 0
-        self._blocked = False
-        self._read_blocked = False
+        self._blocked = self._read_blocked = False
         self._interest = 0
         self._share = ReadShare(RECORD_BYTES, READ_BUFFER_BYTES)
         self._dirty = False
@@ -99,6 +93,15 @@ class Session:
         """Whether bulk passes, either way, or did a heartbeat ago: a stream that can be opened elsewhere should not wait behind it."""
         return self.mux.heartbeats.is_bulk(self.mux.passed_bytes)
 
+    @property
+    def has_delivered(self) -> bool:
+        """Whether nothing is left to wait for of streams that have ended: the peer has acknowledged it, or the session is over."""
+        return self.state is State.CLOSED or self.mux.has_delivered
+
+    def press(self) -> None:
+        """Have the peer acknowledge soon what was sent so far; once there is a link. Not of a session that is over."""
+        self.mux.press()
+
     def statistics(self) -> SessionStatistics:
         """Counters now."""
         return SessionStatistics(self.id, self.state, self.resumed, self.mux.statistics())
@@ -126,8 +129,7 @@ class Session:
             raise RemoteProtocolError(Code.LINK_LOST, "the session is over")
         self.detach("another link takes over")
         self.mux.ring.rewind(peer_received)
-        link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, NOTSENT_LOWAT_BYTES)
+        keep_short(link)
         self._reactor.register(link, self, LINK_EVENTS)
         self._interest = LINK_EVENTS
         self._link = link

@@ -89,10 +89,20 @@ class Splice:
         if self._readable:
             self._queue_read()
 
+    def reads_short(self) -> None:
+        """Its reads may stop short of what is there: those of a unix socket do where a descriptor was passed (unix(7))."""
+        self._behind = _UNSURE
+
     def start(self) -> None:
         """Begin to listen to the socket."""
         self._hears_room = self._write_blocked
         self.reactor.register(self.sock, self, STREAM_EVENTS if self._write_blocked else ROOMY_EVENTS)
+
+    @property
+    def moved_bytes(self) -> int:
+        """Bytes moved so far, both ways. What waits for the socket to take it has not moved yet."""
+        stream, pending = self.stream, self._pending
+        return 0 if stream is None else stream.bytes_in + stream.bytes_out - (len(pending) if pending is not None else 0)
 
     def released(self) -> None:
         """The socket is closed; give back what was claimed for it."""
@@ -285,7 +295,7 @@ class Splice:
             if count < len(first):
                 self._wait_for_room()
                 return
-        self._pending = None
+        self._forget_pending()
         if self._aborting:
             self.abort()
         elif self._fin_wanted:
@@ -310,7 +320,14 @@ class Splice:
                 self.sock.close()
                 self.released()
 
+    def _forget_pending(self) -> None:
+        if self._pending is not None:
+            self._pending = None
+            if self.stream is not None:
+                self.stream.emptied()
+
     def _let_go(self) -> None:
         self.closed = True
+        self._forget_pending()
         self._readable = False
         self.reactor.forget(self.sock)

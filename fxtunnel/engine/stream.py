@@ -161,6 +161,7 @@ class TunnelStream(trio.abc.HalfCloseableStream):
         self._is_open = False
         self._arrived.clear()
         self.stream.reset(code)
+        self.stream.emptied()
         self._wake_all()
 
     def give_back(self, unread: bytes = b"") -> tuple[bytearray, bool]:
@@ -262,6 +263,7 @@ class TunnelStream(trio.abc.HalfCloseableStream):
             if not self.stream.closed:
                 self._linger = self._call_later(CLOSE_LINGER_S, self._linger_over)
         self._arrived.clear()
+        self.stream.emptied()
         self._wake_all()
 
     def _stop_lingering(self) -> None:
@@ -279,6 +281,7 @@ class TunnelStream(trio.abc.HalfCloseableStream):
             if len(arrived) <= limit:
                 data = bytes(arrived)
                 self._arrived = bytearray()
+                self.stream.emptied()
             else:
                 data = bytes(memoryview(arrived)[:limit])
                 del arrived[:limit]

@@ -3,7 +3,13 @@
 import socket
 import ssl
 from collections.abc import Callable
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, Final, TypeAlias, TypeVar
+
+RECORD_BYTES: Final = 16_384
+WRITE_BYTES: Final = 262_144
+"""Handed to OpenSSL at once: it cuts records itself, which saves a Python call for each (about 10 % of a link's CPU)."""
+NOTSENT_LOWAT_BYTES: Final = 131_072
+"""Unsent bytes the kernel may hold for a link: interactive frames queue behind these."""
 
 A = TypeVar("A")
 R = TypeVar("R")
@@ -11,6 +17,12 @@ RecvInto: TypeAlias = Callable[[int, memoryview], int]
 """Reads at most so many bytes, of one TLS record, into the front of the buffer; 0 is the end. Raises as `SSLSocket.recv_into` does."""
 Send: TypeAlias = Callable[[memoryview], int]
 """Writes a part of the buffer; returns how much. Raises as `SSLSocket.send` does."""
+
+
+def keep_short(link: ssl.SSLSocket) -> None:
+    """Let bytes leave at once, and wait where they can still be ordered: in the ring, not in the kernel."""
+    link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, NOTSENT_LOWAT_BYTES)
 
 
 def tls_calls(link: ssl.SSLSocket) -> tuple[RecvInto, Send]:

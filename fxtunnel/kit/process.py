@@ -5,9 +5,9 @@ import logging
 import resource
 import signal
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from functools import partial
-from typing import Final, NoReturn
+from typing import Final, NoReturn, Protocol
 
 import psutil
 import trio
@@ -18,6 +18,8 @@ from fxtunnel.kit.notify import GO, Notifier
 logger = logging.getLogger(__name__)
 
 POLL_S: Final = 0.1
+ARRIVAL_S: Final = 1.0
+"""What the last bytes of streams may take on their way when the time to drain is over."""
 PAUSE_S: Final = 1.0
 """After a failure of ours, which may come again at once."""
 GC_THRESHOLD: Final = (50_000, 20, 20)
@@ -123,6 +125,28 @@ async def let_finish(what: str, count: Callable[[], int], drain_s: float) -> Non
         await wait_until(lambda: not count())
     if left := count():
         logger.warning("%d %s did not finish in time and are reset", left, what)
+
+
+class Delivering(Protocol):
+    """What may still hold the last bytes of streams that have ended."""
+
+    @property
+    def has_delivered(self) -> bool:
+        """Whether it does not."""
+
+    def press(self) -> None:
+        """Ask for them to be acknowledged."""
+
+
+async def let_arrive(sessions: Callable[[], Iterable[Delivering]], until: float) -> None:
+    """Wait until peers have what was last sent on streams that have ended: at most until then, by trio's clock, but at least ARRIVAL_S."""
+    waiting = [session for session in sessions() if not session.has_delivered]
+    for session in waiting:
+        session.press()
+    with trio.move_on_at(max(until, trio.current_time() + ARRIVAL_S)):
+        await wait_until(lambda: all(session.has_delivered for session in waiting))
+    if left := sum(not session.has_delivered for session in waiting):
+        logger.warning("%d tunnels have not acknowledged the last bytes of their streams, which may be lost", left)
 
 
 async def follow_launcher(notifier: Notifier, on_stop: Callable[[], None], *, task_status: trio.TaskStatus[None]) -> None:

@@ -175,6 +175,14 @@ class ReceiveWindow:
         """The reader gives back bytes that it took: they count as taken when they have left."""
         self._consumed -= amount_bytes
 
+    def finish(self) -> None:
+        """Nothing more will arrive: give the memory back, but for what the reader has not taken yet. That is given back by `close`."""
+        unread = self.window_bytes - self.left_bytes - self._consumed
+        kept = min(unread, self.first_bytes)
+        self._budget.release(self.first_bytes - kept, self.window_bytes - self.first_bytes - (unread - kept))
+        self.first_bytes, self.window_bytes = kept, unread
+
     def close(self) -> None:
-        """Give the memory back. Call once."""
+        """Give the memory back. May be repeated."""
         self._budget.release(self.first_bytes, self.window_bytes - self.first_bytes)
+        self.first_bytes = self.window_bytes = 0

@@ -81,6 +81,7 @@ class Mux:
         self._last_id = 0
         self._acked_to_peer = 0
         self._asked_at = 0
+        self._ended_at = 0  # where in the sequence a stream last ended
         self._ring_grown_bytes = 0
         self.heartbeats = Heartbeats()
 
@@ -131,10 +132,28 @@ class Mux:
 
     def forget(self, stream: Stream) -> None:
         """The stream is closed; frames for it that are still under way are ignored."""
+        self._remove(stream)
+        stream.window.close()
+
+    def finish(self, stream: Stream) -> None:
+        """The stream has ended in order, both ways. What its reader has not taken yet counts as memory until `Stream.emptied`."""
+        self._remove(stream)
+        stream.window.finish()
+
+    def _remove(self, stream: Stream) -> None:
         stream.closed = True
         stream.endpoint = None  # stream and endpoint know each other: a cycle would wait for the garbage collector
-        if self.streams.pop(stream.id, None) is not None:
-            stream.window.close()
+        self.streams.pop(stream.id, None)
+        self._ended_at = self.ring.head + len(self.overflow)
+
+    @property
+    def has_delivered(self) -> bool:
+        """Whether the peer has acknowledged all that was sent on streams which have ended."""
+        return self.ring.acked >= self._ended_at
+
+    def press(self) -> None:
+        """Have the peer acknowledge at once what is written so far."""
+        self.queue(_ASKS)
 
     def dispose(self) -> None:
         """The session is over and nothing is sent any more: give memory back, and let go of the session. May be repeated.
@@ -294,7 +313,7 @@ class Mux:
                 raise RemoteProtocolError(Code.PROTOCOL_ERROR, f"FIN {when} on stream {stream.id}")
             stream.fin_received = True
             if stream.fin_sent:
-                self.forget(stream)
+                self.finish(stream)
             endpoint.on_fin()
         elif kind == frames.RESET:
             self.forget(stream)

@@ -88,7 +88,7 @@ class Stream:
             self.fin_sent = True
             self.mux.queue(frames.encode_fin(self.id))
             if self.fin_received:
-                self.mux.forget(self)
+                self.mux.finish(self)
 
     def reset(self, code: Code) -> None:
         """End both directions."""
@@ -101,3 +101,8 @@ class Stream:
         if self.window.consumed(amount_bytes) and self.accepted and not self.fin_received and not self.closed:
             mux = self.mux
             mux.queue(frames.encode_credit(self.id, self.window.grant(mux.now, mux.min_rtt_s, mux.max_window_bytes)))
+
+    def emptied(self) -> None:
+        """Nothing of what arrived is kept any more. To be called if anything was kept when the stream ended; may be repeated."""
+        if self.closed:
+            self.window.close()

@@ -38,6 +38,50 @@ async def test_unix_socket_service(contexts: Contexts, tmp_path: Path) -> None:
             assert await exchange(port, pattern(size)) == pattern(size)
 
 
+async def test_a_unix_socket_service_that_passes_a_descriptor_is_read_to_its_end(contexts: Contexts, tmp_path: Path) -> None:
+    """A read stops short at it, as nothing else does that has more to say (unix(7), SCM_RIGHTS)."""
+    with _bound(tmp_path / "s", 1) as listener:
+        async with open_plane(contexts) as plane:
+            await plane.add_relay(str(tmp_path / "s"))
+            async with await connect(plane.add_door()) as client:
+                await client.send_all(b"x")
+                service, _ = await trio.to_thread.run_sync(listener.accept)
+                with service:
+                    service.recv(1)
+                    socket.send_fds(service, [b"a" * 100], [0])
+                    service.sendall(b"b" * 100)
+                    service.shutdown(socket.SHUT_WR)
+                    assert await receive_all(client) == b"a" * 100 + b"b" * 100
+
+
+async def test_what_a_slow_reader_has_not_taken_counts_as_memory_behind_the_end_too(contexts: Contexts) -> None:
+    answer = pattern(16_000_000)
+
+    async def serve(stream: trio.SocketStream) -> None:
+        await receive_all(stream)
+        await stream.send_all(answer)
+        await stream.send_eof()
+        await receive_all(stream)
+
+    async with open_plane(contexts) as plane:
+        relay = await plane.add_relay(await plane.serve(serve))
+        port = plane.add_door()
+        async with await connect(port) as client:
+            await client.send_eof()
+            got = bytearray()
+            while not got or relay.far_session.mux.streams:  # until the end has come, and the last bytes wait for a reader
+                got += await client.receive_some(65_536)
+                await trio.sleep(0.002)  # slower than the tunnel: the kernel's buffers are full
+            (here,) = plane.doors[0].clients
+            waiting = len(here._pending or b"")
+            assert 0 < waiting <= plane.budget.promised_bytes + plane.budget.grown_bytes < 2 * waiting
+            moved = here.moved_bytes
+            while here.moved_bytes == moved:
+                assert got != answer, "what is read has not moved"
+                got += await client.receive_some(65_536)
+            assert got + await receive_all(client) == answer
+
+
 async def test_unix_socket_service_with_a_full_queue_is_refused(contexts: Contexts, tmp_path: Path) -> None:
     with _bound(tmp_path / "s", 0), socket.socket(socket.AF_UNIX) as filler:
         filler.connect(str(tmp_path / "s"))

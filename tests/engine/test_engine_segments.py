@@ -46,6 +46,9 @@ class Counted:
     def consumed(self, amount_bytes: int) -> None:
         self.taken += amount_bytes
 
+    def emptied(self) -> None:
+        """Nothing waits any more."""
+
     def sent(self, slot: memoryview, length: int) -> None:
         self.sent_bytes += length
 

@@ -3,6 +3,7 @@
 import itertools
 import logging
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 
 import pytest
 import trio
@@ -10,7 +11,7 @@ from trio.testing import wait_all_tasks_blocked
 
 from fxtunnel.errors import ConfigError, ConfigProblem, FxError
 from fxtunnel.kit.notify import Notifier
-from fxtunnel.kit.process import PAUSE_S, Reloads, keep_going, let_finish
+from fxtunnel.kit.process import ARRIVAL_S, PAUSE_S, Reloads, keep_going, let_arrive, let_finish
 
 
 class NotifierSpy(Notifier):
@@ -137,3 +138,36 @@ async def test_an_error_in_a_reload_ends_nothing(autojump_clock: object, caplog:
                 await trio.sleep(1)
             nursery.cancel_scope.cancel()
     assert len(caplog.records) == 2
+
+
+@dataclass
+class Tunnel:
+    """Its last bytes are acknowledged so many seconds after it was pressed for them; never, if it is not."""
+
+    takes_s: float
+    has_delivered: bool = False
+    pressed: int = 0
+
+    def press(self) -> None:
+        self.pressed += 1
+        trio.lowlevel.spawn_system_task(self._arrive)
+
+    async def _arrive(self) -> None:
+        await trio.sleep(self.takes_s)
+        self.has_delivered = True
+
+
+@pytest.mark.parametrize(
+    ("takes_s", "drain_s", "waits_s", "is_lost"), [(5, 30, 5, False), (60, 30, 30, True), (0.5, 0, 0.5, False), (60, 0, ARRIVAL_S, True)]
+)
+async def test_last_bytes_have_until_the_time_to_drain_is_over(
+    autojump_clock: object, caplog: pytest.LogCaptureFixture, takes_s: float, drain_s: float, waits_s: float, is_lost: bool
+) -> None:
+    began = trio.current_time()
+    slow, done = Tunnel(takes_s), Tunnel(0, has_delivered=True)
+    await let_arrive(lambda: [slow, done], began + drain_s)
+    assert trio.current_time() - began == pytest.approx(waits_s, abs=0.11)
+    assert (slow.pressed, done.pressed) == (1, 0)
+    assert [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING] == (
+        ["1 tunnels have not acknowledged the last bytes of their streams, which may be lost"] if is_lost else []
+    )

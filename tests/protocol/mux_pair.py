@@ -51,6 +51,8 @@ class Recorder:
         assert amount <= self.waiting
         self.taken += amount
         self.stream.consumed(amount)
+        if not self.waiting:
+            self.stream.emptied()
 
     def on_accept(self) -> None:
         self.events.append(("accept",))
@@ -254,10 +256,16 @@ class Pair:
         raise AssertionError("the pair does not come to rest")
 
     def check_budgets(self) -> None:
-        """What is promised is what live streams hold."""
+        """What is promised is what live streams may hold, and what is still unread of those that have ended in order."""
         for side in self.sides:
-            held = sum(stream.window.window_bytes for stream in side.mux.streams.values())
+            held = sum(stream.window.window_bytes for stream in side.streams.values())
             assert side.budget.promised_bytes + side.budget.grown_bytes == held
+            for stream_id, stream in side.streams.items():
+                if stream.closed and stream.window.window_bytes:
+                    assert stream.fin_sent
+                    assert 0 < side.endpoints[stream_id].waiting <= stream.window.window_bytes
+                elif stream.fin_sent and ("fin",) in side.endpoints[stream_id].events and stream.closed:
+                    assert not side.endpoints[stream_id].waiting
 
 
 def _let_fly(culprit: object) -> None:

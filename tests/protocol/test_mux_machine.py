@@ -169,6 +169,9 @@ class PairMachine(RuleBasedStateMachine):
         self.finish_all()
         for side in self.pair.sides:
             assert not side.mux.streams
+            assert side.mux.has_delivered
+            for endpoint in side.endpoints.values():
+                endpoint.take(endpoint.waiting)
             assert (side.budget.promised_bytes, side.budget.grown_bytes) == (0, 0)
             self.check_endings(side)
 
