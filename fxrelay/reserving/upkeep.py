@@ -179,6 +179,8 @@ class Upkeep:
         return self._books.asks.renew(hold.server_id, hold.login_id, hold.user, hold.token, hold.since_ms, ttl_ms, is_for_sessions)
 
     def _releasing(self, hold: Hold) -> Ask[Record]:
+        if hold.is_unseen:
+            return self._books.asks.give_up(hold.server_id, hold.attempt.attempt_id, hold.login_id, hold.user)
         return self._books.asks.release(hold.server_id, hold.login_id, hold.user, hold.terms.linger_ms)
 
     def _released(self, hold: Hold, outcome: tuple[Record, Written] | Exception) -> None:
@@ -192,7 +194,7 @@ class Upkeep:
         _, written = outcome
         self._leases.ended(hold)
         self._books.learn(hold.server_id, written)
-        if hold.token.fence:
+        if not hold.is_unseen:
             self._books.tidings.happened(RELEASED, hold.server_id, hold.user, hold.login_id, written.record)
 
     async def _keep_reading(self) -> None:

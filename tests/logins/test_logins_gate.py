@@ -80,6 +80,30 @@ async def test_an_answer_that_cannot_be_given_ends_the_login(tmp_path: Path) -> 
         assert len(rig.gate.quota) == 0
 
 
+async def test_a_first_answer_that_cannot_be_given_ends_the_login(tmp_path: Path) -> None:
+    async with open_rig(tmp_path, FASTX3, N1) as rig:
+        first = await rig.ask(Service([stage("T1")]), b'{"username": "ann"}')
+        first.undone()
+        await rig.nothing_is_left()
+        assert len(rig.gate.attempts) == 0
+        await rig.ask(Service([stage("T1")]), b'{"username": "ann"}')
+        second = await rig.ask(Service([stage("T2")]), b'{"authtoken": "T1"}')
+        second.undone()  # the browser has a cookie by which it may go on
+        await trio.sleep(0.3)
+        assert rig.relay.reservations.holders.wanted(0) == {N1}
+
+
+async def test_a_login_that_cannot_be_committed_leaves_no_entry(tmp_path: Path) -> None:
+    async with open_rig(tmp_path, SIMPLE, N1) as rig:
+
+        async def breaks() -> None:
+            rig.relay.store.is_cut = True
+
+        await rig.refused(Service([answer(302)], breaks), 503, "ReservationsUnavailable")
+        rig.relay.store.is_cut = False
+        await rig.nothing_is_left()
+
+
 async def test_who_loses_his_server_is_moved_or_told(tmp_path: Path) -> None:
     async with open_rig(tmp_path, SIMPLE, N1, N2) as rig:
         taken: list[Hold] = []
