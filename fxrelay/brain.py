@@ -134,8 +134,9 @@ class Brain:
 
     @property
     def problems(self) -> tuple[str, ...]:
-        """What is wrong with what this node says about itself."""
-        return tuple(self._gatherer.problems)
+        """What is wrong with what this node says about itself, and with a store that is to remember reservations."""
+        doubt = self.reservations.store_doubt if self.reservations is not None else ""
+        return (*self._gatherer.problems, *((doubt,) if doubt else ()))
 
     @property
     def dropped(self) -> dict[str, int]:

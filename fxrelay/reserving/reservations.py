@@ -76,6 +76,11 @@ class Reservations:
         """Why the store did not answer last; empty if it did."""
         return self._books.last_error
 
+    @property
+    def store_doubt(self) -> str:
+        """Why the store may forget who has which server; empty if nothing speaks for that."""
+        return self._books.ledger.doubt
+
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Keep what is held and follow the others until cancelled. Logins that are held then are left to their leases; see `close`."""
         async with trio.open_nursery() as nursery:

@@ -52,7 +52,7 @@ class Upkeep:
     async def _keep_renewing(self, has_looked: trio.Event) -> None:
         # Five times a lease: after an outage that nobody notices, every holder is back before his lease is over (settling.py).
         every_s = self._books.config.lease_s / 5
-        warned_of = ""
+        warned_of = doubt = ""
         while True:
             try:
                 looked = await self._books.ask(self._books.ledger.look)
@@ -67,6 +67,9 @@ class Upkeep:
                     "the store is new, or has forgotten who has which server: none is given out for %.1f s",
                     looked.settles_in_ms(looked.seen_ms) / 1000,
                 )
+            doubt, doubted = self._books.ledger.doubt, doubt
+            if doubt and doubt != doubted:
+                logger.warning("%s", doubt)
             began = trio.current_time()
             limiter = trio.CapacityLimiter(AT_ONCE)
             async with trio.open_nursery() as nursery:

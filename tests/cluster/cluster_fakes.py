@@ -70,6 +70,7 @@ class FakeStore:
     def __init__(self) -> None:
         self.collections: dict[str, dict[str, Document]] = {}
         self.error = ""
+        self.doubt = ""
         self.reads = 0
         self.ahead_ms = 0
         self.on_read: Callable[[str], None] = lambda collection: None
