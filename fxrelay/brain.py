@@ -113,6 +113,10 @@ class Brain:
         """See `Listener`."""
         self.publisher.hear_end(server_id, placed_ms)
 
+    def may_have_missed(self) -> None:
+        """See `Listener`."""
+        self.publisher.session_ended()
+
     def use_reactor(self, reactor: Reactor) -> None:
         """Nodes for streams may be chosen in its thread from now on."""
         self._scripts.use_reactor(reactor)

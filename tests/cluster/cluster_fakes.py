@@ -36,6 +36,10 @@ class Told(Nobody):
         if self.publisher is not None:
             self.publisher.hear_end(server_id, placed_ms)
 
+    def may_have_missed(self) -> None:
+        if self.publisher is not None:
+            self.publisher.session_ended()
+
 
 class NoThreads(Threads):
     """Calls where they are made: threads do not jump with the clock. A call of `slow` seconds is a sleep of the fake clock."""
