@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 LOOK_S: Final = 1.0
 """How often it is looked for logins that have ended, and for servers that are down."""
+STOOD_STILL: Final = 0.25
+"""Of `cluster.down_s`: this relay's process did not run for so long."""
 MAX_LATER: Final = 1_024
 """Extensions that wait for the store. What finds no room is tried with the next request."""
 AT_ONCE: Final = 4
@@ -251,7 +253,10 @@ class LoginGate:
 
     async def _look(self) -> None:
         while True:
+            began = trio.current_time()
             await trio.sleep(LOOK_S)
+            if trio.current_time() - began - LOOK_S > self._timing.down_s * STOOD_STILL:
+                self._silent_since.clear()
             reservations = self.reservations
             if reservations is None or not reservations.upkeep.has_read:
                 continue
@@ -264,7 +269,8 @@ class LoginGate:
     def _free_dead_servers(self, reservations: Reservations) -> None:
         """A server that has said nothing for `cluster.down_s`, while this relay could hear it, has no logins any more.
 
-        One that was silent before this relay began gets as long again: after a rest of all relays the first one must not end everything.
+        One that was silent before this relay began, or while it stood still, gets as long again: after a rest of all relays the first one
+        must not end everything, and what was said while this relay stood still it has not read yet.
         """
         now = self._view.now
         for server_id, standing in list(reservations.holders.standings().items()):

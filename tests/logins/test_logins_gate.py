@@ -2,6 +2,7 @@
 
 import json
 import sqlite3
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -311,6 +312,28 @@ class Silence:
 
     def get(self, server_id: RelayId, now: float) -> "Silence":
         return self
+
+
+async def test_a_relay_that_stood_still_ends_nobodys_login(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fxrelay.logins.gate.LOOK_S", 0.05)
+    async with open_rig(tmp_path, SIMPLE, N1) as rig, trio.open_nursery() as nursery:
+        await until(lambda: rig.relay.reservations.upkeep.has_read)
+        await rig.ask(Service([answer(302)]))
+        silence = Silence()
+        silence.state = MemberState.UP
+        gate = LoginGate(rig.gate.chooser, silence, HeldLogin, Timing(1.0, 3.0))  # type: ignore[arg-type]
+        gate.reservations = rig.relay.reservations
+        nursery.start_soon(gate._look)
+        await until(lambda: gate._silent_since == {N1: None})
+        silence.state = MemberState.DOWN
+        time.sleep(1.0)  # noqa: ASYNC251 - as if the process had been stopped; what it has not read yet makes everybody look dead
+        await until(lambda: gate._silent_since.get(N1) is not None)
+        assert rig.users == {N1: "ann"}
+        silence.state = MemberState.UP
+        await until(lambda: gate._silent_since == {N1: None})
+        silence.state = MemberState.DOWN
+        await rig.nothing_is_left()
+        nursery.cancel_scope.cancel()
 
 
 @pytest.mark.parametrize("was_heard", [True, False])
