@@ -113,6 +113,10 @@ class Brain:
         """See `Listener`."""
         self.publisher.hear_end(server_id, placed_ms)
 
+    def may_have_missed(self) -> None:
+        """See `Listener`."""
+        self.publisher.session_ended()
+
     def use_reactor(self, reactor: Reactor) -> None:
         """Nodes for streams may be chosen in its thread from now on."""
         self._scripts.use_reactor(reactor)
@@ -134,8 +138,9 @@ class Brain:
 
     @property
     def problems(self) -> tuple[str, ...]:
-        """What is wrong with what this node says about itself."""
-        return tuple(self._gatherer.problems)
+        """What is wrong with what this node says about itself, and with a store that is to remember reservations."""
+        doubt = self.reservations.store_doubt if self.reservations is not None else ""
+        return (*self._gatherer.problems, *((doubt,) if doubt else ()))
 
     @property
     def dropped(self) -> dict[str, int]:

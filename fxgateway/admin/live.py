@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from fxgateway.admin.view import DoorStatus, RelayState, RelayStatus, Totals
 from fxgateway.doors.doors import Doors
-from fxgateway.routing.table import Readiness
+from fxgateway.routing.offers import Readiness
 from fxgateway.tunnels.live_relay import LiveRelay
 from fxgateway.tunnels.registry import Registry
 from fxtunnel import __version__

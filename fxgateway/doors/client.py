@@ -34,6 +34,7 @@ class Client(Splice):
         "last_bytes",
         "moved_at",
         "named",
+        "relay_name",
         "service",
         "tags",
         "trace",
@@ -52,6 +53,8 @@ class Client(Splice):
         """If the access log was on when it came."""
         self.named = ""
         """The client's ip:port if it was told (at first by accept, or a PROXY header); else the socket knows it."""
+        self.relay_name = ""
+        """The relay on which its stream was opened last, wherever the journey leads next; empty before any was."""
         self.last_bytes = 0
         self.moved_at = door.reactor.now
         self.journey = _AT_THE_START
@@ -95,11 +98,6 @@ class Client(Splice):
         """Nobody serves it."""
         self.door.refused(reason)
         self.abort()
-
-    @property
-    def relay_name(self) -> str:
-        """The relay that was asked last; empty before any was."""
-        return self.journey.last
 
     def on_accept(self) -> None:
         """See `Endpoint`."""
@@ -184,7 +182,7 @@ class Client(Splice):
             match step:
                 case Ask():
                     session = step.relay.session_for_stream()
-                    if session is not None and self._open(session, peer, early):
+                    if session is not None and self._open(session, step.relay.relay_id, peer, early):
                         return True
                     self.journey = step.journey.refused()
                 case PassOn():
@@ -197,7 +195,7 @@ class Client(Splice):
                 case _:
                     assert_never(step)
 
-    def _open(self, session: Session, peer: str, early: bytes) -> bool:
+    def _open(self, session: Session, relay_id: RelayId, peer: str, early: bytes) -> bool:
         """Open the stream on this session. What fails after that ends the stream with the client."""
         journey = self.journey
         tags = encode_tag(TAG_CLIENT, peer) + self.tags if peer else self.tags
@@ -206,6 +204,7 @@ class Client(Splice):
         stream = session.open_stream(tags, self)
         if stream is None:
             return False
+        self.relay_name = relay_id
         self.join(session, stream)
         self._open_ends_at = session.mux.ring.head + len(session.mux.overflow)
         self.door.opening[self] = self.reactor.now

@@ -5,7 +5,7 @@ from functools import partial
 
 from fxgateway.doors.door import CLIENT_OPTIONS, Door, DoorConfig, DoorRelays
 from fxgateway.routing.admission import Admission
-from fxgateway.routing.table import Forward
+from fxgateway.routing.offers import Forward
 from fxtunnel.engine.reactor import Reactor
 from fxtunnel.kit.listeners import Inherited, bound_address, listen
 
@@ -92,7 +92,7 @@ class Doors:
             self._close(key)
 
     def _is_served(self, door: Door) -> bool:
-        decisions = (self._relays.routes.decide(service) for service in door.services)
+        decisions = (self._relays.offers.decide(service) for service in door.services)
         return all(isinstance(decision, Forward) for decision in decisions)
 
     def abort_all(self) -> None:

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from fxgateway.routing.table import Readiness
+from fxgateway.routing.offers import Readiness
 from fxtunnel.model import RelayId
 
 if TYPE_CHECKING:

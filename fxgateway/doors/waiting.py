@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from fxgateway.routing.table import Forward, Readiness
+from fxgateway.routing.offers import Forward, Readiness
 from fxtunnel.model import RelayId, ServiceName
 
 if TYPE_CHECKING:
@@ -30,5 +30,5 @@ def _is_served_now(relays: "DoorRelays", service: ServiceName, tried: tuple[Rela
     if target is not None:
         relay = relays.named(target)
         return relay is not None and relay.readiness < Readiness.HELD
-    decision = relays.routes.decide(service, tried)
+    decision = relays.offers.decide(service, tried)
     return isinstance(decision, Forward) and decision.relay.readiness < Readiness.HELD

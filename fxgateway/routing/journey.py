@@ -4,7 +4,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Final, Generic, Literal, NamedTuple, Protocol, TypeVar
 
-from fxgateway.routing.table import Candidate, Forward, Reject, RejectReason
+from fxgateway.routing.offers import Candidate, Forward, Reject, RejectReason
 from fxtunnel.model import RelayId, ServiceName, is_name
 from fxtunnel.protocol.opening import MAX_AVOIDED
 
@@ -34,18 +34,18 @@ N = TypeVar("N", bound=Near)
 F = TypeVar("F", bound=Far)
 
 
-class Routes(Protocol[N, F]):
+class Offers(Protocol[N, F]):
     """Who offers what."""
 
     def decide(self, service: ServiceName, tried: Collection[RelayId] = ()) -> Forward[N] | Forward[F] | Reject:
-        """See `RouteTable`."""
+        """See `OfferTable`."""
 
 
 class Relays(Protocol[N, F]):
     """The relays that are there now."""
 
     @property
-    def routes(self) -> Routes[N, F]:
+    def offers(self) -> Offers[N, F]:
         """Who offers what."""
 
     def named(self, relay_id: RelayId) -> N | F | None:
@@ -67,17 +67,12 @@ class Journey(NamedTuple):
     """The next to be asked is the last of `asked`, if it is still there: what it redirected to has failed, or another process chose it."""
 
     @property
-    def last(self) -> str:
-        """The relay that was asked last, or to which it was redirected since; empty at the start."""
-        return self.target or (self.asked[-1] if self.asked else "")
-
-    @property
     def via(self) -> RelayId | None:
         """The relay whose REDIRECT leads to the next one."""
         return self.asked[-1] if self.target is not None else None
 
     def refused(self) -> "Journey":
-        """The relay that was asked cannot serve it: back to the one that redirected there, or on by the routes."""
+        """The relay that was asked cannot serve it: back to the one that redirected there, or on by the offers."""
         if self.target is None:
             return self
         return self._replace(target=None, avoid=(*self.avoid, self.target), asks_again=True)
@@ -141,7 +136,7 @@ def next_step(journey: Journey, service: ServiceName, relays: Relays[N, F]) -> S
         elif asks_again:
             relay = relays.named(asked[-1])
         if relay is None:
-            decision = relays.routes.decide(service, asked)
+            decision = relays.offers.decide(service, asked)
             if isinstance(decision, Reject):
                 return GiveUp(decision.reason, journey)
             relay = decision.relay

@@ -2,7 +2,7 @@
 
 from typing import ClassVar, Literal
 
-from fxgateway.routing.table import Readiness
+from fxgateway.routing.offers import Readiness
 from fxgateway.tunnels.ports import ControlHandle
 from fxtunnel.engine.session import Session
 from fxtunnel.model import InstanceId, Offer, RelayId, SessionId

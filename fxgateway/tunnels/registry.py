@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-from fxgateway.routing.table import Readiness, RouteTable
+from fxgateway.routing.offers import OfferTable, Readiness
 from fxgateway.tunnels.live_relay import LiveRelay
 from fxgateway.tunnels.ports import ControlHandle, Departure
 from fxtunnel.codes import Code
@@ -40,7 +40,7 @@ class Registry:
     """
 
     def __init__(self, reactor: Reactor, config: SessionConfig, budget: WindowBudget, limits: RegistryLimits) -> None:
-        self.routes: RouteTable[LiveRelay] = RouteTable()
+        self.offers: OfferTable[LiveRelay] = OfferTable()
         self.is_draining = False
         self.resumed = 0
         self.on_change: Callable[[], None] = _nobody_listens
@@ -252,7 +252,7 @@ class Registry:
             if relay.link is not None and relay.hands_over:
                 relay.link.relieve()
             self._step_aside(relay)
-            self.routes.remove(relay_id)
+            self.offers.remove(relay_id)
             self.on_change()
 
     def begin_drain(self, deadline_s: float) -> None:
@@ -326,13 +326,13 @@ class Registry:
     def _offer(self, relay: LiveRelay, offers: tuple[Offer, ...]) -> None:
         self.on_change()
         relay.offers = offers
-        self.routes.put(relay, [offer.name for offer in offers])
+        self.offers.put(relay, [offer.name for offer in offers])
 
     def _expel(self, relay: LiveRelay, code: Code, text: str) -> None:
         # Out of the table first: streams that may be tried again must not find this relay.
         self.on_change()
         if self._relays.get(relay.relay_id) is relay:
-            self.routes.remove(relay.relay_id)
+            self.offers.remove(relay.relay_id)
             del self._relays[relay.relay_id]
         self._forget_leaving(relay)
         if relay.link is not None:
@@ -353,7 +353,7 @@ class Registry:
         if self._relays.get(relay.relay_id) is relay:
             self.on_change()
             del self._relays[relay.relay_id]
-            self.routes.remove(relay.relay_id)
+            self.offers.remove(relay.relay_id)
         self._forget_leaving(relay)
 
     def _forget_leaving(self, relay: LiveRelay) -> None:

@@ -5,7 +5,7 @@ from typing import Any, Final
 
 from fxgateway.doors.client import Client
 from fxgateway.doors.elsewhere import Elsewhere
-from fxgateway.routing.table import Forward, Readiness, Reject, RouteTable
+from fxgateway.routing.offers import Forward, OfferTable, Readiness, Reject
 from fxgateway.tunnels.live_relay import LiveRelay
 from fxgateway.tunnels.registry import Registry
 from fxtunnel.model import InstanceId, RelayId, ServiceName
@@ -41,18 +41,18 @@ class FarRelay(Elsewhere):
 
 
 class AllRelays:
-    """Implements the doors' `DoorRelays`, and its own `routes`: the best of all, our own where two are alike."""
+    """Implements the doors' `DoorRelays`, and its own `offers`: the best of all, our own where two are alike."""
 
     def __init__(self, registry: Registry, pass_on: PassOn, catch_up: Callable[[], None]) -> None:
         self._registry = registry
         self._catch_up = catch_up
         self._pass_on = pass_on
-        self._table: RouteTable[Elsewhere] = RouteTable()
+        self._table: OfferTable[Elsewhere] = OfferTable()
         self._far: dict[RelayId, FarRelay] = {}
         self._told: dict[RelayId, list[Any]] = {}
 
     @property
-    def routes(self) -> "AllRelays":
+    def offers(self) -> "AllRelays":
         """See `Relays`."""
         return self
 
@@ -70,8 +70,8 @@ class AllRelays:
         return far if far is not None and far.readiness is not Readiness.NONE else None
 
     def decide(self, service: ServiceName, tried: Collection[RelayId] = ()) -> Forward[LiveRelay] | Forward[Elsewhere] | Reject:
-        """See `RouteTable`."""
-        near, far = self._registry.routes.decide(service, tried), self._table.decide(service, tried)
+        """See `OfferTable`."""
+        near, far = self._registry.offers.decide(service, tried), self._table.decide(service, tried)
         if isinstance(near, Reject) and isinstance(far, Reject):
             self._catch_up()  # before a client is turned away
             far = self._table.decide(service, tried)

@@ -29,6 +29,7 @@ def pack(client: Client, early: bytes, named: str) -> Message:
         "trace": client.trace,
         "tags": _text(client.tags),
         "journey": client.journey,
+        "relay": client.relay_name,
         "early": _text(early),
         "has_ended": client.has_ended,
         "words": None if words is None else [_text(words.accept), _text(words.instead), _text(words.greeting), words.is_greeted],
@@ -50,7 +51,7 @@ def unpack(door: Door, sock: socket.socket, message: Message) -> tuple[Client, b
         client.tags = _bytes(message["tags"])
         accept, instead, greeting, is_greeted = message["words"]
         client.words = Words(_bytes(accept), _bytes(instead), _bytes(greeting), bool(is_greeted))
-    client.trace, client.named = message["trace"], message["named"]
+    client.trace, client.named, client.relay_name = message["trace"], message["named"], message["relay"]
     if is_recorded:
         client.diary = _diary(message["diary"], client)
     client.journey = Journey._make(tuple(field) if isinstance(field, list) else field for field in message["journey"])

@@ -44,7 +44,7 @@ class ClusterStatus:
 
     `nodes` counts servers by state, `switched_off` is what administrators have switched off, by node, as far as this relay has heard,
     `updates` received server objects by what became of them, and what else was dropped; `failures` decisions without a node.
-    `problems` is what is wrong with this node's static data and metadata.
+    `problems` is what is wrong with this node's static data and metadata, and why the store may forget reservations.
     """
 
     store_down_s: float

@@ -232,7 +232,7 @@ def abandon(record: Record, entry_id: str, at: Moment) -> Record:
 
 
 def commit(record: Record, entry_id: str, login: Login, relogin: OwnerRelogin, at: Moment, elsewhere: str = "") -> Granted | Rejected:
-    """Step 5, as one atomic operation; only who is granted may be let in. Repeating it with the same login changes nothing.
+    """Step 5, as one atomic operation; only who is granted may be let in. Repeating it with the same login changes no login.
 
     The literal algorithm asks for the entry alone. Then a login that was selected from a list made before somebody else's commit enters
     after that commit has cleared the entries, finds its own, and there are two users: so the logins themselves are asked here. `elsewhere`
@@ -240,7 +240,7 @@ def commit(record: Record, entry_id: str, login: Login, relogin: OwnerRelogin, a
     """
     record = purge(record, at)
     if any((known.login_id, known.user) == (login.login_id, login.user) for known in record.logins):
-        return Granted(record, record.token, False)
+        return Granted(abandon(record, entry_id, at), record.token, False)
     own = [known for known in record.logins if known.outlasts]
     if record.holder not in ("", login.user):
         return Rejected(abandon(record, entry_id, at), Reason.RESERVED, record.holder)

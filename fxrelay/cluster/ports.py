@@ -93,6 +93,10 @@ class Store(Protocol):
     def skipped(self) -> int:
         """Documents read, each time it was, that no member of ours would have written."""
 
+    @property
+    def doubt(self) -> str:
+        """Why it may forget what it has acknowledged, as far as it told when `epoch` was asked for last; empty: nothing speaks for that."""
+
     def epoch(self) -> str:
         """Changes whenever the store may have forgotten something: another Redis run_id without AOF, another SQLite file."""
 

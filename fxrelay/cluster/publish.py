@@ -164,6 +164,9 @@ class Publisher:
                 self._early.take(trio.current_time())
             try:
                 await self._publish()
+            except Exception:
+                self._changed.set()  # what was to be told is told by the next one
+                raise
             finally:
                 self._tried.set()
                 self._updated_at = trio.current_time()

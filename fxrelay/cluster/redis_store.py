@@ -25,6 +25,7 @@ PART: Final = 64
 MAX_READ: Final = 1 << 20
 """Documents of one collection; what goes on after that is no collection of ours."""
 _RUN_ID: Final = re.compile(rb"^run_id:([0-9a-f]{40})\r?$", re.MULTILINE)
+_SYNCS: Final = ("always", "everysec", "no")
 _EPOCH: Final = re.compile(rb"[0-9a-f]{32}")
 
 _CLOCK: Final = """
@@ -64,6 +65,7 @@ class RedisStore:
     def __init__(self, client: RedisClient) -> None:
         self._client = client
         self.skipped = 0
+        self.doubt = ""
         self._updates = Updates(client, Batches(client), self._epoch_of)
         self._known_epoch: tuple[tuple[bytes, bytes], str] | None = None
 
@@ -75,7 +77,10 @@ class RedisStore:
         found = _RUN_ID.search(server)
         if found is None:
             raise self._not_ours("INFO without a run_id")
-        forgets = b"aof_enabled:1" not in persistence or b"connected_slaves:0" not in replication or not self._syncs_always()
+        has_log = b"aof_enabled:1" in persistence
+        sync = self._sync() if has_log and self._client.is_one_server else ""
+        forgets = not has_log or b"connected_slaves:0" not in replication or sync != "always"
+        self.doubt = self._doubt(sync, has_log=has_log)
         stored = self._stored_epoch()  # even where nothing outlives the process: it is gone after FLUSHALL, which the run_id outlives
         epoch = f"run-{found[1].decode()}-{stored}" if forgets else f"kept-{stored}"
         self._known_epoch = ((found[1], stored.encode()), epoch)
@@ -179,16 +184,30 @@ class RedisStore:
             raise self._not_ours("a clock that is no number")
         return int(text)
 
-    def _syncs_always(self) -> bool:
-        if not self._client.is_one_server:
-            return False
+    def _sync(self) -> str:
+        """When it writes its log to disk, as broker.json says, or itself; empty if nobody does."""
         if self._client.appendfsync:
-            return self._client.appendfsync == "always"
+            return self._client.appendfsync
         try:
             found = self._client.ask(lambda redis: redis.config_get("appendfsync"))
         except StoreError:
-            return False  # whoever may read this may read Redis's passwords too, so few may: then take it that something may be lost
-        return isinstance(found, dict) and found.get("appendfsync") in ("always", b"always")
+            return ""  # whoever may read this may read Redis's passwords too, so few may: then take it that something may be lost
+        sync = found.get("appendfsync") if isinstance(found, dict) else None
+        return next((known for known in _SYNCS if sync in (known, known.encode())), "")
+
+    def _doubt(self, sync: str, *, has_log: bool) -> str:
+        said = self._client.appendfsync
+        if not has_log:
+            though = f', though broker.json says "appendfsync": "{said}"' if said else ""
+            return f"{self._client.name} keeps no append-only file{though}: when it restarts, it has forgotten who has which server"
+        if not self._client.is_one_server or sync == "always":
+            return ""
+        if not sync:
+            return (
+                f"{self._client.name} may not be asked whether it writes to disk before it answers; where its appendfsync is always, "
+                "say so in broker.json: until then each of its restarts counts as a loss of memory"
+            )
+        return f"{self._client.name} has appendfsync {sync}: when it restarts, it may have forgotten who was given a server last"
 
     def _stored_epoch(self) -> str:
         key = self._client.key("epoch")

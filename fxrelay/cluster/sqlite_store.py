@@ -35,6 +35,7 @@ class SqliteStore:
     def __init__(self, path: Path) -> None:
         self._file = SqliteFile(path)
         self.skipped = 0
+        self.doubt = ""
 
     def epoch(self) -> str:
         """Written into the file when it was made. Raises StoreError."""

@@ -45,6 +45,9 @@ class Listener(Protocol):
     def hear_end(self, server_id: RelayId, placed_ms: int) -> None:
         """A placement has ended: where, and when it was placed."""
 
+    def may_have_missed(self) -> None:
+        """Others' news may not have been heard for a while; they are again."""
+
 
 class Nobody:
     """Implements `Listener` where a view is only looked at."""
@@ -57,6 +60,9 @@ class Nobody:
         return True
 
     def hear_end(self, server_id: RelayId, placed_ms: int) -> None:
+        """See `Listener`."""
+
+    def may_have_missed(self) -> None:
         """See `Listener`."""
 
 
@@ -157,6 +163,7 @@ class ClusterView:
         """Changes arrive at once."""
         if self._was_live and not self._live:
             logger.warning("live updates are heard again")
+            self._listener.may_have_missed()
         self._live = self._was_live = True
         self._look()
 

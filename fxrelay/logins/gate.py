@@ -5,12 +5,11 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Final, assert_never
+from typing import Final
 
 import trio
 
 from fxrelay.balance.holders import of_others
-from fxrelay.balance.login_attempt import Happening
 from fxrelay.balance.seating import SeatRules
 from fxrelay.cluster.members import MemberState
 from fxrelay.cluster.view import ClusterView
@@ -21,7 +20,7 @@ from fxrelay.logins.recognising import Kind, kind_of, login_id_of, shown_tokens
 from fxrelay.logins.rules import LoginRules
 from fxrelay.reserving.kept import find_login, is_kept
 from fxrelay.reserving.leases import Terms
-from fxrelay.reserving.reservations import Entered, Reservations
+from fxrelay.reserving.reservations import Reservations
 from fxrelay.web.ports import HeldRequest, NodeChooser, Passage, RequestFacts, Unable
 from fxtunnel.kit.answers import Refused
 from fxtunnel.kit.jwt_keys import TokenVerifier
@@ -32,8 +31,10 @@ logger = logging.getLogger(__name__)
 
 LOOK_S: Final = 1.0
 """How often it is looked for logins that have ended, and for servers that are down."""
+STOOD_STILL: Final = 0.25
+"""Of `cluster.down_s`: this relay's process did not run for so long."""
 MAX_LATER: Final = 1_024
-"""Entries and extensions that wait for the store. What finds no room expires, or is tried with the next request."""
+"""Extensions that wait for the store. What finds no room is tried with the next request."""
 AT_ONCE: Final = 4
 _ANY: Final = Passage()
 _UNAVAILABLE: Final = "ReservationsUnavailable"
@@ -78,14 +79,6 @@ class Timing:
 
 
 @dataclass(frozen=True, slots=True)
-class _TakeOut:
-    """The login came to nothing."""
-
-    entered: Entered
-    why: Happening
-
-
-@dataclass(frozen=True, slots=True)
 class _Extend:
     """The login lasts for `ttl_ms` from now."""
 
@@ -117,14 +110,14 @@ class LoginGate:
         self._guarded: frozenset[ServiceName] = frozenset()
         self._watchers: dict[str, set[Callable[[], None]]] = {}
         self._gone: dict[str, float] = {}
-        self._later_in, self._later_out = trio.open_memory_channel[_TakeOut | _Extend](MAX_LATER)
+        self._later_in, self._later_out = trio.open_memory_channel[_Extend](MAX_LATER)
 
     def reconfigure(self, services: Mapping[ServiceName, LoginService], guarded: frozenset[ServiceName] = frozenset()) -> None:
         """What services say about logins from now on. `guarded` have none, and keep off nodes that are somebody else's."""
         self._services, self._guarded = dict(services), guarded
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Take out entries that came to nothing, end logins of dead servers, and end what hangs on ended logins; until cancelled."""
+        """Tell the store of logins that last longer, end those of dead servers, and end what hangs on ended logins; until cancelled."""
         async with trio.open_nursery() as nursery:
             for _ in range(AT_ONCE):
                 nursery.start_soon(keep_going, "telling the store of logins", self._tell)
@@ -178,22 +171,10 @@ class LoginGate:
     def _closed(self, reservations: Reservations, user: str) -> frozenset[RelayId]:
         return frozenset(of_others(reservations.holders.users(self._view.now_ms), user))
 
-    def take_out(self, entered: Entered, why: Happening) -> None:
-        """The login came to nothing. Never waits."""
-        with suppress(trio.WouldBlock):  # then it expires
-            self._later_in.send_nowait(_TakeOut(entered, why))
-
     async def _tell(self) -> None:
-        async for what in self._later_out:
-            if self.reservations is None:
-                continue
-            match what:
-                case _TakeOut(entered, why):
-                    await self.reservations.reject(entered, why)
-                case _Extend(server_id, login_id, ttl_ms):
-                    await self.reservations.extend(server_id, login_id, ttl_ms)
-                case _:
-                    assert_never(what)
+        async for extend in self._later_out:
+            if self.reservations is not None:
+                await self.reservations.extend(extend.server_id, extend.login_id, extend.ttl_ms)
 
     def _kind(self, service: LoginService, request: RequestFacts) -> Kind:
         kind = kind_of(service.rules, request.method, request.path)
@@ -272,7 +253,10 @@ class LoginGate:
 
     async def _look(self) -> None:
         while True:
+            began = trio.current_time()
             await trio.sleep(LOOK_S)
+            if trio.current_time() - began - LOOK_S > self._timing.down_s * STOOD_STILL:
+                self._silent_since.clear()
             reservations = self.reservations
             if reservations is None or not reservations.upkeep.has_read:
                 continue
@@ -285,7 +269,8 @@ class LoginGate:
     def _free_dead_servers(self, reservations: Reservations) -> None:
         """A server that has said nothing for `cluster.down_s`, while this relay could hear it, has no logins any more.
 
-        One that was silent before this relay began gets as long again: after a rest of all relays the first one must not end everything.
+        One that was silent before this relay began, or while it stood still, gets as long again: after a rest of all relays the first one
+        must not end everything, and what was said while this relay stood still it has not read yet.
         """
         now = self._view.now
         for server_id, standing in list(reservations.holders.standings().items()):

@@ -2,6 +2,7 @@
 
 import logging
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -214,12 +215,19 @@ class HeldLogin:
         entry_id = ongoing.entered.attempt.attempt_id if ongoing.entered is not None else new_id()
         if key:
             attempts.drop(key)
-        attempts.keep(login_id_of(token) if token else entry_id, ongoing, now)
+        next_key = login_id_of(token) if token else entry_id
+        attempts.keep(next_key, ongoing, now)
         began_unix = int(self._gate.wall_clock() - (now - ongoing.began))
         cookie = self._service.passes.grant_try(
             Pass(ongoing.server_id, entry_id, began_unix), ENTRY_HARD_MS // 1000, secure=self._request.is_secure
         )
-        return Reply(answer, (cookie,))
+
+        def undo() -> None:
+            if not key:  # it was the first answer: nobody has anything to go on with
+                attempts.drop(next_key)
+                self._out(ongoing, Happening.CLIENT_GONE)
+
+        return Reply(answer, (cookie,), undo)
 
     async def _prove(self, token: str, ongoing: Ongoing) -> Proven:
         """Who has logged in, as the token proves; without keys for tokens, who he said he is.
@@ -250,7 +258,7 @@ class HeldLogin:
         return Proven(user, lasts_s)
 
     async def _commit(self, ongoing: Ongoing, entered: Entered, proven: Proven, token: str, answer: WholeAnswer) -> Reply | Lost:
-        """Step 5. Only who is granted gets his answer."""
+        """Step 5. Only who is granted gets his answer; without an answer, what was granted is given back."""
         service, reservations = self._service, self._reservations
         idle_s = service.rules.bounds.idle_s
         first_s = min(proven.lasts_s, idle_s) if idle_s else proven.lasts_s
@@ -260,13 +268,14 @@ class HeldLogin:
         )
         if not isinstance(hold, Hold):
             if hold.is_final:
-                self._gate.take_out(entered, Happening.REJECT)
                 raise _undecided(hold)
             return Lost(hold)
-        now_unix = self._gate.wall_clock()
-        found = Pass(hold.server_id, hold.login_id, int(now_unix + proven.lasts_s))
-        cookie = service.passes.grant(found, now_unix, secure=self._request.is_secure)
-        return Reply(answer, (cookie, *self._end_try()), lambda: reservations.release(hold))
+        with ExitStack() as claim:
+            claim.callback(reservations.release, hold)
+            now_unix = self._gate.wall_clock()
+            found = Pass(hold.server_id, hold.login_id, int(now_unix + proven.lasts_s))
+            cookie = service.passes.grant(found, now_unix, secure=self._request.is_secure)
+            return Reply(answer, (cookie, *self._end_try()), claim.pop_all().close)
 
     def _ongoing(self) -> tuple[str, Ongoing | None]:
         """The login that this request goes on with: by what it repeats, or by the browser's cookie."""
@@ -302,7 +311,7 @@ class HeldLogin:
         entered, ongoing.entered = ongoing.entered, None
         if entered is not None:
             ongoing.reserves = True
-            self._gate.take_out(entered, why)
+            self._reservations.reject(entered, why)
 
     def _end_try(self) -> tuple[bytes, ...]:
         passes = self._service.passes

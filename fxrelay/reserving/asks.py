@@ -46,10 +46,6 @@ class Asks:
         """Step 6, for a login that the store keeps by itself."""
         return Ask(server_id, lambda record, at, _: rule.extend(record, login_id, ttl_ms, at))
 
-    def abandon(self, server_id: str, entry_id: str) -> Ask[Record]:
-        """The login came to nothing."""
-        return Ask(server_id, lambda record, at, _: rule.abandon(record, entry_id, at))
-
     def commit(
         self, server_id: str, entry_id: str, login_id: str, user: str, relogin: OwnerRelogin, ttl_ms: int = 0
     ) -> Ask[Granted | Rejected]:
@@ -95,6 +91,10 @@ class Asks:
     def put_off(self, server_id: str, login_id: str, user: str) -> Ask[Record]:
         """Step 7, put off for a lease: the user has sessions there, or may have."""
         return Ask(server_id, lambda record, at, _: rule.put_off(record, login_id, self._lease_ms, at), user)
+
+    def give_up(self, server_id: str, entry_id: str, login_id: str, user: str) -> Ask[Record]:
+        """Whatever an attempt has left in the record, an entry or a login, nobody will use it. May be repeated."""
+        return Ask(server_id, lambda record, at, _: rule.release(rule.abandon(record, entry_id, at), login_id, 0, at), user)
 
     def release(self, server_id: str, login_id: str, user: str, linger_ms: int) -> Ask[Record]:
         """Step 7. May be repeated."""

@@ -3,12 +3,16 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Final
 
 import trio
 
 from fxrelay.balance.login_attempt import Attempt, Happening
 from fxrelay.balance.reservations import Token
 from fxtunnel.model import RelayId
+
+MAX_ENDING: Final = 4_096
+"""While the store does not answer; what strangers can cause is not kept beyond that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +42,7 @@ class Hold:
     is_ending: bool = False
     is_lost: bool = False
     not_before: float = 0.0
-    """When it may be released: a commit whose answer did not come may still be under way."""
+    """When it may be released: a step whose answer did not come may still be under way."""
     on_lost: list[Callable[[], None]] = field(default_factory=list)
     known_as: str = ""
     """The id of its login, if it is not the attempt's."""
@@ -51,6 +55,11 @@ class Hold:
     def login_id(self) -> str:
         """The id of its login in the record."""
         return self.known_as or self.attempt.attempt_id
+
+    @property
+    def is_unseen(self) -> bool:
+        """Whether this relay has not heard that it was granted: what is in the record of it, if anything, nobody will use."""
+        return not self.token.fence
 
     @property
     def is_kept(self) -> bool:
@@ -108,6 +117,11 @@ class Leases:
         hold.is_ending = True
         self._holds.pop(hold.login_id, None)
 
+    @property
+    def has_room(self) -> bool:
+        """Whether what would end by itself soon may be taken out besides."""
+        return len(self._ending) < MAX_ENDING
+
     def end(self, hold: Hold) -> None:
         """The login is over: it has to be taken out of its record. May be repeated."""
         if hold.is_ending or hold.is_lost:
@@ -130,6 +144,12 @@ class Leases:
     def ended(self, hold: Hold) -> None:
         """It is out of its record, or will be by its lease."""
         self._ending.pop(hold.login_id, None)
+
+    def was_granted(self, login_id: str) -> None:
+        """Keep this login in its record, though the answer to an earlier commit of it did not come."""
+        ending = self._ending.get(login_id)
+        if ending is not None and ending.is_unseen:
+            self.ended(ending)
 
     def lose(self, hold: Hold) -> None:
         """The server is the user's no more: whoever uses it hears of it."""

@@ -48,6 +48,11 @@ class Ledger:
         """The store's, as it was when it was last looked at; empty before."""
         return self._evidence.mark.epoch if self._evidence is not None else ""
 
+    @property
+    def doubt(self) -> str:
+        """Why the store may forget what it acknowledges; see `Store`."""
+        return self._store.doubt
+
     def look(self) -> Evidence:
         """Beat the mark, and see whether the store has forgotten anything."""
         self._store.epoch()  # asks a Redis whether it still keeps what it is told

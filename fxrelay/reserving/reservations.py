@@ -5,13 +5,15 @@ While the store does not answer nobody is let in; who is in stays (`upkeep.py`).
 
 import logging
 import secrets
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import Any, Final
 
 import trio
 
 from fxrelay.balance.login_attempt import Attempt, Happening
-from fxrelay.balance.reservations import Granted, OwnerRelogin, Reason, Record, Rejected
+from fxrelay.balance.reservations import ENTRY_TTL_MS, Granted, OwnerRelogin, Reason, Record, Rejected
 from fxrelay.cluster.ports import Store, Transporter
 from fxrelay.cluster.view import ClusterView
 from fxrelay.reserving.asks import Ask, T, WouldDo
@@ -74,6 +76,11 @@ class Reservations:
         """Why the store did not answer last; empty if it did."""
         return self._books.last_error
 
+    @property
+    def store_doubt(self) -> str:
+        """Why the store may forget who has which server; empty if nothing speaks for that."""
+        return self._books.ledger.doubt
+
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Keep what is held and follow the others until cancelled. Logins that are held then are left to their leases; see `close`."""
         async with trio.open_nursery() as nursery:
@@ -82,18 +89,22 @@ class Reservations:
             await nursery.start(self.upkeep.run)
             task_status.started()
 
-    async def enter(self, server_id: RelayId, user: str, address: str, attempt_id: str = "") -> Entered | NotEntered:
-        """Step 2: a login begins to be authenticated on a server; with the id of an earlier one, it goes on (step 4)."""
-        attempt = Attempt(attempt_id or new_id())
-        outcome = await self._do(self._books.asks.enter(server_id, attempt.attempt_id, user, address))
+    async def enter(self, server_id: RelayId, user: str, address: str) -> Entered | NotEntered:
+        """Step 2: a login begins to be authenticated on a server. Safe to cancel: an entry that was made all the same is taken out."""
+        attempt = Attempt(new_id())
+        silence = await self._silence()
+        if silence is not None:
+            return self._without_store(server_id, user, attempt, silence)
+        with self._unseen(server_id, "", attempt, ENTRY_TTL_MS) as outcomes:
+            outcomes.append(await self._books.do_soon(self._books.asks.enter(server_id, attempt.attempt_id, user, address)))
+        (outcome,) = outcomes
         if isinstance(outcome, StoreError):
             return self._without_store(server_id, user, attempt, outcome)
         entered, written = outcome
         self._books.learn(server_id, written)
         if isinstance(entered, Rejected):
             return self._refused(server_id, user, attempt, entered)
-        if not attempt_id:
-            self.tidings.happened(ENTERED, server_id, user, attempt.attempt_id)
+        self.tidings.happened(ENTERED, server_id, user, attempt.attempt_id)
         return Entered(server_id, attempt.after(Happening.ENTER))
 
     async def go_on(self, entered: Entered, user: str) -> Entered | NotEntered:
@@ -113,18 +124,17 @@ class Reservations:
     ) -> Hold | NotEntered:
         """Step 5: let an authenticated login in, or not. `user` is who it has proved to be. The attempt must be AUTHENTICATED.
 
-        `known_as` is the id of the login, where it is not the attempt's.
+        `known_as` is the id of the login, where it is not the attempt's. Safe to cancel. Whatever comes of it, its entry is taken out.
         """
         server_id, attempt = entered.server_id, entered.attempt
         entry_id, login_id = attempt.attempt_id, known_as or attempt.attempt_id
-        return await self._granted(
-            server_id,
-            user,
-            terms,
-            attempt,
-            self._books.asks.commit(server_id, entry_id, login_id, user, relogin, terms.lifetime_ms),
-            known_as,
-        )
+        ask = self._books.asks.commit(server_id, entry_id, login_id, user, relogin, terms.lifetime_ms)
+        with ExitStack() as unless_granted:
+            unless_granted.callback(self.reject, entered, Happening.REJECT)
+            answer = await self._granted(server_id, user, terms, attempt, ask, known_as)
+            if isinstance(answer, Hold) or not answer.is_final:  # the store has cleared it in the same step
+                unless_granted.pop_all()
+        return answer
 
     async def take(
         self,
@@ -158,12 +168,12 @@ class Reservations:
         for server_id in homes if not isinstance(homes, StoreError) else ():
             await self.look_at(RelayId(server_id), user)
 
-    async def reject(self, entered: Entered, why: Happening) -> None:
-        """The login failed, or nobody waits for it any more: its entry is taken out. What cannot be taken out expires."""
+    def reject(self, entered: Entered, why: Happening) -> None:
+        """The login failed, or nobody waits for it any more: its entry is taken out, as soon as the store answers. Never waits."""
         entered.attempt.after(why)
-        outcome = await self._books.do(self._books.asks.abandon(entered.server_id, entered.attempt.attempt_id))
-        if not isinstance(outcome, StoreError):
-            self._books.learn(entered.server_id, outcome[1])
+        # Without room for it, it expires; and a commit whose answer did not come is undone with its entry.
+        if self.leases.has_room and not self.leases.is_ending(entered.attempt.attempt_id):
+            self.leases.end(self._ghost(entered.server_id, "", entered.attempt, ENTRY_TTL_MS))
 
     def release(self, hold: Hold) -> None:
         """Step 7: the login has ended. Never waits; may be repeated."""
@@ -222,22 +232,13 @@ class Reservations:
         ask: Ask[Granted | Rejected],
         known_as: str = "",
     ) -> Hold | NotEntered:
-        silence = self._books.silence()
+        silence = await self._silence()
         if silence is not None:
-            await trio.lowlevel.checkpoint()
             return self._without_store(server_id, user, attempt, silence)
         began = self.leases.now
-        hold: Hold | None = None
-        outcome: tuple[Granted | Rejected, Written] | StoreError | None = None
-        try:
-            outcome = await self._books.do_soon(ask)
-        finally:
-            if not isinstance(outcome, tuple):
-                # It may have been let in all the same, and nobody will use it.
-                unseen = Terms(lifetime_ms=terms.lifetime_ms)
-                ghost = Hold(server_id, user, attempt, unseen, Record().token, 0, began, not_before=self.leases.now + CALL_S)
-                ghost.known_as, ghost.ends_ms = known_as, self._view.now_ms + terms.lifetime_ms
-                self.leases.end(ghost)
+        with self._unseen(server_id, user, attempt, terms.lifetime_ms, known_as) as outcomes:
+            outcomes.append(await self._books.do_soon(ask))
+        (outcome,) = outcomes
         if isinstance(outcome, StoreError):
             return self._without_store(server_id, user, attempt, outcome)
         granted, written = outcome
@@ -246,17 +247,42 @@ class Reservations:
             return self._refused(server_id, user, attempt, granted)
         hold = Hold(server_id, user, attempt.after(Happening.GRANT), terms, granted.token, granted.record.since_ms, began)
         hold.known_as, hold.ends_ms = known_as, self._view.now_ms + terms.lifetime_ms
+        self.leases.was_granted(hold.login_id)
         self.leases.add(hold)
         self.tidings.happened(COMMITTED, server_id, user, hold.login_id, granted.record)
         return hold
 
     async def _do(self, ask: Ask[T]) -> tuple[T, Written] | StoreError:
         """For somebody who waits, and can be told that the store is away."""
+        silence = await self._silence()
+        return silence if silence is not None else await self._books.do_soon(ask)
+
+    async def _silence(self) -> StoreError | None:
         silence = self._books.silence()
         if silence is not None:
             await trio.lowlevel.checkpoint()
-            return silence
-        return await self._books.do_soon(ask)
+        return silence
+
+    @contextmanager
+    def _unseen(
+        self, server_id: RelayId, user: str, attempt: Attempt, lifetime_ms: int, known_as: str = ""
+    ) -> Iterator[list[tuple[Any, Written] | StoreError]]:
+        """Around a step of the store's, whose outcome goes into the list. If none is seen, it may have been done all the same, and nobody
+        will use it: it is undone.
+        """
+        outcomes: list[tuple[Any, Written] | StoreError] = []
+        try:
+            yield outcomes
+        finally:
+            if not (outcomes and isinstance(outcomes[0], tuple)):
+                ghost = self._ghost(server_id, user, attempt, lifetime_ms)
+                ghost.known_as, ghost.not_before = known_as, self.leases.now + CALL_S
+                self.leases.end(ghost)
+
+    def _ghost(self, server_id: RelayId, user: str, attempt: Attempt, lifetime_ms: int) -> Hold:
+        hold = Hold(server_id, user, attempt, Terms(lifetime_ms=lifetime_ms), Record().token, 0, self.leases.now)
+        hold.ends_ms = self._view.now_ms + lifetime_ms
+        return hold
 
     def _without_store(self, server_id: RelayId, user: str, attempt: Attempt, exc: StoreError) -> NotEntered:
         self.tidings.rejected(server_id, user, attempt.attempt_id, NO_STORE)

@@ -52,7 +52,7 @@ class Upkeep:
     async def _keep_renewing(self, has_looked: trio.Event) -> None:
         # Five times a lease: after an outage that nobody notices, every holder is back before his lease is over (settling.py).
         every_s = self._books.config.lease_s / 5
-        warned_of = ""
+        warned_of = doubt = ""
         while True:
             try:
                 looked = await self._books.ask(self._books.ledger.look)
@@ -67,6 +67,9 @@ class Upkeep:
                     "the store is new, or has forgotten who has which server: none is given out for %.1f s",
                     looked.settles_in_ms(looked.seen_ms) / 1000,
                 )
+            doubt, doubted = self._books.ledger.doubt, doubt
+            if doubt and doubt != doubted:
+                logger.warning("%s", doubt)
             began = trio.current_time()
             limiter = trio.CapacityLimiter(AT_ONCE)
             async with trio.open_nursery() as nursery:
@@ -179,6 +182,8 @@ class Upkeep:
         return self._books.asks.renew(hold.server_id, hold.login_id, hold.user, hold.token, hold.since_ms, ttl_ms, is_for_sessions)
 
     def _releasing(self, hold: Hold) -> Ask[Record]:
+        if hold.is_unseen:
+            return self._books.asks.give_up(hold.server_id, hold.attempt.attempt_id, hold.login_id, hold.user)
         return self._books.asks.release(hold.server_id, hold.login_id, hold.user, hold.terms.linger_ms)
 
     def _released(self, hold: Hold, outcome: tuple[Record, Written] | Exception) -> None:
@@ -192,7 +197,7 @@ class Upkeep:
         _, written = outcome
         self._leases.ended(hold)
         self._books.learn(hold.server_id, written)
-        if hold.token.fence:
+        if not hold.is_unseen:
             self._books.tidings.happened(RELEASED, hold.server_id, hold.user, hold.login_id, written.record)
 
     async def _keep_reading(self) -> None:

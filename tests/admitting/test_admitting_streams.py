@@ -98,7 +98,7 @@ async def test_a_redirecting_relay_uses_nothing_and_the_node_does(contexts: Cont
             porter = porter_of(memory, name, owner=owners[name])
             relay = await add_guarded_relay(plane, porter, nodes.port, lambda: ticket, chooser=chooser, host=host)
             if name == "b":
-                plane.registry.routes.remove(relay.id)  # clients get there by redirects only
+                plane.registry.offers.remove(relay.id)  # clients get there by redirects only
         port = plane.add_door()
         assert await ask(port) == B.encode()
         assert first.asked[0][0].node == "b"

@@ -2,12 +2,14 @@
 
 import json
 import os
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import trio
 
 from fxrelay.balance.chain import decide
@@ -88,6 +90,18 @@ class Says:
         self.requests.append(request)
         self.asked.append([candidate.server_id for candidate in candidates])
         return self.verdict
+
+
+@contextmanager
+def no_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No thread can be started, as at a limit of tasks or of memory, and none is idle."""
+
+    def fails(*_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("trio._core._thread_cache.THREAD_CACHE", SimpleNamespace(start_thread_soon=fails))
+        yield
 
 
 class Bench:

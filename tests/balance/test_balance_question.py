@@ -9,15 +9,16 @@ from typing import Any
 import psutil
 import pytest
 import trio
-from balance_samples import PATIENCE_S, Bench, ids, open_bench, server_text
+from balance_samples import PATIENCE_S, Bench, ids, no_threads, open_bench, server_text
 
 from fxrelay.balance.chain import builtin
 from fxrelay.balance.chooser import Balancing, PoolChooser
 from fxrelay.balance.environment import ClusterEnvironment
 from fxrelay.balance.filters import Pool
 from fxrelay.balance.model import ChainEntry
+from fxrelay.balance.script_process import ScriptProcess
 from fxrelay.balance.ways import Ways
-from fxrelay.balance.workers import ScriptLimits, _Worker
+from fxrelay.balance.workers import ScriptLimits
 from fxrelay.cluster.members import Ages
 from fxrelay.cluster.ports import SERVERS, Message
 from fxrelay.cluster.threads import Threads
@@ -170,14 +171,14 @@ async def test_of_a_list_with_full_servers_retries_and_what_an_entry_left_over_o
 ) -> None:
     pytest.importorskip("_quickjs")
     sent: list[int] = []
-    pack = _Worker.pack
+    pack = ScriptProcess.pack
 
-    def noted(worker: _Worker, servers: Any) -> bytes:
+    def noted(worker: ScriptProcess, servers: Any) -> bytes:
         packed = pack(worker, servers)
         sent.append(len(packed))
         return packed
 
-    monkeypatch.setattr(_Worker, "pack", noted)
+    monkeypatch.setattr(ScriptProcess, "pack", noted)
     async with open_desk(tmp_path) as desk:
         for number in range(300):
             desk.hear(f"n{number:03}", sessions=50)
@@ -271,6 +272,37 @@ async def test_who_gives_up_kills_the_process(tmp_path: Path) -> None:
         asking.cancel()
         await until(lambda: first not in desk.processes())
         assert (told, len(desk.view.in_flight)) == ([], 0)
+
+
+async def test_without_a_thread_a_script_that_goes_wrong_is_answered_for_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with open_desk(tmp_path) as desk:
+        desk.bench.write("mine.py", HANGS.format("os._exit(3)"), 0o644)
+        desk.use(desk.bench.entry("python:mine:choose"))
+        await warm(desk)
+        (first,) = desk.processes()
+        desk.hear("e")
+        with no_threads(monkeypatch):
+            answer = await desk.soon()
+            assert isinstance(answer, NoNode)
+            assert answer.name == "ScriptDied"
+            assert first not in desk.processes()
+        answer = await desk.chooser.choose(WANTED, frozenset())
+        assert isinstance(answer, NoNode)
+        assert answer.name == "ScriptDied"
+
+
+async def test_without_a_thread_who_gives_up_kills_the_process_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with open_desk(tmp_path) as desk:
+        desk.bench.write("mine.py", HANGS.format("time.sleep(60)"), 0o644)
+        desk.use(desk.bench.entry("python:mine:choose"))
+        await warm(desk)
+        (first,) = desk.processes()
+        desk.hear("e")
+        asking = desk.chooser.choose_soon(WANTED, lambda _: None)
+        assert asking is not None
+        with no_threads(monkeypatch):
+            asking.cancel()
+        assert first not in desk.processes()
 
 
 async def test_closing_ends_a_process_that_was_asked(tmp_path: Path) -> None:

@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 import trio
-from balance_samples import Bench, eventually, failed, is_running, open_bench, worker_pids
+from balance_samples import Bench, eventually, failed, is_running, no_threads, open_bench, worker_pids
 
 from fxrelay.balance.answers import Answer
 from fxrelay.balance.entries import Script
 from fxrelay.balance.giving_way import NICE
 from fxrelay.balance.model import Chosen
-from fxrelay.balance.workers import ScriptLimits, _Worker
+from fxrelay.balance.script_process import ScriptProcess
+from fxrelay.balance.workers import ScriptLimits
 from fxrelay.cluster.priority import SLICE_NS
 from fxtunnel.model import RelayId
 from tests.scheduling import nice_of_session, slice_ns
@@ -48,6 +49,20 @@ async def test_a_killed_process_is_replaced_at_the_next_call(bench: Bench) -> No
     await eventually(lambda: not is_running(pid))
     assert await bench.ask(entry) == A
     assert bench.workers.started == 2
+
+
+@pytest.mark.parametrize("is_warm", [False, True])
+async def test_a_script_that_no_thread_can_ask_is_a_failure_with_its_reason(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, is_warm: bool
+) -> None:
+    bench.write("site_rules.py", "def choose(input): return 'a'\n")
+    entry = bench.entry("python:site_rules:choose")
+    if is_warm:
+        assert await bench.ask(entry) == A
+    with no_threads(monkeypatch):
+        verdict = failed(await bench.ask(entry))
+    assert (verdict.name, verdict.detail) == ("NoThread", "can't start new thread")
+    assert await bench.ask(entry) == A
 
 
 async def test_modules_that_lie_about_do_not_replace_others(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,18 +188,18 @@ async def test_a_cancelled_call_leaves_nothing_behind(bench: Bench, kind: str) -
 
 async def test_a_process_whose_call_was_over_when_it_was_cancelled_is_collected(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     entry = bench.js("() => 'a'")
-    call, scope = _Worker.call, trio.CancelScope()
+    call, scope = ScriptProcess.call, trio.CancelScope()
     token = trio.lowlevel.current_trio_token()
-    workers: list[_Worker] = []
+    workers: list[ScriptProcess] = []
 
-    def answered(worker: _Worker, *given: Any) -> Answer:
+    def answered(worker: ScriptProcess, *given: Any) -> Answer:
         answer = call(worker, *given)
         workers.append(worker)
         token.run_sync_soon(scope.cancel)
         time.sleep(0.2)
         return answer
 
-    monkeypatch.setattr(_Worker, "call", answered)
+    monkeypatch.setattr(ScriptProcess, "call", answered)
     with scope:
         await bench.ask(entry)
     assert scope.cancelled_caught

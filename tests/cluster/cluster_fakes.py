@@ -36,6 +36,10 @@ class Told(Nobody):
         if self.publisher is not None:
             self.publisher.hear_end(server_id, placed_ms)
 
+    def may_have_missed(self) -> None:
+        if self.publisher is not None:
+            self.publisher.session_ended()
+
 
 class NoThreads(Threads):
     """Calls where they are made: threads do not jump with the clock. A call of `slow` seconds is a sleep of the fake clock."""
@@ -70,6 +74,7 @@ class FakeStore:
     def __init__(self) -> None:
         self.collections: dict[str, dict[str, Document]] = {}
         self.error = ""
+        self.doubt = ""
         self.reads = 0
         self.ahead_ms = 0
         self.on_read: Callable[[str], None] = lambda collection: None

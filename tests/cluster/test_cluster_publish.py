@@ -299,3 +299,29 @@ async def test_who_comes_back_at_once_is_not_counted_twice_for_long(autojump_clo
         assert (len(node.said), len(node.view.in_flight)) == (3, 0)
         await trio.sleep(5)
         assert len(node.said) == 3
+
+
+async def test_an_end_that_may_have_been_missed_is_looked_for(autojump_clock: object, node: Node) -> None:
+    async with node.publishing():
+        node.told.publisher = node.publisher
+        node.view.live_updates_heard()
+        await trio.sleep(3)
+        assert len(node.said) == 1
+        node.view.live_updates_lost("too slow")
+        node.view.live_updates_heard()
+        await trio.sleep(1)
+        assert len(node.said) == 2
+
+
+async def test_an_update_that_fails_in_the_middle_is_made_again(
+    autojump_clock: object, node: Node, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with node.publishing():
+        await trio.sleep(3)
+        node.facts = {"sessions": object()}  # what is no JSON is an error of ours
+        node.publisher.session_ended()
+        await trio.sleep(1)
+        node.facts = {"sessions": 0}
+        await trio.sleep(2)
+        assert sessions_told(node) == [1, 0]
+    assert "begins again" in caplog.text

@@ -61,11 +61,35 @@ def test_the_access_list_of_the_documentation_is_enough(make_server: MakeServer,
 
 
 @pytest.mark.parametrize(
-    ("log", "said", "begin"), [("yes", "always", "kept-"), ("yes", "everysec", "run-"), ("yes", "", "run-"), ("no", "always", "run-")]
+    ("log", "said", "begin", "doubt"),
+    [
+        ("yes", "always", "kept-", "^$"),
+        ("yes", "everysec", "run-", "has appendfsync everysec"),
+        ("yes", "", "run-", "may not be asked .* broker.json"),
+        ("no", "always", "run-", 'keeps no append-only file, though broker.json says "appendfsync": "always"'),
+        ("no", "", "run-", "keeps no append-only file: when it restarts"),
+    ],
 )
-def test_a_user_who_may_not_ask_is_told_by_the_broker_file(make_server: MakeServer, log: str, said: str, begin: str) -> None:
+def test_a_user_who_may_not_ask_is_told_by_the_broker_file(make_server: MakeServer, log: str, said: str, begin: str, doubt: str) -> None:
     (rules, _) = re.findall(r"^ {4}ACL SETUSER fxrelay (.+)$", DOCUMENTATION.read_text().replace("fastx-cluster", "fx-test"), re.MULTILINE)
     server = make_server(f"appendonly {log}", "appendfsync always", f"user relay {rules.replace('>PASSWORD', '>secret')}")
     store = RedisStore(redis_client(server, username="relay", password="secret", appendfsync=said))
     assert store.epoch().startswith(begin)
+    assert re.search(doubt, store.doubt)
     store.close()
+
+
+def test_a_redis_that_may_be_asked_is_believed(make_server: MakeServer) -> None:
+    server = make_server(*plain(), "appendonly yes", "appendfsync everysec")
+    store = RedisStore(redis_client(server))
+    assert store.epoch().startswith("run-")
+    assert "has appendfsync everysec" in store.doubt
+    asked = redis_client(server)
+    asked.ask(lambda redis: redis.config_set("appendfsync", "always"))
+    assert store.epoch().startswith("kept-")
+    assert store.doubt == ""
+    asked.ask(lambda redis: redis.config_set("appendonly", "no"))
+    assert store.epoch().startswith("run-")
+    assert "keeps no append-only file: " in store.doubt
+    for closed in (store, asked):
+        closed.close()

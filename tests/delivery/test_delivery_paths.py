@@ -41,7 +41,7 @@ async def test_each_path_carries_everything_and_keeps_half_close(contexts: Conte
             await plane.quiet()
         other = ScriptedChooser()
         second = await add_pool_relay(plane, "b", other, nodes.port, host=B)
-        plane.registry.routes.remove(second.id)  # it is there, but clients get to it by redirects only
+        plane.registry.offers.remove(second.id)  # it is there, but clients get to it by redirects only
         where = A if path == "local" else B
         for size in SIZES:
             assert await ask(port, pattern(size)) == where.encode()
@@ -65,7 +65,7 @@ async def test_the_configuration_orders_the_paths(contexts: Contexts, order: tup
         relay = await add_pool_relay(plane, "a", chooser, nodes.port, host=A, paths=order)
         port = plane.add_door()
         second = await add_pool_relay(plane, "b", ScriptedChooser(), nodes.port, host=B)
-        plane.registry.routes.remove(second.id)
+        plane.registry.offers.remove(second.id)
         where = {"local": A, "redirect": B, "direct": C}[order[0]]
         assert await ask(port, b"x") == where.encode()
         assert relay.desk.counters.paths_by_service == {SERVICE: {order[0]: 1}}
@@ -97,7 +97,7 @@ async def test_another_path_when_the_node_redirected_to_refuses(contexts: Contex
         port = plane.add_door()
         other = ScriptedChooser(Spec("b", address=C))
         second = await add_pool_relay(plane, "b", other, nodes.port)
-        plane.registry.routes.remove(second.id)
+        plane.registry.offers.remove(second.id)
         assert await ask(port, pattern(size)) == C.encode()
         assert nodes.got[C] == [pattern(size)]
         assert first.desk.counters.paths_by_service == {SERVICE: {"redirect": 1, "direct": 1}}
@@ -128,7 +128,7 @@ async def test_another_path_when_the_relay_redirected_to_is_lost_before_it_accep
         await add_pool_relay(plane, "a", chooser, nodes.port)
         port = plane.add_door()
         second = await add_pool_relay(plane, "b", ScriptedChooser(), nodes.port, host=B)
-        plane.registry.routes.remove(second.id)
+        plane.registry.offers.remove(second.id)
         second.redials = False
         assert second.wire is not None
         second.wire.silence()
@@ -201,7 +201,7 @@ async def test_a_hanging_path_leaves_time_for_the_next(contexts: Contexts) -> No
             (pool,) = relay.table.services()
             local = await add_pool_relay(plane, "spare", ScriptedChooser(), nodes.port, host=A)
             relay.table.replace([type(pool)(SERVICE, A, hanging, local.table.services()[0].endpoints)])  # type: ignore[call-arg]
-            plane.registry.routes.remove(RelayId("spare"))
+            plane.registry.offers.remove(RelayId("spare"))
             assert await ask(plane.add_door(), b"early") == A.encode()
             assert nodes.got[A] == [b"early"]
 
@@ -213,7 +213,7 @@ async def test_via_serves_here_or_refuses(contexts: Contexts) -> None:
         first = await add_pool_relay(plane, "a", ScriptedChooser(Spec("b", can_redirect=True)), nodes.port)
         port = plane.add_door()
         second = await add_pool_relay(plane, "b", ScriptedChooser(), nodes.port, host=B)
-        plane.registry.routes.remove(second.id)
+        plane.registry.offers.remove(second.id)
         placer, second.desk.placer = second.desk.placer, None
         assert await ask(port, b"x") == B.encode()
         assert placer is not None

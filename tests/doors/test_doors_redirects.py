@@ -40,7 +40,7 @@ async def test_a_relay_that_was_redirected_to_redirects_nobody(contexts: Context
 
             monkeypatch.setattr(relays[name].desk, "_deliver", redirect)
         for name in "bc":
-            plane.registry.routes.remove(relays[name].id)
+            plane.registry.offers.remove(relays[name].id)
         await refused(plane.add_door())
         assert [(opening.via, opening.avoid) for opening in openings] == [(None, ()), ("a", ()), (None, ("b",))]
         assert relays["c"].far_session.mux.opened == 0

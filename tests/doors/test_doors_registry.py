@@ -74,7 +74,7 @@ async def test_relay_is_forgotten_when_link_and_sessions_are_gone(contexts: Cont
         with trio.fail_after(10):
             while plane.registry.relays():
                 await trio.sleep(0.01)
-        assert plane.registry.routes.services() == {}
+        assert plane.registry.offers.services() == {}
         await refused(port)
 
 

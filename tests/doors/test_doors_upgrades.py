@@ -8,7 +8,7 @@ from plane import OPEN_LIMITS, Contexts, ControlLink, open_plane
 from fxgateway.doors.door import DoorConfig
 from fxgateway.doors.doors import Doors
 from fxgateway.routing.admission import Admission
-from fxgateway.routing.table import Readiness
+from fxgateway.routing.offers import Readiness
 from fxgateway.tunnels import registry as registry_module
 from fxgateway.tunnels.ports import Departure
 from fxtunnel.codes import Code

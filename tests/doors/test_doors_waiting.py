@@ -116,14 +116,14 @@ async def test_a_crowd_asks_once_whether_there_is_a_better_way(contexts: Context
             while len(plane.doors[0].opening) < len(streams):
                 await trio.sleep(0.01)
         asked = 0
-        decide = plane.registry.routes.decide
+        decide = plane.registry.offers.decide
 
         def counting(*args: object) -> object:
             nonlocal asked
             asked += 1
             return decide(*args)  # type: ignore[arg-type]  # as it was called
 
-        monkeypatch.setattr(plane.registry.routes, "decide", counting)
+        monkeypatch.setattr(plane.registry.offers, "decide", counting)
         await trio.sleep(1.2)
         assert 0 < asked <= 4
         monkeypatch.undo()

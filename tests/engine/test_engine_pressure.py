@@ -1,16 +1,19 @@
 """A reader that stops stops only itself, and costs no more than its window."""
 
+import gc
 import socket
 
 import pytest
 import trio
-from peers import connect, echo, exchange, pattern, receive_exactly, reset
+from peers import connect, echo, exchange, hanging_port, pattern, receive_exactly, reset, until_reset
 from plane import Contexts, RelaySide, open_plane
 
-from fxrelay.delivery.delivery import DeliveryLimits
+from fxgateway.doors.client import Client
+from fxrelay.delivery.delivery import Delivery, DeliveryLimits
 from fxtunnel.codes import Code
 from fxtunnel.engine.ports import SessionConfig
 from fxtunnel.engine.turns import BESIDE_BYTES, SPARSE_BYTES, SPARSE_TURN_BYTES
+from fxtunnel.protocol.stream import Stream
 
 MIB = 1 << 20
 
@@ -239,10 +242,19 @@ async def test_slow_reader_at_the_other_end_of_a_small_buffer(contexts: Contexts
             assert await stream.receive_some(1) == b""
 
 
+def left(*kinds: type) -> int:
+    """Objects of these kinds that somebody still holds."""
+    gc.collect()
+    return sum(isinstance(found, kinds) for found in gc.get_objects())
+
+
 async def test_many_open_and_reset_leave_nothing(contexts: Contexts) -> None:
+    kinds = (Client, Delivery, Stream)
+    before = left(*kinds)
     async with open_plane(contexts) as plane:
         relay = await plane.add_relay(await plane.serve(echo))
         port = plane.add_door()
+        handlers = len(plane.reactor._handlers)
 
         async def one(number: int) -> None:
             stream = await connect(port)
@@ -259,3 +271,28 @@ async def test_many_open_and_reset_leave_nothing(contexts: Contexts) -> None:
         await plane.quiet()
         assert not relay.session._turns.waiting
         assert not relay.far_session._turns.waiting
+        assert len(plane.reactor._handlers) == handlers
+        assert len(plane.reactor._timers) < 40, "as many as do their rounds, not one for each that came"
+        assert left(*kinds) == before
+
+
+async def test_relays_that_go_before_they_answer_leave_nothing(contexts: Contexts) -> None:
+    kinds = (Client, Delivery, Stream)
+    before = left(*kinds)
+    async with open_plane(contexts) as plane:
+        port = plane.add_door()
+        with hanging_port() as nowhere:
+            for run in range(20):
+                relay = await plane.add_relay(nowhere, name=f"r{run}")
+                clients = [await connect(port) for _ in range(10)]
+                for client in clients[:5]:
+                    await client.send_all(b"early")
+                with trio.fail_after(10):
+                    while len(relay.desk.connecting) < len(clients):
+                        await trio.sleep(0.01)
+                relay.far_session.close(Code.SHUTDOWN)
+                for client in clients:
+                    assert await until_reset(client, 10) == b""
+                    await client.aclose()
+        await plane.quiet()
+        assert left(*kinds) == before

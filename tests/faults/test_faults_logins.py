@@ -3,29 +3,30 @@
 import contextlib
 import logging
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import trio
 from sabotage import FAULTS, LIMIT, Fault, lines_about, sabotage
 
-from fxrelay.balance.login_attempt import Happening
+from fxrelay.balance.reservations import Login
 from fxrelay.cluster.members import Ages
 from fxrelay.cluster.view import ClusterView
 from fxrelay.delivery.ports import Node, NoNode, Wanted
 from fxrelay.logins.gate import AT_ONCE, LoginGate, Timing
 from fxrelay.logins.login import HeldLogin
-from fxrelay.logins.rules import FASTX3, LoginRules
-from fxrelay.reserving.reservations import Entered, Reservations
-from fxrelay.web.ports import WholeAnswer
+from fxrelay.logins.rules import FASTX3, Bounds, LoginRules
+from fxrelay.reserving.ledger import Ledger
+from fxrelay.web.ports import Reply, WholeAnswer
 from fxtunnel.model import RelayId
 from tests.logins.login_rig import N1, SIMPLE, SITE, Chooser, Claim, Rig, Service, answer, open_rig, pass_of, stage, success
-from tests.reservations.test_reservations_service import until
+from tests.reservations.test_reservations_service import LEASE_S, until
 
 WAITS = 20
 """After so many each of the loops has been round."""
-GIVES_NOTHING_BACK = frozenset({"Books.do_all", "HeldLogin._go_on"})
-"""What the store was asked for and nobody heard of, and a login that can be gone on with: these entries expire."""
+IDLE_S = 40.0
+SHORT_MS = 20_000
 
 
 class CountedClaim(Claim):
@@ -76,7 +77,10 @@ async def logs_in_by_stages(rig: Rig, user: str) -> None:
 
 
 @pytest.mark.parametrize(("rules", "login"), [(SIMPLE, logs_in_at_once), (FASTX3, logs_in_by_stages)], ids=["at once", "by stages"])
-async def test_a_login_fails_alone(tmp_path: Path, rules: LoginRules, login: Callable[[Rig, str], Awaitable[None]]) -> None:
+async def test_a_login_fails_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rules: LoginRules, login: Callable[[Rig, str], Awaitable[None]]
+) -> None:
+    monkeypatch.setattr("fxrelay.reserving.reservations.CALL_S", 0.2)
     hits = 0
     async with open_rig(tmp_path, rules) as rig:
         chooser = rig.gate.chooser = OwnServers(rig)
@@ -100,14 +104,21 @@ async def test_a_login_fails_alone(tmp_path: Path, rules: LoginRules, login: Cal
             assert not len(rig.gate.quota), where
             assert all(claim.released == 1 for claim in chooser.claims), where
             assert not any(ongoing.is_busy for ongoing in rig.gate.attempts._ongoing.values()), where
+            going_on = {ongoing.user for ongoing in rig.gate.attempts._ongoing.values()}
+            await until(lambda rest=set(users) - going_on: not entered(rig) & rest)
             for user in set(users) - set(done_by):  # what is left of the first try, an entry at most, keeps nobody out
                 await login(rig, user)
             await until(lambda: not rig.users)
-            hit_there = {user for user, tree in zip(users, done.trees, strict=True) if tree.where.rpartition(" ")[2] in GIVES_NOTHING_BACK}
-            await until(lambda rest=set(users) - hit_there: not rig.relay.reservations.holders.wanted(0) & rest)
+            await until(lambda: not entered(rig))
             if not done.hit:
                 break
     assert hits >= 4 * len(FAULTS)
+
+
+def entered(rig: Rig) -> set[str]:
+    """Servers with entries, as the store has it."""
+    ledger = Ledger(rig.relay.store, RelayId("looks"), LEASE_S)
+    return {server_id for server_id, record in ledger.records() if record.entries}
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: type(fault()).__name__)
@@ -118,7 +129,7 @@ async def test_the_loops_of_the_gate_go_on(
     monkeypatch.setattr("fxtunnel.kit.process.PAUSE_S", 0.01)
     monkeypatch.setattr("fxrelay.logins.gate.LOOK_S", 0.01)
     hits = 0
-    async with open_rig(tmp_path, SIMPLE, N1) as rig:
+    async with open_rig(tmp_path, replace(SIMPLE, bounds=Bounds(lifetime_s=4 * IDLE_S, idle_s=IDLE_S)), N1) as rig:
         reservations = rig.relay.reservations
         for nth in range(1, WAITS):
             gate = rig.gate = LoginGate(Chooser(reservations, N1), ClusterView(Ages()), HeldLogin, Timing(1.0, 3.0))
@@ -127,19 +138,20 @@ async def test_the_loops_of_the_gate_go_on(
             with sabotage(nth, "keep_going", faults=[fault]) as done:
                 async with trio.open_nursery() as nursery:
                     await nursery.start(gate.run)
-                    for _ in range(AT_ONCE):
-                        await come_to_nothing(gate, nth)
-                        await trio.sleep(0.01)
                     reply = await rig.ask(Service([answer(302)]))
+                    for _ in range(AT_ONCE):
+                        await prolong(rig, reply)
+                        await trio.sleep(0.01)
                     passed = await gate.admit(rig.request("/", cookie=pass_of(reply)))
                     lost = trio.Event()
                     assert passed.watch is not None
                     passed.watch(lost.set)
+                    for _ in range(AT_ONCE + 1):  # each of those tasks is hit once at most
+                        await prolong(rig, reply)
+                    await until(lambda: left_ms(rig) > IDLE_S * 900)
                     reply.undone()
                     with trio.fail_after(20):
                         await lost.wait()
-                    last = {await come_to_nothing(gate, nth) for _ in range(AT_ONCE + 1)}  # each of those tasks is hit once at most
-                    await until(lambda last=last: not last <= entries(reservations))
                     nursery.cancel_scope.cancel()
             hits += len(done.hit)
             for tree in done.hit:
@@ -149,15 +161,19 @@ async def test_the_loops_of_the_gate_go_on(
     assert hits > WAITS
 
 
-async def come_to_nothing(gate: LoginGate, nth: int) -> str:
-    """The id of a login that does. What hits the task that takes its entry out leaves it there until it expires."""
-    assert gate.reservations is not None
-    entered = await gate.reservations.enter(N1, "bob", f"192.0.{nth}.1")
-    assert isinstance(entered, Entered)
-    gate.take_out(entered, Happening.CLIENT_GONE)
-    return entered.attempt.attempt_id
+async def prolong(rig: Rig, reply: Reply) -> None:
+    """Show the login that is about to end for want of requests. What hits the task that is to tell the store leaves it as it is."""
+    reservations, login = rig.relay.reservations, login_of(rig)
+    await reservations.extend(N1, login.login_id, SHORT_MS)
+    await rig.gate.admit(rig.request("/", cookie=pass_of(reply)))
 
 
-def entries(reservations: Reservations) -> set[str]:
-    """Logins that are being authenticated, as far as this relay knows."""
-    return {entry.entry_id for standing in reservations.holders.standings().values() for entry in standing.record.entries}
+def left_ms(rig: Rig) -> int:
+    """How long the login still lasts."""
+    return login_of(rig).expires_ms - rig.relay.store.now_ms()
+
+
+def login_of(rig: Rig) -> Login:
+    """The one login."""
+    (login,) = rig.relay.reservations.holders.standings()[N1].record.logins
+    return login

@@ -2,6 +2,7 @@
 
 import json
 import sqlite3
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -78,6 +79,30 @@ async def test_an_answer_that_cannot_be_given_ends_the_login(tmp_path: Path) -> 
         assert scope.cancelled_caught
         await rig.nothing_is_left()
         assert len(rig.gate.quota) == 0
+
+
+async def test_a_first_answer_that_cannot_be_given_ends_the_login(tmp_path: Path) -> None:
+    async with open_rig(tmp_path, FASTX3, N1) as rig:
+        first = await rig.ask(Service([stage("T1")]), b'{"username": "ann"}')
+        first.undone()
+        await rig.nothing_is_left()
+        assert len(rig.gate.attempts) == 0
+        await rig.ask(Service([stage("T1")]), b'{"username": "ann"}')
+        second = await rig.ask(Service([stage("T2")]), b'{"authtoken": "T1"}')
+        second.undone()  # the browser has a cookie by which it may go on
+        await trio.sleep(0.3)
+        assert rig.relay.reservations.holders.wanted(0) == {N1}
+
+
+async def test_a_login_that_cannot_be_committed_leaves_no_entry(tmp_path: Path) -> None:
+    async with open_rig(tmp_path, SIMPLE, N1) as rig:
+
+        async def breaks() -> None:
+            rig.relay.store.is_cut = True
+
+        await rig.refused(Service([answer(302)], breaks), 503, "ReservationsUnavailable")
+        rig.relay.store.is_cut = False
+        await rig.nothing_is_left()
 
 
 async def test_who_loses_his_server_is_moved_or_told(tmp_path: Path) -> None:
@@ -287,6 +312,28 @@ class Silence:
 
     def get(self, server_id: RelayId, now: float) -> "Silence":
         return self
+
+
+async def test_a_relay_that_stood_still_ends_nobodys_login(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fxrelay.logins.gate.LOOK_S", 0.05)
+    async with open_rig(tmp_path, SIMPLE, N1) as rig, trio.open_nursery() as nursery:
+        await until(lambda: rig.relay.reservations.upkeep.has_read)
+        await rig.ask(Service([answer(302)]))
+        silence = Silence()
+        silence.state = MemberState.UP
+        gate = LoginGate(rig.gate.chooser, silence, HeldLogin, Timing(1.0, 3.0))  # type: ignore[arg-type]
+        gate.reservations = rig.relay.reservations
+        nursery.start_soon(gate._look)
+        await until(lambda: gate._silent_since == {N1: None})
+        silence.state = MemberState.DOWN
+        time.sleep(1.0)  # noqa: ASYNC251 - as if the process had been stopped; what it has not read yet makes everybody look dead
+        await until(lambda: gate._silent_since.get(N1) is not None)
+        assert rig.users == {N1: "ann"}
+        silence.state = MemberState.UP
+        await until(lambda: gate._silent_since == {N1: None})
+        silence.state = MemberState.DOWN
+        await rig.nothing_is_left()
+        nursery.cancel_scope.cancel()
 
 
 @pytest.mark.parametrize("was_heard", [True, False])

@@ -132,6 +132,8 @@ def test_a_thousand_strangers(stack: Stack, capsys: pytest.CaptureFixture[str]) 
     chance = random.Random(3)
     ends: dict[socket.socket, float] = {}
     silent: set[socket.socket] = set()
+    with Pinger(stack.doors["echo"]) as calm:
+        time.sleep(1)
     with Pinger(stack.doors["echo"]) as pinger, selectors.DefaultSelector() as selector:
         time.sleep(0.3)
         began = time.monotonic()
@@ -158,13 +160,15 @@ def test_a_thousand_strangers(stack: Stack, capsys: pytest.CaptureFixture[str]) 
     with capsys.disabled():
         sys.stdout.write(
             f"\nstrangers: garbage closed after {statistics.median(garbage_s):.3f} s (at most {max(garbage_s):.3f}), silent after "
-            f"{statistics.median(silent_s):.2f} s (at most {max(silent_s):.2f}); a good client's p99 {pinger.p99_s() * 1000:.1f} ms\n"
+            f"{statistics.median(silent_s):.2f} s (at most {max(silent_s):.2f}); a good client's p99 {pinger.p99_s() * 1000:.1f} ms, "
+            f"{calm.p99_s() * 1000:.1f} before they came\n"
         )
     assert len(ends) == SILENT + GARBAGE
     # Not waited for; but a few look like the beginning of a record. A thousand come at once, so the last ones wait for their turn.
     assert statistics.quantiles(garbage_s, n=20)[18] < AT_ONCE_S
     assert max(garbage_s + silent_s) < 3 * HELLO_TIMEOUT_S
-    assert pinger.p99_s() < AT_ONCE_S
+    # No more than a few turns of the loop; on a machine that is busy with other things all takes longer.
+    assert pinger.p99_s() < max(0.25, 10 * calm.p99_s())
     wait_until(lambda: files(stack) <= before, 20, "all descriptors given back")
 
 

@@ -242,6 +242,10 @@ def test_a_redis_that_is_killed_gives_nobody_a_node_that_is_held(make_stack: Cal
         wait_until_settled(cluster, ann)
         client, held = ann.login()
         before = cluster.reservations("node-2")[0]
+        doubts = [problem for problem in cluster.status("node-2")["cluster"]["problems"] if "append-only file" in problem]
+        assert bool(doubts) is not durable
+        told = (stack.directory / "node-2.log").read_text()
+        assert told.count("keeps no append-only file") == len(doubts)
         server.kill()
         assert bob.where() == ""
         client.sendall(b"still here")

@@ -1,10 +1,13 @@
 """Heads, targets, bodies, cookies and pages: tables, and properties against h11 and against themselves."""
 
+import re
+
 import h11
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fxrelay.web import heads
 from fxrelay.web.affinity import CookieAffinity
 from fxrelay.web.bodies import BadBody, ChunkedBody, LengthBody, chunk, response_body
 from fxrelay.web.forwarding import Backward, Onward, Origin, request_onward, response_back, wanted_upgrade
@@ -68,7 +71,7 @@ def test_what_cannot_become_a_head_is_refused_at_once(begun: bytes) -> None:
     assert bad.value.status == 400
 
 
-def test_a_long_head_costs_little() -> None:
+def test_a_long_head_is_refused_before_it_is_whole() -> None:
     scanner = HeadScanner()
     for _ in range(8):
         scanner.feed(b"GET /" + b"a" * 1_000)
@@ -77,6 +80,47 @@ def test_a_long_head_costs_little() -> None:
     with pytest.raises(BadHead) as bad:
         scanner.next_head()
     assert bad.value.status == 414
+
+
+class Watched(bytearray):
+    """A buffer that counts the bytes that were searched."""
+
+    looked_at = 0
+
+    def find(self, sub: bytes, begin: int = 0, end: int | None = None) -> int:  # type: ignore[override]  # as it is called here
+        Watched.looked_at += (len(self) if end is None else min(end, len(self))) - begin
+        return super().find(sub, begin, len(self) if end is None else end)
+
+
+class WatchedPattern:
+    """A pattern that counts the bytes that were searched."""
+
+    def __init__(self, pattern: re.Pattern[bytes]) -> None:
+        self._pattern = pattern
+
+    def search(self, data: bytearray, begin: int, end: int) -> re.Match[bytes] | None:
+        Watched.looked_at += min(end, len(data)) - begin
+        return self._pattern.search(data, begin, end)
+
+
+@pytest.mark.parametrize("size", [1, 7, 1_000])
+def test_a_head_in_pieces_is_searched_once(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    monkeypatch.setattr("fxrelay.web.heads._BARE", WatchedPattern(heads._BARE))
+    scanner = HeadScanner()
+    scanner.rest = Watched()
+    Watched.looked_at = 0
+    data = (b"GET / HTTP/1.1\r\n" + b"X: " + b"a" * 9_000)[: heads.MAX_HEAD_BYTES]
+    for begin in range(0, len(data), size):
+        scanner.feed(data[begin : begin + size])
+        assert scanner.next_head() is None
+    assert Watched.looked_at < 10 * len(data) + 10 * (len(data) // size)
+    assert Watched.looked_at >= 2 * len(data), "the test looks at what the scanner does"
+    scanner.feed(b"a" * 20_000_000)
+    Watched.looked_at = 0
+    with pytest.raises(BadHead) as bad:
+        scanner.next_head()
+    assert bad.value.status == 431
+    assert Watched.looked_at < 21_000_000
 
 
 @pytest.mark.parametrize(

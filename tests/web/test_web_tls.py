@@ -3,6 +3,7 @@
 import socket
 import ssl
 import traceback
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,17 @@ async def test_requests_under_tls(contexts: Contexts, site: Site) -> None:
                 answer += data
             assert answer.endswith(b"ok")
         assert b"X-Forwarded-Proto: https\r\n" in service.got[0]
+
+
+async def test_the_name_in_the_handshake_opens_no_host(contexts: Contexts, site: Site) -> None:
+    async with open_plane(contexts) as plane:
+        service = Canned()
+        await add_web_relay(plane, await plane.serve(service), replace(site.rules(), hosts=(HOST,)))
+        async with await connect_tls(plane.add_door(), site.trust) as stream:
+            for host, status in ((HOST.encode(), b"200"), (b"other.example", b"421")):
+                await stream.send_all(b"GET / HTTP/1.1\r\nHost: %b\r\n\r\n" % host)
+                assert (await stream.receive_some()).startswith(b"HTTP/1.1 %b " % status)
+        assert len(service.got) == 1
 
 
 async def test_an_upgrade_under_tls(contexts: Contexts, site: Site) -> None:

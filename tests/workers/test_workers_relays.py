@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from fxgateway.routing.table import Forward, Readiness, Reject, RejectReason, RouteTable
+from fxgateway.routing.offers import Forward, OfferTable, Readiness, Reject, RejectReason
 from fxgateway.workers.far_relays import AllRelays, FarRelay, holders
 from fxtunnel.model import InstanceId, Offer, RelayId, ServiceName
 
@@ -29,7 +29,7 @@ class Near:
 class Registry:
     is_draining: bool = False
     here: dict[RelayId, Near] = field(default_factory=dict)
-    routes: RouteTable[Near] = field(default_factory=RouteTable)
+    offers: OfferTable[Near] = field(default_factory=OfferTable)
     relieved: list[RelayId] = field(default_factory=list)
 
     def relays(self) -> tuple[Near, ...]:
@@ -46,7 +46,7 @@ class Registry:
 
     def put(self, relay: Near) -> Near:
         self.here[relay.relay_id] = relay
-        self.routes.put(relay, [offer.name for offer in relay.offers])
+        self.offers.put(relay, [offer.name for offer in relay.offers])
         return relay
 
 

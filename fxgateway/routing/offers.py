@@ -62,7 +62,7 @@ class Reject:
     reason: RejectReason
 
 
-class RouteTable(Generic[C]):
+class OfferTable(Generic[C]):
     """Which relays offer which services."""
 
     def __init__(self) -> None:

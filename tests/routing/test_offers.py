@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fxgateway.routing.table import Forward, Readiness, Reject, RejectReason, RouteTable
+from fxgateway.routing.offers import Forward, OfferTable, Readiness, Reject, RejectReason
 from fxtunnel.model import RelayId, ServiceName
 
 SSH = ServiceName("ssh")
@@ -24,11 +24,11 @@ def relay(name: str, readiness: Readiness = Readiness.UP, streams: int = 0) -> F
     return FakeRelay(RelayId(name), readiness, streams)
 
 
-def table(*relays: FakeRelay) -> RouteTable[FakeRelay]:
-    routes: RouteTable[FakeRelay] = RouteTable()
+def table(*relays: FakeRelay) -> OfferTable[FakeRelay]:
+    offers: OfferTable[FakeRelay] = OfferTable()
     for one in relays:
-        routes.put(one, [SSH])
-    return routes
+        offers.put(one, [SSH])
+    return offers
 
 
 def chosen(decision: Forward[FakeRelay] | Reject) -> str:
@@ -69,48 +69,48 @@ def test_decide(relays: list[FakeRelay], tried: set[str], expected: str) -> None
 
 
 def test_only_relays_that_offer_the_service_count() -> None:
-    routes: RouteTable[FakeRelay] = RouteTable()
-    routes.put(relay("a"), [DB])
-    routes.put(relay("b", UP, 99), [SSH, DB])
-    assert chosen(routes.decide(SSH)) == "b"
-    assert chosen(routes.decide(DB)) == "a"
-    assert routes.decide(ServiceName("vnc")) == Reject(RejectReason.NO_RELAY)
+    offers: OfferTable[FakeRelay] = OfferTable()
+    offers.put(relay("a"), [DB])
+    offers.put(relay("b", UP, 99), [SSH, DB])
+    assert chosen(offers.decide(SSH)) == "b"
+    assert chosen(offers.decide(DB)) == "a"
+    assert offers.decide(ServiceName("vnc")) == Reject(RejectReason.NO_RELAY)
 
 
 def test_the_load_counts_that_is_there_now() -> None:
     first, second = relay("a", UP, 1), relay("b", UP, 2)
-    routes = table(first, second)
-    assert chosen(routes.decide(SSH)) == "a"
+    offers = table(first, second)
+    assert chosen(offers.decide(SSH)) == "a"
     first.open_streams = 3
-    assert chosen(routes.decide(SSH)) == "b"
+    assert chosen(offers.decide(SSH)) == "b"
     second.readiness = HELD
-    assert chosen(routes.decide(SSH)) == "a"
+    assert chosen(offers.decide(SSH)) == "a"
 
 
 def test_put_replaces_what_a_relay_offers() -> None:
-    routes = table(relay("a"), relay("b"))
-    routes.put(relay("a"), [DB])
-    assert routes.services() == {SSH: (RelayId("b"),), DB: (RelayId("a"),)}
-    routes.put(relay("a"), [])
-    assert routes.services() == {SSH: (RelayId("b"),)}
+    offers = table(relay("a"), relay("b"))
+    offers.put(relay("a"), [DB])
+    assert offers.services() == {SSH: (RelayId("b"),), DB: (RelayId("a"),)}
+    offers.put(relay("a"), [])
+    assert offers.services() == {SSH: (RelayId("b"),)}
 
 
 def test_put_replaces_the_relay_itself() -> None:
-    routes = table(relay("a", UP, 1))
+    offers = table(relay("a", UP, 1))
     newer = relay("a", UP, 0)
-    routes.put(newer, [SSH])
-    decision = routes.decide(SSH)
+    offers.put(newer, [SSH])
+    decision = offers.decide(SSH)
     assert isinstance(decision, Forward)
     assert decision.relay is newer
 
 
 def test_remove_leaves_nothing_behind() -> None:
-    routes = table(relay("a"))
-    routes.remove(RelayId("unknown"))
-    routes.remove(RelayId("a"))
-    routes.remove(RelayId("a"))
-    assert routes.services() == {}
-    assert chosen(routes.decide(SSH)) == "no-relay"
+    offers = table(relay("a"))
+    offers.remove(RelayId("unknown"))
+    offers.remove(RelayId("a"))
+    offers.remove(RelayId("a"))
+    assert offers.services() == {}
+    assert chosen(offers.decide(SSH)) == "no-relay"
 
 
 RELAYS = st.lists(st.tuples(st.sampled_from(Readiness), st.integers(0, 4)), max_size=6)
