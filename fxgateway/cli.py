@@ -38,7 +38,8 @@ Examples:
   fxgateway init --dir /etc/fxgateway --public-url wss://gw.example.com:8443
   fxgateway check --config /etc/fxgateway/gateway.toml
   fxgateway run --config /etc/fxgateway/gateway.toml
-  scp /etc/fxgateway/gateway.json node:      # there, beside a relay.toml (fxrelay --help has one): fxrelay run --config relay.toml
+  scp /etc/fxgateway/gateway.json node:
+  fxrelay run --config relay.toml            # on the node; fxrelay --help has a relay.toml
 
 \b
 Exit codes: 0 done, 1 failure at run time, 2 wrong usage or configuration.
