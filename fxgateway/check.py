@@ -14,6 +14,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 
 from fxgateway.routing.reception import Kind
 from fxgateway.settings import GatewaySettings, SandboxMode
+from fxgateway.setup import read_authority
 from fxgateway.tunnels.identities import Identities
 from fxtunnel.errors import ConfigError, ConfigProblem
 from fxtunnel.kit import web_tls
@@ -53,6 +54,11 @@ def verify_files(settings: GatewaySettings, config_path: Path, now: dt.datetime)
         if os.path.lexists(path):
             problems += _collect(partial(read_secret, path))
     return problems
+
+
+def verify_authority(settings: GatewaySettings) -> list[ConfigProblem]:
+    """What is wrong with the authority's certificate. A gateway runs without it; `fxgateway invite` does not."""
+    return _collect(partial(read_authority, settings.tunnel.ca))
 
 
 def verify_listens(settings: GatewaySettings, config_path: Path, held: frozenset[str]) -> list[ConfigProblem]:

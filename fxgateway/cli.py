@@ -38,7 +38,8 @@ Examples:
   fxgateway init --dir /etc/fxgateway --public-url wss://gw.example.com:8443
   fxgateway check --config /etc/fxgateway/gateway.toml
   fxgateway run --config /etc/fxgateway/gateway.toml
-  scp /etc/fxgateway/gateway.json node:      # then, on the node: fxrelay run
+  scp /etc/fxgateway/gateway.json node:
+  fxrelay run --config relay.toml            # on the node; fxrelay --help has a relay.toml
 
 \b
 Exit codes: 0 done, 1 failure at run time, 2 wrong usage or configuration.
@@ -64,7 +65,7 @@ def main() -> None:
 
 @main.command()
 @click.option("--dir", "directory", type=click.Path(path_type=Path, file_okay=False), required=True, help="Where to write; made if absent.")
-@click.option("--public-url", required=True, metavar="wss://HOST:PORT", help="How relays reach this gateway.")
+@click.option("--public-url", required=True, metavar="wss://HOST[:PORT]", help="How relays reach this gateway; without a port, at 443.")
 @click.option("--force", is_flag=True, help="Replace what is there: a new authority, so every relay has to enrol again.")
 @_token_days_option
 def init(directory: Path, public_url: str, force: bool, token_days: int) -> None:
@@ -78,9 +79,13 @@ def init(directory: Path, public_url: str, force: bool, token_days: int) -> None
     there = setup.existing(directory)
     if there and not force:
         raise ConfigError([ConfigProblem(str(path), "", "exists; nothing was written (--force replaces it)") for path in there])
-    setup.write_gateway(directory, public_url, token_days, time.time())
+    port = setup.write_gateway(directory, public_url, token_days, time.time())
     click.echo(f"wrote {', '.join(setup.FILES)} in {directory}")
-    click.echo(f"next: look at {directory / 'gateway.toml'}, then: fxgateway run --config {directory / 'gateway.toml'}")
+    if port is not None:
+        click.echo(f"{public_url} names no port: relays dial {port}, and gateway.toml listens there")
+    click.echo("next: move ca.key to another machine, or as root at least out of the gateway's reach (certs/README.md):")
+    click.echo(f"        {setup.move_key_away(directory)}")
+    click.echo(f"      look at {directory / 'gateway.toml'}, then: fxgateway run --config {directory / 'gateway.toml'}")
     click.echo(f"      copy {directory / 'gateway.json'} to a relay; relays can enrol with it for {token_days} days")
 
 
@@ -180,9 +185,9 @@ def check(config_path: Path, no_bind: bool) -> None:
     settings = _load(config_path)
     import datetime as dt
 
-    from fxgateway.check import verify_listens, warnings
+    from fxgateway.check import verify_authority, verify_listens, warnings
 
-    problems = _file_problems(settings, config_path)
+    problems = _file_problems(settings, config_path) + verify_authority(settings)
     if not no_bind:
         problems += verify_listens(settings, config_path, _held(settings))
     refuse(problems)
@@ -222,10 +227,16 @@ def relays(config_path: Path, as_json: bool) -> None:
 @_config_option
 @click.argument("relay_id")
 def revoke(config_path: Path, relay_id: RelayId) -> None:
-    """Turn a relay away for good. The running gateway closes its tunnels within 5 s."""
-    if not _identities(_load(config_path)).revoke(relay_id):
+    """Turn a relay away for good. The running gateway closes its tunnels within 5 s.
+
+    The token of the gateway.json that it enrolled with is void from then on, for other machines too.
+    """
+    withdrawn = _identities(_load(config_path)).revoke(relay_id)
+    if withdrawn is None:
         raise FxError(_unknown(relay_id))
     click.echo(f"{relay_id} is revoked; to let it in again: fxgateway forget {relay_id}, then enrol it anew")
+    if withdrawn:
+        click.echo("the gateway.json it enrolled with is void too: nobody enrols with a copy of it. A fresh one: fxgateway invite")
 
 
 @main.command()

@@ -34,7 +34,7 @@ class TunnelSettings(Section):
     """Where relays come in."""
 
     listen: AddressField = Field(description="Address on which relays are taken in, host:port.")
-    public_url: str = Field(description="How relays reach this address from where they are: wss://HOST:PORT.")
+    public_url: str = Field(description="How relays reach this address from where they are: wss://HOST[:PORT], 443 without one.")
     certificate: ConfigPath = Field(Path("server.pem"), description="The gateway's TLS certificate, with its chain, in PEM.")
     key: ConfigPath = Field(Path("server.key"), description="The private key of the certificate; mode 0600.")
     ca: ConfigPath = Field(Path("ca.pem"), description="The authority that relays pin; `fxgateway invite` puts it into enrolment files.")
@@ -238,7 +238,7 @@ def split_public_url(url: str) -> tuple[str, int]:
     Raises:
         ValueError: it is not one; the text says what was expected.
     """
-    expected = f"expected wss://HOST:PORT, found {url!r}"
+    expected = f"expected wss://HOST[:PORT], found {url!r}"
     try:
         parts = urlsplit(url)
         port = DEFAULT_PORT if parts.port is None else parts.port

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -10,7 +11,9 @@ from enum import Enum
 from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
 from typing import Final
+from urllib.parse import urlsplit
 
+from cryptography import x509
 from pydantic import BaseModel
 
 from fxgateway.door_settings import GatewayLogSettings
@@ -24,6 +27,7 @@ from fxtunnel.kit.tokens import new_enrolment_token
 
 # In the order they are put in place: whoever finds a gateway.toml finds the rest as well.
 FILES: Final = ("ca.key", "ca.pem", "server.key", "server.pem", "relays.json", "gateway.json", "gateway.toml")
+AUTHORITY_DIR: Final = "/etc/fxgateway-ca"
 ENROLMENT_VERSION: Final = 1
 _DAY_S: Final = 86_400
 _PUBLIC_MODE: Final = 0o644
@@ -56,8 +60,8 @@ def existing(directory: Path) -> list[Path]:
     return [directory / name for name in FILES if os.path.lexists(directory / name)]
 
 
-def write_gateway(directory: Path, public_url: str, token_days: int, now_unix: float) -> None:
-    """Make everything a gateway needs in `directory`, replacing what is there.
+def write_gateway(directory: Path, public_url: str, token_days: int, now_unix: float) -> int | None:
+    """Make everything a gateway needs in `directory`, replacing what is there. Returns the port it listens on, if the URL names none.
 
     All files are complete before the first one is put in place, so a failure leaves the old ones untouched.
 
@@ -82,6 +86,14 @@ def write_gateway(directory: Path, public_url: str, token_days: int, now_unix: f
         raise ConfigError.one(directory, "", f"cannot be written: {exc.strerror or exc}") from exc
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+    return port if urlsplit(public_url).port is None else None
+
+
+def move_key_away(directory: Path) -> str:
+    """The commands, on one line, that put the authority's key where only root reads it."""
+    certificate, key = (shlex.quote(str((directory / name).absolute())) for name in ("ca.pem", "ca.key"))
+    away = shlex.quote(AUTHORITY_DIR)
+    return f"install -d -m 700 {away} && install -m 600 -t {away} {certificate} {key} && rm {key}"
 
 
 def invite(settings: GatewaySettings, token_days: int, now_unix: float) -> Enrolment:
@@ -91,11 +103,24 @@ def invite(settings: GatewaySettings, token_days: int, now_unix: float) -> Enrol
         ConfigError: the authority's certificate or relays.json cannot be used.
     """
     tunnel = settings.tunnel
-    try:
-        ca_pem = tunnel.ca.read_text("ascii")
-    except (OSError, UnicodeDecodeError) as exc:
-        raise ConfigError.one(tunnel.ca, "", "cannot be read; relays need the authority's certificate (tunnel.ca)") from exc
+    ca_pem = read_authority(tunnel.ca)
     return _enrolment(tunnel.identities_path, tunnel.gateway_id, tunnel.public_url, ca_pem, token_days, now_unix)
+
+
+def read_authority(path: Path) -> str:
+    """The certificates of tunnel.ca, as they go into gateway.json.
+
+    Raises:
+        ConfigError: it cannot be read, or holds none.
+    """
+    try:
+        ca_pem = path.read_text("ascii")
+        x509.load_pem_x509_certificates(ca_pem.encode())
+    except OSError as exc:
+        raise ConfigError.one(path, "", f"cannot be read ({exc.strerror}); relays need the authority's certificate (tunnel.ca)") from exc
+    except ValueError as exc:
+        raise ConfigError.one(path, "", "holds no certificate in PEM; relays need the authority's (tunnel.ca)") from exc
+    return ca_pem
 
 
 def token_in(path: Path) -> str:

@@ -293,7 +293,8 @@ def _change(config_path: Path, node: str, change: "Control | None") -> None:
 
 def _row(member: "Member", now: float, holder: str) -> tuple[str, ...]:
     server = member.server
-    off = sorted(server.disable | member.disabled | ({"drain"} if server.draining or member.is_drained else set()))
+    is_drained = member.is_drained or (server.draining and not server.has_ended)
+    off = sorted(server.disable | member.disabled | ({"drain"} if is_drained else set()))
     return (
         server.server_id,
         server.hostname,
@@ -303,7 +304,7 @@ def _row(member: "Member", now: float, holder: str) -> tuple[str, ...]:
         str(server.unique_user_logins),
         f"{server.total_bytes / _GIB:.1f} GiB",
         f"{server.load1:.2f}",
-        " ".join(filter(None, (member.state.value, f"(off: {', '.join(off)})" if off else "", f"(reserved: {holder})" if holder else ""))),
+        " ".join(filter(None, (member.standing, f"(off: {', '.join(off)})" if off else "", f"(reserved: {holder})" if holder else ""))),
         duration(now - member.heard_at),
         ", ".join(sorted(server.gateways)) or "-",
     )

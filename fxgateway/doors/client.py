@@ -4,6 +4,7 @@ import socket
 from typing import TYPE_CHECKING, Final, assert_never
 
 from fxgateway.routing.journey import MAX_ATTEMPTS, Ask, GiveUp, Journey, PassOn, next_step
+from fxgateway.routing.table import RejectReason
 from fxtunnel.codes import Code
 from fxtunnel.engine.session import Session
 from fxtunnel.engine.splice import Splice
@@ -190,6 +191,8 @@ class Client(Splice):
                         return False
                     self.journey = step.otherwise
                 case GiveUp():
+                    if step.reason is RejectReason.NO_RELAY:
+                        self.door.unserved.note(self.door.name, self.service)
                     self.turn_away(step.reason.value)
                     return False
                 case _:

@@ -14,6 +14,7 @@ from fxgateway.doors.elsewhere import Elsewhere
 from fxgateway.doors.hall import Hall
 from fxgateway.doors.proxied import Network, Proxied, is_within
 from fxgateway.doors.recorded import AccessSink, Diary, RecordedClient
+from fxgateway.doors.unserved import Unserved
 from fxgateway.doors.waiting import spare_the_wait
 from fxgateway.doors.web_client import error_words
 from fxgateway.routing.admission import Admission, Verdict
@@ -111,6 +112,7 @@ class Door:
         self.opening: dict[Client, float] = {}
         self.proxied: dict[Proxied, float] = {}
         self.hall = Hall(self)
+        self.unserved = Unserved()
         self.counters = DoorCounters()
         self._listener: socket.socket | None = None
         self._hears = False
@@ -160,6 +162,7 @@ class Door:
         """New clients get what `config` says; those that are in keep what they have."""
         self.config = config
         self._tags = _tags_of(config)
+        self.unserved.keep_only(self.services)
         self._defer_accept()
 
     def wait_until(self, is_time: Callable[[], bool], deadline: float) -> None:
@@ -351,6 +354,7 @@ class Door:
             self.opening.pop(client, None)
             client.open_timed_out()
         spare_the_wait(self.opening, self.relays)
+        self.unserved.look(self.name, self.relays)
         for proxied in overdue(self.proxied, now - self.config.header_timeout_s):
             proxied.fail("proxy-header-timeout", f"nothing complete within {self.config.header_timeout_s:g} s")
         self.hall.turn_away_late(now - self.config.header_timeout_s)

@@ -104,10 +104,14 @@ class ControlDesk:
         self._config = config
         self._colleagues = colleagues
 
-    def check_room(self, relay_id: RelayId) -> None:
-        """Raises:
-        PeerRefused: there is no room for this relay now; it may try again.
+    def check_room(self, relay_id: RelayId, instance: InstanceId | None = None) -> None:
+        """Who is here already has room, also while the gateway drains: it has sessions to resume. Before the hello any instance will do.
+
+        Raises:
+            PeerRefused: there is no room for this relay now; it may try again.
         """
+        if self._registry.knows(relay_id, instance):
+            return
         if self._registry.is_draining:
             raise PeerRefused(Refusal.DRAINING, "the gateway is going away", retry_after_s=RETRY_AFTER_S)
         if self._registry.is_full(relay_id):
@@ -126,7 +130,7 @@ class ControlDesk:
             # Revoked since the assertion was checked? From here on the registry would be told.
             if not caller.is_trusted():
                 raise PeerRefused(Refusal.REVOKED, f"relay {caller.relay_id} was revoked by the gateway's administrator")
-            self.check_room(caller.relay_id)
+            self.check_room(caller.relay_id, hello.instance)
         except PeerRefused as exc:
             logger.warning("control link of %s from %s refused: %s", caller.relay_id, caller.remote_address, exc)
             await channel.goodbye(Refused(code=exc.refusal, message=str(exc)[:TEXT_CHARS], retry_after_s=exc.retry_after_s))
@@ -167,7 +171,7 @@ class ControlDesk:
         if CAP_LEAVING in hello.caps and not self._registry.knows(caller.relay_id, hello.instance):
             # It has nothing here, and must not push a successor out.
             raise PeerRefused(Refusal.DRAINING, "this relay drains, and has no sessions here", retry_after_s=RETRY_AFTER_S)
-        self.check_room(caller.relay_id)
+        self.check_room(caller.relay_id, hello.instance)
         return hello
 
     async def _serve_known(self, channel: Channel, caller: Caller, hello: Hello, epoch: int) -> None:

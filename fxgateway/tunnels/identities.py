@@ -170,24 +170,25 @@ class Identities:
                 self._write(state.model_copy(update={"relays": {**state.relays, relay_id: _Relay(keys=(key,))}}))
         return result
 
-    def revoke(self, relay_id: RelayId) -> bool:
+    def revoke(self, relay_id: RelayId) -> int | None:
         """Turn a relay away for good, and withdraw the tokens it enrolled with: whoever has its disk may have gateway.json too.
 
-        Returns False if there is no such relay.
+        Returns how many of those were still good; None if there is no such relay.
         """
+        now_unix = self._now_unix()
         with self._changing() as state:
             relay = state.relays.get(relay_id)
             if relay is None:
-                return False
+                return None
             used = {key.token_id for key in relay.keys}
-            revoked = relay.revoked or _Revoked(unix=int(self._now_unix()))
+            revoked = relay.revoked or _Revoked(unix=int(now_unix))
             self._write(
                 _State(
                     relays={**state.relays, relay_id: relay.model_copy(update={"revoked": revoked})},
                     tokens=tuple(token for token in state.tokens if token.id not in used),
                 )
             )
-        return True
+        return sum(token.id in used and token.expires_unix > now_unix for token in state.tokens)
 
     def forget(self, relay_id: RelayId) -> bool:
         """Remove a relay with its keys, so that another key may enrol under its name. False if there is no such relay."""

@@ -83,8 +83,8 @@ class RegistryPort(Protocol):
     def update_services(self, relay_id: RelayId, instance: InstanceId, offers: tuple[Offer, ...]) -> None:
         """What the relay offers from now on."""
 
-    def knows(self, relay_id: RelayId, instance: InstanceId) -> bool:
-        """Whether this instance is here, or held."""
+    def knows(self, relay_id: RelayId, instance: InstanceId | None = None) -> bool:
+        """Whether this instance is here, or held; without one, whether any instance of the relay is."""
 
     def is_up(self, relay_id: RelayId, instance: InstanceId) -> bool:
         """Whether a data link of this instance is up."""

@@ -113,8 +113,10 @@ class Registry:
         if relay is not None and self._relays.get(relay_id) is relay:
             self._offer(relay, offers)
 
-    def knows(self, relay_id: RelayId, instance: InstanceId) -> bool:
-        """Whether this instance is here, or held."""
+    def knows(self, relay_id: RelayId, instance: InstanceId | None = None) -> bool:
+        """Whether this instance is here, or held; without one, whether any instance of the relay is."""
+        if instance is None:
+            return relay_id in self._relays or relay_id in self._leaving
         return self._instance(relay_id, instance) is not None
 
     def is_up(self, relay_id: RelayId, instance: InstanceId) -> bool:

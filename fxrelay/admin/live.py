@@ -98,7 +98,7 @@ class LiveView:
             return None
         return NodeStatus(
             node=server_id,
-            state=member.state.value,
+            state=member.standing,
             seq=member.server.seq,
             sessions=member.server.sessions,
             placements=view.in_flight.counts(view.now).get(server_id, 0),

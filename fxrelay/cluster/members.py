@@ -80,6 +80,11 @@ class Member:
     disabled: frozenset[str] = frozenset()
     rivals: tuple[InstanceId, ...] = ()
 
+    @property
+    def standing(self) -> str:
+        """For people: its state; or `ended`, if its relay's last word was that, before its age tells."""
+        return "ended" if self.server.has_ended and self.state is not MemberState.DOWN else self.state.value
+
 
 def sessions_of(members: Iterable[Member], user: str) -> tuple[dict[str, Any], ...]:
     """The sessions of a user, as servers that are not down list them."""

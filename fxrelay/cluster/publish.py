@@ -104,6 +104,7 @@ class Publisher:
         self._updated_at = 0.0
         self._waiting: trio.CancelScope | None = None
         self._is_leaving = False
+        self._is_over = False
         self._is_silent = False
         self.published = 0
         self.last_error = ""
@@ -147,7 +148,7 @@ class Publisher:
                 task_status.started()
         finally:
             with trio.move_on_after(FAREWELL_S, shield=True):
-                self._is_leaving = True
+                self._is_leaving = self._is_over = True
                 await self._send(self._measured)
 
     async def _keep_publishing(self) -> None:
@@ -210,6 +211,7 @@ class Publisher:
                 "measuredAt": measured.get("measuredAt", measured_ms),
                 "agent": {
                     **self._agent(),
+                    **({"ended": True} if self._is_over else {}),
                     "version": self._config.version,
                     "instanceId": self._config.instance,
                     "startedAt": self._started_ms,

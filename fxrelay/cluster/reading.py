@@ -69,7 +69,7 @@ def describe(member: Member, now: float, holder: str | None = None) -> dict[str,
     """A member as JSON for other programs; `now` on the clock of its table. `holder`: whom it is reserved for."""
     return {
         "serverId": member.server.server_id,
-        "state": member.state.value,
+        "state": member.standing,
         "ageS": round(now - member.heard_at, 1),
         "drained": member.is_drained,
         "disabled": sorted(member.disabled),

@@ -58,6 +58,7 @@ class ServerObject:
     max_sessions: int
     disable: frozenset[str]
     draining: bool
+    has_ended: bool
     enable_reservations: bool
     force_indirect: bool
     services: Mapping[str, int]
@@ -121,6 +122,7 @@ def parse_server(text: str) -> ServerObject:
         max_sessions=_count(found, "maxSessions"),
         disable=frozenset(map(str, disable)),
         draining=_flag(found, "draining"),
+        has_ended=_flag(agent, "ended"),
         enable_reservations=_flag(found, "enableReservations"),
         force_indirect=_flag(found, "forceIndirect"),
         services=_services(_list(found, "services")),

@@ -34,7 +34,7 @@ class GatewayUrl:
         Raises:
             ValueError: anything else.
         """
-        expected = f"expected wss://HOST:PORT, found {text!r}"
+        expected = f"expected wss://HOST[:PORT], found {text!r}"
         try:
             parts = urlsplit(text)
             port = _DEFAULT_PORT if parts.port is None else parts.port

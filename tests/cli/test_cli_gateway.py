@@ -77,6 +77,32 @@ def test_a_missing_file_is_named(made: Path, name: str) -> None:
     assert any(str(made / name) in line and "exist" in line for line in lines), lines
 
 
+def test_the_first_steps_in_the_help_name_the_relays_configuration() -> None:
+    assert "fxrelay run --config relay.toml" in fx("--help").stdout
+    assert 'id = "node-a"' in CliRunner().invoke(fxrelay.cli.main, ["--help"]).stdout, "the help to which the other one points"
+
+
+@pytest.mark.parametrize(("content", "words"), [(None, "cannot be read"), ("no certificate", "holds no certificate")])
+def test_the_authority_is_checked_and_only_invite_needs_it(made: Path, content: str | None, words: str) -> None:
+    (made / "ca.pem").unlink()
+    if content is not None:
+        (made / "ca.pem").write_text(content)
+    for command in ("check", "invite"):
+        (line,) = refused(fx(command, "--config", made / "gateway.toml"))
+        assert (str(made / "ca.pem") in line, words in line) == (True, True), line
+
+
+def test_revoking_says_that_the_enrolment_file_is_void(made: Path) -> None:
+    identities = Identities(made / "relays.json")
+    token = json.loads((made / "gateway.json").read_text())["enrolment"]["token"]
+    for relay_id in ("node-a", "node-b"):
+        assert identities.enrol(RelayId(relay_id), new_key().public_key(), token).outcome is EnrolOutcome.ENROLLED
+    first = fx("revoke", "--config", made / "gateway.toml", "node-a")
+    assert (first.exit_code, "A fresh one: fxgateway invite" in first.stdout) == (0, True), first.output
+    second = fx("revoke", "--config", made / "gateway.toml", "node-b")
+    assert (second.exit_code, "invite" in second.stdout) == (0, False), "it was void before"
+
+
 def test_a_key_of_another_certificate(made: Path) -> None:
     _, key = issue_server_certificate(new_authority("x"), ["127.0.0.1"])
     write_secret(made / "server.key", key)

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import stat
+import subprocess
 import tomllib
 from datetime import UTC, datetime
 from pathlib import Path
@@ -63,6 +64,26 @@ def test_init_writes_everything(tmp_path: Path) -> None:
     token = file.enrolment.token.get_secret_value()
     assert token not in (directory / "relays.json").read_text()
     assert token not in result.output
+
+
+def test_init_says_where_ca_key_goes_and_the_command_does_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fxgateway.setup.AUTHORITY_DIR", str(tmp_path / "root only"))
+    directory = tmp_path / "gate way"
+    result = fx("init", "--dir", directory, "--public-url", URL)
+    assert "next: move ca.key" in result.stdout
+    (command,) = [line.strip() for line in result.stdout.splitlines() if line.strip().startswith("install ")]
+    subprocess.run(["sh", "-ec", command], check=True)
+    assert not (directory / "ca.key").exists()
+    assert (directory / "ca.pem").exists()
+    assert [(mode(path), path.name) for path in sorted((tmp_path / "root only").iterdir())] == [(0o600, "ca.key"), (0o600, "ca.pem")]
+
+
+@pytest.mark.parametrize(("url", "is_told"), [("wss://gw.example.com", True), ("wss://gw.example.com:443", False)])
+def test_a_url_without_a_port_means_443_and_init_says_so(tmp_path: Path, url: str, is_told: bool) -> None:
+    result = fx("init", "--dir", tmp_path / "gw", "--public-url", url)
+    assert ("names no port: relays dial 443" in result.stdout) is is_told
+    assert str(fxgateway.settings.load(tmp_path / "gw" / "gateway.toml", {}).tunnel.listen) == "0.0.0.0:443"
+    assert load_gateway_file(tmp_path / "gw" / "gateway.json").urls[0].port == 443
 
 
 def test_a_minimal_configuration_belongs_to_the_same_gateway(tmp_path: Path) -> None:
@@ -138,7 +159,7 @@ def test_a_failing_force_leaves_the_old_files(tmp_path: Path, monkeypatch: pytes
 
 @pytest.mark.parametrize("url", ["gw:1", "ws://gw:1", "wss://gw/x", "wss://", 'wss://g"w:1', "wss://gw..x:1"])
 def test_init_with_a_wrong_url_writes_nothing(tmp_path: Path, url: str) -> None:
-    assert "wss://HOST:PORT" in refused(fx("init", "--dir", tmp_path / "gw", "--public-url", url))[0]
+    assert "wss://HOST[:PORT]" in refused(fx("init", "--dir", tmp_path / "gw", "--public-url", url))[0]
     assert not (tmp_path / "gw").exists()
 
 

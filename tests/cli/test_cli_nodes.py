@@ -1,5 +1,6 @@
-"""`fxrelay nodes --watch` stays while the store is away."""
+"""`fxrelay nodes`: what it shows of a relay that has ended; with --watch it stays while the store is away."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -39,3 +40,18 @@ def test_watching_goes_on_while_the_store_is_away(tmp_path: Path, monkeypatch: p
     database.write_bytes(b"no database" * 1_000)
     once = CliRunner().invoke(fxrelay.cli.main, ["nodes", "--config", str(path)])
     assert once.exit_code == 1
+
+
+@pytest.mark.parametrize(("is_over", "shown"), [(False, " up (off: drain) "), (True, " ended ")])
+def test_a_relay_that_has_ended_is_not_shown_as_up(tmp_path: Path, is_over: bool, shown: str) -> None:
+    path = tmp_path / "relay.toml"
+    path.write_text('[relay]\nid = "admin"\nstate_dir = "state"\n[cluster]\nstore = "sqlite:cluster.db"\n')
+    text = json.loads(server_text(1, 1, 1))
+    text["agent"] |= {"ended": True} if is_over else {}
+    store = SqliteStore(tmp_path / "cluster.db")
+    store.put(SERVERS, "node-00001", json.dumps(text | {"draining": True}))
+    store.close()
+    table = CliRunner().invoke(fxrelay.cli.main, ["nodes", "--config", str(path)], env={"COLUMNS": "250"}).stdout
+    assert (shown in table, "(off: drain)" in table) == (True, not is_over), table
+    listed = CliRunner().invoke(fxrelay.cli.main, ["nodes", "--config", str(path), "--json"]).stdout
+    assert json.loads(listed)[0]["state"] == ("ended" if is_over else "up")

@@ -44,6 +44,16 @@ def test_any_order_ends_with_the_newest(seed: int) -> None:
     assert len(members) == 1
 
 
+def test_who_has_said_goodbye_stands_there_as_ended_until_it_is_down() -> None:
+    members = make()
+    members.hear(server_text(draining=True), 0.0)
+    assert member(members, 0.0).standing == "up"
+    members.hear(server_text(seq=2, draining=True, agent={"ended": True}), 1.0)
+    assert [member(members, now).standing for now in (1.0, 40.0, 91.0)] == ["ended", "ended", "down"]
+    members.hear(server_text(instance="i2", started=2_000), 92.0)
+    assert member(members, 92.0).standing == "up"
+
+
 def test_malformed_updates_are_counted() -> None:
     members = make()
     assert members.hear("{", 0.0) == (Outcome.MALFORMED, None)

@@ -149,6 +149,8 @@ async def test_the_last_word_is_draining_and_keeps_what_was_measured(autojump_cl
         await trio.sleep(3)
     assert len(node.said) == 2
     assert (node.said[-1]["draining"], node.said[-1]["hostname"], node.said[-1]["measuredAt"]) == (True, "h", measured_ms)
+    assert "ended" not in node.said[0]["agent"]
+    assert node.said[-1]["agent"]["ended"] is True
 
 
 async def test_a_store_that_is_away_does_not_keep_it_from_telling(autojump_clock: object, node: Node) -> None:

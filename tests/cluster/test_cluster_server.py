@@ -84,6 +84,7 @@ def test_what_is_said_is_read() -> None:
         ({"disable": ["all"]}, "disable"),
         ({"disable": "login"}, "disable"),
         ({"draining": 1}, "draining"),
+        ({"agent": {"ended": 1}}, "ended"),
         ({"services": [{"name": "x", "port": 65_536}]}, "services"),
         ({"services": [1]}, "services"),
         ({"services": [{"name": "x"}] * (MAX_SERVICES + 1)}, "services"),

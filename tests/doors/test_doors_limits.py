@@ -8,7 +8,7 @@ import trio
 from peers import connect, echo, exchange, receive_all, receive_exactly, refused, reset, until_reset
 from plane import SERVICE, Contexts, open_plane
 
-from fxgateway.doors import door
+from fxgateway.doors import door, unserved
 from fxgateway.routing.admission import AdmissionLimits
 from fxgateway.routing.hosts import HostTable
 from fxgateway.routing.reception import Kind, Receptionist
@@ -41,6 +41,24 @@ async def test_limits(contexts: Contexts, limits: AdmissionLimits, verdict: str)
         await plane.quiet()
         if verdict != "too-fast":
             assert await exchange(port, b"x") == b"x"
+
+
+async def test_a_service_without_a_relay_is_two_lines_however_many_come(contexts: Contexts, caplog: pytest.LogCaptureFixture) -> None:
+    async with open_plane(contexts) as plane:
+        service = await plane.serve(echo)
+        port = plane.add_door()
+        name = plane.doors[0].name
+        for _ in range(3):
+            await refused(port)
+        lines = [record.getMessage() for record in caplog.records if record.name == unserved.__name__]
+        assert lines == [f"door {name}: no relay offers {SERVICE} now; its clients are turned away"]
+        caplog.clear()
+        await plane.add_relay(service)
+        with trio.fail_after(10):
+            while not caplog.records or "again" not in caplog.text:
+                await trio.sleep(0.01)
+        assert f"door {name}: {SERVICE} has a relay again; 3 clients were turned away" in caplog.text
+        assert await exchange(port, b"x") == b"x"
 
 
 async def test_full_gateway_pauses_and_goes_on(contexts: Contexts, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -160,6 +160,16 @@ def test_drain_and_disable_are_heard_at_once_and_undone(make_cluster: MakeCluste
     assert "node-2" in refused.stderr
 
 
+def test_a_node_that_is_stopped_is_shown_as_ended_at_once(make_cluster: MakeCluster) -> None:
+    cluster = make_cluster()
+    names = [cluster.node(2), cluster.node(3, gateway=False)]
+    cluster.wait_until_known(names, names[:1])
+    assert cluster.stack.relays["node-3"].stop() == 0
+    assert cluster.nodes("node-2")["node-3"]["state"] == "ended"
+    shown = next(line for line in cluster.stack.relay_cli("node-2", "nodes").stdout.splitlines() if "node-3" in line)
+    assert (" ended " in shown, " up " in shown) == (True, False)
+
+
 def test_a_node_that_dies_gets_stale_and_then_down(make_cluster: MakeCluster) -> None:
     cluster = make_cluster(ages=FAST)
     names = [cluster.node(2), cluster.node(3, gateway=False)]

@@ -1,6 +1,7 @@
 """System: the tunnel is cut, falls silent, or stays away; the streams in it are continued byte for byte, or end in RST."""
 
 import json
+import signal
 import socket
 import time
 from collections.abc import Callable
@@ -48,6 +49,24 @@ def test_no_stream_is_lost_in_twenty_cuts(make_stack: Callable[..., Stack], swap
     assert outcomes == [Outcome.RIGHT] * STREAMS
     assert cuts_in_transfer == CUTS
     assert resumptions(stack) >= CUTS / 2
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_gateway_that_drains_has_its_streams_resumed(make_stack: Callable[..., Stack], swap_service: Service, workers: int) -> None:
+    stack = make_stack("swap", extra="[limits]\ndrain_s = 60\n")
+    stack.start_gateway({"FXGATEWAY__TUNNEL__WORKERS": str(workers)})
+    stack.start_relay("node-a", {"swap": swap_service.target})
+    before = swap_service.accepted
+    crowd = exchanges(stack.doors["swap"], 8, MIB, rate_bytes_per_s=MIB / 4)
+    wait_until(lambda: swap_service.accepted == before + 8, what="all streams open")
+    stack.gateway.signal(signal.SIGTERM)
+    wait_until(lambda: events(stack, "gateway.log", "draining 1 relays"), what="the drain")
+    for count in (1, 2):
+        assert stack.cutter.cut() >= 2
+        wait_until(lambda count=count: len(events(stack, "node-a.log", "resumed")) == count, what=f"resumption {count}")
+    assert crowd.running
+    assert crowd.outcomes() == [Outcome.RIGHT] * 8
+    assert stack.gateway.wait() == 0
 
 
 def test_a_silent_path_is_found_on_both_sides_and_left(make_stack: Callable[..., Stack], echo_service: Service) -> None:

@@ -4,11 +4,26 @@ import time
 from pathlib import Path
 
 import pytest
-from tunnels_rig import NODE, refused, running, warnings_of
+from tunnels_rig import NODE, refused, running, until, warnings_of
 
 from fxtunnel.codes import Refusal
+from fxtunnel.control.messages import Refused, Welcome
 from fxtunnel.kit.tokens import new_key
 from fxtunnel.model import RelayId
+
+
+async def test_while_the_gateway_drains_only_who_is_here_comes_back(tmp_path: Path) -> None:
+    async with running(tmp_path) as rig:
+        await rig.enrol()
+        async with rig.control("i1"):
+            rig.registry.is_draining = rig.registry.full = True
+            async with rig.control("i2") as (_, answered):
+                assert isinstance(answered, Refused)
+                assert answered.code is Refusal.DRAINING
+            async with rig.control("i1") as (_, answered):
+                assert isinstance(answered, Welcome)
+            await until(lambda: not rig.registry.here)
+            assert (await refused(rig)).refusal is Refusal.DRAINING
 
 
 async def test_an_assertion_is_good_once(tmp_path: Path) -> None:

@@ -117,7 +117,7 @@ def test_a_second_look_at_an_unusable_file_changes_nothing(ids: Identities, tmp_
 def test_a_relay_is_revoked_once(ids: Identities, tmp_path: Path) -> None:
     outcome(ids)
     ids.revoke(A)
-    assert Identities(tmp_path / "relays.json", now_unix=lambda: NOW + 100).revoke(A)
+    assert Identities(tmp_path / "relays.json", now_unix=lambda: NOW + 100).revoke(A) == 0
     ids.load()
     assert [relay.revoked_unix for relay in ids.known()] == [int(NOW)]
 
@@ -132,7 +132,7 @@ def test_a_lock_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
 def test_revoking_withdraws_the_token_too(ids: Identities) -> None:
     ids.add_token("fxe_other", int(NOW) + 60)
     outcome(ids)
-    assert ids.revoke(A)
+    assert ids.revoke(A) == 1
     assert ids.find_key(A, KID) is KeyProblem.REVOKED
     assert outcome(ids) is EnrolOutcome.REVOKED
     assert outcome(ids, relay=B, key=OTHER) is EnrolOutcome.BAD_TOKEN
@@ -153,7 +153,7 @@ def test_forgetting_makes_room_for_another_key(ids: Identities) -> None:
 
 def test_unknown_names_change_nothing(ids: Identities, tmp_path: Path) -> None:
     before = (tmp_path / "relays.json").stat().st_ino
-    assert not ids.revoke(A)
+    assert ids.revoke(A) is None
     assert not ids.forget(A)
     assert not ids.withdraw_token("nope")
     assert (tmp_path / "relays.json").stat().st_ino == before

@@ -100,8 +100,8 @@ class FakeRegistry:
     def update_services(self, relay_id: RelayId, instance: InstanceId, offers: tuple[Offer, ...]) -> None:
         self._note("services", relay_id, instance, offers)
 
-    def knows(self, relay_id: RelayId, instance: InstanceId) -> bool:
-        return self.here.get(relay_id, (None, None))[0] == instance
+    def knows(self, relay_id: RelayId, instance: InstanceId | None = None) -> bool:
+        return relay_id in self.here and instance in (None, self.here[relay_id][0])
 
     def is_up(self, relay_id: RelayId, instance: InstanceId) -> bool:
         return bool(self.sessions)
