@@ -266,11 +266,11 @@ class Parent:
         Raises:
             ConfigError: something is wrong with it, and nothing has changed.
         """
-        fresh = await trio.to_thread.run_sync(config.load, self._config_path, os.environ)
-        problems = await trio.to_thread.run_sync(verify_files, fresh, self._config_path, datetime.now(UTC))
+        written = await trio.to_thread.run_sync(config.load, self._config_path, os.environ)
+        problems = await trio.to_thread.run_sync(verify_files, written, self._config_path, datetime.now(UTC))
         if problems:
             raise ConfigError(problems)
-        fresh = self._as_far_as_possible(fresh)
+        fresh, waiting = config.take_up(self._settings, written)
         wanted = {str(door.listen): door.listen for door in fresh.doors if not self._wishes.is_drained}
         opened: dict[str, socket.socket] = {}
         try:
@@ -284,14 +284,9 @@ class Parent:
             raise
         self._commit(fresh, opened, wanted)
         await self._have_committed(prepared)
-        logger.info("reloaded %s", self._config_path)
-
-    def _as_far_as_possible(self, fresh: GatewaySettings) -> GatewaySettings:
-        """What needs a restart is named, and stays: a worker that is started later must be as the others are."""
-        if waiting := config.waiting_for_restart(self._settings, fresh):
+        if waiting:
             logger.warning("changed, but not before the next restart: %s", ", ".join(waiting))
-        at_once = {"certificate": fresh.tunnel.certificate, "key": fresh.tunnel.key}
-        return fresh.model_copy(update={"tunnel": self._settings.tunnel.model_copy(update=at_once), "admin": self._settings.admin})
+        logger.info("reloaded %s", self._config_path)
 
     async def _prepare(self, fresh: GatewaySettings, opened: Mapping[str, socket.socket]) -> list[Child]:
         """Let every worker do everything that can fail."""
