@@ -14,7 +14,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from fxgateway.routing.reception import Kind
-from fxgateway.settings import GatewaySettings, SandboxMode
+from fxgateway.settings import GatewaySettings
 from fxgateway.tunnels.identities import Identities
 from fxtunnel.errors import ConfigError, ConfigProblem
 from fxtunnel.kit import web_tls
@@ -132,8 +132,6 @@ def worker_problems(settings: GatewaySettings, config_path: Path, environ: Mappi
     if settings.tunnel.workers == 1:
         return []
     found = []
-    if settings.sandbox.mode is SandboxMode.REQUIRED:
-        found.append(ConfigProblem(str(config_path), "sandbox.mode", "workers have no sandbox: set it to auto, or tunnel.workers to 1"))
     if LAUNCHER_FD in environ:
         text = "several workers cannot be handed over to a successor: start them with `fxgateway run`, or set it to 1"
         found.append(ConfigProblem(str(config_path), "tunnel.workers", text))

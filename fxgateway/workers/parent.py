@@ -19,7 +19,8 @@ from fxgateway.admin.pages import make_app
 from fxgateway.app import door_configs
 from fxgateway.check import verify_files
 from fxgateway.doors.door import CLIENT_OPTIONS
-from fxgateway.settings import GatewaySettings, SandboxMode
+from fxgateway.sandbox import Sandbox
+from fxgateway.settings import GatewaySettings
 from fxgateway.steering import serve_steering
 from fxgateway.workers.asking import Asking, NoAnswer
 from fxgateway.workers.channel import Channel, Message, pair
@@ -58,8 +59,7 @@ def run(settings: GatewaySettings, config_path: Path) -> int:
     """
     logs.configure(settings.log.level, settings.log.style, sys.stderr)
     raise_file_limit()
-    if settings.sandbox.mode is not SandboxMode.OFF:
-        logger.warning("sandbox: none: tunnel.workers is %d, and only a gateway of one process has it", settings.tunnel.workers)
+    Sandbox(settings, config_path).enter_above_workers(os.environ.get("NOTIFY_SOCKET", ""))  # while there is one thread only
     reactor = Reactor()
     try:
         reactor.host_trio(Parent(reactor, settings, config_path.absolute(), Notifier.from_environ(os.environ)).serve)
@@ -291,6 +291,8 @@ class Parent:
     async def _prepare(self, fresh: GatewaySettings, opened: Mapping[str, socket.socket]) -> list[Child]:
         """Let every worker do everything that can fail."""
         problems: list[ConfigProblem] = []
+        refusals: dict[str, list[int]] = {}
+        """By what is wrong: mostly all workers say the same."""
         prepared: list[Child] = []
         fields = {"settings": as_message(fresh), "config": str(self._config_path)}
 
@@ -305,12 +307,14 @@ class Parent:
             except NoAnswer as exc:
                 problems.append(ConfigProblem(str(self._config_path), "", str(exc)))
             else:
-                problems.extend(ConfigProblem(f"worker {child.number}", "", text) for text in answer["problems"])
+                for text in answer["problems"]:
+                    refusals.setdefault(text, []).append(child.number)
 
         try:
             async with trio.open_nursery() as nursery:
                 for child in self._children.values():
                     nursery.start_soon(prepare, child)
+            problems += [ConfigProblem(_of_workers(numbers), "", text) for text, numbers in refusals.items()]
             if problems:
                 raise ConfigError(problems)
         except BaseException:
@@ -361,3 +365,7 @@ class Parent:
             self._tunnel_socket.close()
         for sock in self._door_sockets.values():
             sock.close()
+
+
+def _of_workers(numbers: list[int]) -> str:
+    return f"worker {numbers[0]}" if len(numbers) == 1 else f"workers {', '.join(map(str, sorted(numbers)))}"
