@@ -211,7 +211,7 @@ class Worker(Gateway):
                     self._commit()
                     self._answer(message, [])
                 case "abandon":
-                    self._abandon()
+                    await self._abandon()
                 case "stop":
                     self._doors.close()
                     self._line.channel.send({"op": "closed"})
@@ -235,7 +235,7 @@ class Worker(Gateway):
 
     async def _prepare(self, message: Message, inherited: Inherited) -> None:
         """Do everything that can fail."""
-        self._abandon()
+        await self._abandon()
         fresh = share_of(from_message(message["settings"], Path(message["config"]).parent), self._workers)
         try:
             self._sandbox.check(fresh)
@@ -255,10 +255,18 @@ class Worker(Gateway):
             inherited.close()
             logger.info("reloaded %s", self._config_path)
 
-    def _abandon(self) -> None:
-        if self._prepared is not None:
-            self._prepared[2].close()
-            self._prepared = None
+    async def _abandon(self) -> None:
+        """What was prepared for will not come: what was before stays."""
+        await trio.lowlevel.checkpoint()
+        prepared, self._prepared = self._prepared, None
+        if prepared is not None:
+            fresh, _, inherited = prepared
+            inherited.close()
+            if fresh.log.access != self._settings.log.access:
+                try:
+                    await trio.to_thread.run_sync(self._access.open, self._settings.log.access)
+                except ConfigError as exc:
+                    logger.error("the access log stays where a refused reload had moved it: %s", exc)
 
 
 def _mark_logs(number: int) -> None:

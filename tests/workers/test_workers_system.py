@@ -236,6 +236,30 @@ def test_a_reload_is_for_all_or_for_none(make_stack: MakeStack, echo_service: Se
         dial(second)
 
 
+def test_a_refused_reload_leaves_the_access_log_where_it_was(make_stack: MakeStack, echo_service: Service) -> None:
+    """One worker has prepared for it, and begun a new file; the other ends before it has."""
+    stack = make_stack("echo")
+    before, after = stack.directory / "before.log", stack.directory / "after.log"
+    stack.gateway_extra = f'[log]\naccess = "{before}"\n'
+    stack.write_gateway_config()
+    gateway = stack.start_gateway({"FXGATEWAY__TUNNEL__WORKERS": "2"})
+    stack.start_relay("node-0", {"echo": echo_service.target})
+    stack.wait_for_relays("node-0")
+    victim = workers(stack)[1 if worker_of(stack, "node-0") == 2 else 2]["pid"]
+    os.kill(victim, signal.SIGSTOP)
+    stack.gateway_config.write_text(stack.gateway_config.read_text().replace("before.log", "after.log"))
+    gateway.signal(signal.SIGHUP)
+    wait_until(after.exists, what="the new file")
+    os.kill(victim, signal.SIGKILL)
+    wait_until(lambda: "reload refused" in gateway.log.read_text(), what="a refusal")
+
+    def is_written_to() -> bool:
+        say(stack.doors["echo"])
+        return before.stat().st_size > 0
+
+    wait_until(is_written_to, what="a line where it was")
+
+
 def test_revoking_reaches_every_worker(make_stack: MakeStack, echo_service: Service) -> None:
     stack = start(make_stack, {"echo": echo_service.target}, relays=2)
     with ExitStack() as clients:
