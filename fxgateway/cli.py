@@ -164,7 +164,8 @@ def launch(config_path: Path) -> None:
     """
     from fxtunnel.kit.launcher import Launcher
 
-    command = [sys.executable, "-m", "fxgateway.cli", "run", "--config", str(config_path)]
+    # -P: started in its state directory it would import what somebody who broke into the one before has written there.
+    command = [sys.executable, "-P", "-m", "fxgateway.cli", "run", "--config", str(config_path)]
     sys.exit(Launcher("fxgateway", command, os.environ).run())
 
 

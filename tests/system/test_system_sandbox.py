@@ -2,6 +2,8 @@
 
 import signal
 import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -65,6 +67,21 @@ def test_everything_that_a_running_gateway_does_still_works(make_stack: Callable
     # Revoked by another process, which replaces relays.json.
     stack.gateway_cli("revoke", "node-a")
     wait_until(lambda: not is_served(other), 10, "the relay gone")
+
+
+def test_what_was_left_in_the_state_directory_is_not_run_by_a_successor_that_starts_there(make_stack: Callable[..., Stack]) -> None:
+    stack = make_stack("echo")
+    (stack.directory / "click.py").write_text("raise SystemExit('imported what was left here')\n")
+    command = [Path(sys.executable).with_name("fxgateway"), "launch", "--config", stack.gateway_config]
+    with subprocess.Popen(command, cwd=stack.directory, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as launched:
+        try:
+            launched.stdout.readline()  # it is ready, or has ended
+            launched.terminate()
+            _, stderr = launched.communicate(timeout=STOP_S)
+        finally:
+            launched.kill()
+    assert "imported" not in stderr
+    assert launched.returncode == 0
 
 
 def test_a_socket_with_a_path_is_taken_over_from_the_dead_only(make_stack: Callable[..., Stack], home: Path) -> None:
