@@ -247,15 +247,18 @@ class Gateway:
             self._doors.end_idle()
 
     async def _load_again(self) -> None:
-        fresh = await trio.to_thread.run_sync(config.load, self._config_path, os.environ)
+        written = await trio.to_thread.run_sync(config.load, self._config_path, os.environ)
+        fresh, waiting = config.take_up(self._settings, written)
         self._sandbox.check(fresh)
         contexts = await trio.to_thread.run_sync(web_contexts, fresh)
         await trio.to_thread.run_sync(self._access.open, fresh.log.access)
         self._apply(fresh, contexts)
+        if waiting:
+            logger.warning("changed, but not before the next restart: %s", ", ".join(waiting))
         logger.info("reloaded %s", self._config_path)
 
     def _apply(self, fresh: GatewaySettings, contexts: Mapping[str, ssl.SSLContext], inherited: Inherited | None = None) -> None:
-        """Doors and limits of a reloaded configuration; what needs a restart is named, and stays."""
+        """Doors and limits of a reloaded configuration, as far as it counts by now."""
         context = server_context(fresh.tunnel.certificate, fresh.tunnel.key, ALPN_SPOKEN)
         self._doors.apply(self._door_configs(fresh, contexts), inherited)
         self._admission.apply(self._admission_limits(fresh))
@@ -263,8 +266,6 @@ class Gateway:
         self._port.apply(context, port_limits(fresh))
         self._view.certificate_expires_unix = expires_unix(fresh.tunnel.certificate.read_bytes())
         logs.configure(fresh.log.level, fresh.log.style, sys.stderr)
-        if waiting := config.waiting_for_restart(self._settings, fresh):
-            logger.warning("changed, but not before the next restart: %s", ", ".join(waiting))
         self._settings = fresh
         self._view.listening = (self._view.listening[0], *self._doors.bound.values(), self._view.listening[-1])
 

@@ -4,6 +4,7 @@ import contextlib
 import datetime as dt
 import ipaddress
 import os
+import shlex
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from fxgateway.routing.reception import Kind
-from fxgateway.settings import GatewaySettings, SandboxMode
+from fxgateway.settings import GatewaySettings
 from fxgateway.setup import read_authority
 from fxgateway.tunnels.identities import Identities
 from fxtunnel.errors import ConfigError, ConfigProblem
@@ -27,7 +28,10 @@ from fxtunnel.protocol.alpn import ALPN_SPOKEN
 
 ENDS_SOON: Final = dt.timedelta(days=30)
 MIN_WORKER_BYTES: Final = 32 << 20
-_BESIDE: Final = ("gateway.json", "ca.key")
+_AUTHORITY_KEY: Final = "ca.key"
+_AUTHORITY_HOME: Final = "/etc/fxgateway-ca"
+"""As in certs/README.md."""
+_BESIDE: Final = ("gateway.json", _AUTHORITY_KEY)
 """What `init` leaves next to the configuration. The administrator may have moved it away; what is still there must be private."""
 
 
@@ -81,9 +85,9 @@ def verify_listens(settings: GatewaySettings, config_path: Path, held: frozenset
     return problems
 
 
-def warnings(settings: GatewaySettings, now: dt.datetime) -> list[str]:
+def warnings(settings: GatewaySettings, config_path: Path, now: dt.datetime) -> list[str]:
     """What works, but is probably not meant, or not for long."""
-    found = _ending_certificates(settings, now)
+    found = [*_ending_certificates(settings, now), *_authority_keys(settings, config_path)]
     if not settings.doors:
         found.append("there is no [[door]]: no client can come in")
     found += [
@@ -114,13 +118,26 @@ def _ending_certificates(settings: GatewaySettings, now: dt.datetime) -> list[st
     return found
 
 
+def _authority_keys(settings: GatewaySettings, config_path: Path) -> list[str]:
+    """What signs certificates, where only those should be."""
+    tunnel = settings.tunnel
+    found = []
+    for directory in dict.fromkeys(path.absolute().parent for path in (config_path, tunnel.certificate)):
+        key = directory / _AUTHORITY_KEY
+        if os.path.lexists(key):
+            moved = shlex.join(map(str, (*([tunnel.ca] if tunnel.ca.is_file() else []), key)))
+            found.append(
+                f"{key} is for issuing certificates only, and whoever breaks into the gateway could answer relays in its place with it. "
+                f"As root: install -d -m 700 {_AUTHORITY_HOME} && install -m 600 -t {_AUTHORITY_HOME} {moved} && rm {shlex.quote(str(key))}"
+            )
+    return found
+
+
 def worker_problems(settings: GatewaySettings, config_path: Path, environ: Mapping[str, str]) -> list[ConfigProblem]:
     """What several workers cannot do (docs/adr/0012)."""
     if settings.tunnel.workers == 1:
         return []
     found = []
-    if settings.sandbox.mode is SandboxMode.REQUIRED:
-        found.append(ConfigProblem(str(config_path), "sandbox.mode", "workers have no sandbox: set it to auto, or tunnel.workers to 1"))
     if LAUNCHER_FD in environ:
         text = "several workers cannot be handed over to a successor: start them with `fxgateway run`, or set it to 1"
         found.append(ConfigProblem(str(config_path), "tunnel.workers", text))

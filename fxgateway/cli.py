@@ -169,7 +169,8 @@ def launch(config_path: Path) -> None:
     """
     from fxtunnel.kit.launcher import Launcher
 
-    command = [sys.executable, "-m", "fxgateway.cli", "run", "--config", str(config_path)]
+    # -P: started in its state directory it would import what somebody who broke into the one before has written there.
+    command = [sys.executable, "-P", "-m", "fxgateway.cli", "run", "--config", str(config_path)]
     sys.exit(Launcher("fxgateway", command, os.environ).run())
 
 
@@ -191,7 +192,7 @@ def check(config_path: Path, no_bind: bool) -> None:
     if not no_bind:
         problems += verify_listens(settings, config_path, _held(settings))
     refuse(problems)
-    for warning in warnings(settings, dt.datetime.now(dt.UTC)):
+    for warning in warnings(settings, config_path, dt.datetime.now(dt.UTC)):
         click.echo(f"warning: {warning}", err=True)
     doors = ", ".join(f"{door.listen} -> {door.service or door.kind}" for door in settings.doors)
     click.echo(f"ok: {config_path}: relays on {settings.tunnel.listen}, doors {doors or 'none'}, admin on {settings.admin.listen}")

@@ -37,6 +37,20 @@ class Sandbox:
         Raises:
             ConfigError: the mode is "required", and the kernel cannot do it.
         """
+        self._enter(environ_notify, Access(0))
+
+    def enter_above_workers(self, environ_notify: str) -> None:
+        """As `enter`, for a process that hears nobody from outside, and starts those that do: it still reads files and runs programs.
+
+        What it starts has given up the same, and enters its own sandbox within that. Limits to reading would hold for interpreters that are
+        started weeks later, which read whatever the loader, OpenSSL and the environment name.
+
+        Raises:
+            ConfigError: see `enter`.
+        """
+        self._enter(environ_notify, READ | Access.EXECUTE)
+
+    def _enter(self, environ_notify: str, kept: Access) -> None:
         if self._settings.sandbox.mode is SandboxMode.OFF:
             logger.info("sandbox: off, as configured")
             return
@@ -45,7 +59,7 @@ class Sandbox:
         itself = [Grant(Path(f"/proc/{os.getpid()}"), READ), Grant(Path("/proc/stat"), READ)]
         try:
             # A service manager may listen on an abstract socket.
-            self.in_force = restrict([*self._grants, *itself], scopes=not environ_notify.startswith("@"))
+            self.in_force = restrict([*self._grants, *itself], kept=kept, scopes=not environ_notify.startswith("@"))
         except Unavailable as exc:
             self._do_without("files and programs", exc)
         else:

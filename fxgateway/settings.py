@@ -201,14 +201,16 @@ class GatewaySettings(WholeFile):
         return [("tunnel.listen", self.tunnel.listen), *doors, ("admin.listen", self.admin.listen)]
 
 
-def waiting_for_restart(before: GatewaySettings, after: GatewaySettings) -> list[str]:
-    """The keys that a reload does not change, of those that differ."""
-    found = []
-    for section in ("tunnel", "admin", "sandbox", "liveness", "resume", "limits"):
-        one, other = getattr(before, section), getattr(after, section)
-        changed = [key for key in type(one).model_fields if getattr(one, key) != getattr(other, key)]
-        found += [f"{section}.{key}" for key in changed if _waits(section, key)]
-    return found
+def take_up(running: GatewaySettings, written: GatewaySettings) -> tuple[GatewaySettings, list[str]]:
+    """What counts after a reload: as written, but for what waits for a restart, which stays; and the keys of that, where it differs."""
+    stays: dict[str, Section] = {}
+    waiting: list[str] = []
+    for name in ("tunnel", "admin", "sandbox", "liveness", "resume", "limits"):
+        before, after = getattr(running, name), getattr(written, name)
+        keys = [key for key in type(after).model_fields if _waits(name, key) and getattr(before, key) != getattr(after, key)]
+        stays[name] = after.model_copy(update={key: getattr(before, key) for key in keys})
+        waiting += [f"{name}.{key}" for key in keys]
+    return written.model_copy(update=stays), waiting
 
 
 def _waits(section: str, key: str) -> bool:

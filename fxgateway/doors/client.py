@@ -4,7 +4,7 @@ import socket
 from typing import TYPE_CHECKING, Final, assert_never
 
 from fxgateway.routing.journey import MAX_ATTEMPTS, Ask, GiveUp, Journey, PassOn, next_step
-from fxgateway.routing.table import RejectReason
+from fxgateway.routing.offers import RejectReason
 from fxtunnel.codes import Code
 from fxtunnel.engine.session import Session
 from fxtunnel.engine.splice import Splice

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Collection
 from typing import TYPE_CHECKING
 
-from fxgateway.routing.table import Forward
+from fxgateway.routing.offers import Forward
 from fxtunnel.model import ServiceName
 
 if TYPE_CHECKING:
@@ -32,6 +32,6 @@ class Unserved:
     def look(self, door_name: str, relays: "DoorRelays") -> None:
         """Say of what can be had again. Call now and then."""
         for service, count in list(self._turned_away.items()):
-            if isinstance(relays.routes.decide(service), Forward):
+            if isinstance(relays.offers.decide(service), Forward):
                 del self._turned_away[service]
                 logger.warning("door %s: %s has a relay again; %d clients were turned away", door_name, service, count)

@@ -4,6 +4,7 @@ A message is cut into packets of a SOCK_SEQPACKET pair: a byte (1: more follows,
 """
 
 import array
+import errno
 import json
 import logging
 import socket
@@ -48,6 +49,35 @@ def pair() -> tuple[socket.socket, socket.socket]:
     return one, other
 
 
+class Inbox:
+    """Messages out of the packets of a line, which it reads as the socket is: waiting or not."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._partial = bytearray()
+
+    def read(self) -> tuple[Message, list[socket.socket]] | None:
+        """Take one packet; the message that ends with it, if one does.
+
+        Raises:
+            BlockingIOError, TimeoutError: nothing has come.
+            OSError: the other end is gone, or the line is of no use any more.
+        """
+        packet, ancillary, _, _ = self._sock.recvmsg(PACKET_BYTES, socket.CMSG_SPACE(4 * MAX_SOCKETS), socket.MSG_CMSG_CLOEXEC)
+        sockets = _received(ancillary)
+        if not packet:
+            _close_all(sockets)
+            raise OSError(errno.EPIPE, "it is gone")
+        self._partial += packet[1:]
+        if len(self._partial) > MAX_MESSAGE_BYTES:
+            _close_all(sockets)
+            raise OSError(errno.EMSGSIZE, "a message is too long")
+        if packet[:1] != _LAST:
+            return None
+        data, self._partial = bytes(self._partial), bytearray()
+        return json.loads(data), sockets
+
+
 class Channel:
     """One end of a line. Owns its socket."""
 
@@ -60,7 +90,7 @@ class Channel:
         self._owner = owner
         self._waiting: deque[tuple[bytes, tuple[socket.socket, ...]]] = deque()
         self._waiting_bytes = 0
-        self._partial = bytearray()
+        self._inbox = Inbox(sock)
         reactor.register(sock, self, LINK_EVENTS)
 
     @property
@@ -134,25 +164,14 @@ class Channel:
     def _read(self) -> None:
         for _ in range(PACKETS_PER_TURN):
             try:
-                packet, ancillary, _, _ = self._sock.recvmsg(PACKET_BYTES, socket.CMSG_SPACE(4 * MAX_SOCKETS), socket.MSG_CMSG_CLOEXEC)
+                received = self._inbox.read()
             except BlockingIOError:
                 return
             except OSError as exc:
                 self._break(str(exc.strerror or exc))
                 return
-            sockets = _received(ancillary)
-            if not packet:
-                _close_all(sockets)
-                self._break("it is gone")
-                return
-            self._partial += packet[1:]
-            if len(self._partial) > MAX_MESSAGE_BYTES:
-                _close_all(sockets)
-                self._break("a message is too long")
-                return
-            if packet[:1] == _LAST:
-                data, self._partial = bytes(self._partial), bytearray()
-                self._owner.on_message(self, json.loads(data), sockets)
+            if received is not None:
+                self._owner.on_message(self, *received)
                 if not self.is_open:
                     return
 

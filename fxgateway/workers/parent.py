@@ -19,7 +19,8 @@ from fxgateway.admin.pages import make_app
 from fxgateway.app import door_configs
 from fxgateway.check import verify_files
 from fxgateway.doors.door import CLIENT_OPTIONS
-from fxgateway.settings import GatewaySettings, SandboxMode
+from fxgateway.sandbox import Sandbox
+from fxgateway.settings import GatewaySettings
 from fxgateway.steering import serve_steering
 from fxgateway.workers.asking import Asking, NoAnswer
 from fxgateway.workers.channel import Channel, Message, pair
@@ -58,8 +59,7 @@ def run(settings: GatewaySettings, config_path: Path) -> int:
     """
     logs.configure(settings.log.level, settings.log.style, sys.stderr)
     raise_file_limit()
-    if settings.sandbox.mode is not SandboxMode.OFF:
-        logger.warning("sandbox: none: tunnel.workers is %d, and only a gateway of one process has it", settings.tunnel.workers)
+    Sandbox(settings, config_path).enter_above_workers(os.environ.get("NOTIFY_SOCKET", ""))  # while there is one thread only
     reactor = Reactor()
     try:
         reactor.host_trio(Parent(reactor, settings, config_path.absolute(), Notifier.from_environ(os.environ)).serve)
@@ -266,11 +266,11 @@ class Parent:
         Raises:
             ConfigError: something is wrong with it, and nothing has changed.
         """
-        fresh = await trio.to_thread.run_sync(config.load, self._config_path, os.environ)
-        problems = await trio.to_thread.run_sync(verify_files, fresh, self._config_path, datetime.now(UTC))
+        written = await trio.to_thread.run_sync(config.load, self._config_path, os.environ)
+        problems = await trio.to_thread.run_sync(verify_files, written, self._config_path, datetime.now(UTC))
         if problems:
             raise ConfigError(problems)
-        fresh = self._as_far_as_possible(fresh)
+        fresh, waiting = config.take_up(self._settings, written)
         wanted = {str(door.listen): door.listen for door in fresh.doors if not self._wishes.is_drained}
         opened: dict[str, socket.socket] = {}
         try:
@@ -284,18 +284,15 @@ class Parent:
             raise
         self._commit(fresh, opened, wanted)
         await self._have_committed(prepared)
-        logger.info("reloaded %s", self._config_path)
-
-    def _as_far_as_possible(self, fresh: GatewaySettings) -> GatewaySettings:
-        """What needs a restart is named, and stays: a worker that is started later must be as the others are."""
-        if waiting := config.waiting_for_restart(self._settings, fresh):
+        if waiting:
             logger.warning("changed, but not before the next restart: %s", ", ".join(waiting))
-        at_once = {"certificate": fresh.tunnel.certificate, "key": fresh.tunnel.key}
-        return fresh.model_copy(update={"tunnel": self._settings.tunnel.model_copy(update=at_once), "admin": self._settings.admin})
+        logger.info("reloaded %s", self._config_path)
 
     async def _prepare(self, fresh: GatewaySettings, opened: Mapping[str, socket.socket]) -> list[Child]:
         """Let every worker do everything that can fail."""
         problems: list[ConfigProblem] = []
+        refusals: dict[str, list[int]] = {}
+        """By what is wrong: mostly all workers say the same."""
         prepared: list[Child] = []
         fields = {"settings": as_message(fresh), "config": str(self._config_path)}
 
@@ -310,12 +307,14 @@ class Parent:
             except NoAnswer as exc:
                 problems.append(ConfigProblem(str(self._config_path), "", str(exc)))
             else:
-                problems.extend(ConfigProblem(f"worker {child.number}", "", text) for text in answer["problems"])
+                for text in answer["problems"]:
+                    refusals.setdefault(text, []).append(child.number)
 
         try:
             async with trio.open_nursery() as nursery:
                 for child in self._children.values():
                     nursery.start_soon(prepare, child)
+            problems += [ConfigProblem(_of_workers(numbers), "", text) for text, numbers in refusals.items()]
             if problems:
                 raise ConfigError(problems)
         except BaseException:
@@ -366,3 +365,7 @@ class Parent:
             self._tunnel_socket.close()
         for sock in self._door_sockets.values():
             sock.close()
+
+
+def _of_workers(numbers: list[int]) -> str:
+    return f"worker {numbers[0]}" if len(numbers) == 1 else f"workers {', '.join(map(str, sorted(numbers)))}"

@@ -16,7 +16,7 @@ from fxgateway.routing.shared_admission import SharedAdmission
 from fxgateway.sandbox import Sandbox
 from fxgateway.settings import GatewaySettings
 from fxgateway.tunnels.colleagues import Colleagues
-from fxgateway.workers.channel import Message
+from fxgateway.workers.channel import Inbox, Message
 from fxgateway.workers.crew import Crew, Parts
 from fxgateway.workers.far_relays import AllRelays
 from fxgateway.workers.guests import Guests
@@ -25,7 +25,7 @@ from fxgateway.workers.peers import Peers
 from fxgateway.workers.shares import from_message, share_of
 from fxgateway.workers.snapshot import snapshot
 from fxtunnel.engine.reactor import Reactor
-from fxtunnel.errors import ConfigError, FxError
+from fxtunnel.errors import ConfigError, FxError, leaves
 from fxtunnel.kit import logs
 from fxtunnel.kit.listeners import Inherited
 from fxtunnel.kit.notify import Notifier
@@ -41,38 +41,67 @@ BEGIN_S: Final = 30.0
 
 def main() -> None:
     """Run a worker; the argument is the descriptor of its line to the parent. Returns when it has drained."""
+    logs.configure("info", "auto", sys.stderr)  # until the parent has said how
     sock = socket.socket(fileno=int(sys.argv[1]))
-    sock.setblocking(False)
     sock.set_inheritable(False)
-    reactor = Reactor()
     try:
-        reactor.host_trio(lambda: _serve(reactor, Line(reactor, sock)))
-    finally:
-        reactor.close()
+        run(sock, *hear_begin(sock))
+    except* FxError as group:
+        for exc in leaves(group):
+            for problem in exc.problems if isinstance(exc, ConfigError) else (exc,):
+                logger.error("this worker ends: %s", problem)
+        sys.exit(1)
 
 
-async def _serve(reactor: Reactor, line: Line) -> None:
-    sockets: dict[str, socket.socket] = {}
-    with trio.fail_after(BEGIN_S):
-        while True:
-            message, received = await line.received_orders.receive()
-            sockets |= dict(zip(message.get("addresses", ()), received, strict=False))
-            if message["op"] == "begin":
-                break
-    settings, number, workers = (
-        from_message(message["settings"], Path(message["config"]).parent),
-        int(message["worker"]),
-        int(message["of"]),
-    )
+def hear_begin(sock: socket.socket) -> tuple[Message, dict[str, socket.socket]]:
+    """What the parent says first, and the listening sockets. Blocks; what comes after it stays on the line.
+
+    Raises:
+        FxError: the parent is gone, says nothing for BEGIN_S, or something else.
+    """
+    inbox, sockets = Inbox(sock), dict[str, socket.socket]()
+    sock.settimeout(BEGIN_S)
+    while True:
+        try:
+            received = inbox.read()
+        except TimeoutError as exc:
+            raise FxError(f"the parent process has said nothing for {BEGIN_S:g} s") from exc
+        except OSError as exc:
+            raise FxError(f"the parent process cannot be heard: {exc.strerror}") from exc
+        match received:
+            case None:
+                pass
+            case {"op": "sockets", "addresses": addresses}, some:
+                sockets |= dict(zip(addresses, some, strict=False))
+            case {"op": "begin"} as message, _:
+                sock.setblocking(False)
+                return message, sockets
+            case message, _:
+                raise FxError(f"the parent process begins with {message.get('op')!r}, which this one does not know")
+
+
+def run(sock: socket.socket, begin: Message, sockets: dict[str, socket.socket]) -> None:
+    """Be the worker that the parent's first message asks for. Blocks until it has drained.
+
+    Raises:
+        FxError: it cannot work here; alone, or in a group.
+    """
+    config_path, number, workers = Path(begin["config"]), int(begin["worker"]), int(begin["of"])
+    settings = from_message(begin["settings"], config_path.parent)
     _mark_logs(number)
     logs.configure(settings.log.level, settings.log.style, sys.stderr)
-    worker = Worker(reactor, settings, Path(message["config"]), line, number, workers, message["process"], sockets)
-    if message["is_drained"]:
+    sandbox = Sandbox(settings, config_path)
+    sandbox.enter("")  # while there is one thread only; service managers hear of the parent
+    reactor = Reactor()
+    line = Line(reactor, sock)
+    worker = Worker(reactor, settings, config_path, sandbox, line, number, workers, begin["process"], sockets)
+    if begin["is_drained"]:
         worker.take_no_clients()
     try:
-        await worker.serve()
+        reactor.host_trio(worker.serve)
     finally:
         line.close()
+        reactor.close()
 
 
 class Worker(Gateway):
@@ -83,6 +112,7 @@ class Worker(Gateway):
         reactor: Reactor,
         settings: GatewaySettings,
         config_path: Path,
+        sandbox: Sandbox,
         line: Line,
         number: int,
         workers: int,
@@ -96,8 +126,7 @@ class Worker(Gateway):
         self._workers = workers
         self._sockets = sockets
         self._prepared: tuple[GatewaySettings, dict[str, Any], Inherited] | None = None
-        share = share_of(settings, workers)
-        super().__init__(reactor, share, config_path, Notifier(), raise_file_limit(), Sandbox(share, config_path))
+        super().__init__(reactor, share_of(settings, workers), config_path, Notifier(), raise_file_limit(), sandbox)
 
     def take_no_clients(self) -> None:
         """Before `serve`: an administrator has drained the gateway."""
@@ -182,7 +211,7 @@ class Worker(Gateway):
                     self._commit()
                     self._answer(message, [])
                 case "abandon":
-                    self._abandon()
+                    await self._abandon()
                 case "stop":
                     self._doors.close()
                     self._line.channel.send({"op": "closed"})
@@ -206,9 +235,10 @@ class Worker(Gateway):
 
     async def _prepare(self, message: Message, inherited: Inherited) -> None:
         """Do everything that can fail."""
-        self._abandon()
+        await self._abandon()
         fresh = share_of(from_message(message["settings"], Path(message["config"]).parent), self._workers)
         try:
+            self._sandbox.check(fresh)
             server_context(fresh.tunnel.certificate, fresh.tunnel.key, ALPN_SPOKEN)
             contexts = await trio.to_thread.run_sync(web_contexts, fresh)
             await trio.to_thread.run_sync(self._access.open, fresh.log.access)
@@ -225,10 +255,18 @@ class Worker(Gateway):
             inherited.close()
             logger.info("reloaded %s", self._config_path)
 
-    def _abandon(self) -> None:
-        if self._prepared is not None:
-            self._prepared[2].close()
-            self._prepared = None
+    async def _abandon(self) -> None:
+        """What was prepared for will not come: what was before stays."""
+        await trio.lowlevel.checkpoint()
+        prepared, self._prepared = self._prepared, None
+        if prepared is not None:
+            fresh, _, inherited = prepared
+            inherited.close()
+            if fresh.log.access != self._settings.log.access:
+                try:
+                    await trio.to_thread.run_sync(self._access.open, self._settings.log.access)
+                except ConfigError as exc:
+                    logger.error("the access log stays where a refused reload had moved it: %s", exc)
 
 
 def _mark_logs(number: int) -> None:

@@ -53,6 +53,7 @@ CHANGE: Final = READ | Access.WRITE_FILE | Access.TRUNCATE | Access.MAKE_REG | A
 """Files of a directory, and sockets: read, replaced, made and removed."""
 _ON_FILES: Final = Access.EXECUTE | Access.WRITE_FILE | Access.READ_FILE | Access.TRUNCATE | Access.IOCTL_DEV
 """What the kernel takes for a rule on something that is no directory."""
+_NOTHING: Final = Access(0)
 
 
 class Unavailable(OSError):
@@ -72,13 +73,16 @@ class InForce:
     """What this process, its threads and its children can no longer do, for as long as they live."""
 
     abi: int
+    kept: Access
+    """What may be done to every file as before."""
     connect: bool
     """connect() of TCP fails. What else there is to reach somebody takes `fxtunnel.kit.seccomp`."""
     scopes: bool
     """Processes outside get no signals, and their abstract unix sockets no connections."""
 
     def __str__(self) -> str:
-        parts = ["files beyond those named, programs"]
+        parts = ["changing files beyond those named"] if self.kept & READ else ["files beyond those named"]
+        parts += ["programs"] if not self.kept & Access.EXECUTE else []
         parts += ["connect() of TCP"] if self.connect else []
         parts += ["signals to other processes"] if self.scopes else []
         return ", ".join(parts)
@@ -90,8 +94,8 @@ def supported_abi() -> int:
     return max(0, abi)
 
 
-def restrict(grants: Iterable[Grant], *, scopes: bool = True) -> InForce:
-    """Give up everything that the kernel can hold us to, except `grants`. Cannot be undone.
+def restrict(grants: Iterable[Grant], *, kept: Access = _NOTHING, scopes: bool = True) -> InForce:
+    """Give up everything that the kernel can hold us to, except `grants`, and except `kept` with all files. Cannot be undone.
 
     Binds the calling thread, and every thread and process that it starts from now on: call it before there are others. Sockets and files
     that are open stay so. `scopes` also cuts off abstract unix sockets and signals, where the kernel can.
@@ -102,7 +106,7 @@ def restrict(grants: Iterable[Grant], *, scopes: bool = True) -> InForce:
     abi = supported_abi()
     if not abi:
         raise Unavailable(0, "the kernel has no Landlock, or it is switched off (lsm= on its command line)")
-    handled = _handled(abi)
+    handled = _handled(abi) & ~kept
     connect, scoped = abi >= ABI_NETWORK, abi >= ABI_SCOPES and scopes
     libc = _libc()
     ruleset = _ruleset(libc, abi, handled, _CONNECT_TCP if connect else 0, _SCOPE_ABSTRACT_SOCKETS | _SCOPE_SIGNALS if scoped else 0)
@@ -115,7 +119,7 @@ def restrict(grants: Iterable[Grant], *, scopes: bool = True) -> InForce:
             raise _failed("the rules cannot be put in force")
     finally:
         os.close(ruleset)
-    return InForce(abi, connect, scoped)
+    return InForce(abi, kept, connect, scoped)
 
 
 class _RulesetAttributes(ctypes.Structure):
@@ -166,6 +170,8 @@ def _allow(libc: ctypes.CDLL, ruleset: int, grant: Grant, handled: Access) -> No
         access = grant.access & handled
         if not grant.path.is_dir():
             access &= _ON_FILES
+        if not access:
+            return  # all of it is kept, and the kernel takes no empty rules
         rule = _PathBeneath(int(access), parent)
         if libc.syscall(_ADD_RULE, ctypes.c_int(ruleset), ctypes.c_int(_RULE_PATH_BENEATH), ctypes.byref(rule), ctypes.c_uint32(0)):
             raise _failed(f"{grant.path} cannot be allowed")

@@ -12,7 +12,7 @@ from tests.chaos.stage import Fault, Scale, Stage, Unplayable
 ROOT = Path(__file__).resolve().parents[2]
 KNOWN = {
     "an exception at every await": "tests/faults",
-    "a gateway in wrong hands, in its sandbox": "tests/system/test_system_sandbox.py",
+    "a gateway in wrong hands, in its sandbox": "tests/system/test_system_sandbox.py tests/workers/test_workers_sandbox.py",
 }
 
 

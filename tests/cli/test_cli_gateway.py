@@ -45,11 +45,24 @@ def mode(path: Path) -> int:
     return stat.S_IMODE(path.stat().st_mode)
 
 
-def test_check_is_content_with_what_init_made(made: Path) -> None:
-    result = fx("check", "--config", made / "gateway.toml")
+@pytest.mark.parametrize("certificate", ["server.pem", "elsewhere/server.pem"])
+def test_check_is_content_with_what_init_made_once_the_authority_key_is_away(made: Path, tmp_path: Path, certificate: str) -> None:
+    (made / "elsewhere").mkdir()
+    (made / "server.pem").rename(made / certificate)
+    (made / "ca.key").rename((made / certificate).with_name("ca.key"))
+    config = made / "gateway.toml"
+    config.write_text(config.read_text().replace("[tunnel]\n", f'[tunnel]\ncertificate = "{certificate}"\n'))
+    result = fx("check", "--config", config)
     assert result.exit_code == 0, result.output
     assert result.stdout.startswith("ok: ")
-    assert result.stderr == ""
+    (warning,) = result.stderr.splitlines()
+    home = tmp_path / "fxgateway-ca"
+    command = warning.partition("As root: ")[2].replace("/etc/fxgateway-ca", str(home))
+    subprocess.run(["sh", "-euc", command], check=True, timeout=60)
+    assert sorted(path.name for path in home.iterdir()) == ["ca.key", "ca.pem"]
+    assert (mode(home), mode(home / "ca.key")) == (0o700, 0o600)
+    again = fx("check", "--config", config)
+    assert (again.exit_code, again.stderr) == (0, "")
 
 
 def test_check_reports_every_wrong_key_in_one_go(made: Path) -> None:

@@ -1,12 +1,16 @@
-"""What a reload of a relay takes up, and what it names as waiting for a restart: every key is one or the other."""
+"""What a reload takes up, and what it names as waiting for a restart: every key of either daemon is one or the other."""
 
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 
+import fxgateway.settings
+from fxgateway.settings import GatewaySettings
 from fxrelay.settings import RelaySettings, load, take_up
-from fxtunnel.kit.sections import Section
+from fxtunnel.kit.sections import Section, WholeFile
 
+Settings = TypeVar("Settings", bound=WholeFile)
 AT_ONCE = {
     *("service", "log.level", "log.style", "log.access"),
     *("node.static_data", "node.static_data_file", "node.environment_file", "node.metrics_dir", "node.metrics", "node.sessions"),
@@ -24,10 +28,22 @@ AT_RESTART = {
 }
 
 
-def keys() -> dict[str, tuple[str, str]]:
-    """Every key of relay.toml as it is written, with the names it has in the model: a section's, and the key's or an empty one."""
+GATEWAY_AT_ONCE = {
+    *("door", "route", "certificate", "log.level", "log.style", "log.access", "tunnel.certificate", "tunnel.key"),
+    *(f"limits.{key}" for key in fxgateway.settings.LimitSettings.model_fields if key != "memory_bytes"),
+    "resume.replay_bytes",
+}
+GATEWAY_AT_RESTART = {
+    *("tunnel.listen", "tunnel.public_url", "tunnel.ca", "tunnel.state_dir", "tunnel.gateway_id", "tunnel.workers", "admin.listen"),
+    *("sandbox.mode", "sandbox.read", "liveness.heartbeat_s", "liveness.dead_after_s", "resume.enabled", "resume.hold_s"),
+    "limits.memory_bytes",
+}
+
+
+def keys(model: type[WholeFile] = RelaySettings) -> dict[str, tuple[str, str]]:
+    """Every key of a file as it is written, with the names it has in the model: a section's, and the key's or an empty one."""
     found = {}
-    for name, field in RelaySettings.model_fields.items():
+    for name, field in model.model_fields.items():
         kind = field.annotation
         if isinstance(kind, type) and issubclass(kind, Section):
             found |= {f"{name}.{key}": (name, key) for key in kind.model_fields}
@@ -43,7 +59,14 @@ def running(tmp_path: Path) -> RelaySettings:
     return load(path, {})
 
 
-def changed(settings: RelaySettings, name: str, key: str) -> RelaySettings:
+@pytest.fixture
+def running_gateway(tmp_path: Path) -> GatewaySettings:
+    path = tmp_path / "gateway.toml"
+    path.write_text('[tunnel]\nlisten = "127.0.0.1:8443"\npublic_url = "wss://127.0.0.1:8443"\n')
+    return fxgateway.settings.load(path, {})
+
+
+def changed(settings: Settings, name: str, key: str) -> Settings:
     """With a value that nobody has."""
     value = getattr(settings, name).model_copy(update={key: object()}) if key else (object(),)
     return settings.model_copy(update={name: value})
@@ -71,3 +94,15 @@ def test_what_waits_does_not_keep_the_rest_of_its_section(running: RelaySettings
     taken, waiting = take_up(running, running.model_copy(update={"limits": limits}))
     assert waiting == ["limits.memory_bytes"]
     assert (taken.limits.streams, taken.limits.memory_bytes) == (7, running.limits.memory_bytes)
+
+
+def test_of_every_key_of_a_gateway_it_is_known_when_it_counts() -> None:
+    assert keys(GatewaySettings).keys() == GATEWAY_AT_ONCE | GATEWAY_AT_RESTART
+    assert not GATEWAY_AT_ONCE & GATEWAY_AT_RESTART
+
+
+@pytest.mark.parametrize("written", sorted(GATEWAY_AT_ONCE | GATEWAY_AT_RESTART))
+def test_what_a_gateway_takes_up_and_what_waits(running_gateway: GatewaySettings, written: str) -> None:
+    fresh = changed(running_gateway, *keys(GatewaySettings)[written])
+    waits = written in GATEWAY_AT_RESTART
+    assert fxgateway.settings.take_up(running_gateway, fresh) == (running_gateway if waits else fresh, [written] if waits else [])

@@ -260,7 +260,8 @@ def test_a_reload_names_what_waits_for_a_restart_and_takes_a_certificate_by_anot
     )
     config.write_text(config.read_text() + extra)
     waiting = "changed, but not before the next restart: liveness.dead_after_s, resume.hold_s, limits.memory_bytes"
-    assert reload(stack.gateway, "next restart") == waiting
+    for _ in range(2):  # it waits still
+        assert reload(stack.gateway, "next restart") == waiting
 
 
 def test_the_pages_and_commands_of_a_running_pair(stack: Stack) -> None:

@@ -96,7 +96,7 @@ def test_a_gateway_serves_within_its_unit(
     workers: str,
 ) -> None:
     extra = '[log]\naccess = "access.log"\n'
-    if workers == "1" and supported_abi():
+    if supported_abi():
         extra += '[sandbox]\nmode = "required"\n'
     stack = make_stack("echo", extra=extra)
     monkeypatch.setenv("FXGATEWAY__TUNNEL__WORKERS", workers)

@@ -25,8 +25,8 @@ def settings_of(tmp_path: Path, workers: int, mode: str) -> tuple[GatewaySetting
     [
         (1, "required", {LAUNCHER_FD: "3"}, []),
         (2, "auto", {}, []),
-        (2, "required", {}, ["sandbox.mode"]),
-        (2, "required", {LAUNCHER_FD: "3"}, ["sandbox.mode", "tunnel.workers"]),
+        (2, "required", {}, []),
+        (2, "required", {LAUNCHER_FD: "3"}, ["tunnel.workers"]),
     ],
 )
 def test_what_needs_one_process(tmp_path: Path, workers: int, mode: str, environ: dict[str, str], keys: list[str]) -> None:
