@@ -77,3 +77,37 @@ def test_answers_that_are_on_their_way_arrive_when_the_relay_goes(tunnel: tuple[
         assert [read_to_end(asker) == answer for asker in askers] == [True] * CLIENTS
         if way == "stop":
             assert relay.wait(60) == 0
+
+
+def test_uploads_that_are_on_their_way_arrive_when_the_gateway_goes(tunnel: tuple[Stack, int]) -> None:
+    """Nobody else would notice: the clients have ended in order, and so has the service what it had to say."""
+    stack, door = tunnel
+    upload, arrived, lock = payload(8, SIZE_BYTES), [], threading.Lock()
+
+    def serve(sock: socket.socket) -> None:
+        sock.sendall(b"go")
+        sock.shutdown(socket.SHUT_WR)
+        got = False
+        try:
+            got = read_to_end(sock) == upload
+        finally:
+            with lock:
+                arrived.append(got)
+
+    with contextlib.closing(Service(serve)) as service, contextlib.ExitStack() as clients:
+        stack.start_gateway()
+        stack.start_relay("r", {"s": service.target}, PATIENCE)
+        stack.wait_for_relays("r")
+        senders = [clients.enter_context(dial(door, 90)) for _ in range(CLIENTS)]
+        for sender in senders:
+            assert read_to_end(sender) == b"go"
+        stack.cutter.freeze_one(1)
+        for sender in senders:
+            sender.sendall(upload)
+            sender.shutdown(socket.SHUT_WR)
+        assert stack.gateway is not None
+        wait_until(lambda: not stack.live_relays()["r"]["streams"], 30, "the end of every stream at the gateway")
+        stopped_meanwhile(stack, stack.gateway, signal.SIGTERM)
+        wait_until(lambda: len(arrived) == CLIENTS, 60, "the end of every upload at the service")
+        assert arrived == [True] * CLIENTS
+        assert stack.gateway.wait(60) == 0
