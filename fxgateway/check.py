@@ -4,7 +4,7 @@ import contextlib
 import datetime as dt
 import ipaddress
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -19,7 +19,6 @@ from fxtunnel.errors import ConfigError, ConfigProblem
 from fxtunnel.kit import web_tls
 from fxtunnel.kit.files import read_secret
 from fxtunnel.kit.listeners import ListenError, listen
-from fxtunnel.kit.notify import LAUNCHER_FD
 from fxtunnel.kit.tls import server_context
 from fxtunnel.kit.tls_problems import describe_dates
 from fxtunnel.protocol.alpn import ALPN_SPOKEN
@@ -108,16 +107,13 @@ def _ending_certificates(settings: GatewaySettings, now: dt.datetime) -> list[st
     return found
 
 
-def worker_problems(settings: GatewaySettings, config_path: Path, environ: Mapping[str, str]) -> list[ConfigProblem]:
+def worker_problems(settings: GatewaySettings, config_path: Path) -> list[ConfigProblem]:
     """What several workers cannot do (docs/adr/0012)."""
     if settings.tunnel.workers == 1:
         return []
     found = []
     if settings.sandbox.mode is SandboxMode.REQUIRED:
         found.append(ConfigProblem(str(config_path), "sandbox.mode", "workers have no sandbox: set it to auto, or tunnel.workers to 1"))
-    if LAUNCHER_FD in environ:
-        text = "several workers cannot be handed over to a successor: start them with `fxgateway run`, or set it to 1"
-        found.append(ConfigProblem(str(config_path), "tunnel.workers", text))
     return found
 
 

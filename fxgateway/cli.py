@@ -310,7 +310,7 @@ def _file_problems(settings: "GatewaySettings", config_path: Path) -> list[Confi
 
     from fxgateway.check import verify_files, worker_problems
 
-    return verify_files(settings, config_path, dt.datetime.now(dt.UTC)) + worker_problems(settings, config_path, os.environ)
+    return verify_files(settings, config_path, dt.datetime.now(dt.UTC)) + worker_problems(settings, config_path)
 
 
 def _held(settings: "GatewaySettings") -> frozenset[str]:

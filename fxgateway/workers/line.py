@@ -67,6 +67,7 @@ class Line:
     def on_gone(self, channel: Channel) -> None:
         """See `ChannelOwner`."""
         self._asking.gone(channel)
+        self.orders.send_nowait(({"op": "orphaned"}, []))
         self.orphaned.set()
 
     def close(self) -> None:

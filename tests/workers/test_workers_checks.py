@@ -8,7 +8,6 @@ from click.testing import CliRunner
 from fxgateway.check import worker_problems
 from fxgateway.cli import main
 from fxgateway.settings import GatewaySettings, load
-from fxtunnel.kit.notify import LAUNCHER_FD
 
 
 def settings_of(tmp_path: Path, workers: int, mode: str) -> tuple[GatewaySettings, Path]:
@@ -20,15 +19,7 @@ def settings_of(tmp_path: Path, workers: int, mode: str) -> tuple[GatewaySetting
     return load(path, environ), path
 
 
-@pytest.mark.parametrize(
-    ("workers", "mode", "environ", "keys"),
-    [
-        (1, "required", {LAUNCHER_FD: "3"}, []),
-        (2, "auto", {}, []),
-        (2, "required", {}, ["sandbox.mode"]),
-        (2, "required", {LAUNCHER_FD: "3"}, ["sandbox.mode", "tunnel.workers"]),
-    ],
-)
-def test_what_needs_one_process(tmp_path: Path, workers: int, mode: str, environ: dict[str, str], keys: list[str]) -> None:
+@pytest.mark.parametrize(("workers", "mode", "keys"), [(1, "required", []), (2, "auto", []), (2, "required", ["sandbox.mode"])])
+def test_what_needs_one_process(tmp_path: Path, workers: int, mode: str, keys: list[str]) -> None:
     settings, path = settings_of(tmp_path, workers, mode)
-    assert [problem.key for problem in worker_problems(settings, path, environ)] == keys
+    assert [problem.key for problem in worker_problems(settings, path)] == keys
