@@ -1,16 +1,22 @@
 """System: what a gateway of several processes does at the moment it is restarted: with clients that have no relay yet, sockets, workers."""
 
+import json
+import signal
+import ssl
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import psutil
 import pytest
 from test_workers_restarts import SetWorkers, launch, set_workers
-from workers_rig import MakeStack, worker_of, workers
+from test_workers_system import site
+from workers_rig import MakeStack, taken, worker_of, workers
 
 from tests.ports import free_port
-from tests.system.peers import Service, dial, is_served, read_exactly, say
+from tests.system.peers import MIB, Service, dial, is_served, payload, read_exactly, say
 from tests.system.stack import Stack, wait_until
 from tests.system.test_system_activation import Visitors
 from tests.system.test_system_upgrades import GATEWAY_LIMITS, RELAY_LIMITS, Flow
@@ -48,9 +54,9 @@ def write_doors(stack: Stack, *doors: tuple[int, str]) -> None:
     stack.write_gateway_config()
 
 
-def taken(process: psutil.Process, port: int) -> int:
-    """Connections to this port that the process has accepted."""
-    return sum(bool(connection.raddr) and connection.laddr.port == port for connection in process.net_connections())
+def listens(process: psutil.Process) -> bool:
+    """Whether it has a TCP socket that others connect to."""
+    return any(connection.status == psutil.CONN_LISTEN for connection in process.net_connections())
 
 
 def test_clients_that_have_not_said_what_they_want_are_served_by_those_that_took_them(stack: Stack) -> None:
@@ -92,6 +98,34 @@ def test_a_worker_that_stands_still_holds_nothing_up(stack: Stack) -> None:
         stack.wait_for_relays("node-a", timeout_s=60)
         assert is_served(stack.doors["echo"])
         assert [flow.finish() for flow in flows] == [""] * CLIENTS
+    finally:
+        unit.close()
+
+
+def test_relays_are_sent_on_when_every_worker_has_let_go(stack: Stack) -> None:
+    """One that came back to an old worker would be taken for one whose other links are lost."""
+    unit = started(stack)
+    try:
+        flows = [Flow(stack.doors["echo"], seed) for seed in range(CLIENTS)]
+        holder = worker_of(stack, "node-a")
+        (other,) = {1, 2} - {holder}
+        old = {number: psutil.Process(worker["pid"]) for number, worker in workers(stack).items()}
+        wait_until(lambda: workers(stack)[holder]["connections"] == CLIENTS, 10, "all clients at the relay's worker")
+        old[other].suspend()
+        assert unit.main is not None
+        unit.main.send_signal(signal.SIGTERM)
+        wait_until(lambda: not listens(old[holder]), 5, "the relay's worker to let go")
+        time.sleep(0.5)  # a relay that was told by now has dialled
+        resumed_at = datetime.now(UTC)
+        old[other].resume()
+        assert unit.stop() == 0
+        unit.start()
+        stack.wait_for_relays("node-a", timeout_s=60)
+        assert [flow.finish() for flow in flows] == [""] * CLIENTS
+        log = map(json.loads, (stack.directory / "node-a.log").read_text().splitlines())
+        told = [datetime.fromisoformat(line["ts"]) for line in log if "looking for its successor" in line["event"]]
+        assert len(told) == 1
+        assert told[0] > resumed_at - timedelta(milliseconds=1)  # to which the log is exact
     finally:
         unit.close()
 
@@ -164,6 +198,41 @@ def test_when_the_launcher_is_killed_streams_finish(stack: Stack) -> None:
             stack.wait_for_relays("node-a", timeout_s=60)
             assert is_served(stack.doors["echo"])
             say(kept)
+        wait_until(lambda: not unit.left_over(), 30, "the end of the old processes")
+    finally:
+        unit.close()
+
+
+def test_tls_that_ended_at_one_worker_outlives_a_restart(
+    make_stack: MakeStack, serve: Callable[..., Service], set_workers: SetWorkers
+) -> None:
+    """About half of the clients are carried to the relay's worker by the one that took them."""
+    service, port = serve(site), free_port()
+    stack = make_stack("site")
+    stack.write_relay_config("node-a", {"site": service.target}, RELAY_LIMITS)
+    stack.launch_relay("node-a")
+    door = f'[[door]]\nlisten = "127.0.0.1:{port}"\nkind = "https"\nservice = "site"\ncertificate = "server.pem"\nkey = "server.key"\n'
+    stack.gateway_extra = GATEWAY_LIMITS + door
+    stack.write_gateway_config()
+    unit = Unit(launch(stack), stack.directory / "gateway.log", stack.directory)
+    context = ssl.create_default_context(cafile=str(stack.directory / "ca.pem"))
+    head, body = b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % MIB, bytes(payload(5, MIB))
+    try:
+        unit.start()
+        stack.wait_for_relays("node-a", timeout_s=60)
+        with ExitStack() as stack_of_clients:
+            clients = [
+                stack_of_clients.enter_context(context.wrap_socket(dial(port), server_hostname="127.0.0.1")) for _ in range(2 * CLIENTS)
+            ]
+            for client in clients:
+                client.sendall(head + body[: MIB // 2])
+            unit.restart()
+            stack.wait_for_relays("node-a", timeout_s=60)
+            for client in clients:
+                client.sendall(body[MIB // 2 :])
+                answer = read_exactly(client, len(b"HTTP/1.1 200 OK\r\nContent-Length: 1048576\r\n\r\n") + MIB)
+                assert answer.endswith(body)
+        assert service.problems == []
         wait_until(lambda: not unit.left_over(), 30, "the end of the old processes")
     finally:
         unit.close()

@@ -1,13 +1,15 @@
 """System: a gateway of several processes that is restarted, or succeeded by a signal: nobody is cut off, nobody is turned away."""
 
 import signal
+import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 
 import psutil
 import pytest
-from workers_rig import MakeStack, until_gone, workers
+from workers_rig import MakeStack, taken, until_gone, workers
 
-from tests.system.peers import Service
+from tests.system.peers import Service, dial, is_served
 from tests.system.stack import Daemon, Stack, wait_until
 from tests.system.test_system_activation import Visitors
 from tests.system.test_system_upgrades import GATEWAY_LIMITS, RELAY_LIMITS, Flow, newest, through
@@ -18,6 +20,7 @@ pytestmark = [pytest.mark.system, pytest.mark.xdist_group("workers")]
 RELAYS = ("node-a", "node-b")
 """With the same service: whichever worker takes a client, about every second one is for a relay of the other worker."""
 FLOWS = 8
+STRANGERS = 20
 SetWorkers = Callable[[int], None]
 
 
@@ -124,4 +127,27 @@ def test_a_signal_brings_in_a_successor_and_one_that_is_killed_changes_nothing(s
     assert problems == [""] * FLOWS
     assert set(visitors.ends) == {"served"}, visitors.ends
     assert {worker["pid"] for worker in workers(stack).values()}.isdisjoint(old_workers)
+    assert launcher.stop() == 0
+
+
+def test_a_successor_takes_nobody_before_its_turn(stack: Stack, launcher: Daemon) -> None:
+    """The process before it stands still and lets go of nothing: a relay that dials now would be missed there."""
+    old = [psutil.Process(worker["pid"]) for worker in workers(stack).values()]
+    before = sum(taken(worker, stack.tunnel_port) for worker in old)
+    parent = psutil.Process(newest(launcher))
+    with ExitStack() as strangers:
+        parent.suspend()
+        launcher.signal(signal.SIGUSR2)
+        wait_until(lambda: "has taken over" in stack.logs(), 30, "a successor that is prepared")
+        for worker in old:
+            worker.suspend()
+        for _ in range(STRANGERS):
+            strangers.enter_context(dial(stack.tunnel_port))
+        time.sleep(0.3)  # whoever may take them has done so
+        for worker in old:
+            worker.resume()
+        wait_until(lambda: sum(taken(worker, stack.tunnel_port) for worker in old) == before + STRANGERS, 5, "the old workers to take all")
+        parent.resume()
+        stack.wait_for_relays(*RELAYS, timeout_s=60)
+    assert is_served(stack.doors["echo"])
     assert launcher.stop() == 0
