@@ -146,11 +146,12 @@ class Gateway:
         await trio.to_thread.run_sync(self._access.open, self._settings.log.access)
         contexts = await trio.to_thread.run_sync(web_contexts, self._settings)
         self._doors.apply(self._door_configs(self._settings, contexts), inherited)
-        if any(relay.revoked_unix is None for relay in self._identities.known()):
-            self._doors.wait_for_relays(self._settings.limits.relay_wait_s)
+        self._doors.hold()
         async with trio.open_nursery() as nursery:
             await nursery.start(watch_signals, self._reloads.ask, self._stop.set)
             await nursery.start(self._await_turn)
+            has_relays = any(relay.revoked_unix is None for relay in self._identities.known())
+            self._doors.wait_for_relays(self._settings.limits.relay_wait_s if has_relays else 0.0)
             await nursery.start(partial(self._port.run, [trio.SocketListener(trio.socket.from_stdlib_socket(tunnel_socket))]))
             admin = await nursery.start(self._serve_pages)
             inherited.close()

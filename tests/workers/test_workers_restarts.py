@@ -135,6 +135,8 @@ def test_a_successor_takes_nobody_before_its_turn(stack: Stack, launcher: Daemon
     old = [psutil.Process(worker["pid"]) for worker in workers(stack).values()]
     before = sum(taken(worker, stack.tunnel_port) for worker in old)
     parent = psutil.Process(newest(launcher))
+    stack.gateway_extra = "[limits]\nrelay_wait_s = 0\n"
+    stack.write_gateway_config()
     with ExitStack() as strangers:
         parent.suspend()
         launcher.signal(signal.SIGUSR2)
@@ -146,6 +148,7 @@ def test_a_successor_takes_nobody_before_its_turn(stack: Stack, launcher: Daemon
         time.sleep(0.3)  # whoever may take them has done so
         for worker in old:
             worker.resume()
+        assert all(is_served(stack.doors["echo"]) for _ in range(STRANGERS))
         wait_until(lambda: sum(taken(worker, stack.tunnel_port) for worker in old) == before + STRANGERS, 5, "the old workers to take all")
         parent.resume()
         stack.wait_for_relays(*RELAYS, timeout_s=60)
