@@ -233,7 +233,10 @@ def send_sockets(channel: Channel, sockets: Sequence[tuple[str, socket.socket]])
     """Send copies of listening sockets, with the addresses by which the configuration knows them."""
     for start in range(0, len(sockets), MAX_SOCKETS):
         some = sockets[start : start + MAX_SOCKETS]
-        channel.send({"op": "sockets", "addresses": [address for address, _ in some]}, [sock.dup() for _, sock in some])
+        copies = [sock.dup() for _, sock in some]
+        if not channel.send({"op": "sockets", "addresses": [address for address, _ in some]}, copies):
+            for copy in copies:
+                copy.close()
 
 
 def _environ() -> dict[str, str]:

@@ -31,7 +31,7 @@ from fxgateway.workers.shares import as_message
 from fxgateway.workers.snapshot import Facts, MergedView
 from fxgateway.workers.wishes import Wishes
 from fxtunnel.engine.reactor import Reactor
-from fxtunnel.errors import ConfigError
+from fxtunnel.errors import ConfigError, FxError
 from fxtunnel.kit import logs
 from fxtunnel.kit.listeners import Inherited
 from fxtunnel.kit.notify import Notifier
@@ -308,6 +308,7 @@ class Parent:
 
         Raises:
             ConfigError: something is wrong with it, and nothing has changed.
+            FxError: the gateway is stopping; nothing has changed.
         """
         fresh = await trio.to_thread.run_sync(config.load, self._config_path, os.environ)
         problems = await trio.to_thread.run_sync(verify_files, fresh, self._config_path, datetime.now(UTC))
@@ -315,15 +316,21 @@ class Parent:
             raise ConfigError(problems)
         fresh = self._as_far_as_possible(fresh)
         wanted = {str(door.listen): door.listen for door in fresh.doors if not self._wishes.is_drained}
+        self._check_goes_on()
         opened = self._listening.open_more(wanted.values())
         try:
             prepared = await self._all_or_none.prepare({"settings": as_message(fresh), "config": str(self._config_path)}, opened)
+            self._check_goes_on()
         except BaseException:
             self._listening.give_up(opened.values())
             raise
         self._commit(fresh, opened, wanted)
         await self._all_or_none.commit(prepared)
         logger.info("reloaded %s", self._config_path)
+
+    def _check_goes_on(self) -> None:
+        if self._stop.is_set():
+            raise FxError("the gateway is stopping, and would open its doors again")
 
     def _as_far_as_possible(self, fresh: GatewaySettings) -> GatewaySettings:
         """What needs a restart is named, and stays: a worker that is started later must be as the others are."""

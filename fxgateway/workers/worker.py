@@ -214,6 +214,7 @@ class Worker(Gateway):
                 case "go":
                     self._turn.set()
                 case "let-go":
+                    self._abandon()
                     self._doors.release()
                     self._port.stop_accepting()
                     self._guests.stop_accepting()
@@ -222,6 +223,7 @@ class Worker(Gateway):
                     self._departs = True
                     self._stop.set()
                 case "stop":
+                    self._abandon()
                     self._doors.close()
                     self._line.channel.send({"op": "closed"})
                     self._stop.set()
