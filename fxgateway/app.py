@@ -24,7 +24,7 @@ from fxgateway.routing.hosts import HostTable, Route
 from fxgateway.routing.reception import Kind, Receptionist
 from fxgateway.sandbox import Sandbox
 from fxgateway.settings import GatewaySettings
-from fxgateway.steering import Steering, serve_steering
+from fxgateway.steering import AdminPages, Steering
 from fxgateway.tunnels.colleagues import Alone, Colleagues
 from fxgateway.tunnels.control import YIELDED_BEATS, ControlConfig
 from fxgateway.tunnels.identities import Identities
@@ -37,7 +37,6 @@ from fxtunnel.kit import logs, web_tls
 from fxtunnel.kit.certificates import expires_unix
 from fxtunnel.kit.listeners import Inherited, bound_address, listen
 from fxtunnel.kit.notify import Notifier
-from fxtunnel.kit.pages import serve_pages
 from fxtunnel.kit.process import (
     POLL_S,
     Reloads,
@@ -133,8 +132,8 @@ class Gateway:
         self._view.relays_refused = self._port.refused
         self._inherited = self._make_inherited()
         self._steering = Steering(self._registry, self._doors, self._view.note_drain)
-        self._pages = trio.CancelScope()
-        self._pages_ended = trio.Event()
+        steering = Address(path=settings.tunnel.steering_path)
+        self._pages = AdminPages(make_app(self._view), settings.admin.listen, self._steering.ask, steering, self._inherited)
 
     async def serve(self) -> None:
         """Listen, serve, and return when everything has ended after SIGTERM.
@@ -148,11 +147,12 @@ class Gateway:
         await trio.to_thread.run_sync(self._access.open, self._settings.log.access)
         contexts = await trio.to_thread.run_sync(web_contexts, self._settings)
         self._doors.apply(self._door_configs(self._settings, contexts), inherited)
-        if any(relay.revoked_unix is None for relay in self._identities.known()):
-            self._doors.wait_for_relays(self._settings.limits.relay_wait_s)
+        self._doors.hold()
         async with trio.open_nursery() as nursery:
             await nursery.start(watch_signals, self._reloads.ask, self._stop.set)
-            await nursery.start(follow_launcher, self._notifier, self._stop.set)
+            await nursery.start(self._await_turn)
+            has_relays = any(relay.revoked_unix is None for relay in self._identities.known())
+            self._doors.wait_for_relays(self._settings.limits.relay_wait_s if has_relays else 0.0)
             await nursery.start(partial(self._port.run, [trio.SocketListener(trio.socket.from_stdlib_socket(tunnel_socket))]))
             admin = await nursery.start(self._serve_pages)
             inherited.close()
@@ -186,19 +186,18 @@ class Gateway:
         """Marks this run of the gateway."""
         return secrets.token_hex(8)
 
-    async def _serve_pages(self, *, task_status: trio.TaskStatus[Address]) -> None:
-        """What administrators ask, until there is a successor to ask."""
-        with self._pages:
-            async with trio.open_nursery() as nursery:
-                steering = Address(path=self._settings.tunnel.steering_path)
-                nursery.start_soon(serve_steering, self._steering.ask, steering, self._inherited)
-                task_status.started(
-                    await nursery.start(serve_pages, make_app(self._view), self._settings.admin.listen, self._inherited),
-                )
-        self._pages_ended.set()
+    async def _await_turn(self, *, task_status: trio.TaskStatus[None]) -> None:
+        """Everything is prepared; started when the process before us has let go."""
+        await follow_launcher(self._notifier, self._stop.set, task_status=task_status)
 
-    def _clients(self) -> int:
-        return self._doors.clients
+    async def _serve_pages(self, *, task_status: trio.TaskStatus[Address]) -> None:
+        await self._pages.run(task_status=task_status)
+
+    def _has_successor(self) -> bool:
+        return self._inherited.is_handed_on
+
+    async def _let_clients_finish(self, drain_s: float) -> None:
+        await let_finish("clients", lambda: self._doors.clients, drain_s)
 
     def _announce(self, tunnel: str, admin: str) -> None:
         doors = ", ".join(f"{door.leads_to} on {self._doors.bound[str(door.config.listen)]}" for door in self._doors.open_doors())
@@ -215,13 +214,13 @@ class Gateway:
     async def _drain(self) -> None:
         drain_s = self._settings.limits.drain_s
         until = trio.current_time() + drain_s
-        if self._inherited.is_handed_on:
+        if self._has_successor():
             await self._hand_over(drain_s)
         else:
             self._notifier.stopping()
             self._doors.close()
         self._registry.begin_drain(drain_s)
-        await let_finish("clients", self._clients, drain_s)
+        await self._let_clients_finish(drain_s)
         self._doors.abort_all()
         await let_arrive(self._registry.sessions, until)
         self._registry.close_all(Code.SHUTDOWN, "the gateway is stopping", RETRY_AFTER_S)
@@ -233,9 +232,7 @@ class Gateway:
         """Let go of everything a successor listens on, and send relays there; clients and tunnels that are in stay."""
         self._doors.release()
         self._port.stop_accepting()
-        self._pages.cancel()
-        with trio.move_on_after(GOODBYE_S):
-            await self._pages_ended.wait()
+        await self._pages.end()
         self._notifier.stopping()
         self._registry.send_on(drain_s)
 

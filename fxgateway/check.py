@@ -5,7 +5,7 @@ import datetime as dt
 import ipaddress
 import os
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -21,7 +21,6 @@ from fxtunnel.errors import ConfigError, ConfigProblem
 from fxtunnel.kit import web_tls
 from fxtunnel.kit.files import read_secret
 from fxtunnel.kit.listeners import ListenError, listen
-from fxtunnel.kit.notify import LAUNCHER_FD
 from fxtunnel.kit.tls import server_context
 from fxtunnel.kit.tls_problems import describe_dates
 from fxtunnel.protocol.alpn import ALPN_SPOKEN
@@ -130,17 +129,6 @@ def _authority_keys(settings: GatewaySettings, config_path: Path) -> list[str]:
                 f"{key} is for issuing certificates only, and whoever breaks into the gateway could answer relays in its place with it. "
                 f"As root: install -d -m 700 {_AUTHORITY_HOME} && install -m 600 -t {_AUTHORITY_HOME} {moved} && rm {shlex.quote(str(key))}"
             )
-    return found
-
-
-def worker_problems(settings: GatewaySettings, config_path: Path, environ: Mapping[str, str]) -> list[ConfigProblem]:
-    """What several workers cannot do (docs/adr/0012)."""
-    if settings.tunnel.workers == 1:
-        return []
-    found = []
-    if LAUNCHER_FD in environ:
-        text = "several workers cannot be handed over to a successor: start them with `fxgateway run`, or set it to 1"
-        found.append(ConfigProblem(str(config_path), "tunnel.workers", text))
     return found
 
 

@@ -320,9 +320,9 @@ def _unknown(relay_id: RelayId) -> str:
 def _file_problems(settings: "GatewaySettings", config_path: Path) -> list[ConfigProblem]:
     import datetime as dt
 
-    from fxgateway.check import verify_files, worker_problems
+    from fxgateway.check import verify_files
 
-    return verify_files(settings, config_path, dt.datetime.now(dt.UTC)) + worker_problems(settings, config_path, os.environ)
+    return verify_files(settings, config_path, dt.datetime.now(dt.UTC))
 
 
 def _held(settings: "GatewaySettings") -> frozenset[str]:

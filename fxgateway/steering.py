@@ -27,6 +27,8 @@ LOOK: Final = "GET"
 DRAIN: Final = "POST"
 UNDO: Final = "DELETE"
 
+HANG_UP_S: Final = 1.0
+
 Steer = Callable[[str, RelayId | None], Awaitable[int]]
 """LOOK, DRAIN or UNDO for a relay or, with None, for the whole gateway, which knows no UNDO.
 What is left: clients, or streams of the relay, or UNKNOWN."""
@@ -86,6 +88,37 @@ def steering_app(steer: Steer) -> Starlette:
             Route("/drain/{relay_id}", drain, methods=[DRAIN, LOOK, UNDO]),
         ]
     )
+
+
+class AdminPages:
+    """What administrators ask and wish, until there is a successor to ask."""
+
+    def __init__(self, app: Starlette, admin: Address, steer: Steer, steering: Address, inherited: Inherited) -> None:
+        self._app = app
+        self._admin = admin
+        self._steer = steer
+        self._steering = steering
+        self._inherited = inherited
+        self._scope = trio.CancelScope()
+        self._ended = trio.Event()
+
+    async def run(self, *, task_status: trio.TaskStatus[Address]) -> None:
+        """Serve until `end`, or until cancelled. `started()` tells where the status pages are.
+
+        Raises:
+            ListenError: the address of the status pages cannot be listened on.
+        """
+        with self._scope:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(serve_steering, self._steer, self._steering, self._inherited)
+                task_status.started(await nursery.start(serve_pages, self._app, self._admin, self._inherited))
+        self._ended.set()
+
+    async def end(self) -> None:
+        """Let go of both addresses, and hang up on whoever reads an answer. While it runs."""
+        self._scope.cancel()
+        with trio.move_on_after(HANG_UP_S):
+            await self._ended.wait()
 
 
 async def serve_steering(steer: Steer, address: Address, inherited: Inherited | None = None) -> None:

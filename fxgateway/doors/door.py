@@ -165,6 +165,11 @@ class Door:
         self.unserved.keep_only(self.services)
         self._defer_accept()
 
+    def hold(self) -> None:
+        """Leave clients in the listener's queue until `wait_until`."""
+        self.is_waiting = self._listener is not None
+        self._hear_or_not()
+
     def wait_until(self, is_time: Callable[[], bool], deadline: float) -> None:
         """Leave clients in the listener's queue until `is_time`, or the reactor's clock shows `deadline`."""
         self.is_waiting = self._listener is not None and not is_time() and self.reactor.now < deadline

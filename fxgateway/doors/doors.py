@@ -66,6 +66,11 @@ class Doors:
                 self._open[key].reconfigure(config)
         self._closed = [door for door in self._closed if door.clients]
 
+    def hold(self) -> None:
+        """Let nobody in before `wait_for_relays`: it may not be our turn yet, and relays are with the process before us."""
+        for door in self._open.values():
+            door.hold()
+
     def wait_for_relays(self, wait_s: float) -> None:
         """Let clients in when every service of their door has a relay, or after `wait_s`: after a restart relays need a moment to be back.
 

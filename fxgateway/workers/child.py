@@ -62,9 +62,13 @@ class Child:
     def __init__(self, number: int, home: Home, owner: ChannelOwner) -> None:
         self.number = number
         self.channel: Channel | None = None
+        self.prepared = trio.Event()
+        """It has had all it needs to begin, at least once."""
         self.is_ready = False
+        self.serves = False
+        """Its doors no longer wait for relays."""
         self.has_closed = False
-        """After `stop`: it takes no more clients."""
+        """After `stop` or `let_go`: it takes no more clients."""
         self.pid = 0
         self.last_beat = 0.0
         self._home = home
@@ -99,16 +103,32 @@ class Child:
             logger.error("worker %d has died (%s) after %.0f s; it is started again in %g s", self.number, ending, lasted_s, pause_s)
             backoff_s = min(2 * backoff_s, MAX_BACKOFF_S)
 
+    def take_turn(self) -> None:
+        """It may begin: nobody else has what it listens on."""
+        if self.channel is not None:
+            self.channel.send({"op": "go"})
+
     def stop(self) -> None:
         """Let it drain and end."""
-        self._is_stopping = True
+        self._wind_up("stop")
+
+    def let_go(self) -> None:
+        """Let it close what a successor of the gateway listens on, and keep what is open; `depart` follows."""
+        self._wind_up("let-go")
+
+    def depart(self) -> None:
+        """A successor of the gateway comes: let it send its relays there, and end when its clients have."""
         if self.channel is not None:
-            self.channel.send({"op": "stop"})
+            self.channel.send({"op": "depart"})
 
     def start_again(self, why: str) -> None:
         """End this process, if there is one, for a fresh one."""
+        self.kill(f"is started again: {why}")
+
+    def kill(self, why: str) -> None:
+        """End this process, if there is one."""
         if self._process is not None and self._process.returncode is None:
-            logger.error("worker %d is started again: %s", self.number, why)
+            logger.error("worker %d %s", self.number, why)
             self._process.send_signal(signal.SIGKILL)
 
     def beat(self) -> None:
@@ -119,6 +139,13 @@ class Child:
         """It serves."""
         self.is_ready = True
         self._ready.set()
+
+    def _wind_up(self, order: str) -> None:
+        self._is_stopping = True
+        if self.channel is not None and self.is_ready:
+            self.channel.send({"op": order})
+        else:
+            self.kill("ends before it has served")
 
     async def _live_after(self, pause_s: float, task_status: trio.TaskStatus[None]) -> str:
         """One process from start to end; how it ended. What a start takes may be used up for the moment: the other workers go on."""
@@ -132,6 +159,8 @@ class Child:
         self._process, self.pid, self.last_beat = process, process.pid, trio.current_time()
         self.channel = Channel(self._home.reactor, line, self._owner, self.number)
         try:
+            if self._is_stopping:
+                return "not wanted any more"
             try:
                 self._equip(self.channel)
                 self._home.introduce(self)
@@ -172,7 +201,7 @@ class Child:
                 with trio.move_on_after(LOOK_S, shield=True):
                     await process.wait()
         finally:
-            self.is_ready, self.pid = False, 0
+            self.is_ready, self.serves, self.pid = False, False, 0
             if self.channel is not None:
                 self.channel.close()
                 self.channel = None
@@ -182,8 +211,6 @@ class Child:
         outfit = self._home.outfit(self.number)
         send_sockets(channel, outfit.sockets)
         channel.send(outfit.message)
-        if self._is_stopping:
-            channel.send({"op": "stop"})
 
     async def _report(self, task_status: trio.TaskStatus[None]) -> None:
         await self._ready.wait()
@@ -206,7 +233,10 @@ def send_sockets(channel: Channel, sockets: Sequence[tuple[str, socket.socket]])
     """Send copies of listening sockets, with the addresses by which the configuration knows them."""
     for start in range(0, len(sockets), MAX_SOCKETS):
         some = sockets[start : start + MAX_SOCKETS]
-        channel.send({"op": "sockets", "addresses": [address for address, _ in some]}, [sock.dup() for _, sock in some])
+        copies = [sock.dup() for _, sock in some]
+        if not channel.send({"op": "sockets", "addresses": [address for address, _ in some]}, copies):
+            for copy in copies:
+                copy.close()
 
 
 def _environ() -> dict[str, str]:

@@ -135,11 +135,9 @@ class AllRelays:
         return {relay_id: facts for relay_id, facts in self._told.items() if facts}
 
     def _own(self) -> Iterator[tuple[RelayId, list[Any]]]:
-        is_leaving = self._registry.is_draining
         for relay in self._registry.relays():
-            readiness = Readiness.NONE if is_leaving else relay.readiness
             services = [offer.name for offer in relay.offers]
-            yield relay.relay_id, [relay.instance, relay.epoch, int(readiness), relay.open_streams, services]
+            yield relay.relay_id, [relay.instance, relay.epoch, int(relay.readiness), relay.open_streams, services]
 
     def _relieve(self, relay_id: RelayId) -> None:
         far = self._far.get(relay_id)

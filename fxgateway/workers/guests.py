@@ -1,5 +1,6 @@
 """Task: connections of relays, before TLS: to which worker each belongs, and what all workers must agree on."""
 
+import contextlib
 import logging
 import socket
 from typing import Final
@@ -44,6 +45,7 @@ class Guests:
         self._registry = registry
         self._relays = relays
         self._number = number
+        self._is_accepting = True
         self._passed, self._received_passed = trio.open_memory_channel[Passed](MAX_PASSED)
 
     async def keeps(self, passed: Passed) -> bool:
@@ -78,10 +80,20 @@ class Guests:
     def welcome(self, message: Message, sockets: list[socket.socket]) -> None:
         """Another worker passes a connection on to us."""
         for sock in sockets[:1]:
+            if not self._is_accepting:
+                sock.close()
+                continue
             try:
                 self._passed.send_nowait(Passed(sock, message["ip"], message["address"], counts_as_relay=message["counts_as_relay"]))
             except trio.WouldBlock:
                 sock.close()
+
+    def stop_accepting(self) -> None:
+        """Hang up on what others still pass on to us: who dials again reaches our successor."""
+        self._is_accepting = False
+        with contextlib.suppress(trio.WouldBlock):
+            while True:
+                self._received_passed.receive_nowait().sock.close()
 
     def was_no_relay(self) -> None:
         """See `Colleagues`."""

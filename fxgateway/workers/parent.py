@@ -18,25 +18,25 @@ from fxgateway.access_log import AccessLog
 from fxgateway.admin.pages import make_app
 from fxgateway.app import door_configs
 from fxgateway.check import verify_files
-from fxgateway.doors.door import CLIENT_OPTIONS
 from fxgateway.sandbox import Sandbox
 from fxgateway.settings import GatewaySettings
-from fxgateway.steering import serve_steering
+from fxgateway.steering import AdminPages
+from fxgateway.workers.all_or_none import AllOrNone
 from fxgateway.workers.asking import Asking, NoAnswer
 from fxgateway.workers.channel import Channel, Message, pair
-from fxgateway.workers.child import Child, Outfit, send_sockets
+from fxgateway.workers.child import Child, Outfit
 from fxgateway.workers.far_relays import holders
+from fxgateway.workers.listening import Listening
 from fxgateway.workers.names import Names
 from fxgateway.workers.shares import as_message
 from fxgateway.workers.snapshot import Facts, MergedView
 from fxgateway.workers.wishes import Wishes
 from fxtunnel.engine.reactor import Reactor
-from fxtunnel.errors import ConfigError, ConfigProblem
+from fxtunnel.errors import ConfigError, FxError
 from fxtunnel.kit import logs
-from fxtunnel.kit.listeners import Inherited, bound_address, listen
+from fxtunnel.kit.listeners import Inherited
 from fxtunnel.kit.notify import Notifier
-from fxtunnel.kit.pages import serve_pages
-from fxtunnel.kit.process import Reloads, feed_watchdog, raise_file_limit, settle, wait_until, watch_signals
+from fxtunnel.kit.process import Reloads, feed_watchdog, follow_launcher, raise_file_limit, settle, wait_until, watch_signals
 from fxtunnel.kit.settings import Address
 from fxtunnel.kit.tokens import ReplayGuard
 from fxtunnel.model import InstanceId, RelayId, ServiceName
@@ -44,9 +44,10 @@ from fxtunnel.model import InstanceId, RelayId, ServiceName
 logger = logging.getLogger(__name__)
 
 STATUS_S: Final = 1.0
-PREPARE_S: Final = 30.0
 CLOSE_S: Final = 1.0
 """For all workers to close their doors; one that stands still is not waited for."""
+LET_GO_S: Final = 5.0
+"""The same where a successor waits, half of what the launcher gives us (`RELEASE_S`): who takes longer stands still, and is killed."""
 STOP_S: Final = 10.0
 """What workers may take for goodbyes, beyond limits.drain_s."""
 
@@ -59,12 +60,14 @@ def run(settings: GatewaySettings, config_path: Path) -> int:
     """
     logs.configure(settings.log.level, settings.log.style, sys.stderr)
     raise_file_limit()
+    notifier = Notifier.of_this_process()
     Sandbox(settings, config_path).enter_above_workers(os.environ.get("NOTIFY_SOCKET", ""))  # while there is one thread only
     reactor = Reactor()
     try:
-        reactor.host_trio(Parent(reactor, settings, config_path.absolute(), Notifier.from_environ(os.environ)).serve)
+        reactor.host_trio(Parent(reactor, settings, config_path.absolute(), notifier).serve)
     finally:
         reactor.close()
+        notifier.close()
     return 0
 
 
@@ -78,8 +81,9 @@ class Parent:
         self._notifier = notifier
         self._stop = trio.Event()
         self._reloads = Reloads()
-        self._tunnel_socket: socket.socket | None = None
-        self._door_sockets: dict[str, socket.socket] = {}
+        self._has_turn = False
+        self._inherited = Inherited.from_environ(os.environ, os.getpid(), notifier)
+        self._listening = Listening(self._inherited)
         self._children = {number: Child(number, self, self) for number in range(1, settings.tunnel.workers + 1)}
         self._asking = Asking()
         self._has_started = False
@@ -87,8 +91,11 @@ class Parent:
         self._names = Names(settings.limits.relays)
         self._replays = ReplayGuard()
         self._wishes = Wishes(self._children.values(), self._asking, self._take_no_clients)
+        self._all_or_none = AllOrNone(self._children.values(), self._asking)
         self._facts = Facts(settings, self._wanted)
         self._view = MergedView(self._facts)
+        steering = Address(path=settings.tunnel.steering_path)
+        self._pages = AdminPages(make_app(self._view, self._look), settings.admin.listen, self._wishes.steer, steering, self._inherited)
 
     async def serve(self) -> None:
         """Listen, start the workers, and return when they have ended after SIGTERM.
@@ -96,36 +103,35 @@ class Parent:
         Raises:
             FxError: an address cannot be listened on, or a worker does not start.
         """
-        inherited = Inherited.from_environ(os.environ, os.getpid())
         try:
-            self._tunnel_socket = listen(self._settings.tunnel.listen, inherited)
-            for door in self._settings.doors:
-                self._door_sockets[str(door.listen)] = listen(door.listen, inherited, CLIENT_OPTIONS)
-            inherited.close()
+            self._listening.open(self._settings.tunnel.listen, [door.listen for door in self._settings.doors])
             async with trio.open_nursery() as nursery:
                 await nursery.start(watch_signals, self._reloads.ask, self._stop.set)
                 async with trio.open_nursery() as starting:
                     for child in self._children.values():
                         starting.start_soon(nursery.start, child.run)
+                    for child in self._children.values():
+                        await child.prepared.wait()
+                    await nursery.start(follow_launcher, self._notifier, self._stop.set)
+                    self._take_turn()
                 self._has_started = True
-                admin = await nursery.start(serve_pages, make_app(self._view, self._look), self._settings.admin.listen)
-                nursery.start_soon(serve_steering, self._wishes.steer, Address(path=self._settings.tunnel.steering_path))
+                admin = await nursery.start(self._pages.run)
+                self._inherited.close()
                 nursery.start_soon(self._reloads.run, self._load_again, self._notifier)
                 nursery.start_soon(feed_watchdog, self._notifier)
                 self._announce(str(admin))
+                nursery.start_soon(self._tell_ready)
                 settle()
                 await self._stop.wait()
                 await self._drain()
                 nursery.cancel_scope.cancel()
         finally:
-            self._close_sockets()
+            self._listening.close()
 
     def outfit(self, number: int) -> Outfit:
         """See `Home`."""
-        assert self._tunnel_socket is not None
-        sockets = [(str(self._settings.tunnel.listen), self._tunnel_socket), *self._door_sockets.items()]
         begin = {"op": "begin", "worker": number, "of": len(self._children), "process": self._run, "config": str(self._config_path)}
-        return Outfit({**begin, "settings": as_message(self._settings), "is_drained": self._wishes.is_drained}, sockets)
+        return Outfit({**begin, "settings": as_message(self._settings), "is_drained": self._wishes.is_drained}, self._listening.sockets())
 
     def introduce(self, child: Child) -> None:
         """See `Home`: a line between it and each of the others."""
@@ -155,9 +161,15 @@ class Parent:
             return  # a last word of a process that is gone
         child.beat()
         match message["op"]:
+            case "prepared":
+                child.prepared.set()
+                if self._has_turn:
+                    child.take_turn()
             case "ready":
                 child.became_ready()
                 self._wishes.remind(child)
+            case "serves":
+                child.serves = True
             case "closed":
                 child.has_closed = True
             case "answer":
@@ -234,37 +246,69 @@ class Parent:
         return {door.name: door.receptionist.services() if door.receptionist else frozenset({door.service}) for door in configs}
 
     def _announce(self, admin: str) -> None:
-        tunnel = str(bound_address(self._bound_tunnel()))
-        bound = {address: str(bound_address(sock)) for address, sock in self._door_sockets.items()}
-        self._facts.listening = (tunnel, *bound.values(), admin)
+        bound = self._listening.bound()
+        self._facts.listening = (*bound.values(), admin)
+        tunnel = bound[str(self._settings.tunnel.listen)]
         doors = ", ".join(f"{door.service or f'routes by {door.kind.value}'} on {bound[str(door.listen)]}" for door in self._settings.doors)
         count = len(self._children)
         sys.stdout.write(f"fxgateway ready: tunnels on {tunnel}; doors: {doors or 'none'}; admin on {admin}; {count} workers\n")
         sys.stdout.flush()
-        self._notifier.ready()
 
-    def _bound_tunnel(self) -> socket.socket:
-        assert self._tunnel_socket is not None
-        return self._tunnel_socket
+    def _take_turn(self) -> None:
+        self._has_turn = True
+        for child in self._children.values():
+            child.take_turn()
+
+    async def _tell_ready(self) -> None:
+        """READY when clients are served, by whichever worker they come to."""
+        await wait_until(lambda: self._stop.is_set() or all(child.serves for child in self._children.values()))
+        if not self._stop.is_set():
+            self._notifier.ready()
 
     async def _drain(self) -> None:
-        self._notifier.stopping()
-        self._facts.is_draining = True
-        self._close_sockets()
         drain_s = self._settings.limits.drain_s
-        for child in self._children.values():
-            child.stop()
-        with trio.move_on_after(CLOSE_S):  # whoever reads the next line may count on it that nobody comes in any more
-            await wait_until(lambda: all(child.has_closed or not child.is_ready for child in self._children.values()))
+        self._facts.is_draining = True
+        if self._inherited.is_handed_on:
+            await self._hand_over()
+        else:
+            self._notifier.stopping()
+            self._listening.close_doors()
+            self._listening.close()
+            for child in self._children.values():
+                child.stop()
+            with trio.move_on_after(CLOSE_S):  # whoever reads the next line may count on it that nobody comes in any more
+                await wait_until(self._have_closed)
         logger.info("stopping: %d workers have %g s for their clients", len(self._children), drain_s)
         with trio.move_on_after(drain_s + STOP_S):
             await wait_until(lambda: not any(child.pid for child in self._children.values()))
+
+    def _have_closed(self) -> bool:
+        return all(child.has_closed or not child.is_ready for child in self._children.values())
+
+    async def _hand_over(self) -> None:
+        """Let go of everything a successor listens on, then send relays there.
+
+        Not before every worker has let go: a relay that came back to one of ours would be taken for one that has lost its other links.
+        """
+        for child in self._children.values():
+            child.let_go()
+        await self._pages.end()
+        with trio.move_on_after(LET_GO_S):
+            await wait_until(self._have_closed)
+        for child in self._children.values():
+            if not child.has_closed:
+                child.kill("does not let go, and is killed")
+        self._listening.close()
+        self._notifier.stopping()
+        for child in self._children.values():
+            child.depart()
 
     async def _load_again(self) -> None:
         """Every worker has the new configuration, or none.
 
         Raises:
             ConfigError: something is wrong with it, and nothing has changed.
+            FxError: the gateway is stopping; nothing has changed.
         """
         written = await trio.to_thread.run_sync(config.load, self._config_path, os.environ)
         problems = await trio.to_thread.run_sync(verify_files, written, self._config_path, datetime.now(UTC))
@@ -272,100 +316,33 @@ class Parent:
             raise ConfigError(problems)
         fresh, waiting = config.take_up(self._settings, written)
         wanted = {str(door.listen): door.listen for door in fresh.doors if not self._wishes.is_drained}
-        opened: dict[str, socket.socket] = {}
+        self._check_goes_on()
+        opened = self._listening.open_more(wanted.values())
         try:
-            for key, address in wanted.items():
-                if key not in self._door_sockets:
-                    opened[key] = listen(address, None, CLIENT_OPTIONS)
-            prepared = await self._prepare(fresh, opened)
+            prepared = await self._all_or_none.prepare({"settings": as_message(fresh), "config": str(self._config_path)}, opened)
+            self._check_goes_on()
         except BaseException:
-            for sock in opened.values():
-                sock.close()
+            self._listening.give_up(opened.values())
             raise
         self._commit(fresh, opened, wanted)
-        await self._have_committed(prepared)
+        await self._all_or_none.commit(prepared)
         if waiting:
             logger.warning("changed, but not before the next restart: %s", ", ".join(waiting))
         logger.info("reloaded %s", self._config_path)
 
-    async def _prepare(self, fresh: GatewaySettings, opened: Mapping[str, socket.socket]) -> list[Child]:
-        """Let every worker do everything that can fail."""
-        problems: list[ConfigProblem] = []
-        refusals: dict[str, list[int]] = {}
-        """By what is wrong: mostly all workers say the same."""
-        prepared: list[Child] = []
-        fields = {"settings": as_message(fresh), "config": str(self._config_path)}
-
-        async def prepare(child: Child) -> None:
-            channel = child.channel
-            if channel is None or not child.is_ready:
-                return
-            prepared.append(child)
-            send_sockets(channel, list(opened.items()))
-            try:
-                answer = await self._asking.ask(channel, "prepare", PREPARE_S, **fields)
-            except NoAnswer as exc:
-                problems.append(ConfigProblem(str(self._config_path), "", str(exc)))
-            else:
-                for text in answer["problems"]:
-                    refusals.setdefault(text, []).append(child.number)
-
-        try:
-            async with trio.open_nursery() as nursery:
-                for child in self._children.values():
-                    nursery.start_soon(prepare, child)
-            problems += [ConfigProblem(_of_workers(numbers), "", text) for text, numbers in refusals.items()]
-            if problems:
-                raise ConfigError(problems)
-        except BaseException:
-            for child in prepared:
-                if child.channel is not None:
-                    child.channel.send({"op": "abandon"})
-            raise
-        return prepared
+    def _check_goes_on(self) -> None:
+        if self._stop.is_set():
+            raise FxError("the gateway is stopping, and would open its doors again")
 
     def _commit(self, fresh: GatewaySettings, opened: Mapping[str, socket.socket], wanted: Mapping[str, Address]) -> None:
         """The parent's own part; workers that begin from now on begin with it."""
         self._settings = self._facts.settings = fresh
         self._names.limit = fresh.limits.relays
-        self._door_sockets.update(opened)
-        for key in [key for key in self._door_sockets if key not in wanted]:
-            self._door_sockets.pop(key).close()
+        self._listening.commit(opened, wanted)
         logs.configure(fresh.log.level, fresh.log.style, sys.stderr)
-        listening = self._facts.listening
-        self._facts.listening = (listening[0], *(str(bound_address(sock)) for sock in self._door_sockets.values()), listening[-1])
-
-    async def _have_committed(self, prepared: list[Child]) -> None:
-        async def commit(child: Child) -> None:
-            if child.channel is not None:
-                try:
-                    await self._asking.ask(child.channel, "commit", PREPARE_S)
-                except NoAnswer:
-                    child.start_again("it has not taken the new configuration")
-                except Exception:
-                    logger.exception("it cannot be told whether worker %d has taken the new configuration", child.number)
-                    child.start_again("it may not have taken the new configuration")
-
-        async with trio.open_nursery() as nursery:
-            for child in self._children.values():
-                if child in prepared:
-                    nursery.start_soon(commit, child)
-                else:
-                    child.start_again("it was not there for the reload")
+        self._facts.listening = (*self._listening.bound().values(), self._facts.listening[-1])
 
     def _take_no_clients(self) -> None:
         """An administrator has drained the gateway: nobody is to wait in a queue that no worker serves."""
         self._facts.is_draining = True
-        for sock in self._door_sockets.values():
-            sock.close()
-        self._door_sockets.clear()
-
-    def _close_sockets(self) -> None:
-        if self._tunnel_socket is not None:
-            self._tunnel_socket.close()
-        for sock in self._door_sockets.values():
-            sock.close()
-
-
-def _of_workers(numbers: list[int]) -> str:
-    return f"worker {numbers[0]}" if len(numbers) == 1 else f"workers {', '.join(map(str, sorted(numbers)))}"
+        self._listening.close_doors()

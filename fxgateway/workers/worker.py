@@ -29,7 +29,7 @@ from fxtunnel.errors import ConfigError, FxError, leaves
 from fxtunnel.kit import logs
 from fxtunnel.kit.listeners import Inherited
 from fxtunnel.kit.notify import Notifier
-from fxtunnel.kit.process import keep_going, raise_file_limit
+from fxtunnel.kit.process import keep_going, let_finish, raise_file_limit, wait_until
 from fxtunnel.kit.settings import Address
 from fxtunnel.kit.tls import server_context
 from fxtunnel.protocol.alpn import ALPN_SPOKEN
@@ -123,6 +123,9 @@ class Worker(Gateway):
         self._peers = Peers(reactor)
         self._number = number
         self._run = process
+        self._turn = trio.Event()
+        self._departs = False
+        """A successor of the gateway has what this process listened on."""
         self._workers = workers
         self._sockets = sockets
         self._prepared: tuple[GatewaySettings, dict[str, Any], Inherited] | None = None
@@ -136,7 +139,7 @@ class Worker(Gateway):
         """See `Gateway`."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(keep_going, "following the parent's orders", self._follow_orders)
-            nursery.start_soon(self._end_with_parent)
+            nursery.start_soon(self._end_with_parent, nursery.cancel_scope)
             await super().serve()
             nursery.cancel_scope.cancel()
 
@@ -168,8 +171,29 @@ class Worker(Gateway):
         await trio.lowlevel.checkpoint()
         task_status.started(self._settings.admin.listen)
 
-    def _clients(self) -> int:
-        return self._doors.clients + self._peers.bridges
+    async def _await_turn(self, *, task_status: trio.TaskStatus[None]) -> None:
+        self._line.channel.send({"op": "prepared"})
+        await self._turn.wait()
+        task_status.started()
+
+    async def _tell_ready(self) -> None:
+        await super()._tell_ready()
+        self._line.channel.send({"op": "serves"})
+
+    def _has_successor(self) -> bool:
+        return self._departs
+
+    async def _hand_over(self, drain_s: float) -> None:
+        """It has let go already: see "let-go"."""
+        await trio.lowlevel.checkpoint()
+        self._registry.send_on(drain_s)
+
+    async def _let_clients_finish(self, drain_s: float) -> None:
+        """As long as any worker has some: they may still need a relay that is here."""
+        deadline = trio.current_time() + drain_s
+        await let_finish("clients", lambda: self._doors.clients + self._peers.bridges, drain_s)
+        with trio.move_on_at(deadline):
+            await wait_until(lambda: not self._shared.connections)
 
     def _announce(self, tunnel: str, admin: str) -> None:
         self._view.listening = (tunnel, *self._doors.bound.values(), admin)
@@ -193,9 +217,11 @@ class Worker(Gateway):
         logger.info("SIGHUP is for the parent process, which reloads all workers")
         await trio.lowlevel.checkpoint()
 
-    async def _end_with_parent(self) -> None:
+    async def _end_with_parent(self, everything: trio.CancelScope) -> None:
         await self._line.orphaned.wait()
         logger.error("the parent process is gone; this worker stops")
+        if not self._turn.is_set():
+            everything.cancel()  # another gateway may serve: whatever was accepted here would be missed there
         limits = self._settings.limits.model_copy(update={"drain_s": 0.0})
         self._settings = self._settings.model_copy(update={"limits": limits})
         self._stop.set()
@@ -212,7 +238,19 @@ class Worker(Gateway):
                     self._answer(message, [])
                 case "abandon":
                     await self._abandon()
+                case "go":
+                    self._turn.set()
+                case "let-go":
+                    await self._abandon()
+                    self._doors.release()
+                    self._port.stop_accepting()
+                    self._guests.stop_accepting()
+                    self._line.channel.send({"op": "closed"})
+                case "depart":
+                    self._departs = True
+                    self._stop.set()
                 case "stop":
+                    await self._abandon()
                     self._doors.close()
                     self._line.channel.send({"op": "closed"})
                     self._stop.set()

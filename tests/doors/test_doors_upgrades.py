@@ -219,6 +219,27 @@ async def test_a_door_lets_clients_in_when_its_relay_is_there(contexts: Contexts
             doors.abort_all()
 
 
+async def test_a_door_that_is_held_lets_nobody_in(contexts: Contexts) -> None:
+    """Whoever has a relay, and however long it takes."""
+    async with open_plane(contexts) as plane:
+        doors = Doors(plane.reactor, plane.registry, Admission(OPEN_LIMITS))
+        port = free_port()
+        doors.apply([DoorConfig("d", Address.parse(f"127.0.0.1:{port}"), SERVICE)])
+        doors.hold()
+        await plane.add_relay(await plane.serve(echo))
+        try:
+            async with await connect(port) as early:
+                await early.send_all(b"x")
+                await trio.sleep(0.1)
+                assert (doors.clients, doors.is_waiting) == (0, True)
+                doors.wait_for_relays(0.0)
+                assert await receive_exactly(early, 1) == b"x"
+            await plane.quiet()
+        finally:
+            doors.close()
+            doors.abort_all()
+
+
 async def test_a_door_waits_only_so_long(contexts: Contexts) -> None:
     async with open_plane(contexts) as plane:
         doors = Doors(plane.reactor, plane.registry, Admission(OPEN_LIMITS))

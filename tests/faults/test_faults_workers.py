@@ -12,6 +12,7 @@ import psutil
 import pytest
 import trio
 from sabotage import FAULTS, LIMIT, lines_about, sabotage
+from tests.workers.test_workers_checks import settings_of
 
 from fxgateway.settings import load
 from fxgateway.workers import child as child_module
@@ -23,7 +24,6 @@ from fxtunnel.engine.reactor import Reactor
 from fxtunnel.errors import FxError
 from fxtunnel.kit import process
 from fxtunnel.kit.notify import Notifier
-from tests.workers.test_workers_checks import settings_of
 
 STAND_IN = """
 import json, os, socket, sys
@@ -37,6 +37,8 @@ with open(f"{sys.argv[2]}/{os.getpid()}", "w", buffering=1) as told:
             message, data = json.loads(data), b""
             print(message["op"], file=told)
             if message["op"] == "begin":
+                line.send(b'\\0{"op": "prepared"}')
+            elif message["op"] == "go":
                 line.send(b'\\0{"op": "ready"}')
             elif message["op"] == "stop":
                 line.send(b'\\0{"op": "closed"}')
@@ -101,7 +103,9 @@ class Home:
         self.died_ += 1
 
     def on_message(self, channel: Channel, message: Message, sockets: list[socket.socket]) -> None:
-        if message["op"] == "ready":
+        if message["op"] == "prepared":
+            self.child.take_turn()
+        elif message["op"] == "ready":
             self.child.became_ready()
 
     def on_gone(self, channel: Channel) -> None:

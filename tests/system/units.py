@@ -73,6 +73,14 @@ class Unit:
         self.listen()
         return code
 
+    def kill(self) -> None:
+        """SIGKILL to the main process."""
+        assert self.main is not None
+        self._processes += self.processes()
+        self.main.kill()
+        self.main.wait(LET_GO_S)
+        self.listen()
+
     def restart(self) -> None:
         """As an upgrade does it."""
         assert self.stop() == 0, self.log.read_text()[-4000:]

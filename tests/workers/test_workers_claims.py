@@ -223,3 +223,17 @@ async def test_who_cannot_be_passed_on_for_lack_of_descriptors_stays_to_be_serve
         with line, no_more_descriptors():
             assert not worker.peers.pass_on(2, cast(Client, client), b"")
         assert not client.given_away
+
+
+async def test_after_a_worker_has_let_go_nobody_waits_for_it_in_vain() -> None:
+    """Relays that others have accepted: those that wait, and those that come."""
+    facts: Message = {"ip": "127.0.0.1", "address": "127.0.0.1:1", "counts_as_relay": False}
+    async with working() as (worker, _):
+        for has_let_go in (False, True):
+            relay, far = socket.socketpair()
+            with relay:
+                worker.guests.welcome(facts, [far])
+                if not has_let_go:
+                    worker.guests.stop_accepting()
+                relay.settimeout(5)
+                assert relay.recv(1) == b""

@@ -121,3 +121,19 @@ def test_a_gateway_that_is_drained_takes_nobody_at_any_worker(make_stack: MakeSt
         watching.wait()
         watching.stdout.close()
     assert stack.gateway.stop() == 0
+
+
+def test_a_reload_while_the_gateway_stops_opens_no_door(make_stack: MakeStack, echo_service: Service) -> None:
+    stack = start(make_stack, {"echo": echo_service.target}, relays=1)
+    gateway = stack.gateway
+    with dial(stack.doors["echo"]) as kept:
+        say(kept)
+        gateway.signal(signal.SIGTERM)
+        wait_until(lambda: "stopping: 2 workers" in gateway.log.read_text(), 20, "the drain")
+        gateway.signal(signal.SIGHUP)
+        wait_until(lambda: "reload" in gateway.log.read_text(), 20, "an answer to the reload")
+        with pytest.raises(ConnectionRefusedError):
+            dial(stack.doors["echo"])
+        say(kept)
+    assert gateway.wait() == 0
+    assert "the gateway is stopping" in gateway.log.read_text()

@@ -27,7 +27,6 @@ class Near:
 
 @dataclass
 class Registry:
-    is_draining: bool = False
     here: dict[RelayId, Near] = field(default_factory=dict)
     offers: OfferTable[Near] = field(default_factory=OfferTable)
     relieved: list[RelayId] = field(default_factory=list)
@@ -137,9 +136,7 @@ def test_news_is_what_has_changed() -> None:
     assert world.relays.news() == {}
     near.open_streams = 3
     assert world.relays.news() == {A: ["first", 1, UP, 3]}
-    world.registry.is_draining = True
-    assert world.relays.news() == {A: ["first", 1, NONE, 3]}
-    assert world.relays.everything() == {A: ["first", 1, NONE, 3, [SSH]]}
+    assert world.relays.everything() == {A: ["first", 1, UP, 3, [SSH]]}
     del world.registry.here[A]
     assert world.relays.news() == {A: None}
 

@@ -5,7 +5,7 @@ from workers_rig import MakeStack, worker_of
 
 from tests.system.peers import Service
 from tests.system.stack import wait_until
-from tests.system.test_system_upgrades import RELAY_LIMITS, through
+from tests.system.test_system_upgrades import GATEWAY_LIMITS, RELAY_LIMITS, through
 from tests.system.units import Unit
 
 pytestmark = [pytest.mark.system, pytest.mark.xdist_group("workers")]
@@ -32,3 +32,29 @@ def test_a_relay_is_replaced_by_one_at_another_worker(make_stack: MakeStack, ech
         assert "fenced" not in stack.logs()
     finally:
         relay.close()
+
+
+def test_a_gateway_of_several_processes_and_its_relay_are_restarted_in_turns(
+    make_stack: MakeStack, echo_service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A relay that makes way stays where its streams are, whatever is restarted beside it."""
+    monkeypatch.setenv("FXGATEWAY__TUNNEL__WORKERS", "2")
+    stack = make_stack("echo", extra=GATEWAY_LIMITS)
+    config = stack.write_relay_config("node-a", {"echo": echo_service.target}, RELAY_LIMITS)
+    gateway = Unit(["fxgateway.cli", "launch", "--config", str(stack.gateway_config)], stack.directory / "gateway.log", stack.directory)
+    relay = Unit(["fxrelay.cli", "launch", "--config", str(config)], stack.directory / "node-a.log", stack.directory)
+    try:
+        gateway.start()
+        relay.start()
+        stack.wait_for_relays("node-a")
+
+        def restart() -> None:
+            relay.restart()
+            gateway.restart()
+
+        through(stack.doors["echo"], restart, 2)
+        wait_until(lambda: not relay.left_over() and not gateway.left_over(), 60, "the end of the old processes")
+        assert "fenced" not in stack.logs()
+    finally:
+        relay.close()
+        gateway.close()

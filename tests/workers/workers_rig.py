@@ -3,6 +3,8 @@
 import json
 from collections.abc import Callable, Mapping
 
+import psutil
+
 from tests.system.peers import dial, read_exactly
 from tests.system.stack import Stack, wait_until
 
@@ -58,6 +60,11 @@ def say(port: int, word: bytes = b"hello") -> None:
     with dial(port) as client:
         client.sendall(word)
         assert read_exactly(client, len(word)) == word
+
+
+def taken(process: psutil.Process, port: int) -> int:
+    """Connections to this port that the process has accepted."""
+    return sum(bool(connection.raddr) and connection.laddr.port == port for connection in process.net_connections())
 
 
 def until_gone(pids: list[int], timeout_s: float = 10.0) -> None:
