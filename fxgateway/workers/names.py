@@ -1,5 +1,6 @@
 """Pure: which worker has which relay: the parent's table, so that a name is held once, and its epoch only rises."""
 
+from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Final
@@ -78,14 +79,15 @@ class Names:
         self._placed.pop(worker, None)
 
     def place(self, workers: Collection[int], now: float) -> int | None:
-        """The worker that has the fewest relays, those under way included; a newcomer is counted there. None if there is no worker."""
-        counts = dict.fromkeys(sorted(workers), 0)
-        for holder in self._holders.values():
-            if holder.worker in counts:
-                counts[holder.worker] += 1
-        for worker in counts:
+        """The worker that has the fewest relays, those under way included; a newcomer is counted there. None if there is no worker.
+
+        Of several the one that has fewer by now: what is under way may turn out to be none, and the word of that still be on its way.
+        """
+        here = Counter(holder.worker for holder in self._holders.values())
+        counts: dict[int, tuple[int, int]] = {}
+        for worker in sorted(workers):
             placed = self._placed[worker] = [since for since in self._placed.get(worker, []) if now - since < PLACED_S]
-            counts[worker] += len(placed)
+            counts[worker] = here[worker] + len(placed), here[worker]
         if not counts:
             return None
         best = min(counts, key=counts.__getitem__)

@@ -11,9 +11,10 @@ from pathlib import Path
 import psutil
 import pytest
 import trio
+from click.testing import CliRunner
 from sabotage import FAULTS, LIMIT, lines_about, sabotage
-from tests.workers.test_workers_checks import settings_of
 
+from fxgateway.cli import main
 from fxgateway.settings import load
 from fxgateway.workers import child as child_module
 from fxgateway.workers import parent as parent_module
@@ -163,7 +164,10 @@ async def test_a_reload_fails_for_all_or_for_none(
         monkeypatch.setenv(f"FXGATEWAY__{name}", value)
     monkeypatch.setattr(parent_module, "settle", lambda: None)
     monkeypatch.setattr(parent_module.logs, "configure", lambda *_: None)
-    _, path = settings_of(tmp_path, 2, "off")
+    folder = tmp_path / "gw"
+    made = CliRunner().invoke(main, ["init", "--dir", str(folder), "--public-url", "wss://127.0.0.1:8443"])
+    assert made.exit_code == 0, made.output
+    path = folder / "gateway.toml"
     hits = 0
     for nth in range(1, LIMIT):
         parent = Parent(reactor, load(path, os.environ), path, Notifier())

@@ -118,6 +118,9 @@ class Target:
                 stream.sent(mux.ring.slot(room), room)
             elif rng.random() < 0.02:
                 stream.reset(Code.CANCELLED)
+        for taker in self.takers.values():
+            if rng.random() < 0.1:
+                taker.stream.emptied()
         if rng.random() < 0.1:
             mux.tick(self.now)
         mux.refill()
@@ -130,12 +133,14 @@ class Target:
         assert len(mux.streams) <= MAX_STREAMS
         assert 0 <= mux.ring.free_bytes <= RING_BYTES
         assert mux.ring.acked <= mux.ring.sent <= mux.ring.head
-        held = sum(stream.window.window_bytes for stream in mux.streams.values())
+        held = sum(taker.stream.window.window_bytes for taker in self.takers.values())  # of streams that ended in order: what is unread
         assert self.budget.promised_bytes + self.budget.grown_bytes == held <= MEMORY_BYTES * 5 // 8
 
     def finish(self) -> None:
         self.mux.reset_all(Code.LINK_LOST)
         assert not self.mux.streams
+        for taker in self.takers.values():
+            taker.stream.emptied()
         assert (self.budget.promised_bytes, self.budget.grown_bytes) == (0, 0)
 
     def feed(self, raw: bytes) -> RemoteProtocolError | None:

@@ -59,6 +59,15 @@ def test_relays_are_spread_evenly_also_when_all_come_at_once() -> None:
     assert names.place((), 0.0) is None
 
 
+def test_a_worker_that_has_nobody_yet_is_chosen_before_one_that_has_somebody() -> None:
+    """An enrolment is a connection that turns out to be none, and its relay may dial again before that is known."""
+    names = Names(10)
+    assert names.place([1, 2], 0.0) == 1
+    names.claim(1, A, FIRST)
+    assert names.place([1, 2], 0.1) == 2, "the enrolment of another relay"
+    assert names.place([1, 2], 0.1) == 2, "the relay itself"
+
+
 def test_a_connection_that_was_no_relay_is_counted_no_longer() -> None:
     names = Names(100)
     assert names.place((1, 2), 0.0) == 1
