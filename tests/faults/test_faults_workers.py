@@ -1,5 +1,6 @@
 """R10: an exception at every await of what keeps workers alive and in step. The other workers do not notice, and no process is left."""
 
+import contextlib
 import logging
 import os
 import signal
@@ -76,7 +77,12 @@ def reactor() -> Iterator[Reactor]:
 
 def stand_ins() -> list[psutil.Process]:
     """Those that run."""
-    return [child for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE and "stand_in" in str(child.cmdline())]
+    found: list[psutil.Process] = []
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.NoSuchProcess):  # it may end between two looks
+            if child.status() != psutil.STATUS_ZOMBIE and "stand_in" in str(child.cmdline()):
+                found.append(child)
+    return found
 
 
 async def until(condition: Callable[[], bool]) -> None:
