@@ -162,6 +162,7 @@ async def test_a_program_that_others_could_have_written_is_not_run(program: Path
 
 
 async def test_connections_are_counted_without_a_program() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as listener, socket.create_connection(listener.getsockname()):
+    # Not a port of the kernel's choice: another process's connection may leave from the same one.
+    with socket.create_server(("127.0.0.1", free_port())) as listener, socket.create_connection(listener.getsockname()):
         counter = SessionCounter("connections", [("", listener.getsockname()[1])], 10.0, BOUNDS)
         assert await counter.count(os.environ) == {"sessions": 1}
