@@ -302,7 +302,7 @@ class Uplink:
                 if ties.process not in ("", link.welcome.process) and link.welcome.process:
                     logger.info("gateway %s is another process now", self.gateway_id)
                     self._lost_at = trio.current_time()
-                    if ties.is_up or (ties.is_named and ties.streams):
+                    if ties.is_up or (ties.is_named and ties.streams and ties.process in link.welcome.earlier):
                         # Its word of that missed us: what is open at the old process must not be in the way.
                         ties.depart()
                         return
