@@ -203,7 +203,8 @@ def test_strangers_who_name_processes(stack: Stack, gateway: Unit) -> None:
         wait_for_more([flow])
     finally:
         if before is not None:
-            before.resume()
+            with contextlib.suppress(psutil.NoSuchProcess):
+                before.resume()
         problem = flow.finish()
     assert problem == ""
 
