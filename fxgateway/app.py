@@ -25,11 +25,12 @@ from fxgateway.routing.reception import Kind, Receptionist
 from fxgateway.sandbox import Sandbox
 from fxgateway.settings import GatewaySettings
 from fxgateway.steering import AdminPages, Steering
-from fxgateway.tunnels.colleagues import Alone, Colleagues
+from fxgateway.tunnels.colleagues import Colleagues
 from fxgateway.tunnels.control import YIELDED_BEATS, ControlConfig
 from fxgateway.tunnels.identities import Identities
 from fxgateway.tunnels.port import PortLimits, TunnelPort
 from fxgateway.tunnels.registry import Registry, RegistryLimits
+from fxgateway.tunnels.succession import Succession
 from fxtunnel.codes import Code
 from fxtunnel.engine.ports import SessionConfig
 from fxtunnel.engine.reactor import Reactor
@@ -54,7 +55,7 @@ from fxtunnel.kit.process import (
 from fxtunnel.kit.settings import Address
 from fxtunnel.kit.tls import server_context
 from fxtunnel.model import GatewayId, ServiceName
-from fxtunnel.protocol.alpn import ALPN_SPOKEN
+from fxtunnel.protocol.alpn import spoken_by
 from fxtunnel.protocol.credit import WindowBudget
 
 logger = logging.getLogger(__name__)
@@ -103,6 +104,7 @@ class Gateway:
         self._file_limit = file_limit
         self._own_files = open_files() + FILES_OF_ITS_OWN
         self._stop = trio.Event()
+        self._name = self._process()
         self._reloads = Reloads()
         self._admission = self._make_admission(settings)
         budget = WindowBudget(settings.limits.memory_bytes)
@@ -115,7 +117,7 @@ class Gateway:
         self._view.access_dropped = lambda: self._access.dropped
         self._view.certificate_expires_unix = expires_unix(settings.tunnel.certificate.read_bytes())
         self._port = TunnelPort(
-            server_context(settings.tunnel.certificate, settings.tunnel.key, ALPN_SPOKEN),
+            server_context(settings.tunnel.certificate, settings.tunnel.key, spoken_by(self._name)),
             GatewayId(settings.tunnel.gateway_id),
             self._identities,
             self._registry,
@@ -125,7 +127,7 @@ class Gateway:
                 settings.liveness.dead_after_s,
                 settings.resume.hold_s,
                 settings.limits.hello_timeout_s,
-                self._process(),
+                self._name,
             ),
             self._make_colleagues(),
         )
@@ -151,6 +153,7 @@ class Gateway:
         async with trio.open_nursery() as nursery:
             await nursery.start(watch_signals, self._reloads.ask, self._stop.set)
             await nursery.start(self._await_turn)
+            await nursery.start(self._follow_earlier)
             has_relays = any(relay.revoked_unix is None for relay in self._identities.known())
             self._doors.wait_for_relays(self._settings.limits.relay_wait_s if has_relays else 0.0)
             await nursery.start(partial(self._port.run, [trio.SocketListener(trio.socket.from_stdlib_socket(tunnel_socket))]))
@@ -177,7 +180,8 @@ class Gateway:
         return self._registry
 
     def _make_colleagues(self) -> Colleagues:
-        return Alone()
+        self._succession = Succession(self._name)
+        return self._succession
 
     def _make_inherited(self) -> Inherited:
         return Inherited.from_environ(os.environ, os.getpid(), self._notifier)
@@ -189,6 +193,10 @@ class Gateway:
     async def _await_turn(self, *, task_status: trio.TaskStatus[None]) -> None:
         """Everything is prepared; started when the process before us has let go."""
         await follow_launcher(self._notifier, self._stop.set, task_status=task_status)
+
+    async def _follow_earlier(self, *, task_status: trio.TaskStatus[None]) -> None:
+        """Relays come back to earlier processes through this one, and to this one through later ones."""
+        await self._succession.run(self._inherited, task_status=task_status)
 
     async def _serve_pages(self, *, task_status: trio.TaskStatus[Address]) -> None:
         await self._pages.run(task_status=task_status)
@@ -256,7 +264,7 @@ class Gateway:
 
     def _apply(self, fresh: GatewaySettings, contexts: Mapping[str, ssl.SSLContext], inherited: Inherited | None = None) -> None:
         """Doors and limits of a reloaded configuration, as far as it counts by now."""
-        context = server_context(fresh.tunnel.certificate, fresh.tunnel.key, ALPN_SPOKEN)
+        context = server_context(fresh.tunnel.certificate, fresh.tunnel.key, spoken_by(self._name))
         self._doors.apply(self._door_configs(fresh, contexts), inherited)
         self._admission.apply(self._admission_limits(fresh))
         self._registry.apply(registry_limits(fresh), session_config(fresh))

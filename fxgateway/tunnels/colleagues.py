@@ -1,10 +1,11 @@
 """Port: the other processes of this gateway, as the tunnel port sees them; and what it is to have none."""
 
 import socket
-from typing import Protocol
+from typing import Protocol, Self
 
 import trio
 
+from fxtunnel.kit.settings import Address
 from fxtunnel.kit.tokens import ReplayGuard
 from fxtunnel.model import InstanceId, RelayId
 
@@ -21,6 +22,11 @@ class Passed:
         self.counts_as_relay = counts_as_relay
         """Where relays are spread evenly, it has been counted as one already."""
 
+    @classmethod
+    def fresh(cls, sock: socket.socket, address: tuple[str, int]) -> Self:
+        """One that has come from there, as `accept` or `getpeername` says."""
+        return cls(sock, str(address[0]), str(Address(str(address[0]), int(address[1]))))
+
 
 class Colleagues(Protocol):
     """Whoever serves relays beside this process."""
@@ -29,10 +35,21 @@ class Colleagues(Protocol):
     def worker(self) -> str:
         """What relays are told to ask for when they dial again (PROTOCOL.md, 1); empty if there is nobody else."""
 
+    @property
+    def is_named(self) -> bool:
+        """Whether connections that name this process still reach it, passed on, when it listens no more."""
+
+    @property
+    def earlier(self) -> tuple[str, ...]:
+        """The names of processes before this one that connections are passed on to."""
+
     async def keeps(self, passed: Passed) -> bool:
         """Whether a fresh connection is to be served here. If not, it has been passed on, and the caller closes its own copy.
 
         Waits for the first bytes, and takes none. Set a deadline around it.
+
+        Raises:
+            TurnedAway: whose it is has no time for it now.
         """
 
     async def wait_passed(self) -> Passed:
@@ -62,6 +79,16 @@ class Alone:
 
     def __init__(self) -> None:
         self._replays = ReplayGuard()
+
+    @property
+    def is_named(self) -> bool:
+        """See `Colleagues`."""
+        return False
+
+    @property
+    def earlier(self) -> tuple[str, ...]:
+        """See `Colleagues`."""
+        return ()
 
     async def keeps(self, passed: Passed) -> bool:
         """See `Colleagues`."""

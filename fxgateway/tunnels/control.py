@@ -17,7 +17,9 @@ from fxtunnel.codes import Code, Refusal
 from fxtunnel.control.channel import Channel
 from fxtunnel.control.messages import (
     CAP_LEAVING,
+    CAP_NAMED,
     CAP_WORKERS,
+    MAX_EARLIER,
     PROTOCOL_VERSION,
     TEXT_CHARS,
     Closing,
@@ -188,8 +190,9 @@ class ControlDesk:
                     heartbeat_s=config.heartbeat_s,
                     dead_after_s=config.dead_after_s,
                     hold_s=config.hold_s,
-                    caps=CAPS,
+                    caps=(*CAPS, CAP_NAMED) if self._colleagues.is_named else CAPS,
                     process=config.process,
+                    earlier=self._colleagues.earlier[:MAX_EARLIER],
                     worker=self._colleagues.worker,
                 )
             )

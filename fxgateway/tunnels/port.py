@@ -38,11 +38,10 @@ from fxtunnel.control.upgrade import (
 from fxtunnel.errors import PeerRefused, TunnelClosed, TunnelError, leaves
 from fxtunnel.kit.listeners import EXHAUSTED
 from fxtunnel.kit.process import keep_going
-from fxtunnel.kit.settings import Address
 from fxtunnel.kit.tls import TlsStream, handshake_server
 from fxtunnel.kit.tokens import Assertion, KeyProblem, verify_assertion
 from fxtunnel.model import GatewayId, RelayId
-from fxtunnel.protocol.alpn import ALPN_DATA
+from fxtunnel.protocol.alpn import ALPN_DATA, is_data
 
 __all__ = ["PortLimits", "TunnelPort"]
 
@@ -87,6 +86,7 @@ class TunnelPort:
         self.refused: dict[str, int] = {}
         self._lobby = Lobby()
         self._accepting = trio.CancelScope()
+        self._taking = trio.CancelScope()
         tickets = TicketBook(lambda: f"fxt_{secrets.token_urlsafe(32)}")
         self._control = ControlDesk(gateway_id, registry, tickets, control, self._colleagues)
         self._data = DataDesk(registry, tickets)
@@ -102,7 +102,7 @@ class TunnelPort:
         self._context, self._limits = context, limits
 
     async def run(self, listeners: list[trio.SocketListener], *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Accept until cancelled, or until `stop_accepting` and the last link's end. Closes the listeners.
+        """Accept until cancelled, or until `stop_accepting` and the last link's end, if nobody can come again. Closes the listeners.
 
         When it is cancelled, control links say goodbye, which takes at most a second.
         """
@@ -113,16 +113,18 @@ class TunnelPort:
             around.cancel_scope.cancel()
 
     async def _accept_all(self, listeners: list[trio.SocketListener], handlers: trio.Nursery, task_status: trio.TaskStatus[None]) -> None:
+        handlers.start_soon(self._take_passed, handlers)
         with self._accepting:
             async with trio.open_nursery() as accepting:
                 for listener in listeners:
                     accepting.start_soon(self._accept, listener, handlers)
-                accepting.start_soon(keep_going, "taking relays that other workers have accepted", partial(self._take_passed, handlers))
                 task_status.started()
 
     def stop_accepting(self) -> None:
-        """Close the listeners, soon: a successor has them. Whoever is in stays."""
+        """Close the listeners, soon: a successor has them. Whoever is in stays, and may come again if this process can be named."""
         self._accepting.cancel()
+        if not self._colleagues.is_named:
+            self._taking.cancel()
 
     async def _accept(self, listener: trio.SocketListener, handlers: trio.Nursery) -> None:
         # The same queue once more: trio would take one connection a turn of its loop, and a storm's would time out in the kernel.
@@ -142,14 +144,17 @@ class TunnelPort:
             await trio.sleep(_PAUSE_S if exc.errno in EXHAUSTED else 0)
             return
         sock = socket.socket(accepted.family, accepted.type, accepted.proto, fileno=accepted.detach())
-        self._welcome(_fresh(sock, address), self._colleagues.keeps, handlers)
+        self._welcome(Passed.fresh(sock, address), self._colleagues.keeps, handlers)
         with contextlib.suppress(OSError):  # none is left; anything else is met again above
             for _ in range(ACCEPTED_AT_ONCE):
-                self._welcome(_fresh(*more.accept()), self._colleagues.keeps, handlers)
+                self._welcome(Passed.fresh(*more.accept()), self._colleagues.keeps, handlers)
 
     async def _take_passed(self, handlers: trio.Nursery) -> None:
-        while True:
-            self._welcome(await self._colleagues.wait_passed(), _always, handlers)
+        with self._taking:
+            await keep_going("taking relays that others have accepted", partial(self._take_one, handlers))
+
+    async def _take_one(self, handlers: trio.Nursery) -> None:
+        self._welcome(await self._colleagues.wait_passed(), _always, handlers)
 
     def _welcome(self, passed: Passed, keeps: Callable[[Passed], Awaitable[bool]], handlers: trio.Nursery) -> None:
         try:
@@ -217,7 +222,7 @@ class TunnelPort:
 
     async def _identify(self, stream: TlsStream, remote_address: str) -> _Upgrade | None:
         """Everything that is done for a stranger. Returns what is left to do for a relay that has proved who it is."""
-        if stream.socket.selected_alpn_protocol() == ALPN_DATA:
+        if is_data(stream.socket.selected_alpn_protocol()):
             await self._data.admit(stream, remote_address)
             return None
         try:
@@ -276,10 +281,6 @@ class TunnelPort:
     def _log_unproven(self, arrival: Arrival, remote_address: str) -> None:
         why = "made room for newer ones" if arrival.is_evicted else f"did not prove who it is within {self._limits.hello_timeout_s:g} s"
         logger.warning("tunnel port: connection from %s closed: it %s", remote_address, why)
-
-
-def _fresh(sock: socket.socket, address: tuple[str, int]) -> Passed:
-    return Passed(sock, str(address[0]), str(Address(str(address[0]), int(address[1]))))
 
 
 def _say(sock: socket.socket, last: bytes) -> None:

@@ -8,6 +8,7 @@ from typing import Final
 import trio
 
 from fxgateway.tunnels.colleagues import Passed
+from fxgateway.tunnels.first_look import look_at_hello
 from fxgateway.tunnels.registry import Registry
 from fxgateway.workers.asking import NoAnswer
 from fxgateway.workers.channel import Message
@@ -16,7 +17,6 @@ from fxgateway.workers.line import Line
 from fxgateway.workers.peers import Peers
 from fxtunnel.codes import Refusal
 from fxtunnel.errors import PeerRefused, TunnelClosed
-from fxtunnel.kit.client_hello import MAX_RECORDS_BYTES, ClientHello, NeedMore, NotTls, read_client_hello
 from fxtunnel.model import InstanceId, RelayId
 from fxtunnel.protocol.alpn import ALPN_DATA, ALPN_WORKER
 
@@ -24,8 +24,6 @@ logger = logging.getLogger(__name__)
 
 _WORKER: Final = ALPN_WORKER.encode()
 _DATA: Final = ALPN_DATA.encode()
-LOOK_AGAIN_S: Final = 0.02
-"""Between two looks at a hello that has come in part. Hellos come whole, but for those who try."""
 RETRY_AFTER_S: Final = 1.0
 MAX_PASSED: Final = 256
 """Connections of relays that others have accepted and that wait to be served here."""
@@ -40,6 +38,8 @@ class Guests:
 
     def __init__(self, line: Line, peers: Peers, registry: Registry, relays: AllRelays, number: int) -> None:
         self.worker = str(number)
+        self.is_named = False
+        self.earlier = ()
         self._line = line
         self._peers = peers
         self._registry = registry
@@ -50,7 +50,7 @@ class Guests:
 
     async def keeps(self, passed: Passed) -> bool:
         """See `Colleagues`."""
-        hello = await _look_at_hello(passed.sock)
+        hello = await look_at_hello(passed.sock)
         if hello is None:
             return True  # TLS says what is wrong with it
         named = next((_number(protocol) for protocol in hello.alpn if protocol.startswith(_WORKER)), None)
@@ -134,25 +134,6 @@ class Guests:
         except NoAnswer:
             return self._number, False
         return int(answer["worker"]), bool(answer["counts"])
-
-
-async def _look_at_hello(sock: socket.socket) -> ClientHello | None:
-    """The hello, as soon as it is there; None for what is none."""
-    while True:
-        await trio.lowlevel.wait_readable(sock)
-        try:
-            data = sock.recv(MAX_RECORDS_BYTES, socket.MSG_PEEK)
-        except BlockingIOError:
-            continue
-        except OSError:
-            return None
-        match read_client_hello(data):
-            case NeedMore() if data:
-                await trio.sleep(LOOK_AGAIN_S)
-            case ClientHello() as hello:
-                return hello
-            case NeedMore() | NotTls():
-                return None
 
 
 def _number(protocol: bytes) -> int:

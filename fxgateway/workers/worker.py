@@ -167,6 +167,11 @@ class Worker(Gateway):
         sockets, self._sockets = self._sockets, {}
         return Inherited(sockets)
 
+    async def _follow_earlier(self, *, task_status: trio.TaskStatus[None]) -> None:
+        """It has no name of its own: relays name workers."""
+        await trio.lowlevel.checkpoint()
+        task_status.started()
+
     async def _serve_pages(self, *, task_status: trio.TaskStatus[Address]) -> None:
         await trio.lowlevel.checkpoint()
         task_status.started(self._settings.admin.listen)

@@ -33,7 +33,7 @@ from fxtunnel.control.upgrade import CONTROL_PATH, open_websocket
 from fxtunnel.errors import PeerRefused, RemoteProtocolError, TunnelClosed, TunnelError
 from fxtunnel.kit.tls import TlsStream
 from fxtunnel.model import Offer, SessionId
-from fxtunnel.protocol.alpn import ALPN_HTTP
+from fxtunnel.protocol.alpn import ALPN_HTTP, at_process
 
 logger = logging.getLogger(__name__)
 
@@ -170,17 +170,18 @@ async def open_control_link(
     bearer: Callable[[], str],
     config: UplinkConfig,
     worker: str = "",
+    process: str = "",
 ) -> AsyncIterator[ControlLink]:
     """A control link that the gateway has welcomed; everything of it is closed at the end of the block.
 
     `bearer` makes the assertion when the connection stands: it must be fresh. `worker` is who had the link before, where the gateway has
-    several. Takes at most two of the dialler's timeouts.
+    several; `process` is which of the gateway's processes alone will do. Takes at most two of the dialler's timeouts.
 
     Raises:
         PeerRefused: the gateway said no, to the upgrade or to the hello.
         TunnelError: it could not be reached, did not answer in time, or broke the protocol.
     """
-    stream = TlsStream(await dialler.dial(url, ALPN_HTTP, worker))
+    stream = TlsStream(await dialler.dial(url, at_process(process, ALPN_HTTP), worker))
     failure: TunnelError | None = None
     try:
         async with trio.open_nursery() as readers:

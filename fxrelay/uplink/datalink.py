@@ -9,21 +9,24 @@ from fxrelay.uplink.gateway_file import GatewayUrl
 from fxtunnel.codes import Code
 from fxtunnel.errors import PeerRefused, RemoteProtocolError, TunnelClosed
 from fxtunnel.kit.tls import TlsStream
-from fxtunnel.protocol.alpn import ALPN_DATA
+from fxtunnel.protocol.alpn import ALPN_DATA, at_process
 from fxtunnel.protocol.hello import HEADER_BYTES, Denied, Hello, Welcome, decode_reply, encode_hello, parse_header
 
 
-async def open_data_link(dialler: Dialler, url: GatewayUrl, hello: Hello, worker: str = "") -> tuple[ssl.SSLSocket, Welcome]:
+async def open_data_link(
+    dialler: Dialler, url: GatewayUrl, hello: Hello, worker: str = "", process: str = ""
+) -> tuple[ssl.SSLSocket, Welcome]:
     """A data link that the gateway has welcomed: its socket, not a byte behind the WELCOME taken from it, and the answer.
 
-    `worker` is who gave the ticket, where the gateway has several. To resume, detach the session before its counter goes into `hello`.
+    `worker` is who gave the ticket, where the gateway has several, `process` which one alone will do. To resume, detach the session before
+    its counter goes into `hello`.
     The caller owns the socket. Takes at most two of the dialler's timeouts. Cancelling leaves nothing open; the ticket may be spent then.
 
     Raises:
         PeerRefused: the gateway answered DENIED.
         TunnelError: it could not be reached, did not answer in time, or broke the protocol.
     """
-    stream = TlsStream(await dialler.dial(url, ALPN_DATA, worker))
+    stream = TlsStream(await dialler.dial(url, at_process(process, ALPN_DATA), worker))
     try:
         with within(dialler.timeout_s, f"{url.authority} did not answer on a data link"):
             welcome = await _greet(stream, hello)

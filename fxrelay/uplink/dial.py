@@ -18,10 +18,11 @@ from fxrelay.uplink.gateway_file import GatewayUrl
 from fxtunnel.control.busy import BUSY_BYTES, Appointment, parse_busy
 from fxtunnel.errors import TunnelError
 from fxtunnel.kit.tls import HandshakeFailed, HandshakeProblem, client_context, handshake_client
-from fxtunnel.protocol.alpn import ALPN_DATA, ALPN_HTTP, ALPN_WORKER
+from fxtunnel.protocol.alpn import ALPN_SPOKEN, ALPN_WORKER
 
 MAX_CONTEXTS: Final = 6
-"""Kept, of TLS; a relay speaks to one worker of a gateway at a time."""
+"""Kept, of TLS; a relay speaks to one worker of a gateway at a time, and comes back to few processes that go away."""
+_ALWAYS_KEPT: Final = frozenset((protocol,) for protocol in ALPN_SPOKEN)
 PROXY_HEAD_BYTES: Final = 8192
 """A proxy's whole answer to CONNECT, interim answers included; protects memory."""
 _RECEIVE_BYTES: Final = 4096
@@ -103,10 +104,10 @@ class Dialler:
         self._proxy = proxy
         self._dead_after_s = dead_after_s
         self._ca_pem = ca_pem
-        self._contexts: dict[tuple[str, ...], ssl.SSLContext] = {(alpn,): client_context(ca_pem, [alpn]) for alpn in (ALPN_HTTP, ALPN_DATA)}
+        self._contexts: dict[tuple[str, ...], ssl.SSLContext] = {(alpn,): client_context(ca_pem, [alpn]) for alpn in ALPN_SPOKEN}
 
     async def dial(self, url: GatewayUrl, alpn: str, worker: str = "") -> ssl.SSLSocket:
-        """A non-blocking TLS socket that speaks `alpn` (ALPN_HTTP or ALPN_DATA); the caller closes it. Cancelling leaves nothing open.
+        """A non-blocking TLS socket that speaks `alpn` (see `at_process`); the caller closes it. Cancelling leaves nothing open.
 
         `worker` is who should take it, of a gateway that has said so (PROTOCOL.md, 1).
 
@@ -136,7 +137,7 @@ class Dialler:
         context = self._contexts.get(protocols)
         if context is None:
             if len(self._contexts) >= MAX_CONTEXTS:
-                del self._contexts[next(known for known in self._contexts if len(known) > 1)]
+                del self._contexts[next(known for known in self._contexts if known not in _ALWAYS_KEPT)]
             context = self._contexts[protocols] = client_context(self._ca_pem, protocols)
         return context
 

@@ -12,6 +12,7 @@ from fxrelay.uplink.slot import Slot
 from fxtunnel.codes import Code, Refusal
 from fxtunnel.control.messages import Closing, Message
 from fxtunnel.errors import FxError, PeerRefused, TunnelClosed
+from fxtunnel.kit.tls import HandshakeFailed, HandshakeProblem
 from fxtunnel.model import GatewayId, SessionId
 from fxtunnel.protocol.hello import Hello, Welcome
 
@@ -29,8 +30,11 @@ class TiesHome(Protocol):
     def wants_sessions(self) -> bool:
         """Whether a session that is over should be made anew."""
 
-    async def dial_data(self, hello: Hello, worker: str) -> tuple[ssl.SSLSocket, Welcome]:
-        """A welcomed data link to that worker of the gateway; empty: there is only one. Raises TunnelError."""
+    async def dial_data(self, hello: Hello, worker: str, process: str) -> tuple[ssl.SSLSocket, Welcome]:
+        """A welcomed data link to that worker of the gateway; empty: there is only one. `process`: to no other one; empty: to any.
+
+        Raises TunnelError.
+        """
 
     def new_session(self, owner: UplinkSessionOwner, session_id: SessionId) -> LinkSession:
         """A session that the gateway has begun."""
@@ -53,11 +57,13 @@ class Ties:
         self.worker = ""
         """Of the gateway's processes the one that has our sessions."""
         self.departs = trio.Event()
-        """The gateway's process goes away: no new sessions, and none of them can be resumed."""
+        """The gateway's process goes away: no new sessions; those that are there can be resumed only if it `is_named`."""
+        self.is_named = False
+        """Who names the process reaches it still when it has handed its address on."""
         self._home = home
         self._config = config
         self._link_changed = trio.Event()
-        self._dialling: set[trio.CancelScope] = set()
+        self._dialling: dict[trio.CancelScope, LinkSession | None] = {}
         self.slots: list[Slot] = [slots(self) for _ in range(config.links)]
 
     @property
@@ -88,16 +94,20 @@ class Ties:
     async def open_link(self, session: LinkSession | None) -> tuple[ssl.SSLSocket, Welcome]:
         """See `SlotHome`. `session` must be detached."""
         with trio.CancelScope() as scope:
-            if self.departs.is_set():
-                scope.cancel()
-            self._dialling.add(scope)
+            self._dialling[scope] = session
+            self._give_up_dialling()
             try:
                 session_id = None if session is None else session.id
                 ticket, worker = await self._ticket(session_id)
                 received = 0 if session is None else session.received
-                return await self._home.dial_data(Hello(ticket, session_id, received, caps=self._config.caps), worker)
+                process = self.process if self.departs.is_set() else ""
+                return await self._home.dial_data(Hello(ticket, session_id, received, caps=self._config.caps), worker, process)
+            except HandshakeFailed as exc:
+                if not self.departs.is_set() or exc.problem is not HandshakeProblem.NO_COMMON_PROTOCOL:
+                    raise
+                self.lose()
             finally:
-                self._dialling.discard(scope)
+                del self._dialling[scope]
         raise PeerRefused(Refusal.UNKNOWN_SESSION, "its process of the gateway goes away")
 
     def new_session(self, owner: UplinkSessionOwner, session_id: SessionId) -> LinkSession:
@@ -109,10 +119,14 @@ class Ties:
         return not self.departs.is_set() and self._home.ends_with(exc)
 
     def depart(self) -> None:
-        """The gateway's process goes away; whoever dials reaches another one. What is open lives on while its links do."""
+        """The gateway's process goes away; its address is another one's. What is open lives on while its links do, or can be resumed."""
         self.departs.set()
-        for scope in self._dialling:
-            scope.cancel()
+        self._give_up_dialling()
+
+    def lose(self) -> None:
+        """Nobody reaches the gateway's process any more, by its name or otherwise."""
+        self.is_named = False
+        self.depart()
 
     def set_link(self, link: ControlLink | None) -> None:
         """A control link is up, or lost."""
@@ -137,7 +151,7 @@ class Ties:
 
     def give_up(self) -> None:
         """The gateway's process has had its time to go away: end what is still open there, soon. May be repeated."""
-        self.depart()
+        self.lose()
         self.close_sessions(Code.OVERLOAD, GIVEN_UP)
         if self.link is not None:
             self.link.end_soon(Closing(code=Code.OVERLOAD, message=GIVEN_UP))
@@ -148,6 +162,12 @@ class Ties:
             self.link.end_soon(Closing(code=code, message=text))
         while self.link is not None:
             await self._link_changed.wait()
+
+    def _give_up_dialling(self) -> None:
+        """No link is to be had for a new session of a process that goes away; nor, if nobody can come back there, for any."""
+        for scope, session in self._dialling.items():
+            if self.departs.is_set() and (session is None or not self.is_named):
+                scope.cancel()
 
     @property
     def _kept(self) -> tuple[SessionId, ...]:

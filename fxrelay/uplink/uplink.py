@@ -19,15 +19,17 @@ from fxrelay.uplink.enrol import enrol
 from fxrelay.uplink.gateway_file import GatewayFile, GatewayUrl
 from fxrelay.uplink.identity import Identity
 from fxrelay.uplink.ports import LinkSession, SessionFactory, UplinkConfig, UplinkSessionOwner, UplinkState, UplinkStatistics
+from fxrelay.uplink.returning import is_gone, keep_returning
 from fxrelay.uplink.slot import Slot
 from fxrelay.uplink.ties import Ties
 from fxrelay.uplink.verdicts import Doubling, appointed_s, final_error, retry_after_s
 from fxtunnel.codes import Code, Refusal
 from fxtunnel.control.channel import GOODBYE_S
-from fxtunnel.control.messages import CAP_LEAVING, Drain, Load, Services
+from fxtunnel.control.messages import CAP_LEAVING, CAP_NAMED, Drain, Load, Services
+from fxtunnel.control.messages import Hello as ControlHello
 from fxtunnel.errors import FxError, PeerRefused
 from fxtunnel.kit.backoff import FullJitter
-from fxtunnel.model import GatewayId, Offer, SessionId
+from fxtunnel.model import GatewayId, Offer, SessionId, is_name
 from fxtunnel.protocol.hello import Hello, Welcome
 
 logger = logging.getLogger(__name__)
@@ -193,9 +195,9 @@ class Uplink:
             self._next_try_unix,
         )
 
-    async def dial_data(self, hello: Hello, worker: str) -> tuple[ssl.SSLSocket, Welcome]:
+    async def dial_data(self, hello: Hello, worker: str, process: str) -> tuple[ssl.SSLSocket, Welcome]:
         """For ties: see `TiesHome`."""
-        return await open_data_link(self._dialler, self._url, hello, worker)
+        return await open_data_link(self._dialler, self._url, hello, worker, process)
 
     def new_session(self, owner: UplinkSessionOwner, session_id: SessionId) -> LinkSession:
         """For ties: see `TiesHome`."""
@@ -224,7 +226,8 @@ class Uplink:
         async with trio.open_nursery() as nursery:
             for slot in ties.slots:
                 nursery.start_soon(slot.run)
-            nursery.start_soon(self._keep_control_link, ties, task_status)
+            await self._keep_control_link(ties, task_status)
+            await keep_returning(ties, self._return, self._config, self._around.rng)
         if ties is not self._ties[-1]:
             self._ties.remove(ties)
 
@@ -243,6 +246,8 @@ class Uplink:
                 await trio.sleep(wait_s)
                 await self._use_control_link(ties, task_status)
             except FxError as exc:
+                if ties.departs.is_set() and is_gone(exc):
+                    ties.lose()
                 if self._is_stopping or ties.departs.is_set() or self.ends_with(exc):
                     return
                 self._last_error = str(exc)
@@ -292,14 +297,12 @@ class Uplink:
             await enrol(self._dialler, url, self._gateway, self._identity, self._around.now_unix)
             self._must_enrol, self._has_enrolled = False, True
         self._enter(UplinkState.CONNECTING)
-        leaving = (CAP_LEAVING,) if self._drain_until is not None else ()
-        hello = control_hello(self._identity, self._offers, (*self._config.caps, *leaving))
         try:
-            async with open_control_link(self._dialler, url, self._gateway, hello, self._bearer, self._config, ties.worker) as link:
+            async with open_control_link(self._dialler, url, self._gateway, self._hello(), self._bearer, self._config, ties.worker) as link:
                 if ties.process not in ("", link.welcome.process) and link.welcome.process:
                     logger.info("gateway %s is another process now", self.gateway_id)
                     self._lost_at = trio.current_time()
-                    if ties.is_up:
+                    if ties.is_up or (ties.is_named and ties.streams and ties.process in link.welcome.earlier):
                         # Its word of that missed us: what is open at the old process must not be in the way.
                         ties.depart()
                         return
@@ -309,17 +312,37 @@ class Uplink:
                 if self._welcomes == 1:
                     task_status.started()
                 try:
-                    await link.run(partial(self._load, ties), partial(self._on_drain, ties), lambda: ties.is_up)
+                    await self._carry(ties, link)
                 finally:
                     if not ties.departs.is_set():
                         self._lost_at = trio.current_time()
-                    ties.set_link(None)
         except PeerRefused as exc:
             # Only until the first welcome: a relay that is forgotten while it runs must not take its name back by itself.
             if exc.refusal is not Refusal.UNKNOWN_RELAY or self._welcomes or self._has_enrolled or self._gateway.enrolment is None:
                 raise
             logger.info("gateway %s no longer knows relay %s; enrolling again", self.gateway_id, self._identity.relay_id)
             self._must_enrol = True
+
+    async def _return(self, ties: Ties) -> None:
+        """One control link to a process that goes away, from dial to end."""
+        hello, process = self._hello(), ties.process
+        async with open_control_link(self._dialler, self._url, self._gateway, hello, self._bearer, self._config, process=process) as link:
+            logger.info("connected again to the process of gateway %s that goes away", self.gateway_id)
+            await self._carry(ties, link)
+
+    async def _carry(self, ties: Ties, link: ControlLink) -> None:
+        """A welcomed link until it ends, with a TunnelClosed."""
+        ties.set_link(link)
+        try:
+            if self._drain_until is not None:
+                ties.send(self._departure(self._drain_until - trio.current_time()))
+            await link.run(partial(self._load, ties), partial(self._on_drain, ties), lambda: ties.is_up)
+        finally:
+            ties.set_link(None)
+
+    def _hello(self) -> ControlHello:
+        leaving = (CAP_LEAVING,) if self._drain_until is not None else ()
+        return control_hello(self._identity, self._offers, (*self._config.caps, *leaving))
 
     def _load(self, ties: Ties) -> Load:
         return Load(streams=ties.streams, reluctant=self._around.is_reluctant())
@@ -340,13 +363,11 @@ class Uplink:
         self._welcomes += 1
         self._welcome_at = trio.current_time()
         ties.process, ties.worker = link.welcome.process, link.welcome.worker
+        ties.is_named = CAP_NAMED in link.welcome.caps and is_name(ties.process)
         self._epoch, ties.hold_s = link.welcome.epoch, link.welcome.hold_s
         logger.info("connected to gateway %s at %s, epoch %d", self.gateway_id, url, self._epoch)
         self._last_error = ""
         self._enter(UplinkState.UP)
-        ties.set_link(link)
-        if self._drain_until is not None:
-            ties.send(self._departure(self._drain_until - trio.current_time()))
 
     def _go_away(self, deadline_s: float) -> None:
         self._drain_until = trio.current_time() + deadline_s

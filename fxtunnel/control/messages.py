@@ -14,6 +14,9 @@ CAP_LEAVING: Final = "leaving"
 MESSAGE_BYTES: Final = 16 * 1024  # PROTOCOL.md, 3; protects memory, and the reader from long stalls
 CAP_WORKERS: Final = "workers"
 """Of a relay: it names the gateway's worker when it dials again (PROTOCOL.md, 1)."""
+CAP_NAMED: Final = "named"
+"""Of a gateway's welcome: its process can be dialled by its name, also when it has handed its address on (PROTOCOL.md, 3.1)."""
+MAX_EARLIER: Final = 64
 WORKER_PATTERN: Final = r"^[0-9]{0,4}$"
 TEXT_CHARS: Final = 512  # of a message for people: ends up in a log line
 
@@ -77,6 +80,7 @@ class Welcome(_Message):
     """The gateway's answer to `Hello`; its times govern both ends.
 
     `process` is random in each run of the gateway: another one than before has none of the sessions, and does not know of them.
+    `earlier` are those to which it passes on who names them.
     """
 
     type: Literal["welcome"] = "welcome"
@@ -89,6 +93,7 @@ class Welcome(_Message):
     hold_s: Seconds
     caps: Labels = ()
     process: Label = ""
+    earlier: Annotated[tuple[Label, ...], Field(max_length=MAX_EARLIER)] = ()
     worker: Annotated[str, Field(pattern=WORKER_PATTERN)] = ""
 
 

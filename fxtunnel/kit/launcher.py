@@ -1,7 +1,7 @@
 """Task: a small parent for a daemon, so that a restart or an upgrade loses nothing: the old process finishes while the new one works.
 
 It blocks, and imports next to nothing: what it does not do cannot go wrong. It speaks sd_notify(3) both ways. Its daemons tell it on a
-socket of their own which listening sockets to keep, that they are prepared, and, with STOPPING=1, that they have let go of everything a
+socket of their own which sockets to keep, that they are prepared, and, with STOPPING=1, that they have let go of everything a
 successor needs; that one begins then. What the present one says is passed on to the service manager, which knows the launcher only.
 
 | signal | what happens |
@@ -53,7 +53,7 @@ class _Daemon:
 
 @dataclass(slots=True)
 class _Kept:
-    """A listening socket, by the name under which it was given to keep. Those of .socket units share a name."""
+    """A socket, by the name under which it was given to keep. Those of .socket units share a name."""
 
     name: str
     fd: int = field(repr=False)

@@ -20,6 +20,8 @@ BACKLOG: Final = 4_096
 FIRST_INHERITED_FD: Final = 3
 EXHAUSTED: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 """Why `accept` fails that concern this host; the others concern the connection that was to be accepted (accept(2))."""
+LINE_NAME: Final = "fx-process-"
+"""Before the name of a process, of the line to it that is kept for its successors."""
 SocketOption = tuple[int, int, int | bytes]
 
 
@@ -32,12 +34,20 @@ class Inherited:
 
     Each is handed out once; `close` closes what nobody wanted. With a notifier, what `listen` binds is kept by whoever started us, until
     `forget`, and handed to our successor. Sockets of a systemd .socket unit are kept by that unit, and left to it.
+    Besides there may be lines to processes that came before, by their names.
     """
 
-    def __init__(self, sockets: Mapping[str, socket.socket], notifier: Notifier | None = None, kept: Iterable[str] = ()) -> None:
+    def __init__(
+        self,
+        sockets: Mapping[str, socket.socket],
+        notifier: Notifier | None = None,
+        kept: Iterable[str] = (),
+        lines: Mapping[str, socket.socket] | None = None,
+    ) -> None:
         self._sockets = dict(sockets)
         self._notifier = notifier
         self._kept = set(kept)
+        self._lines = dict(lines or {})
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str], pid: int, notifier: Notifier | None = None) -> "Inherited":
@@ -47,12 +57,16 @@ class Inherited:
         count = int(environ.get("LISTEN_FDS", "0"))
         names = environ.get("LISTEN_FDNAMES", "").split(":")
         found: dict[str, socket.socket] = {}
+        lines: dict[str, socket.socket] = {}
         kept = set()
         for number, fd in enumerate(range(FIRST_INHERITED_FD, FIRST_INHERITED_FD + count)):
             if stat.S_ISSOCK(os.fstat(fd).st_mode):
                 os.set_inheritable(fd, False)
                 sock = socket.socket(fileno=fd)
                 sock.setblocking(False)
+                if number < len(names) and names[number].startswith(LINE_NAME):
+                    lines[names[number].removeprefix(LINE_NAME)] = sock
+                    continue
                 address = str(bound_address(sock))
                 if number < len(names) and names[number] == kept_name(address):
                     kept.add(address)
@@ -60,7 +74,7 @@ class Inherited:
                     sock.close()
                 else:
                     found[address] = sock
-        return cls(found, notifier, kept)
+        return cls(found, notifier, kept, lines)
 
     @property
     def is_handed_on(self) -> bool:
@@ -87,8 +101,28 @@ class Inherited:
             self._kept.discard(address)
             self._notifier.drop(kept_name(address))
 
+    def take_lines(self) -> dict[str, socket.socket]:
+        """The lines to processes that came before; the caller's now."""
+        lines, self._lines = self._lines, {}
+        return lines
+
+    def keep_line(self, process: str, sock: socket.socket) -> bool:
+        """Have our successors given a line to this process. False: there will be none."""
+        if self._notifier is None or self._notifier.launcher is None:
+            return False
+        self._notifier.keep(f"{LINE_NAME}{process}", sock)
+        return True
+
+    def forget_line(self, process: str) -> None:
+        """That process is gone."""
+        if self._notifier is not None:
+            self._notifier.drop(f"{LINE_NAME}{process}")
+
     def close(self) -> None:
         """Close what nobody wanted."""
+        for process, line in self.take_lines().items():
+            self.forget_line(process)
+            line.close()
         for address, sock in self._sockets.items():
             self.forget(address)
             sock.close()

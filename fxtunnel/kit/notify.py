@@ -93,7 +93,7 @@ class Notifier:
         return word
 
     def keep(self, name: str, sock: socket.socket) -> None:
-        """Have a copy of a listening socket kept, and handed to whoever runs after us: its queue is never closed in between."""
+        """Have a copy of a socket kept, and handed to whoever runs after us: the queue of one that listens is never closed in between."""
         self._send("FDSTORE=1", f"FDNAME={name}", fd=sock.fileno())
 
     def drop(self, name: str) -> None:

@@ -1,5 +1,6 @@
 """An uplink whose gateway changes its process, and one that makes way for a successor of its own."""
 
+import socket
 from dataclasses import replace
 from pathlib import Path
 
@@ -53,6 +54,74 @@ async def test_what_is_lost_at_a_process_that_goes_away_is_not_resumed_at_anothe
         assert old.closed is not None
         assert old.closed[0] is Code.LINK_LOST
         assert [hello.session for hello in gateway.data_hellos] == [None, None]
+
+
+async def test_who_names_the_process_that_goes_away_resumes_there(gateway: FakeGateway, state_dir: Path) -> None:
+    gateway.take_name("p1")
+    async with running(gateway, state_dir) as it:
+        await until(lambda: it.is_carrying)
+        old = it.session
+        gateway.controls[0][0].send_nowait(Drain(deadline_s=30))
+        await until(lambda: len(it.factory.sessions) == 2 and it.is_carrying)
+        # Only its data link is lost, then both are.
+        old.cut()
+        await until(lambda: old.link is not None)
+        assert gateway.spoken[5:] == ["fx-process/p1/fx-data/1"]
+        assert gateway.data_hellos[-1].session == old.id
+        socket.socket.shutdown(gateway.controls[0][1].socket, socket.SHUT_RDWR)
+        old.cut()
+        await until(lambda: old.link is not None)
+        assert gateway.spoken[6:] == ["fx-process/p1/http/1.1", "fx-process/p1/fx-data/1"]
+        assert old.closed is None
+        assert it.uplink.statistics().state is UplinkState.UP
+        # Its goodbye is the end of it: nobody looks for it.
+        gateway.controls[-1][0].end_soon(Closing(code=Code.SHUTDOWN))
+        old.close(Code.SHUTDOWN)
+        await until(lambda: len(it.uplink.statistics().sessions) == 1)
+        await trio.sleep(0.1)
+        assert len(gateway.spoken) == 8
+
+
+async def test_a_process_that_nobody_reaches_by_its_name_is_given_up_at_once(gateway: FakeGateway, state_dir: Path) -> None:
+    gateway.take_name("p1")
+    async with running(gateway, state_dir) as it:
+        await until(lambda: it.is_carrying)
+        old = it.session
+        gateway.controls[0][0].send_nowait(Drain(deadline_s=30))
+        await until(lambda: len(it.factory.sessions) == 2 and it.is_carrying)
+        gateway.take_name("p2")
+        socket.socket.shutdown(gateway.controls[0][1].socket, socket.SHUT_RDWR)
+        old.cut()
+        await until(lambda: old.closed is not None)
+        assert old.closed is not None
+        assert old.closed[0] is Code.LINK_LOST
+        dials = len(gateway.dialled_at)
+        await trio.sleep(0.1)
+        assert len(gateway.dialled_at) == dials
+        assert it.error is None
+        assert it.is_carrying
+
+
+@pytest.mark.parametrize("leads_back", [True, False])
+async def test_another_process_is_met_before_the_old_one_has_said_that_it_goes(
+    gateway: FakeGateway, state_dir: Path, leads_back: bool
+) -> None:
+    gateway.take_name("p1")
+    async with running(gateway, state_dir) as it:
+        await until(lambda: it.is_carrying)
+        old = it.session
+        gateway.greeting = [gateway.welcome(process="p2", earlier=("p0", "p1") if leads_back else ("p0",)) for _ in range(2)]
+        gateway.cut_control()
+        old.cut()
+        await until(lambda: len(it.factory.sessions) == 2 and it.is_carrying)
+        if leads_back:
+            await until(lambda: old.link is not None)
+            assert gateway.spoken.count("fx-process/p1/fx-data/1") == 1
+            assert old.closed is None
+        else:
+            await until(lambda: old.closed is not None)
+            assert len(gateway.controls) == 2, "the link to the next process is kept"
+            assert not any("fx-process" in protocol for protocol in gateway.spoken)
 
 
 async def test_a_departure_while_no_ticket_comes(gateway: FakeGateway, state_dir: Path) -> None:

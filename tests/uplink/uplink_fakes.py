@@ -19,7 +19,7 @@ from fxrelay.uplink.ports import UplinkConfig, UplinkSessionOwner
 from fxrelay.uplink.uplink import Surroundings, Uplink
 from fxtunnel.codes import Code, Refusal
 from fxtunnel.control.channel import Channel
-from fxtunnel.control.messages import Closing, Load, Message, Refused, Ticket, TicketRequest, encode
+from fxtunnel.control.messages import CAP_NAMED, Closing, Load, Message, Refused, Ticket, TicketRequest, encode
 from fxtunnel.control.messages import Hello as ControlHello
 from fxtunnel.control.messages import Welcome as ControlWelcome
 from fxtunnel.control.upgrade import accept_websocket, answer, read_body, read_head, refusal_fields
@@ -30,6 +30,7 @@ from fxtunnel.kit.files import write_secret
 from fxtunnel.kit.tls import HandshakeFailed, TlsStream, handshake_server, server_context
 from fxtunnel.kit.tokens import ReplayGuard, public_from_text, verify_assertion
 from fxtunnel.model import GatewayId, Offer, RelayId, ServiceName, SessionId
+from fxtunnel.protocol.alpn import is_data, spoken_by
 from fxtunnel.protocol.hello import (
     HEADER_BYTES,
     Denied,
@@ -135,6 +136,7 @@ class FakeGateway:
         # what it saw
         self.keys: dict[str, str] = {}
         self.dialled_at: list[float] = []
+        self.spoken: list[str] = []
         self.enrolments: list[dict[str, Any]] = []
         self.hellos: list[ControlHello] = []
         self.heard: list[Message] = []
@@ -155,6 +157,11 @@ class FakeGateway:
             self.port = listener.socket.getsockname()[1]
             task_status.started()
             await trio.serve_listeners(self._handle, [listener], handler_nursery=nursery)
+
+    def take_name(self, process: str) -> None:
+        """Be this process, and one that can be named."""
+        self.context.set_alpn_protocols(list(spoken_by(process)))
+        self.greeting = [self.welcome(process=process, caps=("resume", CAP_NAMED)) for _ in range(8)]
 
     async def wait_controls(self, count: int) -> None:
         """Wait until so many control links have been welcomed in all."""
@@ -177,7 +184,8 @@ class FakeGateway:
             return
         peer = TlsStream(tls)
         try:
-            if tls.selected_alpn_protocol() == "fx-data/1":
+            self.spoken.append(tls.selected_alpn_protocol() or "")
+            if is_data(self.spoken[-1]):
                 await self._data_link(peer)
             else:
                 await self._http(peer)

@@ -1,0 +1,59 @@
+"""Task: back to a process of the gateway that has handed its address on, for the sessions that are left there (PROTOCOL.md, 3.1)."""
+
+import logging
+import random
+from collections.abc import Awaitable, Callable
+
+import trio
+
+from fxrelay.uplink.dial import GatewayBusy
+from fxrelay.uplink.ports import GatewayClosing, UplinkConfig
+from fxrelay.uplink.slot import RESUMING_CAP_S
+from fxrelay.uplink.ties import Ties
+from fxrelay.uplink.verdicts import appointed_s, retry_after_s
+from fxtunnel.codes import Code, Refusal
+from fxtunnel.errors import FxError, PeerRefused
+from fxtunnel.kit.backoff import FullJitter
+from fxtunnel.kit.tls import HandshakeFailed, HandshakeProblem
+
+logger = logging.getLogger(__name__)
+
+
+async def keep_returning(ties: Ties, use_control_link: Callable[[Ties], Awaitable[None]], config: UplinkConfig, rng: random.Random) -> None:
+    """Have a control link to the process again and again while there is something to resume, and the process to resume it with.
+
+    `use_control_link` dials one by name and carries it until it ends, with an FxError.
+    """
+    backoff = FullJitter(base_s=config.min_backoff_s, cap_s=RESUMING_CAP_S, rng=rng)
+    while ties.is_named and ties.sessions:
+        try:
+            await use_control_link(ties)
+        except FxError as exc:
+            if is_gone(exc):
+                logger.info("gateway %s: the process that went away cannot be reached any more: %s", ties.gateway_id, exc)
+                ties.lose()
+                return
+            logger.debug("gateway %s: no control link to the process that goes away: %s", ties.gateway_id, exc)
+            if isinstance(exc, GatewayBusy):
+                wait_s = appointed_s(exc.appointment, rng.random(), RESUMING_CAP_S)
+            else:
+                wait_s = backoff.next_s(at_least_s=min(retry_after_s(exc), RESUMING_CAP_S))
+        except Exception:  # whatever a peer's bytes did to a library, the other ties live on
+            logger.exception("a control link to %s failed", ties.gateway_id)
+            wait_s = RESUMING_CAP_S
+        else:
+            wait_s = 0.0
+        await trio.sleep(wait_s)
+
+
+def is_gone(exc: FxError) -> bool:
+    """Whether the process that went away has said goodbye or knows nothing of us, or whoever has the address now nothing of the process."""
+    match exc:
+        case HandshakeFailed(problem=problem):
+            return problem is HandshakeProblem.NO_COMMON_PROTOCOL
+        case GatewayClosing(code=code):
+            return code is Code.SHUTDOWN
+        case PeerRefused(refusal=refusal):
+            return refusal is Refusal.DRAINING
+        case _:
+            return False
