@@ -321,7 +321,7 @@ async def test_a_relay_that_stood_still_ends_nobodys_login(tmp_path: Path, monke
         await rig.ask(Service([answer(302)]))
         silence = Silence()
         silence.state = MemberState.UP
-        gate = LoginGate(rig.gate.chooser, silence, HeldLogin, Timing(1.0, 3.0))  # type: ignore[arg-type]
+        gate = LoginGate(rig.gate.chooser, silence, HeldLogin, Timing(1.0, 3.0))  # type: ignore[arg-type]  # a fake view
         gate.reservations = rig.relay.reservations
         nursery.start_soon(gate._look)
         await until(lambda: gate._silent_since == {N1: None})
