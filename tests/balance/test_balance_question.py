@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +82,12 @@ class Desk:
         return answer.message
 
     def processes(self) -> list[int]:
-        return [child.pid for child in psutil.Process().children() if "worker_main" in " ".join(child.cmdline())]
+        found = list[int]()
+        for child in psutil.Process().children():
+            with suppress(psutil.NoSuchProcess):  # it may end between two looks
+                if "worker_main" in " ".join(child.cmdline()):
+                    found.append(child.pid)
+        return found
 
 
 async def until(is_so: Callable[[], bool]) -> None:

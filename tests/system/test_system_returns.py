@@ -12,7 +12,7 @@ import pytest
 
 from tests.system.peers import Service, dial, how_it_ends, is_served, say
 from tests.system.stack import Daemon, Stack, slowness, wait_until
-from tests.system.test_system_upgrades import GATEWAY_LIMITS, RELAY_LIMITS, Flow, newest
+from tests.system.test_system_upgrades import GATEWAY_LIMITS, RELAY_LIMITS, Flow, kill_below, newest
 from tests.system.units import Unit
 
 pytestmark = [pytest.mark.system, pytest.mark.xdist_group("systemd")]
@@ -45,8 +45,7 @@ class Launched:
         wait_until(lambda: f"process {newest(self._launcher)} has taken over" in self._stack.logs(), LIMIT_S, "a successor")
 
     def close(self) -> None:
-        for child in psutil.Process(self._launcher.pid).children():
-            child.kill()
+        kill_below(self._launcher)
 
 
 def unit(stack: Stack) -> Unit:

@@ -1,5 +1,6 @@
 """System: restarts, reloads and upgrades of both daemons as a service manager does them: nobody is cut off, nobody is turned away."""
 
+import contextlib
 import hashlib
 import os
 import random
@@ -254,8 +255,7 @@ def test_without_a_service_manager_a_signal_brings_in_a_successor(make_stack: Ca
             assert launcher.stop() == 0
     finally:
         for launcher in launchers:
-            for child in psutil.Process(launcher.pid).children() if launcher.process.poll() is None else []:
-                child.kill()
+            kill_below(launcher)
 
 
 def newest(launcher: Daemon) -> int:
@@ -316,3 +316,11 @@ def refused_page(stack: Stack) -> str:
         with answer:
             return answer.read().decode()
     return ""
+
+
+def kill_below(launcher: Daemon) -> None:
+    """End what it has started and has not ended itself."""
+    if launcher.process.poll() is None:
+        for child in psutil.Process(launcher.pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()

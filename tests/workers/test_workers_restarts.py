@@ -12,7 +12,7 @@ from workers_rig import MakeStack, taken, until_gone, workers
 from tests.system.peers import Service, dial, is_served
 from tests.system.stack import Daemon, Stack, wait_until
 from tests.system.test_system_activation import Visitors
-from tests.system.test_system_upgrades import GATEWAY_LIMITS, RELAY_LIMITS, Flow, newest, through
+from tests.system.test_system_upgrades import GATEWAY_LIMITS, RELAY_LIMITS, Flow, kill_below, newest, through
 from tests.system.units import Unit
 
 pytestmark = [pytest.mark.system, pytest.mark.xdist_group("workers")]
@@ -93,8 +93,7 @@ def launcher(stack: Stack) -> Iterator[Daemon]:
         stack.wait_for_relays(*RELAYS, timeout_s=60)
         yield launcher
     finally:
-        for process in psutil.Process(launcher.pid).children(recursive=True) if launcher.process.poll() is None else []:
-            process.kill()
+        kill_below(launcher)
 
 
 def test_a_signal_brings_in_a_successor_and_one_that_is_killed_changes_nothing(stack: Stack, launcher: Daemon) -> None:
