@@ -17,6 +17,8 @@ from fxrelay.cluster.programs import ProgramBounds
 from tests.ports import free_port
 
 BOUNDS = ProgramBounds(timeout_s=20.0)
+OURS = f"127.201.{os.getpid() >> 8 & 255}.{os.getpid() & 255}"
+"""An address that nobody else has connections at: at 127.0.0.1 somebody else's may leave from the port that is looked at."""
 HEAD = "  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode\n"
 
 
@@ -44,16 +46,16 @@ def test_cpu_is_the_share_since_the_last_call(monkeypatch: pytest.MonkeyPatch) -
 
 def test_connections_to_a_port_are_counted_once() -> None:
     with ExitStack() as stack:
-        # Not of those that somebody else's connection may come from, at another address.
-        listener, other = (stack.enter_context(socket.create_server(("127.0.0.1", free_port()))) for _ in range(2))
-        ends = [("", listener.getsockname()[1])]
+        listener, other = (stack.enter_context(socket.create_server((OURS, free_port()))) for _ in range(2))
+        ends = [listener.getsockname()]
         assert count_connections(ends) == 0
         for server, clients in ((listener, 3), (other, 2)):
             for _ in range(clients):
                 stack.enter_context(socket.create_connection(server.getsockname()))
                 stack.enter_context(server.accept()[0])
         assert count_connections(ends) == 3
-        assert count_connections([*ends, ("", other.getsockname()[1])]) == 5
+        assert count_connections([*ends, other.getsockname()]) == 5
+        assert count_connections([("", listener.getsockname()[1])]) >= 3, "at any address"
         listener.close()
         assert count_connections(ends) == 3, "sessions outlive their listener"
     assert count_connections([]) == 0
@@ -76,7 +78,7 @@ def test_connections_to_an_address_are_not_those_to_another(listening: str) -> N
             stack.enter_context(socket.create_connection(("127.0.0.2", port)))
             stack.enter_context(two.accept()[0])
         assert (count_connections([("127.0.0.2", port)]), count_connections([("127.0.0.3", port)])) == (2, 1)
-        assert count_connections([("", port)]) == 3
+        assert count_connections([("", port)]) >= 3, "at any address, whoever else has one there"
 
 
 def test_only_established_ends_at_the_port_count(tmp_path: Path) -> None:
@@ -162,7 +164,6 @@ async def test_a_program_that_others_could_have_written_is_not_run(program: Path
 
 
 async def test_connections_are_counted_without_a_program() -> None:
-    # Not a port of the kernel's choice: another process's connection may leave from the same one.
-    with socket.create_server(("127.0.0.1", free_port())) as listener, socket.create_connection(listener.getsockname()):
-        counter = SessionCounter("connections", [("", listener.getsockname()[1])], 10.0, BOUNDS)
+    with socket.create_server((OURS, free_port())) as listener, socket.create_connection(listener.getsockname()):
+        counter = SessionCounter("connections", [listener.getsockname()], 10.0, BOUNDS)
         assert await counter.count(os.environ) == {"sessions": 1}
