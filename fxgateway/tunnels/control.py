@@ -42,6 +42,8 @@ logger = logging.getLogger(__name__)
 
 CAPS: Final = ("resume",)
 RETRY_AFTER_S: Final = 5.0
+LEAVING_RETRY_S: Final = 30.0
+"""Nothing can change for such a relay before it is restarted, and each attempt is a line in two logs."""
 YIELDED_BEATS: Final = 1 / 3
 """It is the relay that pings: the gateway has thousands of links, and does so itself only where the relay is late."""
 
@@ -172,7 +174,7 @@ class ControlDesk:
             raise PeerRefused(Refusal.REVOKED, f"relay {caller.relay_id} was revoked by the gateway's administrator")
         if CAP_LEAVING in hello.caps and not self._registry.knows(caller.relay_id, hello.instance):
             # It has nothing here, and must not push a successor out.
-            raise PeerRefused(Refusal.DRAINING, "this relay drains, and has no sessions here", retry_after_s=RETRY_AFTER_S)
+            raise PeerRefused(Refusal.DRAINING, "this relay drains, and has no sessions here", retry_after_s=LEAVING_RETRY_S)
         self.check_room(caller.relay_id, hello.instance)
         return hello
 

@@ -261,7 +261,7 @@ class Registry:
         """The gateway is going away: nobody new comes in."""
         self.is_draining = True
         self.on_change()
-        logger.info("draining %d relays for at most %g s", len(self._relays), deadline_s)
+        logger.info("draining for at most %g s; relays here: %d", deadline_s, len(self._relays))
 
     def send_on(self, deadline_s: float) -> None:
         """Another process of the gateway is about to serve: relays are told to look for it, beside the links they have here."""
@@ -390,6 +390,8 @@ class _Owner:
 
     def on_link_down(self, session: Session, reason: str) -> None:
         """The relay dials again."""
+        held = session.statistics().mux.streams
+        logger.info("link of relay %s lost: %s; streams held: %d", self._relay.relay_id, reason, held, extra={"tunnel": session.id})
         self._registry.on_change()
 
     def on_closed(self, session: Session, code: Code, text: str) -> None:
