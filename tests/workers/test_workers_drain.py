@@ -100,7 +100,7 @@ def test_a_gateway_that_is_drained_takes_nobody_at_any_worker(make_stack: MakeSt
     watching = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert watching.stdout is not None
     try:
-        assert watching.stdout.readline().startswith(f"{CLIENTS} clients left")
+        assert watching.stdout.readline().startswith(f"clients left: {CLIENTS},")
         with pytest.raises(ConnectionRefusedError):
             dial(port)
         assert "not ready: the gateway is draining" in stack.gateway_cli("relays").stdout
@@ -114,7 +114,7 @@ def test_a_gateway_that_is_drained_takes_nobody_at_any_worker(make_stack: MakeSt
         assert let_in == []
         for client in kept:
             client.close()
-        assert watching.communicate(timeout=30)[0].splitlines()[-1].startswith("0 clients left")
+        assert watching.communicate(timeout=30)[0].splitlines()[-1].startswith("clients left: 0,")
         assert watching.returncode == 0
     finally:
         watching.kill()
