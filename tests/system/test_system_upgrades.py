@@ -273,7 +273,7 @@ def test_planned_drains_show_what_is_left(make_stack: Callable[..., Stack], echo
     with dial(port) as kept:
         say(kept)
         watched = stack.gateway_cli("drain", "node-a", "--timeout", "0.2", check=False)
-        assert (watched.returncode, watched.stdout.splitlines()[0].split(",")[0]) == (1, "1 streams of node-a left")
+        assert (watched.returncode, watched.stdout.splitlines()[0].split(",")[0]) == (1, "streams of node-a left: 1")
         assert visit(port)[0] == "reset"
         say(kept)
         assert stack.live_relays()["node-a"]["state"] == "draining"

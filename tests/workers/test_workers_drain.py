@@ -69,7 +69,7 @@ def test_a_relay_that_is_drained_gets_nothing_new_from_any_worker(make_stack: Ma
     before = streams()["node-0"]
     assert before > 0
     watched = stack.gateway_cli("drain", "node-0", "--timeout", "0.2", check=False)
-    assert (watched.returncode, watched.stdout.splitlines()[0].split(",")[0]) == (1, f"{before} streams of node-0 left")
+    assert (watched.returncode, watched.stdout.splitlines()[0].split(",")[0]) == (1, f"streams of node-0 left: {before}")
     assert stack.live_relays()["node-0"]["state"] == "draining"
     # Who comes now, at whichever worker, goes to the other relay; who was there stays.
     clients += [dial(port) for _ in range(CLIENTS)]
