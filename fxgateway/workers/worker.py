@@ -27,7 +27,7 @@ from fxgateway.workers.snapshot import snapshot
 from fxtunnel.engine.reactor import Reactor
 from fxtunnel.errors import ConfigError, FxError, leaves
 from fxtunnel.kit import logs
-from fxtunnel.kit.listeners import Inherited
+from fxtunnel.kit.listeners import LINE_NAME, Inherited
 from fxtunnel.kit.notify import Notifier
 from fxtunnel.kit.process import keep_going, let_finish, raise_file_limit, wait_until
 from fxtunnel.kit.settings import Address
@@ -54,7 +54,7 @@ def main() -> None:
 
 
 def hear_begin(sock: socket.socket) -> tuple[Message, dict[str, socket.socket]]:
-    """What the parent says first, and the listening sockets. Blocks; what comes after it stays on the line.
+    """What the parent says first, and the sockets with it: to listen on, and lines. Blocks; what comes after it stays on the line.
 
     Raises:
         FxError: the parent is gone, says nothing for BEGIN_S, or something else.
@@ -127,7 +127,8 @@ class Worker(Gateway):
         self._departs = False
         """A successor of the gateway has what this process listened on."""
         self._workers = workers
-        self._sockets = sockets
+        self._lines = {name.removeprefix(LINE_NAME): sock for name, sock in sockets.items() if name.startswith(LINE_NAME)}
+        self._sockets = {address: sock for address, sock in sockets.items() if not address.startswith(LINE_NAME)}
         self._prepared: tuple[GatewaySettings, dict[str, Any], Inherited] | None = None
         super().__init__(reactor, share_of(settings, workers), config_path, Notifier(), raise_file_limit(), sandbox)
 
@@ -168,9 +169,13 @@ class Worker(Gateway):
         return Inherited(sockets)
 
     async def _follow_earlier(self, *, task_status: trio.TaskStatus[None]) -> None:
-        """It has no name of its own: relays name workers."""
-        await trio.lowlevel.checkpoint()
-        task_status.started()
+        """The parent keeps the lines in order; here they are used."""
+        lines, self._lines = self._lines, {}
+        ours = lines.pop(self._run, None)
+        async with trio.open_nursery() as nursery:
+            await nursery.start(self._guests.lines.run, lines, ours, _leave_to_parent)
+            nursery.start_soon(self._guests.take_returning)
+            task_status.started()
 
     async def _serve_pages(self, *, task_status: trio.TaskStatus[Address]) -> None:
         await trio.lowlevel.checkpoint()
@@ -310,6 +315,10 @@ class Worker(Gateway):
                     await trio.to_thread.run_sync(self._access.open, self._settings.log.access)
                 except ConfigError as exc:
                     logger.error("the access log stays where a refused reload had moved it: %s", exc)
+
+
+def _leave_to_parent(process: str) -> None:
+    """The parent sees the end of an earlier process as well, and has it forgotten."""
 
 
 def _mark_logs(number: int) -> None:

@@ -106,12 +106,15 @@ class Inherited:
         lines, self._lines = self._lines, {}
         return lines
 
-    def keep_line(self, process: str, sock: socket.socket) -> bool:
-        """Have our successors given a line to this process. False: there will be none."""
-        if self._notifier is None or self._notifier.launcher is None:
-            return False
-        self._notifier.keep(f"{LINE_NAME}{process}", sock)
-        return True
+    @property
+    def keeps_lines(self) -> bool:
+        """Whether there will be successors that can be given a line to this process."""
+        return self._notifier is not None and self._notifier.launcher is not None
+
+    def keep_line(self, process: str, sock: socket.socket) -> None:
+        """Have our successors given a line to this process."""
+        if self._notifier is not None:
+            self._notifier.keep(f"{LINE_NAME}{process}", sock)
 
     def forget_line(self, process: str) -> None:
         """That process is gone."""
