@@ -192,7 +192,7 @@ class ControlDesk:
                     hold_s=config.hold_s,
                     caps=(*CAPS, CAP_NAMED) if self._colleagues.is_named else CAPS,
                     process=config.process,
-                    earlier=self._colleagues.earlier[:MAX_EARLIER],
+                    earlier=self._colleagues.earlier[-MAX_EARLIER:],
                     worker=self._colleagues.worker,
                 )
             )
