@@ -47,6 +47,8 @@ class Inherited:
         self._sockets = dict(sockets)
         self._notifier = notifier
         self._kept = set(kept)
+        self._came = set(self._kept)
+        """What was kept for us: it stays so, whatever becomes of us."""
         self._lines = dict(lines or {})
 
     @classmethod
@@ -99,7 +101,15 @@ class Inherited:
         """Nobody shall listen there after us."""
         if self._notifier is not None and address in self._kept:
             self._kept.discard(address)
+            self._came.discard(address)
             self._notifier.drop(kept_name(address))
+
+    def undo(self, sock: socket.socket) -> None:
+        """Close what `listen` has given, as another address failed: nobody shall listen there after us, unless it was kept for us."""
+        address = str(bound_address(sock))
+        if address not in self._came:
+            self.forget(address)
+        sock.close()
 
     def take_lines(self) -> dict[str, socket.socket]:
         """The lines to processes that came before; the caller's now."""

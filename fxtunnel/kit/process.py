@@ -162,9 +162,9 @@ async def follow_launcher(notifier: Notifier, on_stop: Callable[[], None], *, ta
     await trio.lowlevel.wait_readable(launcher)
     is_ours = notifier.hear() == GO
     task_status.started()
-    if is_ours:
-        await trio.lowlevel.wait_readable(launcher)  # its end, or its word that it is ours too
-        notifier.hear()
+    while is_ours:
+        await trio.lowlevel.wait_readable(launcher)
+        is_ours = notifier.hear() == GO  # said twice it means no more than once; anything else is its end, or its word that it is ours too
     on_stop()
 
 
