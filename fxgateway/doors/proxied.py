@@ -1,4 +1,4 @@
-"""Pump: a connection from a proxy of the administrator's, until its PROXY header has said who the client is."""
+"""Pump: a connection from one of the administrator's proxies, until its PROXY header has said who the client is."""
 
 import socket
 from ipaddress import IPv4Network, IPv6Address, IPv6Network, ip_address
@@ -15,9 +15,9 @@ Network = IPv4Network | IPv6Network
 
 
 class Proxied:
-    """Waits for a header, looking at what has arrived without taking it: the bytes behind the header stay in the kernel for the client.
+    """Waits for a header by peeking at what has arrived: bytes behind the header stay in the kernel for the client.
 
-    Owns the socket until the header is there. The door hears of `header_came` or `header_failed`, once.
+    Owns the socket until the header is complete. Calls the door's `header_came` or `header_failed`, once.
     """
 
     __slots__ = ("door", "is_over", "peer", "sock")

@@ -1,4 +1,4 @@
-"""Pure: who may come in: connections in all, per door and per source address, and how fast one source may open them (docs/dos.md)."""
+"""Pure: limits on client connections: in all, per door and per source address, and how fast a source may open them (docs/dos.md)."""
 
 import ipaddress
 from collections.abc import Mapping
@@ -11,8 +11,9 @@ from fxtunnel.kit.sources import source_of
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 REMEMBERED_SOURCES: Final = 65_536
+"""Sources that are tracked at the same time, whether they have connections or recently had. Bounds the memory that strangers can take."""
 _SWEEP_EVERY_S: Final = 1.0
-"""When the memory is full every stranger would cost a sweep of all of it."""
+"""While the table is full, a sweep for every new source would cost a walk through all of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +35,7 @@ class Verdict(Enum):
 
     ADMIT = "admit"
     FULL = "full"
-    """The whole gateway is: doors pause instead of refusing."""
+    """The whole gateway is at its limit: doors pause instead of refusing."""
     DOOR_FULL = "door-full"
     SOURCE_FULL = "source-full"
     TOO_FAST = "too-fast"
@@ -92,7 +93,7 @@ class Admission:
         self._doors[door] -= 1
         if not self._doors[door]:
             del self._doors[door]
-        # Which count it is in was decided when it came in; the exemptions may be others by now.
+        # Which counter it is in was decided when it came in; the exemptions may have changed since.
         exempt = self._exempt_open.get(address)
         if exempt is None:
             self._sources[source_of(address)].count -= 1
