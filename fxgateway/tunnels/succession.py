@@ -1,7 +1,7 @@
-"""Task: processes of a gateway that follow each other: who names an earlier one is passed on to it, unread (PROTOCOL.md, 3.1).
+"""Task: a gateway's processes across restarts: a connection that names an earlier one is passed on to it, unread (PROTOCOL.md, 3.1).
 
-Each has a line, one end of which it gives away like a listening socket; its successors inherit it. On it travel connections and nothing
-else, and only towards the earlier process.
+Each process has a line. One end is kept for its successors, which inherit it as they inherit listening sockets. Only connections travel
+on a line, and only towards the earlier process.
 """
 
 import array
@@ -22,14 +22,14 @@ from fxtunnel.protocol.alpn import named_process
 logger = logging.getLogger(__name__)
 
 LINE_BYTES: Final = 65_536
-"""Of the kernel's memory, for what the earlier process has not taken yet: some 170 connections. More are told to come again."""
+"""Kernel memory for connections that the earlier process has not taken yet, about 170 of them. Any more are told to come again."""
 COME_AGAIN: Final = Appointment(0.5, 0.5)
 _GUEST: Final = b"\0"
 _FD_BYTES: Final = array.array("i").itemsize
 
 
 class Succession(Alone):
-    """Implements `Colleagues` for a gateway of one process that may have come after others, and may be followed by more."""
+    """Implements `Colleagues` for a single-process gateway that may have predecessors still draining, and may get successors."""
 
     def __init__(self, process: str) -> None:
         super().__init__()
@@ -49,9 +49,10 @@ class Succession(Alone):
         return tuple(self._earlier)
 
     async def run(self, inherited: Inherited, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Take the lines to earlier processes, and have one to this process kept; forget each when its process is gone. Until cancelled.
+        """Take over the lines to earlier processes, and have a line to this one kept for successors. Runs until cancelled.
 
-        Begin when it is our turn: a successor that never has one leaves no line behind.
+        A line is dropped when its process ends. Start this only once it is our turn, so that a successor that never gets one leaves
+        no line behind.
         """
         self._earlier, self._forget = inherited.take_lines(), inherited.forget_line
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -75,7 +76,7 @@ class Succession(Alone):
                 self._earlier.clear()
 
     async def keeps(self, passed: Passed) -> bool:
-        """See `Colleagues`. Whoever names a process that is not there finds in the handshake that nobody speaks its protocol."""
+        """See `Colleagues`. A name that belongs to no process here is left alone: the TLS handshake then fails with no common protocol."""
         await trio.lowlevel.checkpoint()
         if not self._earlier:
             return True
@@ -87,8 +88,8 @@ class Succession(Alone):
         try:
             self._earlier[process].sendmsg([_GUEST], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [passed.sock.fileno()]))])
         except (BrokenPipeError, ConnectionResetError):
-            return True  # gone, as `_outlive` is about to find
-        except OSError as exc:  # the line is full, or the kernel has no room for descriptors that travel
+            return True  # it has just ended; `_outlive` is about to notice
+        except OSError as exc:  # the line is full, or too many descriptors are in flight (unix(7), ETOOMANYREFS)
             raise TurnedAway(COME_AGAIN) from exc
         logger.debug("connection from %s is passed on to process %s", passed.remote_address, process)
         return False
@@ -101,7 +102,7 @@ class Succession(Alone):
             for sock in _received(ancillary):
                 try:
                     return Passed.fresh(sock, sock.getpeername())
-                except OSError:  # it has hung up meanwhile
+                except OSError:  # the relay has hung up meanwhile
                     sock.close()
             if not data:
                 break
@@ -109,7 +110,7 @@ class Succession(Alone):
 
     async def _outlive(self, process: str) -> None:
         line = self._earlier[process]
-        await trio.lowlevel.wait_readable(line)  # nothing is ever said this way: it is the end
+        await trio.lowlevel.wait_readable(line)  # nothing is ever sent in this direction: readable means closed
         logger.info("process %s, an earlier one of this gateway, has ended", process)
         del self._earlier[process]
         line.close()
@@ -117,7 +118,7 @@ class Succession(Alone):
 
 
 def _received(ancillary: list[tuple[int, int, bytes]]) -> list[socket.socket]:
-    """What has come along: one connection, or none if this process may open no more files."""
+    """The connection that came with the message, or nothing if this process is out of descriptors."""
     found = array.array("i")
     for level, kind, data in ancillary:
         if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):

@@ -1,4 +1,4 @@
-"""Task: the way up to one gateway: its control link kept up, its data sessions kept alive, whatever the network does."""
+"""Task: a relay's uplink to one gateway: keeps its control link up and its data sessions alive, whatever the network does."""
 
 import logging
 import math
@@ -35,27 +35,29 @@ from fxtunnel.protocol.hello import Hello, Welcome
 logger = logging.getLogger(__name__)
 
 SETTLED_S: Final = 1.0
-"""A control link that lasted this long was no failure: the next one is dialled without the waits that earlier failures had earned."""
+"""A control link that lasted this long counts as a success: the waits that earlier failures had built up are forgotten."""
 RECENT_S: Final = 120.0
-"""For so long after a loss the gateway is most likely being restarted, and is looked for often: it should have its relays back at once.
-Also for so long after our own start, while no gateway is there: whoever starts us may be starting it as well."""
+"""For this long after a loss the gateway is dialled often: most likely it is being restarted, and should have its relays back at once.
+Also after our own start, as long as nobody answers there: whoever starts us may be starting the gateway as well."""
 RECENT_CAP_S: Final = 2.0
-"""Also where something in between takes connections for a gateway that is down: with 4 s the last relay was back after 6.7 s."""
+"""Longest wait within RECENT_S. Also behind a proxy that accepts connections for a gateway that is down: with 4 s
+the last relay was back after 6.7 s (measured)."""
 ABSENT_CAP_S: Final = 1.0
-"""The same where nobody even listens: an attempt costs the gateway nothing then."""
+"""The same while nothing listens at the address: an attempt costs the gateway nothing then."""
 MAX_DEPARTING: Final = 8
-"""Processes of a gateway that may go away at once: one that says so again and again must not fill this relay with links it keeps."""
+"""Processes of one gateway that may depart at once: one that announces it again and again must not fill this relay with links."""
 DEPARTURE_SPREAD_S: Final = 0.2
-"""Relays that are told to look for another process of their gateway do so within this time, not all at the same moment."""
+"""Relays that are told to look for a successor spread their dials over this time."""
 MAX_DEADLINE_S: Final = 86_400.0  # of a Drain message
 FLAP_CAP_S: Final = 1.0
-"""Longest wait after a control link that came up and broke at once. The way exists, and streams wait for tickets."""
+"""Longest wait after a control link that came up and broke at once: the path works, and streams wait for tickets."""
 
 
 @dataclass(frozen=True, slots=True)
 class Surroundings:
-    """Chance, and the wall clock in seconds: with them an uplink is repeatable in tests. `is_reluctant`: whether the gateway had better ask
-    other relays first (PROTOCOL.md, 3.3).
+    """What an uplink takes from outside, so that tests can repeat it: randomness, and the wall clock in seconds.
+
+    `is_reluctant`: whether the gateway should ask other relays first (PROTOCOL.md, 3.3).
     """
 
     rng: random.Random = field(default_factory=random.Random)
@@ -66,8 +68,8 @@ class Surroundings:
 class Uplink:
     """One gateway's uplink. `run` it once; everything else may be called while it runs, from the same thread.
 
-    Data sessions outlive the control link. What heals by itself is tried again for as long as `run` lives; what needs a person ends it.
-    When the gateway's process goes away its successor is tied to at once; what is open ends at the old one, in its own time.
+    Data sessions outlive the control link. Failures that may pass are retried for as long as `run` lives; those that need a person end it.
+    When a gateway process departs, links to its successor are made at once, and open streams finish at the old process.
     """
 
     def __init__(
@@ -255,7 +257,7 @@ class Uplink:
                 is_answered, is_absent = not isinstance(exc, Unanswered), isinstance(exc, Unreachable)
                 if isinstance(exc, GatewayBusy):
                     wait_s = appointed_s(exc.appointment, rng.random(), config.max_backoff_s)
-                    # It is no failure; but who only claims to be the gateway must not keep us from its other addresses.
+                    # Not a failure; but try the next address, in case whoever answered only poses as the gateway.
                     self._url_number += 1
                     if waits.is_due():
                         logger.info("%s; coming for the time no. %d in %.1f s", exc, waits.count + 1, wait_s)
@@ -303,10 +305,10 @@ class Uplink:
                     logger.info("gateway %s is another process now", self.gateway_id)
                     self._lost_at = trio.current_time()
                     if ties.is_up or (ties.is_named and ties.streams and ties.process in link.welcome.earlier):
-                        # Its word of that missed us: what is open at the old process must not be in the way.
+                        # We missed the old process's Drain message. Keep what is open there, and begin new ties with this one.
                         ties.depart()
                         return
-                    # Nothing is open there, and nothing could be resumed here: this link will do, and no ticket is asked for in vain.
+                    # No session of the old process is alive, and this one cannot resume any: end them, and keep these ties and this link.
                     ties.close_sessions(Code.LINK_LOST, "its process of the gateway is gone")
                 self._welcomed(ties, link, url)
                 if self._welcomes == 1:
@@ -317,7 +319,7 @@ class Uplink:
                     if not ties.departs.is_set():
                         self._lost_at = trio.current_time()
         except PeerRefused as exc:
-            # Only until the first welcome: a relay that is forgotten while it runs must not take its name back by itself.
+            # Only before the first welcome: a relay that an administrator forgets while it runs must not enrol again by itself.
             if exc.refusal is not Refusal.UNKNOWN_RELAY or self._welcomes or self._has_enrolled or self._gateway.enrolment is None:
                 raise
             logger.info("gateway %s no longer knows relay %s; enrolling again", self.gateway_id, self._identity.relay_id)
@@ -331,7 +333,7 @@ class Uplink:
             await self._carry(ties, link)
 
     async def _carry(self, ties: Ties, link: ControlLink) -> None:
-        """A welcomed link until it ends, with a TunnelClosed."""
+        """Carry a welcomed link until it ends. Always raises, a TunnelClosed unless it is cancelled."""
         ties.set_link(link)
         try:
             if self._drain_until is not None:
@@ -352,7 +354,7 @@ class Uplink:
 
     def _on_drain(self, ties: Ties, message: Drain) -> None:
         if self._drain_until is not None:
-            # A gateway that goes away while we do says nothing of our successor; before `relieved` only that one named no time.
+            # A departing gateway's own Drain is not about our successor. Gateways that do not know `relieved` send a deadline of 0.
             self.is_relieved = self.is_relieved or message.relieved or not message.deadline_s
             return
         logger.info("gateway %s goes away within %g s; looking for its successor", self.gateway_id, message.deadline_s)
@@ -377,7 +379,7 @@ class Uplink:
         return Drain(deadline_s=min(max(0.0, deadline_s), MAX_DEADLINE_S), handover=self._makes_way)
 
     def _send(self, message: Drain | Services) -> None:
-        """Send it if there is a control link; the next one begins with the same news."""
+        """Send it on the control links that are up; any later one begins with the same facts anyway."""
         for ties in self._ties:
             if not ties.send(message):
                 logger.debug("a %s message waits for the next control link", message.type)
