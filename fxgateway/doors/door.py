@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final, TypeAlias, TypeVar
 from fxgateway.doors.client import Client, peer_text
 from fxgateway.doors.elsewhere import Elsewhere
 from fxgateway.doors.hall import Hall
-from fxgateway.doors.proxied import Network, Proxied, is_within
+from fxgateway.doors.proxied import Proxied
 from fxgateway.doors.recorded import AccessSink, Diary, RecordedClient
 from fxgateway.doors.unserved import Unserved
 from fxgateway.doors.waiting import spare_the_wait
@@ -27,6 +27,7 @@ from fxtunnel.engine.splice import RESET_ON_CLOSE, abort
 from fxtunnel.kit.answers import Refused
 from fxtunnel.kit.listeners import EXHAUSTED
 from fxtunnel.kit.settings import Address
+from fxtunnel.kit.sources import Network, is_within
 from fxtunnel.model import ServiceName
 from fxtunnel.protocol.opening import TAG_TRACE, Opening, encode_tag, encode_tags
 

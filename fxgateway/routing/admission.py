@@ -1,14 +1,11 @@
 """Pure: limits on client connections: in all, per door and per source address, and how fast a source may open them (docs/dos.md)."""
 
-import ipaddress
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Final
 
-from fxtunnel.kit.sources import source_of
-
-Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+from fxtunnel.kit.sources import Network, is_within, source_of
 
 REMEMBERED_SOURCES: Final = 65_536
 """Sources that are tracked at the same time, whether they have connections or recently had. Bounds the memory that strangers can take."""
@@ -142,14 +139,5 @@ class Admission:
         if known is None:
             if len(self._exempt_cache) >= REMEMBERED_SOURCES:
                 self._exempt_cache.clear()
-            known = self._exempt_cache[address] = _in_any(address, self.limits.exempt)
+            known = self._exempt_cache[address] = not address or is_within(address, self.limits.exempt)
         return known
-
-
-def _in_any(address: str, networks: tuple[Network, ...]) -> bool:
-    if not address:
-        return True
-    parsed = ipaddress.ip_address(address.partition("%")[0])
-    if isinstance(parsed, ipaddress.IPv6Address) and parsed.ipv4_mapped is not None:
-        parsed = parsed.ipv4_mapped
-    return any(parsed.version == network.version and parsed in network for network in networks)
