@@ -133,9 +133,7 @@ class ControlDesk:
             hello = await self._hello(channel, caller)
             # A relay that drains keeps its sessions here but does not claim its name again: its successor may hold it, at another process.
             epoch = 0 if CAP_LEAVING in hello.caps else await self._colleagues.claim(caller.relay_id, hello.instance)
-            # Revoked since the assertion was checked? From here on the registry would be told.
-            if not caller.is_trusted():
-                raise PeerRefused(Refusal.REVOKED, f"relay {caller.relay_id} was revoked by the gateway's administrator")
+            _check_trusted(caller)  # from here to `enter` there is no checkpoint; after it the registry ends revoked relays
             self.check_room(caller.relay_id, hello.instance)
         except PeerRefused as exc:
             logger.warning("control link of %s from %s refused: %s", caller.relay_id, caller.remote_address, exc)
@@ -171,9 +169,7 @@ class ControlDesk:
                 Refusal.VERSION_MISMATCH,
                 f"this gateway has several processes (tunnel.workers), which the relay ({hello.version}) does not know: update the relay",
             )
-        # Revoked since the assertion was checked? From here on the registry would be told.
-        if not caller.is_trusted():
-            raise PeerRefused(Refusal.REVOKED, f"relay {caller.relay_id} was revoked by the gateway's administrator")
+        _check_trusted(caller)  # before its name is claimed over all processes
         if CAP_LEAVING in hello.caps and not self._registry.knows(caller.relay_id, hello.instance):
             # It has no sessions to resume here, and must not push its successor out.
             raise PeerRefused(Refusal.DRAINING, "this relay drains, and has no sessions here", retry_after_s=RETRY_AFTER_S)
@@ -238,3 +234,9 @@ class ControlDesk:
                 raise RemoteProtocolError(Code.PROTOCOL_ERROR, f"a {message.type} message out of place")
             case _:
                 assert_never(message)
+
+
+def _check_trusted(caller: Caller) -> None:
+    """Raise PeerRefused if the relay has been revoked since its assertion was verified."""
+    if not caller.is_trusted():
+        raise PeerRefused(Refusal.REVOKED, f"relay {caller.relay_id} was revoked by the gateway's administrator")

@@ -3,7 +3,7 @@
 import logging
 import socket
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -37,6 +37,18 @@ from fxtunnel.protocol.alpn import ALPN_SPOKEN
 logger = logging.getLogger(__name__)
 
 BEGIN_S: Final = 30.0
+"""For the parent's first message, on a machine that has just started and is busy."""
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """What the parent's first message makes of this process: worker `number` of `of`, in the run of the gateway that is called `run`."""
+
+    number: int
+    of: int
+    run: str
+    sockets: dict[str, socket.socket]
+    """The listening sockets, by the addresses under which the configuration knows them; the worker's now."""
 
 
 def main() -> None:
@@ -86,15 +98,16 @@ def run(sock: socket.socket, begin: Message, sockets: dict[str, socket.socket]) 
     Raises:
         FxError: it cannot work here; alone, or in a group.
     """
-    config_path, number, workers = Path(begin["config"]), int(begin["worker"]), int(begin["of"])
+    config_path = Path(begin["config"])
+    assignment = Assignment(int(begin["worker"]), int(begin["of"]), begin["process"], sockets)
     settings = from_message(begin["settings"], config_path.parent)
-    _mark_logs(number)
+    _mark_logs(assignment.number)
     logs.configure(settings.log.level, settings.log.style, sys.stderr)
     sandbox = Sandbox(settings, config_path)
     sandbox.enter("")  # while there is one thread only; service managers hear of the parent
     reactor = Reactor()
     line = Line(reactor, sock)
-    worker = Worker(reactor, settings, config_path, sandbox, line, number, workers, begin["process"], sockets)
+    worker = Worker(reactor, settings, config_path, sandbox, line, assignment)
     if begin["is_drained"]:
         worker.take_no_clients()
     try:
@@ -108,28 +121,17 @@ class Worker(Gateway):
     """A gateway whose listeners, names, memory of assertions and status page are the parent's."""
 
     def __init__(
-        self,
-        reactor: Reactor,
-        settings: GatewaySettings,
-        config_path: Path,
-        sandbox: Sandbox,
-        line: Line,
-        number: int,
-        workers: int,
-        process: str,
-        sockets: dict[str, socket.socket],
+        self, reactor: Reactor, settings: GatewaySettings, config_path: Path, sandbox: Sandbox, line: Line, assignment: Assignment
     ) -> None:
         self._line = line
         self._peers = Peers(reactor)
-        self._number = number
-        self._run = process
+        self._assignment = assignment
         self._turn = trio.Event()
         self._departs = False
         """A successor of the gateway has what this process listened on."""
-        self._workers = workers
-        self._sockets = sockets
+        self._sockets = assignment.sockets
         self._prepared: tuple[GatewaySettings, dict[str, Any], Inherited] | None = None
-        super().__init__(reactor, share_of(settings, workers), config_path, Notifier(), raise_file_limit(), sandbox)
+        super().__init__(reactor, share_of(settings, assignment.of), config_path, Notifier(), raise_file_limit(), sandbox)
 
     def take_no_clients(self) -> None:
         """Before `serve`: an administrator has drained the gateway."""
@@ -149,7 +151,7 @@ class Worker(Gateway):
 
     def _admission_limits(self, settings: GatewaySettings) -> AdmissionLimits:
         # The limit of open files is each worker's own; `SharedAdmission` keeps to it.
-        in_all = max(1, min(settings.limits.connections, self._spare_files() * self._workers))
+        in_all = max(1, min(settings.limits.connections, self._spare_files() * self._assignment.of))
         return replace(super()._admission_limits(settings), connections=in_all)
 
     def _make_relays(self) -> DoorRelays:
@@ -157,11 +159,11 @@ class Worker(Gateway):
         return self._all_relays
 
     def _make_colleagues(self) -> Colleagues:
-        self._guests = Guests(self._line, self._peers, self._registry, self._all_relays, self._number)
+        self._guests = Guests(self._line, self._peers, self._registry, self._all_relays, self._assignment.number)
         return self._guests
 
     def _process(self) -> str:
-        return self._run
+        return self._assignment.run
 
     def _make_inherited(self) -> Inherited:
         sockets, self._sockets = self._sockets, {}
@@ -279,7 +281,7 @@ class Worker(Gateway):
     async def _prepare(self, message: Message, inherited: Inherited) -> None:
         """Do everything that can fail."""
         await self._abandon()
-        fresh = share_of(from_message(message["settings"], Path(message["config"]).parent), self._workers)
+        fresh = share_of(from_message(message["settings"], Path(message["config"]).parent), self._assignment.of)
         try:
             self._sandbox.check(fresh)
             server_context(fresh.tunnel.certificate, fresh.tunnel.key, ALPN_SPOKEN)
