@@ -14,43 +14,31 @@ import trio
 
 from fxrelay.uplink.control_link import ControlLink, control_hello, open_control_link
 from fxrelay.uplink.datalink import open_data_link
-from fxrelay.uplink.dial import Dialler, GatewayBusy, Unanswered, Unreachable
+from fxrelay.uplink.dial import Dialler, GatewayBusy
 from fxrelay.uplink.enrol import enrol
 from fxrelay.uplink.gateway_file import GatewayFile, GatewayUrl
 from fxrelay.uplink.identity import Identity
 from fxrelay.uplink.ports import LinkSession, SessionFactory, UplinkConfig, UplinkSessionOwner, UplinkState, UplinkStatistics
+from fxrelay.uplink.redialling import INTERNAL, Failure, Redialling
 from fxrelay.uplink.returning import is_gone, keep_returning
 from fxrelay.uplink.slot import Slot
 from fxrelay.uplink.ties import Ties
-from fxrelay.uplink.verdicts import Doubling, appointed_s, final_error, retry_after_s
+from fxrelay.uplink.verdicts import appointed_s, final_error
 from fxtunnel.codes import Code, Refusal
 from fxtunnel.control.channel import GOODBYE_S
 from fxtunnel.control.messages import CAP_LEAVING, CAP_NAMED, Drain, Load, Services
 from fxtunnel.control.messages import Hello as ControlHello
 from fxtunnel.errors import FxError, PeerRefused
-from fxtunnel.kit.backoff import FullJitter
 from fxtunnel.model import GatewayId, Offer, SessionId, is_name
 from fxtunnel.protocol.hello import Hello, Welcome
 
 logger = logging.getLogger(__name__)
 
-SETTLED_S: Final = 1.0
-"""A control link that lasted this long counts as a success: the waits that earlier failures had built up are forgotten."""
-RECENT_S: Final = 120.0
-"""For this long after a loss the gateway is dialled often: most likely it is being restarted, and should have its relays back at once.
-Also after our own start, as long as nobody answers there: whoever starts us may be starting the gateway as well."""
-RECENT_CAP_S: Final = 2.0
-"""Longest wait within RECENT_S. Also behind a proxy that accepts connections for a gateway that is down: with 4 s
-the last relay was back after 6.7 s (measured)."""
-ABSENT_CAP_S: Final = 1.0
-"""The same while nothing listens at the address: an attempt costs the gateway nothing then."""
 MAX_DEPARTING: Final = 8
 """Processes of one gateway that may depart at once: one that announces it again and again must not fill this relay with links."""
 DEPARTURE_SPREAD_S: Final = 0.2
 """Relays that are told to look for a successor spread their dials over this time."""
 MAX_DEADLINE_S: Final = 86_400.0  # of a Drain message
-FLAP_CAP_S: Final = 1.0
-"""Longest wait after a control link that came up and broke at once: the path works, and streams wait for tickets."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,16 +222,10 @@ class Uplink:
             self._ties.remove(ties)
 
     async def _keep_control_link(self, ties: Ties, task_status: trio.TaskStatus[None]) -> None:
-        config, rng = self._config, self._around.rng
-        backoff = FullJitter(base_s=config.min_backoff_s, cap_s=config.max_backoff_s, rng=rng)
-        flaps = FullJitter(base_s=config.min_backoff_s, cap_s=min(config.max_backoff_s, FLAP_CAP_S), rng=rng)
-        recent = FullJitter(base_s=config.min_backoff_s, cap_s=min(config.max_backoff_s, RECENT_CAP_S), rng=rng)
-        absent = FullJitter(base_s=config.min_backoff_s, cap_s=min(config.max_backoff_s, ABSENT_CAP_S), rng=rng)
-        failures, waits = Doubling(), Doubling()
-        wait_s = 0.0
+        """Dial control links, one after the other, until the process departs or the uplink ends."""
+        waits, wait_s = Redialling(self._config, self._around.rng), 0.0
         while not (self._is_stopping or ties.departs.is_set()):
-            welcomes = self._welcomes
-            at_least_s, is_answered, is_absent = 0.0, True, False
+            welcomes, failure = self._welcomes, INTERNAL
             try:
                 await trio.sleep(wait_s)
                 await self._use_control_link(ties, task_status)
@@ -253,42 +235,37 @@ class Uplink:
                 if self._is_stopping or ties.departs.is_set() or self.ends_with(exc):
                     return
                 self._last_error = str(exc)
-                at_least_s = retry_after_s(exc)
-                is_answered, is_absent = not isinstance(exc, Unanswered), isinstance(exc, Unreachable)
                 if isinstance(exc, GatewayBusy):
-                    wait_s = appointed_s(exc.appointment, rng.random(), config.max_backoff_s)
-                    # Not a failure; but try the next address, in case whoever answered only poses as the gateway.
-                    self._url_number += 1
-                    if waits.is_due():
-                        logger.info("%s; coming for the time no. %d in %.1f s", exc, waits.count + 1, wait_s)
-                    self._await_next_try(wait_s)
+                    wait_s = self._wait_for_appointment(exc, waits)
                     continue
+                failure = Failure.of(exc)
             except Exception:  # whatever a peer's bytes did to a library, the relay and its sessions live on
                 logger.exception("the control link to %s failed", self.gateway_id)
                 self._last_error = "internal error"
             else:
                 wait_s = 0.0
                 continue
+            now = trio.current_time()
             if self._welcomes == welcomes:
                 self._url_number += 1
-                since = self._lost_at if is_answered else max(self._lost_at, self._began_at)
-                is_recent = trio.current_time() - since < RECENT_S
-                chosen = backoff if not is_recent else absent if is_absent else recent
-                wait_s = chosen.next_s(at_least_s=at_least_s)
+                wait_s = waits.unwelcome_s(failure, now, self._began_at, self._lost_at)
             else:
-                backoff.reset()
-                recent.reset()
-                absent.reset()
-                if trio.current_time() - self._welcome_at >= SETTLED_S:
-                    flaps.reset()
-                    failures.reset()
-                    waits.reset()
-                wait_s = flaps.next_s(at_least_s=at_least_s)
-            if failures.is_due():
-                logger.warning(
-                    "no control link to %s: %s; attempt %d in %.1f s", self.gateway_id, self._last_error, failures.count + 1, wait_s
-                )
+                wait_s = waits.lost_s(failure, now - self._welcome_at)
+            if waits.failures.is_due():
+                attempt = waits.failures.count + 1
+                logger.warning("no control link to %s: %s; attempt %d in %.1f s", self.gateway_id, self._last_error, attempt, wait_s)
             self._await_next_try(wait_s)
+
+    def _wait_for_appointment(self, busy: GatewayBusy, waits: Redialling) -> float:
+        """The seconds until a busy gateway wants us again. Not a failure; but the next attempt goes to the next address, in case whoever
+        answered only poses as the gateway.
+        """
+        wait_s = appointed_s(busy.appointment, self._around.rng.random(), self._config.max_backoff_s)
+        self._url_number += 1
+        if waits.busy.is_due():
+            logger.info("%s; attempt %d in %.1f s", busy, waits.busy.count + 1, wait_s)
+        self._await_next_try(wait_s)
+        return wait_s
 
     async def _use_control_link(self, ties: Ties, task_status: trio.TaskStatus[None]) -> None:
         """One control link from dial to end, after enrolment if need be. Returns only when it should be called again at once."""
