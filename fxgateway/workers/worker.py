@@ -1,4 +1,4 @@
-"""Task: a worker process: a gateway that is given its sockets, and does with the other workers what one process would do alone."""
+"""Task: a worker process: a gateway that gets its sockets from the parent, and works with the other workers as one."""
 
 import logging
 import socket
@@ -52,7 +52,7 @@ class Assignment:
 
 
 def main() -> None:
-    """Run a worker; the argument is the descriptor of its line to the parent. Returns when it has drained."""
+    """Run a worker. The command's only argument is the descriptor of its line to the parent. Returns when the worker has drained."""
     logs.configure("info", "auto", sys.stderr)  # until the parent has said how
     sock = socket.socket(fileno=int(sys.argv[1]))
     sock.set_inheritable(False)
@@ -66,10 +66,10 @@ def main() -> None:
 
 
 def hear_begin(sock: socket.socket) -> tuple[Message, dict[str, socket.socket]]:
-    """What the parent says first, and the listening sockets. Blocks; what comes after it stays on the line.
+    """Wait for the parent's first message and the listening sockets. Blocks; later messages stay on the line.
 
     Raises:
-        FxError: the parent is gone, says nothing for BEGIN_S, or something else.
+        FxError: the parent is gone, says nothing for BEGIN_S, or says something that this version does not know.
     """
     inbox, sockets = Inbox(sock), dict[str, socket.socket]()
     sock.settimeout(BEGIN_S)
@@ -93,7 +93,7 @@ def hear_begin(sock: socket.socket) -> tuple[Message, dict[str, socket.socket]]:
 
 
 def run(sock: socket.socket, begin: Message, sockets: dict[str, socket.socket]) -> None:
-    """Be the worker that the parent's first message asks for. Blocks until it has drained.
+    """Run the worker that the parent's first message describes. Blocks until it has drained.
 
     Raises:
         FxError: it cannot work here; alone, or in a group.
@@ -118,7 +118,7 @@ def run(sock: socket.socket, begin: Message, sockets: dict[str, socket.socket]) 
 
 
 class Worker(Gateway):
-    """A gateway whose listeners, names, memory of assertions and status page are the parent's."""
+    """A gateway that leaves listening, relay names, used assertions and status pages to the parent."""
 
     def __init__(
         self, reactor: Reactor, settings: GatewaySettings, config_path: Path, sandbox: Sandbox, line: Line, assignment: Assignment
@@ -128,7 +128,7 @@ class Worker(Gateway):
         self._assignment = assignment
         self._turn = trio.Event()
         self._departs = False
-        """A successor of the gateway has what this process listened on."""
+        """Whether a successor of the gateway has taken over what this process listened on."""
         self._sockets = assignment.sockets
         self._prepared: tuple[GatewaySettings, dict[str, Any], Inherited] | None = None
         super().__init__(reactor, share_of(settings, assignment.of), config_path, Notifier(), raise_file_limit(), sandbox)
@@ -150,7 +150,7 @@ class Worker(Gateway):
         return self._shared
 
     def _admission_limits(self, settings: GatewaySettings) -> AdmissionLimits:
-        # The limit of open files is each worker's own; `SharedAdmission` keeps to it.
+        # Connections are counted over all workers, open files per worker: that limit is kept by `SharedAdmission.at_most_here`.
         in_all = max(1, min(settings.limits.connections, self._spare_files() * self._assignment.of))
         return replace(super()._admission_limits(settings), connections=in_all)
 
@@ -170,7 +170,7 @@ class Worker(Gateway):
         return Inherited(sockets)
 
     async def _follow_earlier(self, *, task_status: trio.TaskStatus[None]) -> None:
-        """It has no name of its own: relays name workers."""
+        """A worker does nothing here: relays name workers by number, not by process."""
         await trio.lowlevel.checkpoint()
         task_status.started()
 
@@ -191,12 +191,12 @@ class Worker(Gateway):
         return self._departs
 
     async def _hand_over(self, drain_s: float) -> None:
-        """It has let go already: see "let-go"."""
+        """The listening sockets have been closed already, by the order "let-go"."""
         await trio.lowlevel.checkpoint()
         self._registry.send_on(drain_s)
 
     async def _let_clients_finish(self, drain_s: float) -> None:
-        """As long as any worker has some: they may still need a relay that is here."""
+        """Wait until no worker has any: another worker's clients may use a relay that is connected here."""
         deadline = trio.current_time() + drain_s
         await let_finish("clients", lambda: self._doors.clients + self._peers.bridges, drain_s)
         with trio.move_on_at(deadline):
@@ -228,7 +228,7 @@ class Worker(Gateway):
         await self._line.orphaned.wait()
         logger.error("the parent process is gone; this worker stops")
         if not self._turn.is_set():
-            everything.cancel()  # another gateway may serve: whatever was accepted here would be missed there
+            everything.cancel()  # another gateway may serve at these addresses: accept nothing that should go there
         limits = self._settings.limits.model_copy(update={"drain_s": 0.0})
         self._settings = self._settings.model_copy(update={"limits": limits})
         self._stop.set()
@@ -266,7 +266,7 @@ class Worker(Gateway):
         self._line.channel.send({"op": "answer", "n": message["n"], "problems": problems})
 
     async def _problems(self, message: Message, inherited: Inherited) -> list[str]:
-        """Prepare for a configuration; why that did not go."""
+        """Prepare for a configuration; returns what is wrong with it."""
         try:
             await self._prepare(message, inherited)
         except ConfigError as exc:
@@ -279,7 +279,7 @@ class Worker(Gateway):
         return []
 
     async def _prepare(self, message: Message, inherited: Inherited) -> None:
-        """Do everything that can fail."""
+        """Do everything that can fail in a reload, and keep the results for `_commit`."""
         await self._abandon()
         fresh = share_of(from_message(message["settings"], Path(message["config"]).parent), self._assignment.of)
         try:
@@ -301,7 +301,7 @@ class Worker(Gateway):
             logger.info("reloaded %s", self._config_path)
 
     async def _abandon(self) -> None:
-        """What was prepared for will not come: what was before stays."""
+        """Drop what was prepared: the reload does not happen."""
         await trio.lowlevel.checkpoint()
         prepared, self._prepared = self._prepared, None
         if prepared is not None:
@@ -315,7 +315,7 @@ class Worker(Gateway):
 
 
 def _mark_logs(number: int) -> None:
-    """Every line says which worker it is from."""
+    """Have every log line say which worker it is from."""
     make = logging.getLogRecordFactory()
 
     def marked(*args: Any, **kwargs: Any) -> logging.LogRecord:
