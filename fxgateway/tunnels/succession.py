@@ -1,7 +1,7 @@
-"""Task: processes of a gateway that follow each other: who names an earlier one is passed on to it, unread (PROTOCOL.md, 3.1).
+"""Task: a gateway's processes across restarts: a connection that names an earlier one is passed on to it, unread (PROTOCOL.md, 3.1).
 
-Each has a line, one end of which it gives away like a listening socket; its successors inherit it. On it travel connections and nothing
-else, and only towards the earlier process.
+Each process has a line. One end is kept for its successors, which inherit it as they inherit listening sockets. Only connections travel
+on a line, and only towards the earlier process.
 """
 
 import array
@@ -23,14 +23,14 @@ from fxtunnel.protocol.alpn import named_process
 logger = logging.getLogger(__name__)
 
 LINE_BYTES: Final = 65_536
-"""Of the kernel's memory, for what the earlier process has not taken yet: some 170 connections. More are told to come again."""
+"""Kernel memory for connections that the earlier process has not taken yet, about 170 of them. Any more are told to come again."""
 COME_AGAIN: Final = Appointment(0.5, 0.5)
 _GUEST: Final = b"\0"
 _FD_BYTES: Final = array.array("i").itemsize
 
 
 class Lines:
-    """The lines of one process: to those before it, and its own, on which those after it pass connections on."""
+    """The lines of one process: to the processes before it, and its own, on which those after it pass connections on to it."""
 
     def __init__(self) -> None:
         self._earlier: dict[str, socket.socket] = {}
@@ -54,8 +54,9 @@ class Lines:
         *,
         task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
     ) -> None:
-        """Use these lines, which are closed at the end: to earlier processes, each of which is forgotten when it is gone, and our own.
-        Without one of our own nobody comes back to this process. Until cancelled.
+        """Use these lines, and close them at the end: those to earlier processes, and our own. Runs until cancelled.
+
+        A line is dropped, and `forget` called, when its process ends. Without a line of our own nobody comes back to this process.
         """
         self._earlier, self._ours = dict(earlier), ours
         try:
@@ -71,7 +72,9 @@ class Lines:
             self._earlier.clear()
 
     def pass_on(self, passed: Passed, hello: ClientHello) -> bool:
-        """Whether it names an earlier process, and has been passed on there. The caller closes its own copy.
+        """Pass the connection on to the earlier process that it names, if any; whether that was done. The caller closes its own copy.
+
+        A name that belongs to no process here is left alone: the TLS handshake then fails with no common protocol.
 
         Raises:
             TurnedAway: that process has no time for it now.
@@ -83,8 +86,8 @@ class Lines:
         try:
             self._earlier[process].sendmsg([_GUEST], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [passed.sock.fileno()]))])
         except (BrokenPipeError, ConnectionResetError):
-            return False  # gone, as `_outlive` is about to find
-        except OSError as exc:  # the line is full, or the kernel has no room for descriptors that travel
+            return False  # it has just ended; `_outlive` is about to notice
+        except OSError as exc:  # the line is full, or too many descriptors are in flight (unix(7), ETOOMANYREFS)
             raise TurnedAway(COME_AGAIN) from exc
         logger.debug("connection from %s is passed on to process %s", passed.remote_address, process)
         return True
@@ -97,7 +100,7 @@ class Lines:
             for sock in _received(ancillary):
                 try:
                     return Passed.fresh(sock, sock.getpeername())
-                except OSError:  # it has hung up meanwhile
+                except OSError:  # the relay has hung up meanwhile
                     sock.close()
             if not data:
                 break
@@ -113,7 +116,7 @@ class Lines:
 
 
 class Succession(Alone):
-    """Implements `Colleagues` for a gateway of one process that may have come after others, and may be followed by more."""
+    """Implements `Colleagues` for a single-process gateway that may have predecessors still draining, and may get successors."""
 
     def __init__(self, process: str) -> None:
         super().__init__()
@@ -131,9 +134,9 @@ class Succession(Alone):
         return self._lines.earlier
 
     async def run(self, inherited: Inherited, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Take the lines to earlier processes, and have one to this process kept; forget each when its process is gone. Until cancelled.
+        """Take over the lines to earlier processes, and have a line to this one kept for successors. Runs until cancelled.
 
-        Begin when it is our turn: a successor that never has one leaves no line behind.
+        Start this only once it is our turn, so that a successor that never gets one leaves no line behind.
         """
         ours = None
         if inherited.keeps_lines:
@@ -143,7 +146,7 @@ class Succession(Alone):
         await self._lines.run(inherited.take_lines(), ours, inherited.forget_line, task_status=task_status)
 
     async def keeps(self, passed: Passed) -> bool:
-        """See `Colleagues`. Whoever names a process that is not there finds in the handshake that nobody speaks its protocol."""
+        """See `Colleagues`."""
         await trio.lowlevel.checkpoint()
         if not self._lines.earlier:
             return True
@@ -165,12 +168,12 @@ def line_pair() -> tuple[socket.socket, socket.socket]:
 
 
 async def until_its_end(line: socket.socket) -> None:
-    """Until the process is gone to which this line leads: nothing is ever said from there."""
-    await trio.lowlevel.wait_readable(line)
+    """Wait until the process has ended to which this line leads."""
+    await trio.lowlevel.wait_readable(line)  # nothing is ever sent in this direction: readable means closed
 
 
 def _received(ancillary: list[tuple[int, int, bytes]]) -> list[socket.socket]:
-    """What has come along: one connection, or none if this process may open no more files."""
+    """The connection that came with the message, or nothing if this process is out of descriptors."""
     found = array.array("i")
     for level, kind, data in ancillary:
         if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):

@@ -1,6 +1,5 @@
-"""Task: the ways back into the parent's keeping: lines to the workers of earlier gateways for ours, and lines to ours for later gateways.
-
-What a gateway of one process does for itself (`Succession`): workers have names as processes of their own, and are followed one by one.
+"""Task: the parent's care for the lines on which relays come back after a restart: from our workers to those of earlier gateways, and to
+our workers from later gateways. `Succession` does this for a gateway of one process. Each worker has a name and a line of its own.
 """
 
 import secrets
@@ -15,14 +14,14 @@ from fxtunnel.kit.listeners import LINE_NAME, Inherited
 
 
 class Name(NamedTuple):
-    """Of a worker that begins; and its end of the line on which relays come back to it, now the caller's. None: nobody will follow."""
+    """What relays call a worker that begins, and its end of the line to it, which the caller owns; None if nobody keeps sockets for us."""
 
     process: str
     line: socket.socket | None
 
 
 class Returns:
-    """The lines of all workers. Later gateways get those of workers that live, from our turn on: one that never has a turn leaves none."""
+    """The lines of all workers. Those of our own are kept for successors from our turn on: a gateway that never gets one leaves none."""
 
     def __init__(self, inherited: Inherited) -> None:
         self._inherited = inherited
@@ -30,10 +29,10 @@ class Returns:
         self._has_turn = False
         self._processes: dict[int, str] = {}
         self._ends: dict[str, socket.socket] = {}
-        """What successors shall be given, until it is our turn."""
+        """The ends to be kept for successors, by process, until it is our turn."""
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """It is our turn. Forget earlier processes when they end. Until cancelled."""
+        """Begin our turn, and drop the lines to earlier processes when these end. Runs until cancelled."""
         self._has_turn = True
         for process in list(self._ends):
             self._keep(process)
@@ -44,7 +43,11 @@ class Returns:
             await trio.sleep_forever()
 
     def begin(self, worker: int) -> Name:
-        """A worker of this number begins, as a process of a new name."""
+        """Make a new name and line for the process that begins as this worker.
+
+        Raises:
+            OSError: no descriptors are left.
+        """
         self.end(worker)
         process = self._processes[worker] = secrets.token_hex(8)
         if not self._inherited.keeps_lines:
@@ -55,7 +58,7 @@ class Returns:
         return Name(process, ours)
 
     def end(self, worker: int) -> None:
-        """The process of this worker is gone, if there was one."""
+        """Drop the line to this worker's process, which has ended. May be repeated."""
         process = self._processes.pop(worker, None)
         if process is not None:
             end = self._ends.pop(process, None)
@@ -65,7 +68,7 @@ class Returns:
                 self._inherited.forget_line(process)
 
     def to_earlier(self) -> Sequence[tuple[str, socket.socket]]:
-        """The lines to earlier processes, by the names they are kept under. They stay ours."""
+        """The lines to earlier processes, by the names under which they are kept. They stay ours."""
         return [(f"{LINE_NAME}{process}", line) for process, line in self._earlier.items()]
 
     def close(self) -> None:

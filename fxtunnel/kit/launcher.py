@@ -1,6 +1,6 @@
-"""Task: a small parent for a daemon, so that a restart or an upgrade loses nothing: the old process finishes while the new one works.
+"""Task: a small parent for a daemon, so that a restart or an upgrade loses nothing: the old process drains while the new one serves.
 
-It blocks, and imports next to nothing: what it does not do cannot go wrong. It speaks sd_notify(3) both ways. Its daemons tell it on a
+It blocks, and imports next to nothing, so that little can go wrong in it. It speaks sd_notify(3) both ways. Its daemons tell it on a
 socket of their own which sockets to keep, that they are prepared, and, with STOPPING=1, that they have let go of everything a
 successor needs; that one begins then. What the present one says is passed on to the service manager, which knows the launcher only.
 
@@ -34,7 +34,7 @@ FIRST_FD: Final = 3
 PREPARE_S: Final = 60.0
 """For a successor to say that it is prepared."""
 RELEASE_S: Final = 10.0
-"""For a daemon to let go of its listening sockets after SIGTERM, which takes it milliseconds: one that does not is stuck, and killed."""
+"""For a daemon to let go of its listening sockets after SIGTERM. That takes milliseconds; one that needs longer is stuck, and killed."""
 MAX_KEPT: Final = 4_200
 _MESSAGE_BYTES: Final = 4_096
 _FD_BYTES: Final = struct.calcsize("i")

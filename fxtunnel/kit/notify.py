@@ -38,7 +38,7 @@ class Notifier:
         self._watchdog_interval_s = watchdog_interval_s
         self._is_heard = True
         self.launcher = launcher
-        """The end of which means that the launcher is gone, and that it is time to go; None without one."""
+        """The socket to the launcher, None without one. When it closes, the launcher is gone and this process should drain."""
         self.is_last = False
         """Whether the launcher has said that nobody follows."""
 
@@ -68,7 +68,7 @@ class Notifier:
         return self._watchdog_interval_s
 
     def prepared(self) -> None:
-        """To a launcher: what could be wrong with our configuration is not; we begin when the process before us has let go."""
+        """Tell a launcher that our configuration works, and that we can begin once the process before us has let go."""
         if self.launcher is not None:
             self._send(PREPARED)
 
@@ -93,7 +93,7 @@ class Notifier:
         self._mention("WATCHDOG=1")
 
     def hear(self) -> bytes:
-        """What the launcher says next; empty if it says nothing, or is gone. Never blocks."""
+        """The launcher's next word; empty if it has said nothing, or is gone. Never blocks."""
         try:
             word = self.launcher.recv(_WORD_BYTES) if self.launcher is not None else b""
         except OSError:
@@ -102,11 +102,11 @@ class Notifier:
         return word
 
     def keep(self, name: str, sock: socket.socket) -> None:
-        """Have a copy of a socket kept, and handed to whoever runs after us: the queue of one that listens is never closed in between."""
+        """Have a copy of a socket kept and handed to our successor, so that a listening socket's queue is never closed in between."""
         self._send("FDSTORE=1", f"FDNAME={name}", fd=sock.fileno())
 
     def drop(self, name: str) -> None:
-        """A socket given to `keep` is not to be kept any more."""
+        """Do not have this socket kept any longer."""
         self._send("FDSTOREREMOVE=1", f"FDNAME={name}")
 
     def pass_on(self, fields: bytes) -> None:
