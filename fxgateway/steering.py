@@ -28,14 +28,15 @@ DRAIN: Final = "POST"
 UNDO: Final = "DELETE"
 
 HANG_UP_S: Final = 1.0
+"""For open pages to be hung up on; a successor waits for the addresses."""
 
 Steer = Callable[[str, RelayId | None], Awaitable[int]]
-"""LOOK, DRAIN or UNDO for a relay or, with None, for the whole gateway, which knows no UNDO.
-What is left: clients, or streams of the relay, or UNKNOWN."""
+"""Do LOOK, DRAIN or UNDO for a relay or, with None, for the whole gateway (which has no UNDO).
+Returns what is left: the gateway's clients, the relay's streams, or UNKNOWN."""
 
 
 class Steering:
-    """Planned work: this process takes no more clients, or one relay gets nothing new from it. A restart ends either."""
+    """Carries out `fxgateway drain`: this process takes no more clients, or gives one relay nothing new. Either ends with a restart."""
 
     def __init__(self, registry: Registry, doors: Doors, on_drain: Callable[[], None]) -> None:
         self._registry = registry
@@ -48,7 +49,7 @@ class Steering:
         return self.act(method, relay_id)
 
     def act(self, method: str, relay_id: RelayId | None) -> int:
-        """See `Steer`. A wish for a relay holds also if the relay comes later."""
+        """See `Steer`. A drain of a relay also holds if the relay connects only later."""
         if relay_id is None:
             return self._drain(method)
         if method == DRAIN:
@@ -70,8 +71,9 @@ class Steering:
 
 
 def steering_app(steer: Steer) -> Starlette:
-    """The pages. POST /drain: no more clients. POST and DELETE /drain/RELAY_ID: nothing new for a relay, and again. All answer with the
-    clients or streams that are left; 503 while a worker does not say what it has.
+    """The pages. POST /drain: take no more clients. POST /drain/RELAY_ID: give that relay nothing new; DELETE undoes it. GET only looks.
+
+    All answer with the number of clients or streams that are left; 503 while a worker does not say how many it has.
     """
 
     async def drain(request: Request) -> Response:
@@ -91,7 +93,7 @@ def steering_app(steer: Steer) -> Starlette:
 
 
 class AdminPages:
-    """What administrators ask and wish, until there is a successor to ask."""
+    """Serves the status pages and the steering socket, until a successor takes them over."""
 
     def __init__(self, app: Starlette, admin: Address, steer: Steer, steering: Address, inherited: Inherited) -> None:
         self._app = app
@@ -115,7 +117,7 @@ class AdminPages:
         self._ended.set()
 
     async def end(self) -> None:
-        """Let go of both addresses, and hang up on whoever reads an answer. While it runs."""
+        """Let go of both addresses, and hang up on whoever is reading an answer. Only while `run` runs."""
         self._scope.cancel()
         with trio.move_on_after(HANG_UP_S):
             await self._ended.wait()

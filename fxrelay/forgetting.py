@@ -11,6 +11,7 @@ import trio
 from fxrelay.balance.reservation_text import BadRecord, decode_record
 from fxrelay.cluster.members import NOTHING_OFF
 from fxrelay.cluster.ports import CONTROLS, RESERVATIONS, SERVERS, Document, Store, Transporter
+from fxrelay.cluster.reading import unknown_node
 from fxrelay.cluster.server import BadServer, parse_server
 from fxrelay.cluster.threads import Threads
 from fxrelay.cluster.view import encode_control
@@ -81,8 +82,7 @@ def forget_node(settings: RelaySettings, store: Store, transporter: Transporter,
     """
     found = store.get(SERVERS, server_id)
     if found is None:
-        known = ", ".join(sorted(document.key for document in store.documents(SERVERS))[:20])
-        raise FxError(f"the cluster knows no node {server_id!r}; it knows: {known or 'none'}")
+        raise unknown_node(store, server_id)
     silent_s = max(0.0, (store.now_ms() - found.updated_ms) / 1000)
     if silent_s < settings.cluster.stale_s and not _has_left(found):
         raise FxError(f"{server_id} reported {silent_s:.0f} s ago: it is at work, and would be back at once; stop its relay first")

@@ -1,4 +1,4 @@
-"""Pump: one client from accept to close: a relay is chosen, and another one while nothing has been lost by it."""
+"""Pump: one client from accept to close: a relay is chosen, and another one as long as that cannot lose any of the client's bytes."""
 
 import socket
 from typing import TYPE_CHECKING, Final, assert_never
@@ -19,9 +19,9 @@ _AT_THE_START: Final = Journey()
 
 
 class Client(Splice):
-    """A client's socket. It is forwarded at once; its first bytes may already travel with the OPEN.
+    """A client's socket. It is forwarded at once; its first bytes may travel with the OPEN.
 
-    Another relay is tried while the client can have lost nothing: before ACCEPT (what it sent is kept and replayed), or after it
+    Another relay is tried as long as nothing can have been lost: before ACCEPT (what it sent is kept and replayed), or after it
     when not a byte has moved in either direction. Later a lost stream ends in RST: what a service may have acted on is never sent twice.
     A relay may redirect to another one; if that one fails, the first is asked again for another way before its turn is over.
     """
@@ -47,26 +47,26 @@ class Client(Splice):
         self.address = address
         self.service = service
         self.tags = tags
-        """OPEN's tags but for the client's own address."""
+        """The OPEN's tags, without the client's own address."""
         self.trace = ""
-        """Its mark in the logs of gateway and relay, if it has one."""
+        """The id under which the logs of gateway and relay mention it; empty if it has none."""
         self.diary: Diary | None = None
-        """If the access log was on when it came."""
+        """None unless the access log was on when it came."""
         self.named = ""
-        """The client's ip:port if it was told (at first by accept, or a PROXY header); else the socket knows it."""
+        """The client's ip:port where accept or a PROXY header has told it; if empty, ask the socket (`peer`)."""
         self.relay_name = ""
-        """The relay on which its stream was opened last, wherever the journey leads next; empty before any was."""
+        """The relay on which its stream was last opened; empty before the first."""
         self.last_bytes = 0
         self.moved_at = door.reactor.now
         self.journey = _AT_THE_START
         """How far it has got; `next_step` says how it goes on."""
         self._open_ends_at = 0
-        """Where in the session's sequence its OPEN ends."""
-        if not address:  # of a unix socket
+        """The position in the session's byte sequence at which its OPEN ends."""
+        if not address:  # a unix socket
             self.reads_short()
 
     def has_spoken(self) -> None:
-        """What it said first was looked at and is still in the socket: it goes with the OPEN, before any event tells of it."""
+        """Its first bytes have been peeked at and are still in the socket: read them with the OPEN, without waiting for an event."""
         self._readable = True
 
     def begin(self, peer: str, said: bytes = b"") -> None:
@@ -79,7 +79,7 @@ class Client(Splice):
 
     @property
     def has_ended(self) -> bool:
-        """Whether it has said all that it will say."""
+        """Whether the client has sent its FIN, and everything before it has been read."""
         return self._read_done
 
     @has_ended.setter
@@ -87,7 +87,7 @@ class Client(Splice):
         self._read_done = has_ended
 
     def give_away(self) -> socket.socket:
-        """It is another process's; the socket, which is the caller's now. Nobody here counts it any more."""
+        """Hand the client to another process. Returns the socket, which the caller owns now; nobody here counts the client any more."""
         self.closed = True
         if self._queued and self.session is not None:
             self.session.cancel_turn(self)
@@ -96,7 +96,7 @@ class Client(Splice):
         return self.sock
 
     def turn_away(self, reason: str) -> None:
-        """Nobody serves it."""
+        """No relay serves it: count it, and end it with RST. `reason` is a word for metrics."""
         self.door.refused(reason)
         self.abort()
 
@@ -107,7 +107,7 @@ class Client(Splice):
     def on_refuse(self, code: Code, text: str) -> None:
         """See `Endpoint`."""
         if code.is_final:
-            self.turn_away(code.label)  # it concerns the client: what one relay says, another one must not be asked to overrule
+            self.turn_away(code.label)  # it is about this client: another relay must not be asked to overrule it
         else:
             self._go_on(self.journey.refused())
 
@@ -134,17 +134,17 @@ class Client(Splice):
 
     @property
     def waits_for_link(self) -> bool:
-        """Whether its OPEN has not been sent, because the session has lost its link: whoever takes it now is the first to hear of it."""
+        """Whether its OPEN is still unsent because the session has lost its link, so that no relay has heard of the client yet."""
         session = self.session
         return session is not None and not session.is_up and session.mux.ring.sent < self._open_ends_at
 
     @property
     def wish(self) -> tuple[ServiceName, tuple[RelayId, ...], RelayId | None]:
-        """What decides where it could go instead of waiting: service, relays that will not have it, and the one it must go to, if any."""
+        """What decides where it could go instead of waiting: its service, the relays that refused, and its target, if any."""
         return self.service, self.journey.asked[:-1], self.journey.target
 
     def go_on_elsewhere(self) -> None:
-        """It `waits_for_link`, and there is a relay that could take it now: by another link, or another relay."""
+        """It `waits_for_link`, but could be served now, by another relay or over another link: open its stream again."""
         if self.stream is None or self.journey.attempts >= MAX_ATTEMPTS:
             return
         self.stream.reset(Code.CANCELLED)
@@ -159,12 +159,12 @@ class Client(Splice):
         self.door.client_released(self)
 
     def _go_on(self, journey: Journey) -> None:
-        """The relay that has the stream does not serve it."""
+        """The relay that has the stream does not serve it: take the next steps of `journey`."""
         stream = self.stream
         if self.closed or stream is None:
             return
         self.journey = journey
-        self.door.opening.pop(self, None)  # to enter again at its end: it is in order of time
+        self.door.opening.pop(self, None)  # so that it is entered again at the end: `opening` is in order of time
         self._forward(self.named or self.peer(), bytes(stream.early or b""))
 
     def peer(self) -> str:
@@ -175,7 +175,7 @@ class Client(Splice):
             return self.address
 
     def _forward(self, peer: str, early: bytes) -> bool:
-        """Take the next steps until there is a stream; False when the client has ended here instead."""
+        """Take the next steps of the journey until a stream is open. False: the client has ended here, or is another process's."""
         relays = self.door.relays
         while True:
             step = next_step(self.journey, self.service, relays)
@@ -199,7 +199,7 @@ class Client(Splice):
                     assert_never(step)
 
     def _open(self, session: Session, relay_id: RelayId, peer: str, early: bytes) -> bool:
-        """Open the stream on this session. What fails after that ends the stream with the client."""
+        """Open the stream on this session; False if it takes no more. What fails after that ends the stream together with the client."""
         journey = self.journey
         tags = encode_tag(TAG_CLIENT, peer) + self.tags if peer else self.tags
         if journey.target is not None or journey.avoid:  # it was redirected

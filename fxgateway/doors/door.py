@@ -1,4 +1,4 @@
-"""Pump: one door: a listening socket, admission, and the clients that came in by it."""
+"""Pump: one door: its listening socket, admission, and the clients that came in through it."""
 
 import itertools
 import logging
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final, TypeAlias, TypeVar
 from fxgateway.doors.client import Client, peer_text
 from fxgateway.doors.elsewhere import Elsewhere
 from fxgateway.doors.hall import Hall
-from fxgateway.doors.proxied import Network, Proxied, is_within
+from fxgateway.doors.proxied import Proxied
 from fxgateway.doors.recorded import AccessSink, Diary, RecordedClient
 from fxgateway.doors.unserved import Unserved
 from fxgateway.doors.waiting import spare_the_wait
@@ -27,6 +27,7 @@ from fxtunnel.engine.splice import RESET_ON_CLOSE, abort
 from fxtunnel.kit.answers import Refused
 from fxtunnel.kit.listeners import EXHAUSTED
 from fxtunnel.kit.settings import Address
+from fxtunnel.kit.sources import Network, is_within
 from fxtunnel.model import ServiceName
 from fxtunnel.protocol.opening import TAG_TRACE, Opening, encode_tag, encode_tags
 
@@ -37,28 +38,32 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 ACCEPTS_PER_TURN: Final = 64
+"""Clients accepted in a row before other connections of this process get a turn."""
 PAUSE_S: Final = 0.25
+"""Without accepting, when descriptors or the connection limit are used up: long enough for some connection to end."""
 SWEEP_S: Final = 0.5
+"""Between two looks at deadlines (open, header, first words), which are therefore kept to half a second."""
 WAIT_POLL_S: Final = 0.02
+"""Between two looks at whether a door that waits for relays may open: clients are in its queue."""
 MAX_HEADERS_AWAITED: Final = 1_024
-"""Connections of one door that may owe their PROXY header at once. Headers come with the first packet, so more of them are no clients."""
+"""Connections of one door that may owe their PROXY header at the same time. A real proxy sends it in its first packet."""
 CLIENT_NOTSENT_BYTES: Final = 32_768
-"""Unsent bytes the kernel holds for one client. This bounds what readers that never read fill, without limiting the path's own window."""
+"""Unsent bytes that the kernel may hold for one client. Bounds what a client that never reads can fill, without limiting TCP's window."""
 CLIENT_OPTIONS: Final = (
     (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
     (socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE),
     (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
     (socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, CLIENT_NOTSENT_BYTES),
 )
-"""Set on listeners: accepted sockets inherit them, which saves the calls for each of them."""
+"""Set on listeners: accepted sockets inherit them, which saves the system calls for each one."""
 DEFER_ACCEPT_S: Final = 1
-"""Where clients speak first, the kernel keeps a connection back until they have (tcp(7), TCP_DEFER_ACCEPT), or for about this long: when
-we are told of it, what it wants is there to be read, and there is one event less. Who says nothing is let in then, and waits as before."""
+"""At doors where clients speak first, the kernel holds a connection back until they have, or for about this long (tcp(7),
+TCP_DEFER_ACCEPT). That saves an event for each client, since its first bytes are there when it is accepted."""
 _SPEAKS_FIRST: Final = frozenset({Kind.SNI, Kind.HTTP, Kind.HTTPS})
 _TOO_MANY: Final = Refused(429, "TooMany", "There are too many connections from your address, or in all.", retry_after_s=5)
 _UNHEARD: Final = Lead(ServiceName(""))
 _NOBODY: Final = ""
-"""The source as which admission counts a connection that owes its PROXY header: in all and per door, but of no source yet."""
+"""The source under which admission counts a connection that still owes its PROXY header: in all and per door only."""
 
 
 DoorRelays: TypeAlias = "Relays[LiveRelay, Elsewhere]"
@@ -66,11 +71,11 @@ DoorRelays: TypeAlias = "Relays[LiveRelay, Elsewhere]"
 
 @dataclass(frozen=True, slots=True)
 class DoorConfig:
-    """What a door is. Two doors with the same `listen` are the same door, before and after a reload.
+    """What the configuration says about a door. Across a reload, the same `listen` means the same door.
 
-    Without a `receptionist` every client gets `service`, at once. With one it is heard first, and `service` may be empty; with `tls`, its
-    TLS ends here before that. `access` is told of every client that has ended.
-    Connections from `proxy_from` must begin with a PROXY header, within `header_timeout_s`; nobody else's header means anything.
+    Without a `receptionist` every client gets `service` at once. With one, a client's first bytes decide, and `service` may be empty; with
+    `tls`, the client's TLS is terminated before that. `access` is told of every client that has ended.
+    Connections from `proxy_from` must begin with a PROXY header within `header_timeout_s`. From anybody else such a header is just data.
     """
 
     name: str
@@ -97,13 +102,13 @@ class DoorCounters:
 
 
 class Door:
-    """Takes clients in. `open` binds; `close` stops listening and leaves the clients that are in alone."""
+    """Takes clients in. `open` begins to listen; `close` stops listening and leaves open clients alone."""
 
     def __init__(self, reactor: Reactor, config: DoorConfig, relays: DoorRelays, admission: Admission) -> None:
         self.reactor = reactor
         self.config = config
         self.listen_address = str(config.listen)
-        """As which admission counts it: a reload may give it another name, and it stays the same door."""
+        """The key under which admission counts it: unlike the name, it cannot change in a reload."""
         self._tags = _tags_of(config)
         self.traces = _traces()
         self.relays = relays
@@ -116,20 +121,20 @@ class Door:
         self.counters = DoorCounters()
         self._listener: socket.socket | None = None
         self._hears = False
-        """The listener is registered: the door neither pauses nor waits."""
+        """Whether the listener is registered: the door neither pauses nor waits for relays."""
         self._paused = False
         self.is_waiting = False
-        """Clients stay in the listener's queue until their services have relays: see `wait_until`."""
+        """Whether clients are left in the listener's queue until their services have relays: see `wait_until`."""
         self._sweep: Timer | None = None
 
     @property
     def service(self) -> ServiceName:
-        """What clients get that do not say what they want; empty if they must."""
+        """The service of clients that do not ask for one; empty if they must."""
         return self.config.service
 
     @property
     def leads_to(self) -> str:
-        """For people: its service, or how clients choose one."""
+        """Its service, or how clients choose one, as text for people."""
         receptionist = self.config.receptionist
         if receptionist is None:
             return self.config.service
@@ -137,7 +142,7 @@ class Door:
 
     @property
     def services(self) -> frozenset[ServiceName]:
-        """Everything that can be had by it."""
+        """All services that its clients can get."""
         receptionist = self.config.receptionist
         return receptionist.services() if receptionist is not None else frozenset({self.config.service})
 
@@ -148,7 +153,7 @@ class Door:
 
     @property
     def occupants(self) -> int:
-        """Clients, and those of whom it is not yet clear what they want."""
+        """How many connections came in through it, including those of which it is not clear yet what they want."""
         return len(self.clients) + len(self.proxied) + len(self.hall.visitors)
 
     def open(self, listener: socket.socket) -> None:
@@ -159,7 +164,7 @@ class Door:
         self._sweep_later()
 
     def reconfigure(self, config: DoorConfig) -> None:
-        """New clients get what `config` says; those that are in keep what they have."""
+        """Apply `config` to new clients; open ones keep what they have."""
         self.config = config
         self._tags = _tags_of(config)
         self.unserved.keep_only(self.services)
@@ -178,7 +183,7 @@ class Door:
             self.reactor.call_later(WAIT_POLL_S, lambda: self.wait_until(is_time, deadline))
 
     def release(self) -> None:
-        """Stop listening. Everybody who is in stays, and whoever is about to say what he wants may do so."""
+        """Stop listening. Open clients stay, and those that have not said yet what they want may still do so."""
         listener, self._listener = self._listener, None
         if listener is not None:
             self.reactor.unregister(listener)
@@ -186,7 +191,7 @@ class Door:
             listener.close()
 
     def close(self) -> None:
-        """Stop listening. Who has not yet said which client it speaks for is no client, and is turned away."""
+        """Stop listening. Open clients stay; those whose PROXY header or first bytes are still missing are turned away."""
         self.release()
         for proxied in list(self.proxied):
             proxied.fail("closed", "the door is closed")
@@ -200,11 +205,11 @@ class Door:
             self._sweep.cancel()
 
     def refused(self, reason: str) -> None:
-        """Count a client that was turned away."""
+        """Count a client that was turned away; `reason` is a label of metrics."""
         self.counters.refused[reason] = self.counters.refused.get(reason, 0) + 1
 
     def left(self, address: str) -> None:
-        """A connection from there that was admitted is over, or counts elsewhere."""
+        """An admitted connection from `address` is over, or is counted elsewhere from now on."""
         self.admission.release(self.listen_address, address)
 
     def client_released(self, client: Client) -> None:
@@ -218,13 +223,13 @@ class Door:
             self.counters.bytes_out += stream.bytes_in
 
     def client_given_away(self, client: Client) -> None:
-        """A client is another process's from now on."""
+        """A client belongs to another process from now on."""
         self.clients.discard(client)
         self.opening.pop(client, None)
         self.left(client.address)
 
     def on_event(self, events: int) -> None:
-        """From the reactor: clients wait."""
+        """From the reactor: clients are waiting to be accepted."""
         for _ in range(ACCEPTS_PER_TURN):
             listener = self._listener
             if listener is None or not self._hears:
@@ -257,7 +262,7 @@ class Door:
         elif self._admit(sock, address):
             if self.config.receptionist is None:
                 client = self._client(sock, address)
-                client.has_spoken()  # most have, by now: then their first bytes leave with the OPEN
+                client.has_spoken()  # most have by now, and their first bytes leave with the OPEN
                 self.let_in(client, peer_text(peer))
             else:
                 self.hall.hear(sock, address, peer_text(peer), self.config.receptionist)
@@ -277,7 +282,7 @@ class Door:
         return False
 
     def _client(self, sock: socket.socket, address: str) -> Client:
-        """One that is let in at once."""
+        """A client that gets the door's own service at once."""
         if self.config.access is None:
             return Client(self, sock, address, self.config.service, self._tags)
         trace = next(self.traces)
@@ -286,7 +291,7 @@ class Door:
         return client
 
     def let_in(self, client: Client, peer: str, lead: Lead = _UNHEARD, said: bytes = b"") -> None:
-        """Serve an admitted client; `peer` is its ip:port, `lead` what it wants, `said` see `Client.begin`."""
+        """Serve an admitted client. `peer` is its ip:port, `lead` what it asked for; for `said` see `Client.begin`."""
         self.clients.add(client)
         self.counters.accepted += 1
         if self.config.access is not None:
@@ -307,7 +312,7 @@ class Door:
             proxied.start()
 
     def header_came(self, proxied: Proxied, client: tuple[str, int]) -> None:
-        """A connection is `client`'s (address, port): from here on it is treated as one that came from there."""
+        """A PROXY header has named the `client` (address, port): treat the connection as one from there."""
         self.proxied.pop(proxied, None)
         self.left(_NOBODY)
         if not self._admit(proxied.sock, client[0]):
@@ -320,7 +325,7 @@ class Door:
             self.hall.hear(proxied.sock, client[0], peer_text(client), self.config.receptionist)
 
     def header_failed(self, proxied: Proxied, reason: str, text: str) -> None:
-        """A connection owed its PROXY header, and has been reset."""
+        """A connection was reset because its PROXY header was bad or missing."""
         self.proxied.pop(proxied, None)
         self.left(_NOBODY)
         self.refused(reason)
@@ -365,7 +370,7 @@ class Door:
         self.hall.turn_away_late(now - self.config.header_timeout_s)
 
     def end_idle(self) -> None:
-        """End clients on whose stream nothing has moved for the idle time. Call now and then."""
+        """End clients whose stream has been idle for too long. Call every few seconds."""
         for client in idle(self.clients, self.reactor.now, self.config.idle_timeout_s):
             self.refused("idle-timeout")
             client.end_idle()
@@ -376,6 +381,6 @@ def _tags_of(config: DoorConfig) -> bytes:
 
 
 def _traces() -> Iterator[str]:
-    """Marks by which a client is found again in the logs of gateway and relay: no two alike, also after a restart."""
+    """Ids by which a client can be found in the logs of gateway and relay. Unique, across restarts as well."""
     prefix = secrets.token_hex(4)
     return (f"{prefix}{number:x}" for number in itertools.count(1))

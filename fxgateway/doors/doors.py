@@ -1,4 +1,4 @@
-"""Pump: all doors of a gateway, and how a reload changes them: all of it, or nothing."""
+"""Pump: all doors of a gateway, and how a reload changes them: completely or not at all."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -23,7 +23,7 @@ class Doors:
         self.bound: dict[str, str] = {}
 
     def open_doors(self) -> list[Door]:
-        """Those that take clients now."""
+        """The doors that take clients now."""
         return list(self._open.values())
 
     @property
@@ -37,7 +37,7 @@ class Doors:
         return self._open.get(listen_address) or next(closed, None)
 
     def apply(self, configs: Sequence[DoorConfig], inherited: Inherited | None = None) -> None:
-        """Have exactly these doors open. Those that stay keep their sockets and clients. `inherited` need be given once only.
+        """Have exactly these doors open. Those that stay keep their sockets and clients. `inherited` need be given only once.
 
         Raises:
             ListenError: one of them cannot be opened. Nothing has changed.
@@ -52,7 +52,7 @@ class Doors:
         except BaseException:
             for sock in fresh.values():
                 if inherited is not None:
-                    inherited.forget(str(bound_address(sock)))
+                    inherited.undo(sock)
                 sock.close()
             raise
         for key in [key for key in self._open if key not in wanted]:
@@ -67,12 +67,12 @@ class Doors:
         self._closed = [door for door in self._closed if door.clients]
 
     def hold(self) -> None:
-        """Let nobody in before `wait_for_relays`: it may not be our turn yet, and relays are with the process before us."""
+        """Let nobody in before `wait_for_relays`: until it is our turn, the relays are still with the process before us."""
         for door in self._open.values():
             door.hold()
 
     def wait_for_relays(self, wait_s: float) -> None:
-        """Let clients in when every service of their door has a relay, or after `wait_s`: after a restart relays need a moment to be back.
+        """Let clients in once every service of their door has a relay, or after `wait_s`: after a restart relays need a moment.
 
         Until then clients wait in the queues of the listening sockets.
         """
@@ -85,14 +85,14 @@ class Doors:
         return any(door.is_waiting for door in self._open.values())
 
     def release(self) -> None:
-        """Take no more clients: a successor has the sockets. Whoever is in stays."""
+        """Take no more clients: a successor has the sockets. Open clients stay."""
         for key in list(self._open):
             door = self._open.pop(key)
             door.release()
             self._closed.append(door)
 
     def close(self) -> None:
-        """Take no more clients; those that are in stay."""
+        """Take no more clients; open ones stay."""
         for key in list(self._open):
             self._close(key)
 

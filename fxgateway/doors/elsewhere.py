@@ -1,4 +1,4 @@
-"""Port: a relay whose tunnel is in another process of this gateway: a client for it goes there, with all that is known of it."""
+"""Port: a relay whose tunnel is in another process of this gateway. A client for it moves there, with everything known about it."""
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 class Elsewhere:
-    """A candidate like any other, but for this: `take` instead of a session."""
+    """A candidate like any other, except that it has `take` instead of a session."""
 
     is_far: ClassVar[Literal[True]] = True
 
@@ -21,8 +21,8 @@ class Elsewhere:
     open_streams: int
 
     def take(self, client: "Client", early: bytes) -> bool:
-        """Let the process that has this relay go on with the client, which is at its end here then. False: it does not take it.
+        """Pass the client to the process that has this relay; here it has then ended. False: that process does not take it.
 
-        What the client sent first is `early`, and has been taken from its socket.
+        `early` are the client's first bytes, which have already been read from its socket.
         """
         raise NotImplementedError

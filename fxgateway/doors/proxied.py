@@ -1,7 +1,6 @@
-"""Pump: a connection from a proxy of the administrator's, until its PROXY header has said who the client is."""
+"""Pump: a connection from one of the administrator's proxies, until its PROXY header has said who the client is."""
 
 import socket
-from ipaddress import IPv4Network, IPv6Address, IPv6Network, ip_address
 from typing import TYPE_CHECKING
 
 from fxtunnel.engine.reactor import ERROR, HANGUP, STREAM_EVENTS
@@ -11,13 +10,11 @@ from fxtunnel.kit.proxy_header import MAX_V2_BYTES, BadProxyHeader, ProxyHeader,
 if TYPE_CHECKING:
     from fxgateway.doors.door import Door
 
-Network = IPv4Network | IPv6Network
-
 
 class Proxied:
-    """Waits for a header, looking at what has arrived without taking it: the bytes behind the header stay in the kernel for the client.
+    """Waits for a header by peeking at what has arrived: bytes behind the header stay in the kernel for the client.
 
-    Owns the socket until the header is there. The door hears of `header_came` or `header_failed`, once.
+    Owns the socket until the header is complete. Calls the door's `header_came` or `header_failed`, once.
     """
 
     __slots__ = ("door", "is_over", "peer", "sock")
@@ -70,13 +67,3 @@ class Proxied:
         self.is_over = True
         self.door.reactor.unregister(self.sock)
         self.door.header_came(self, (header.address, header.port) if header.address else self.peer)
-
-
-def is_within(address: str, networks: tuple[Network, ...]) -> bool:
-    """Whether a peer's address (text of an IP; empty for a unix socket) lies in one of the networks."""
-    if not address:
-        return False
-    parsed = ip_address(address.partition("%")[0])
-    if isinstance(parsed, IPv6Address) and parsed.ipv4_mapped is not None:
-        parsed = parsed.ipv4_mapped
-    return any(parsed.version == network.version and parsed in network for network in networks)

@@ -1,4 +1,4 @@
-"""Pump: clients of which the access log is told when they have ended."""
+"""Pump: clients that leave a record in the access log when they end."""
 
 from collections.abc import Mapping
 from typing import Any, Final, Protocol
@@ -12,11 +12,11 @@ class AccessSink(Protocol):
     """Where records go."""
 
     def put(self, record: dict[str, Any]) -> None:
-        """Take one; at once, or not at all."""
+        """Take one without blocking, or drop it."""
 
 
 class Diary:
-    """What is remembered of a client until it ends. Times are the reactor's; 0 until it happens."""
+    """What is remembered of a client until it ends. Times are the reactor's, 0 for what has not happened yet."""
 
     __slots__ = ("accepted_at", "came_at", "first_at", "host", "peer", "scheme", "why")
 
@@ -31,7 +31,7 @@ class Diary:
 
 
 class Recorded(Client):
-    """A client that keeps a diary, which it is given before it begins. Mixed in before the client's own class: it only looks on."""
+    """Mixin for a client that keeps a diary, which must be set before it begins. Goes before the client's own class, and only observes."""
 
     __slots__ = ()
 

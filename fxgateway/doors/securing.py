@@ -20,7 +20,7 @@ PLAIN_HTTP: Final = b"HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain\r\nCo
 
 
 class Securing:
-    """Implements `SecureOwner`. The hall hears of `secured` or `not_secured`, once, and may end it with `turn_away`."""
+    """Implements `SecureOwner`. Calls the hall's `secured` or `not_secured`, once; the hall may end it with `turn_away`."""
 
     __slots__ = ("_handshake", "_turned_away", "address", "door", "hall", "named")
 

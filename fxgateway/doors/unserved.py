@@ -1,4 +1,4 @@
-"""Pump: services for which clients of a door found no relay: told once when it begins, and once when it is over."""
+"""Pump: services of a door that have no relay: logged once when clients begin to be turned away, and once when that is over."""
 
 import logging
 from collections.abc import Collection
@@ -14,23 +14,23 @@ logger = logging.getLogger(__name__)
 
 
 class Unserved:
-    """Belongs to one door. However many clients come, there are two lines for each time in which a service has no relay."""
+    """Belongs to one door. However many clients come, an outage of a service makes two lines."""
 
     def __init__(self) -> None:
         self._turned_away: dict[ServiceName, int] = {}
 
     def note(self, door_name: str, service: ServiceName) -> None:
-        """A client was turned away for want of a relay."""
+        """A client was turned away because no relay offers the service."""
         if service not in self._turned_away:
             logger.warning("door %s: no relay offers %s now; its clients are turned away", door_name, service)
         self._turned_away[service] = self._turned_away.get(service, 0) + 1
 
     def keep_only(self, services: Collection[ServiceName]) -> None:
-        """These are the services of the door from now on."""
+        """Forget services that the door no longer has."""
         self._turned_away = {service: count for service, count in self._turned_away.items() if service in services}
 
     def look(self, door_name: str, relays: "DoorRelays") -> None:
-        """Say of what can be had again. Call now and then."""
+        """Log the services that have a relay again. Call every second or so."""
         for service, count in list(self._turned_away.items()):
             if isinstance(relays.offers.decide(service), Forward):
                 del self._turned_away[service]

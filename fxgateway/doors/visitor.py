@@ -1,4 +1,4 @@
-"""Pump: a connection that has not said yet where it wants to go: what it says is looked at, and stays where it is for the client."""
+"""Pump: a connection that has not said yet where it wants to go. Its first bytes are peeked at, and stay in the socket for later."""
 
 import socket
 from typing import TYPE_CHECKING
@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 
 
 class Visitor:
-    """Owns the socket until the hall hears of `visitor_led` or `visitor_turned_away`, once. The hall also ends it when it takes too long.
+    """Owns the socket until it calls the hall's `visitor_led` or `visitor_turned_away`, once. The hall ends it if it takes too long.
 
-    `named` is the client's ip:port, whoever told it; empty if it has none.
+    `named` is the client's ip:port, from accept or a PROXY header; empty for a unix socket.
     """
 
     __slots__ = ("_receptionist", "_silence", "_wanted_bytes", "address", "door", "hall", "is_over", "named", "sock")
@@ -32,7 +32,7 @@ class Visitor:
         self._silence: Timer | None = None
 
     def start(self) -> None:
-        """Begin. A client that has spoken already, as under load they have, is led on before anything is waited for."""
+        """Begin. If the client's first bytes are there already, as under load they are, it is led on without waiting for an event."""
         self.on_event(0)
         if self.is_over:
             return
@@ -69,11 +69,11 @@ class Visitor:
 
     @property
     def timeout_status(self) -> int:
-        """What to answer when it takes too long: 0 where it may not even speak HTTP."""
+        """The HTTP status to answer with when it takes too long; 0 where the client may not speak HTTP at all."""
         return 408 if self._receptionist.kind in (Kind.HTTP, Kind.HTTPS) else 0
 
     def turn_away(self, away: TurnAway) -> None:
-        """It does not come in. Does nothing once it is over."""
+        """End it; the hall answers the client. Does nothing once it is over."""
         if not self.is_over:
             self._end()
             self.hall.visitor_turned_away(self, away)
@@ -89,7 +89,7 @@ class Visitor:
             self._silence.cancel()
 
     def _on_silence(self) -> None:
-        """It waits for the server to speak first."""
+        """The client waits for the server to speak first: give it the default service."""
         try:
             said = bool(self._peek())
         except OSError:
@@ -102,7 +102,7 @@ class Visitor:
 
 
 class HelloVisitor(Visitor):
-    """One whose ClientHello is not whole yet. What it `said` has been taken, to go with the OPEN, and is not read a second time."""
+    """One whose ClientHello is still incomplete. The bytes `said` so far have been read, and will go with the OPEN."""
 
     __slots__ = ("_said",)
 
@@ -111,7 +111,7 @@ class HelloVisitor(Visitor):
         self._said = said
 
     def start(self) -> None:
-        """See `Visitor`. What has arrived meanwhile makes an event."""
+        """See `Visitor`. Bytes that have arrived meanwhile cause an event."""
         self.door.reactor.register(self.sock, self, STREAM_EVENTS)
 
     def _lead(self, lead: Lead) -> None:
@@ -131,7 +131,7 @@ class HelloVisitor(Visitor):
 
 
 class SecureVisitor(Visitor):
-    """One whose TLS has ended here: what it says has left the kernel, and waits in the socket."""
+    """One whose TLS is terminated here: decrypted bytes have left the kernel and wait in the TlsSocket."""
 
     __slots__ = ()
 
@@ -146,7 +146,7 @@ class SecureVisitor(Visitor):
     def on_event(self, events: int) -> None:
         """From the reactor."""
         if self.is_over:
-            return  # an event and `again` in one turn
+            return  # both an event and `again` came in this turn
         super().on_event(events)
         if not self.is_over and self.sock.at_end:
             self.turn_away(TurnAway("gone", "the client left before it was clear what it wants"))

@@ -1,4 +1,4 @@
-"""Pump: clients whose OPEN waits for a link that is lost, while there is a better way."""
+"""Pump: clients whose OPEN waits for a lost link although they could be served another way."""
 
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
@@ -12,15 +12,15 @@ if TYPE_CHECKING:
 
 
 def spare_the_wait(opening: "Iterable[Client]", relays: "DoorRelays") -> None:
-    """Let a relay have them that could take them now, be it the same by another link. Call now and then.
+    """Open their streams again where a relay could take them now, perhaps the same one over another link. Call every second or so.
 
-    When a path, or this process, has stood still for longer than sessions are held, relays make their links anew: then nobody will ever
-    resume the session that a client was given in the moment before.
+    When a path, or this process, has been stuck for longer than sessions are held, relays make new sessions: nobody will then resume the
+    one that a client was put on just before.
     """
     found: dict[object, bool] = {}
     for client in [client for client in opening if client.waits_for_link]:
         wish = client.wish
-        if wish not in found:  # a crowd that waits for the same asks once
+        if wish not in found:  # many clients may wait for the same thing: look once for all of them
             found[wish] = _is_served_now(relays, *wish)
         if found[wish]:
             client.go_on_elsewhere()

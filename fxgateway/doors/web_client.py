@@ -1,4 +1,4 @@
-"""Pump: a client that speaks HTTP: it is told why it is turned away, as long as nothing has come from a service."""
+"""Pump: a client that speaks HTTP. If it is turned away before a service has answered, it gets an HTTP error that says why."""
 
 import logging
 import socket
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 RETRY_AFTER_S: Final = (1.0, 10.0)
-"""Clients of a service that is away come back spread over this time."""
+"""Retry-After of a 503, chosen at random, so that the clients of a service do not all come back at once."""
 _UNREACHED: Final = Refused(502, "NotReached", "The service cannot be reached at the moment.")
 _TOO_LATE: Final = Refused(504, "TooLate", "The service did not answer in time.")
 _BY_CODE: Final = {
@@ -34,8 +34,8 @@ _BY_CODE: Final = {
 
 @dataclass(frozen=True, slots=True)
 class Words:
-    """What is still to be said for a client or to it: `instead` of its request's head, to the service; `greeting` to it, once that is
-    reached. `is_greeted`: it has been, and speaks another protocol than HTTP since.
+    """What is still to be sent: `instead` goes to the service in place of the request's head, `greeting` to the client once the service is
+    reached. `is_greeted`: the greeting has been sent, and the client no longer speaks HTTP. `accept` is its Accept header.
     """
 
     accept: bytes
@@ -45,7 +45,7 @@ class Words:
 
 
 class WebClient(Client):
-    """A client whose first request has been looked at. With `lead.instead` that is sent in place of the request's head."""
+    """A client whose first request has been peeked at. `lead.instead`, if given, is sent in place of the request's head."""
 
     __slots__ = ("_accept", "_greeting", "_instead", "_is_greeted", "_refusal")
 
@@ -65,12 +65,12 @@ class WebClient(Client):
             retry_after_s=uniform(*RETRY_AFTER_S),  # noqa: S311 - spreads load
         )
         if lead.instead is not None and head is not None:
-            sock.recv_into(bytearray(len(head.raw)))  # all of it is there: it has been looked at
+            sock.recv_into(bytearray(len(head.raw)))  # the whole head has been peeked at, so it is there
             self._readable = True
 
     @property
     def words(self) -> Words:
-        """What is still to be said."""
+        """See `Words`: for a client that moves to another process."""
         return Words(self._accept, self._instead, self._greeting, self._is_greeted)
 
     @words.setter
@@ -127,18 +127,18 @@ class WebClient(Client):
         logger.info("door %s: %d for %s: %s (trace %s)", self.door.name, self._refusal.status, self.address, reason, self.trace)
         self.door.refused(reason)
         self.closed = True
-        self.reactor.unregister(self.sock)  # it stays open for what is to be said
+        self.reactor.unregister(self.sock)  # the farewell takes the socket over
         self.door.hall.say_farewell(self.sock, error_words(self._refusal, self.trace, self._accept))
         self.released()
 
 
 class TlsWebClient(TlsSplice, WebClient):
-    """The same, when TLS has ended here."""
+    """A `WebClient` whose TLS is terminated here."""
 
     __slots__ = ()
 
 
 def error_words(refusal: Refused, trace: str, accept: bytes) -> bytes:
-    """A whole answer after which the connection is closed."""
+    """The whole HTTP answer to a client that is turned away; the connection is closed after it."""
     answer = render(refusal, trace, accept)
     return answer.head + b"Connection: close\r\n\r\n" + answer.body

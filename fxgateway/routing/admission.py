@@ -1,18 +1,16 @@
-"""Pure: who may come in: connections in all, per door and per source address, and how fast one source may open them (docs/dos.md)."""
+"""Pure: limits on client connections: in all, per door and per source address, and how fast a source may open them (docs/dos.md)."""
 
-import ipaddress
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Final
 
-from fxtunnel.kit.sources import source_of
-
-Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+from fxtunnel.kit.sources import Network, is_within, source_of
 
 REMEMBERED_SOURCES: Final = 65_536
+"""Sources that are tracked at the same time, whether they have connections or recently had. Bounds the memory that strangers can take."""
 _SWEEP_EVERY_S: Final = 1.0
-"""When the memory is full every stranger would cost a sweep of all of it."""
+"""While the table is full, a sweep for every new source would cost a walk through all of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +32,7 @@ class Verdict(Enum):
 
     ADMIT = "admit"
     FULL = "full"
-    """The whole gateway is: doors pause instead of refusing."""
+    """The whole gateway is at its limit: doors pause instead of refusing."""
     DOOR_FULL = "door-full"
     SOURCE_FULL = "source-full"
     TOO_FAST = "too-fast"
@@ -92,7 +90,7 @@ class Admission:
         self._doors[door] -= 1
         if not self._doors[door]:
             del self._doors[door]
-        # Which count it is in was decided when it came in; the exemptions may be others by now.
+        # Which counter it is in was decided when it came in; the exemptions may have changed since.
         exempt = self._exempt_open.get(address)
         if exempt is None:
             self._sources[source_of(address)].count -= 1
@@ -141,14 +139,5 @@ class Admission:
         if known is None:
             if len(self._exempt_cache) >= REMEMBERED_SOURCES:
                 self._exempt_cache.clear()
-            known = self._exempt_cache[address] = _in_any(address, self.limits.exempt)
+            known = self._exempt_cache[address] = not address or is_within(address, self.limits.exempt)
         return known
-
-
-def _in_any(address: str, networks: tuple[Network, ...]) -> bool:
-    if not address:
-        return True
-    parsed = ipaddress.ip_address(address.partition("%")[0])
-    if isinstance(parsed, ipaddress.IPv6Address) and parsed.ipv4_mapped is not None:
-        parsed = parsed.ipv4_mapped
-    return any(parsed.version == network.version and parsed in network for network in networks)

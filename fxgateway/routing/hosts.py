@@ -1,7 +1,7 @@
 """Pure: which service a host and a path lead to, by the [[route]]s of the configuration.
 
 The most specific host decides: the name itself, then the longest `*.` that covers it, then `*`. Within it the longest path does, by whole
-segments. Every look-up is a few looks into dicts, whether there is one route or ten thousand.
+segments. A look-up costs a few dict accesses, whether there is one route or ten thousand.
 """
 
 from collections.abc import Iterable, Iterator
@@ -24,7 +24,7 @@ class Route:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """Where it goes. `by_path`: another path of the same host may lead elsewhere."""
+    """The service that a request goes to. `by_path`: other paths of the same host lead to other services."""
 
     service: ServiceName
     by_path: bool

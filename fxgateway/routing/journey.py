@@ -11,7 +11,7 @@ from fxtunnel.protocol.opening import MAX_AVOIDED
 MAX_ATTEMPTS: Final = 8
 """Streams opened for one client, at most; a cluster whose relays all refuse or redirect should not keep the gateway busy."""
 MAX_HOPS: Final = 8
-"""Times one client is passed on, at most: tables of different processes may disagree for a moment."""
+"""How often one client may be passed on between processes, whose tables may disagree for a moment."""
 
 
 class Near(Candidate, Protocol):
@@ -19,7 +19,7 @@ class Near(Candidate, Protocol):
 
     @property
     def is_far(self) -> Literal[False]:
-        """It is not."""
+        """Always false."""
 
 
 class Far(Candidate, Protocol):
@@ -27,7 +27,7 @@ class Far(Candidate, Protocol):
 
     @property
     def is_far(self) -> Literal[True]:
-        """It is."""
+        """Always true."""
 
 
 N = TypeVar("N", bound=Near)
@@ -56,15 +56,15 @@ class Journey(NamedTuple):
     """How far a client has got. A tuple, since one is made for every stream; it goes along to another process as it is."""
 
     asked: tuple[RelayId, ...] = ()
-    """Relays asked on their own account. The last of them is the one that redirected to `target`."""
+    """Relays that were asked because they offer the service. If there is a `target`, the last of them redirected to it."""
     target: RelayId | None = None
     avoid: tuple[RelayId, ...] = ()
-    """Relays that were redirected to in vain."""
+    """Targets of redirects that have failed."""
     attempts: int = 0
     hops: int = 0
     """Times it was passed on."""
     asks_again: bool = False
-    """The next to be asked is the last of `asked`, if it is still there: what it redirected to has failed, or another process chose it."""
+    """Ask the last of `asked` next, if it is still there: the target it named has failed, or another process has chosen it."""
 
     @property
     def via(self) -> RelayId | None:
@@ -72,24 +72,24 @@ class Journey(NamedTuple):
         return self.asked[-1] if self.target is not None else None
 
     def refused(self) -> "Journey":
-        """The relay that was asked cannot serve it: back to the one that redirected there, or on by the offers."""
+        """The relay that was asked cannot serve it: go back to the one that redirected there, or on to the next that offers the service."""
         if self.target is None:
             return self
         return self._replace(target=None, avoid=(*self.avoid, self.target), asks_again=True)
 
     def redirected(self, relay: str) -> "Journey":
         """The relay that was asked names another one."""
-        # PROTOCOL.md, 6: what cannot be followed is a REFUSE, of the relay that was redirected to as well as of the one that redirects.
+        # PROTOCOL.md, 6: a REDIRECT that cannot be followed counts as a REFUSE, whichever relay it comes from.
         if self.target is None and is_name(relay) and relay not in self.avoid and len(self.avoid) < MAX_AVOIDED:
             return self._replace(target=RelayId(relay))
         return self.refused()
 
     def lost(self) -> "Journey":
-        """The link to the relay that was asked is lost. That one has refused nothing, and may have another link by now."""
+        """The link to the relay that was asked is lost. The relay has not refused, and may have another link by now."""
         return self.unasked() if self.target is None else self.refused()
 
     def unasked(self) -> "Journey":
-        """The relay has not heard of it: it may be asked as if for the first time."""
+        """The relay has never seen the OPEN: it may be asked again as if for the first time."""
         return self._replace(asked=self.asked[:-1]) if self.target is None else self
 
 
@@ -102,7 +102,7 @@ class Ask(NamedTuple, Generic[N]):
 
 @dataclass(frozen=True, slots=True)
 class PassOn(Generic[F]):
-    """Let the process go on that has this relay, with `journey`. If that does not take it: `otherwise`."""
+    """Pass the client with `journey` to the process that has this relay. If that process does not take it, go on with `otherwise`."""
 
     relay: F
     journey: Journey
@@ -121,9 +121,9 @@ Step = Ask[N] | PassOn[F] | GiveUp
 
 
 def next_step(journey: Journey, service: ServiceName, relays: Relays[N, F]) -> Step[N, F]:
-    """Where it goes from here: to its target, or to the relay that redirected last, or to the best that was not asked yet.
+    """The next step: to the journey's target, back to the relay that redirected last, or to the best one that was not asked yet.
 
-    `journey` in the answer is what it is with that step taken.
+    The `journey` in the answer includes that step.
     """
     while journey.attempts < MAX_ATTEMPTS:
         asked, target, avoid, attempts, hops, asks_again = journey

@@ -13,9 +13,9 @@ class Readiness(IntEnum):
 
     UP = 0
     RELUCTANT = 1
-    """It is up, but cut off from its cluster's store, and would refuse who needs that."""
+    """It is up but cut off from its cluster's store, and would refuse streams that need the store."""
     LEAVING = 2
-    """It makes way for a successor of its own that is not there yet: still better than nobody."""
+    """It makes way for its successor, which does not serve yet: still better than nobody."""
     HELD = 3
     """Its links are lost but may be resumed; a stream would wait."""
     NONE = 4

@@ -1,4 +1,4 @@
-"""Pure: what a connection says first, and where that leads."""
+"""Pure: which service a client's first bytes (TLS, HTTP, SSH) lead to."""
 
 import re
 from dataclasses import dataclass, field
@@ -13,8 +13,9 @@ from fxtunnel.model import RelayId, ServiceName, is_name
 from fxtunnel.protocol.opening import MAX_TICKET_BYTES
 
 MAX_FIRST_BYTES: Final = MAX_RECORDS_BYTES
-"""Looked at of what a client says first, records' headers and all."""
+"""How much of a client's first bytes is looked at, TLS record headers included."""
 MAX_REMEMBERED: Final = 1_024
+"""Hosts whose `Lead` is kept, so that most clients need no look-up."""
 STREAM_PATH: Final = "/.fx/stream/"
 STREAM_PROTOCOL: Final = "fx-stream"
 SWITCHING: Final = f"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: {STREAM_PROTOCOL}\r\n\r\n".encode()
@@ -36,15 +37,17 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Wait:
-    """Nothing can be said before so many bytes are there."""
+    """No decision is possible before this many bytes have arrived."""
 
     at_least_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
 class Lead:
-    """To this service. `head` is the request that said so, for answers to it; `instead`, if not None, is to be sent in place of it.
-    `greeting` is for the client once the service is reached. `node` is the only one that will do, `ticket` what the client showed.
+    """The client goes to `service`.
+
+    `head` is the HTTP request that decided it, for answers to that; `instead`, if not None, is sent to the service in its place. `greeting`
+    goes to the client once the service is reached. `node` is the only node that will do; `ticket` is what the client showed.
     """
 
     service: ServiceName
@@ -59,7 +62,7 @@ class Lead:
 
 @dataclass(frozen=True, slots=True)
 class TurnAway:
-    """Nowhere. `status` is an HTTP answer's, `farewell` bytes to send; without both, RST."""
+    """The client goes nowhere. `status` is that of an HTTP answer, `farewell` the bytes to send instead; RST if there is neither."""
 
     reason: str
     text: str
@@ -74,10 +77,10 @@ Reception = Wait | Lead | TurnAway
 
 @dataclass(frozen=True, slots=True)
 class Receptionist:
-    """What a door knows: its kind, the routes, and the service of those who do not say where they want to go, if there is one.
+    """Decides where a door's clients go: by the door's kind, the routes, and `default`, the service of clients that do not say.
 
-    `ssh` is for clients of an `auto` door that begin with SSH's greeting (RFC 4253, 4.2). `streams` can be asked for by name, with an
-    HTTP upgrade (PROTOCOL.md, 9).
+    `ssh` is the service of clients that open with SSH's greeting at an `auto` door (RFC 4253, 4.2). `streams` are services that can be
+    asked for by name, with an HTTP upgrade (PROTOCOL.md, 9).
     """
 
     kind: Kind
@@ -86,7 +89,7 @@ class Receptionist:
     ssh: ServiceName | None = None
     streams: frozenset[ServiceName] = frozenset()
     _led: dict[str, Lead] = field(default_factory=dict, init=False, repr=False, compare=False)
-    """Hosts that were asked for before."""
+    """The leads of hosts that were asked for before."""
 
     def services(self) -> frozenset[ServiceName]:
         """Everything it leads to."""
@@ -103,7 +106,7 @@ class Receptionist:
         return self.receive_http(data, "https" if self.kind is Kind.HTTPS else "http")
 
     def receive_tls(self, data: bytes) -> Reception:
-        """A ClientHello; the bytes go on as they are."""
+        """For a ClientHello; its bytes go on to the service unchanged."""
         found = read_client_hello(data)
         match found:
             case NeedMore(at_least):
@@ -123,7 +126,7 @@ class Receptionist:
                 return TurnAway("bad-hello", found.reason)
 
     def receive_http(self, data: bytes, scheme: str) -> Reception:
-        """The first request of a connection; it leads all of them."""
+        """For the first request of a connection, which decides for all that follow."""
         head = read_request_head(data)
         if head is None:
             return Wait(len(data) + 1)

@@ -1,4 +1,4 @@
-"""Pure: the head of the first HTTP request of a connection, as far as a route depends on it. What it means is for the relay to read."""
+"""Pure: the head of a connection's first HTTP request, as far as routing depends on it. Reading the rest is the relay's business."""
 
 import re
 from dataclasses import dataclass
@@ -10,6 +10,7 @@ from fxgateway.routing.hosts import normal_host
 
 MAX_HEAD_BYTES: Final = 8_192
 MAX_HEADERS: Final = 64
+"""As relays have them for requests (fxrelay/web/heads.py): what they would refuse need not travel there."""
 _HOST: Final = re.compile(r"[a-z0-9._-]{0,253}|\[[0-9a-f:.]{2,45}\]")
 END_OF_HEAD: Final = b"\r\n\r\n"
 _PREFACE: Final = b"PRI * HTTP/2.0\r\n"
@@ -37,7 +38,7 @@ class BadHead:
 
 
 def read_request_head(data: bytes) -> RequestHead | BadHead | None:
-    """The head at the beginning of what has arrived; None: more is needed. Strict: what two readers could take in two ways is refused."""
+    """The head at the beginning of `data`; None if it is incomplete. Strict: whatever two parsers could read differently is refused."""
     end = data.find(END_OF_HEAD, 0, MAX_HEAD_BYTES)
     if end < 0:
         if data.startswith(_PREFACE):
@@ -47,7 +48,7 @@ def read_request_head(data: bytes) -> RequestHead | BadHead | None:
         return None
     raw = data[: end + len(END_OF_HEAD)]
     if raw.count(b"\n") != raw.count(b"\r\n") or raw.count(b"\r") != raw.count(b"\r\n"):
-        return BadHead(400, "a line of the head does not end in CR LF")  # RFC 9112, 2.2: lenient readers disagree
+        return BadHead(400, "a line of the head does not end in CR LF")  # RFC 9112, 2.2: parsers disagree about it
     if b"\n " in raw or b"\n\t" in raw:
         return BadHead(400, "a folded header")  # RFC 9112, 5.2
     parser = h11.Connection(h11.SERVER, max_incomplete_event_size=MAX_HEAD_BYTES)
@@ -62,8 +63,8 @@ def read_request_head(data: bytes) -> RequestHead | BadHead | None:
 
 
 def one_request(head: RequestHead) -> bytes:
-    """The head such that the connection ends with the answer: for a host whose paths lead to several services, since the next request on
-    the connection could be for another one.
+    """The head with `Connection: close`. For hosts whose paths lead to several services: the next request on the connection could be for
+    another one.
     """
     lines = head.raw.removesuffix(END_OF_HEAD).split(b"\r\n")
     kept = [line for line in lines if not line.lower().startswith((b"connection:", b"keep-alive:"))]
@@ -86,7 +87,7 @@ def _checked(request: h11.Request, raw: bytes) -> RequestHead | BadHead:
     elif target == "*" and request.method == b"OPTIONS":
         path = "/"
     else:
-        # RFC 9112, 3.2.2: the absolute form replaces Host; proxies are asked like that, and this is none.
+        # RFC 9112, 3.2.2: the absolute form, which overrides Host, is for proxies, and this is none.
         return BadHead(400, "the target of the request is not a path")
     host = normal_host(hosts[0]) if hosts else ""
     if not _HOST.fullmatch(host):

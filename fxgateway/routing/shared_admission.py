@@ -1,6 +1,6 @@
-"""Pure: admission that several processes do together: each counts its own connections and hears of the others'.
+"""Pure: admission shared by several processes: each counts its own connections and hears of the others'.
 
-A limit is exact in one process, and over all of them but for what has come in since the others were told.
+Within one process limits are exact. Across processes they may be exceeded by what has come in since the others were last told.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,9 +12,9 @@ from fxtunnel.kit.sources import source_of
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """What one process has open: in all, per door, per source; and how many came in per source since it last said so.
+    """The connections that one process has open: in all, per door, per source. `taken`: how many came in per source since the last report.
 
-    `sources` and `taken` hold what has changed, or everything.
+    A report holds all of `doors`, but of `sources` only those that have changed, unless it is meant to hold everything.
     """
 
     connections: int = 0
@@ -24,12 +24,13 @@ class Counts:
 
 
 class SharedAdmission(Admission):
-    """As `Admission`, with what other processes have open counted in; `at_most_here` bounds this process alone (its descriptors)."""
+    """An `Admission` that counts the connections of other processes as well. `at_most_here` bounds this process alone (its descriptors)."""
 
     def __init__(self, limits: AdmissionLimits, at_most_here: int) -> None:
         super().__init__(limits)
         self.at_most_here = at_most_here
-        self.on_change: Callable[[], None] = _nobody_listens
+        self.on_change: Callable[[], None] = lambda: None
+        """Called when there is something new for `changes`."""
         self._here = 0
         self._doors_here: dict[str, int] = {}
         self._sources_here: dict[str, int] = {}
@@ -64,11 +65,11 @@ class SharedAdmission(Admission):
         super().release(door, address)
 
     def counts(self) -> Counts:
-        """Everything, for a process that knows nothing yet."""
+        """All counts, for a process that has heard nothing yet."""
         return Counts(self._here, dict(self._doors_here), dict(self._sources_here))
 
     def changes(self) -> Counts | None:
-        """What is to be told to the others since the last call; None if nothing."""
+        """What has changed since the last call, to be told to the others; None if nothing has."""
         if not self._changed and not self._taken:
             return None
         sources = {key: self._sources_here.get(key, 0) for key in self._changed if key}
@@ -77,7 +78,7 @@ class SharedAdmission(Admission):
         return found
 
     def note(self, other: int, counts: Counts, now: float) -> None:
-        """What another process says it has open."""
+        """Another process has reported what it has open."""
         before = self._others.get(other, Counts())
         sources = dict(before.sources)
         for key, count in counts.sources.items():
@@ -106,7 +107,7 @@ class SharedAdmission(Admission):
         _add(self._doors_here, door, step)
         key = source_of(address)
         if address in self._exempt_open:
-            key = ""  # only in all and per door
+            key = ""  # counted in all and per door only
         else:
             _add(self._sources_here, key, step)
         self._changed.add(key)
@@ -115,17 +116,13 @@ class SharedAdmission(Admission):
 
     def _move(self, key: str, step: int, now: float) -> None:
         if step:
-            # Room or not: connections are bounded in all, so these are.
+            # Even when the table is full: the number of connections is bounded, and with it that of these sources.
             (self._sources.get(key) or self._remember(key, now)).count += step
 
     def _move_doors(self, before: Counts, after: Counts) -> None:
         self.connections += after.connections - before.connections
         for door in {*before.doors, *after.doors}:
             _add(self._doors, door, after.doors.get(door, 0) - before.doors.get(door, 0))
-
-
-def _nobody_listens() -> None:
-    pass
 
 
 def _add(counts: dict[str, int], key: str, step: int) -> None:

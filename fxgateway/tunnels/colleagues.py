@@ -1,4 +1,4 @@
-"""Port: the other processes of this gateway, as the tunnel port sees them; and what it is to have none."""
+"""Port: the other processes of this gateway, as the tunnel port sees them; and the implementation for a gateway that has none."""
 
 import socket
 from typing import Protocol, Self
@@ -20,16 +20,16 @@ class Passed:
         self.ip = ip
         self.remote_address = remote_address
         self.counts_as_relay = counts_as_relay
-        """Where relays are spread evenly, it has been counted as one already."""
+        """Whether it already counts as a relay of this worker, for spreading relays evenly (see `workers.names`)."""
 
     @classmethod
     def fresh(cls, sock: socket.socket, address: tuple[str, int]) -> Self:
-        """One that has come from there, as `accept` or `getpeername` says."""
+        """A connection from `address`, which is (IP, port, ...) as `accept` or `getpeername` returns it."""
         return cls(sock, str(address[0]), str(Address(str(address[0]), int(address[1]))))
 
 
 class Colleagues(Protocol):
-    """Whoever serves relays beside this process."""
+    """The processes that serve relays beside this one."""
 
     @property
     def worker(self) -> str:
@@ -37,38 +37,38 @@ class Colleagues(Protocol):
 
     @property
     def is_named(self) -> bool:
-        """Whether connections that name this process still reach it, passed on, when it listens no more."""
+        """Whether connections that name this process are still passed on to it after it has stopped listening."""
 
     @property
     def earlier(self) -> tuple[str, ...]:
-        """The names of processes before this one that connections are passed on to."""
+        """The names of earlier processes to which connections are passed on."""
 
     async def keeps(self, passed: Passed) -> bool:
         """Whether a fresh connection is to be served here. If not, it has been passed on, and the caller closes its own copy.
 
-        Waits for the first bytes, and takes none. Set a deadline around it.
+        Waits for the first bytes and only peeks at them. Set a deadline around it.
 
         Raises:
-            TurnedAway: whose it is has no time for it now.
+            TurnedAway: the process it belongs to is too busy to take it now.
         """
 
     async def wait_passed(self) -> Passed:
-        """The next connection that somebody else has passed on to us."""
+        """The next connection that another process has passed on to us. The caller owns its socket."""
 
     def was_no_relay(self) -> None:
-        """A connection that counted as a relay has ended without one."""
+        """A connection that `counts_as_relay` has ended without becoming one."""
 
     async def first_use(self, use: str, exp_unix: float, now_unix: float) -> bool:
-        """See `ReplayGuard`: over all processes."""
+        """See `ReplayGuard.first_use`; holds across all processes of the gateway."""
 
     async def claim(self, relay_id: RelayId, instance: InstanceId) -> int:
-        """Take the relay's name over all processes; the epoch, or 0 where the registry counts them itself.
+        """Claim the relay's name across all processes. Returns its epoch, or 0 if the registry is to count epochs itself.
 
-        The caller enters it without a checkpoint in between.
+        The caller calls `Registry.enter` next, with no checkpoint in between.
 
         Raises:
             PeerRefused: there is no room for this relay now; it may try again.
-            TunnelClosed: somebody else has been given the name meanwhile; the relay is to be told the code.
+            TunnelClosed: another instance has been given the name meanwhile; close the link with this code.
         """
 
 
@@ -96,7 +96,7 @@ class Alone:
         return True
 
     async def wait_passed(self) -> Passed:
-        """See `Colleagues`: never."""
+        """See `Colleagues`. Never returns."""
         await trio.sleep_forever()
         raise AssertionError
 

@@ -45,12 +45,12 @@ RETRY_AFTER_S: Final = 5.0
 LEAVING_RETRY_S: Final = 30.0
 """Nothing can change for such a relay before it is restarted, and each attempt is a line in two logs."""
 YIELDED_BEATS: Final = 1 / 3
-"""It is the relay that pings: the gateway has thousands of links, and does so itself only where the relay is late."""
+"""How much longer than a relay the gateway waits before it pings, in heartbeats: with thousands of links it leaves that to relays."""
 
 
 @dataclass(frozen=True, slots=True)
 class ControlConfig:
-    """What the gateway tells relays, and keeps to itself. Seconds. `process` tells one run of the gateway from the next."""
+    """The timing that the gateway keeps, and announces to relays. Seconds. `process` tells one run of the gateway from the next."""
 
     heartbeat_s: float = 3.0
     dead_after_s: float = 10.0
@@ -61,7 +61,9 @@ class ControlConfig:
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who opened a control link: proved by an assertion. `is_trusted` asks whether that still holds; `on_welcome` is told when it is in."""
+    """Who opened a control link, as an assertion has proved. `is_trusted` says whether the key is still good; `on_welcome` is called once
+    the relay has been welcomed.
+    """
 
     relay_id: RelayId
     remote_address: str
@@ -109,7 +111,9 @@ class ControlDesk:
         self._colleagues = colleagues
 
     def check_room(self, relay_id: RelayId, instance: InstanceId | None = None) -> None:
-        """Who is here already has room, also while the gateway drains: it has sessions to resume. Before the hello any instance will do.
+        """Check that the gateway takes this relay. One that is here already has room even while the gateway drains: it may resume sessions.
+
+        Before the hello the instance is not known yet; then any instance of the relay counts as being here.
 
         Raises:
             PeerRefused: there is no room for this relay now; it may try again.
@@ -129,11 +133,9 @@ class ControlDesk:
         channel = Channel(ws)
         try:
             hello = await self._hello(channel, caller)
-            # Who goes away keeps what he has here, and takes no name back: his successor may have it, at another process.
+            # A relay that drains keeps its sessions here but does not claim its name again: its successor may hold it, at another process.
             epoch = 0 if CAP_LEAVING in hello.caps else await self._colleagues.claim(caller.relay_id, hello.instance)
-            # Revoked since the assertion was checked? From here on the registry would be told.
-            if not caller.is_trusted():
-                raise PeerRefused(Refusal.REVOKED, f"relay {caller.relay_id} was revoked by the gateway's administrator")
+            _check_trusted(caller)  # from here to `enter` there is no checkpoint; after it the registry ends revoked relays
             self.check_room(caller.relay_id, hello.instance)
         except PeerRefused as exc:
             logger.warning("control link of %s from %s refused: %s", caller.relay_id, caller.remote_address, exc)
@@ -150,7 +152,7 @@ class ControlDesk:
             with trio.fail_after(self._config.hello_timeout_s):
                 hello = await channel.receive()
         except trio.TooSlowError:
-            # Not final: a slow path heals.
+            # TOO_MANY, since that is not final: a slow path may recover.
             raise PeerRefused(Refusal.TOO_MANY, f"no hello within {self._config.hello_timeout_s:g} s") from None
         except RemoteProtocolError as exc:
             raise PeerRefused(Refusal.BAD_REQUEST, str(exc)) from exc
@@ -169,11 +171,9 @@ class ControlDesk:
                 Refusal.VERSION_MISMATCH,
                 f"this gateway has several processes (tunnel.workers), which the relay ({hello.version}) does not know: update the relay",
             )
-        # Revoked since the assertion was checked? From here on the registry would be told.
-        if not caller.is_trusted():
-            raise PeerRefused(Refusal.REVOKED, f"relay {caller.relay_id} was revoked by the gateway's administrator")
+        _check_trusted(caller)  # before its name is claimed over all processes
         if CAP_LEAVING in hello.caps and not self._registry.knows(caller.relay_id, hello.instance):
-            # It has nothing here, and must not push a successor out.
+            # It has no sessions to resume here, and must not push its successor out.
             raise PeerRefused(Refusal.DRAINING, "this relay drains, and has no sessions here", retry_after_s=LEAVING_RETRY_S)
         self.check_room(caller.relay_id, hello.instance)
         return hello
@@ -194,7 +194,7 @@ class ControlDesk:
                     hold_s=config.hold_s,
                     caps=(*CAPS, CAP_NAMED) if self._colleagues.is_named else CAPS,
                     process=config.process,
-                    earlier=self._colleagues.earlier[:MAX_EARLIER],
+                    earlier=self._colleagues.earlier[-MAX_EARLIER:],
                     worker=self._colleagues.worker,
                 )
             )
@@ -212,7 +212,7 @@ class ControlDesk:
             logger.info("control link of %s ended %s after %.0f s: %s (%s)", relay_id, by, lasted_s, exc.code.label, exc)
         finally:
             self._registry.leave(relay_id, link)
-            # Not ended by `run`: cancelled because the gateway stops, or a bug of ours on its way up.
+            # Has an effect only if `run` did not end the link: it was cancelled because the gateway stops, or a bug of ours is propagating.
             is_stopping = trio.current_effective_deadline() == -math.inf
             await channel.goodbye(Closing(code=Code.SHUTDOWN if is_stopping else Code.INTERNAL_ERROR, retry_after_s=1.0))
 
@@ -236,3 +236,9 @@ class ControlDesk:
                 raise RemoteProtocolError(Code.PROTOCOL_ERROR, f"a {message.type} message out of place")
             case _:
                 assert_never(message)
+
+
+def _check_trusted(caller: Caller) -> None:
+    """Raise PeerRefused if the relay has been revoked since its assertion was verified."""
+    if not caller.is_trusted():
+        raise PeerRefused(Refusal.REVOKED, f"relay {caller.relay_id} was revoked by the gateway's administrator")

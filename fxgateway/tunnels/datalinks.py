@@ -1,4 +1,4 @@
-"""Task: a data link's hello: a ticket against a session (PROTOCOL.md, 4 and 7)."""
+"""Task: a data link's hello, which exchanges a ticket for a session (PROTOCOL.md, 4 and 7)."""
 
 import logging
 import ssl
@@ -59,7 +59,7 @@ class DataDesk:
             raise
 
     def _attach(self, stream: TlsStream, hello: Hello, remote_address: str) -> None:
-        # No await in here: between the counter quoted in WELCOME and the new link nothing may move it, nor a second link slip in.
+        # No await in here: between quoting the counter in WELCOME and attaching the link, nothing may move it or attach another link.
         if unknown := set(hello.need) - KNOWN_CAPS:
             raise PeerRefused(Refusal.UNSUPPORTED, f"the relay needs {', '.join(sorted(unknown))}, which this gateway lacks")
         ticket = self._tickets.redeem(hello.ticket, trio.current_time())

@@ -33,7 +33,7 @@ class EnrolRequest(BaseModel):
 
 
 class Enroller:
-    """Answers enrolment requests. `colleagues` remember assertions, those of control links too: one is good once in all."""
+    """Answers enrolment requests. `colleagues` remember used assertions, those of control links included: each is good for one use."""
 
     def __init__(self, identities: Identities, gateway_id: GatewayId, colleagues: Colleagues, now_unix: Callable[[], float]) -> None:
         self._identities = identities

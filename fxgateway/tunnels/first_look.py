@@ -1,4 +1,4 @@
-"""Task: a look at what a connection says first, which is left where it is: a ClientHello is in the clear."""
+"""Task: peek at the first bytes of a connection: a ClientHello is not encrypted, and TLS still has to read it afterwards."""
 
 import socket
 from typing import Final
@@ -8,11 +8,14 @@ import trio
 from fxtunnel.kit.client_hello import MAX_RECORDS_BYTES, ClientHello, NeedMore, NotTls, read_client_hello
 
 LOOK_AGAIN_S: Final = 0.02
-"""Between two looks at a hello that has come in part. Hellos come whole, but for those who try."""
+"""Between two looks at an incomplete hello. Real hellos arrive whole; only somebody who means to sends them in pieces."""
 
 
 async def look_at_hello(sock: socket.socket) -> ClientHello | None:
-    """The hello, as soon as it is there; None for what is none. `sock` is non-blocking. Set a deadline around it."""
+    """The ClientHello, once it has arrived; None if the peer sends something else or hangs up. Takes nothing out of the socket.
+
+    `sock` must be non-blocking. Set a deadline around it. Safe to cancel.
+    """
     while True:
         await trio.lowlevel.wait_readable(sock)
         try:

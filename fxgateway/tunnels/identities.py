@@ -56,7 +56,7 @@ class EnrolOutcome(Enum):
 
 @dataclass(frozen=True, slots=True)
 class EnrolResult:
-    """An outcome; `expired_unix` says since when an expired token is."""
+    """An outcome; `expired_unix` is when the token expired, if that is why."""
 
     outcome: EnrolOutcome
     expired_unix: int = 0
@@ -114,7 +114,7 @@ class Identities:
         self._now_unix = now_unix
         self._state = _State()
         self._met: dict[RelayId, frozenset[str]] = {}
-        """Keys that were good at some time since the last look of `watch`: one may come and go between two looks, and hold a tunnel."""
+        """Keys that were good at any time since `watch` last looked: one may be added and removed in between, and leave a tunnel open."""
         self._seen: tuple[int, int, int] | None = None
         # Orders loads among this process's threads, so an older state never replaces a newer one.
         self._loading = threading.Lock()

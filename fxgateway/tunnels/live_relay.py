@@ -41,7 +41,7 @@ class LiveRelay:
         self.link: ControlHandle | None = None
         self.sessions: dict[SessionId, Session] = {}
         self.given_up: set[SessionId] = set()
-        """Sessions held here that the relay has no more: while this process, or the path, stood still, their time was over there."""
+        """Sessions held here that the relay no longer has: their hold time ran out there while this process, or the path, was stuck."""
         self.draining = False
         """It has said that it goes away."""
         self.hands_over = False
@@ -51,8 +51,9 @@ class LiveRelay:
         self.is_drained = False
         """An administrator here wants nothing new to go there."""
         self.is_reluctant = False
-        """It has said that it lacks something which others may have."""
+        """It has said that it lacks something other relays may have, such as its store."""
         self.leave_by = 0.0
+        """While it drains: when it is fenced off, on the reactor's clock."""
         self.predecessor: LiveRelay | None = None
         """The instance that makes way for this one, while it has streams."""
         self.reported_streams = 0

@@ -1,4 +1,4 @@
-"""Task: peers that have not yet proved who they are: how many, from where, for how long; and whose turn it is (decision 0019)."""
+"""Task: peers that have not yet proved who they are: how many, from where and for how long, and whose turn is next (decision 0019)."""
 
 import math
 from collections import OrderedDict, deque
@@ -12,17 +12,17 @@ from fxtunnel.control.busy import Appointment
 from fxtunnel.kit.sources import source_of
 
 TURN_S: Final = 1.0
-"""A peer that is not through by then goes on without a turn: waiting for a slow one must not cost the others theirs."""
+"""A peer that takes longer than this goes on without its turn: the others must not lose theirs to a slow one."""
 FULL_WAIT_S: Final = 4.0
-"""Newcomers who would wait longer than this for a turn are told to come again: relays give a dial 10 s."""
+"""Newcomers who would wait longer than this for a turn are told to come again. A relay gives up after 10 s (`dial_timeout_s`)."""
 LONGEST_WAIT_S: Final = 7.0
-"""Whoever has waited this long, because things went slower than they looked, is told so while he still listens."""
+"""A peer that has waited this long, because things went slower than estimated, is told to come again before it gives up by itself."""
 LATE_SHARE: Final = 2
-"""So many times those who have turns may be late; then the one that is so for the longest time goes."""
+"""There may be this many times as many late peers as there are turns; beyond that the one that has been late longest is evicted."""
 CROWD_SHARE: Final = 4
-"""A source with so many times as many who wait as a newcomer's source has makes room for it when the lobby is full: each its share."""
+"""When the lobby is full, a source that has this many times as many peers waiting as the newcomer's source makes room for it."""
 SILENT_S: Final = 0.25
-"""For so long a newcomer's hello may be on its way: if every other newcomer took its place, nobody of a crowd would ever get to speak."""
+"""A peer is not evicted as silent before this: its hello may be on its way, and in a crowd nobody would ever get to speak."""
 _LOOK_S: Final = 0.1
 
 
@@ -38,7 +38,7 @@ class PortLimits:
 
 
 class TurnedAway(Exception):
-    """There is no time for this peer now. Tell it when to come again."""
+    """The gateway is too busy for this peer now. Tell it when to come again."""
 
     def __init__(self, appointment: Appointment) -> None:
         super().__init__(f"come again in {appointment.retry_after_s:.1f} s")
@@ -46,7 +46,7 @@ class TurnedAway(Exception):
 
 
 class Arrival:
-    """One such peer. Whatever is done for it runs inside `scope`. Its time stands still while it waits for us."""
+    """One such peer. Do all work for it inside `scope`, whose deadline stands still while the peer waits for us."""
 
     __slots__ = ("completes", "entered_at", "is_evicted", "is_stranger", "scope", "served_at", "source", "turn")
 
@@ -55,7 +55,7 @@ class Arrival:
         self.entered_at = entered_at
         self.scope = trio.CancelScope(deadline=deadline)
         self.completes = False
-        """It brings the second half of something whose first half is in: a data link. It goes before others of its source."""
+        """It completes what is half done: its relay has a control link, and this is the data link. It goes before others of its source."""
         self.is_evicted = False
         self.is_stranger = True
         self.turn = trio.Event()
@@ -65,11 +65,11 @@ class Arrival:
 class Lobby:
     """Where peers wait.
 
-    They owe us their first bytes; then they wait for a turn, which at most `at_once` have at the same time, so that whoever is begun is
-    finished; turns go round among the sources. When the lobby is full, the one that has been silent for the longest time goes: a good
-    relay needs milliseconds. If nobody is silent, newcomers are turned away, before any work for them, unless another source has far more
-    than its share of those who wait. Work that was begun is not thrown away for newcomers; who keeps us waiting in the middle of it loses
-    its turn, and its place too, to others who do the same. While this process does not run, nobody's time does.
+    A peer first owes us its first bytes, then waits for a turn. At most `at_once` peers have a turn at the same time, so that what is begun
+    gets finished, and turns rotate among the sources. When the lobby is full, the peer that has been silent longest is evicted: a good
+    relay needs milliseconds. If nobody is silent, newcomers are turned away before any work is done for them, unless another source has far
+    more than its share of the queue. Work in progress is never thrown away for a newcomer, but a peer that keeps us waiting in the middle
+    of it loses its turn and, if too many do that, its place. Nobody's time runs while this process itself is not running.
     """
 
     def __init__(self) -> None:
@@ -99,10 +99,10 @@ class Lobby:
             self._is_crowded = trio.Event()
 
     def enter(self, address: str, limits: PortLimits, *, has_spoken: bool = False) -> Arrival:
-        """A peer from this IP address comes in; its time runs. Pair it with `leave`. `has_spoken`: its first bytes are there already.
+        """A peer from this IP address comes in, and its time begins. Pair it with `leave`. `has_spoken`: its first bytes have arrived.
 
         Raises:
-            TurnedAway: everybody here waits for us; so would this one, for too long.
+            TurnedAway: it would have to wait too long, or the lobby is full and nobody has to make room.
         """
         now, source = trio.current_time(), source_of(address)
         self._at_once = limits.at_once
@@ -120,10 +120,10 @@ class Lobby:
         return arrival
 
     async def wait_turn(self, arrival: Arrival) -> None:
-        """Its first bytes are there. Returns when it is to be served; until then its time stands still. Ends with `leave`.
+        """Its first bytes have arrived: wait until it is to be served. Its time stands still meanwhile; the turn ends with `leave`.
 
         Raises:
-            TurnedAway: it has waited for too long.
+            TurnedAway: it has waited too long.
         """
         left_s = arrival.scope.deadline - trio.current_time()
         arrival.scope.deadline = math.inf
@@ -142,7 +142,7 @@ class Lobby:
         arrival.scope.deadline = trio.current_time() + left_s
 
     def appointment(self) -> Appointment:
-        """For one more who is to come again."""
+        """Book a time at which one more peer is to come again."""
         return self._pace.book(trio.current_time(), self._waiting_count)
 
     def admit(self, arrival: Arrival) -> None:
@@ -160,7 +160,7 @@ class Lobby:
         arrival.is_stranger = False
 
     def leave(self, arrival: Arrival) -> None:
-        """All is done for it, or it is gone. Twice is once."""
+        """It has been served, or is gone. May be repeated."""
         self._forget(arrival)
         queue = self._waiting.get(arrival.source)
         if queue is not None and arrival in queue:
@@ -178,12 +178,12 @@ class Lobby:
         self._evict(loser)
 
     def _ahead_of(self, source: str) -> int:
-        """How many have a turn before one more of this source has: all of its own, and as many of each other source."""
+        """How many turns come before that of one more peer of this source: all of its own source's, and as many of each other source."""
         own = len(self._waiting.get(source, ()))
         return own + sum(min(len(queue), own + 1) for other, queue in self._waiting.items() if other != source)
 
     def _silent_one(self, now: float, source: str) -> Arrival | None:
-        """Who of this source has been silent for the longest time, and for long enough."""
+        """The peer of this source that has been silent longest, if that is SILENT_S or more."""
         for arrival in self._silent:
             if now - arrival.entered_at < SILENT_S:
                 return None
@@ -192,7 +192,7 @@ class Lobby:
         return None
 
     def _last_of_crowd(self, source: str) -> Arrival | None:
-        """Who came last of the source that has most waiting here, if that is far more than this one has; nothing was done for it yet."""
+        """The last peer of the source with the longest queue, if that is CROWD_SHARE times this source's. No work was done for it yet."""
         longest = max(self._waiting.values(), key=len, default=None)
         if longest is None or len(longest) <= CROWD_SHARE * (1 + self._by_source.get(source, 0)):
             return None
@@ -221,7 +221,7 @@ class Lobby:
         self._pace.note_done(trio.current_time(), is_crowded=bool(self._waiting))
 
     def _give_back(self, late_s: float) -> None:
-        """This process has had no turn itself for so long: that was no fault of those who have one, or had."""
+        """This process itself was held up for that long: do not count it against peers that have a turn, or had one."""
         for arrival in (*self._served, *self._late):
             arrival.served_at += late_s
             arrival.scope.deadline += late_s

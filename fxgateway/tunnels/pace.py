@@ -5,7 +5,7 @@ from typing import Final
 from fxtunnel.control.busy import Appointment
 
 FIRST_GAP_S: Final = 0.005
-"""Between two arrivals, before anything was measured: about what the CPU of one allows."""
+"""Assumed until something has been measured: about the CPU time that one arrival takes."""
 _LEAST_GAP_S: Final = 0.0005
 _MOST_GAP_S: Final = 0.5
 _WEIGHT: Final = 1 / 32
@@ -17,7 +17,7 @@ MOST_S: Final = 15.0
 
 
 class Pace:
-    """Gives each one who is turned away a time of its own, one after the other, as fast as arrivals were dealt with lately.
+    """Gives each peer that is turned away a time of its own, spaced as fast as arrivals were dealt with lately.
 
     Times are monotonic seconds. A crowd of strangers that never comes again costs the others MOST_S at most.
     """
@@ -36,14 +36,14 @@ class Pace:
         return self._gap_s
 
     def note_done(self, now: float, *, is_crowded: bool) -> None:
-        """One more turn has ended, well or not; `is_crowded`: others wait, so that the time until the next one says how fast we are."""
+        """A turn has ended, well or not. `is_crowded`: others wait, so the time until the next turn ends is a measure of our speed."""
         if self._was_crowded:
             gap_s = min(max(now - self._last, 0.0), _MOST_GAP_S)
             self._gap_s = max(_LEAST_GAP_S, self._gap_s + (gap_s - self._gap_s) * _WEIGHT)
         self._last, self._was_crowded = now, is_crowded
 
     def wait_s(self, waiting: int) -> float:
-        """How long somebody behind so many others would wait."""
+        """How long a peer with `waiting` others ahead of it would wait, in seconds."""
         return waiting * self._gap_s
 
     def book(self, now: float, waiting: int) -> Appointment:

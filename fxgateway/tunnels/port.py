@@ -1,4 +1,4 @@
-"""Task: the TLS port that relays come in through. Whatever one connection does, the others do not notice."""
+"""Task: the TLS port that relays connect to. Nothing that one connection does affects the others."""
 
 import contextlib
 import logging
@@ -49,9 +49,11 @@ logger = logging.getLogger(__name__)
 
 BUSY: Final = "busy"
 ACCEPTED_AT_ONCE: Final = 64
-"""Connections taken from the kernel's queue before others of this process have their turn."""
-_LOOKED_AT_BYTES: Final = 4096
+"""Connections accepted in a row before the rest of this process gets a turn."""
+_PEEK_BYTES: Final = 4_096
+"""Enough to find the ALPN names of a usual ClientHello in, which has about 2 KiB (client_hello.MAX_HELLO_BYTES)."""
 _DROPPED_BYTES: Final = 16_384
+"""Of a stranger's unread bytes: a whole ClientHello."""
 _PAUSE_S: Final = 0.25  # at descriptor exhaustion; long enough for some connection to end
 
 
@@ -102,9 +104,10 @@ class TunnelPort:
         self._context, self._limits = context, limits
 
     async def run(self, listeners: list[trio.SocketListener], *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Accept until cancelled, or until `stop_accepting` and the last link's end, if nobody can come again. Closes the listeners.
+        """Accept until cancelled, and close the listeners.
 
-        When it is cancelled, control links say goodbye, which takes at most a second.
+        After `stop_accepting` it returns when the last link has ended, unless relays can still be passed on to this process.
+        Cancelling lets control links say goodbye, which takes at most a second.
         """
         async with trio.open_nursery() as around:
             around.start_soon(keep_going, "taking turns back from slow relays", self._lobby.run)
@@ -121,13 +124,13 @@ class TunnelPort:
                 task_status.started()
 
     def stop_accepting(self) -> None:
-        """Close the listeners, soon: a successor has them. Whoever is in stays, and may come again if this process can be named."""
+        """Close the listeners, soon: a successor has them. Open links stay; relays can still reconnect here if this process is named."""
         self._accepting.cancel()
         if not self._colleagues.is_named:
             self._taking.cancel()
 
     async def _accept(self, listener: trio.SocketListener, handlers: trio.Nursery) -> None:
-        # The same queue once more: trio would take one connection a turn of its loop, and a storm's would time out in the kernel.
+        # A second descriptor for the same queue: trio accepts one connection per turn of its loop, too few when all relays come back.
         more = socket.fromfd(listener.socket.fileno(), listener.socket.family, listener.socket.type)
         async with listener:
             with more:
@@ -174,7 +177,7 @@ class TunnelPort:
             _say(sock, encode_busy(appointment))
 
     async def _serve(self, passed: Passed, arrival: Arrival, keeps: Callable[[Passed], Awaitable[bool]]) -> None:
-        """The barrier: nothing a connection raises gets past this."""
+        """Serve one connection. The barrier: nothing that it raises gets past this."""
         sock, remote_address = passed.sock, passed.remote_address
         try:
             with sock:
@@ -221,7 +224,7 @@ class TunnelPort:
                 await stream.aclose()
 
     async def _identify(self, stream: TlsStream, remote_address: str) -> _Upgrade | None:
-        """Everything that is done for a stranger. Returns what is left to do for a relay that has proved who it is."""
+        """Do all that a stranger may ask for: a data link, an enrolment. Returns the control link of a relay that has proved who it is."""
         if is_data(stream.socket.selected_alpn_protocol()):
             await self._data.admit(stream, remote_address)
             return None
@@ -246,7 +249,7 @@ class TunnelPort:
         try:
             assertion = self._verify(token)
         except PeerRefused as exc:
-            # It may have enrolled at another process, or been forgotten by a command, a moment ago.
+            # Another process may have enrolled it, or a command may have lifted its revocation, since we last read the file.
             if exc.refusal is not Refusal.REVOKED and not (exc.refusal is Refusal.UNKNOWN_RELAY and self._colleagues.worker):
                 raise
             await trio.to_thread.run_sync(self._identities.look_again)
@@ -287,7 +290,7 @@ def _say(sock: socket.socket, last: bytes) -> None:
     with contextlib.suppress(OSError):
         sock.send(last)
         sock.shutdown(socket.SHUT_WR)
-        sock.recv(_DROPPED_BYTES)  # what is left unread would become a reset, which could overtake the words
+        sock.recv(_DROPPED_BYTES)  # closing with unread bytes would send a reset, which could overtake the words
 
 
 async def _always(passed: Passed) -> bool:
@@ -296,10 +299,10 @@ async def _always(passed: Passed) -> bool:
 
 
 def _first_words(sock: socket.socket) -> bytes | None:
-    """What has come so far, left where it is; None if nothing has. Also makes the socket non-blocking."""
+    """What has arrived so far, only peeked at; None if nothing has. Makes the socket non-blocking."""
     sock.setblocking(False)
     try:
-        return sock.recv(_LOOKED_AT_BYTES, socket.MSG_PEEK)
+        return sock.recv(_PEEK_BYTES, socket.MSG_PEEK)
     except BlockingIOError:
         return None
     except OSError:
@@ -307,11 +310,11 @@ def _first_words(sock: socket.socket) -> bytes | None:
 
 
 def _check_connected(sock: socket.socket) -> None:
-    """Raises TunnelClosed for a client that has reset the connection already.
+    """Raise TunnelClosed if the peer has already reset the connection.
 
     The ssl module would take the descriptor over before it notices, and leave closing it to the garbage collector.
     """
     try:
         sock.getpeername()
     except OSError as exc:
-        raise TunnelClosed(Code.LINK_LOST, "the client was gone before its handshake", by_peer=True) from exc
+        raise TunnelClosed(Code.LINK_LOST, "the peer was gone before its handshake", by_peer=True) from exc

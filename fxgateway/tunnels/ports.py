@@ -10,7 +10,7 @@ from fxtunnel.model import InstanceId, Offer, RelayId, SessionId
 
 @dataclass(frozen=True, slots=True)
 class Departure:
-    """An instance goes away within `deadline_s`. `hands_over`: until its successor is there it still takes what nobody else can."""
+    """An instance drains, and will be gone within `deadline_s`. `hands_over`: until its successor serves, it takes what nobody else can."""
 
     deadline_s: float
     hands_over: bool = False
@@ -28,10 +28,10 @@ class ControlHandle(Protocol):
         """Since when, on the monotonic clock."""
 
     def drain(self, deadline_s: float) -> None:
-        """Tell the relay that no new streams come from here, and that it should look for another process of the gateway. Never blocks."""
+        """Tell the relay that this process sends it no new streams, and to look for another process of the gateway. Never blocks."""
 
     def relieve(self) -> None:
-        """Tell an instance that makes way that its successor serves: it need not wait any longer. Never blocks."""
+        """Tell an instance that makes way that its successor serves, so that it need not wait any longer. Never blocks."""
 
     def close(self, code: Code, text: str, retry_after_s: float = 0) -> None:
         """Tell the relay why, then end the link, soon. Never blocks; only the first call counts."""
@@ -59,7 +59,11 @@ class SessionHandle(Protocol):
         """Retire the current link."""
 
     def attach(self, link: ssl.SSLSocket, peer_received: int) -> None:
-        """Run on `link`; raises RemoteProtocolError, and does not take it over, if the relay wants bytes it cannot have."""
+        """Run on `link`, and own it.
+
+        Raises:
+            RemoteProtocolError: the relay wants bytes that are no longer kept. The link stays the caller's.
+        """
 
     def close(self, code: Code, text: str = "") -> None:
         """End the session."""

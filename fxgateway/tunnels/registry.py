@@ -1,4 +1,4 @@
-"""Pump: the relays that are here now: who holds which name, their sessions, and who is fenced off."""
+"""Pump: the relays that are connected now: which instance holds which name, their sessions, and which instances are fenced off."""
 
 import logging
 import secrets
@@ -19,11 +19,11 @@ from fxtunnel.protocol.credit import WindowBudget
 logger = logging.getLogger(__name__)
 
 MAX_LEAVING: Final = 8
-"""Instances of one relay that may drain beside the present one: a relay that is restarted in a tight loop must not fill the memory."""
+"""Draining instances of one relay, beside the present one. Keeps a relay that restarts in a tight loop from filling the memory."""
 HANDOVER_SHARES: Final = 2
-"""All instances of a relay together have so many times `links_per_relay`: one that goes and one that comes, as many as each may have."""
+"""All instances of a relay together may have this many times `links_per_relay`: a full set for the one leaving, and for the one coming."""
 DEPARTURE_GRACE_S: Final = 10.0
-"""Beyond the deadline that a draining instance has named itself, before it is fenced off."""
+"""How long after the deadline it announced itself a draining instance is fenced off."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,16 +35,18 @@ class RegistryLimits:
 
 
 class Registry:
-    """Who is here. One entry per relay id; a new instance takes the name over and fences the old one off, unless that one has said that it
-    goes away: then it keeps its sessions until their streams have ended.
+    """The relays that are connected, one entry per relay id.
+
+    A new instance takes the name over and fences the old one off, unless the old one has announced that it drains: then it keeps its
+    sessions until their streams have ended.
     """
 
     def __init__(self, reactor: Reactor, config: SessionConfig, budget: WindowBudget, limits: RegistryLimits) -> None:
         self.offers: OfferTable[LiveRelay] = OfferTable()
         self.is_draining = False
         self.resumed = 0
-        self.on_change: Callable[[], None] = _nobody_listens
-        """Called when a relay came, went, or may have become able or unable to take streams."""
+        self.on_change: Callable[[], None] = lambda: None
+        """Called when a relay has come or gone, or may have become able or unable to take streams."""
         self._reactor = reactor
         self._config = config
         self._budget = budget
@@ -53,18 +55,18 @@ class Registry:
         self._leaving: dict[RelayId, dict[InstanceId, LiveRelay]] = {}
         self._drained: set[RelayId] = set()
         self._names: dict[RelayId, tuple[int, InstanceId]] = {}
-        """The highest epoch that is known of each relay, and the instance it was given to; perhaps at another process."""
+        """The highest known epoch of each relay, and the instance that got it, which may be at another process."""
 
     def relays(self) -> tuple[LiveRelay, ...]:
-        """Everyone, for status pages. See `leaving`."""
+        """The present instance of every relay. For those that drain see `leaving`."""
         return tuple(self._relays.values())
 
     def leaving(self, relay_id: RelayId) -> tuple[LiveRelay, ...]:
-        """Earlier instances of a relay that still have streams to end."""
+        """Earlier instances of a relay whose streams have not all ended."""
         return tuple(self._leaving.get(relay_id, {}).values())
 
     def sessions(self) -> list[Session]:
-        """Everyone's, also of instances that drain."""
+        """All sessions of all relays, draining instances included."""
         instances = [*self._relays.values(), *(relay for relay_id in self._leaving for relay in self.leaving(relay_id))]
         return [session for relay in instances for session in relay.sessions.values()]
 
@@ -82,7 +84,10 @@ class Registry:
         return relay_id not in self._relays and len(self._relays) >= self._limits.relays
 
     def enter(self, relay_id: RelayId, instance: InstanceId, offers: tuple[Offer, ...], link: ControlHandle, epoch: int = 0) -> int:
-        """A control link is up. Returns the epoch. The same instance keeps its sessions; any other one is fenced off at once."""
+        """A control link is up; returns the epoch of its relay. `epoch` 0: the registry counts the next one itself.
+
+        The same instance keeps its sessions, and this link replaces its older one. Another instance is fenced off, unless it drains.
+        """
         self.sweep()
         older: LiveRelay | None = None
         relay = self._leaving.get(relay_id, {}).get(instance) or self._relays.get(relay_id)
@@ -125,7 +130,7 @@ class Registry:
         return relay is not None and relay.is_up
 
     def mark_draining(self, relay_id: RelayId, instance: InstanceId, departure: Departure = Departure(0.0)) -> None:  # noqa: B008 - frozen
-        """This instance goes away: nothing new for it, or only what nobody else can take (`Departure.hands_over`)."""
+        """This instance drains: it gets nothing new, or only what nobody else can take (`Departure.hands_over`)."""
         relay = self._instance(relay_id, instance)
         if relay is not None:
             relay.draining = True
@@ -134,7 +139,7 @@ class Registry:
             self.on_change()
 
     def drain(self, relay_id: RelayId) -> None:
-        """Give this relay nothing new, whichever of its instances is here, until `undrain`."""
+        """Give no instance of this relay anything new, until `undrain`."""
         self._drained.add(relay_id)
         if relay_id in self._relays:
             self._relays[relay_id].is_drained = True
@@ -148,7 +153,7 @@ class Registry:
             self.on_change()
 
     def sweep(self) -> None:
-        """Fence off instances that drain for longer than they have said. Call now and then."""
+        """Fence off instances that have drained for longer than they announced. Call every few seconds."""
         for instances in list(self._leaving.values()):
             for relay in list(instances.values()):
                 if self._reactor.now > relay.leave_by:
@@ -156,7 +161,7 @@ class Registry:
                     self._expel(relay, Code.FENCED, "it was to end by now")
 
     def note_load(self, relay_id: RelayId, instance: InstanceId, streams: int, *, reluctant: bool) -> None:
-        """What the relay says it carries, for status pages; and whether others are better asked first."""
+        """How many streams the relay says it carries, for status pages, and whether other relays should be asked first."""
         relay = self._instance(relay_id, instance)
         if relay is not None:
             relay.reported_streams = streams
@@ -174,14 +179,16 @@ class Registry:
                 self._forget_if_gone(relay)
 
     def new_session(self, relay_id: RelayId, instance: InstanceId) -> Session | None:
-        """A session for a data link that has shown its ticket; None when the relay is not here or has enough.
+        """A session for a data link that has shown its ticket; None when the relay is not here or has all the links it may have.
 
-        The present instance gets it also when those that drain have all there is: the oldest of them is fenced off.
+        The present instance always gets its share: if draining instances hold all the room, the oldest of them is fenced off.
         """
         relay = self._instance(relay_id, instance)
         if relay is None:
             return None
-        self._end_given_up(relay, 1 + len(relay.sessions) - self._limits.links_per_relay)  # no more: their streams need somewhere to go
+        self._end_given_up(
+            relay, 1 + len(relay.sessions) - self._limits.links_per_relay
+        )  # only as many as are in the way: the streams of the rest may still find another link
         if len(relay.sessions) >= self._limits.links_per_relay or not self._has_room(relay):
             return None
         session = Session(self._reactor, SessionId(secrets.token_hex(16)), _Owner(self, relay), self._config, self._budget)
@@ -192,14 +199,14 @@ class Registry:
         return session
 
     def note_sessions(self, relay_id: RelayId, instance: InstanceId, kept: tuple[SessionId, ...]) -> None:
-        """What the instance still has here. Of the others, those that are held will not be resumed; see `end_given_up`."""
+        """The sessions that the instance still has. Any other held session of it will never be resumed; see `end_given_up`."""
         relay = self._instance(relay_id, instance)
         if relay is not None:
-            # One with a link stays: its welcome may be under way.
+            # Not one with a link: it may be so new that its welcome has not reached the relay.
             relay.given_up = {session.id for session in relay.sessions.values() if not session.is_up and session.id not in kept}
 
     def end_given_up(self, relay_id: RelayId, instance: InstanceId) -> None:
-        """End what the instance has given up, now that streams which nobody has taken yet find another link of it."""
+        """End the sessions that the instance has given up. Call when another link of it is up, for streams whose OPEN is still waiting."""
         relay = self._instance(relay_id, instance)
         if relay is not None:
             self._end_given_up(relay, len(relay.given_up))
@@ -221,9 +228,9 @@ class Registry:
                 self._expel(relay, Code.REVOKED, "the administrator revoked this relay")
 
     def yield_name(self, relay_id: RelayId, instance: InstanceId, epoch: int, successor: InstanceId) -> None:
-        """Another process of this gateway has the relay now, as this epoch: end what this instance still has here.
+        """Another process of this gateway has the relay now, under this epoch: end what this instance still has here.
 
-        One that makes way serves until `relieve`. One that is about to enter, under an earlier epoch, is `overtaken`.
+        An instance that makes way goes on serving until `relieve`. For one that has not entered yet, see `overtaken`.
         """
         if epoch > self._names.get(relay_id, (0, successor))[0]:
             self._names[relay_id] = epoch, successor
@@ -240,14 +247,14 @@ class Registry:
             self._expel(relay, code, text)
 
     def overtaken(self, relay_id: RelayId, instance: InstanceId, epoch: int) -> tuple[Code, str] | None:
-        """Why this instance must not enter with an epoch that it was given a moment ago, if so: the name has been given on since."""
+        """Why this instance must not `enter` with the epoch it was just granted; None if it may. The name may have gone on since."""
         latest, successor = self._names.get(relay_id, (0, instance))
-        if epoch >= latest or self._instance(relay_id, instance) is not None:  # what is here already was told by `yield_name`
+        if epoch >= latest or self._instance(relay_id, instance) is not None:  # one that has entered was told by `yield_name`
             return None
         return _why_gone(instance, successor)
 
     def relieve(self, relay_id: RelayId) -> None:
-        """Another process of this gateway serves this relay: whoever has yielded its name here takes nothing more."""
+        """Another process of this gateway serves this relay now: an instance here that has yielded its name takes nothing more."""
         relay = self._relays.get(relay_id)
         if relay is not None and relay.has_yielded:
             logger.info("relay %s has a new instance at another worker; the one here ends its streams", relay_id)
@@ -258,13 +265,13 @@ class Registry:
             self.on_change()
 
     def begin_drain(self, deadline_s: float) -> None:
-        """The gateway is going away: nobody new comes in."""
+        """The gateway drains: no new relay comes in."""
         self.is_draining = True
         self.on_change()
         logger.info("draining for at most %g s; relays here: %d", deadline_s, len(self._relays))
 
     def send_on(self, deadline_s: float) -> None:
-        """Another process of the gateway is about to serve: relays are told to look for it, beside the links they have here."""
+        """Another process of the gateway is about to serve: tell relays to look for it. They keep the links they have here."""
         for relay in self._relays.values():
             if relay.link is not None:
                 relay.link.drain(deadline_s)
@@ -310,11 +317,10 @@ class Registry:
         if len(leaving) >= MAX_LEAVING:
             self._expel(next(iter(leaving.values())), Code.FENCED, "too many instances of this relay drain at once")
         leaving[relay.instance] = relay
-        self._leaving[relay.relay_id] = leaving
         return relay
 
     def _has_room(self, relay: LiveRelay) -> bool:
-        """Whether one more session of `relay` is within what all its instances may have; the present one makes itself room."""
+        """Whether one more session of `relay` fits within what all its instances may have. Makes room for the present instance."""
         present = self._relays.get(relay.relay_id)
         while True:
             leaving = self.leaving(relay.relay_id)
@@ -375,10 +381,6 @@ def _why_gone(instance: InstanceId, successor: InstanceId) -> tuple[Code, str]:
     return Code.FENCED, "another instance has this relay's name now"
 
 
-def _nobody_listens() -> None:
-    pass
-
-
 class _Owner:
     """Connects a session's fate to its relay."""
 
@@ -390,8 +392,7 @@ class _Owner:
 
     def on_link_down(self, session: Session, reason: str) -> None:
         """The relay dials again."""
-        held = session.statistics().mux.streams
-        logger.info("link of relay %s lost: %s; streams held: %d", self._relay.relay_id, reason, held, extra={"tunnel": session.id})
+        logger.info("link of %s lost: %s; streams held: %d", self._relay.relay_id, reason, len(session.mux.streams), extra={"tunnel": session.id})
         self._registry.on_change()
 
     def on_closed(self, session: Session, code: Code, text: str) -> None:

@@ -1,13 +1,13 @@
-"""Task: processes of a gateway that follow each other: who names an earlier one is passed on to it, unread (PROTOCOL.md, 3.1).
+"""Task: a gateway's processes across restarts: a connection that names an earlier one is passed on to it, unread (PROTOCOL.md, 3.1).
 
-Each has a line, one end of which it gives away like a listening socket; its successors inherit it. On it travel connections and nothing
-else, and only towards the earlier process.
+Each process has a line. One end is kept for its successors, which inherit it as they inherit listening sockets. Only connections travel
+on a line, and only towards the earlier process.
 """
 
 import array
 import logging
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Final
 
 import trio
@@ -16,27 +16,25 @@ from fxgateway.tunnels.colleagues import Alone, Passed
 from fxgateway.tunnels.first_look import look_at_hello
 from fxgateway.tunnels.lobby import TurnedAway
 from fxtunnel.control.busy import Appointment
+from fxtunnel.kit.client_hello import ClientHello
 from fxtunnel.kit.listeners import Inherited
 from fxtunnel.protocol.alpn import named_process
 
 logger = logging.getLogger(__name__)
 
 LINE_BYTES: Final = 65_536
-"""Of the kernel's memory, for what the earlier process has not taken yet: some 170 connections. More are told to come again."""
+"""Kernel memory for connections that the earlier process has not taken yet, about 170 of them. Any more are told to come again."""
 COME_AGAIN: Final = Appointment(0.5, 0.5)
 _GUEST: Final = b"\0"
 _FD_BYTES: Final = array.array("i").itemsize
 
 
-class Succession(Alone):
-    """Implements `Colleagues` for a gateway of one process that may have come after others, and may be followed by more."""
+class Lines:
+    """The lines of one process: to the processes before it, and its own, on which those after it pass connections on to it."""
 
-    def __init__(self, process: str) -> None:
-        super().__init__()
-        self._process = process
+    def __init__(self) -> None:
         self._earlier: dict[str, socket.socket] = {}
         self._ours: socket.socket | None = None
-        self._forget: Callable[[str], None] = lambda process: None
 
     @property
     def is_named(self) -> bool:
@@ -48,76 +46,134 @@ class Succession(Alone):
         """See `Colleagues`."""
         return tuple(self._earlier)
 
-    async def run(self, inherited: Inherited, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Take the lines to earlier processes, and have one to this process kept; forget each when its process is gone. Until cancelled.
+    async def run(
+        self,
+        earlier: Mapping[str, socket.socket],
+        ours: socket.socket | None,
+        forget: Callable[[str], None],
+        *,
+        task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+    ) -> None:
+        """Use these lines, and close them at the end: those to earlier processes, and our own. Runs until cancelled.
 
-        Begin when it is our turn: a successor that never has one leaves no line behind.
+        A line is dropped, and `forget` called, when its process ends. Without a line of our own nobody comes back to this process.
         """
-        self._earlier, self._forget = inherited.take_lines(), inherited.forget_line
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs:
-            theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, LINE_BYTES)
-            theirs.setblocking(False)
-            is_kept = inherited.keep_line(self._process, theirs)
-        with ours:
-            ours.setblocking(False)
-            self._ours = ours if is_kept else None
-            try:
-                async with trio.open_nursery() as nursery:
-                    for process in self._earlier:
-                        nursery.start_soon(self._outlive, process)
-                    task_status.started()
-                    await trio.sleep_forever()
-            finally:
-                self._ours = None
-                for line in self._earlier.values():
-                    line.close()
-                self._earlier.clear()
+        self._earlier, self._ours = dict(earlier), ours
+        try:
+            async with trio.open_nursery() as nursery:
+                for process, line in earlier.items():
+                    nursery.start_soon(self._outlive, process, line, forget)
+                task_status.started()
+                await trio.sleep_forever()
+        finally:
+            self._ours = None
+            for line in (*self._earlier.values(), *([ours] if ours is not None else [])):
+                line.close()
+            self._earlier.clear()
 
-    async def keeps(self, passed: Passed) -> bool:
-        """See `Colleagues`. Whoever names a process that is not there finds in the handshake that nobody speaks its protocol."""
-        await trio.lowlevel.checkpoint()
-        if not self._earlier:
-            return True
-        hello = await look_at_hello(passed.sock)
-        named = {named_process(protocol) for protocol in hello.alpn} if hello is not None else set()
+    def pass_on(self, passed: Passed, hello: ClientHello) -> bool:
+        """Pass the connection on to the earlier process that it names, if any; whether that was done. The caller closes its own copy.
+
+        A name that belongs to no process here is left alone: the TLS handshake then fails with no common protocol.
+
+        Raises:
+            TurnedAway: that process has no time for it now.
+        """
+        named = {named_process(protocol) for protocol in hello.alpn}
         process = next((process for process in named if process in self._earlier), "")
         if not process:
-            return True
+            return False
         try:
             self._earlier[process].sendmsg([_GUEST], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [passed.sock.fileno()]))])
         except (BrokenPipeError, ConnectionResetError):
-            return True  # gone, as `_outlive` is about to find
-        except OSError as exc:  # the line is full, or the kernel has no room for descriptors that travel
+            return False  # it has just ended; `_outlive` is about to notice
+        except OSError as exc:  # the line is full, or too many descriptors are in flight (unix(7), ETOOMANYREFS)
             raise TurnedAway(COME_AGAIN) from exc
         logger.debug("connection from %s is passed on to process %s", passed.remote_address, process)
-        return False
+        return True
 
-    async def wait_passed(self) -> Passed:
-        """See `Colleagues`."""
+    async def receive(self) -> Passed:
+        """The next connection that a later process has passed on to us; none without a line, or when nobody is left to pass any on."""
         while (line := self._ours) is not None:
             await trio.lowlevel.wait_readable(line)
             data, ancillary, _, _ = line.recvmsg(len(_GUEST), socket.CMSG_SPACE(_FD_BYTES), socket.MSG_CMSG_CLOEXEC)
             for sock in _received(ancillary):
                 try:
                     return Passed.fresh(sock, sock.getpeername())
-                except OSError:  # it has hung up meanwhile
+                except OSError:  # the relay has hung up meanwhile
                     sock.close()
             if not data:
                 break
-        return await super().wait_passed()
+        await trio.sleep_forever()
+        raise AssertionError
 
-    async def _outlive(self, process: str) -> None:
-        line = self._earlier[process]
-        await trio.lowlevel.wait_readable(line)  # nothing is ever said this way: it is the end
+    async def _outlive(self, process: str, line: socket.socket, forget: Callable[[str], None]) -> None:
+        await until_its_end(line)
         logger.info("process %s, an earlier one of this gateway, has ended", process)
         del self._earlier[process]
         line.close()
-        self._forget(process)
+        forget(process)
+
+
+class Succession(Alone):
+    """Implements `Colleagues` for a single-process gateway that may have predecessors still draining, and may get successors."""
+
+    def __init__(self, process: str) -> None:
+        super().__init__()
+        self._process = process
+        self._lines = Lines()
+
+    @property
+    def is_named(self) -> bool:
+        """See `Colleagues`."""
+        return self._lines.is_named
+
+    @property
+    def earlier(self) -> tuple[str, ...]:
+        """See `Colleagues`."""
+        return self._lines.earlier
+
+    async def run(self, inherited: Inherited, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Take over the lines to earlier processes, and have a line to this one kept for successors. Runs until cancelled.
+
+        Start this only once it is our turn, so that a successor that never gets one leaves no line behind.
+        """
+        ours = None
+        if inherited.keeps_lines:
+            ours, theirs = line_pair()
+            with theirs:
+                inherited.keep_line(self._process, theirs)
+        await self._lines.run(inherited.take_lines(), ours, inherited.forget_line, task_status=task_status)
+
+    async def keeps(self, passed: Passed) -> bool:
+        """See `Colleagues`."""
+        await trio.lowlevel.checkpoint()
+        if not self._lines.earlier:
+            return True
+        hello = await look_at_hello(passed.sock)
+        return hello is None or not self._lines.pass_on(passed, hello)
+
+    async def wait_passed(self) -> Passed:
+        """See `Colleagues`."""
+        return await self._lines.receive()
+
+
+def line_pair() -> tuple[socket.socket, socket.socket]:
+    """A new line: the end of the process it leads to, and the end that is kept for its successors."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, LINE_BYTES)
+    for end in (ours, theirs):
+        end.setblocking(False)
+    return ours, theirs
+
+
+async def until_its_end(line: socket.socket) -> None:
+    """Wait until the process has ended to which this line leads."""
+    await trio.lowlevel.wait_readable(line)  # nothing is ever sent in this direction: readable means closed
 
 
 def _received(ancillary: list[tuple[int, int, bytes]]) -> list[socket.socket]:
-    """What has come along: one connection, or none if this process may open no more files."""
+    """The connection that came with the message, or nothing if this process is out of descriptors."""
     found = array.array("i")
     for level, kind, data in ancillary:
         if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):

@@ -8,6 +8,7 @@ from typing import Final
 from fxtunnel.model import InstanceId, RelayId, SessionId
 
 LIFETIME_S: Final = 30.0
+"""A relay dials as soon as it has its ticket, which takes it at most two dial timeouts of 10 s."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +22,7 @@ class LinkTicket:
 
 
 class TicketBook:
-    """The tickets that are out. A relay that asks for more than `per_relay` loses its own oldest; no other relay's.
+    """The unused tickets. A relay that asks for more than `per_relay` loses its own oldest one, never another relay's.
 
     `new_text` makes an unguessable text; times are monotonic seconds.
     """

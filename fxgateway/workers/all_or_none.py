@@ -1,4 +1,4 @@
-"""Task: a new configuration in two steps: every worker does all that can fail, then all take it, or none."""
+"""Task: a reload in two phases: every worker does all that can fail, then all workers switch, or none does."""
 
 import logging
 import socket
@@ -15,6 +15,7 @@ from fxtunnel.errors import ConfigError, ConfigProblem
 logger = logging.getLogger(__name__)
 
 PREPARE_S: Final = 30.0
+"""For a worker to read certificates and keys, and to open its access log, on a slow disk."""
 
 
 class AllOrNone:
@@ -25,14 +26,16 @@ class AllOrNone:
         self._asking = asking
 
     async def prepare(self, fields: Message, opened: Mapping[str, socket.socket]) -> list[Child]:
-        """Who is prepared, for `commit`. `fields` say what for; the sockets stay the caller's.
+        """Have every worker that serves prepare for the configuration in `fields`. Returns those, for `commit`. Safe to cancel.
+
+        The caller keeps its own copies of the sockets.
 
         Raises:
-            ConfigError: one of them cannot; all have given it up.
+            ConfigError: a worker cannot use the configuration. All of them have dropped it, and nothing has changed.
         """
         problems: list[ConfigProblem] = []
         refusals: dict[str, list[int]] = {}
-        """By what is wrong: mostly all workers say the same."""
+        """The numbers of the workers by the problem they report, since mostly all report the same."""
         prepared: list[Child] = []
 
         async def prepare(child: Child) -> None:
@@ -64,7 +67,7 @@ class AllOrNone:
         return prepared
 
     async def commit(self, prepared: Collection[Child]) -> None:
-        """Have all take it. Who cannot be told to is started again, with what holds by then."""
+        """Have the prepared workers switch. A worker that cannot be told, or was not there, is restarted with the new configuration."""
 
         async def commit(child: Child) -> None:
             if child.channel is not None:

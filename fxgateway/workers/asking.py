@@ -9,7 +9,7 @@ from fxgateway.workers.channel import Channel, Message
 from fxtunnel.errors import FxError
 
 ANSWER_S: Final = 4.0
-"""A relay that is being authenticated has 5 s."""
+"""Shorter than the 5 s in which a relay has to be authenticated (limits.hello_timeout_s)."""
 
 
 class NoAnswer(FxError):
@@ -26,17 +26,17 @@ class _Pending:
 
 
 class Asking:
-    """The questions that are open, on any number of lines."""
+    """The questions that have not been answered yet, on any number of lines."""
 
     def __init__(self) -> None:
         self._numbers = itertools.count(1)
         self._pending: dict[int, _Pending] = {}
 
     async def ask(self, channel: Channel, what: str, within_s: float = ANSWER_S, **fields: Any) -> Message:
-        """The answer. Cancelling it leaves the question with the other end.
+        """Ask, and wait for the answer. After a cancellation the other process may still act on the question.
 
         Raises:
-            NoAnswer: the line is broken or full, or there was none in time.
+            NoAnswer: the line is broken or full, or no answer came within `within_s`.
         """
         number = next(self._numbers)
         pending = self._pending[number] = _Pending(channel)

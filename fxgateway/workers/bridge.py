@@ -1,7 +1,7 @@
-"""Pump: plaintext between two workers: a client whose TLS ended here, and whose relay is there.
+"""Pump: plaintext between two workers, for a client whose TLS is terminated by one and whose relay is connected to the other.
 
 The line is a SOCK_SEQPACKET pair. A packet is b"D" and bytes of the client or the service, or b"E" alone: the orderly end of its direction.
-A line that just closes is a reset: whatever happens to either process, no cut transfer looks like a whole one.
+A line that just closes means a reset: whatever happens to either process, a broken transfer never looks complete.
 """
 
 import errno
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 PACKET_BYTES: Final = 65_536
 TURN_BYTES: Final = 262_144
 BUFFER_BYTES: Final = 262_144
-"""The kernel's, for one direction of one client."""
+"""Send buffer in the kernel, for one direction of one client."""
 _DATA, _END = b"D", b"E"
 
 
 class PlainEnd(socket.socket):
-    """One end of such a line, with the manners of a `TlsSocket`, so that whatever serves that serves this."""
+    """One end of such a line, with the interface of a `TlsSocket`, so that the same code can serve both."""
 
     has_more = False
     read_awaits_write = False
@@ -95,7 +95,7 @@ def plain_pair() -> tuple[PlainEnd, PlainEnd]:
 
 
 def adopt(sock: socket.socket) -> PlainEnd:
-    """An end from a socket, which is used up by this."""
+    """Make an end of a socket, taking over its descriptor: `sock` cannot be used afterwards."""
     end = PlainEnd(sock.family, sock.type, sock.proto, fileno=sock.detach())
     end.setblocking(False)
     return end
@@ -120,11 +120,11 @@ class _Half:
         self.readable = True
         self.blocked = False
         self.finished = False
-        """It has said that it says no more."""
+        """It has sent its end: nothing more will be read from it."""
         self.said_end = False
-        """It has been told that the other one says no more."""
+        """The other half's end has been passed on to it."""
         self.pending = b""
-        """For it, from the other one."""
+        """Bytes of the other half that it has not taken yet."""
 
     def on_event(self, events: int) -> None:
         """From the reactor."""
@@ -151,10 +151,10 @@ class Bridge:
         self._halves = (_Half(self, client), _Half(self, line))
         for half in self._halves:
             reactor.register(half.sock, half, STREAM_EVENTS)
-        reactor.again(self._halves[0])  # what was looked at has left the kernel: no event tells of it
+        reactor.again(self._halves[0])  # bytes that were peeked at have left the kernel: no event will tell of them
 
     def stir(self) -> None:
-        """Move what can be moved."""
+        """Carry bytes both ways as far as both sockets go along; close both when both directions have ended."""
         one, other = self._halves
         try:
             self._carry(one, other)
@@ -215,7 +215,7 @@ class Bridge:
         return count
 
     def _offer(self, sink: _Half, data: "bytes | memoryview") -> bytes:
-        """What the sink does not take."""
+        """Send `data`; returns a copy of what the sink has not taken."""
         try:
             sent = sink.sock.send(data)
         except BlockingIOError:

@@ -1,4 +1,4 @@
-"""Pump: a private line between two processes of one gateway: messages in JSON, open sockets beside them; who writes never waits.
+"""Pump: a private line between two processes of a gateway, for JSON messages and open sockets. Sending never blocks.
 
 A message is cut into packets of a SOCK_SEQPACKET pair: a byte (1: more follows, 0: the last) and JSON. Sockets travel with the last.
 """
@@ -23,16 +23,18 @@ PACKET_BYTES: Final = 32_768
 MAX_SOCKETS: Final = 200
 """With one message; the kernel takes 253 (SCM_MAX_FD)."""
 MAX_MESSAGE_BYTES: Final = 64 << 20
-"""What 4,096 relays with all their links take on a status page is about 5 MB."""
+"""A status page about 4,096 relays with all their links takes about 5 MB."""
 MAX_WAITING_BYTES: Final = 32 << 20
-"""Of messages that the other end has not taken yet: a process that stands still must not cost the others their memory."""
+"""Queued for the other end: a process that is stuck must not fill the memory of the others."""
 MAX_PACKETS_BEFORE_CLIENTS: Final = 256
+"""Queued packets up to which a client may still be sent this way: it would have to wait behind them."""
 PACKETS_PER_TURN: Final = 64
+"""Packets read in a row before other connections of this process get a turn."""
 _MORE, _LAST = b"\1", b"\0"
 
 
 class ChannelOwner(Protocol):
-    """Who hears what comes. Nothing here may wait."""
+    """Who gets the messages of a line. Nothing here may block."""
 
     def on_message(self, channel: "Channel", message: Message, sockets: list[socket.socket]) -> None:
         """A message; the sockets are the owner's now, non-blocking or not as the sender had them."""
@@ -50,18 +52,18 @@ def pair() -> tuple[socket.socket, socket.socket]:
 
 
 class Inbox:
-    """Messages out of the packets of a line, which it reads as the socket is: waiting or not."""
+    """Puts the packets of a line together to messages. It blocks, or does not, as the socket is set."""
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
         self._partial = bytearray()
 
     def read(self) -> tuple[Message, list[socket.socket]] | None:
-        """Take one packet; the message that ends with it, if one does.
+        """Read one packet. Returns the message that it completes, None if that is not complete yet.
 
         Raises:
             BlockingIOError, TimeoutError: nothing has come.
-            OSError: the other end is gone, or the line is of no use any more.
+            OSError: the other end is gone, or a message is too long; the line cannot be used any more.
         """
         packet, ancillary, _, _ = self._sock.recvmsg(PACKET_BYTES, socket.CMSG_SPACE(4 * MAX_SOCKETS), socket.MSG_CMSG_CLOEXEC)
         sockets = _received(ancillary)
@@ -100,13 +102,13 @@ class Channel:
 
     @property
     def has_room(self) -> bool:
-        """Whether a client may still be sent this way: one that would wait long is better off elsewhere."""
+        """Whether a client may be sent this way without having to wait long."""
         return self.is_open and len(self._waiting) < MAX_PACKETS_BEFORE_CLIENTS
 
     def send(self, message: Message, sockets: Sequence[socket.socket] = ()) -> bool:
-        """Send at once, or as soon as the other end takes it, in order. The sockets are closed here when they have left.
+        """Send at once, or queue it until the other end takes it, in order. Owns `sockets` from then on, and closes them when sent.
 
-        False: the line is closed or too full; nothing was sent, and the sockets are still the caller's.
+        False: the line is closed or too full. Nothing was sent, and the sockets are still the caller's.
         """
         data = json.dumps(message, separators=(",", ":")).encode()
         if not self.is_open or self._waiting_bytes + len(data) > MAX_WAITING_BYTES or len(sockets) > MAX_SOCKETS:
@@ -182,7 +184,7 @@ class Channel:
 
 
 def _received(ancillary: list[tuple[int, int, bytes]]) -> list[socket.socket]:
-    """The sockets that came along. Fewer than were sent if this process may open no more: the kernel has closed those."""
+    """The sockets that came with a packet; fewer than were sent if this process is out of descriptors (the kernel closes the rest)."""
     found: list[socket.socket] = []
     for level, kind, data in ancillary:
         if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):

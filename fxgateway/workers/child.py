@@ -1,4 +1,4 @@
-"""Task: one worker process kept alive: started, given what it needs, watched, ended, and started again when it dies."""
+"""Task: keeps one worker process alive: starts it, gives it what it needs, watches it, ends it, and restarts it when it dies."""
 
 import logging
 import os
@@ -6,8 +6,8 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Final, Protocol
@@ -23,20 +23,24 @@ from fxtunnel.kit.process import keep_going
 logger = logging.getLogger(__name__)
 
 READY_S: Final = 30.0
+"""For a worker to be ready after its start, on a busy machine."""
 SILENT_S: Final = 10.0
-"""Without a beat for so long a worker stands still, and everyone in it: it is killed. As long as a relay waits for a sign of life."""
+"""Without a beat for this long a worker is stuck, and is killed. As long as relays wait for a sign of life (liveness.dead_after_s)."""
 LOOK_S: Final = 1.0
 FIRST_BACKOFF_S: Final = 0.1
 MAX_BACKOFF_S: Final = 30.0
 SETTLED_S: Final = 60.0
+"""A worker that lived this long is restarted without the waits that earlier deaths had built up."""
 
 
 @dataclass(frozen=True, slots=True)
 class Outfit:
-    """What a worker begins with. The sockets stay the parent's."""
+    """What a worker is started with: its first message, and copies of these listening sockets, which stay the parent's."""
 
     message: Message
     sockets: Sequence[tuple[str, socket.socket]]
+    own: Mapping[str, socket.socket] = field(default_factory=dict)
+    """Sockets for this worker only, which are given away."""
 
 
 class Home(Protocol):
@@ -47,23 +51,23 @@ class Home(Protocol):
         """For the line."""
 
     def outfit(self, number: int) -> Outfit:
-        """What the worker of this number begins with, now."""
+        """What to start the worker of this number with."""
 
     def introduce(self, child: "Child") -> None:
-        """A worker has begun: the others are to know it."""
+        """A worker process has been started: connect it with the others."""
 
     def died(self, child: "Child") -> None:
         """Its process is gone."""
 
 
 class Child:
-    """A worker, whichever process that is. Implements the line's owner together with `owner`, which hears everything else."""
+    """A worker, through all the processes that it has one after the other. `owner` gets what they say on their lines."""
 
     def __init__(self, number: int, home: Home, owner: ChannelOwner) -> None:
         self.number = number
         self.channel: Channel | None = None
         self.prepared = trio.Event()
-        """It has had all it needs to begin, at least once."""
+        """Set once a process of it has been able to prepare everything that it needs to serve."""
         self.is_ready = False
         self.serves = False
         """Its doors no longer wait for relays."""
@@ -76,14 +80,14 @@ class Child:
         self._owner = owner
         self._ready = trio.Event()
         self._has_started = False
-        """Whoever waits for `run` to start has been told."""
+        """Whether `started()` has been called."""
         self._is_stopping = False
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Keep the worker alive until `stop`, or until cancelled, which kills it. `started()` when it serves for the first time.
 
         Raises:
-            FxError: it did not get ready at the first attempt: trying again would not help.
+            FxError: the first process did not get ready; another one would not either.
         """
         pause_s, backoff_s, is_first = 0.0, FIRST_BACKOFF_S, True
         while True:
@@ -104,39 +108,39 @@ class Child:
             backoff_s = min(2 * backoff_s, MAX_BACKOFF_S)
 
     def take_turn(self) -> None:
-        """It may begin: nobody else has what it listens on."""
+        """Let it serve: nobody else uses its listening sockets any more."""
         if self.channel is not None:
             self.channel.send({"op": "go"})
 
     def stop(self) -> None:
-        """Let it drain and end."""
+        """Have it drain and end."""
         self._wind_up("stop")
 
     def let_go(self) -> None:
-        """Let it close what a successor of the gateway listens on, and keep what is open; `depart` follows."""
+        """Have it close its listening sockets, which a successor has, and keep its open connections. Call `depart` afterwards."""
         self._wind_up("let-go")
 
     def depart(self) -> None:
-        """A successor of the gateway comes: let it send its relays there, and end when its clients have."""
+        """Have it send its relays to the gateway's successor, and end when its clients have ended."""
         if self.channel is not None:
             self.channel.send({"op": "depart"})
 
     def start_again(self, why: str) -> None:
-        """End this process, if there is one, for a fresh one."""
+        """Kill the present process, if there is one; `run` starts another."""
         self.kill(f"is started again: {why}")
 
     def kill(self, why: str) -> None:
-        """End this process, if there is one."""
+        """Kill the present process, if there is one."""
         if self._process is not None and self._process.returncode is None:
             logger.error("worker %d %s", self.number, why)
             self._process.send_signal(signal.SIGKILL)
 
     def beat(self) -> None:
-        """It lives."""
+        """It has given a sign of life."""
         self.last_beat = trio.current_time()
 
     def became_ready(self) -> None:
-        """It serves."""
+        """It has said that it serves."""
         self.is_ready = True
         self._ready.set()
 
@@ -148,7 +152,7 @@ class Child:
             self.kill("ends before it has served")
 
     async def _live_after(self, pause_s: float, task_status: trio.TaskStatus[None]) -> str:
-        """One process from start to end; how it ended. What a start takes may be used up for the moment: the other workers go on."""
+        """One process from start to end; returns how it ended, for the log. A start that fails (descriptors, memory) is an end, too."""
         await trio.sleep(pause_s)
         if self._is_stopping:
             return "not wanted any more"
@@ -209,7 +213,12 @@ class Child:
 
     def _equip(self, channel: Channel) -> None:
         outfit = self._home.outfit(self.number)
-        send_sockets(channel, outfit.sockets)
+        try:
+            send_sockets(channel, outfit.sockets)
+            send_sockets(channel, list(outfit.own.items()))
+        finally:
+            for sock in outfit.own.values():
+                sock.close()
         channel.send(outfit.message)
 
     async def _report(self, task_status: trio.TaskStatus[None]) -> None:
@@ -222,7 +231,7 @@ class Child:
             looked_at = trio.current_time()
             await trio.sleep(LOOK_S)
             if trio.current_time() - looked_at > 2 * LOOK_S:
-                self.last_beat = trio.current_time()  # it was us who stood still: what it said meanwhile has not been read yet
+                self.last_beat = trio.current_time()  # this process itself was held up, and has not read yet what the worker said meanwhile
             silent_s = trio.current_time() - self.last_beat
             if silent_s > (SILENT_S if self.is_ready else READY_S):
                 logger.error("worker %d has said nothing for %.0f s and is killed", self.number, silent_s)
@@ -230,7 +239,7 @@ class Child:
 
 
 def send_sockets(channel: Channel, sockets: Sequence[tuple[str, socket.socket]]) -> None:
-    """Send copies of listening sockets, with the addresses by which the configuration knows them."""
+    """Send copies of listening sockets, with the addresses by which the configuration knows them, or of lines, with their names."""
     for start in range(0, len(sockets), MAX_SOCKETS):
         some = sockets[start : start + MAX_SOCKETS]
         copies = [sock.dup() for _, sock in some]
@@ -240,7 +249,7 @@ def send_sockets(channel: Channel, sockets: Sequence[tuple[str, socket.socket]])
 
 
 def _environ() -> dict[str, str]:
-    """Ours, so that the same code runs; but for what only one process may act on."""
+    """Our environment with this installation on PYTHONPATH, and without the variables that only one process may act on."""
     environ = {
         name: value for name, value in os.environ.items() if name not in ("NOTIFY_SOCKET", "LISTEN_PID", "LISTEN_FDS", "WATCHDOG_USEC")
     }

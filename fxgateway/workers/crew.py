@@ -1,4 +1,4 @@
-"""Pump: a worker that serves, among the others: what it hears, what it says, and the clients that the others pass on to it."""
+"""Pump: a serving worker among the others: what it tells them, what it hears, and the clients that they pass on to it."""
 
 import logging
 import socket
@@ -25,19 +25,21 @@ from fxtunnel.model import InstanceId, RelayId
 logger = logging.getLogger(__name__)
 
 PAUSE_S: Final = 0.005
-"""Between two times that the others are told something. Their share of a limit can be exceeded by what comes in within it."""
+"""Pause between two reports to the others. Shared limits can be exceeded by what comes in meanwhile."""
 PAUSE_SHARE: Final = 20
-"""Telling that took long, with thousands of relays, is followed by a pause of so many times that."""
+"""A report that took long to make, with thousands of relays, is followed by a pause of this many times that."""
 BEHIND_S: Final = 0.05
+"""Before the next attempt to tell workers that have not taken the last report."""
 BEAT_S: Final = 1.0
+"""Between two signs of life for the parent, which waits for ten of them (child.SILENT_S)."""
 DOOR_LOOK_S: Final = 0.05
 DOOR_LOOKS: Final = 40
-"""How often a client is looked for a door that is not open here yet; in all the time that workers may take to open it one after another."""
+"""How often to look for the door of a client that was passed on to us: a reload opens a new door in one worker after the other."""
 
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """The gateway's, that the others hear of or ask. `steer`: see `Steering.act`."""
+    """The parts of this worker's gateway that the other processes hear of, or ask. For `steer` see `Steering.act`."""
 
     registry: Registry
     relays: AllRelays
@@ -49,7 +51,7 @@ class Parts:
 
 
 class Crew:
-    """A worker's place among the others, from when it serves on. Implements `Serving`, and `ChannelOwner` for the lines to the others."""
+    """A worker's relations to the others, once it serves. Implements `Serving`, and `ChannelOwner` for the lines to the others."""
 
     def __init__(self, reactor: Reactor, line: Line, peers: Peers, parts: Parts) -> None:
         self._reactor = reactor
@@ -60,10 +62,10 @@ class Crew:
         self._is_stirred = False
         self._told_until = 0.0
         self._behind: set[int] = set()
-        """Workers that have not taken what was told them: they are told everything again."""
+        """Workers that have missed a report because their line was full: they get a complete one next."""
 
     def begin(self) -> None:
-        """From now on the others are told of this worker, and pass clients on to it. Once."""
+        """Tell the others of this worker, so that they pass clients on to it. Call once."""
         self._line.serve(self)
         self._parts.registry.on_change = self._parts.admission.on_change = self.stir
         self.stir()
@@ -140,7 +142,7 @@ class Crew:
     def _let_in(self, message: Message, sock: socket.socket, looks: int) -> None:
         door = self._parts.doors.leading_in(message["door"]) if self._is_open else None
         if door is None:
-            # A reload reaches one worker a moment before the other.
+            # A reload may have reached the other worker a moment earlier.
             if looks and self._is_open:
                 self._reactor.call_later(DOOR_LOOK_S, lambda: self._let_in(message, sock, looks - 1))
             else:
@@ -156,7 +158,7 @@ class Crew:
             raise
 
     def stir(self) -> None:
-        """Something has changed that the others are to know: they are told at the end of this turn, or after the pause."""
+        """Something has changed that the others should know: tell them at the end of this turn, or after the pause."""
         if not self._is_stirred and self._is_open:
             self._is_stirred = True
             pause_s = self._told_until - self._reactor.now
@@ -176,7 +178,7 @@ class Crew:
         """From the reactor: a bug of ours; the others are told the next time."""
 
     def _tell(self) -> float:
-        """Say what has changed; the seconds it took."""
+        """Tell the others what has changed; returns the seconds that took."""
         began = time.monotonic()
         news, counts = self._parts.relays.news(), self._parts.admission.changes()
         message = _told(news, counts, is_all=False) if news or counts is not None else None

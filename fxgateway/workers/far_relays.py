@@ -1,4 +1,4 @@
-"""Pump: the relays of all workers as this one's doors see them, and what this one tells the others of its own."""
+"""Pump: the relays of all workers, as the doors of this one see them, and what this one reports of its own relays."""
 
 from collections.abc import Callable, Collection, Iterator
 from typing import Any, Final
@@ -12,7 +12,7 @@ from fxtunnel.model import InstanceId, RelayId, ServiceName
 
 PassOn = Callable[[int, Client, bytes], bool]
 News = dict[str, Any]
-"""Relay id to [instance, epoch, readiness, open streams, services], without the services when they have not changed, or to None when
+"""Maps a relay id to [instance, epoch, readiness, open streams, services], without the services if those have not changed, or to None if
 the relay is gone."""
 
 _GONE: Final = None
@@ -29,7 +29,7 @@ class FarRelay(Elsewhere):
         self.worker = worker
         self.readiness = Readiness.NONE
         self.open_streams = 0
-        """As announced, and the clients that were sent there since."""
+        """As last reported, plus the clients sent there since."""
         self._pass_on = pass_on
 
     def take(self, client: Client, early: bytes) -> bool:
@@ -41,7 +41,7 @@ class FarRelay(Elsewhere):
 
 
 class AllRelays:
-    """Implements the doors' `DoorRelays`, and its own `offers`: the best of all, our own where two are alike."""
+    """Implements `DoorRelays`, and is its own `offers`: the best relay of all workers, one of our own if two are equally good."""
 
     def __init__(self, registry: Registry, pass_on: PassOn, catch_up: Callable[[], None]) -> None:
         self._registry = registry
@@ -73,7 +73,7 @@ class AllRelays:
         """See `OfferTable`."""
         near, far = self._registry.offers.decide(service, tried), self._table.decide(service, tried)
         if isinstance(near, Reject) and isinstance(far, Reject):
-            self._catch_up()  # before a client is turned away
+            self._catch_up()  # read what the others have just said before a client is turned away
             far = self._table.decide(service, tried)
         if isinstance(far, Reject):
             return near
@@ -83,7 +83,7 @@ class AllRelays:
         return far if is_far_better and far.relay.relay_id != near.relay.relay_id else near
 
     def note(self, worker: int, news: News) -> None:
-        """What another worker says of its relays."""
+        """Another worker has reported about its relays."""
         for name, facts in news.items():
             relay_id = RelayId(name)
             known = self._far.get(relay_id)
@@ -110,9 +110,9 @@ class AllRelays:
             self._drop(relay_id)
 
     def news(self) -> News:
-        """What has changed of our own relays since the last call.
+        """What has changed about our own relays since the last call.
 
-        Of one that cannot take a stream yet nothing is told: a predecessor of its may serve at another worker.
+        A relay that cannot take streams yet is not reported: its predecessor may still serve at another worker.
         """
         now = dict(self._own())
         changed: News = {}
@@ -127,11 +127,11 @@ class AllRelays:
         return changed
 
     def expect(self, relay_id: RelayId) -> None:
-        """We have its name. If it does not come after all, that is news."""
+        """The relay's name has been granted to us. If it does not come after all, the others have to hear that it is gone."""
         self._told.setdefault(relay_id, [])
 
     def everything(self) -> News:
-        """What was told of our own relays so far, for a worker that knows nothing yet."""
+        """Everything reported about our own relays so far, for a worker that has heard nothing yet."""
         return {relay_id: facts for relay_id, facts in self._told.items() if facts}
 
     def _own(self) -> Iterator[tuple[RelayId, list[Any]]]:
@@ -150,7 +150,7 @@ class AllRelays:
 
 
 def moves(news: News) -> News:
-    """The part of it that concerns the parent: who came and who went, not how busy they are."""
+    """The part of a report that concerns the parent: which relays came or went, not how busy they are."""
     return {name: facts for name, facts in news.items() if facts is _GONE or len(facts) == FACTS}
 
 

@@ -1,4 +1,4 @@
-"""Task: connections of relays, before TLS: to which worker each belongs, and what all workers must agree on."""
+"""Task: which worker a relay's connection belongs to, decided before TLS; and what the workers must agree on about relays."""
 
 import contextlib
 import logging
@@ -10,6 +10,7 @@ import trio
 from fxgateway.tunnels.colleagues import Passed
 from fxgateway.tunnels.first_look import look_at_hello
 from fxgateway.tunnels.registry import Registry
+from fxgateway.tunnels.succession import Lines
 from fxgateway.workers.asking import NoAnswer
 from fxgateway.workers.channel import Message
 from fxgateway.workers.far_relays import AllRelays
@@ -26,20 +27,19 @@ _WORKER: Final = ALPN_WORKER.encode()
 _DATA: Final = ALPN_DATA.encode()
 RETRY_AFTER_S: Final = 1.0
 MAX_PASSED: Final = 256
-"""Connections of relays that others have accepted and that wait to be served here."""
+"""Connections that other workers have passed on and that wait to be served here."""
 
 
 class Guests:
     """Implements `Colleagues`.
 
-    A connection that names a worker goes there, unread: a ClientHello is in the clear, and is only looked at. A control link that names
-    none, or one that does not serve now, goes where the fewest relays are: it would have to wait for a process to start.
+    A connection that names a worker goes there, unread: a ClientHello is not encrypted, and is only peeked at. A control link that names
+    no worker, or one that does not serve now, goes to the worker with the fewest relays, rather than wait for a process to start.
     """
 
     def __init__(self, line: Line, peers: Peers, registry: Registry, relays: AllRelays, number: int) -> None:
         self.worker = str(number)
-        self.is_named = False
-        self.earlier = ()
+        self.lines = Lines()
         self._line = line
         self._peers = peers
         self._registry = registry
@@ -48,11 +48,23 @@ class Guests:
         self._is_accepting = True
         self._passed, self._received_passed = trio.open_memory_channel[Passed](MAX_PASSED)
 
+    @property
+    def is_named(self) -> bool:
+        """See `Colleagues`."""
+        return self.lines.is_named
+
+    @property
+    def earlier(self) -> tuple[str, ...]:
+        """See `Colleagues`."""
+        return self.lines.earlier
+
     async def keeps(self, passed: Passed) -> bool:
         """See `Colleagues`."""
         hello = await look_at_hello(passed.sock)
         if hello is None:
-            return True  # TLS says what is wrong with it
+            return True  # our TLS handshake will tell the peer what is wrong
+        if self.lines.pass_on(passed, hello):
+            return False
         named = next((_number(protocol) for protocol in hello.alpn if protocol.startswith(_WORKER)), None)
         is_data = _DATA in hello.alpn
         if named is None and is_data:
@@ -77,8 +89,13 @@ class Guests:
         """See `Colleagues`."""
         return await self._received_passed.receive()
 
+    async def take_returning(self) -> None:
+        """Have what later processes pass on to us served like what other workers do. Until cancelled."""
+        while True:
+            await self._passed.send(await self.lines.receive())
+
     def welcome(self, message: Message, sockets: list[socket.socket]) -> None:
-        """Another worker passes a connection on to us."""
+        """Another worker passes a connection on to us. Hangs up if nobody here can take it soon: the relay dials again."""
         for sock in sockets[:1]:
             if not self._is_accepting:
                 sock.close()
@@ -100,7 +117,11 @@ class Guests:
         self._line.channel.send({"op": "unplace"})
 
     async def first_use(self, use: str, exp_unix: float, now_unix: float) -> bool:
-        """See `Colleagues`: the parent remembers. Without its answer an assertion counts as used."""
+        """See `Colleagues`: the parent remembers.
+
+        Raises:
+            PeerRefused: the parent does not answer; the relay may try again.
+        """
         try:
             return bool((await self._line.ask("first_use", use=use, exp_unix=exp_unix))["is_first"])
         except NoAnswer as exc:
@@ -123,12 +144,12 @@ class Guests:
         try:
             return await self._line.ask("claim", relay=relay_id, instance=instance)
         except BaseException:
-            self._relays.expect(relay_id)  # the parent may give it the name all the same, and is told that it did not come
+            self._relays.expect(relay_id)  # the parent may have granted the name all the same, and has to hear that it was not taken up
             self._registry.on_change()
             raise
 
     async def _place(self, named: int, *, is_data: bool) -> tuple[int, bool]:
-        """Where it shall go, and whether it counts as a relay there."""
+        """The worker it belongs to, and whether it already counts as a relay there."""
         try:
             answer = await self._line.ask("place", named=named, is_data=is_data)
         except NoAnswer:

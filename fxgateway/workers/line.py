@@ -1,4 +1,4 @@
-"""Pump: a worker's line to the parent: there from the first moment of the process on, before there is a gateway in it."""
+"""Pump: a worker's line to the parent, which exists from the first moment of the process, before there is a gateway in it."""
 
 import socket
 from typing import Any, Final, Protocol
@@ -11,6 +11,7 @@ from fxgateway.workers.channel import Channel, Message
 from fxtunnel.engine.reactor import Reactor
 
 MAX_ORDERS: Final = 1024
+"""Orders of the parent that a task has not taken yet. A handful at most; more is a bug."""
 
 
 class Serving(Protocol):
@@ -20,16 +21,16 @@ class Serving(Protocol):
         """The parent says or asks something that only a gateway can act on."""
 
     def close(self) -> None:
-        """The worker ends."""
+        """The worker ends: hang up on the other workers."""
 
 
 class Line:
-    """Implements `ChannelOwner` for the line to the parent. What comes before the worker serves is answered, or kept, here."""
+    """Implements `ChannelOwner` for the line to the parent. Until the worker serves, messages are answered or kept here."""
 
     def __init__(self, reactor: Reactor, sock: socket.socket) -> None:
         self.channel = Channel(reactor, sock, self)
         self.orders, self.received_orders = trio.open_memory_channel[tuple[Message, list[socket.socket]]](MAX_ORDERS)
-        """What the parent wants done by a task, in order."""
+        """The parent's orders that need a task, in order."""
         self.orphaned = trio.Event()
         self._asking = Asking()
         self._serving: Serving | None = None
@@ -45,7 +46,7 @@ class Line:
         return await self._asking.ask(self.channel, what, **fields)
 
     def serve(self, serving: Serving) -> None:
-        """There is a gateway now, which hears what has come for it, and what comes from now on."""
+        """There is a gateway now: give it what has been kept for it, and whatever comes from now on."""
         self._serving = serving
         peers, self._peers = self._peers, []
         for message, sockets in peers:
@@ -76,7 +77,7 @@ class Line:
         self.channel.close()
 
     def _on_early_news(self, message: Message, sockets: list[socket.socket]) -> None:
-        """When the worker is ready the parent says again what is wished."""
+        """News for a gateway that does not exist yet. Drains need not be kept: the parent repeats them when the worker is ready."""
         match message["op"]:
             case "peer":
                 self._peers.append((message, sockets))

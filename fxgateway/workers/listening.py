@@ -37,12 +37,13 @@ class Listening:
                 if str(address) not in self._doors:
                     opened[str(address)] = listen(address, self._inherited, CLIENT_OPTIONS)
         except BaseException:
-            self.give_up(opened.values())
+            for sock in opened.values():
+                self._inherited.undo(sock)
             raise
         return opened
 
     def give_up(self, sockets: Iterable[socket.socket]) -> None:
-        """Close them: nobody shall listen there, now or after us."""
+        """Close them, and have none of them kept for a successor."""
         for sock in sockets:
             self._inherited.forget(str(bound_address(sock)))
             sock.close()
@@ -53,7 +54,7 @@ class Listening:
         self.give_up([self._doors.pop(key) for key in list(self._doors) if key not in wanted])
 
     def close_doors(self) -> None:
-        """Nobody is to wait in a queue that no worker serves."""
+        """Close the doors' sockets, so that no client waits in a queue that no worker serves."""
         self.commit({}, ())
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Pure: which worker has which relay: the parent's table, so that a name is held once, and its epoch only rises."""
+"""Pure: the parent's table of which worker has which relay, so that each name is held once and its epoch only rises."""
 
 from collections import Counter
 from collections.abc import Collection
@@ -8,7 +8,7 @@ from typing import Final
 from fxtunnel.model import InstanceId, RelayId
 
 PLACED_S: Final = 5.0
-"""A connection that was sent to a worker counts as a relay there for so long, until its relay has said hello."""
+"""How long a connection that was sent to a worker counts as a relay there, unless its relay says hello first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,9 +79,9 @@ class Names:
         self._placed.pop(worker, None)
 
     def place(self, workers: Collection[int], now: float) -> int | None:
-        """The worker that has the fewest relays, those under way included; a newcomer is counted there. None if there is no worker.
+        """The worker with the fewest relays, counting those on their way; the newcomer is counted there. None if there is no worker.
 
-        Of several the one that has fewer by now: what is under way may turn out to be none, and the word of that still be on its way.
+        Ties go to the worker with fewer relays that have arrived: a connection on its way may turn out not to be a relay.
         """
         here = Counter(holder.worker for holder in self._holders.values())
         counts: dict[int, tuple[int, int]] = {}

@@ -1,4 +1,4 @@
-"""Pump: a client on its way from one worker to another: what is known of it, as a message beside its socket."""
+"""Pump: a client that moves from one worker to another, as a message that travels with its socket."""
 
 import socket
 from base64 import b64decode, b64encode
@@ -17,7 +17,7 @@ from fxtunnel.protocol.opening import Opening
 
 
 def pack(client: Client, early: bytes, named: str) -> Message:
-    """The message. `early` is what it sent first; `named` its ip:port, if its socket will not know it."""
+    """The message for a client. `early` are its first bytes; `named` is its ip:port, if its socket will not tell that at the other end."""
     diary = client.diary
     words = client.words if isinstance(client, WebClient) else None
     return {
@@ -38,7 +38,7 @@ def pack(client: Client, early: bytes, named: str) -> Message:
 
 
 def unpack(door: Door, sock: socket.socket, message: Message) -> tuple[Client, bytes]:
-    """The client, in one of our doors, and what it sent first. It owns the socket; nothing has been done with it yet."""
+    """The client, belonging to one of our doors, and its first bytes. It owns `sock`; its `begin` has not been called yet."""
     service, address = ServiceName(message["service"]), str(message["address"])
     is_recorded = door.config.access is not None
     client: Client

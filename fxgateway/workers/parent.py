@@ -1,8 +1,7 @@
-"""Task: the parent of the workers: it listens for them, keeps them alive and in step, and knows what must be known once."""
+"""Task: the parent of the workers: it binds their sockets, keeps them alive and in step, and keeps what all of them must agree on."""
 
 import logging
 import os
-import secrets
 import socket
 import sys
 import time
@@ -28,13 +27,14 @@ from fxgateway.workers.child import Child, Outfit
 from fxgateway.workers.far_relays import holders
 from fxgateway.workers.listening import Listening
 from fxgateway.workers.names import Names
+from fxgateway.workers.returns import Returns
 from fxgateway.workers.shares import as_message
 from fxgateway.workers.snapshot import Facts, MergedView
 from fxgateway.workers.wishes import Wishes
 from fxtunnel.engine.reactor import Reactor
 from fxtunnel.errors import ConfigError, FxError
 from fxtunnel.kit import logs
-from fxtunnel.kit.listeners import Inherited
+from fxtunnel.kit.listeners import LINE_NAME, Inherited
 from fxtunnel.kit.notify import Notifier
 from fxtunnel.kit.process import Reloads, feed_watchdog, follow_launcher, raise_file_limit, settle, wait_until, watch_signals
 from fxtunnel.kit.settings import Address
@@ -44,12 +44,13 @@ from fxtunnel.model import InstanceId, RelayId, ServiceName
 logger = logging.getLogger(__name__)
 
 STATUS_S: Final = 1.0
+"""For a worker to answer a status page; half of what commands wait for (console.ASK_TIMEOUT_S)."""
 CLOSE_S: Final = 1.0
-"""For all workers to close their doors; one that stands still is not waited for."""
+"""For all workers to close their doors; one that is stuck is not waited for."""
 LET_GO_S: Final = 5.0
-"""The same where a successor waits, half of what the launcher gives us (`RELEASE_S`): who takes longer stands still, and is killed."""
+"""The same while a successor waits: half of what the launcher allows us (`RELEASE_S`). A worker that takes longer is killed."""
 STOP_S: Final = 10.0
-"""What workers may take for goodbyes, beyond limits.drain_s."""
+"""For the goodbyes of workers, beyond limits.drain_s."""
 
 
 def run(settings: GatewaySettings, config_path: Path) -> int:
@@ -84,10 +85,10 @@ class Parent:
         self._has_turn = False
         self._inherited = Inherited.from_environ(os.environ, os.getpid(), notifier)
         self._listening = Listening(self._inherited)
+        self._returns = Returns(self._inherited)
         self._children = {number: Child(number, self, self) for number in range(1, settings.tunnel.workers + 1)}
         self._asking = Asking()
         self._has_started = False
-        self._run = secrets.token_hex(8)
         self._names = Names(settings.limits.relays)
         self._replays = ReplayGuard()
         self._wishes = Wishes(self._children.values(), self._asking, self._take_no_clients)
@@ -113,6 +114,7 @@ class Parent:
                     for child in self._children.values():
                         await child.prepared.wait()
                     await nursery.start(follow_launcher, self._notifier, self._stop.set)
+                    await nursery.start(self._returns.run)
                     self._take_turn()
                 self._has_started = True
                 admin = await nursery.start(self._pages.run)
@@ -127,11 +129,15 @@ class Parent:
                 nursery.cancel_scope.cancel()
         finally:
             self._listening.close()
+            self._returns.close()
 
     def outfit(self, number: int) -> Outfit:
         """See `Home`."""
-        begin = {"op": "begin", "worker": number, "of": len(self._children), "process": self._run, "config": str(self._config_path)}
-        return Outfit({**begin, "settings": as_message(self._settings), "is_drained": self._wishes.is_drained}, self._listening.sockets())
+        name = self._returns.begin(number)
+        begin = {"op": "begin", "worker": number, "of": len(self._children), "process": name.process, "config": str(self._config_path)}
+        message = {**begin, "settings": as_message(self._settings), "is_drained": self._wishes.is_drained}
+        own = {} if name.line is None else {f"{LINE_NAME}{name.process}": name.line}
+        return Outfit(message, [*self._listening.sockets(), *self._returns.to_earlier()], own)
 
     def introduce(self, child: Child) -> None:
         """See `Home`: a line between it and each of the others."""
@@ -147,6 +153,7 @@ class Parent:
     def died(self, child: Child) -> None:
         """See `Home`."""
         self._names.worker_gone(child.number)
+        self._returns.end(child.number)
         self._view.died(child.number)
         self._facts.pids.pop(child.number, None)
         if not self._stop.is_set():
@@ -158,7 +165,7 @@ class Parent:
             sock.close()
         child = self._children[channel.number]
         if child.channel is not channel:
-            return  # a last word of a process that is gone
+            return  # the last message of a process that has been replaced
         child.beat()
         match message["op"]:
             case "prepared":
@@ -198,7 +205,7 @@ class Parent:
         channel.send({"op": "answer", "n": message["n"], **fields})
 
     def _place(self, channel: Channel, message: Message) -> None:
-        """Say where a relay's connection belongs: at the worker it names, if that one serves. A data link has no use for another one."""
+        """Say which worker a connection belongs to: the one it names, if that serves. If not, a data link stays where it came in."""
         if message["named"] in self._candidates():
             self._answer(channel, message, worker=message["named"], counts=False)
         elif message["is_data"]:
@@ -208,13 +215,13 @@ class Parent:
             self._answer(channel, message, worker=worker or channel.number, counts=worker is not None)
 
     def _candidates(self) -> list[int]:
-        """Workers that may have a newcomer. At the start also those that are on their way: all relays come at once then, and would all be
-        at the worker that was first.
+        """Workers that can get a new relay. While the gateway starts also those that are not ready yet: all relays come at once then, and
+        would all end up at the worker that was ready first.
         """
         return [number for number, child in self._children.items() if child.is_ready or (child.pid and not self._has_started)]
 
     def _claim(self, worker: int, relay_id: RelayId, instance: InstanceId) -> int:
-        """The epoch; 0 when there is no room."""
+        """Grant the relay's name to this worker and fence its former holder off. Returns the epoch, 0 if there is no room."""
         granted = self._names.claim(worker, relay_id, instance)
         if granted is None:
             return 0
@@ -226,7 +233,7 @@ class Parent:
         return granted.epoch
 
     async def _look(self) -> None:
-        """Ask all workers how they are. Who does not answer at once is left as he was last seen."""
+        """Ask all workers for their status. One that does not answer in time is shown as it was last seen."""
         found: dict[int, Message] = {}
 
         async def ask(child: Child) -> None:
@@ -260,7 +267,7 @@ class Parent:
             child.take_turn()
 
     async def _tell_ready(self) -> None:
-        """READY when clients are served, by whichever worker they come to."""
+        """Report READY once every worker serves clients."""
         await wait_until(lambda: self._stop.is_set() or all(child.serves for child in self._children.values()))
         if not self._stop.is_set():
             self._notifier.ready()
@@ -276,7 +283,7 @@ class Parent:
             self._listening.close()
             for child in self._children.values():
                 child.stop()
-            with trio.move_on_after(CLOSE_S):  # whoever reads the next line may count on it that nobody comes in any more
+            with trio.move_on_after(CLOSE_S):  # the log line below promises that no client comes in any more
                 await wait_until(self._have_closed)
         logger.info("stopping: %d workers have %g s for their clients", len(self._children), drain_s)
         with trio.move_on_after(drain_s + STOP_S):
@@ -286,9 +293,9 @@ class Parent:
         return all(child.has_closed or not child.is_ready for child in self._children.values())
 
     async def _hand_over(self) -> None:
-        """Let go of everything a successor listens on, then send relays there.
+        """Close everything that the successor listens on, then send relays there.
 
-        Not before every worker has let go: a relay that came back to one of ours would be taken for one that has lost its other links.
+        In that order: a relay that came back to a worker of ours would look as if it had lost its other links.
         """
         for child in self._children.values():
             child.let_go()
@@ -304,10 +311,10 @@ class Parent:
             child.depart()
 
     async def _load_again(self) -> None:
-        """Every worker has the new configuration, or none.
+        """Reload in all workers, or in none.
 
         Raises:
-            ConfigError: something is wrong with it, and nothing has changed.
+            ConfigError: the new configuration cannot be used; nothing has changed.
             FxError: the gateway is stopping; nothing has changed.
         """
         written = await trio.to_thread.run_sync(config.load, self._config_path, os.environ)
@@ -335,7 +342,7 @@ class Parent:
             raise FxError("the gateway is stopping, and would open its doors again")
 
     def _commit(self, fresh: GatewaySettings, opened: Mapping[str, socket.socket], wanted: Mapping[str, Address]) -> None:
-        """The parent's own part; workers that begin from now on begin with it."""
+        """Take the configuration up in the parent; workers that are started from now on get it."""
         self._settings = self._facts.settings = fresh
         self._names.limit = fresh.limits.relays
         self._listening.commit(opened, wanted)
@@ -343,6 +350,6 @@ class Parent:
         self._facts.listening = (*self._listening.bound().values(), self._facts.listening[-1])
 
     def _take_no_clients(self) -> None:
-        """An administrator has drained the gateway: nobody is to wait in a queue that no worker serves."""
+        """An administrator has drained the gateway: close the doors, so that no client waits in a queue that no worker serves."""
         self._facts.is_draining = True
         self._listening.close_doors()

@@ -1,4 +1,4 @@
-"""Pump: the other workers: the lines to them, and the clients that go that way."""
+"""Pump: the lines to the other workers, and the clients that are passed on over them."""
 
 import logging
 
@@ -14,23 +14,23 @@ logger = logging.getLogger(__name__)
 
 
 class Peers:
-    """By their numbers. Who hears what they say, and puts them in here, is the `Crew`."""
+    """The other workers, by number. `Crew` enters them here, and handles what they say."""
 
     def __init__(self, reactor: Reactor) -> None:
         self.channels: dict[int, Channel] = {}
         self.heard_of: set[int] = set()
-        """Workers that have said something: before that, a process is still on its way to serve."""
+        """Workers that have reported at least once: before that, a worker does not serve yet."""
         self._bridges: set[Bridge] = set()
         self._reactor = reactor
         self._is_catching_up = False
 
     @property
     def bridges(self) -> int:
-        """Clients whose TLS ends here and whose relay is elsewhere."""
+        """Clients whose TLS is terminated here and whose relay is connected to another worker."""
         return len(self._bridges)
 
     def serves(self, worker: int) -> bool:
-        """Whether another worker is known to take what it is sent."""
+        """Whether another worker is known to serve."""
         return worker in self.channels and worker in self.heard_of
 
     def pass_on(self, worker: int, client: Client, early: bytes) -> bool:
@@ -41,7 +41,7 @@ class Peers:
         if isinstance(client.sock, TlsSocket):
             try:
                 ours, theirs = plain_pair()
-            except OSError as exc:  # descriptors: another relay may have its tunnel here, and else the client is told
+            except OSError as exc:  # out of descriptors: the client is offered to the next relay, which may have its tunnel here
                 logger.warning("a client cannot be passed on to worker %d: %s", worker, exc.strerror)
                 return False
             if not channel.send(pack(client, early, client.named or client.peer()) | {"is_bridged": True}, [theirs]):
@@ -59,8 +59,8 @@ class Peers:
         return True
 
     def catch_up(self) -> None:
-        """Read what the others have said just now."""
-        if not self._is_catching_up:  # what is read may be a client that nobody serves either
+        """Read what the others have sent but the reactor has not delivered yet."""
+        if not self._is_catching_up:  # not again from within: what is read may be a client for whom no relay is found either
             self._is_catching_up = True
             try:
                 for channel in list(self.channels.values()):
@@ -69,17 +69,17 @@ class Peers:
                 self._is_catching_up = False
 
     def forget(self, channel: Channel) -> None:
-        """That process is gone."""
+        """The process at the other end of this line has ended."""
         if self.channels.get(channel.number) is channel:
             del self.channels[channel.number]
         self.heard_of.discard(channel.number)
 
     def end_bridges(self) -> None:
-        """RST to clients whose TLS ends here and whose relay is elsewhere."""
+        """End all `bridges`, with RST to their clients."""
         for bridge in list(self._bridges):
             bridge.fail()
 
     def close(self) -> None:
-        """Hang up on them."""
+        """Hang up on all other workers."""
         for channel in self.channels.values():
             channel.close()

@@ -11,18 +11,18 @@ from fxgateway.settings import GatewaySettings
 
 
 def as_message(settings: GatewaySettings) -> dict[str, Any]:
-    """What `from_message` makes the same settings of."""
+    """The settings as a JSON object, from which `from_message` restores them."""
     message: dict[str, Any] = _plain(settings)
     return message
 
 
 def from_message(message: dict[str, Any], directory: Path) -> GatewaySettings:
-    """The settings that another process has loaded from a file in this directory, and checked."""
+    """The settings that another process has loaded and checked. `directory` is that of its file, for relative paths."""
     return GatewaySettings.model_validate(message, context={"directory": directory})
 
 
 def share_of(settings: GatewaySettings, workers: int) -> GatewaySettings:
-    """What one of so many workers may take. Clients are counted together and relays by the parent, so their limits stay as they are."""
+    """The settings of one of `workers` workers, with its part of the limits. Those of clients and relays stay, being counted over all."""
     limits = settings.limits
     shares = {
         "memory_bytes": limits.memory_bytes // workers,
@@ -33,7 +33,7 @@ def share_of(settings: GatewaySettings, workers: int) -> GatewaySettings:
 
 
 def _plain(value: object) -> Any:
-    """As it could have been written in TOML: what was not written stays unsaid, and is the default again."""
+    """The value as it could stand in TOML. Keys that were not set are left out, and take their defaults again."""
     if isinstance(value, BaseModel):
         fields = type(value).model_fields
         return {fields[name].alias or name: _plain(getattr(value, name)) for name in value.model_fields_set}

@@ -1,4 +1,4 @@
-"""Port: what one worker says of itself for the status page, and a page made of what all of them say."""
+"""Port: a worker's status as a message to the parent, and the view of the whole gateway that is merged from these."""
 
 import os
 import time
@@ -18,7 +18,7 @@ _SERVING = frozenset({"up", "held"})
 
 
 def snapshot(view: GatewayView, far_relays: int = 0) -> dict[str, Any]:
-    """One look at a worker, as a message."""
+    """The status of this worker, as a message."""
     return {
         "pid": os.getpid(),
         "far_relays": far_relays,
@@ -34,7 +34,7 @@ class Facts:
 
     settings: GatewaySettings
     wanted: Callable[[], Mapping[str, frozenset[ServiceName]]]
-    """By the doors' labels, everything that can be had by them."""
+    """All services that each door leads to, by the doors' labels."""
     listening: tuple[str, ...] = ()
     is_draining: bool = False
     pids: dict[int, int] = field(default_factory=dict)
@@ -42,7 +42,7 @@ class Facts:
 
 
 class MergedView:
-    """Implements `GatewayView` for several workers. Looks at what they said when they were last asked."""
+    """Implements `GatewayView` for several workers, from what each last reported."""
 
     def __init__(self, facts: Facts) -> None:
         self._facts = facts
@@ -50,21 +50,21 @@ class MergedView:
         self._latest: dict[int, dict[str, Any]] = {}
         self._answering: frozenset[int] = frozenset()
         self._counted: Counter[tuple[str, ...]] = Counter()
-        """What workers had counted that are no more: a counter must not fall because a process has died."""
+        """The counts of workers that have died: a counter of the gateway must not fall because a process is gone."""
 
     def heard(self, snapshots: Mapping[int, dict[str, Any]]) -> None:
-        """What those say that have answered."""
+        """These workers have answered, the others have not."""
         self._latest.update(snapshots)
         self._answering = frozenset(snapshots)
 
     def died(self, worker: int) -> None:
-        """Its counts stay in the sums, as they were last known."""
+        """A worker has died; its counts stay in the sums as last reported."""
         last = self._latest.pop(worker, None)
         if last is not None:
             self._counted += _counts(last)
 
     def relays(self) -> list[RelayStatus]:
-        """See `GatewayView`. One that has just moved is shown where it came last."""
+        """See `GatewayView`. A relay that two workers report is the one with the higher epoch."""
         found: dict[str, RelayStatus] = {}
         for status in self._latest.values():
             for entry in status["relays"]:
@@ -148,7 +148,7 @@ class MergedView:
 
 
 def _counts(status: Mapping[str, Any]) -> Counter[tuple[str, ...]]:
-    """Everything in it that only rises."""
+    """The counters in a worker's status, as opposed to its gauges."""
     totals = status["totals"]
     counts: Counter[tuple[str, ...]] = Counter({(name,): totals[name] for name in ("streams_opened", "resumed", "access_dropped")})
     for reason, count in totals["relays_refused"].items():

@@ -1,4 +1,4 @@
-"""Task: planned work in all workers at once: what `fxgateway drain` wishes, kept for workers that are started later."""
+"""Task: carries out `fxgateway drain` in all workers, including those that are started later."""
 
 from collections.abc import Callable, Collection
 from typing import Final
@@ -11,13 +11,13 @@ from fxgateway.workers.child import Child
 from fxtunnel.model import RelayId
 
 ANSWER_S: Final = 2.0
-"""Less than `fxgateway drain` waits for us."""
+"""For a worker to answer; at most what `fxgateway drain` waits for us (console.ASK_TIMEOUT_S)."""
 NOBODY_WAITS: Final = 0
 """The number of a question whose answer nobody reads."""
 
 
 class Wishes:
-    """What an administrator wishes, until the next restart of the gateway."""
+    """The drains that an administrator has asked for, until the gateway is restarted."""
 
     def __init__(self, children: Collection[Child], asking: Asking, on_drain: Callable[[], None]) -> None:
         self.is_drained = False
@@ -30,7 +30,7 @@ class Wishes:
         """See `fxgateway.steering.Steer`; the sum over all workers.
 
         Raises:
-            NoAnswer: a worker does not say what is left. The wish is noted: it holds for that worker as well.
+            NoAnswer: a worker does not say what is left. The drain is noted all the same, and will hold for that worker, too.
         """
         self._note(method, relay_id)
         left: list[int] = []
@@ -54,7 +54,7 @@ class Wishes:
         return sum(known) if known or relay_id is None else UNKNOWN
 
     def remind(self, child: Child) -> None:
-        """A worker is ready that may not have heard of them."""
+        """Repeat the drains to a worker that has become ready and may not have heard of them."""
         wishes: list[RelayId | None] = [*([None] if self.is_drained else []), *self._drained]
         for relay_id in wishes:
             if child.channel is not None:

@@ -1,9 +1,9 @@
-"""Task: a worker process: a gateway that is given its sockets, and does with the other workers what one process would do alone."""
+"""Task: a worker process: a gateway that gets its sockets from the parent, and works with the other workers as one."""
 
 import logging
 import socket
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -27,7 +27,7 @@ from fxgateway.workers.snapshot import snapshot
 from fxtunnel.engine.reactor import Reactor
 from fxtunnel.errors import ConfigError, FxError, leaves
 from fxtunnel.kit import logs
-from fxtunnel.kit.listeners import Inherited
+from fxtunnel.kit.listeners import LINE_NAME, Inherited
 from fxtunnel.kit.notify import Notifier
 from fxtunnel.kit.process import keep_going, let_finish, raise_file_limit, wait_until
 from fxtunnel.kit.settings import Address
@@ -37,10 +37,22 @@ from fxtunnel.protocol.alpn import ALPN_SPOKEN
 logger = logging.getLogger(__name__)
 
 BEGIN_S: Final = 30.0
+"""For the parent's first message, on a machine that has just started and is busy."""
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """What the parent's first message makes of this process: worker `number` of `of`, called `process` by relays that come back to it."""
+
+    number: int
+    of: int
+    process: str
+    sockets: dict[str, socket.socket]
+    """The worker's now: listening sockets, by the addresses that the configuration knows them by; lines, by what they are kept under."""
 
 
 def main() -> None:
-    """Run a worker; the argument is the descriptor of its line to the parent. Returns when it has drained."""
+    """Run a worker. The command's only argument is the descriptor of its line to the parent. Returns when the worker has drained."""
     logs.configure("info", "auto", sys.stderr)  # until the parent has said how
     sock = socket.socket(fileno=int(sys.argv[1]))
     sock.set_inheritable(False)
@@ -54,10 +66,10 @@ def main() -> None:
 
 
 def hear_begin(sock: socket.socket) -> tuple[Message, dict[str, socket.socket]]:
-    """What the parent says first, and the listening sockets. Blocks; what comes after it stays on the line.
+    """Wait for the parent's first message and the sockets that come with it: to listen on, and lines. Blocks; later messages stay unread.
 
     Raises:
-        FxError: the parent is gone, says nothing for BEGIN_S, or something else.
+        FxError: the parent is gone, says nothing for BEGIN_S, or says something that this version does not know.
     """
     inbox, sockets = Inbox(sock), dict[str, socket.socket]()
     sock.settimeout(BEGIN_S)
@@ -81,20 +93,21 @@ def hear_begin(sock: socket.socket) -> tuple[Message, dict[str, socket.socket]]:
 
 
 def run(sock: socket.socket, begin: Message, sockets: dict[str, socket.socket]) -> None:
-    """Be the worker that the parent's first message asks for. Blocks until it has drained.
+    """Run the worker that the parent's first message describes. Blocks until it has drained.
 
     Raises:
         FxError: it cannot work here; alone, or in a group.
     """
-    config_path, number, workers = Path(begin["config"]), int(begin["worker"]), int(begin["of"])
+    config_path = Path(begin["config"])
+    assignment = Assignment(int(begin["worker"]), int(begin["of"]), begin["process"], sockets)
     settings = from_message(begin["settings"], config_path.parent)
-    _mark_logs(number)
+    _mark_logs(assignment.number)
     logs.configure(settings.log.level, settings.log.style, sys.stderr)
     sandbox = Sandbox(settings, config_path)
     sandbox.enter("")  # while there is one thread only; service managers hear of the parent
     reactor = Reactor()
     line = Line(reactor, sock)
-    worker = Worker(reactor, settings, config_path, sandbox, line, number, workers, begin["process"], sockets)
+    worker = Worker(reactor, settings, config_path, sandbox, line, assignment)
     if begin["is_drained"]:
         worker.take_no_clients()
     try:
@@ -105,31 +118,21 @@ def run(sock: socket.socket, begin: Message, sockets: dict[str, socket.socket]) 
 
 
 class Worker(Gateway):
-    """A gateway whose listeners, names, memory of assertions and status page are the parent's."""
+    """A gateway that leaves listening, relay names, used assertions and status pages to the parent."""
 
     def __init__(
-        self,
-        reactor: Reactor,
-        settings: GatewaySettings,
-        config_path: Path,
-        sandbox: Sandbox,
-        line: Line,
-        number: int,
-        workers: int,
-        process: str,
-        sockets: dict[str, socket.socket],
+        self, reactor: Reactor, settings: GatewaySettings, config_path: Path, sandbox: Sandbox, line: Line, assignment: Assignment
     ) -> None:
         self._line = line
         self._peers = Peers(reactor)
-        self._number = number
-        self._run = process
+        self._assignment = assignment
         self._turn = trio.Event()
         self._departs = False
-        """A successor of the gateway has what this process listened on."""
-        self._workers = workers
-        self._sockets = sockets
+        """Whether a successor of the gateway has taken over what this process listened on."""
+        self._lines = {name.removeprefix(LINE_NAME): sock for name, sock in assignment.sockets.items() if name.startswith(LINE_NAME)}
+        self._sockets = {address: sock for address, sock in assignment.sockets.items() if not address.startswith(LINE_NAME)}
         self._prepared: tuple[GatewaySettings, dict[str, Any], Inherited] | None = None
-        super().__init__(reactor, share_of(settings, workers), config_path, Notifier(), raise_file_limit(), sandbox)
+        super().__init__(reactor, share_of(settings, assignment.of), config_path, Notifier(), raise_file_limit(), sandbox)
 
     def take_no_clients(self) -> None:
         """Before `serve`: an administrator has drained the gateway."""
@@ -148,8 +151,8 @@ class Worker(Gateway):
         return self._shared
 
     def _admission_limits(self, settings: GatewaySettings) -> AdmissionLimits:
-        # The limit of open files is each worker's own; `SharedAdmission` keeps to it.
-        in_all = max(1, min(settings.limits.connections, self._spare_files() * self._workers))
+        # Connections are counted over all workers, open files per worker: that limit is kept by `SharedAdmission.at_most_here`.
+        in_all = max(1, min(settings.limits.connections, self._spare_files() * self._assignment.of))
         return replace(super()._admission_limits(settings), connections=in_all)
 
     def _make_relays(self) -> DoorRelays:
@@ -157,20 +160,24 @@ class Worker(Gateway):
         return self._all_relays
 
     def _make_colleagues(self) -> Colleagues:
-        self._guests = Guests(self._line, self._peers, self._registry, self._all_relays, self._number)
+        self._guests = Guests(self._line, self._peers, self._registry, self._all_relays, self._assignment.number)
         return self._guests
 
     def _process(self) -> str:
-        return self._run
+        return self._assignment.process
 
     def _make_inherited(self) -> Inherited:
         sockets, self._sockets = self._sockets, {}
         return Inherited(sockets)
 
     async def _follow_earlier(self, *, task_status: trio.TaskStatus[None]) -> None:
-        """It has no name of its own: relays name workers."""
-        await trio.lowlevel.checkpoint()
-        task_status.started()
+        """Use the lines that the parent has given; it forgets those of processes that have ended."""
+        lines, self._lines = self._lines, {}
+        ours = lines.pop(self._assignment.process, None)
+        async with trio.open_nursery() as nursery:
+            await nursery.start(self._guests.lines.run, lines, ours, _leave_to_parent)
+            nursery.start_soon(self._guests.take_returning)
+            task_status.started()
 
     async def _serve_pages(self, *, task_status: trio.TaskStatus[Address]) -> None:
         await trio.lowlevel.checkpoint()
@@ -189,12 +196,12 @@ class Worker(Gateway):
         return self._departs
 
     async def _hand_over(self, drain_s: float) -> None:
-        """It has let go already: see "let-go"."""
+        """The listening sockets have been closed already, by the order "let-go"."""
         await trio.lowlevel.checkpoint()
         self._registry.send_on(drain_s)
 
     async def _let_clients_finish(self, drain_s: float) -> None:
-        """As long as any worker has some: they may still need a relay that is here."""
+        """Wait until no worker has any: another worker's clients may use a relay that is connected here."""
         deadline = trio.current_time() + drain_s
         await let_finish("clients", lambda: self._doors.clients + self._peers.bridges, drain_s)
         with trio.move_on_at(deadline):
@@ -226,7 +233,7 @@ class Worker(Gateway):
         await self._line.orphaned.wait()
         logger.error("the parent process is gone; this worker stops")
         if not self._turn.is_set():
-            everything.cancel()  # another gateway may serve: whatever was accepted here would be missed there
+            everything.cancel()  # another gateway may serve at these addresses: accept nothing that should go there
         limits = self._settings.limits.model_copy(update={"drain_s": 0.0})
         self._settings = self._settings.model_copy(update={"limits": limits})
         self._stop.set()
@@ -264,7 +271,7 @@ class Worker(Gateway):
         self._line.channel.send({"op": "answer", "n": message["n"], "problems": problems})
 
     async def _problems(self, message: Message, inherited: Inherited) -> list[str]:
-        """Prepare for a configuration; why that did not go."""
+        """Prepare for a configuration; returns what is wrong with it."""
         try:
             await self._prepare(message, inherited)
         except ConfigError as exc:
@@ -277,9 +284,9 @@ class Worker(Gateway):
         return []
 
     async def _prepare(self, message: Message, inherited: Inherited) -> None:
-        """Do everything that can fail."""
+        """Do everything that can fail in a reload, and keep the results for `_commit`."""
         await self._abandon()
-        fresh = share_of(from_message(message["settings"], Path(message["config"]).parent), self._workers)
+        fresh = share_of(from_message(message["settings"], Path(message["config"]).parent), self._assignment.of)
         try:
             self._sandbox.check(fresh)
             server_context(fresh.tunnel.certificate, fresh.tunnel.key, ALPN_SPOKEN)
@@ -299,7 +306,7 @@ class Worker(Gateway):
             logger.info("reloaded %s", self._config_path)
 
     async def _abandon(self) -> None:
-        """What was prepared for will not come: what was before stays."""
+        """Drop what was prepared: the reload does not happen."""
         await trio.lowlevel.checkpoint()
         prepared, self._prepared = self._prepared, None
         if prepared is not None:
@@ -312,8 +319,12 @@ class Worker(Gateway):
                     logger.error("the access log stays where a refused reload had moved it: %s", exc)
 
 
+def _leave_to_parent(process: str) -> None:
+    """The parent sees the end of an earlier process as well, and has it forgotten."""
+
+
 def _mark_logs(number: int) -> None:
-    """Every line says which worker it is from."""
+    """Have every log line say which worker it is from."""
     make = logging.getLogRecordFactory()
 
     def marked(*args: Any, **kwargs: Any) -> logging.LogRecord:

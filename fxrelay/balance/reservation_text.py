@@ -4,12 +4,12 @@ import json
 from typing import Any, Final
 
 from fxrelay.balance.reservations import MAX_ENTRIES, MAX_LOGINS, Entry, Login, Record, Token
+from fxrelay.cluster.content import MAX_MS
 
 VERSION: Final = 1
 MAX_RECORD_BYTES: Final = 131_072
 MAX_USER_CHARS: Final = 256
 _MAX_ID_CHARS: Final = 128
-_MAX_MS: Final = 1 << 53
 
 
 class BadRecord(Exception):
@@ -133,6 +133,6 @@ def _text(found: Any, key: str, most: int = _MAX_ID_CHARS, least: int = 1) -> st
 
 def _number(found: Any, key: str) -> int:
     value = found.get(key) if isinstance(found, dict) else None
-    if type(value) is not int or not 0 <= value <= _MAX_MS:
+    if type(value) is not int or not 0 <= value <= MAX_MS:
         raise BadRecord(f"{key} is not a count")
     return value

@@ -10,8 +10,9 @@ import json
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
+from fxrelay.cluster.content import MAX_MS
+
 MAX_MARK_BYTES: Final = 4_096
-_MAX_MS: Final = 1 << 53
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +89,6 @@ def decode_mark(text: str) -> Mark | None:
     if not isinstance(found, dict) or found.get("v") != 1 or not isinstance(found.get("epoch"), str):
         return None
     times: list[Any] = [found.get(key) for key in ("lostMs", "beatMs", "doubtFromMs", "doubtMs")]
-    if not all(type(value) is int and 0 <= value <= _MAX_MS for value in times):
+    if not all(type(value) is int and 0 <= value <= MAX_MS for value in times):
         return None
     return Mark(found["epoch"], *times)

@@ -8,6 +8,7 @@ from fxtunnel.errors import StoreError
 
 MAX_KEY_BYTES: Final = 1_024
 MAX_MS: Final = 1 << 53
+"""Milliseconds since 1970: what JavaScript, and Lua in Redis, can count to exactly."""
 MAX_COUNT: Final = (1 << 63) - 1
 """What both SQLite and Redis can count to."""
 MAX_BATCH_BYTES: Final = 16 << 20

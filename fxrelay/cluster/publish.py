@@ -32,6 +32,7 @@ MAX_EARLY: Final = 6
 """Such updates in a row; then one in each `publish_s`, which takes the place of a regular one: a node whose sessions end all the time
 does not write to the store more often than others."""
 FAREWELL_S: Final = 2.0
+"""For the last object, which says that this node has ended, to reach the store when the relay stops."""
 
 Facts = Mapping[str, Any]
 """Fields of the server object, with the names of docs/CLUSTER.md."""
@@ -200,9 +201,24 @@ class Publisher:
     async def _send(self, measured: Facts) -> None:
         if self._is_silent and self._has_successor():
             return
+        text = self._next_object(measured)
+        try:
+            parse_server(text)
+        except BadServer as exc:
+            error = f"this node's own data: {exc}"
+            if error != self.last_error:
+                logger.error("not published: %s (at most %d bytes in all)", exc, MAX_SERVER_BYTES)
+            self.last_error = error
+            return
+        self._view.know(text)  # this node knows itself even while the store is away
+        if not self._is_silent:
+            await self._hand_out(text)
+
+    def _next_object(self, measured: Facts) -> str:
+        """The next server object, as JSON."""
         self._seq += 1
         measured_ms = self._view.now_ms if self._measured_ms is None else self._measured_ms
-        text = json.dumps(
+        return json.dumps(
             {
                 **measured,
                 **({"draining": True} if self._is_leaving else {}),
@@ -220,20 +236,12 @@ class Publisher:
             ensure_ascii=False,
             separators=(",", ":"),
         )
-        try:
-            parse_server(text)
-        except BadServer as exc:
-            error = f"this node's own data: {exc}"
-            if error != self.last_error:
-                logger.error("not published: %s (at most %d bytes in all)", exc, MAX_SERVER_BYTES)
-            self.last_error = error
-            return
-        self._view.know(text)  # this node knows itself, also while the store is away
-        if self._is_silent:
-            return
+
+    async def _hand_out(self, text: str) -> None:
+        """To the store, and to those who listen; what fails is noted for status and tried again with the next object."""
         try:
             if self._has_successor():
-                # A newer process with this id: its word stands in the store. Ours is only told to those who listen, as a quarrel.
+                # A newer process has this id, and its object is the one to keep. Ours only goes to those who listen, who see the quarrel.
                 self._view.store_took(await self._threads.run(self._store.now_ms))
             else:
                 self._view.store_took(await self._threads.run(lambda: self._store.put(SERVERS, self._config.server_id, text)))

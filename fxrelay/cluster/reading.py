@@ -14,6 +14,7 @@ from fxtunnel.errors import FxError, TransporterError
 from fxtunnel.model import is_name
 
 _MAX_RIVALS: Final = 8
+_MAX_SHOWN: Final = 20
 
 
 @contextmanager
@@ -40,6 +41,12 @@ def read_view(settings: RelaySettings, store: Store) -> ClusterView:
     return view
 
 
+def unknown_node(store: Store, server_id: str) -> FxError:
+    """The error for a node that the store does not have; it names some that it has. Raises StoreError."""
+    known = ", ".join(sorted(document.key for document in store.documents(SERVERS))[:_MAX_SHOWN])
+    return FxError(f"the cluster knows no node {server_id!r}; it knows: {known or 'none'}")
+
+
 def change_control(settings: RelaySettings, server_id: str, change: "Control | None") -> Control:
     """Switch off for a server what `change` names, besides what is off already; None switches everything on again. Returns what is off now.
 
@@ -52,8 +59,7 @@ def change_control(settings: RelaySettings, server_id: str, change: "Control | N
     with cluster_of(settings) as (store, transporter):
         found = store.get(CONTROLS, server_id)
         if change is not None and found is None and store.get(SERVERS, server_id) is None:
-            known = ", ".join(sorted(document.key for document in store.documents(SERVERS))[:20])
-            raise FxError(f"the cluster knows no node {server_id!r}; it knows: {known or 'none'}")
+            raise unknown_node(store, server_id)
         before = Control.parse(found.text) if found is not None else NOTHING_OFF
         after = NOTHING_OFF if change is None else Control(before.draining or change.draining, before.disable | change.disable)
         if after == NOTHING_OFF:

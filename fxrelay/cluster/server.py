@@ -16,11 +16,15 @@ from fxtunnel.model import InstanceId, RelayId, is_name
 MAX_SERVER_BYTES: Final = 65_536
 """Of one server object's JSON text."""
 MAX_STATIC_BYTES: Final = 16_384
-MAX_METRICS_BYTES: Final = 65_536 // 2
+MAX_METRICS_BYTES: Final = 32_768
+"""With the static data three quarters of a server object at most: there is room left for everything else."""
 MAX_SERVICES: Final = 256
 MAX_TUNNELS: Final = 64
 SWITCHES: Final = frozenset({"login", "start"})
-_MAX_COUNT: Final = 1 << 40
+_MAX_COUNT: Final = 1 << 52
+"""Exact in JavaScript, for scripts. Counts are also bytes of memory and milliseconds since 1970."""
+_MAX_NUMBER: Final = 1 << 40
+"""Loads, percents and seconds."""
 _MAX_TEXT: Final = 256
 
 
@@ -191,14 +195,16 @@ def _text(found: Mapping[str, Any], key: str) -> str:
 
 def _count(found: Mapping[str, Any], key: str, default: int = 0) -> int:
     value = found.get(key, default)
-    if type(value) is not int or not 0 <= value <= _MAX_COUNT << 12:
+    if type(value) is not int or not 0 <= value <= _MAX_COUNT:
         raise BadServer(f"{key}: expected a whole number, 0 or more")
     return value
 
 
 def _number(found: Mapping[str, Any], key: str) -> float:
     value = found.get(key, 0)
-    if type(value) not in (int, float) or not 0 <= value <= _MAX_COUNT:  # NaN is not; whole numbers may be too large for a float
+    if (
+        type(value) not in (int, float) or not 0 <= value <= _MAX_NUMBER
+    ):  # false for NaN; compared first, since a whole number may be too large for a float
         raise BadServer(f"{key}: expected a number, 0 or more")
     return float(value)
 

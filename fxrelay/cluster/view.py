@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Final, Protocol
 
+from fxrelay.cluster.content import MAX_MS
 from fxrelay.cluster.inflight import InFlight, Placement, PlacementId
 from fxrelay.cluster.members import Ages, Control, Member, Members, Outcome
 from fxrelay.cluster.ports import CONTROLS, MAX_DOCUMENT_BYTES, PLACEMENTS, RESERVATIONS, SERVERS, Document, Message
@@ -22,7 +23,6 @@ PLACED: Final = "placed"
 ENDED: Final = "ended"
 MAX_REASONS: Final = 8
 """So many different ones are told of one outage."""
-_MAX_MS: Final = 1 << 53
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,7 +276,7 @@ class ClusterView:
             return True
         if event != PLACED or not isinstance(server_id, str) or not is_name(server_id):
             return False
-        if type(placed_ms) is not int or not 0 <= placed_ms <= _MAX_MS:
+        if type(placed_ms) is not int or not 0 <= placed_ms <= MAX_MS:
             return False
         placement = Placement(PlacementId(placement_id), RelayId(server_id), min(placed_ms, self.now_ms))
         member = self.members.get(placement.server_id, self.now)

@@ -246,9 +246,7 @@ class DeliveryDesk:
             self.turn_down(stream, service, Code.NO_SERVICE, "this node does not serve it itself")
         elif not service.endpoints:
             self.turn_down(stream, service, Code.CONNECT_FAILED, "the service's host name does not resolve")
-        elif self._is_placed_here(session, stream, service, opening, gateway_id):
-            pass
-        else:
+        elif not self._is_placed_here(session, stream, service, opening, gateway_id):
             self._deliver(session, stream, service, opening)
 
     def admit(self, delivery: Delivery, session: "Session", stream: Stream) -> None:

@@ -17,6 +17,7 @@ from fxtunnel.model import RelayId, is_name
 
 TRY_SUFFIX: Final = "-try"
 _MAC_CHARS: Final = 22
+"""As for the cookies of nodes (fxrelay/web/affinity.py): 132 bits."""
 _ID: Final = re.compile(r"[0-9A-Za-z]{1,64}")
 _UNIX: Final = re.compile(r"[0-9]{1,12}")
 

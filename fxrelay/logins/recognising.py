@@ -15,7 +15,7 @@ from typing import Any, Final
 from urllib.parse import parse_qsl, unquote_to_bytes
 
 from fxrelay.logins.rules import Calls, LoginRules, Spot, Where
-from fxrelay.web.heads import Field
+from fxrelay.web.heads import Field, cookie_values
 
 MAX_USER_CHARS: Final = 256
 MAX_PARAMETERS: Final = 256
@@ -156,14 +156,9 @@ def login_id_of(token: str) -> str:
 
 
 def cookies(fields: Sequence[Field], name: str) -> Iterator[str]:
-    """The values of a cookie in a request's head; there may be several."""
-    wanted = name.encode() + b"="
-    for each in fields:
-        if each.name == b"cookie":
-            for part in each.value.split(b";"):
-                pair = part.strip(b" \t")
-                if pair.startswith(wanted):
-                    yield _ascii(pair[len(wanted) :].strip(b'"'))
+    """The values of a cookie in a request's head, without quotes; empty texts for those that are not ASCII."""
+    for value in cookie_values(fields, name.encode()):
+        yield _ascii(value.strip(b'"'))
 
 
 def set_cookies(fields: Sequence[Field]) -> dict[str, str]:

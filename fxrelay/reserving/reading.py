@@ -6,10 +6,11 @@ from typing import Any
 
 from fxrelay.balance.holders import Holders
 from fxrelay.cluster.ports import RESERVATIONS, SERVERS, Store, Transporter
+from fxrelay.cluster.reading import unknown_node
 from fxrelay.reserving.ledger import Ledger
 from fxrelay.reserving.tidings import encode_tidings
 from fxrelay.settings import RelaySettings
-from fxtunnel.errors import FxError, TransporterError
+from fxtunnel.errors import TransporterError
 from fxtunnel.model import RelayId
 
 
@@ -77,8 +78,7 @@ def release_node(settings: RelaySettings, store: Store, transporter: Transporter
         FxError: no such server has ever been seen.
     """
     if store.get(RESERVATIONS, server_id) is None and store.get(SERVERS, server_id) is None:
-        known = ", ".join(sorted(document.key for document in store.documents(SERVERS))[:20])
-        raise FxError(f"the cluster knows no node {server_id!r}; it knows: {known or 'none'}")
+        raise unknown_node(store, server_id)
     before, after = ledger_of(settings, store).clear(server_id)
     with suppress(TransporterError):  # it stands in the store: relays read it there
         transporter.publish(RESERVATIONS, encode_tidings(server_id, after))

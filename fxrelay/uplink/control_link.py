@@ -40,9 +40,9 @@ logger = logging.getLogger(__name__)
 BEATS_PER_DEATH: Final = 3
 """Pings that may go unanswered before a path is dead."""
 LOAD_LOOK_S: Final = 0.5
-"""Between two looks at whether others are better asked: clients are refused meanwhile."""
+"""Between two looks at whether other relays should be asked first: until the gateway knows, clients are refused here."""
 MIN_HEARTBEAT_S: Final = 0.02
-"""However often the gateway wants to hear of us: no gateway has this process do nothing else."""
+"""Floor for the interval that the gateway asks for, so that no gateway can keep this process busy with pings."""
 
 
 class ControlLink:
@@ -95,8 +95,8 @@ class ControlLink:
     ) -> None:
         """Carry messages until the link ends. Run it once; cancelling it is a goodbye. For `is_vouched_for` see `Channel.run`.
 
-        `load` is what holds now; it is asked for now and then, and told.
-        `on_drain` is called when the gateway wants no new streams to come this way any more.
+        `load` returns the present load. The gateway is told of changes, once a heartbeat at most; of `reluctant` at once.
+        `on_drain` is called when the gateway will send no more new streams this way.
 
         Raises:
             TunnelClosed: always, when it ends by itself; GatewayClosing when the gateway said why.
@@ -174,8 +174,8 @@ async def open_control_link(
 ) -> AsyncIterator[ControlLink]:
     """A control link that the gateway has welcomed; everything of it is closed at the end of the block.
 
-    `bearer` makes the assertion when the connection stands: it must be fresh. `worker` is who had the link before, where the gateway has
-    several; `process` is which of the gateway's processes alone will do. Takes at most two of the dialler's timeouts.
+    `bearer` makes the assertion once the connection is up, since it must be fresh. `worker` is the one that had the link before, if the
+    gateway has several; `process` is the only gateway process that will do. Takes at most two of the dialler's timeouts.
 
     Raises:
         PeerRefused: the gateway said no, to the upgrade or to the hello.

@@ -18,8 +18,8 @@ async def open_data_link(
 ) -> tuple[ssl.SSLSocket, Welcome]:
     """A data link that the gateway has welcomed: its socket, not a byte behind the WELCOME taken from it, and the answer.
 
-    `worker` is who gave the ticket, where the gateway has several, `process` which one alone will do. To resume, detach the session before
-    its counter goes into `hello`.
+    `worker` is the one that issued the ticket, if the gateway has several; `process` is the only gateway process that will do. To resume,
+    detach the session before its counter goes into `hello`.
     The caller owns the socket. Takes at most two of the dialler's timeouts. Cancelling leaves nothing open; the ticket may be spent then.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Task: back to a process of the gateway that has handed its address on, for the sessions that are left there (PROTOCOL.md, 3.1)."""
+"""Task: reconnect to a gateway process that has handed its address on, for the sessions that are left there (PROTOCOL.md, 3.1)."""
 
 import logging
 import random
@@ -20,9 +20,9 @@ logger = logging.getLogger(__name__)
 
 
 async def keep_returning(ties: Ties, use_control_link: Callable[[Ties], Awaitable[None]], config: UplinkConfig, rng: random.Random) -> None:
-    """Have a control link to the process again and again while there is something to resume, and the process to resume it with.
+    """Keep a control link to the process for as long as it can be reached by name and has sessions of ours. Safe to cancel.
 
-    `use_control_link` dials one by name and carries it until it ends, with an FxError.
+    `use_control_link` dials it by name and carries the link; it ends with an FxError.
     """
     backoff = FullJitter(base_s=config.min_backoff_s, cap_s=RESUMING_CAP_S, rng=rng)
     while ties.is_named and ties.sessions:
@@ -47,7 +47,9 @@ async def keep_returning(ties: Ties, use_control_link: Callable[[Ties], Awaitabl
 
 
 def is_gone(exc: FxError) -> bool:
-    """Whether the process that went away has said goodbye or knows nothing of us, or whoever has the address now nothing of the process."""
+    """Whether this failure means that the process cannot be reached again: it has said goodbye, it no longer knows us, or whoever has its
+    address now does not know it.
+    """
     match exc:
         case HandshakeFailed(problem=problem):
             return problem is HandshakeProblem.NO_COMMON_PROTOCOL

@@ -1,4 +1,4 @@
-"""Task: the links to one process of a gateway: the control link, which gives tickets, and the data sessions that are dialled with them."""
+"""Task: the links to one gateway process: a control link, which hands out tickets, and the data sessions dialled with them."""
 
 import ssl
 from typing import Final, Protocol
@@ -44,7 +44,9 @@ class TiesHome(Protocol):
 
 
 class Ties:
-    """Implements `SlotHome`. A gateway that is restarted has two processes for a while, and each has ties of its own: the one that departs
+    """Implements `SlotHome`: a relay's links to one process of a gateway.
+
+    A gateway that is being restarted has two processes for a while, and each has ties of its own. Those to the departing process last
     until its last stream has ended.
     """
 
@@ -55,11 +57,11 @@ class Ties:
         self.process = ""
         """Which run of the gateway; empty before the first welcome, and for gateways that do not say."""
         self.worker = ""
-        """Of the gateway's processes the one that has our sessions."""
+        """The number of the worker that has our sessions; empty if the gateway has only one process."""
         self.departs = trio.Event()
-        """The gateway's process goes away: no new sessions; those that are there can be resumed only if it `is_named`."""
+        """Set when the process drains: no new sessions, and those that are open can be resumed only if it `is_named`."""
         self.is_named = False
-        """Who names the process reaches it still when it has handed its address on."""
+        """Whether the process can still be dialled by its name after it has handed its address on."""
         self._home = home
         self._config = config
         self._link_changed = trio.Event()
@@ -115,16 +117,16 @@ class Ties:
         return self._home.new_session(owner, session_id)
 
     def ends_with(self, exc: FxError) -> bool:
-        """See `SlotHome`. What a process that goes away says concerns nobody but its own sessions."""
+        """See `SlotHome`. Nothing that a departing process says is final for the whole uplink."""
         return not self.departs.is_set() and self._home.ends_with(exc)
 
     def depart(self) -> None:
-        """The gateway's process goes away; its address is another one's. What is open lives on while its links do, or can be resumed."""
+        """The process drains, and its address belongs to a successor. Open sessions live on while their links do, or can be resumed."""
         self.departs.set()
         self._give_up_dialling()
 
     def lose(self) -> None:
-        """Nobody reaches the gateway's process any more, by its name or otherwise."""
+        """The process cannot be reached any more, not even by name."""
         self.is_named = False
         self.depart()
 
@@ -150,7 +152,7 @@ class Ties:
             slot.close(code, text)
 
     def give_up(self) -> None:
-        """The gateway's process has had its time to go away: end what is still open there, soon. May be repeated."""
+        """Too many processes depart at once: end what is still open at this one, soon. May be repeated."""
         self.lose()
         self.close_sessions(Code.OVERLOAD, GIVEN_UP)
         if self.link is not None:
@@ -164,7 +166,7 @@ class Ties:
             await self._link_changed.wait()
 
     def _give_up_dialling(self) -> None:
-        """No link is to be had for a new session of a process that goes away; nor, if nobody can come back there, for any."""
+        """Cancel pointless dials: those for new sessions of a departing process and, if it cannot be named, all dials to it."""
         for scope, session in self._dialling.items():
             if self.departs.is_set() and (session is None or not self.is_named):
                 scope.cancel()

@@ -1,4 +1,4 @@
-"""Task: the way up to one gateway: its control link kept up, its data sessions kept alive, whatever the network does."""
+"""Task: a relay's uplink to one gateway: keeps its control link up and its data sessions alive, whatever the network does."""
 
 import logging
 import math
@@ -14,48 +14,38 @@ import trio
 
 from fxrelay.uplink.control_link import ControlLink, control_hello, open_control_link
 from fxrelay.uplink.datalink import open_data_link
-from fxrelay.uplink.dial import Dialler, GatewayBusy, Unanswered, Unreachable
+from fxrelay.uplink.dial import Dialler, GatewayBusy
 from fxrelay.uplink.enrol import enrol
 from fxrelay.uplink.gateway_file import GatewayFile, GatewayUrl
 from fxrelay.uplink.identity import Identity
 from fxrelay.uplink.ports import LinkSession, SessionFactory, UplinkConfig, UplinkSessionOwner, UplinkState, UplinkStatistics
+from fxrelay.uplink.redialling import INTERNAL, Failure, Redialling
 from fxrelay.uplink.returning import is_gone, keep_returning
 from fxrelay.uplink.slot import Slot
 from fxrelay.uplink.ties import Ties
-from fxrelay.uplink.verdicts import Doubling, appointed_s, final_error, retry_after_s
+from fxrelay.uplink.verdicts import appointed_s, final_error
 from fxtunnel.codes import Code, Refusal
 from fxtunnel.control.channel import GOODBYE_S
 from fxtunnel.control.messages import CAP_LEAVING, CAP_NAMED, Drain, Load, Services
 from fxtunnel.control.messages import Hello as ControlHello
 from fxtunnel.errors import FxError, PeerRefused
-from fxtunnel.kit.backoff import FullJitter
 from fxtunnel.model import GatewayId, Offer, SessionId, is_name
 from fxtunnel.protocol.hello import Hello, Welcome
 
 logger = logging.getLogger(__name__)
 
-SETTLED_S: Final = 1.0
-"""A control link that lasted this long was no failure: the next one is dialled without the waits that earlier failures had earned."""
-RECENT_S: Final = 120.0
-"""For so long after a loss the gateway is most likely being restarted, and is looked for often: it should have its relays back at once.
-Also for so long after our own start, while no gateway is there: whoever starts us may be starting it as well."""
-RECENT_CAP_S: Final = 2.0
-"""Also where something in between takes connections for a gateway that is down: with 4 s the last relay was back after 6.7 s."""
-ABSENT_CAP_S: Final = 1.0
-"""The same where nobody even listens: an attempt costs the gateway nothing then."""
 MAX_DEPARTING: Final = 8
-"""Processes of a gateway that may go away at once: one that says so again and again must not fill this relay with links it keeps."""
+"""Processes of one gateway that may depart at once: one that announces it again and again must not fill this relay with links."""
 DEPARTURE_SPREAD_S: Final = 0.2
-"""Relays that are told to look for another process of their gateway do so within this time, not all at the same moment."""
+"""Relays that are told to look for a successor spread their dials over this time."""
 MAX_DEADLINE_S: Final = 86_400.0  # of a Drain message
-FLAP_CAP_S: Final = 1.0
-"""Longest wait after a control link that came up and broke at once. The way exists, and streams wait for tickets."""
 
 
 @dataclass(frozen=True, slots=True)
 class Surroundings:
-    """Chance, and the wall clock in seconds: with them an uplink is repeatable in tests. `is_reluctant`: whether the gateway had better ask
-    other relays first (PROTOCOL.md, 3.3).
+    """What an uplink takes from outside, so that tests can repeat it: randomness, and the wall clock in seconds.
+
+    `is_reluctant`: whether the gateway should ask other relays first (PROTOCOL.md, 3.3).
     """
 
     rng: random.Random = field(default_factory=random.Random)
@@ -66,8 +56,8 @@ class Surroundings:
 class Uplink:
     """One gateway's uplink. `run` it once; everything else may be called while it runs, from the same thread.
 
-    Data sessions outlive the control link. What heals by itself is tried again for as long as `run` lives; what needs a person ends it.
-    When the gateway's process goes away its successor is tied to at once; what is open ends at the old one, in its own time.
+    Data sessions outlive the control link. Failures that may pass are retried for as long as `run` lives; those that need a person end it.
+    When a gateway process departs, links to its successor are made at once, and open streams finish at the old process.
     """
 
     def __init__(
@@ -232,16 +222,10 @@ class Uplink:
             self._ties.remove(ties)
 
     async def _keep_control_link(self, ties: Ties, task_status: trio.TaskStatus[None]) -> None:
-        config, rng = self._config, self._around.rng
-        backoff = FullJitter(base_s=config.min_backoff_s, cap_s=config.max_backoff_s, rng=rng)
-        flaps = FullJitter(base_s=config.min_backoff_s, cap_s=min(config.max_backoff_s, FLAP_CAP_S), rng=rng)
-        recent = FullJitter(base_s=config.min_backoff_s, cap_s=min(config.max_backoff_s, RECENT_CAP_S), rng=rng)
-        absent = FullJitter(base_s=config.min_backoff_s, cap_s=min(config.max_backoff_s, ABSENT_CAP_S), rng=rng)
-        failures, waits = Doubling(), Doubling()
-        wait_s = 0.0
+        """Dial control links, one after the other, until the process departs or the uplink ends."""
+        waits, wait_s = Redialling(self._config, self._around.rng), 0.0
         while not (self._is_stopping or ties.departs.is_set()):
-            welcomes = self._welcomes
-            at_least_s, is_answered, is_absent = 0.0, True, False
+            welcomes, failure = self._welcomes, INTERNAL
             try:
                 await trio.sleep(wait_s)
                 await self._use_control_link(ties, task_status)
@@ -251,42 +235,37 @@ class Uplink:
                 if self._is_stopping or ties.departs.is_set() or self.ends_with(exc):
                     return
                 self._last_error = str(exc)
-                at_least_s = retry_after_s(exc)
-                is_answered, is_absent = not isinstance(exc, Unanswered), isinstance(exc, Unreachable)
                 if isinstance(exc, GatewayBusy):
-                    wait_s = appointed_s(exc.appointment, rng.random(), config.max_backoff_s)
-                    # It is no failure; but who only claims to be the gateway must not keep us from its other addresses.
-                    self._url_number += 1
-                    if waits.is_due():
-                        logger.info("%s; coming for the time no. %d in %.1f s", exc, waits.count + 1, wait_s)
-                    self._await_next_try(wait_s)
+                    wait_s = self._wait_for_appointment(exc, waits)
                     continue
+                failure = Failure.of(exc)
             except Exception:  # whatever a peer's bytes did to a library, the relay and its sessions live on
                 logger.exception("the control link to %s failed", self.gateway_id)
                 self._last_error = "internal error"
             else:
                 wait_s = 0.0
                 continue
+            now = trio.current_time()
             if self._welcomes == welcomes:
                 self._url_number += 1
-                since = self._lost_at if is_answered else max(self._lost_at, self._began_at)
-                is_recent = trio.current_time() - since < RECENT_S
-                chosen = backoff if not is_recent else absent if is_absent else recent
-                wait_s = chosen.next_s(at_least_s=at_least_s)
+                wait_s = waits.unwelcome_s(failure, now, self._began_at, self._lost_at)
             else:
-                backoff.reset()
-                recent.reset()
-                absent.reset()
-                if trio.current_time() - self._welcome_at >= SETTLED_S:
-                    flaps.reset()
-                    failures.reset()
-                    waits.reset()
-                wait_s = flaps.next_s(at_least_s=at_least_s)
-            if failures.is_due():
-                logger.warning(
-                    "no control link to %s: %s; attempt %d in %.1f s", self.gateway_id, self._last_error, failures.count + 1, wait_s
-                )
+                wait_s = waits.lost_s(failure, now - self._welcome_at)
+            if waits.failures.is_due():
+                attempt = waits.failures.count + 1
+                logger.warning("no control link to %s: %s; attempt %d in %.1f s", self.gateway_id, self._last_error, attempt, wait_s)
             self._await_next_try(wait_s)
+
+    def _wait_for_appointment(self, busy: GatewayBusy, waits: Redialling) -> float:
+        """The seconds until a busy gateway wants us again. Not a failure; but the next attempt goes to the next address, in case whoever
+        answered only poses as the gateway.
+        """
+        wait_s = appointed_s(busy.appointment, self._around.rng.random(), self._config.max_backoff_s)
+        self._url_number += 1
+        if waits.busy.is_due():
+            logger.info("%s; attempt %d in %.1f s", busy, waits.busy.count + 1, wait_s)
+        self._await_next_try(wait_s)
+        return wait_s
 
     async def _use_control_link(self, ties: Ties, task_status: trio.TaskStatus[None]) -> None:
         """One control link from dial to end, after enrolment if need be. Returns only when it should be called again at once."""
@@ -303,10 +282,10 @@ class Uplink:
                     logger.info("gateway %s is another process now", self.gateway_id)
                     self._lost_at = trio.current_time()
                     if ties.is_up or (ties.is_named and ties.streams and ties.process in link.welcome.earlier):
-                        # Its word of that missed us: what is open at the old process must not be in the way.
+                        # We missed the old process's Drain message. Keep what is open there, and begin new ties with this one.
                         ties.depart()
                         return
-                    # Nothing is open there, and nothing could be resumed here: this link will do, and no ticket is asked for in vain.
+                    # No session of the old process is alive, and this one cannot resume any: end them, and keep these ties and this link.
                     ties.close_sessions(Code.LINK_LOST, "its process of the gateway is gone")
                 self._welcomed(ties, link, url)
                 if self._welcomes == 1:
@@ -317,7 +296,7 @@ class Uplink:
                     if not ties.departs.is_set():
                         self._lost_at = trio.current_time()
         except PeerRefused as exc:
-            # Only until the first welcome: a relay that is forgotten while it runs must not take its name back by itself.
+            # Only before the first welcome: a relay that an administrator forgets while it runs must not enrol again by itself.
             if exc.refusal is not Refusal.UNKNOWN_RELAY or self._welcomes or self._has_enrolled or self._gateway.enrolment is None:
                 raise
             logger.info("gateway %s no longer knows relay %s; enrolling again", self.gateway_id, self._identity.relay_id)
@@ -331,7 +310,7 @@ class Uplink:
             await self._carry(ties, link)
 
     async def _carry(self, ties: Ties, link: ControlLink) -> None:
-        """A welcomed link until it ends, with a TunnelClosed."""
+        """Carry a welcomed link until it ends. Always raises, a TunnelClosed unless it is cancelled."""
         ties.set_link(link)
         try:
             if self._drain_until is not None:
@@ -352,7 +331,7 @@ class Uplink:
 
     def _on_drain(self, ties: Ties, message: Drain) -> None:
         if self._drain_until is not None:
-            # A gateway that goes away while we do says nothing of our successor; before `relieved` only that one named no time.
+            # A departing gateway's own Drain is not about our successor. Gateways that do not know `relieved` send a deadline of 0.
             self.is_relieved = self.is_relieved or message.relieved or not message.deadline_s
             return
         logger.info("gateway %s goes away within %g s; looking for its successor", self.gateway_id, message.deadline_s)
@@ -377,7 +356,7 @@ class Uplink:
         return Drain(deadline_s=min(max(0.0, deadline_s), MAX_DEADLINE_S), handover=self._makes_way)
 
     def _send(self, message: Drain | Services) -> None:
-        """Send it if there is a control link; the next one begins with the same news."""
+        """Send it on the control links that are up; any later one begins with the same facts anyway."""
         for ties in self._ties:
             if not ties.send(message):
                 logger.debug("a %s message waits for the next control link", message.type)

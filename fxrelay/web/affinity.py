@@ -12,12 +12,14 @@ import json
 from dataclasses import dataclass, field
 from typing import Final
 
-from fxrelay.web.heads import RequestHead
+from fxrelay.web.heads import RequestHead, cookie_values
 from fxtunnel.model import RelayId, is_name
 
 MAX_TOKEN_BYTES: Final = 8_192
 KEY_BYTES: Final = 32
+"""As long as the output of the hash (RFC 2104, 3)."""
 _MAC_CHARS: Final = 22
+"""Of an HMAC-SHA256 in base64url: 132 bits, more than anybody can guess, in a cookie that stays short."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,17 +32,8 @@ class CookieAffinity:
 
     def node_of(self, head: RequestHead) -> RelayId | None:
         """The node that the request's cookie names, if we signed it."""
-        wanted = self.name.encode() + b"="
-        for found in head.fields:
-            if found.name != b"cookie":
-                continue
-            for part in found.value.split(b";"):
-                pair = part.strip(b" \t")
-                if pair.startswith(wanted):
-                    node = self._verified(pair[len(wanted) :])
-                    if node is not None:
-                        return node
-        return None
+        nodes = map(self._verified, cookie_values(head.fields, self.name.encode()))
+        return next((node for node in nodes if node is not None), None)
 
     def set_cookie(self, node: RelayId, *, secure: bool) -> bytes:
         """The field that makes the client come back to `node`."""

@@ -5,6 +5,7 @@ end, unfolds folded lines, and costs six times as much (docs/adr/0011).
 """
 
 import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
@@ -84,6 +85,17 @@ class ResponseHead:
     def tokens(self, name: bytes) -> frozenset[bytes]:
         """The elements of a list field, in lower case."""
         return _tokens(self.fields, name)
+
+
+def cookie_values(fields: Sequence[Field], name: bytes) -> Iterator[bytes]:
+    """The values of the request cookies of this name, in order: browsers send one for each path and domain that match (RFC 6265, 5.4)."""
+    wanted = name + b"="
+    for found in fields:
+        if found.name == b"cookie":
+            for part in found.value.split(b";"):
+                pair = part.strip(b" \t")
+                if pair.startswith(wanted):
+                    yield pair[len(wanted) :]
 
 
 class HeadScanner:

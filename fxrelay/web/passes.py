@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Final
 
 from fxrelay.admitting.ticket import Caller
-from fxrelay.web.heads import Field, RequestHead
+from fxrelay.web.heads import Field, RequestHead, cookie_values
 from fxtunnel.model import RelayId, is_name
 
 MAX_PASS_BYTES: Final = 4_096
@@ -46,7 +46,7 @@ class Passes:
 
     def caller_of(self, head: RequestHead, now_unix: float) -> Caller | None:
         """Whose pass the request shows, if it is one of ours and still holds."""
-        for value in _cookies(head, self.name):
+        for value in cookie_values(head.fields, self.name):
             caller = self._verified(value, now_unix)
             if caller is not None:
                 return caller
@@ -92,11 +92,6 @@ def bearer_of(head: RequestHead) -> bytes:
     """The token of `Authorization: Bearer`, or nothing (RFC 6750, 2.1)."""
     scheme, _, token = (head.get(b"authorization") or b"").partition(b" ")
     return token.strip(b" ") if scheme.lower() == b"bearer" else b""
-
-
-def _cookies(head: RequestHead, name: bytes) -> list[bytes]:
-    pairs = [part.strip(b" \t").partition(b"=") for found in head.fields if found.name == b"cookie" for part in found.value.split(b";")]
-    return [value for found, _, value in pairs if found == name]
 
 
 def _without(cookies: Field, name: bytes) -> Field | None:

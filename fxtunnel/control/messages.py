@@ -10,13 +10,14 @@ from fxtunnel.model import NAME_PATTERN, GatewayId, InstanceId, Offer, SessionId
 
 PROTOCOL_VERSION: Final = 1
 CAP_LEAVING: Final = "leaving"
-"""Of a relay's hello: this instance drains. It wants to be let in only where it has sessions."""
+"""In a relay's hello: this instance drains, and wants to be let in only where it has sessions."""
 MESSAGE_BYTES: Final = 16 * 1024  # PROTOCOL.md, 3; protects memory, and the reader from long stalls
 CAP_WORKERS: Final = "workers"
-"""Of a relay: it names the gateway's worker when it dials again (PROTOCOL.md, 1)."""
+"""In a relay's hello: it names the gateway's worker when it dials again (PROTOCOL.md, 1)."""
 CAP_NAMED: Final = "named"
-"""Of a gateway's welcome: its process can be dialled by its name, also when it has handed its address on (PROTOCOL.md, 3.1)."""
+"""In a gateway's welcome: its process can be dialled by name even after it has handed its address on (PROTOCOL.md, 3.1)."""
 MAX_EARLIER: Final = 64
+"""Earlier processes that a welcome names: far more than drain at once, and within MESSAGE_BYTES."""
 WORKER_PATTERN: Final = r"^[0-9]{0,4}$"
 TEXT_CHARS: Final = 512  # of a message for people: ends up in a log line
 
@@ -79,8 +80,8 @@ class Hello(_Message):
 class Welcome(_Message):
     """The gateway's answer to `Hello`; its times govern both ends.
 
-    `process` is random in each run of the gateway: another one than before has none of the sessions, and does not know of them.
-    `earlier` are those to which it passes on who names them.
+    `process` is random for each run of the gateway: another name means another process, without the relay's sessions. `earlier` are the
+    processes to which this one passes on the connections that name them.
     """
 
     type: Literal["welcome"] = "welcome"
@@ -109,7 +110,7 @@ class Refused(_Message):
 class TicketRequest(_Message):
     """The relay wants to dial a data link: a new session (None), or to resume one. `request` comes back in `Ticket`.
 
-    `sessions`, for a new one, is what it has of the gateway already: no other session of its will ever be resumed.
+    `sessions`, when it asks for a new one, are all those it still has at this gateway: it will never resume any other.
     """
 
     type: Literal["ticket-request"] = "ticket-request"
@@ -135,7 +136,7 @@ class Services(_Message):
 
 
 class Load(_Message):
-    """How many streams the relay carries for this gateway. `reluctant`: another one is better asked (PROTOCOL.md, 3.3)."""
+    """How many streams the relay carries for this gateway. `reluctant`: ask other relays first (PROTOCOL.md, 3.3)."""
 
     type: Literal["load"] = "load"
     streams: Counter
@@ -159,8 +160,8 @@ class Pong(_Message):
 class Drain(_Message):
     """No new streams, please; the open ones may finish until the deadline.
 
-    With `handover`, from a relay: another instance will follow, and until then what no other relay can take is still welcome. With
-    `relieved`, from a gateway: that other instance serves. Gateways that do not know the field say it with a deadline of 0 alone.
+    `handover`, from a relay: another instance will follow; until it serves, streams that no other relay can take are still welcome.
+    `relieved`, from a gateway: that instance serves now. Gateways that do not know this field send a deadline of 0 instead.
     """
 
     type: Literal["drain"] = "drain"

@@ -19,9 +19,9 @@ from fxtunnel.kit.settings import Address
 BACKLOG: Final = 4_096
 FIRST_INHERITED_FD: Final = 3
 EXHAUSTED: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
-"""Why `accept` fails that concern this host; the others concern the connection that was to be accepted (accept(2))."""
+"""Errors of `accept` that concern this host. All others concern only the connection that was about to be accepted (accept(2))."""
 LINE_NAME: Final = "fx-process-"
-"""Before the name of a process, of the line to it that is kept for its successors."""
+"""Prefix of the name under which a process's line is kept for its successors: the name of the process follows."""
 SocketOption = tuple[int, int, int | bytes]
 
 
@@ -47,6 +47,8 @@ class Inherited:
         self._sockets = dict(sockets)
         self._notifier = notifier
         self._kept = set(kept)
+        self._came = set(self._kept)
+        """What was kept for us: it stays so, whatever becomes of us."""
         self._lines = dict(lines or {})
 
     @classmethod
@@ -78,7 +80,7 @@ class Inherited:
 
     @property
     def is_handed_on(self) -> bool:
-        """Whether a successor goes on with these sockets while this process drains: it has a launcher, which did not say otherwise."""
+        """Whether a successor takes these sockets over while this process drains: there is a launcher, and it has not said otherwise."""
         if self._notifier is None or self._notifier.launcher is None:
             return False
         self._notifier.hear()
@@ -89,37 +91,48 @@ class Inherited:
         return self._sockets.pop(str(address), None)
 
     def keep(self, sock: socket.socket) -> None:
-        """Have our successor go on with a socket that was bound here."""
+        """Have a socket that was bound here kept for our successor."""
         if self._notifier is not None:
             address = str(bound_address(sock))
             self._kept.add(address)
             self._notifier.keep(kept_name(address), sock)
 
     def forget(self, address: str) -> None:
-        """Nobody shall listen there after us."""
+        """Do not have the socket of this address kept any longer."""
         if self._notifier is not None and address in self._kept:
             self._kept.discard(address)
+            self._came.discard(address)
             self._notifier.drop(kept_name(address))
 
+    def undo(self, sock: socket.socket) -> None:
+        """Close what `listen` has given, as another address failed: nobody shall listen there after us, unless it was kept for us."""
+        address = str(bound_address(sock))
+        if address not in self._came:
+            self.forget(address)
+        sock.close()
+
     def take_lines(self) -> dict[str, socket.socket]:
-        """The lines to processes that came before; the caller's now."""
+        """The lines to earlier processes, by their names. The caller owns them now; another call returns none."""
         lines, self._lines = self._lines, {}
         return lines
 
-    def keep_line(self, process: str, sock: socket.socket) -> bool:
-        """Have our successors given a line to this process. False: there will be none."""
-        if self._notifier is None or self._notifier.launcher is None:
-            return False
-        self._notifier.keep(f"{LINE_NAME}{process}", sock)
-        return True
+    @property
+    def keeps_lines(self) -> bool:
+        """Whether somebody keeps sockets for this process, to give them to its successors."""
+        return self._notifier is not None and self._notifier.launcher is not None
+
+    def keep_line(self, process: str, sock: socket.socket) -> None:
+        """Have a line to this process kept for its successors."""
+        if self._notifier is not None:
+            self._notifier.keep(f"{LINE_NAME}{process}", sock)
 
     def forget_line(self, process: str) -> None:
-        """That process is gone."""
+        """That process has ended: do not have its line kept any longer."""
         if self._notifier is not None:
             self._notifier.drop(f"{LINE_NAME}{process}")
 
     def close(self) -> None:
-        """Close what nobody wanted."""
+        """Close the inherited sockets that nobody has taken."""
         for process, line in self.take_lines().items():
             self.forget_line(process)
             line.close()
@@ -205,7 +218,7 @@ def _listen_unix(path: Path) -> socket.socket:
 
 
 def _is_held(path: Path) -> bool:
-    """Whether a process has the socket at `path`. Asked by a datagram, which no socket of streams takes: in a sandbox nothing connects."""
+    """Whether a process listens at `path`. Probed with a datagram, which a stream socket refuses: in a sandbox connect() is forbidden."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
         try:
             probe.sendto(b"", socket.MSG_DONTWAIT, str(path))

@@ -19,9 +19,9 @@ logger = logging.getLogger(__name__)
 
 POLL_S: Final = 0.1
 ARRIVAL_S: Final = 1.0
-"""What the last bytes of streams may take on their way when the time to drain is over."""
+"""For the last bytes of ended streams to reach the peer, once the drain time is over."""
 PAUSE_S: Final = 1.0
-"""After a failure of ours, which may come again at once."""
+"""Before `keep_going` starts again what failed: the same error may come again at once."""
 GC_THRESHOLD: Final = (50_000, 20, 20)
 """The data plane makes no reference cycles; frequent collections would only cost latency."""
 THREAD_SWITCH_S: Final = 0.0005
@@ -162,9 +162,9 @@ async def follow_launcher(notifier: Notifier, on_stop: Callable[[], None], *, ta
     await trio.lowlevel.wait_readable(launcher)
     is_ours = notifier.hear() == GO
     task_status.started()
-    if is_ours:
-        await trio.lowlevel.wait_readable(launcher)  # its end, or its word that it is ours too
-        notifier.hear()
+    while is_ours:
+        await trio.lowlevel.wait_readable(launcher)
+        is_ours = notifier.hear() == GO  # said twice it means no more than once; anything else is its end, or its word that it is ours too
     on_stop()
 
 

@@ -9,9 +9,9 @@ from peers import Serve, connect, echo, exchange, receive_all, receive_exactly, 
 from plane import Contexts, Plane, open_plane
 
 from fxgateway.doors import door as door_module
-from fxgateway.doors.proxied import is_within
 from fxgateway.routing.admission import AdmissionLimits
 from fxgateway.settings import DoorSettings
+from fxtunnel.kit.sources import is_within
 from fxtunnel.protocol.opening import Opening
 
 PROXY = (ipaddress.ip_network("127.0.0.0/30"),)

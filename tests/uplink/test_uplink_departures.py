@@ -8,7 +8,7 @@ import pytest
 import trio
 from uplink_fakes import QUICK, FakeGateway, running, session_id, until
 
-from fxrelay.uplink import uplink
+from fxrelay.uplink import redialling, uplink
 from fxrelay.uplink.ports import UplinkState
 from fxtunnel.codes import Code
 from fxtunnel.control.messages import CAP_LEAVING, Closing, Drain
@@ -197,8 +197,8 @@ async def test_making_way(gateway: FakeGateway, state_dir: Path, says_so: bool) 
 async def test_a_gateway_that_was_there_a_moment_ago_is_looked_for_often(
     gateway: FakeGateway, state_dir: Path, monkeypatch: pytest.MonkeyPatch, recent_s: float, is_quick: bool
 ) -> None:
-    monkeypatch.setattr(uplink, "RECENT_S", recent_s)
-    monkeypatch.setattr(uplink, "RECENT_CAP_S", 0.1)
+    monkeypatch.setattr(redialling, "RECENT_S", recent_s)
+    monkeypatch.setattr(redialling, "RECENT_CAP_S", 0.1)
     config = replace(QUICK, min_backoff_s=0.1, max_backoff_s=30.0)
     async with running(gateway, state_dir, config) as it:
         await until(lambda: it.is_carrying)
