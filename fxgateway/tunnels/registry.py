@@ -268,7 +268,7 @@ class Registry:
         """The gateway drains: no new relay comes in."""
         self.is_draining = True
         self.on_change()
-        logger.info("draining %d relays for at most %g s", len(self._relays), deadline_s)
+        logger.info("draining for at most %g s; relays here: %d", deadline_s, len(self._relays))
 
     def send_on(self, deadline_s: float) -> None:
         """Another process of the gateway is about to serve: tell relays to look for it. They keep the links they have here."""
@@ -392,6 +392,7 @@ class _Owner:
 
     def on_link_down(self, session: Session, reason: str) -> None:
         """The relay dials again."""
+        logger.info("link of %s lost: %s; streams held: %d", self._relay.relay_id, reason, len(session.mux.streams), extra={"tunnel": session.id})
         self._registry.on_change()
 
     def on_closed(self, session: Session, code: Code, text: str) -> None:

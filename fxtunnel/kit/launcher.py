@@ -266,6 +266,8 @@ class Launcher:
                 code = os.waitstatus_to_exitcode(status)
                 is_told = code == -signal.SIGTERM and daemon.told_to_stop is not None  # before it could listen to signals
                 daemon.exit_code = 0 if is_told else code if code >= 0 else 128 - code
+                if code < 0 and not is_told:
+                    self._say(f"process {pid} was ended by signal {-code} ({signal.strsignal(-code)})")
                 if daemon in self._draining:
                     self._has_let_go(daemon)
                 if daemon is self._successor:

@@ -120,11 +120,11 @@ async def wait_until(condition: Callable[[], bool]) -> None:
 
 async def let_finish(what: str, count: Callable[[], int], drain_s: float) -> None:
     """Wait until `count` is 0, for `drain_s` seconds at most. What is left then is named in the log, and the caller's to end."""
-    logger.info("stopping: %d %s have %g s to finish", count(), what, drain_s)
+    logger.info("stopping: %s have %g s to finish; open now: %d", what, drain_s, count())
     with trio.move_on_after(drain_s):
         await wait_until(lambda: not count())
     if left := count():
-        logger.warning("%d %s did not finish in time and are reset", left, what)
+        logger.warning("%s did not finish in time and are reset: %d", what, left)
 
 
 class Delivering(Protocol):

@@ -269,6 +269,15 @@ def test_a_daemon_that_ends_by_itself_ends_the_launcher(launch: Callable[..., La
     assert it.process.wait(DEADLINE_S) == 9
 
 
+def test_who_was_killed_from_outside_is_named(launch: Callable[..., Launched]) -> None:
+    """By the kernel for want of memory, say: the daemon had no time for a last word."""
+    it = launch(managed=True)
+    pid = it.noted("go-0")
+    os.kill(pid, signal.SIGKILL)
+    assert it.process.wait(DEADLINE_S) == 128 + signal.SIGKILL
+    assert f"process {pid} was ended by signal 9 (" in (it.home / "stderr").read_text()
+
+
 def test_the_watchdog_kills_the_daemon(launch: Callable[..., Launched]) -> None:
     it = launch(managed=True)
     pid = it.noted("go-0")

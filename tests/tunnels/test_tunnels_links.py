@@ -231,7 +231,9 @@ async def test_an_instance_that_drains_comes_back_only_where_it_is_known(tmp_pat
                 assert isinstance(await Channel(ws).receive(), Welcome)
             async with rig.websocket() as ws:
                 await ws.send_message(encode(hello("i0", caps=("resume", "leaving"))))
-                assert isinstance(await Channel(ws).receive(), Refused)
+                refused = await Channel(ws).receive()
+                assert isinstance(refused, Refused)
+                assert refused.retry_after_s == 30  # nothing changes for it before it is restarted
 
 
 class Claims(Alone):

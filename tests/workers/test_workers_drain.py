@@ -69,7 +69,7 @@ def test_a_relay_that_is_drained_gets_nothing_new_from_any_worker(make_stack: Ma
     before = streams()["node-0"]
     assert before > 0
     watched = stack.gateway_cli("drain", "node-0", "--timeout", "0.2", check=False)
-    assert (watched.returncode, watched.stdout.splitlines()[0].split(",")[0]) == (1, f"{before} streams of node-0 left")
+    assert (watched.returncode, watched.stdout.splitlines()[0].split(",")[0]) == (1, f"streams of node-0 left: {before}")
     assert stack.live_relays()["node-0"]["state"] == "draining"
     # Who comes now, at whichever worker, goes to the other relay; who was there stays.
     clients += [dial(port) for _ in range(CLIENTS)]
@@ -100,7 +100,7 @@ def test_a_gateway_that_is_drained_takes_nobody_at_any_worker(make_stack: MakeSt
     watching = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert watching.stdout is not None
     try:
-        assert watching.stdout.readline().startswith(f"{CLIENTS} clients left")
+        assert watching.stdout.readline().startswith(f"clients left: {CLIENTS},")
         with pytest.raises(ConnectionRefusedError):
             dial(port)
         assert "not ready: the gateway is draining" in stack.gateway_cli("relays").stdout
@@ -114,7 +114,7 @@ def test_a_gateway_that_is_drained_takes_nobody_at_any_worker(make_stack: MakeSt
         assert let_in == []
         for client in kept:
             client.close()
-        assert watching.communicate(timeout=30)[0].splitlines()[-1].startswith("0 clients left")
+        assert watching.communicate(timeout=30)[0].splitlines()[-1].startswith("clients left: 0,")
         assert watching.returncode == 0
     finally:
         watching.kill()
