@@ -190,7 +190,7 @@ def test_without_kept_sockets_addresses_are_free_in_time_and_streams_go_on(make_
         assert set(visitors.ends) <= {"served", "refused", "reset"}, visitors.ends
         managed.gateway.daemon().kill()
         assert managed.gateway.main is not None
-        managed.gateway.main.wait(5)
+        managed.gateway.main.wait(30)
         time.sleep(AWAY_S)
         managed.gateway.start()
         ready = time.monotonic()
@@ -210,7 +210,7 @@ def test_a_gateway_that_is_killed_has_its_relays_back_at_once(managed: Managed) 
     managed.gateway.listen()
     managed.gateway.daemon().kill()
     assert managed.gateway.main is not None
-    assert managed.gateway.main.wait(5) == 128 + signal.SIGKILL
+    assert managed.gateway.main.wait(30) == 128 + signal.SIGKILL
     managed.gateway.start()
     ready = time.monotonic()
     # It waits in the door's queue until the relay is back: nobody is turned away, even now.
