@@ -19,9 +19,9 @@ from fxrelay.uplink.enrol import enrol
 from fxrelay.uplink.gateway_file import GatewayFile, GatewayUrl
 from fxrelay.uplink.identity import Identity
 from fxrelay.uplink.ports import LinkSession, SessionFactory, UplinkConfig, UplinkSessionOwner, UplinkState, UplinkStatistics
-from fxrelay.uplink.returning import is_gone, keep_returning
+from fxrelay.uplink.returning import is_gone, is_turned_away, keep_returning
 from fxrelay.uplink.slot import Slot
-from fxrelay.uplink.ties import Ties
+from fxrelay.uplink.ties import Ties, too_many
 from fxrelay.uplink.verdicts import Doubling, appointed_s, final_error, retry_after_s
 from fxtunnel.codes import Code, Refusal
 from fxtunnel.control.channel import GOODBYE_S
@@ -133,8 +133,10 @@ class Uplink:
                         ties = self._ties[-1]
                         nursery.start_soon(self._hold, ties, task_status)
                         await ties.departs.wait()
-                        for oldest in self._ties[:-MAX_DEPARTING]:
-                            oldest.give_up()
+                        if self._drain_until is not None:
+                            await trio.sleep_forever()  # its next process would not let us in
+                        for spare in too_many(self._ties, MAX_DEPARTING):
+                            spare.give_up()
                         self._ties.append(self._new_ties())
                         await trio.sleep(self._around.rng.uniform(0, DEPARTURE_SPREAD_S))
         finally:
@@ -248,6 +250,8 @@ class Uplink:
             except FxError as exc:
                 if ties.departs.is_set() and is_gone(exc):
                     ties.lose()
+                elif self._drain_until is not None and is_turned_away(exc, ties):
+                    ties.depart()
                 if self._is_stopping or ties.departs.is_set() or self.ends_with(exc):
                     return
                 self._last_error = str(exc)
