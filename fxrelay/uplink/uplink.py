@@ -306,11 +306,11 @@ class Uplink:
                 if ties.process not in ("", link.welcome.process) and link.welcome.process:
                     logger.info("gateway %s is another process now", self.gateway_id)
                     self._lost_at = trio.current_time()
-                    if ties.is_up or (ties.is_named and ties.streams and ties.process in link.welcome.earlier):
+                    if ties.is_up or (ties.is_named and ties.sessions and ties.process in link.welcome.earlier):
                         # Its word of that missed us: what is open at the old process must not be in the way.
                         ties.depart()
                         return
-                    # Nothing is open there, and nothing could be resumed here: this link will do, and no ticket is asked for in vain.
+                    # Nothing that is open there could be resumed: this link will do, and no ticket is asked for in vain.
                     ties.close_sessions(Code.LINK_LOST, "its process of the gateway is gone")
                 self._welcomed(ties, link, url)
                 if self._welcomes == 1:

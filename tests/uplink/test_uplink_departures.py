@@ -102,14 +102,16 @@ async def test_a_process_that_nobody_reaches_by_its_name_is_given_up_at_once(gat
         assert it.is_carrying
 
 
-@pytest.mark.parametrize("leads_back", [True, False])
+@pytest.mark.parametrize(("leads_back", "streams"), [(True, 3), (True, 0), (False, 3)])
 async def test_another_process_is_met_before_the_old_one_has_said_that_it_goes(
-    gateway: FakeGateway, state_dir: Path, leads_back: bool
+    gateway: FakeGateway, state_dir: Path, leads_back: bool, streams: int
 ) -> None:
+    """Also where nothing is open, as far as the relay knows: an OPEN may have been lost with the link, or the end of an answer."""
     gateway.take_name("p1")
     async with running(gateway, state_dir) as it:
         await until(lambda: it.is_carrying)
         old = it.session
+        old.streams = streams
         gateway.greeting = [gateway.welcome(process="p2", earlier=("p0", "p1") if leads_back else ("p0",)) for _ in range(2)]
         gateway.cut_control()
         old.cut()
