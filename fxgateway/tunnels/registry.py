@@ -392,7 +392,9 @@ class _Owner:
 
     def on_link_down(self, session: Session, reason: str) -> None:
         """The relay dials again."""
-        logger.info("link of %s lost: %s; streams held: %d", self._relay.relay_id, reason, len(session.mux.streams), extra={"tunnel": session.id})
+        logger.info(
+            "link of %s lost: %s; streams held: %d", self._relay.relay_id, reason, len(session.mux.streams), extra={"tunnel": session.id}
+        )
         self._registry.on_change()
 
     def on_closed(self, session: Session, code: Code, text: str) -> None:
