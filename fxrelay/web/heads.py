@@ -60,6 +60,12 @@ class RequestHead:
         """Whether any bytes follow."""
         return self.length != 0
 
+    @property
+    def keeps_alive(self) -> bool:
+        """Whether the client means to go on after the response (RFC 9112, 9.3)."""
+        tokens = self.tokens(b"connection")
+        return b"close" not in tokens if self.version == b"1.1" else b"keep-alive" in tokens
+
     def get(self, name: bytes) -> bytes | None:
         """The value of the first field of that name."""
         return _get(self.fields, name)
