@@ -76,7 +76,7 @@ PAGES_END_S: Final = 1.0
 RESERVED_FILES: Final = 48
 """Descriptors kept for uplinks, the store, scripts and status, so that streams can never take the last one."""
 PLANNED_DRAIN_S: Final = 86_400.0
-"""For streams to end after `fxrelay drain`: as long as whoever plans the work likes to wait, a day at most."""
+"""For streams to end after `fxrelay drain`, which waits for as long as the administrator likes: a day at most."""
 
 
 def run(settings: RelaySettings, config_path: Path) -> int:
@@ -155,7 +155,7 @@ class Relay:
         async with trio.open_nursery() as nursery:
             await nursery.start(watch_signals, self._reloads.ask, self._stop.set)
             await nursery.start(follow_launcher, self._notifier, self._stop.set)
-            # Before anything is said to the cluster or a gateway: another process that has this directory is this relay, and stays.
+            # Before the cluster or a gateway hears of us: if another process holds this directory, that one is this relay, and stays.
             self._state_dir.enter_context(held_alone(self._settings.relay.state_dir))
             status = self._status.enter_context(listening_for_pages(self._settings.relay.status_address, self._inherited))
             await nursery.start(brain.run)
