@@ -123,10 +123,6 @@ class HeadScanner:
         rest, self.rest = bytes(self.rest), bytearray()
         return rest
 
-    def put_back(self, data: bytes) -> None:
-        """Begin anew with this: a head that was read, and what came behind it. Nothing may be held."""
-        self.rest, self._scanned = bytearray(data), 0
-
     def whole_head(self, data: bytes) -> int:
         """If `data` begins with a whole head, and nothing is held: where its empty line begins, otherwise -1; then `feed` tells more.
 
