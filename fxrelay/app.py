@@ -5,6 +5,7 @@ import os
 import socket
 import sys
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -66,13 +67,16 @@ from fxtunnel.protocol.credit import WindowBudget
 logger = logging.getLogger(__name__)
 
 SWEEP_S: Final = 5.0
+"""Between two looks for idle streams, whose limit is minutes at least."""
 RESOLVE_EVERY_S: Final = 30.0
+"""For targets given by name: how long a service that has moved is still looked for at its old address."""
 READY_POLL_S: Final = 0.02
 PAGES_END_S: Final = 1.0
+"""For open status pages to be hung up on; a successor waits for the address."""
 RESERVED_FILES: Final = 48
 """Descriptors kept for uplinks, the store, scripts and status, so that streams can never take the last one."""
 PLANNED_DRAIN_S: Final = 86_400.0
-"""For streams to end after `fxrelay drain`: as long as whoever plans the work likes to wait, a day at most."""
+"""For streams to end after `fxrelay drain`, which waits for as long as the administrator likes: a day at most."""
 
 
 def run(settings: RelaySettings, config_path: Path) -> int:
@@ -99,6 +103,17 @@ def configure_logs(settings: RelaySettings) -> None:
     access.logger.setLevel(logging.INFO if settings.log.access else logging.CRITICAL)
 
 
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What serves streams in a relay that knows who it is."""
+
+    brain: Brain
+    placer: Placer
+    porter: Porter
+    gate: LoginGate
+    web: WebDesk
+
+
 class Relay:
     """Everything one fxrelay process consists of. Also the factory of its uplinks' sessions."""
 
@@ -120,11 +135,8 @@ class Relay:
         self._desk = DeliveryDesk(reactor, self._services, self._delivery_limits(settings))
         self._budget = WindowBudget(settings.limits.memory_bytes)
         self._uplinks: list[Uplink] = []
-        self._brain: Brain | None = None
-        self._web: WebDesk | None = None
-        self._porter: Porter | None = None
+        self._composed: Parts | None = None
         self._owners = Workers(owner_limits(settings), config_path.absolute().parent)
-        self._gate: LoginGate | None = None
         self._failed = 0
 
     async def serve(self) -> int:
@@ -135,37 +147,21 @@ class Relay:
         """
         files = [await trio.to_thread.run_sync(load_gateway_file, gateway.file) for gateway in self._settings.gateways]
         identity = await load_identity(self._settings.relay.state_dir, RelayId(self._settings.relay.id))
-        whose = Whose(identity.relay_id, identity.instance, lambda: [uplink.statistics() for uplink in self._uplinks])
-        self._brain = brain = Brain(self._settings, self._config_path, whose)
-        brain.use_reactor(self._reactor)
-        self._desk.placer = placer = Placer(brain.chooser, self._settings.cluster.paths, brain.chooser)
-        self._desk.node = identity.relay_id
-        self._desk.redirected_ended = brain.publisher.session_ended
-        self._porter = porter = Porter(brain.tickets, identity.relay_id)
-        porter.reconfigure(await trio.to_thread.run_sync(entry_rules, self._settings, self._owners, self._directory))
-        placer.entries = StreamEntries(porter, lambda name: isinstance(self._services.get(name), PoolService))
-        self._gate = gate = LoginGate(
-            brain.chooser, brain.view, HeldLogin, Timing(self._settings.cluster.lease_s, self._settings.cluster.down_s)
-        )
-        gate.reservations = brain.reservations
-        gate.reconfigure(await trio.to_thread.run_sync(login_services, self._settings), guarded_services(self._settings))
-        self._desk.web = self._web = web = WebDesk(self._desk, brain.chooser, identity.relay_id, web_limits(self._settings.limits), gate)
-        web.porter, web.others_may = porter, brain.others_may
-        web.reconfigure(await trio.to_thread.run_sync(web_rules, self._settings))
-        self._services.replace(await resolved(self._settings.services))
+        self._composed = parts = await self._compose(identity)
+        brain = parts.brain
         self._uplinks = self._make_uplinks(files, identity, Surroundings(is_reluctant=lambda: brain.is_cut_off))
         memory_bytes = self._settings.limits.memory_bytes
         view = LiveView(identity.relay_id, identity.instance, lambda: self._uplinks, self._desk, brain, self._budget, memory_bytes)
         async with trio.open_nursery() as nursery:
             await nursery.start(watch_signals, self._reloads.ask, self._stop.set)
             await nursery.start(follow_launcher, self._notifier, self._stop.set)
-            # Before anything is said to the cluster or a gateway: another process that has this directory is this relay, and stays.
+            # Before the cluster or a gateway hears of us: if another process holds this directory, that one is this relay, and stays.
             self._state_dir.enter_context(held_alone(self._settings.relay.state_dir))
             status = self._status.enter_context(listening_for_pages(self._settings.relay.status_address, self._inherited))
             await nursery.start(brain.run)
-            await nursery.start(placer.run)
-            await nursery.start(gate.run)
-            await nursery.start(web.run)
+            await nursery.start(parts.placer.run)
+            await nursery.start(parts.gate.run)
+            await nursery.start(parts.web.run)
             await nursery.start(self._serve_pages, view, status)
             self._inherited.close()
             nursery.start_soon(keep_going, "ending idle streams", self._sweep)
@@ -185,6 +181,36 @@ class Relay:
                 await self._let_finish()
             nursery.cancel_scope.cancel()
         return 1 if self._has_failed else 0
+
+    async def _compose(self, identity: Identity) -> Parts:
+        """Make the parts, tell them of each other, and apply the configuration to them. None of them runs yet.
+
+        Raises:
+            ConfigError: a key, a certificate or a script of the configuration cannot be used.
+        """
+        settings, desk = self._settings, self._desk
+        whose = Whose(identity.relay_id, identity.instance, lambda: [uplink.statistics() for uplink in self._uplinks])
+        brain = Brain(settings, self._config_path, whose)
+        brain.use_reactor(self._reactor)
+        desk.placer = placer = Placer(brain.chooser, settings.cluster.paths, brain.chooser)
+        desk.node = identity.relay_id
+        desk.redirected_ended = brain.publisher.session_ended
+        porter = Porter(brain.tickets, identity.relay_id)
+        porter.reconfigure(await trio.to_thread.run_sync(entry_rules, settings, self._owners, self._directory))
+        placer.entries = StreamEntries(porter, lambda name: isinstance(self._services.get(name), PoolService))
+        gate = LoginGate(brain.chooser, brain.view, HeldLogin, Timing(settings.cluster.lease_s, settings.cluster.down_s))
+        gate.reservations = brain.reservations
+        gate.reconfigure(await trio.to_thread.run_sync(login_services, settings), guarded_services(settings))
+        desk.web = web = WebDesk(desk, brain.chooser, identity.relay_id, web_limits(settings.limits), gate)
+        web.porter, web.others_may = porter, brain.others_may
+        web.reconfigure(await trio.to_thread.run_sync(web_rules, settings))
+        self._services.replace(await resolved(settings.services))
+        return Parts(brain, placer, porter, gate, web)
+
+    @property
+    def _parts(self) -> Parts:
+        assert self._composed is not None  # whoever asks was started by `serve`
+        return self._composed
 
     def close(self) -> None:
         """End the processes of owner scripts, and let go of the status socket and the state directory."""
@@ -276,8 +302,7 @@ class Relay:
         limits = self._settings.limits
         serves = not self._desk.is_draining
         if serves:
-            if self._brain is not None:
-                self._brain.publisher.hush()
+            self._parts.brain.publisher.hush()
             for uplink in self._uplinks:
                 uplink.make_way(limits.handover_s + limits.drain_s)
         self._pages.cancel()
@@ -287,17 +312,14 @@ class Relay:
         self._notifier.stopping()
         with trio.move_on_after(limits.handover_s if serves else 0):
             await wait_until(lambda: all(uplink.is_relieved for uplink in self._uplinks))
-            if self._web is not None:
-                self._web.drain()  # clients' connections would otherwise stay for their next request
+            self._parts.web.drain()  # clients' connections would otherwise stay for their next request
             return True
         return False
 
     def _take_nothing_more(self, drain_s: float) -> None:
         self._desk.is_draining = True
-        if self._brain is not None:
-            self._brain.publisher.leave()
-        if self._web is not None:
-            self._web.drain()
+        self._parts.brain.publisher.leave()
+        self._parts.web.drain()
         for uplink in self._uplinks:
             uplink.drain(drain_s)
 
@@ -333,15 +355,12 @@ class Relay:
         entries = await trio.to_thread.run_sync(entry_rules, fresh, self._owners, self._directory)
         logins = await trio.to_thread.run_sync(login_services, fresh)
         environ = await trio.to_thread.run_sync(site_environment, fresh.node, os.environ)
-        if self._brain is not None:
-            self._brain.reconfigure(fresh, environ)  # first: a script that cannot be used refuses the whole configuration
-        if self._web is not None:
-            self._web.limits = web_limits(fresh.limits)
-            self._web.reconfigure(rules)
-        if self._porter is not None:
-            self._porter.reconfigure(entries)
-        if self._gate is not None:
-            self._gate.reconfigure(logins, guarded_services(fresh))
+        parts = self._parts
+        parts.brain.reconfigure(fresh, environ)  # first: it refuses the whole configuration if a script cannot be used
+        parts.web.limits = web_limits(fresh.limits)
+        parts.web.reconfigure(rules)
+        parts.porter.reconfigure(entries)
+        parts.gate.reconfigure(logins, guarded_services(fresh))
         self._apply(fresh, services)
         if waiting:
             logger.warning("changed, but not before the next restart: %s", ", ".join(waiting))
@@ -351,8 +370,7 @@ class Relay:
         """Services and limits of a reloaded configuration, as far as it counts by now."""
         self._services.replace(services)
         self._desk.limits = self._delivery_limits(fresh)
-        if self._desk.placer is not None:
-            self._desk.placer.paths = fresh.cluster.paths
+        self._parts.placer.paths = fresh.cluster.paths
         for uplink in self._uplinks:
             uplink.update_services(self._services.offers())
         configure_logs(fresh)

@@ -48,7 +48,7 @@ logger = logging.getLogger(__name__)
 
 TUNNEL_POLL_S: Final = 0.5
 TOLD_WITHIN_S: Final = 2.0
-"""By then gateways know that this relay lacks its store."""
+"""After this long gateways know that this relay lacks its store (`Load.reluctant`)."""
 READS_BEFORE_STALE: Final = 3
 """While live updates are down the store is read so often within `stale_s`: one reading may fail, and what is read is not new itself."""
 
@@ -123,7 +123,7 @@ class Brain:
 
     @property
     def is_cut_off(self) -> bool:
-        """Whether the store does not answer, or may not: relays that have it are better asked."""
+        """Whether the store does not answer, or may not: gateways should ask other relays first."""
         return self.view.health().store_down_s > 0
 
     def others_may(self, service: ServiceName, gateway_id: GatewayId) -> bool:

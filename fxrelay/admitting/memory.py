@@ -17,7 +17,7 @@ from fxtunnel.errors import StoreError
 logger = logging.getLogger(__name__)
 
 STORE_TIMEOUT_S: Final = 1.8
-"""For the store to answer: who waits is told within two seconds that it does not."""
+"""For the store to answer: clients are told within two seconds if it does not."""
 
 CLOCKS_MS: Final = 60_000
 """The store's clock may be this much ahead of the relays': it must not forget a ticket that they would still take."""
@@ -29,13 +29,13 @@ class Use(Enum):
     FIRST = "first"
     AGAIN = "again"
     FORGOTTEN = "forgotten"
-    """It was made before our memory began, so nobody can say whether it was used."""
+    """The ticket is older than our memory, so nobody can say whether it was used."""
     UNKNOWABLE = "unknowable"
     """The store is away: it may have been used at another relay. Nothing was used."""
 
 
 class TicketMemory(Protocol):
-    """Remembers."""
+    """Remembers which tickets were used."""
 
     async def spend(self, ticket: Ticket) -> Use:
         """Use a ticket. Raises nothing. Cancelled, it counts as used, and must not be given back: it may have been used before."""

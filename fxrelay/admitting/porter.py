@@ -1,4 +1,4 @@
-"""Task: asks everything that has to be asked before somebody gets a stream: his ticket, the service's owner, how many he has already.
+"""Task: everything that is checked before a client gets a stream: its ticket, the service's owner, how many streams the user has already.
 
 The relay asks, never the gateway: it is the gateway that may be in wrong hands, and it has nothing here that it could make a ticket with.
 """
@@ -28,7 +28,7 @@ OWNER_REMEMBERED_S: Final = 60.0
 """How long the owner's yes holds for the requests of one connection."""
 MAX_REMEMBERED: Final = 16
 OWNER_WAIT_S: Final = 7.0
-"""For a script process to be free and to answer: less than gateways wait for a stream."""
+"""For a script process to become free and answer. Less than the 10 s that gateways wait for a stream."""
 _UNUSABLE: Final = {
     Use.AGAIN: (Objection.USED, "it was used before"),
     Use.FORGOTTEN: (Objection.FORGOTTEN, "it was made before the memory of this relay begins"),
@@ -79,7 +79,7 @@ class Guest:
         self._allowed: dict[tuple[str, str], float] = {}
 
     def identify(self, token: str) -> Caller | NotAdmitted:
-        """Who shows this ticket; an empty one is none."""
+        """Who shows this ticket; an empty text means no ticket."""
         if self._rules is None:
             return self.refuse(Code.NO_SERVICE, "no-rules", "this relay does not know yet who may have it")
         rules = self._rules.ticket

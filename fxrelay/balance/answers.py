@@ -11,5 +11,5 @@ def failed(name: str, message: str, detail: str = "") -> Answer:
 
 
 def refused(name: str, message: str, detail: str = "") -> Answer:
-    """The answer of a script that works, and says no."""
+    """The answer of a script that ran without error and refused the request."""
     return failed(name, message, detail) | {"kind": "refused"}

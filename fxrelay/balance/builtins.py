@@ -1,4 +1,4 @@
-"""Pure: the built-in balancing entries. Each picks one of the candidates; none of them ever looks at who is asking but `user_hash`.
+"""Pure: the built-in balancing entries. Each picks one of the candidates; only `user_hash` looks at who is asking.
 
 Candidates come in order of id. Load-based entries count placements on their way (`load_sessions`) and break ties by id, so every relay
 that knows the same decides the same.

@@ -164,7 +164,7 @@ class Deciding:
 def _deciding(
     chain: Sequence[ChainEntry], candidates: Sequence[Candidate], dropped: Sequence[Dropped]
 ) -> Generator[tuple[ChainEntry, Sequence[Candidate]], Verdict, Decision]:
-    """Yields which entry is to be asked about whom, takes its verdict, and returns what came of it all."""
+    """Generator: yields an entry and the candidates to ask it about, is sent its verdict, and returns the decision."""
     steps: list[Step] = []
     offered = candidates
     failure = Failed(NO_SERVER_SELECTED, "no entry of the balancing chain chose a server")

@@ -33,7 +33,7 @@ from fxtunnel.model import GatewayId, RelayId, ServiceName
 logger = logging.getLogger(__name__)
 
 LOOK_AGAIN_S: Final = 1.0
-"""Who waits for a server looks again after this long, whatever is heard: servers also get free by time."""
+"""A stream that waits for a server looks again after this long even without news: reservations also expire."""
 
 
 Told = Callable[[Node | NoNode | None], None]
@@ -49,7 +49,7 @@ class Balancing:
     seats: SeatRules = NO_RULES
     is_instant: bool = field(init=False)
     needs_no_task: bool = field(init=False)
-    """Of the chain; asking each entry what it can do costs more than it seems."""
+    """Whether `Deciding` can ask the chain. Kept, since asking every entry for each stream is measurable."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "is_instant", is_instant(self.chain))
@@ -71,7 +71,7 @@ class PoolChooser:
         self._sieves: dict[tuple[str, Action, GatewayId], Sieve] = {}
         self._lines: defaultdict[ServiceName, Line] = defaultdict(Line)
         self.seating: Seating | None = None
-        """Reservations. None: this relay knows of none, and gives nobody a server for himself."""
+        """Reservations. None: this relay takes no part in them, and reserves no server for anybody."""
         self.decisions = 0
         self.failures: dict[str, int] = {}
 
@@ -133,7 +133,7 @@ class PoolChooser:
         then(self._refusal(wanted, replace(decision, dropped=tuple(dropped))))
 
     def _request(self, balancing: Balancing, wanted: Wanted) -> Request:
-        """What is decided about. Sessions and data are for scripts, and only they wait for them to be gathered."""
+        """The request to decide about. Sessions and data are gathered only if scripts are asked, since nobody else needs them."""
         action = _action(balancing, wanted)
         user = wanted.user if action is Action.LOGIN or wanted.is_proven else ""
         if is_instant(balancing.chain):
@@ -149,7 +149,7 @@ class PoolChooser:
         )
 
     def _is_free(self, balancing: Balancing, wanted: Wanted) -> bool:
-        """Whether neither a line nor a reservation is between the stream and its node."""
+        """Whether the stream can have its node without waiting in line and without a reservation."""
         if self._lines.get(wanted.service):
             return False
         is_login = _action(balancing, wanted) is Action.LOGIN
@@ -206,7 +206,7 @@ class PoolChooser:
                 while True:
                     if not place.turn.is_set():
                         await place.turn.wait()
-                        # Who stood before has been given a server and does not hold it yet: trying now could take it from him.
+                        # The stream ahead has been given a server but does not hold it yet: trying now could take it away from that one.
                         await self._next_change()
                     changed = self._changed()
                     answer, decision = await self._choose(balancing, wanted, excluded)
@@ -231,7 +231,7 @@ class PoolChooser:
         """The node, or None and a decision that says why there is none."""
         request = self._request(balancing, wanted)
         if wanted.came_back and self.seating is not None and request.action is Action.LOGIN and wanted.user:
-            await self.seating.find_homes(wanted.user)  # the node it was sent to may have known of another one, which is his
+            await self.seating.find_homes(wanted.user)  # the node that refused it may have known of another node that the user has
         candidates, dropped = self._candidates(balancing, request, wanted, excluded)
         self.decisions += 1
         preferred = self._preferred(balancing, request, candidates)
@@ -337,5 +337,5 @@ def _would_do(seats: SeatRules, candidates: list[Candidate]) -> Callable[[str], 
 
 
 def _may_wait(decision: Decision) -> bool:
-    """Whether somebody else's going away would help."""
+    """Whether it would help if somebody else left: then the stream may wait."""
     return any(dropped.reason == RESERVED for dropped in decision.dropped)

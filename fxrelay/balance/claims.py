@@ -1,4 +1,4 @@
-"""Task: claims on nodes that were chosen, which all relays count, and the seat that nobody gets."""
+"""Task: claims on chosen nodes, which all relays count, and the seat at a relay without reservations."""
 
 from collections.abc import Callable
 from typing import Final

@@ -40,7 +40,7 @@ class Pool:
 
 @dataclass(frozen=True, slots=True)
 class Circumstances:
-    """What besides the servers decides: how many placements each has on its way, who was tried, who belongs to whom.
+    """What the filters need besides the servers: how many placements each has on its way, which were tried, which are reserved for whom.
 
     `holders` maps reserved servers to their user; with `guards_start` they are kept from others' session starts too. `only` is the one
     server that the client asked for, if it did.
@@ -54,7 +54,7 @@ class Circumstances:
 
 
 def everyone(server: ServerObject) -> bool:
-    """There is a way to every server, or it does not matter whether there is."""
+    """The default for reachability: every server counts as reachable."""
     return True
 
 

@@ -51,7 +51,7 @@ class Patience:
             self._is_patient = set_session_nice(self._pid, PATIENT_NICE, self._proc)
 
     def look(self, now_s: float) -> bool:
-        """It has not answered for another LOOK_S. False: there is no need to look again."""
+        """It has not answered for another LOOK_S. Returns whether to look again."""
         ran_ns = _ran_ns(self._proc, self._pid)
         elapsed_s = now_s - self._looked_at_s if self._looked_at_s else 0.0
         if elapsed_s and (ran_ns - self._ran_ns) / 1e9 < STARVED_SHARE * elapsed_s:

@@ -1,4 +1,4 @@
-"""Pure: a decision's input written down, so that it can be made again elsewhere; and a decision told to people."""
+"""Pure: the recorded input of a decision, so that it can be replayed elsewhere; and a decision explained to people."""
 
 import json
 from collections.abc import Mapping
@@ -21,10 +21,10 @@ _DETAIL_LINES: Final = 40
 
 @dataclass(frozen=True, slots=True)
 class Recording:
-    """Everything a decision is made from, but for what scripts look up by themselves.
+    """The whole input of a decision, except for what scripts look up by themselves.
 
-    `numbers` are the next ones of the cluster's counters. `reserves`: each server of the pool is for one user; `wanted` are those where
-    somebody is just logging in.
+    `numbers` are the next values of the cluster's counters. `reserves`: every server of the pool is reserved by its user; `wanted` are the
+    servers at which somebody is logging in.
     """
 
     request: Request
@@ -41,11 +41,11 @@ class Recording:
     wanted: frozenset[RelayId] = frozenset()
 
     def circumstances(self) -> Circumstances:
-        """As the filters take them."""
+        """The part that the filters need."""
         return Circumstances(self.in_flight, holders=self.holders, guards_start=self.guards_start)
 
     def preferred(self, candidates: list[Candidate]) -> list[Candidate]:
-        """Those of the candidates that a login should be given one of."""
+        """The candidates from which a login should get its server."""
         is_login = self.request.action is Action.LOGIN
         if not is_login or not any(self.reserves or candidate.server.enable_reservations for candidate in candidates):
             return candidates
@@ -53,7 +53,7 @@ class Recording:
 
 
 def encode_recording(recording: Recording) -> str:
-    """As JSON text for a file. It holds what `data` held, secrets too: keep it private."""
+    """The recording as JSON for a file. Keep it private: it holds the request's `data`, secrets included."""
     request, pool = recording.request, recording.pool
     return json.dumps(
         {
@@ -98,10 +98,10 @@ def encode_recording(recording: Recording) -> str:
 
 
 def decode_recording(text: str) -> Recording:
-    """The other way round.
+    """The recording in a text that `encode_recording` made.
 
     Raises:
-        ValueError: it is not such a record; the text says what is wrong.
+        ValueError: it is not a recording; the message says what is wrong.
     """
     try:
         found: dict[str, Any] = json.loads(text)

@@ -1,4 +1,4 @@
-"""Pure: the rule of reservations: one record a server, and what each step of the algorithm makes of it (docs/RESERVATIONS.md).
+"""Pure: the rule of reservations: one record per server, and how each step of the algorithm changes it (docs/RESERVATIONS.md).
 
 The published algorithm has seven steps; their names are in `Step`. The record is changed by one atomic operation of the store, which hands
 the rule what it needs to know about the world: `Moment`. Times are the store's clock, ms since 1970, and nobody else's.
@@ -15,13 +15,15 @@ DAEMON_CLAIM: Final = "fastx/daemon"
 ENTRY_TTL_MS: Final = 180_000
 """An entry is forgotten this long after its last request (the published algorithm has no end for it, and anyone may cause one)."""
 ENTRY_HARD_MS: Final = 600_000
-"""However many requests: an entry is forgotten this long after it was made."""
+"""An entry is forgotten this long after it was made, however many requests follow."""
 MAX_ENTRIES: Final = 64
 """Entries of one server. One more takes the place of the oldest of the address that has most."""
 MAX_ENTRIES_PER_ADDRESS: Final = 8
+"""Of one client address, so that nobody can take all entries of a server."""
 MAX_LOGINS: Final = 256
 """Logins of one user on one server."""
 MAX_LINGER_MS: Final = 7 * 86_400_000
+"""A week: no setting may keep a server for longer after its last login."""
 
 
 class Step(Enum):
@@ -102,12 +104,12 @@ class Login:
 
     @property
     def awaits_sessions(self) -> bool:
-        """Whether it has ended, and only his sessions keep the server."""
+        """Whether the login has ended and only the user's sessions keep the server."""
         return self.is_lingering and self.is_for_sessions
 
     @property
     def outlasts(self) -> bool:
-        """Whether it stays when its user has another login: mere lingering is not needed then."""
+        """Whether it stays when its user has another login. A login that merely lingers does not."""
         return self.is_for_sessions or not self.is_lingering
 
 
@@ -163,7 +165,7 @@ class Granted:
 
 @dataclass(frozen=True, slots=True)
 class Rejected:
-    """It is not; the record may have been cleaned all the same. `holder`: who has it, as far as that is the reason."""
+    """The login is not let in. The record may have been cleaned up all the same. `holder`: who has the server, if that is why."""
 
     record: Record
     reason: Reason

@@ -35,7 +35,7 @@ class Evidence:
     lease_ms: int
 
     def is_fresh(self, now_ms: int, epoch: str) -> bool:
-        """Whether nothing can have happened since that this does not tell."""
+        """Whether it is recent enough that nothing can have happened since."""
         return epoch == self.mark.epoch and abs(now_ms - self.seen_ms) <= self.lease_ms // 3
 
     def settles_in_ms(self, now_ms: int) -> int:
@@ -79,7 +79,7 @@ def encode_mark(mark: Mark) -> str:
 
 
 def decode_mark(text: str) -> Mark | None:
-    """The mark, or None: what is not one counts as forgotten."""
+    """The mark in a stored text; None if it is not one, which counts as a store that has forgotten."""
     if len(text) > MAX_MARK_BYTES:
         return None
     try:

@@ -1,4 +1,4 @@
-"""Task: a line of those who wait for a server, first come first served; one line for each service of a relay."""
+"""Task: streams that wait in line for a server, first come, first served; one line per service of this relay."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,7 +7,7 @@ import trio
 
 
 class Place:
-    """Somebody's place in a line. `since`: when he came; who lost a race and comes back keeps his."""
+    """A place in a line. `since`: when it was taken; a stream that lost a race and comes back keeps its place."""
 
     __slots__ = ("line", "since", "turn")
 
@@ -18,12 +18,12 @@ class Place:
 
     @property
     def position(self) -> int:
-        """1: it is his turn."""
+        """1 is the front: its turn to try."""
         return self.line.places.index(self) + 1
 
 
 class Line:
-    """Who waits. The first one tries; those behind him wait for him to get something, or to give up."""
+    """The streams that wait. The first one tries; those behind wait until it has got a server or has given up."""
 
     def __init__(self) -> None:
         self.places: list[Place] = []

@@ -1,4 +1,4 @@
-"""Pure: which ways there are from this relay to another node, by its own configuration and by what the node says."""
+"""Pure: how this relay can reach another node, by its own configuration and by what the node publishes."""
 
 from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv6Address, ip_address
@@ -9,7 +9,7 @@ from fxrelay.cluster.settings import Network, PathKind
 from fxtunnel.model import GatewayId, RelayId
 
 _MAX_KEPT: Final = 65_536
-"""Addresses about which it is remembered whether they are allowed."""
+"""Addresses for which the result is kept."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Pure: what may go into a store or a message, and what of that which comes out of one is ours."""
+"""Pure: what may be written to a store or a message, and how to tell whether something read from one was written by a member."""
 
 import re
 from typing import Final

@@ -1,4 +1,4 @@
-"""Task: keeps a ClusterView up to date: live messages as they come, and the whole store now and then for what was missed."""
+"""Task: keeps a ClusterView up to date: with live messages as they come, and by reading the whole store now and then."""
 
 import random
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ GATHER_S: Final = 0.05
 """Pause between two batches: under load one thread call brings many messages."""
 CONTROL_READS: Final = 3
 ASK_PAUSE_S: Final = 0.2
-"""Between two times that the store is asked because somebody could not use it."""
+"""Pause between two attempts to ask a store that somebody could not use."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,7 @@ class Follower:
         self._doubt = trio.Event()
 
     def ask_store(self) -> None:
-        """Have the store asked soon whether it is there. Never waits."""
+        """Have the store asked soon whether it answers. Never blocks."""
         self._doubt.set()
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -126,7 +126,7 @@ class Follower:
             try:
                 subscription = await self._threads.run(lambda: self._transporter.subscribe(TOPICS))
                 self._view.live_updates_heard()
-                self._again.set()  # what was said between the last reading and now was not heard
+                self._again.set()  # messages between the last reading and now were not heard
                 await self._listen(subscription, backoff)
             except TransporterError as exc:
                 if self._view.health().live:

@@ -1,4 +1,4 @@
-"""Pure: sessions that were placed on a server and that its last update cannot count yet.
+"""Pure: sessions that were placed on a server, and are not counted in its last update yet.
 
 Server objects are seconds old. Without these counts a burst of logins all lands on the node that looked best when it began.
 """
@@ -15,7 +15,7 @@ MAX_PLACEMENTS: Final = 100_000
 MARGIN_MS: Final = 250
 """By how much members may be wrong about the store's clock."""
 EXPIRES_S: Final = 180.0
-"""A placement nobody withdrew, of a server that publishes no more: twice the age at which a server is down."""
+"""When a placement expires that nobody withdrew, on a server that no longer publishes: twice the age at which a server is down."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ class InFlight:
         self._by_server.setdefault(placement.server_id, at_server)[placement.placement_id] = placement
 
     def withdraw(self, placement_id: PlacementId) -> None:
-        """It came to nothing, or has ended already. May be repeated."""
+        """The placement failed, or has ended already. May be repeated."""
         found = self._where.pop(placement_id, None)
         if found is not None:
             server_id = found[0]

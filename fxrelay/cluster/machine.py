@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 MAX_LISTED: Final = 200
 MAX_LIST_BYTES: Final = 16_384
 KEPT_PERIODS: Final = 3
-"""How long the last good value of a failing source is used, in periods."""
+"""How long the last good value of a failing source is used, in publishing periods."""
 CONNECTION_TABLES: Final = (Path("/proc/self/net/tcp"), Path("/proc/self/net/tcp6"))
 _BLOCK_BYTES: Final = 131_072
 """Lines are matched in parts: no other thread of the relay waits for more than about a millisecond."""

@@ -1,4 +1,4 @@
-"""Pure: who is in the cluster, from the updates that arrive: the newest of each node, its age, and nodes that quarrel over a name."""
+"""Pure: the members of the cluster, from the updates that arrive: the newest of each node, its age, and ids that two processes claim."""
 
 import json
 import math
@@ -257,7 +257,7 @@ class Members:
             self._next_change_at = min(self._next_change_at, min(record.rivals.values()) + QUARREL_S)
 
     def _succeeds(self, heard_at: float, record: _Record, now: float) -> bool:
-        """Whether an older process speaks while the newer one has fallen silent: that one was ended, or its clock was wrong."""
+        """Whether an older process takes over because the newer one has fallen silent: that one has ended, or its clock was wrong."""
         return now - heard_at < self._ages.stale_s <= now - record.heard_at
 
     def _state(self, age_s: float) -> MemberState:

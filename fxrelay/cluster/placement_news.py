@@ -21,11 +21,11 @@ QUEUE: Final = 1_024
 GATHER_S: Final = 0.05
 """Pause after placements were told: what changes meanwhile goes out together, each placement as it is then."""
 AGAIN_S: Final = 1.0
-"""From ends that could not be told to the next attempt."""
+"""Before ends of placements that could not be published are published again."""
 
 
 class PlacementNews:
-    """What is told waits for `run`, which carries it to the others. Without `run` only this relay knows."""
+    """Queues news of placements for `run`, which publishes them. Without `run` only this relay knows of them."""
 
     def __init__(self, transporter: Transporter, threads: Threads) -> None:
         self._transporter = transporter
@@ -33,7 +33,7 @@ class PlacementNews:
         self._news_in, self._news_out = trio.open_memory_channel[tuple[str, Placement]](QUEUE)
 
     def tell(self, event: str, placement: Placement) -> None:
-        """What became of a placement. It is dropped while too much waits: then the servers' own updates tell."""
+        """Queue what became of a placement. Dropped if the queue is full: the servers' own updates will tell."""
         with suppress(trio.WouldBlock, trio.BrokenResourceError):
             self._news_in.send_nowait((event, placement))
 

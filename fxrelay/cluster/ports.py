@@ -59,7 +59,7 @@ class Both:
 
 
 Change = Callable[[Present], str | None]
-"""What a document becomes; None: it stays as it is. Called with the store in hand, perhaps several times: it must be quick and pure."""
+"""Returns the new text of a document, None to leave it. Called within the update, perhaps several times: it must be quick and pure."""
 
 
 @dataclass(frozen=True, slots=True)

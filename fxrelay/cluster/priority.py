@@ -1,4 +1,4 @@
-"""Task: how much the processes that this relay starts give way to others, however the kernel groups processes.
+"""Task: the scheduling priority of the processes that this relay starts, however the kernel groups processes.
 
 Niceness only counts within a session where the kernel groups processes by session (sched(7), autogroup), so the whole session is made
 as nice. What the kernel does not have, or does not let us do, is left out.

@@ -21,16 +21,16 @@ from fxtunnel.model import InstanceId, RelayId
 logger = logging.getLogger(__name__)
 
 MIN_PAUSE_S: Final = 0.2
-"""Between two updates, however much changes."""
+"""The shortest time between two updates, however much changes."""
 RETRY_S: Final = 3.0
-"""Before the store is tried again that did not take an update."""
+"""Until the next update after one that the store did not take."""
 EARLY_GATHER_S: Final = 0.2
-"""From a session's end to the update that tells it: others end meanwhile, and by then the kernel or a program counts it no more."""
+"""From a session's end to the early update that tells of it: other sessions may end meanwhile, and the kernel stops counting it."""
 EARLY_PAUSE_S: Final = 1.0
-"""From one update to one that tells ends of sessions."""
+"""The shortest time from any update to an early one."""
 MAX_EARLY: Final = 6
-"""Such updates in a row; then one in each `publish_s`, which takes the place of a regular one: a node whose sessions end all the time
-does not write to the store more often than others."""
+"""Early updates in a row. After that there is one per `publish_s`, in place of the regular one, so that a node whose sessions end all the
+time does not write to the store more often than others."""
 FAREWELL_S: Final = 2.0
 """For the last object, which says that this node has ended, to reach the store when the relay stops."""
 
@@ -49,7 +49,7 @@ class PublisherConfig:
 
 
 class _Early:
-    """How many early updates are left. `now` is monotonic seconds."""
+    """A token bucket for early updates. `now` is monotonic seconds."""
 
     def __init__(self, every_s: float) -> None:
         self._every_s = every_s
@@ -57,12 +57,12 @@ class _Early:
         self._counted_at = 0.0
 
     def wait_s(self, now: float) -> float:
-        """Until there is one."""
+        """Seconds until the next early update is allowed."""
         self._count(now)
         return max(0.0, (1 - self._left) * self._every_s)
 
     def take(self, now: float) -> None:
-        """One is made."""
+        """An early update is made."""
         self._count(now)
         self._left = max(0.0, self._left - 1)
 
@@ -74,7 +74,8 @@ class _Early:
 class Publisher:
     """Publishes. `run` it once; `changed`, `session_ended` and `hear_end` may be called at any time from the trio thread or the reactor.
 
-    `measure` gathers what the machine says (it may take its time), `agent` tells at once what the relay knows about itself: `tunnels`.
+    `sources` are `measure`, which gathers what the machine says and may take its time, and `agent`, which returns at once what the relay
+    knows about itself (`tunnels`).
     """
 
     def __init__(
@@ -93,7 +94,7 @@ class Publisher:
         self._threads = threads
         self._measure, self._agent = sources
         self._started_ms = 0
-        """Decides between two processes with one id: the later one is right."""
+        """Tells others which of two processes with one id is the later one, which wins."""
         self._seq = 0
         self._changed = trio.Event()
         self._tried = trio.Event()
@@ -121,7 +122,7 @@ class Publisher:
             self._come_early()
 
     def hear_end(self, server_id: RelayId, placed_ms: int) -> None:
-        """A placement has ended, here or at another relay. What was placed well after the last measuring is counted by no update."""
+        """A placement has ended, here or at another relay. Matters if the last measurement may count it."""
         if server_id == self._config.server_id and placed_ms <= self._counted_ms:
             self.session_ended()
 
@@ -136,9 +137,9 @@ class Publisher:
         self._changed.set()
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Publish until cancelled; then say that this node takes nothing more, so that nobody has to wait for its age to tell.
+        """Publish until cancelled; then publish that this node has ended, so that others need not conclude it from its age.
 
-        Started when the first server object is out, or could not be brought out.
+        `started()` once the first server object has been published, or could not be.
         """
         self._started_ms = self._view.now_ms
         self._changed.set()
@@ -160,19 +161,19 @@ class Publisher:
                     self._come_early()
                 await self._changed.wait()
             self._waiting = None
-            is_early, self._ended = self._ended, False  # before publishing: what changes meanwhile is told next
+            is_early, self._ended = self._ended, False  # reset before publishing: what changes meanwhile is for the next update
             self._changed = trio.Event()
             if is_early:
                 self._early.take(trio.current_time())
             try:
                 await self._publish()
             except Exception:
-                self._changed.set()  # what was to be told is told by the next one
+                self._changed.set()  # the next update makes up for this one
                 raise
             finally:
                 self._tried.set()
                 self._updated_at = trio.current_time()
-            # A session that begins while others end may be counted twice: in this update, and as on its way. The next one puts it right.
+            # A session that has just begun may be counted twice, in this update and as a placement: another early update puts that right.
             self._ended = self._ended or (is_early and self._config.server_id in self._view.in_flight.counts(self._view.now))
             await trio.sleep(min(MIN_PAUSE_S, self._config.publish_s))
 
@@ -184,9 +185,9 @@ class Publisher:
             self._waiting.deadline = min(self._waiting.deadline, now + wait_s)
 
     async def _publish(self) -> None:
-        # Who leaves has no time to measure; and what a predecessor measures after its successor's start would be taken for a quarrel.
+        # A node that leaves has no time to measure, and what it measures after its successor has started would look like a quarrel.
         if not self._is_leaving and (self._measured_ms is None or not self._is_silent):
-            # What was measured is as old as the beginning of the measuring: nothing that was placed meanwhile is lost.
+            # The measurement counts as of its beginning, so that no placement made meanwhile is taken to be included.
             began_ms = self._view.now_ms
             self._counted_ms = math.inf  # nobody knows when exactly sessions are counted
             self._measured = await self._measure()

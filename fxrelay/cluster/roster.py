@@ -9,7 +9,7 @@ from fxtunnel.model import RelayId
 T = TypeVar("T")
 
 Mark = NewType("Mark", tuple[int, int])
-"""How far somebody has read: the generation, and the number of the last change in it."""
+"""How far a reader has read: the generation, and the number of the last change in it."""
 
 
 @dataclass(slots=True)

@@ -1,8 +1,8 @@
 """Pure: the server object: what a compute node says about itself, and what the others believe of it.
 
-A server object travels as JSON with the names of docs/CLUSTER.md. It comes from the store, so every field is checked, and what is not
-known is kept in the text for scripts but never looked at. Static data and metrics stay in objects of their own: they cannot pretend to
-be core fields.
+A server object travels as JSON with the names of docs/CLUSTER.md. It comes from the store, so every field is checked. Unknown
+fields are kept in the text, for scripts, but never looked at. Static data and metrics are objects of their own and cannot pose as core
+fields.
 """
 
 import json
@@ -138,7 +138,7 @@ def parse_server(text: str) -> ServerObject:
 
 
 def listed_sessions(found: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The sessions that a server lists; what is none is left out."""
+    """The sessions that a server lists; entries that are not objects are left out."""
     listed = found.get("sessionList")
     return [session for session in listed if isinstance(session, dict)] if isinstance(listed, list) else []
 

@@ -20,7 +20,7 @@ S = TypeVar("S", bound=Startable)
 
 
 class Subscribers(Generic[S]):
-    """`name` says in errors what was closed."""
+    """The open subscriptions. `name` is what errors call the transporter."""
 
     def __init__(self, name: str) -> None:
         self._name = name

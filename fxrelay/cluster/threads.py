@@ -27,7 +27,7 @@ class Threads:
         self._limiter = trio.CapacityLimiter(CLUSTER_THREADS)
 
     async def run(self, call: Callable[[], T]) -> T:
-        """Run a blocking call. Cancelling abandons it: it ends by its own deadline and its result is lost."""
+        """Run a blocking call in a thread. Cancelling abandons it: it ends by its own deadline, and its result is lost."""
         try:
             return await trio.to_thread.run_sync(call, abandon_on_cancel=True, limiter=self._limiter)
         except StoreError:

@@ -36,7 +36,7 @@ class Health:
 
 
 class Listener(Protocol):
-    """Who is told by a view. Nothing of it waits."""
+    """Who is called by a view. Nothing here may block."""
 
     def ask_store(self) -> None:
         """Have the store asked for its clock soon; what it answers comes by `store_said` or `store_failed`."""
@@ -48,7 +48,7 @@ class Listener(Protocol):
         """A placement has ended: where, and when it was placed."""
 
     def may_have_missed(self) -> None:
-        """Others' news may not have been heard for a while; they are again."""
+        """News from others may have been missed for a while, and are heard again."""
 
 
 class Nobody:
@@ -98,7 +98,7 @@ class ClusterView:
 
     @property
     def now(self) -> float:
-        """Monotonic seconds. They stand still while neither the store nor live messages reach this relay: nobody gets stale by that."""
+        """Monotonic seconds, which stand still while neither the store nor messages reach this relay: no member goes stale by that."""
         return (self._monotonic() if self._blind_since is None else self._blind_since) - self._blind_s
 
     @property
@@ -117,7 +117,7 @@ class ClusterView:
         return self.members.members(self.now)
 
     def store_said(self, clock_ms: int) -> None:
-        """The store answered, and told its clock. While it takes nothing it counts as down all the same: nobody could report."""
+        """The store has answered and told its clock. If it takes no updates it still counts as down."""
         self._said_at = self._monotonic()
         self._doubted_since = None
         self._clock_offset_ms = clock_ms - int(self._said_at * 1000)
@@ -130,12 +130,12 @@ class ClusterView:
         self._look()
 
     def store_took(self, clock_ms: int) -> None:
-        """The store took what this node says about itself, and told its clock."""
+        """The store has taken this node's server object, and told its clock."""
         self._is_refused = False
         self.store_said(clock_ms)
 
     def store_refused(self, error: str) -> None:
-        """The store did not take it: it is away, or full."""
+        """The store has not taken this node's server object: it is away, or full."""
         self._is_refused = True
         self.store_failed(error)
 

@@ -1,4 +1,4 @@
-"""Task: services and limits of deliveries as the configuration describes them."""
+"""Task: makes the services and limits of deliveries from the configuration."""
 
 import logging
 

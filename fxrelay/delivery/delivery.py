@@ -47,12 +47,12 @@ class DeliveryLimits:
     connect_timeout_s: float = 5.0
     idle_timeout_s: float = 86_400.0
     place_timeout_s: float = 8.0
-    """For choosing a pool's node and reaching it, all attempts together. Gateways wait 10 s for the answer."""
+    """For choosing a pool's node and reaching it, all attempts together. Less than the 10 s a gateway waits (limits.open_timeout_s)."""
 
 
 @dataclass(slots=True)
 class DeliveryCounters:
-    """Counts since start. `paths_by_service` are the streams of pools by the way they took."""
+    """Counts since start. `paths_by_service`: streams of pools by the path to their node."""
 
     opened_by_service: dict[ServiceName, int] = field(default_factory=dict)
     refused_by_service: dict[ServiceName, dict[str, int]] = field(default_factory=dict)
@@ -62,9 +62,9 @@ class DeliveryCounters:
 
 
 class Delivery(Splice):
-    """A service's socket and the stream it serves. Until the connection stands, what arrives waits.
+    """A service's socket and the stream it serves. Bytes that arrive before the connection is up are kept.
 
-    `addresses` are the one that is connected to, and those that are left if it does not answer.
+    `addresses` are the one that is being connected to and, behind it, those that are left if it fails.
     """
 
     __slots__ = ("_addresses", "_connecting", "_greeting", "_is_redirected", "_share", "desk", "last_bytes", "moved_at", "service")
@@ -90,7 +90,7 @@ class Delivery(Splice):
             self.reads_short()
 
     def start(self) -> None:
-        """See `Splice`. Over loopback the connection stands by the time it has been asked for, so no event needs to tell."""
+        """See `Splice`. Over loopback the connection is up as soon as it has been requested, so there is no need to wait for an event."""
         if self._connecting and is_connected(self.sock):
             if self._came_to_stand(0):
                 self._write_blocked = False
@@ -113,7 +113,7 @@ class Delivery(Splice):
         super().on_event(events)
 
     def _came_to_stand(self, error: int) -> bool:
-        """The connection has come about, or failed with `error`. Whether it is of use."""
+        """The connection is up (`error` 0) or has failed. Returns whether this delivery goes on with it."""
         self._end_share()
         error = error or self._greet()
         if error:
@@ -132,7 +132,7 @@ class Delivery(Splice):
             self.desk.count_path(self.service, self.path)
 
     def refuse(self, code: Code, text: str) -> None:
-        """This address did not work: the service's next one, or REFUSE."""
+        """This address did not work: try the service's next one, or REFUSE the stream."""
         if code is Code.CONNECT_FAILED and self._reconnect():
             return
         stream = self.stream
@@ -144,7 +144,7 @@ class Delivery(Splice):
     def on_reset(self, code: Code) -> None:
         """See `Endpoint`."""
         if self._connecting:
-            self.abort()  # the opener has gone elsewhere, and what it sent with it: not for this service any more
+            self.abort()  # the gateway has given up on us: do not deliver its early bytes to this service as well
         else:
             super().on_reset(code)
 
@@ -156,11 +156,11 @@ class Delivery(Splice):
             self.desk.redirected_ended()
 
     def _greet(self) -> int:
-        """Send the PROXY header, if the service gets one; returns the error, or 0."""
+        """Send the PROXY header, if the service gets one. Returns an errno, 0 for success."""
         if not self._greeting:
             return 0
         try:
-            # The socket has just been connected, so its buffer takes 107 bytes at once; if not, something is wrong with it.
+            # A fresh socket's buffer takes the header's 107 bytes (MAX_V1_BYTES) at once; if not, something is wrong with it.
             sent = self.sock.send(self._greeting)
         except OSError as exc:
             return exc.errno or errno.EIO
@@ -191,7 +191,7 @@ class Delivery(Splice):
 
 
 class DeliveryDesk:
-    """Takes the OPENs of all gateways' sessions. Without a placer nobody chooses nodes: pools are served to redirected streams only."""
+    """Takes the OPENs of all gateways' sessions. Without a placer no node can be chosen: pools then serve only redirected streams."""
 
     def __init__(self, reactor: Reactor, services: ServiceTable, limits: DeliveryLimits, placer: "Placer | None" = None) -> None:
         self.reactor = reactor
@@ -200,9 +200,9 @@ class DeliveryDesk:
         self.placer = placer
         self.web: StreamTaker | None = None
         self.redirected_ended: Callable[[], None] = lambda: None
-        """Who is told when a stream that was redirected to this node has ended: the relay that placed it does not hear of it."""
+        """Called when a stream that was redirected to this node has ended, since the relay that placed it does not hear of that."""
         self.node: RelayId | None = None
-        """This relay, as a node that clients may ask for: what it serves at one address is served by no other."""
+        """This relay's id as a node. Clients may ask for that node also at services with one address, which only this relay serves."""
         self.counters = DeliveryCounters()
         self.deliveries: set[Delivery] = set()
         self.connecting: dict[Delivery, float] = {}
@@ -212,12 +212,12 @@ class DeliveryDesk:
 
     @property
     def streams(self) -> int:
-        """Streams in hand: those that are served, and those for which a node is being chosen."""
+        """Open streams: those being served, and those for which a node is being chosen."""
         placings = len(self.placer.placings) if self.placer is not None else 0
         return len(self.deliveries) + placings + (self.web.streams if self.web is not None else 0)
 
     def on_open(self, session: "Session", stream: Stream, opening: Opening, gateway_id: GatewayId = _NO_GATEWAY) -> None:
-        """Serve a stream. What the gateway asks for counts only as a name in this relay's own table."""
+        """Serve a stream. Whatever the gateway asks for is only looked up as a name in this relay's own table."""
         service, asked = self.services.get(opening.service), opening
         if opening.node is not None and opening.node == self.node and not isinstance(service, PoolService):
             opening = opening._replace(node=None)
@@ -235,7 +235,7 @@ class DeliveryDesk:
             else:
                 self.web.take(session, stream, service, opening, gateway_id)
         elif service.is_guarded:
-            # A ticket may be for one node: which one was asked for counts, also where it is this one.
+            # A ticket may be good for one node only: the node that was asked for has to be compared, even if it is this one.
             self._serve_guarded(session, stream, service, asked, gateway_id)
         elif isinstance(service, PoolService) and opening.via is None:
             if self.placer is None:
@@ -250,14 +250,14 @@ class DeliveryDesk:
             self._deliver(session, stream, service, opening)
 
     def admit(self, delivery: Delivery, session: "Session", stream: Stream) -> None:
-        """Carry the stream with `delivery` from now on; its connection is under way."""
+        """Carry the stream with `delivery`, whose connection is under way."""
         self.deliveries.add(delivery)
         self.connecting[delivery] = self.reactor.now
         delivery.join(session, stream)
         delivery.start()
 
     def connect_first(self, endpoints: tuple[Endpoint, ...]) -> tuple[socket.socket | str, tuple[Endpoint, ...]]:
-        """`connect` to the first endpoint with which it can be begun; and that endpoint with those that come behind it."""
+        """Begin to connect to the first endpoint that can be. Returns the socket, or why there is none, and the endpoints from there on."""
         problem = "no address"
         in_order = self.addresses.in_order(endpoints, self.reactor.now)
         for position, endpoint in enumerate(in_order):
@@ -297,7 +297,7 @@ class DeliveryDesk:
             self.counters.bytes_out += stream.bytes_out
 
     def end_idle(self) -> None:
-        """End streams on which nothing has moved for the idle time. Call now and then."""
+        """End streams that have been idle for too long. Call every few seconds."""
         for delivery in idle(self.deliveries, self.reactor.now, self.limits.idle_timeout_s):
             delivery.fail(Code.IDLE_TIMEOUT)
 
@@ -311,7 +311,7 @@ class DeliveryDesk:
             self.web.abort_all()
 
     def _serve_guarded(self, session: "Session", stream: Stream, service: AnyService, opening: Opening, gateway_id: GatewayId) -> None:
-        """A stream that has to be admitted before anything is done for it."""
+        """Serve a stream that has to be admitted before anything else is done for it."""
         placer = self.placer
         if placer is None:
             self.turn_down(stream, service, Code.NO_SERVICE, "this relay admits nobody")
@@ -321,7 +321,7 @@ class DeliveryDesk:
             placer.place_guarded(self, session, stream, service, opening, gateway_id)
 
     def _is_placed_here(self, session: "Session", stream: Stream, service: AnyService, opening: Opening, gateway_id: GatewayId) -> bool:
-        """Whether the placer has taken a redirected stream on, since its user has to get this node first."""
+        """Whether the placer takes a redirected stream on, because its user has to be given this node first."""
         if self.placer is None or not isinstance(service, PoolService):
             return False
         return self.placer.place_here(self, session, stream, service, opening, gateway_id)
@@ -342,7 +342,7 @@ class DeliveryDesk:
 
 
 def is_connected(sock: socket.socket) -> bool:
-    """Whether a connection that was under way stands."""
+    """Whether the connection of this socket is up."""
     try:
         sock.getpeername()
     except OSError:
@@ -351,7 +351,7 @@ def is_connected(sock: socket.socket) -> bool:
 
 
 def connect(endpoint: Endpoint) -> socket.socket | str:
-    """A socket whose connection is under way, or why there can be none. Only addresses come here, so nothing blocks."""
+    """A socket whose connection is under way, or why there can be none. Never blocks: endpoints hold addresses, not names."""
     try:
         sock = socket.socket(endpoint.family, _NONBLOCKING_STREAM)
     except OSError as exc:

@@ -1,8 +1,8 @@
-"""Pure: whose stream it is, as far as that can be known before its first byte."""
+"""Pure: which user a stream counts as, before anything has proved who it is."""
 
 
 def identity_of(client: str) -> str:
-    """The user a stream counts as: its client's address, without the port. Empty if that is not known.
+    """The user that a stream counts as: its client's address without the port; empty if unknown.
 
     `client` is ip:port as the gateway saw it, IPv6 in brackets. Everybody behind one address translation is one user.
     """

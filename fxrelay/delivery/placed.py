@@ -1,4 +1,4 @@
-"""Pump: a stream of a pool between OPEN and ACCEPT: without a node, and on the way to one. What the gateway sends meanwhile is kept."""
+"""Pump: a pool's stream between OPEN and ACCEPT: waiting for a node, then connecting to it. Bytes that arrive meanwhile are kept."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Placing:
-    """A stream that has no node yet. Implements `Endpoint`: keeps early bytes, at most a first window of them (the mux sees to that)."""
+    """A stream that has no node yet. Implements `Endpoint`: keeps early bytes, at most a first window, which the mux enforces."""
 
     __slots__ = (
         "asking",
@@ -63,22 +63,22 @@ class Placing:
         self.seat: Seat | None = None
         self.entry: Entry | None = None
         self.first: tuple[Node, tuple[PathKind, ...]] | None = None
-        """The node that was told at once, and the ways to it that are left."""
+        """The node that was chosen without a task, and the paths to it that have not been tried."""
         self.resume: Callable[[Placing], None] | None = None
-        """Who goes on with it when the first way has failed and no task waits for that."""
+        """Called when the first path has failed, if no task is waiting for that."""
         self.is_over = False
         self.is_final = False
-        """Whether `problem` is the answer, whatever else could be tried."""
+        """Whether `problem` is the final answer, even if other nodes could be tried."""
         self.scope = trio.CancelScope()
         self.settled = trio.Event()
         self.problem: tuple[Code, str] | None = None
         self.quicker = False
-        """Whether the last node went to somebody who was quicker."""
+        """Whether another user has just been given the last node."""
         stream.endpoint = self
 
     @property
     def wait_s(self) -> float:
-        """How long it may wait for a node that is somebody else's."""
+        """How long it may wait for a node that another user has, in seconds."""
         return self.service.wait_s if isinstance(self.service, PoolService) else 0.0
 
     def on_accept(self) -> None:
@@ -115,7 +115,7 @@ class Placing:
         self.end()
 
     def end(self) -> None:
-        """The stream needs no node any more: it is served, answered or gone. May be repeated."""
+        """The stream needs no node any more: it is being served, has been answered, or is gone. May be repeated."""
         self.is_over = True
         self.settled.set()
         self.scope.cancel()
@@ -158,13 +158,13 @@ class Placing:
             seat.release()
 
     def release_entry(self) -> None:
-        """Its place among its user's streams is free."""
+        """Release its entry: it no longer counts among its user's streams."""
         entry, self.entry = self.entry, None
         if entry is not None:
             entry.release()
 
     async def leave(self) -> None:
-        """Nobody serves the stream: its ticket is as if it had not been shown, and its place is free. Does nothing if it is served."""
+        """Nobody serves the stream: give its ticket back and release its entry. Does nothing for a stream that is being served."""
         entry, self.entry = self.entry, None
         if entry is not None:
             try:
@@ -175,7 +175,7 @@ class Placing:
 
 
 class PlacedDelivery(Delivery):
-    """A delivery to a chosen node. If it does not come to stand, its stream goes back to where it came from, with all that had arrived."""
+    """A delivery to a chosen node. If it cannot connect, the stream goes back to its `Placing`, with all bytes that have arrived."""
 
     __slots__ = ("_claim", "_entry", "_placing", "_seat", "path")
 
@@ -222,7 +222,7 @@ class PlacedDelivery(Delivery):
             resume(placing)
 
     def withdraw(self) -> None:
-        """Nobody waits for this connection any more. Does nothing once it stands or has failed."""
+        """Give this connection attempt up. Does nothing once it has succeeded or failed."""
         if self._placing is not None:
             self.refuse(Code.CONNECT_TIMEOUT, "no answer in time")
 
@@ -244,5 +244,5 @@ class PlacedDelivery(Delivery):
             entry.release()
 
     def _lost(self) -> None:
-        """The node is somebody else's now."""
+        """The node belongs to another user now."""
         self.fail(Code.FENCED)

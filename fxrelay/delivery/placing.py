@@ -1,4 +1,4 @@
-"""Task: streams of pools: a node is chosen for each, and reached by the first path that works, before the gateway hears ACCEPT.
+"""Task: streams of pools: a node is chosen for each and connected to by the first path that works; then the gateway gets its ACCEPT.
 
 The reactor hands an OPEN over through a bounded channel; a task asks the chooser and connects. What the gateway sends meanwhile is kept by
 `Placing`, and by `PlacedDelivery` while a connection is tried; when the stream ends, the task is cancelled.
@@ -30,22 +30,23 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MAX_PLACINGS: Final = 4_096
-"""Streams for which a node is being chosen at once; more of them mean a chooser that hangs, and are refused (`busy`)."""
+"""Streams for which a node is being chosen at the same time. More mean that the chooser hangs, and are refused (`busy`)."""
 MAX_NODES: Final = 4
 """Nodes tried for one stream."""
 MAX_LOST: Final = 64
-"""Reserved nodes that a stream may lose to others who were quicker."""
+"""How often a stream may find its chosen node reserved by another user a moment earlier."""
 LOST_AGAIN_S: Final = 0.2
+"""Before the same node is tried again: the chooser's view of it is out of date."""
 ACCEPT_AFTER_S: Final = 6.0
-"""A stream that may wait longer than gateways do is accepted when it has waited this long. Then it cannot be redirected any more."""
+"""A stream that may wait longer than gateways do (10 s) is accepted after this long. It cannot be redirected afterwards."""
 ALL_PATHS: Final[tuple[PathKind, ...]] = ("local", "redirect", "direct")
 
 
 class Placer:
     """Finds nodes for streams. `place` is for the reactor, `run` is the task that serves it; `paths` may be replaced at any time.
 
-    `seats` says which streams have to take a seat on this node when they were redirected here. `entries` admits the streams of guarded
-    services; without it nobody gets one.
+    `seats` says which streams have to take a seat on this node after being redirected here. `entries` admits the streams of guarded
+    services; without it all of them are refused.
     """
 
     def __init__(self, chooser: Chooser, paths: tuple[PathKind, ...] = ALL_PATHS, seats: Seats | None = None) -> None:
@@ -59,7 +60,7 @@ class Placer:
     def place(
         self, desk: DeliveryDesk, session: "Session", stream: Stream, service: PoolService, opening: Opening, gateway_id: GatewayId
     ) -> None:
-        """Take the stream on: it is served, redirected or refused within the desk's place_timeout_s, and what it may wait for a node."""
+        """Take the stream on. It is served, redirected or refused within the desk's place_timeout_s, plus what it may wait for a node."""
         placing = Placing(desk, session, stream, service, opening, _wanted(service, opening, gateway_id))
         node = self._chooser.choose_nowait(placing.wanted)
         desk.count_opening(service)
@@ -96,7 +97,7 @@ class Placer:
         self._order(placing)
 
     def _ask(self, placing: Placing) -> bool:
-        """Have a node chosen without a task. False: a task has to."""
+        """Have a node chosen without a task. False: only a task can do that."""
         if placing.wait_s or len(self.placings) >= MAX_PLACINGS:
             return False
         asked = _Asked(self, placing)
@@ -119,10 +120,10 @@ class Placer:
             self._order(placing)
 
     def _set_out(self, placing: Placing, node: Node) -> bool:
-        """Take the first way to the node without a task: most streams need none. False: there is none, or a task has to try."""
+        """Take the first path to the node without a task, as most streams can. False: no path was begun; a task has to go on."""
         placing.claim = node.claim
         limits = placing.desk.limits
-        if limits.connect_timeout_s > limits.place_timeout_s:  # only a task ends a connection earlier than that
+        if limits.connect_timeout_s > limits.place_timeout_s:  # only a task can end a connection attempt before connect_timeout_s
             placing.first = node, self.paths
             return False
         for position, path in enumerate(self.paths):
@@ -233,14 +234,14 @@ class Placer:
                 lost += 1
                 placing.problem = None
                 if answer.server_id == last:
-                    await trio.sleep(LOST_AGAIN_S)  # the chooser takes it for free, and the store knows better
+                    await trio.sleep(LOST_AGAIN_S)  # the chooser still takes it for free; the store knows better
                 last = answer.server_id
             else:
                 excluded |= {answer.server_id}
         placing.problem = placing.problem or (Code.CONNECT_FAILED, "no path to the nodes chosen")
 
     async def _choose(self, placing: Placing, excluded: frozenset[RelayId]) -> Node | NoNode:
-        """Ask the chooser. A stream that waits longer than the gateway would is accepted meanwhile: what it sends waits here."""
+        """Ask the chooser. A stream that waits longer than the gateway would is accepted meanwhile, and its bytes are kept here."""
         if not placing.wait_s or placing.stream.accepted:
             return await self._ask_chooser(placing, excluded)
         async with trio.open_nursery() as nursery:
@@ -252,26 +253,27 @@ class Placer:
     async def _ask_chooser(self, placing: Placing, excluded: frozenset[RelayId]) -> Node | NoNode:
         answer = await self._chooser.choose(placing.wanted, excluded)
         if isinstance(answer, Node):
-            placing.claim, placing.seat = answer.claim, answer.seat  # here: whoever waits for us may be cancelled before he has it
+            placing.claim, placing.seat = (
+                answer.claim,
+                answer.seat,
+            )  # noted here, since the caller may be cancelled before it gets the answer
         return answer
 
     async def _serve_here(self, placing: Placing) -> None:
-        """Serve a stream on this node or not at all: one that was redirected here, whose relay knows where else it can go, or one of a
-        service with one address.
-        """
+        """Serve a stream on this node or not at all: it was redirected by a relay that knows others, or its service has one address."""
         is_free = await self._use(placing, None) and (placing.seat is None or await self._sit(placing, placing.seat))
         if is_free and not await self._connect(placing, placing.service.endpoints, "local"):
             placing.problem = placing.problem or (Code.CONNECT_FAILED, "the service's host name does not resolve")
 
     async def _use(self, placing: Placing, node: RelayId | None) -> bool:
-        """Whether the stream may have `node`, or this one, after all that was asked at its beginning. False: it is refused, or gone."""
+        """Ask the last questions about the stream: may it have `node` (None: this one)? False: it may not, or is gone."""
         refused = await placing.entry.use(node) if placing.entry is not None else None
         if refused is not None:
             placing.problem, placing.is_final = (refused.code, refused.text), True
         return refused is None and not placing.is_over
 
     async def _sit(self, placing: Placing, seat: Seat) -> bool:
-        """Make the node the stream's user's. False: it is not, or the stream is gone."""
+        """Reserve the node for the stream's user. False: that failed, or the stream is gone."""
         taken = await seat.take()
         if isinstance(taken, NotTaken):
             placing.problem = (Code.CONNECT_FAILED, taken.text)
@@ -281,7 +283,7 @@ class Placer:
         return not placing.is_over
 
     async def _reach(self, placing: Placing, node: Node, paths: tuple[PathKind, ...]) -> Then:
-        """Try the paths to the node, until the stream is served, redirected or gone; otherwise says what to do."""
+        """Try the paths to the node until the stream is served, redirected or gone. Returns what to do if it is none of these."""
         for path in paths:
             if path == "redirect":
                 if _can_redirect(placing, node):
@@ -300,7 +302,7 @@ class Placer:
         return Then.ELSEWHERE
 
     async def _connect(self, placing: Placing, endpoints: tuple[Endpoint, ...], path: PathKind) -> bool:
-        """Connect the stream to the first endpoint that takes it. True: it is served, or gone."""
+        """Connect the stream to the first endpoint that takes it. True: it is being served, or is gone."""
         if placing.is_over:
             return True
         connected, addresses = placing.desk.connect_first(endpoints)
@@ -309,7 +311,7 @@ class Placer:
             return False
         placing.settled = trio.Event()
         delivery = PlacedDelivery(placing, connected, addresses, path)
-        self.placings.discard(placing)  # the desk counts it, and ends it, as long as it has a socket
+        self.placings.discard(placing)  # while it has a socket, the desk counts and ends it
         placing.desk.admit(delivery, placing.session, placing.stream)
         try:
             await placing.settled.wait()
@@ -321,7 +323,7 @@ class Placer:
 
 
 class _Asked:
-    """Implements `Asking` for a stream: it ends with the stream, and the stream with its time."""
+    """Implements `Asking` for a stream: a question that ends with the stream, and ends the stream when its time is up."""
 
     __slots__ = ("_asking", "_placer", "_placing", "_timer")
 
@@ -332,13 +334,13 @@ class _Asked:
         self._timer: Timer | None = None
 
     def begin(self, asking: Asking) -> None:
-        """It was asked."""
+        """The question has been asked."""
         desk = self._placing.desk
         self._asking = asking
         self._timer = desk.reactor.call_later(desk.limits.place_timeout_s, self._late)
 
     def told(self, answer: Node | NoNode | None) -> None:
-        """It is answered."""
+        """The answer has come."""
         self._placing.asking = None
         self._leave()
         self._placer.chosen(self._placing, answer)
@@ -364,7 +366,7 @@ def _can_redirect(placing: Placing, node: Node) -> bool:
 
 
 def _endpoints(placing: Placing, node: Node, path: PathKind) -> tuple[Endpoint, ...]:
-    """Where the node's service can be connected to by this path."""
+    """The endpoints of the node's service by this path; empty if the path does not lead there."""
     service = placing.service
     assert isinstance(service, PoolService)
     if path == "local":

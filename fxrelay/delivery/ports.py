@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 class Wanted:
     """A stream that needs a node. `client` is the client's ip:port as the gateway saw it, or empty; `node` the only node that will do.
 
-    `user` is whom a reserved node would belong to; empty if that is not known. `since` is monotonic seconds. `is_proven`: somebody we know
-    says that it is this user, of these `groups`; otherwise `user` is just where the stream comes from. `action` is what it is wanted
-    for (`user/login`, `session/start`) where that differs from what the pool's streams count as. `data` came with the request.
-    `came_back`: a node that it was redirected to has not taken it.
+    `user` is whom a reserved node would belong to; empty if unknown. `is_proven`: a trusted issuer vouches for `user` and `groups`; if not,
+    `user` is only the address that the stream comes from. `since` is when it was opened, in monotonic seconds. `action` is what it is for
+    (`user/login`, `session/start`), empty for what the pool's streams count as. `data` came with the request. `came_back`: a node that it
+    was redirected to has not taken it.
     """
 
     service: ServiceName
@@ -40,16 +40,16 @@ class Wanted:
 
 
 class Claim(Protocol):
-    """A place on a node, counted from now on. `release` or `hand_over` exactly once, whatever happens; `connected` once at most before."""
+    """A place on a node, which counts at once. Call `release` or `hand_over` exactly once, and `connected` at most once before that."""
 
     def connected(self) -> None:
-        """The service was reached: the node will count the session itself in an update that it measures later than now."""
+        """The service was reached: updates that the node measures from now on count the session themselves."""
 
     def release(self) -> None:
         """The stream came to nothing, or has ended."""
 
     def hand_over(self) -> None:
-        """Another relay carries the stream from here on: the place counts until the node counts it, or by itself expires."""
+        """Another relay carries the stream from here on. The place counts until the node counts the session itself, or it expires."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,25 +64,25 @@ class Then(Enum):
     """No other node would take it either."""
     ELSEWHERE = "elsewhere"
     AGAIN = "again"
-    """Somebody was quicker. The chooser knows, and may come back to this node."""
+    """Another user was quicker. The chooser knows by now; ask it again, it may choose this node once more."""
 
 
 @dataclass(frozen=True, slots=True)
 class NotTaken:
-    """It is not. `text` goes to the gateway's log."""
+    """The node could not be reserved. `text` goes to the gateway's log."""
 
     text: str
     then: Then
 
 
 class Seat(Protocol):
-    """A node that has to be its user's alone before a stream may go there. `release` when the stream ends, or comes to nothing; once."""
+    """A node that must be reserved for its user before a stream may go there. Call `release` once, when the stream has ended or failed."""
 
     async def take(self) -> Taken | NotTaken:
-        """Make it the user's: steps 2 to 5 of a reservation (docs/RESERVATIONS.md). Safe to cancel. Raises nothing."""
+        """Reserve the node: steps 2 to 5 of a reservation (docs/RESERVATIONS.md). Safe to cancel. Raises nothing."""
 
     def watch(self, lost: Callable[[], None]) -> None:
-        """Call `lost` when the node is the user's no more, at once if that is so already. It must not wait, nor raise."""
+        """Call `lost` when the node no longer belongs to the user, at once if that is so already. It must neither block nor raise."""
 
     def release(self) -> None:
         """The stream has ended."""
@@ -105,8 +105,8 @@ class Node:
 
 @dataclass(frozen=True, slots=True)
 class NoNode:
-    """Nobody can take it. `text` goes to the gateway's log; it names no user and no other server. `name` and `message` are the chain's
-    words for a user, if there are any. `position` is the place in a line at which waiting came to nothing; 0: nobody waited.
+    """No node can take the stream. `text` goes to the gateway's log, and names no user and no other server. `name` and `message` are what
+    the chain says to the user, if anything. `position` is the place in the queue at which it waited in vain; 0 if it did not wait.
     """
 
     code: Code
@@ -117,33 +117,33 @@ class NoNode:
 
 
 class Asking(Protocol):
-    """A node that was asked for and is not told yet."""
+    """A question to the chooser that has not been answered yet."""
 
     def cancel(self) -> None:
-        """The stream needs none any more. May be repeated, also after it was told."""
+        """The answer is not wanted any more. May be repeated, even after the answer."""
 
 
 class Chooser(Protocol):
     """Decides. Safe to cancel: a claim that was not handed over is released by the chooser. May wait until a node is free."""
 
     async def choose(self, wanted: Wanted, excluded: frozenset[RelayId]) -> Node | NoNode:
-        """A node for the stream, none of `excluded`: which could not be reached before. Raises nothing."""
+        """A node for the stream, other than the `excluded` ones, which could not be reached. Raises nothing."""
 
     def choose_nowait(self, wanted: Wanted) -> Node | None:
-        """A node without a seat, if it can be told without waiting; None: ask `choose`. From the reactor. Raises nothing."""
+        """A node without a seat, if it can be chosen without waiting; None: ask `choose`. For the reactor. Raises nothing."""
 
     def choose_soon(self, wanted: Wanted, then: Callable[[Node | NoNode | None], None]) -> Asking | None:
-        """As `choose_nowait`, where it takes a moment: `then` is called later, in the reactor's thread, with a node, why there is none, or
-        None: ask `choose`. If that is clear from the beginning, None is returned. Raises nothing.
+        """As `choose_nowait`, for choices that take a moment. `then` is called later, in the reactor's thread, with the node, why there
+        is none, or with None: ask `choose`. Returns None, and does not call `then`, if that is clear from the beginning. Raises nothing.
         """
 
 
 class StreamTaker(Protocol):
-    """Who serves the streams of services that are looked into. Called from the reactor: no waiting."""
+    """Serves the streams of services whose protocol this relay reads (HTTP). Called from the reactor: never blocks."""
 
     @property
     def streams(self) -> int:
-        """Streams in hand, without those that were given back to the pump."""
+        """Open streams, without those that were given back to the pump."""
 
     def services_in_use(self) -> Iterable[ServiceName]:
         """The service of each of them."""
@@ -176,12 +176,13 @@ class Entry(Protocol):
     """One stream of a service that not everybody may have. `release` once, whatever happens."""
 
     def admit(self) -> Admitted | NotAdmitted:
-        """Look at what the stream shows, before a node is chosen. Uses nothing up."""
+        """Check what the stream shows, before a node is chosen. Does not use a ticket up."""
 
     async def use(self, node: RelayId | None) -> NotAdmitted | None:
-        """Before anything is connected to at `node` (None: this one): may the user have it, and was his ticket not used before? May be
-        repeated, also for other nodes. Raises nothing. Safe to cancel; a ticket that was being used then counts as used, and `give_back`
-        does nothing for it: it might undo somebody else's use.
+        """Before connecting to anything at `node` (None: this one): may the user have it, and is the ticket unused? Uses the ticket up.
+
+        May be repeated, for other nodes as well. Raises nothing. May be cancelled; a ticket that was just being used then counts as used,
+        and `give_back` does nothing for it, since it might undo somebody else's use.
         """
 
     async def give_back(self) -> None:

@@ -19,7 +19,7 @@ class Endpoint:
     family: int
     address: SocketAddress
     is_local: bool = False
-    """On this host: a peer that vanishes without a word cannot happen there."""
+    """Whether it is on this host, where a peer cannot vanish without its kernel saying so (no keep-alive needed)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ class PoolService:
     protocol: str = "tcp"
     proxy_protocol: ProxyVersion | None = None
     wait_s: float = 0.0
-    """How long a stream may wait for a node that is somebody else's."""
+    """How long a stream may wait for a node that another user has."""
     is_guarded: bool = False
 
     @property

@@ -38,7 +38,7 @@ class Ongoing:
 
 
 class Attempts:
-    """The logins under way, by what their next request will repeat. Whoever begins many forgets his own."""
+    """The logins under way, by what their next request will repeat. An address that begins too many loses its own oldest ones."""
 
     def __init__(self) -> None:
         self._ongoing: OrderedDict[str, Ongoing] = OrderedDict()
@@ -69,7 +69,7 @@ class Attempts:
         self._by_address[ongoing.address] += 1
 
     def drop(self, key: str) -> None:
-        """Expect nothing more."""
+        """Expect no further request of this login."""
         found = self._ongoing.pop(key, None)
         if found is not None:
             self._by_address[found.address] -= 1

@@ -30,9 +30,9 @@ from fxtunnel.model import RelayId, ServiceName
 logger = logging.getLogger(__name__)
 
 LOOK_S: Final = 1.0
-"""How often it is looked for logins that have ended, and for servers that are down."""
-STOOD_STILL: Final = 0.25
-"""Of `cluster.down_s`: this relay's process did not run for so long."""
+"""Between two looks for logins that have ended, and for servers that are down."""
+STALLED_SHARE: Final = 0.25
+"""Share of `cluster.down_s` after which this relay's process counts as having been held up itself."""
 MAX_LATER: Final = 1_024
 """Extensions that wait for the store. What finds no room is tried with the next request."""
 AT_ONCE: Final = 4
@@ -42,7 +42,7 @@ _LATER: Final = "Reserved servers cannot be given out at the moment. Please try 
 LATER_S: Final = 5.0
 MAX_GONE: Final = 4_096
 GONE_S: Final = 10.0
-"""For so long a login that is known to have ended is not looked for again."""
+"""For this long a login that is known to have ended is not looked up again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +150,7 @@ class LoginGate:
         self._prolong(service, live)
         login_id, is_logout = live.login_id, kind is Kind.LOGOUT
         watch = None if is_logout else lambda lost: self._watch(login_id, lost)
-        # Who has too many connections may still log out.
+        # A user with too many connections may still log out.
         return Passage(None if request.is_named else live.server_id, closed, None, watch, "" if is_logout else live.user)
 
     async def answered(self, request: RequestFacts, node: RelayId | None, status: int, fields: object) -> tuple[bytes, ...]:
@@ -255,7 +255,7 @@ class LoginGate:
         while True:
             began = trio.current_time()
             await trio.sleep(LOOK_S)
-            if trio.current_time() - began - LOOK_S > self._timing.down_s * STOOD_STILL:
+            if trio.current_time() - began - LOOK_S > self._timing.down_s * STALLED_SHARE:
                 self._silent_since.clear()
             reservations = self.reservations
             if reservations is None or not reservations.upkeep.has_read:

@@ -1,4 +1,4 @@
-"""Task: one request of a login, from its body to an answer that may be let out: steps 1 to 5 of a reservation (docs/RESERVATIONS.md)."""
+"""Task: one request of a login, from its body to the answer that the client gets: steps 1 to 5 of a reservation (docs/RESERVATIONS.md)."""
 
 import logging
 import time
@@ -32,7 +32,7 @@ MAX_SERVERS: Final = 8
 
 @dataclass(frozen=True, slots=True)
 class Proven:
-    """Who has logged in. `lasts_s`: how long the login is good."""
+    """The user who has logged in. `lasts_s`: how long the login is valid, in seconds."""
 
     user: str
     lasts_s: float
@@ -41,7 +41,7 @@ class Proven:
 
 @dataclass(frozen=True, slots=True)
 class Lost:
-    """Somebody else has the server."""
+    """Another user has the server."""
 
     refused: NotEntered
 

@@ -1,6 +1,6 @@
 """Pure: what a browser keeps of its login: a signed cookie that names the server and the login, and one that names a login under way.
 
-They steer and end, they do not let anybody in: that is the service's own business. Relays that share the key know each other's.
+They only steer requests and end logins. Letting anybody in is the service's own business. Relays that share the key know each other's.
 """
 
 import base64
@@ -23,7 +23,7 @@ _UNIX: Final = re.compile(r"[0-9]{1,12}")
 
 
 TOLD_S: Final = 86_400
-"""How long a browser keeps the pass of a login whose time is over."""
+"""How much longer than its login a browser keeps the pass, so that it can be told once that the login has ended."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,21 +48,21 @@ class Parameters:
 
 @dataclass(frozen=True, slots=True)
 class Succeeded:
-    """Somebody would be let in by this answer. `token` is what he would show from then on, if it is known."""
+    """This answer would let the user in. `token` is what later requests would show, if it is known."""
 
     token: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class GoesOn:
-    """The login wants more requests; the next one repeats `token`, if there is one."""
+    """The login needs more requests; the next one repeats `token`, if there is one."""
 
     token: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """Nobody is let in by this answer."""
+    """This answer lets nobody in."""
 
 
 Verdict = Succeeded | GoesOn | Failed

@@ -1,4 +1,4 @@
-"""Task: what this relay knows of reservations, and how it asks the store: in a worker thread, with a deadline.
+"""Task: what this relay knows of reservations, and how it asks the store about them: in worker threads, under a deadline.
 
 What is asked while the store is busy goes to it together: one thread, one call of the store, one write to its disk.
 """
@@ -29,14 +29,14 @@ T = TypeVar("T")
 CALL_S: Final = 4.0
 """For one call to the store, its own deadlines and the wait for a thread included."""
 ANSWER_S: Final = 1.8
-"""Who waits for a store that answers nobody is told so after this long: with all the rest within two seconds. A store that is slow, but
+"""How long to wait for a store that answers nobody: with everything else a client is told within two seconds. A store that is slow, but
 answers others meanwhile, has CALL_S."""
 PAUSE_S: Final = 1.0
-"""After such a silence those who come next are told at once for so long; then one of them finds out."""
+"""For this long after such a silence callers are told at once; then one of them tries the store again."""
 LANES: Final = 2
-"""Threads at once for what goes together: while one waits for the disk, the other gets ready. A store that hangs holds no more of them."""
+"""Threads for batched calls: while one waits for the disk, the other prepares. A store that hangs holds no more than these."""
 AT_ONCE: Final = 64
-"""What goes together at most."""
+"""Asks in one batch, at most."""
 MAX_UNTIDIED: Final = 4_096
 
 
@@ -50,7 +50,7 @@ class ReservingConfig:
 
 
 class _Waiting:
-    """An ask, and who waits for it."""
+    """An ask, and the task that waits for it."""
 
     __slots__ = ("answer", "ask", "done")
 
@@ -77,7 +77,7 @@ class Books:
         """Set when who has which server may have changed; made anew each time."""
         self.last_error = ""
         self.store_failed: Callable[[], None] = lambda: None
-        """Called whenever something is not done since the store could not be used."""
+        """Called whenever something could not be done because the store could not be used."""
         self.untidied: set[tuple[RelayId, str]] = set()
         """Servers whose logins were found expired, and whose these were: the users' own documents may still say so."""
         self._waiting = deque[_Waiting]()
@@ -134,7 +134,7 @@ class Books:
         return None
 
     async def do(self, ask: Ask[Outcome]) -> tuple[Outcome, Written] | StoreError:
-        """What comes of a step, or why there is no answer."""
+        """The outcome of a step, or why there is no answer."""
         return _expected(*await self.do_all([ask]))
 
     async def do_soon(self, ask: Ask[Outcome]) -> tuple[Outcome, Written] | StoreError:
@@ -203,7 +203,7 @@ class Books:
         self._answered_at, self._silent_until = trio.current_time(), -math.inf
 
     def learn(self, server_id: RelayId, written: Written) -> None:
-        """What this relay has just read or written itself."""
+        """Take in what this relay has just read or written itself."""
         for login in written.expired:
             self.tidings.happened(EXPIRED, server_id, login.user, login.login_id, written.record)
             if login.user != written.record.holder and len(self.untidied) < MAX_UNTIDIED:
@@ -212,7 +212,7 @@ class Books:
             self.tidings.publish(server_id, written.record)
 
     def know(self, server_id: RelayId, record: Record) -> bool:
-        """What was read or heard. Whether it is news."""
+        """Take in a record that was read or heard. Returns whether it is news."""
         is_news = self.holders.learn(server_id, record)
         if is_news:
             changed, self.changed = self.changed, trio.Event()

@@ -1,4 +1,4 @@
-"""Pump: logins that the store keeps until they end: logins of HTTP services, which no stream stands for.
+"""Pump: logins that the store keeps until they end: those of HTTP services, which are not tied to a stream.
 
 They outlive the relay that committed them. What relays remember of them is for one case only: a store that has forgotten is told again.
 """

@@ -58,7 +58,7 @@ class Hold:
 
     @property
     def is_unseen(self) -> bool:
-        """Whether this relay has not heard that it was granted: what is in the record of it, if anything, nobody will use."""
+        """Whether this relay never heard that it was granted: whatever the record holds of it will not be used."""
         return not self.token.fence
 
     @property
@@ -67,7 +67,7 @@ class Hold:
         return self.terms.lifetime_ms > 0
 
     def watch(self, lost: Callable[[], None]) -> None:
-        """Call `lost` when the server is the user's no more; at once, if that is so."""
+        """Call `lost` when the server no longer belongs to the user; at once, if that is so already."""
         if self.is_lost:
             lost()
         else:
@@ -152,7 +152,7 @@ class Leases:
             self.ended(ending)
 
     def lose(self, hold: Hold) -> None:
-        """The server is the user's no more: whoever uses it hears of it."""
+        """The server no longer belongs to the user: tell whoever watches the hold."""
         if hold.is_lost or hold.is_ending:
             return
         hold.is_lost = True

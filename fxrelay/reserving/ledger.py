@@ -22,7 +22,7 @@ MAX_KNOWN: Final = 4_096
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """A record after an update, and the logins that this update found expired: whoever writes that is the one to tell it."""
+    """A record after an update, and the logins that this update found expired: whoever writes that also reports it."""
 
     record: Record
     expired: tuple[Login, ...]
@@ -205,7 +205,7 @@ class _Step:
             before = self._texts.decode(server_id, present.text)
         except BadRecord as exc:
             raise StoreError(f"the reservation of {server_id} is damaged ({exc}); run: fxrelay release {server_id}") from exc
-        # Who does not know what the store remembers ends nobody's login.
+        # Without knowing what the store remembers nobody's login may be ended.
         is_fresh = evidence is not None and evidence.is_fresh(present.now_ms, present.epoch)
         horizon_ms = evidence.horizon_ms(present.now_ms) if evidence is not None and is_fresh else 0
         if ask.is_grant and (evidence is None or not is_fresh or evidence.settles_in_ms(present.now_ms)):

@@ -1,4 +1,4 @@
-"""Task: reservations as this relay takes part in them: who wants in enters, commits, is refused, or ends.
+"""Task: this relay's part in reservations: a login enters, commits, is refused, or ends.
 
 While the store does not answer nobody is let in; who is in stays (`upkeep.py`).
 """
@@ -36,7 +36,7 @@ NO_STORE: Final = "no-store"
 class NotEntered:
     """A login is not let in. `reason` is one of `Reason`, or NO_STORE; `is_final`: no other server would let it in now.
 
-    `text` may be shown to whoever wanted in; `holder`, who has the server if that is the reason, may not.
+    `text` may be shown to the client; `holder`, the user who has the server if that is the reason, may not.
     """
 
     reason: str
@@ -253,7 +253,7 @@ class Reservations:
         return hold
 
     async def _do(self, ask: Ask[T]) -> tuple[T, Written] | StoreError:
-        """For somebody who waits, and can be told that the store is away."""
+        """Take a step for a client that waits, and that can be told if the store is away."""
         silence = await self._silence()
         return silence if silence is not None else await self._books.do_soon(ask)
 

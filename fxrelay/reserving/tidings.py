@@ -1,4 +1,4 @@
-"""Pump: what is told of reservations: to the log (every one of them, for audits), to the counters, and to the other relays."""
+"""Pump: reports what happens to reservations: to the log (all of it, for audits), to the counters, and to the other relays."""
 
 import json
 import logging
@@ -21,9 +21,9 @@ logger = logging.getLogger(__name__)
 
 QUEUE: Final = 1_024
 GATHER_S: Final = 0.02
-"""News wait so long for others: an entry and its commit are told together, and telling the one is not in the way of the other."""
+"""News are held this long, so that an entry and its commit travel together."""
 TOGETHER: Final = 8
-"""Records in one message: who hears it reads them without a pause."""
+"""Records in one message, since its receivers read them without a pause."""
 ENTERED: Final = "entered"
 COMMITTED: Final = "committed"
 REJECTED: Final = "rejected"
@@ -65,7 +65,7 @@ class Tidings:
                 logger.debug("%d reservations were not told: %s", len(latest), exc)
 
     def is_own(self, text: str) -> bool:
-        """Whether this is what this relay has told itself; asked once for each message that comes back."""
+        """Whether this relay sent that message itself. To be asked once for each message that comes back."""
         if text not in self._told:
             return False
         del self._told[text]
@@ -95,7 +95,7 @@ class Tidings:
 
 
 def refusal_text(reason: Reason) -> str:
-    """What whoever wanted in may be told."""
+    """The text that the client may be shown."""
     return {
         Reason.RESERVED: "the server chosen is reserved for another user",
         Reason.OWN_LOGIN: "the server chosen is reserved, and its user has a login there",

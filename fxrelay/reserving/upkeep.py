@@ -1,4 +1,4 @@
-"""Task: what goes on by itself while reservations are held: leases renewed, endings told to the store, records read and swept."""
+"""Task: background work for reservations: leases are renewed, ended logins taken out of the store, records read and swept."""
 
 import logging
 from collections.abc import Callable
@@ -100,7 +100,7 @@ class Upkeep:
                 self._lose(hold, f"it was given to {granted.holder or 'somebody else'} since")
 
     async def _end_overdue(self) -> None:
-        """Give up what could not be renewed, a little before anybody else can be let in."""
+        """Give up logins that could not be renewed, a little before anybody else can be let in."""
         while True:
             for hold in self._leases.holds():
                 if self._leases.now - hold.confirmed_at > OVERDUE * self._books.config.lease_s:
@@ -222,7 +222,7 @@ class Upkeep:
             await trio.sleep(self._books.config.lease_s / 3)
 
     async def _keep_for_sessions(self) -> None:
-        """Servers whose users have sessions stay theirs when the relay that let them in does not see to it any more."""
+        """Keep servers for users who still have sessions there, if the relay that let them in is gone."""
         soon_ms = self._view.now_ms + self._books.ledger.lease_ms // 2  # a relay that lives has renewed before that
         for server_id, standing in list(self._books.holders.standings().items()):
             for login in standing.record.logins:

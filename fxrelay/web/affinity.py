@@ -1,7 +1,7 @@
-"""Pure: which node a client was at before: by a cookie this service signed, or by a claim in the caller's JWT.
+"""Pure: which node a client was at before: by a cookie that this service signed, or by a claim in the caller's JWT.
 
-Either only steers. The cookie is signed so that clients cannot pick a node; a claim is read without its signature, and who shows it has
-proved nothing by it.
+Both only steer. The cookie is signed so that clients cannot pick a node. The JWT's signature is not verified: showing a claim proves
+nothing.
 """
 
 import base64

@@ -32,7 +32,7 @@ class ClientSide:
         self._is_waiting = False
 
     def accept(self) -> None:
-        """ACCEPT: no other relay is to serve this client. May be repeated; sending does it, and waiting for more than may come before."""
+        """ACCEPT the stream: no other relay is to serve this client. May be repeated. `send`, and a wait for more bytes, imply it."""
         if self._tunnel is not None:
             self._tunnel.stream.accept()
 
@@ -86,7 +86,7 @@ class ClientSide:
         raise self.too_slow()
 
     def too_slow(self) -> Refused:
-        """What a client is told whose body does not go on."""
+        """The answer to a client whose body has stalled."""
         return Refused(408, "BodyTimeout", "The request's body did not arrive in time.")
 
     async def wait_until_gone(self) -> None:

@@ -1,4 +1,4 @@
-"""Task: one client's HTTP connection from its first byte to its last: requests in their order, each to its node."""
+"""Task: one client's HTTP connection from its first byte to its last: requests in order, each sent to its node."""
 
 import logging
 import time
@@ -48,7 +48,7 @@ class Surroundings:
     limits: WebLimits
     gate: RequestGate | None
     given_back: set["WebConnection"]
-    """Those whose stream the pump carries by now."""
+    """Connections whose stream has been given back to the pump, after an upgrade."""
     own_id: RelayId
     porter: Porter | None
     handshakes: HandshakeTurns
@@ -108,7 +108,7 @@ class WebConnection:
                 self._entrance.close()
 
     def drain(self) -> None:
-        """End when the request that is being answered is; at once, if there is none."""
+        """End after the request that is being answered; at once, if there is none."""
         self.is_draining = True
         if self._client is not None:
             self._client.stop_waiting()
@@ -158,7 +158,7 @@ class WebConnection:
         return Express(self._around.desk.reactor, self.tunnel, client, self._reacher, terms)
 
     def _plan(self, raw: bytes) -> Plan | None:
-        """What holds for all requests with the fields of this one, if they can be served without a task."""
+        """What is the same for all requests with the header fields of this one; None if they need a task."""
         try:
             head = parse_request(raw)
             asked = self._judge.judge(head, self._new_visit())
@@ -168,7 +168,7 @@ class WebConnection:
         if head.has_body or asked.onward.upgrade or (node is None and isinstance(self._service, PoolService)):
             return None
         wire = self._judge.wire(asked)
-        return Plan(head, asked.target.host, wire[wire.index(b"\r\n") :], node, _keeps_alive(head))
+        return Plan(head, asked.target.host, wire[wire.index(b"\r\n") :], node, head.keeps_alive)
 
     def _served(self, served: Served) -> None:
         """From the reactor: a request was answered."""
@@ -195,8 +195,8 @@ class WebConnection:
             except Refused as exc:
                 if self._left_to_another(exc):
                     return False
-                # Bytes behind a request for an upgrade are not a request, and what is left of a body neither.
-                keeps_on = head is not None and not head.has_body and head.get(b"upgrade") is None and _keeps_alive(head)
+                # What follows a request for an upgrade, or is left of a body, must not be read as the next request.
+                keeps_on = head is not None and not head.has_body and head.get(b"upgrade") is None and head.keeps_alive
                 await self._answer_alone(exc, head, keeps_on=keeps_on)
                 return keeps_on
             return False
@@ -212,7 +212,7 @@ class WebConnection:
             visit.log(trio.current_time())
 
     async def _forward(self, head: RequestHead, begun: tuple[ServiceLink, float] | None) -> bool:
-        """`begun`: the request was sent on this link, so many seconds ago."""
+        """Send one request to its node, and the answer back. `begun`: it was sent on this link already, that many seconds ago."""
         visit, rules, gate = self._visit, self._rules, self._gate
         asked = self._judge.judge(head, visit)
         if asked.shown is not None:
@@ -232,12 +232,6 @@ class WebConnection:
                 link, is_chosen = (begun[0], False) if begun is not None else await self._reacher.reach(asked.wish, held)
                 visit.node, visit.way = link.node or "", link.way
                 await self._use(asked, link)
-                cookies: tuple[bytes, ...] = ()
-                if is_chosen and isinstance(rules.affinity, CookieAffinity) and link.node is not None:
-                    cookies = (rules.affinity.set_cookie(link.node, secure=self._origin.scheme == "https"),)
-                if asked.shown is not None and asked.shown.is_new and rules.passes is not None:
-                    secure = self._origin.scheme == "https"
-                    cookies = (*cookies, rules.passes.set_cookie(asked.shown.caller, time.time(), secure=secure))
 
                 async def answered(found: ResponseHead, node: RelayId | None = link.node) -> Sequence[bytes]:
                     return await gate.answered(asked.facts, node, found.status, found.fields) if gate is not None else ()
@@ -246,20 +240,30 @@ class WebConnection:
                     head,
                     wire,
                     asked.onward.upgrade,
-                    _keeps_alive(head) and not self.is_draining,
+                    head.keeps_alive and not self.is_draining,
                     rules.response_timeout_s,
                     rules.max_body_bytes,
-                    cookies,
+                    self._new_cookies(asked, link.node if is_chosen else None),
                     answered if gate is not None else None,
                 )
                 waited_s, begun = begun[1] if begun is not None else None, None
                 try:
                     return await self._exchange(link, order, waited_s)
                 except StaleLink:
-                    continue  # it has been taken out; a fresh one cannot be stale
+                    continue  # that link has been taken out of the idle ones; a fresh one cannot be stale
+
+    def _new_cookies(self, asked: Asked, chosen: RelayId | None) -> tuple[bytes, ...]:
+        """The cookies that the answer brings: one for a node that was `chosen` just now, and the pass for a ticket."""
+        affinity, passes, shown, secure = self._rules.affinity, self._rules.passes, asked.shown, self._origin.scheme == "https"
+        cookies: tuple[bytes, ...] = ()
+        if chosen is not None and isinstance(affinity, CookieAffinity):
+            cookies = (affinity.set_cookie(chosen, secure=secure),)
+        if shown is not None and shown.is_new and passes is not None:
+            cookies = (*cookies, passes.set_cookie(shown.caller, time.time(), secure=secure))
+        return cookies
 
     async def _use(self, asked: Asked, link: ServiceLink) -> None:
-        """The last questions, now that the node is known. Raises Refused."""
+        """Ask what can only be asked once the node is known. Aborts the link and raises Refused if the answer is no."""
         if self._entrance is not None and asked.shown is not None:
             try:
                 await self._entrance.use(asked.shown.caller, link.node or self._around.own_id)
@@ -268,7 +272,7 @@ class WebConnection:
                 raise
 
     async def _hold(self, head: RequestHead, asked: Asked, held: HeldRequest) -> bool:
-        """Serve a request that is held until it is decided."""
+        """Serve a request that is held whole until somebody has decided about it; returns whether there may be another."""
         client, visit = self._client, self._visit
         assert client is not None
         body = await read_whole(client, head, held.max_body_bytes)
@@ -280,10 +284,10 @@ class WebConnection:
         except Refused as exc:
             if self._left_to_another(exc):
                 return False
-            keeps_client = _keeps_alive(head) and not self.is_draining
+            keeps_client = head.keeps_alive and not self.is_draining
             await self._answer_alone(exc, head, keeps_on=keeps_client)
             return keeps_client
-        keeps_client, is_given = _keeps_alive(head) and not self.is_draining, False
+        keeps_client, is_given = head.keeps_alive and not self.is_draining, False
         try:
             visit.status, visit.first_byte_at = reply.answer.status, trio.current_time()
             await client.send(answer_whole(head, reply, keeps_client=keeps_client))
@@ -294,7 +298,7 @@ class WebConnection:
         return keeps_client
 
     def _left_to_another(self, refused: Refused) -> bool:
-        """REFUSE, so that the gateway asks another relay, if this one cannot tell and has not accepted the stream yet."""
+        """REFUSE the stream if this relay cannot decide and has not accepted it yet, so that the gateway asks another. Whether it did."""
         stream = self.tunnel.stream
         if not isinstance(refused, Unable) or stream.accepted:
             return False
@@ -326,7 +330,7 @@ class WebConnection:
                 link.abort()
 
     async def _switch(self, link: ServiceLink, wire: bytes) -> None:
-        """The service agreed to the upgrade: tell the client, and carry what comes."""
+        """The service has agreed to the upgrade: tell the client, and carry bytes both ways until the end."""
         client, visit, tunnel = self._client, self._visit, self.tunnel
         assert client is not None
         visit.status, visit.upgraded, visit.first_byte_at = 101, True, trio.current_time()
@@ -356,7 +360,7 @@ class WebConnection:
             visit.bytes_in, visit.bytes_out = tunnel.stream.bytes_in - before_in, tunnel.stream.bytes_out - before_out
 
     async def _answer_alone(self, refused: Refused, head: RequestHead | None, *, keeps_on: bool) -> None:
-        """An answer of our own."""
+        """Send an answer of our own."""
         visit, client = self._visit, self._client
         assert client is not None
         visit.status, visit.why = refused.status, refused.name
@@ -387,12 +391,6 @@ class WebConnection:
     def _new_visit(self) -> Visit:
         opening = self._opening
         return Visit(opening.trace, self._rules.name, opening.client, trio.current_time())
-
-
-def _keeps_alive(head: RequestHead) -> bool:
-    """Whether the client means to go on after the response (RFC 9112, 9.3)."""
-    tokens = head.tokens(b"connection")
-    return b"close" not in tokens if head.version == b"1.1" else b"keep-alive" in tokens
 
 
 def _refusal(bad: BadHead) -> Refused:

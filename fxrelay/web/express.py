@@ -1,4 +1,4 @@
-"""Pump: requests that need no task: they have no body, their node is connected already, and the answer comes in one piece.
+"""Pump: the fast path for requests that need no task: no body, a node that is connected already, an answer in one piece.
 
 A task is woken twice for a request, and its scopes and objects cost more than all parsing; here a request costs a third
 (docs/adr/0011). What is not as simple as that is handed to the connection's task as it came, so there is one place where requests are
@@ -35,7 +35,7 @@ _END: Final = b"\r\n\r\n"
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What holds for all simple requests with the same header fields. `tail` is what the service gets behind the request line."""
+    """What is the same for all simple requests with equal header fields. `tail` is what the service gets after the request line."""
 
     head: RequestHead
     host: str
@@ -125,7 +125,7 @@ class Express:
         self._plan: Plan | None = None
         self._began = 0.0
         self.is_last = False
-        """The request that is being answered is the last one."""
+        """Whether the request that is being answered is the last one."""
 
     async def wait(self) -> Handed:
         """Serve until there is something for the task. Cancelling leaves the connection to `stop`."""
@@ -244,7 +244,7 @@ class Express:
         self._answer(link, plan, *found)
 
     def _whole_answer(self, data: bytes, end: int) -> tuple[ResponseHead, Answer, bytes] | None:
-        """The response, if it is a final one and whole. What is wrong with it is for the task to tell."""
+        """The response, if it is final and complete; None otherwise, also for a malformed one, which the task deals with."""
         plan = self._plan
         assert plan is not None
         try:

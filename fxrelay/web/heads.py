@@ -60,6 +60,12 @@ class RequestHead:
         """Whether any bytes follow."""
         return self.length != 0
 
+    @property
+    def keeps_alive(self) -> bool:
+        """Whether the client means to go on after the response (RFC 9112, 9.3)."""
+        tokens = self.tokens(b"connection")
+        return b"close" not in tokens if self.version == b"1.1" else b"keep-alive" in tokens
+
     def get(self, name: bytes) -> bytes | None:
         """The value of the first field of that name."""
         return _get(self.fields, name)
@@ -116,10 +122,6 @@ class HeadScanner:
         """What lies behind the head: the caller's."""
         rest, self.rest = bytes(self.rest), bytearray()
         return rest
-
-    def put_back(self, data: bytes) -> None:
-        """Begin anew with this: a head that was read, and what came behind it. Nothing may be held."""
-        self.rest, self._scanned = bytearray(data), 0
 
     def whole_head(self, data: bytes) -> int:
         """If `data` begins with a whole head, and nothing is held: where its empty line begins, otherwise -1; then `feed` tells more.

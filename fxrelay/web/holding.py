@@ -51,7 +51,7 @@ async def read_whole(client: ClientSide, head: RequestHead, most_bytes: int) -> 
 
 
 async def while_there(client: ClientSide, ask: Callable[[], Awaitable[Reply]]) -> Reply:
-    """What `ask` returns, as long as the client is there: what he does not wait for any more must not be done for him. Safe to cancel: a
+    """What `ask` returns. Cancelled when the client leaves: nothing may be done for a client that no longer waits for it. Safe to cancel: a
     reply that is there by then is undone.
 
     Raises:

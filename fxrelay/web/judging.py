@@ -1,4 +1,4 @@
-"""Task: what is to be done with one request, before anything of it is sent: whose it is, which node it wants, and what the gate says."""
+"""Task: what to do with a request, before any of it is sent: who asks, which node it needs, and what the gate says."""
 
 import time
 from collections.abc import Iterator

@@ -27,7 +27,7 @@ _LOOK: Final = socket.MSG_PEEK | socket.MSG_DONTWAIT
 
 
 class ServiceLink:
-    """A connected socket, and what was read too much. Owns the socket until `close` or `abort`, or until somebody takes `sock` over.
+    """A connected socket, and bytes read beyond the last response. Owns the socket until `close` or `abort`, or until `sock` is taken over.
 
     `is_used` tells whether a request has been answered on it: a service may end such a connection at any moment.
     """

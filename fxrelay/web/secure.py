@@ -16,7 +16,7 @@ STEPS_AT_ONCE: Final = 8
 
 
 class HandshakeFailed(Exception):
-    """A client with which no TLS comes about. It has its alert."""
+    """A client's TLS handshake failed. It has been sent the alert."""
 
 
 class HandshakeTurns:

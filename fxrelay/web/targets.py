@@ -64,7 +64,7 @@ def read_target(head: RequestHead) -> Target:
 
 
 def is_served(host: str, hosts: Sequence[str]) -> bool:
-    """Whether `host` is one of the service's: exactly, or by a `*.` at a name's beginning. Everything is, if none are given."""
+    """Whether `host` is one of `hosts`, exactly or by a leading `*.`; always, if `hosts` is empty."""
     if not hosts:
         return True
     return any(host == name or (name.startswith("*.") and host.endswith(name[1:]) and len(host) >= len(name)) for name in hosts)

@@ -1,4 +1,4 @@
-"""Task: after a 101 the connection is its protocol's own: the pump carries it, or where TLS is ended here, two tasks do."""
+"""Task: a connection after a 101: the pump carries it or, where this relay terminates TLS, two tasks do."""
 
 import socket
 from typing import Final
@@ -18,7 +18,7 @@ COPY_BYTES: Final = 65_536
 
 
 class UpgradedDelivery(Delivery):
-    """A delivery whose connection stands already. Bytes of the client that arrived meanwhile reach the service first."""
+    """A delivery that is connected already. Client bytes that have arrived meanwhile go to the service first."""
 
     __slots__ = ("ended",)
 
@@ -46,8 +46,9 @@ class UpgradedDelivery(Delivery):
 
 
 async def copy_both_ways(client: ClientSide, link: ServiceLink, idle_s: float) -> None:
-    """Carry bytes between a client whose TLS ends here and a service until the service ends. The client's end is passed on; TLS has no
-    half close, so the service's end is everybody's.
+    """Carry bytes between a service and a client whose TLS is terminated here, until the service ends its side.
+
+    The client's end is passed on to the service. The other way round that is not possible: this TLS cannot be half-closed.
 
     Raises:
         ClientGone, CutOff: one of them broke off, or nothing moved for `idle_s`.

@@ -1,4 +1,4 @@
-"""Pump: a request's body on its way to the service, passed on in the callbacks that bring it, so that slow clients wake no task."""
+"""Pump: passes a request's body on to the service in the callbacks that deliver it, so that slow clients wake no task."""
 
 import time
 from functools import partial

@@ -113,10 +113,6 @@ class TlsSocket(ssl.SSLSocket):
         self._unread = b"".join(chunks)
         return self._unread[:limit_bytes]
 
-    def pushback(self, data: bytes) -> None:
-        """Let `data` be read before everything else."""
-        self._unread = data + self._unread
-
     def send(self, data: "ReadableBuffer", flags: int = 0) -> int:
         """Send as much as the socket takes. Less than all of it means: wait until it can be written.
 

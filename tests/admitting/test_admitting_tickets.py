@@ -168,7 +168,7 @@ def read(token: str, rules: TicketRules = RULES, now: float = NOW) -> Ticket:
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_refuses(case: str) -> None:
+def test_a_ticket_with_a_flaw_is_refused_for_that_flaw(case: str) -> None:
     make, why = REFUSED[case]
     token = make()
     with pytest.raises(BadTicket) as caught:

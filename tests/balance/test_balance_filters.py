@@ -104,7 +104,7 @@ def test_the_first_reason_is_told(first: int) -> None:
         (member("a", weight=0), None),
     ],
 )
-def test_a_login(found: Member, expected: str | None) -> None:
+def test_why_a_server_is_left_out_for_a_login(found: Member, expected: str | None) -> None:
     assert reason(found) == expected
 
 
@@ -119,7 +119,7 @@ def test_a_login(found: Member, expected: str | None) -> None:
         (member("a", sessions=5, maxSessions=5), QUIET, FULL),
     ],
 )
-def test_a_start(found: Member, around: Circumstances, expected: str | None) -> None:
+def test_why_a_server_is_left_out_for_a_session_start(found: Member, around: Circumstances, expected: str | None) -> None:
     assert reason(found, request=START, around=around) == expected
 
 
@@ -161,7 +161,7 @@ def test_what_is_not_the_servers_own(around: Circumstances, expected: str | None
         (Pool("desk", frozenset(ids("a")), {"gpu": True}), {"staticData": {}}, NO_MATCH),
     ],
 )
-def test_pools(pool: Pool, fields: dict[str, Any], expected: str | None) -> None:
+def test_which_servers_belong_to_a_pool(pool: Pool, fields: dict[str, Any], expected: str | None) -> None:
     assert reason(member("a", **fields), pool) == expected
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import trio
 from peers import connect, echo, exchange, pattern, receive_all, refused
-from plane import Contexts, open_plane
+from plane import SERVICE, Contexts, open_plane
 
 from fxrelay.delivery.delivery import DeliveryLimits
 
@@ -86,20 +86,23 @@ async def test_unix_socket_service_with_a_full_queue_is_refused(contexts: Contex
     with _bound(tmp_path / "s", 0), socket.socket(socket.AF_UNIX) as filler:
         filler.connect(str(tmp_path / "s"))
         async with open_plane(contexts) as plane:
-            await plane.add_relay(str(tmp_path / "s"))
+            relay = await plane.add_relay(str(tmp_path / "s"))
             await refused(plane.add_door())
+            assert relay.desk.counters.refused_by_service == {SERVICE: {"connect-failed": 1}}
 
 
-async def test_no_such_unix_socket(contexts: Contexts, tmp_path: Path) -> None:
+async def test_a_unix_socket_that_is_not_there_is_refused(contexts: Contexts, tmp_path: Path) -> None:
     async with open_plane(contexts) as plane:
-        await plane.add_relay(str(tmp_path / "nobody"))
+        relay = await plane.add_relay(str(tmp_path / "nobody"))
         await refused(plane.add_door())
+        assert relay.desk.counters.refused_by_service == {SERVICE: {"connect-failed": 1}}
 
 
-async def test_service_without_addresses(contexts: Contexts) -> None:
+async def test_a_service_without_addresses_is_refused(contexts: Contexts) -> None:
     async with open_plane(contexts) as plane:
-        await plane.add_relay()
+        relay = await plane.add_relay()
         await refused(plane.add_door())
+        assert relay.desk.counters.refused_by_service == {SERVICE: {"connect-failed": 1}}
 
 
 async def test_relay_carries_no_more_than_its_limit(contexts: Contexts) -> None:

@@ -52,7 +52,7 @@ async def test_next_relay_gets_the_early_bytes_exactly_once(contexts: Contexts) 
         assert plane.relays[0].desk.counters.refused_by_service[ServiceName("s")]["connect-failed"] > 0
 
 
-async def test_all_refuse(contexts: Contexts) -> None:
+async def test_a_client_that_all_relays_refuse_is_turned_away(contexts: Contexts) -> None:
     async with open_plane(contexts) as plane:
         for name in "abc":
             await plane.add_relay(free_port(), name=name)
@@ -60,17 +60,18 @@ async def test_all_refuse(contexts: Contexts) -> None:
         assert plane.doors[0].counters.refused == {"all-refused": 1}
 
 
-async def test_nobody_there(contexts: Contexts) -> None:
+async def test_a_client_of_a_service_without_a_relay_is_turned_away(contexts: Contexts) -> None:
     async with open_plane(contexts) as plane:
         await refused(plane.add_door())
         assert plane.doors[0].counters.refused == {"no-relay": 1}
 
 
-async def test_unknown_service(contexts: Contexts) -> None:
+async def test_a_client_is_turned_away_when_its_only_relay_does_not_know_the_service(contexts: Contexts) -> None:
     async with open_plane(contexts) as plane:
         relay = await plane.add_relay(await plane.serve(echo))
         relay.table.replace([])
         await refused(plane.add_door())
+        assert plane.doors[0].counters.refused == {"all-refused": 1}
 
 
 async def test_no_more_than_so_many_relays_are_tried(contexts: Contexts) -> None:
@@ -278,7 +279,9 @@ async def test_stream_whose_service_has_ended_is_not_begun_again(contexts: Conte
         await stream.aclose()
 
 
-async def test_redirect(contexts: Contexts, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_redirect_leads_to_the_relay_that_it_names_with_the_early_bytes(
+    contexts: Contexts, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async with open_plane(contexts) as plane:
         first = await plane.add_relay(await plane.serve(echo), name="a")
         second = await plane.add_relay(await plane.serve(echo), name="b")

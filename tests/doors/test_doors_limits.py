@@ -24,7 +24,7 @@ EXEMPT = (ipaddress.ip_network("127.0.0.0/8"),)
         (AdmissionLimits(open_burst_per_source=3, open_rate_per_source_per_s=0.5), "too-fast"),
     ],
 )
-async def test_limits(contexts: Contexts, limits: AdmissionLimits, verdict: str) -> None:
+async def test_a_client_above_a_limit_is_refused_and_counted(contexts: Contexts, limits: AdmissionLimits, verdict: str) -> None:
     async with open_plane(contexts) as plane:
         await plane.add_relay(await plane.serve(echo))
         port = plane.add_door(limits)

@@ -78,7 +78,7 @@ async def test_relay_is_forgotten_when_link_and_sessions_are_gone(contexts: Cont
         await refused(port)
 
 
-async def test_revoked_relay(contexts: Contexts) -> None:
+async def test_a_revoked_relay_loses_its_links_and_its_streams(contexts: Contexts) -> None:
     async with open_plane(contexts) as plane:
         relay = await plane.add_relay(await plane.serve(echo))
         port = plane.add_door()

@@ -63,7 +63,7 @@ async def test_the_same_relay_by_a_new_session(contexts: Contexts) -> None:
             assert not old.mux.streams
 
 
-async def test_another_relay(contexts: Contexts) -> None:
+async def test_a_client_that_waits_for_a_lost_link_moves_to_another_relay(contexts: Contexts) -> None:
     async with open_plane(contexts, LONG_HOLD) as plane:
         first = await held_relay(plane)
         async with waiting_client(plane) as stream:

@@ -15,7 +15,7 @@ def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-async def test_echo(contexts: Contexts) -> None:
+async def test_bytes_come_back_as_they_were_sent(contexts: Contexts) -> None:
     async with open_plane(contexts) as plane:
         await plane.add_relay(await plane.serve(echo))
         async with await connect(plane.add_door()) as stream:

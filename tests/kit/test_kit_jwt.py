@@ -49,7 +49,7 @@ def sign(claims: dict, key: object = ED, algorithm: str = "EdDSA", **headers: ob
 KEYS = read_keys(pem(ED) + pem(EC))
 
 
-def test_good_tokens() -> None:
+def test_good_tokens_are_taken_however_their_keys_came() -> None:
     assert verify_token(sign(GOOD), RULES, KEYS, NOW) == GOOD
     assert verify_token(sign(GOOD, EC, "ES256", kid="unknown to a PEM file"), RULES, KEYS, NOW)["sub"] == "ann"
     assert verify_token(sign({**GOOD, "aud": ["x", "api"]}), RULES, KEYS, NOW + 89)

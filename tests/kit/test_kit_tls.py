@@ -143,7 +143,7 @@ async def test_expired_certificate_behind_a_single_use_connection_is_still_expla
             await handshake_client(near, tls.client(), "localhost")
 
 
-async def test_wrong_name(tls: Any) -> None:
+async def test_a_certificate_without_the_name_asked_for_is_refused(tls: Any) -> None:
     async with serving(tls.server("gw.example")) as (address, _):
         assert (await dial(address, tls.client(), "other.example")).problem is HandshakeProblem.WRONG_NAME
         assert (await dial(address, tls.client(), "127.0.0.1")).problem is HandshakeProblem.WRONG_NAME

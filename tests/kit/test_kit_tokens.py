@@ -163,7 +163,7 @@ REFUSED: dict[str, tuple[Callable[[], str], Refusal]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_refuses(case: str) -> None:
+def test_an_assertion_with_a_flaw_is_refused_for_that_flaw(case: str) -> None:
     make, refusal = REFUSED[case]
     with pytest.raises(PeerRefused) as caught:
         verify(make())

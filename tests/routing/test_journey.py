@@ -129,7 +129,7 @@ STEPS: dict[str, tuple[Journey, FakeRelays, str, Journey]] = {
 
 
 @pytest.mark.parametrize(("journey", "relays", "expected", "then"), STEPS.values(), ids=STEPS)
-def test_next_step(journey: Journey, relays: FakeRelays, expected: str, then: Journey) -> None:
+def test_which_relay_is_asked_next(journey: Journey, relays: FakeRelays, expected: str, then: Journey) -> None:
     assert told(next_step(journey, SSH, relays)) == (expected, then)
 
 
@@ -165,7 +165,7 @@ ANSWERS: dict[str, tuple[Journey, Journey]] = {
 
 
 @pytest.mark.parametrize(("found", "expected"), ANSWERS.values(), ids=ANSWERS)
-def test_answers(found: Journey, expected: Journey) -> None:
+def test_what_an_answer_makes_of_a_journey(found: Journey, expected: Journey) -> None:
     assert found == expected
 
 

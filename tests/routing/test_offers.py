@@ -64,7 +64,7 @@ DECISIONS: dict[str, tuple[list[FakeRelay], set[str], str]] = {
 
 
 @pytest.mark.parametrize(("relays", "tried", "expected"), DECISIONS.values(), ids=DECISIONS)
-def test_decide(relays: list[FakeRelay], tried: set[str], expected: str) -> None:
+def test_the_readiest_relay_with_the_fewest_streams_is_chosen(relays: list[FakeRelay], tried: set[str], expected: str) -> None:
     assert chosen(table(*relays).decide(SSH, {RelayId(name) for name in tried})) == expected
 
 

@@ -173,7 +173,9 @@ async def test_a_gateway_that_was_restarted_gets_one_control_link_and_one_data_l
 
 
 @pytest.mark.parametrize("says_so", [True, False], ids=["relieved", "older-gateway"])
-async def test_making_way(gateway: FakeGateway, state_dir: Path, says_so: bool) -> None:
+async def test_an_uplink_that_makes_way_says_so_on_each_link_until_it_is_relieved(
+    gateway: FakeGateway, state_dir: Path, says_so: bool
+) -> None:
     async with running(gateway, state_dir) as it:
         await until(lambda: it.is_carrying)
         it.uplink.make_way(60)

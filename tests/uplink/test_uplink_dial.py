@@ -73,7 +73,7 @@ async def test_a_dialled_socket_is_ready_for_the_engine(gateway: FakeGateway, au
                 assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 7000
 
 
-async def test_nobody_listening(authority: Authority) -> None:
+async def test_an_address_where_nobody_listens_is_named_in_the_error(authority: Authority) -> None:
     with pytest.raises(TunnelError, match=r"^cannot connect to 127\.0\.0\.1:1: Connection refused$"):
         await dialler(authority).dial(GatewayUrl("127.0.0.1", 1), ALPN_HTTP)
 

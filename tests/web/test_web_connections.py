@@ -207,7 +207,7 @@ async def test_services_that_do_not_answer(contexts: Contexts) -> None:
         assert b'{"error": {"name": "BadGateway"' in answer
 
 
-async def test_nobody_listens(contexts: Contexts) -> None:
+async def test_a_service_that_does_not_listen_is_a_502(contexts: Contexts) -> None:
     async with open_plane(contexts) as plane:
         await add_web_relay(plane, free_port())
         assert statuses(await ask(plane.add_door(), LAST)) == [502]
