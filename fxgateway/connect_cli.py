@@ -7,7 +7,9 @@ import click
 
 @click.command()
 @click.argument("service")
-@click.option("--via", required=True, envvar="FXGATEWAY_VIA", help="A door of the gateway: http://HOST:PORT or https://HOST:PORT.")
+@click.option(
+    "--via", required=True, metavar="URL", envvar="FXGATEWAY_VIA", show_envvar=True, help="A door: http://HOST:PORT or https://HOST:PORT."
+)
 @click.option("--node", default="", help="The node that must serve it.")
 @click.option("--direct", metavar="HOST:PORT", help="Try this address first, for two seconds: the node itself, from within its network.")
 @click.option("--listen", metavar="HOST:PORT", help="Listen here and carry each connection, instead of standard input and output.")

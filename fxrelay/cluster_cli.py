@@ -74,7 +74,7 @@ def nodes(config_path: Path, as_json: bool, watch: bool) -> None:
 @_config_option
 @click.argument("service")
 @click.option("--user", default="", help="Who logs in or starts a session.")
-@click.option("--groups", default="", help="The user's groups, by comma.")
+@click.option("--groups", default="", help="The user's groups, separated by commas.")
 @click.option("--action", type=click.Choice(["user/login", "session/start"]), help="Default: the service's own.")
 @click.option("--data", default="{}", help="What came with the request, as a JSON object.")
 @click.option("--explain", is_flag=True, help="Say which filter or script dropped which server, and why.")
@@ -181,7 +181,7 @@ def store() -> None:
 @_config_option
 @click.argument("directory", type=click.Path(path_type=Path, file_okay=False))
 def store_export(config_path: Path, directory: Path) -> None:
-    """Write the store's collections to DIRECTORY, one file each, as the original's download tool does."""
+    """Write the store's collections to DIRECTORY, one file each, as FastX's download tool does."""
     from fxrelay.cluster.reading import cluster_of
     from fxrelay.cluster.transfer import export_store
 
@@ -195,7 +195,7 @@ def store_export(config_path: Path, directory: Path) -> None:
 @click.argument("directory", type=click.Path(path_type=Path, file_okay=False, exists=True))
 @click.option("--dry-run", is_flag=True, help="Only say what would change.")
 def store_import(config_path: Path, directory: Path, dry_run: bool) -> None:
-    """Bring the files of DIRECTORY into the store, as the original's upload tool does. May be repeated."""
+    """Bring the files of DIRECTORY into the store, as FastX's upload tool does. May be repeated."""
     from fxrelay.cluster.reading import cluster_of
     from fxrelay.cluster.transfer import apply_import, plan_import, tell_controls
 

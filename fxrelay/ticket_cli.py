@@ -58,8 +58,14 @@ def keygen(out: Path) -> None:
 @click.option("--sub", required=True, help="The user.")
 @click.option("--service", required=True, help="The service it is good for.")
 @click.option("--node", default="", help="The only node it is good for.")
-@click.option("--groups", default="", help="The user's groups, by comma.")
-@click.option("--ttl", default=60, show_default=True, type=click.IntRange(1, MAX_TTL_S), help="Seconds it lives.")
+@click.option("--groups", default="", help="The user's groups, separated by commas.")
+@click.option(
+    "--ttl",
+    default=60,
+    show_default=True,
+    type=click.IntRange(1, MAX_TTL_S),
+    help="Seconds it lives; relays take no longer than the service's max_life_s (60).",
+)
 @click.option("--audience", default="", help="Where the service's configuration says `audience`.")
 @click.option("--issuer", default="", help="Where the service's configuration says `issuer`.")
 @click.option("--kid", default="", help="The key's id in the relays' JWK set; default: its thumbprint.")

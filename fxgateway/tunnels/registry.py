@@ -290,13 +290,8 @@ class Registry:
         """A session has ended by itself."""
         statistics = session.statistics().mux
         self.resumed += session.resumed
-        logger.info(
-            "tunnel of %s closed: %s (%s)",
-            relay.relay_id,
-            code.label,
-            text,
-            extra={"tunnel": session.id, "bytes_in": statistics.bytes_in, "bytes_out": statistics.bytes_out, "streams": statistics.opened},
-        )
+        counts = {"bytes_in": statistics.bytes_in, "bytes_out": statistics.bytes_out, "streams": statistics.opened}
+        logger.info("tunnel of %s closed: %s (%s)", relay.relay_id, code.label, text, extra={"tunnel": session.id, **counts})
         relay.sessions.pop(session.id, None)
         relay.given_up.discard(session.id)
         self.on_change()
@@ -392,9 +387,8 @@ class _Owner:
 
     def on_link_down(self, session: Session, reason: str) -> None:
         """The relay dials again."""
-        logger.info(
-            "link of %s lost: %s; streams held: %d", self._relay.relay_id, reason, len(session.mux.streams), extra={"tunnel": session.id}
-        )
+        held = len(session.mux.streams)
+        logger.info("link of relay %s lost: %s; streams held: %d", self._relay.relay_id, reason, held, extra={"tunnel": session.id})
         self._registry.on_change()
 
     def on_closed(self, session: Session, code: Code, text: str) -> None:

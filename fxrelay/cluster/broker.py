@@ -1,4 +1,4 @@
-"""Task: broker.json, the file that says which Redis the members of a cluster share: the original's keys, and some of ours."""
+"""Task: broker.json, the file that says which Redis the members of a cluster share: FastX's keys, and some of ours."""
 
 import difflib
 import ipaddress

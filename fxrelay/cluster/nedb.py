@@ -1,4 +1,4 @@
-"""Pure: the original's store files (NeDB): one JSON object a line, the last line of an `_id` wins, `{"_id":…,"$$deleted":true}` removes it.
+"""Pure: FastX's store files (NeDB): one JSON object a line, the last line of an `_id` wins, `{"_id":…,"$$deleted":true}` removes it.
 
 Other lines with `$$` keys are about indexes and are ignored. Dates are `{"$$date": ms}` and stay so.
 """

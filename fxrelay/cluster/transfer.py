@@ -1,4 +1,4 @@
-"""Task: brings the cluster's configuration from a directory of the original's store files into the store, and back. Blocking.
+"""Task: brings the cluster's configuration from a directory of FastX's store files into the store, and back. Blocking.
 
 Both ways are planned first and carried out after: nothing is written while a line of any file is broken, and a second time changes nothing.
 """

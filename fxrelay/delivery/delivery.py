@@ -12,6 +12,7 @@ from fxrelay.cluster.settings import PathKind
 from fxrelay.delivery.addresses import Addresses, share_s
 from fxrelay.delivery.ports import StreamTaker
 from fxrelay.delivery.services import AnyService, Endpoint, PoolService, ServiceTable
+from fxrelay.delivery.unreached import Unreached
 from fxtunnel.codes import Code
 from fxtunnel.engine.overdue import idle, overdue
 from fxtunnel.engine.reactor import ERROR, WRITE, Reactor, Timer
@@ -126,6 +127,8 @@ class Delivery(Splice):
 
     def stands(self) -> None:
         """The service is reached."""
+        if self._addresses:
+            self.desk.unreached.note_reached(self._addresses[0])
         if self.stream is not None:
             self.stream.accept()
         if isinstance(self.service, PoolService):
@@ -133,6 +136,7 @@ class Delivery(Splice):
 
     def refuse(self, code: Code, text: str) -> None:
         """This address did not work: try the service's next one, or REFUSE the stream."""
+        self.note_failure(code, text)
         if code is Code.CONNECT_FAILED and self._reconnect():
             return
         stream = self.stream
@@ -140,6 +144,11 @@ class Delivery(Splice):
             stream.refuse(code, text)
         self.desk.count_refusal(self.service, code)
         self.abort()
+
+    def note_failure(self, code: Code, text: str) -> None:
+        """For the log: whether this address is to blame."""
+        if self._addresses and code in (Code.CONNECT_FAILED, Code.CONNECT_TIMEOUT):
+            self.desk.unreached.note(self._addresses[0], text)
 
     def on_reset(self, code: Code) -> None:
         """See `Endpoint`."""
@@ -207,6 +216,7 @@ class DeliveryDesk:
         self.deliveries: set[Delivery] = set()
         self.connecting: dict[Delivery, float] = {}
         self.addresses = Addresses()
+        self.unreached = Unreached()
         self.is_draining = False
         reactor.call_later(SWEEP_S, self._sweep)
 
@@ -264,6 +274,7 @@ class DeliveryDesk:
             connected = connect(endpoint)
             if not isinstance(connected, str):
                 return connected, in_order[position:]
+            self.unreached.note(endpoint, connected)
             problem = connected
         return problem, ()
 

@@ -206,6 +206,7 @@ class PlacedDelivery(Delivery):
 
     def refuse(self, code: Code, text: str) -> None:
         """See `Delivery`."""
+        self.note_failure(code, text)
         if code is Code.CONNECT_FAILED and self._reconnect():
             return
         placing, self._placing = self._placing, None

@@ -370,7 +370,7 @@ class WebConnection:
                 self._rules.name,
                 refused.status,
                 refused.name,
-                refused.detail or refused.message,
+                (refused.detail or refused.message).removesuffix(f" (trace {visit.trace})"),
                 visit.trace,
             )
         answer = render(refused, visit.trace, (head.get(b"accept") or b"") if head is not None else b"")

@@ -108,7 +108,7 @@ def _fields(_logger: object, _method: str, event_dict: EventDict) -> EventDict:
         "logger": record.name,
     }
     for name, value in record.__dict__.items():
-        if name not in _RECORD_FIELDS:
+        if name not in _RECORD_FIELDS and name != "audit":
             fields[f"{name}_" if name in (*_OWN_FIELDS, "traceback") else name] = value
     if "exc_info" in event_dict:
         # Never with the values of local variables: they hold keys and other people's bytes.

@@ -88,7 +88,7 @@ async def test_silent_path_is_found_and_left(contexts: Contexts, caplog: pytest.
             assert await receive_exactly(stream, 3) == b"two"
             assert trio.current_time() - silent_since < QUICK.hold_s
             assert relay.session.resumed >= 1
-    assert re.search(r"link of \S+ lost: nothing arrived for .*; streams held: 1", caplog.text)
+    assert re.search(r"link of relay \S+ lost: nothing arrived for .*; streams held: 1", caplog.text)
 
 
 async def test_silent_while_the_write_is_blocked(contexts: Contexts) -> None:
