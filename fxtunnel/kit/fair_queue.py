@@ -1,4 +1,4 @@
-"""Pure: who is next where many sources want the same thing: each source in its turn, so that a crowd of one delays itself only."""
+"""Pure: a queue that takes sources in turn, so that a crowd from one source only delays itself."""
 
 from collections import OrderedDict, deque
 from typing import Generic, TypeVar

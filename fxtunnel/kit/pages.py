@@ -38,7 +38,7 @@ MAX_ANSWER_BYTES: Final = 64 << 20
 
 
 class JsonPage(JSONResponse):
-    """JSON with its line's end, so that whoever asks with curl has the next prompt on a line of its own."""
+    """JSON that ends with a line feed, so that after `curl` the prompt is on a line of its own."""
 
     def render(self, content: Any) -> bytes:
         """The body."""
@@ -46,7 +46,7 @@ class JsonPage(JSONResponse):
 
 
 def pages_app(routes: Sequence[Route]) -> Starlette:
-    """An app of these pages, for `serve_pages`; whoever asks for another page, or in a way it cannot be asked for, is told so on a line."""
+    """An app of these pages, for `serve_pages`. An unknown page or a wrong method gets a line of plain text."""
     return Starlette(routes=routes, exception_handlers={HTTPException: _say_why})
 
 
