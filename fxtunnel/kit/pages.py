@@ -32,7 +32,9 @@ logger = logging.getLogger(__name__)
 MAX_CONNECTIONS: Final = 64
 MAX_HEAD_BYTES: Final = 8192
 IDLE_S: Final = 5
+"""For the next request on a connection: a scraper's are farther apart, and it connects again."""
 ERROR_S: Final = 1.0
+"""For what is left of an answer after an error."""
 # 4,096 relays in JSON are about 3 MB.
 MAX_ANSWER_BYTES: Final = 64 << 20
 

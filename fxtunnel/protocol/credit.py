@@ -17,6 +17,7 @@ LOCAL_WINDOW_BYTES: Final = 1_048_576
 """How far a window grows on a short path: enough to keep both ends busy. Larger windows cost little less CPU and queue
 interactive streams behind bulk ones (docs/adr/0004)."""
 FAST_CONSUMPTION_S: Final = 1.0
+"""On a short path a reader keeps up if it takes a whole window in less than this."""
 MIN_GROWTH_RTT_S: Final = 0.002
 """Windows follow the path only when its minimum round trip is longer than this; without the floor, queueing delay that the window itself
 causes would be taken for path length, and grow it for ever."""
