@@ -38,6 +38,9 @@ ERROR_S: Final = 1.0
 # 4,096 relays in JSON are about 3 MB.
 MAX_ANSWER_BYTES: Final = 64 << 20
 
+PAGE_HEADERS: Final = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
+"""For every answer about a daemon: it is out of date at once, and holds words that peers have chosen."""
+
 
 class JsonPage(JSONResponse):
     """JSON that ends with a line feed, so that after `curl` the prompt is on a line of its own."""
