@@ -89,7 +89,7 @@ class Ticket:
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Whose stream or request it is. `node` is the only one that he may have; `ticket` the one that has to be used first."""
+    """The user whose stream or request it is. `node` is the only node that will do; `ticket` is the one that has to be used first."""
 
     user: str = ""
     groups: tuple[str, ...] = ()
@@ -185,7 +185,7 @@ def flaw_of_user(user: object) -> str:
     """Why nobody can be called this in a ticket; "" for a user's name."""
     if not isinstance(user, str) or not 0 < len(user) <= MAX_USER_CHARS or not user.isprintable() or user != user.strip():
         return f"sub must be a user: printable, 1 to {MAX_USER_CHARS} characters, no space around them"
-    # Who shows no ticket goes by his address: nobody may be given the name of one.
+    # Clients without a ticket count as a user named by their address: no ticket may name such a user.
     try:
         ip_address(user)
     except ValueError:

@@ -41,7 +41,7 @@ class Beside:
         self._waiting: FairQueue[tuple[Work, Then]] = FairQueue()
 
     def do(self, work: Work, then: Then, source: str = "") -> None:
-        """Call `work` in the thread, then `then` with its outcome in the loop. Whoever asks bounds how much waits."""
+        """Call `work` in the thread, then `then` with its outcome in the loop. The caller bounds how much work it queues."""
         with self._lock:
             self._waiting.put(source, (work, then))
         if not self._is_under_way:

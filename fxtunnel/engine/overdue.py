@@ -1,4 +1,4 @@
-"""Pure: who has waited for too long, and on whom nothing has moved for too long."""
+"""Pure: which connections have waited too long, and on which nothing has moved for too long."""
 
 import sys
 from collections.abc import Iterable, Mapping

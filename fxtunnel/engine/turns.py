@@ -1,4 +1,4 @@
-"""Pure: in which order those who have bytes for a link send them: whoever has little goes before whoever has much."""
+"""Pure: the order in which streams send on a link: those that have little go before those that have much."""
 
 from collections import deque
 from contextlib import suppress

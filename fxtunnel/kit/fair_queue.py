@@ -7,7 +7,7 @@ T = TypeVar("T")
 
 
 class FairQueue(Generic[T]):
-    """First come, first served within a source; the sources go round. Whoever puts bounds how much waits."""
+    """First come, first served within a source; sources are served round robin. Not bounded: that is up to the caller of `put`."""
 
     __slots__ = ("_by_source",)
 
