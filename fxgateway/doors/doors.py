@@ -52,7 +52,7 @@ class Doors:
         except BaseException:
             for sock in fresh.values():
                 if inherited is not None:
-                    inherited.forget(str(bound_address(sock)))
+                    inherited.undo(sock)
                 sock.close()
             raise
         for key in [key for key in self._open if key not in wanted]:

@@ -34,4 +34,4 @@ class Unserved:
         for service, count in list(self._turned_away.items()):
             if isinstance(relays.offers.decide(service), Forward):
                 del self._turned_away[service]
-                logger.warning("door %s: %s has a relay again; %d clients were turned away", door_name, service, count)
+                logger.warning("door %s: %s has a relay again; clients turned away meanwhile: %d", door_name, service, count)

@@ -42,6 +42,8 @@ logger = logging.getLogger(__name__)
 
 CAPS: Final = ("resume",)
 RETRY_AFTER_S: Final = 5.0
+LEAVING_RETRY_S: Final = 30.0
+"""Nothing can change for such a relay before it is restarted, and each attempt is a line in two logs."""
 YIELDED_BEATS: Final = 1 / 3
 """How much longer than a relay the gateway waits before it pings, in heartbeats: with thousands of links it leaves that to relays."""
 
@@ -172,7 +174,7 @@ class ControlDesk:
         _check_trusted(caller)  # before its name is claimed over all processes
         if CAP_LEAVING in hello.caps and not self._registry.knows(caller.relay_id, hello.instance):
             # It has no sessions to resume here, and must not push its successor out.
-            raise PeerRefused(Refusal.DRAINING, "this relay drains, and has no sessions here", retry_after_s=RETRY_AFTER_S)
+            raise PeerRefused(Refusal.DRAINING, "this relay drains, and has no sessions here", retry_after_s=LEAVING_RETRY_S)
         self.check_room(caller.relay_id, hello.instance)
         return hello
 
@@ -192,7 +194,7 @@ class ControlDesk:
                     hold_s=config.hold_s,
                     caps=(*CAPS, CAP_NAMED) if self._colleagues.is_named else CAPS,
                     process=config.process,
-                    earlier=self._colleagues.earlier[:MAX_EARLIER],
+                    earlier=self._colleagues.earlier[-MAX_EARLIER:],
                     worker=self._colleagues.worker,
                 )
             )

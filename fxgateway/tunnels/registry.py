@@ -35,10 +35,8 @@ class RegistryLimits:
 
 
 class Registry:
-    """The relays that are connected, one entry per relay id.
-
-    A new instance takes the name over and fences the old one off, unless the old one has announced that it drains: then it keeps its
-    sessions until their streams have ended.
+    """The relays that are connected, one entry per relay id. A new instance takes the name over and fences the old one off, unless the old
+    one has announced that it drains: then it keeps its sessions until their streams have ended.
     """
 
     def __init__(self, reactor: Reactor, config: SessionConfig, budget: WindowBudget, limits: RegistryLimits) -> None:
@@ -268,7 +266,7 @@ class Registry:
         """The gateway drains: no new relay comes in."""
         self.is_draining = True
         self.on_change()
-        logger.info("draining %d relays for at most %g s", len(self._relays), deadline_s)
+        logger.info("draining for at most %g s; relays here: %d", deadline_s, len(self._relays))
 
     def send_on(self, deadline_s: float) -> None:
         """Another process of the gateway is about to serve: tell relays to look for it. They keep the links they have here."""
@@ -392,6 +390,8 @@ class _Owner:
 
     def on_link_down(self, session: Session, reason: str) -> None:
         """The relay dials again."""
+        held = len(session.mux.streams)
+        logger.info("link of %s lost: %s; streams held: %d", self._relay.relay_id, reason, held, extra={"tunnel": session.id})
         self._registry.on_change()
 
     def on_closed(self, session: Session, code: Code, text: str) -> None:

@@ -7,7 +7,7 @@ on a line, and only towards the earlier process.
 import array
 import logging
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Final
 
 import trio
@@ -16,6 +16,7 @@ from fxgateway.tunnels.colleagues import Alone, Passed
 from fxgateway.tunnels.first_look import look_at_hello
 from fxgateway.tunnels.lobby import TurnedAway
 from fxtunnel.control.busy import Appointment
+from fxtunnel.kit.client_hello import ClientHello
 from fxtunnel.kit.listeners import Inherited
 from fxtunnel.protocol.alpn import named_process
 
@@ -28,15 +29,12 @@ _GUEST: Final = b"\0"
 _FD_BYTES: Final = array.array("i").itemsize
 
 
-class Succession(Alone):
-    """Implements `Colleagues` for a single-process gateway that may have predecessors still draining, and may get successors."""
+class Lines:
+    """The lines of one process: to the processes before it, and its own, on which those after it pass connections on to it."""
 
-    def __init__(self, process: str) -> None:
-        super().__init__()
-        self._process = process
+    def __init__(self) -> None:
         self._earlier: dict[str, socket.socket] = {}
         self._ours: socket.socket | None = None
-        self._forget: Callable[[str], None] = lambda process: None
 
     @property
     def is_named(self) -> bool:
@@ -48,54 +46,54 @@ class Succession(Alone):
         """See `Colleagues`."""
         return tuple(self._earlier)
 
-    async def run(self, inherited: Inherited, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Take over the lines to earlier processes, and have a line to this one kept for successors. Runs until cancelled.
+    async def run(
+        self,
+        earlier: Mapping[str, socket.socket],
+        ours: socket.socket | None,
+        forget: Callable[[str], None],
+        *,
+        task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+    ) -> None:
+        """Use these lines, and close them at the end: those to earlier processes, and our own. Runs until cancelled.
 
-        A line is dropped when its process ends. Start this only once it is our turn, so that a successor that never gets one leaves
-        no line behind.
+        A line is dropped, and `forget` called, when its process ends. Without a line of our own nobody comes back to this process.
         """
-        self._earlier, self._forget = inherited.take_lines(), inherited.forget_line
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs:
-            theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, LINE_BYTES)
-            theirs.setblocking(False)
-            is_kept = inherited.keep_line(self._process, theirs)
-        with ours:
-            ours.setblocking(False)
-            self._ours = ours if is_kept else None
-            try:
-                async with trio.open_nursery() as nursery:
-                    for process in self._earlier:
-                        nursery.start_soon(self._outlive, process)
-                    task_status.started()
-                    await trio.sleep_forever()
-            finally:
-                self._ours = None
-                for line in self._earlier.values():
-                    line.close()
-                self._earlier.clear()
+        self._earlier, self._ours = dict(earlier), ours
+        try:
+            async with trio.open_nursery() as nursery:
+                for process, line in earlier.items():
+                    nursery.start_soon(self._outlive, process, line, forget)
+                task_status.started()
+                await trio.sleep_forever()
+        finally:
+            self._ours = None
+            for line in (*self._earlier.values(), *([ours] if ours is not None else [])):
+                line.close()
+            self._earlier.clear()
 
-    async def keeps(self, passed: Passed) -> bool:
-        """See `Colleagues`. A name that belongs to no process here is left alone: the TLS handshake then fails with no common protocol."""
-        await trio.lowlevel.checkpoint()
-        if not self._earlier:
-            return True
-        hello = await look_at_hello(passed.sock)
-        named = {named_process(protocol) for protocol in hello.alpn} if hello is not None else set()
+    def pass_on(self, passed: Passed, hello: ClientHello) -> bool:
+        """Pass the connection on to the earlier process that it names, if any; whether that was done. The caller closes its own copy.
+
+        A name that belongs to no process here is left alone: the TLS handshake then fails with no common protocol.
+
+        Raises:
+            TurnedAway: that process has no time for it now.
+        """
+        named = {named_process(protocol) for protocol in hello.alpn}
         process = next((process for process in named if process in self._earlier), "")
         if not process:
-            return True
+            return False
         try:
             self._earlier[process].sendmsg([_GUEST], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [passed.sock.fileno()]))])
         except (BrokenPipeError, ConnectionResetError):
-            return True  # it has just ended; `_outlive` is about to notice
+            return False  # it has just ended; `_outlive` is about to notice
         except OSError as exc:  # the line is full, or too many descriptors are in flight (unix(7), ETOOMANYREFS)
             raise TurnedAway(COME_AGAIN) from exc
         logger.debug("connection from %s is passed on to process %s", passed.remote_address, process)
-        return False
+        return True
 
-    async def wait_passed(self) -> Passed:
-        """See `Colleagues`."""
+    async def receive(self) -> Passed:
+        """The next connection that a later process has passed on to us; none without a line, or when nobody is left to pass any on."""
         while (line := self._ours) is not None:
             await trio.lowlevel.wait_readable(line)
             data, ancillary, _, _ = line.recvmsg(len(_GUEST), socket.CMSG_SPACE(_FD_BYTES), socket.MSG_CMSG_CLOEXEC)
@@ -106,15 +104,72 @@ class Succession(Alone):
                     sock.close()
             if not data:
                 break
-        return await super().wait_passed()
+        await trio.sleep_forever()
+        raise AssertionError
 
-    async def _outlive(self, process: str) -> None:
-        line = self._earlier[process]
-        await trio.lowlevel.wait_readable(line)  # nothing is ever sent in this direction: readable means closed
+    async def _outlive(self, process: str, line: socket.socket, forget: Callable[[str], None]) -> None:
+        await until_its_end(line)
         logger.info("process %s, an earlier one of this gateway, has ended", process)
         del self._earlier[process]
         line.close()
-        self._forget(process)
+        forget(process)
+
+
+class Succession(Alone):
+    """Implements `Colleagues` for a single-process gateway that may have predecessors still draining, and may get successors."""
+
+    def __init__(self, process: str) -> None:
+        super().__init__()
+        self._process = process
+        self._lines = Lines()
+
+    @property
+    def is_named(self) -> bool:
+        """See `Colleagues`."""
+        return self._lines.is_named
+
+    @property
+    def earlier(self) -> tuple[str, ...]:
+        """See `Colleagues`."""
+        return self._lines.earlier
+
+    async def run(self, inherited: Inherited, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Take over the lines to earlier processes, and have a line to this one kept for successors. Runs until cancelled.
+
+        Start this only once it is our turn, so that a successor that never gets one leaves no line behind.
+        """
+        ours = None
+        if inherited.keeps_lines:
+            ours, theirs = line_pair()
+            with theirs:
+                inherited.keep_line(self._process, theirs)
+        await self._lines.run(inherited.take_lines(), ours, inherited.forget_line, task_status=task_status)
+
+    async def keeps(self, passed: Passed) -> bool:
+        """See `Colleagues`."""
+        await trio.lowlevel.checkpoint()
+        if not self._lines.earlier:
+            return True
+        hello = await look_at_hello(passed.sock)
+        return hello is None or not self._lines.pass_on(passed, hello)
+
+    async def wait_passed(self) -> Passed:
+        """See `Colleagues`."""
+        return await self._lines.receive()
+
+
+def line_pair() -> tuple[socket.socket, socket.socket]:
+    """A new line: the end of the process it leads to, and the end that is kept for its successors."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, LINE_BYTES)
+    for end in (ours, theirs):
+        end.setblocking(False)
+    return ours, theirs
+
+
+async def until_its_end(line: socket.socket) -> None:
+    """Wait until the process has ended to which this line leads."""
+    await trio.lowlevel.wait_readable(line)  # nothing is ever sent in this direction: readable means closed
 
 
 def _received(ancillary: list[tuple[int, int, bytes]]) -> list[socket.socket]:

@@ -6,8 +6,8 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Final, Protocol
@@ -39,6 +39,8 @@ class Outfit:
 
     message: Message
     sockets: Sequence[tuple[str, socket.socket]]
+    own: Mapping[str, socket.socket] = field(default_factory=dict)
+    """Sockets for this worker only, which are given away."""
 
 
 class Home(Protocol):
@@ -211,7 +213,12 @@ class Child:
 
     def _equip(self, channel: Channel) -> None:
         outfit = self._home.outfit(self.number)
-        send_sockets(channel, outfit.sockets)
+        try:
+            send_sockets(channel, outfit.sockets)
+            send_sockets(channel, list(outfit.own.items()))
+        finally:
+            for sock in outfit.own.values():
+                sock.close()
         channel.send(outfit.message)
 
     async def _report(self, task_status: trio.TaskStatus[None]) -> None:
@@ -232,7 +239,7 @@ class Child:
 
 
 def send_sockets(channel: Channel, sockets: Sequence[tuple[str, socket.socket]]) -> None:
-    """Send copies of listening sockets, with the addresses by which the configuration knows them."""
+    """Send copies of listening sockets, with the addresses by which the configuration knows them, or of lines, with their names."""
     for start in range(0, len(sockets), MAX_SOCKETS):
         some = sockets[start : start + MAX_SOCKETS]
         copies = [sock.dup() for _, sock in some]

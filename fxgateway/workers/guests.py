@@ -10,6 +10,7 @@ import trio
 from fxgateway.tunnels.colleagues import Passed
 from fxgateway.tunnels.first_look import look_at_hello
 from fxgateway.tunnels.registry import Registry
+from fxgateway.tunnels.succession import Lines
 from fxgateway.workers.asking import NoAnswer
 from fxgateway.workers.channel import Message
 from fxgateway.workers.far_relays import AllRelays
@@ -38,8 +39,7 @@ class Guests:
 
     def __init__(self, line: Line, peers: Peers, registry: Registry, relays: AllRelays, number: int) -> None:
         self.worker = str(number)
-        self.is_named = False
-        self.earlier = ()
+        self.lines = Lines()
         self._line = line
         self._peers = peers
         self._registry = registry
@@ -48,11 +48,23 @@ class Guests:
         self._is_accepting = True
         self._passed, self._received_passed = trio.open_memory_channel[Passed](MAX_PASSED)
 
+    @property
+    def is_named(self) -> bool:
+        """See `Colleagues`."""
+        return self.lines.is_named
+
+    @property
+    def earlier(self) -> tuple[str, ...]:
+        """See `Colleagues`."""
+        return self.lines.earlier
+
     async def keeps(self, passed: Passed) -> bool:
         """See `Colleagues`."""
         hello = await look_at_hello(passed.sock)
         if hello is None:
             return True  # our TLS handshake will tell the peer what is wrong
+        if self.lines.pass_on(passed, hello):
+            return False
         named = next((_number(protocol) for protocol in hello.alpn if protocol.startswith(_WORKER)), None)
         is_data = _DATA in hello.alpn
         if named is None and is_data:
@@ -76,6 +88,11 @@ class Guests:
     async def wait_passed(self) -> Passed:
         """See `Colleagues`."""
         return await self._received_passed.receive()
+
+    async def take_returning(self) -> None:
+        """Have what later processes pass on to us served like what other workers do. Until cancelled."""
+        while True:
+            await self._passed.send(await self.lines.receive())
 
     def welcome(self, message: Message, sockets: list[socket.socket]) -> None:
         """Another worker passes a connection on to us. Hangs up if nobody here can take it soon: the relay dials again."""

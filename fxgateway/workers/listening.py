@@ -37,7 +37,8 @@ class Listening:
                 if str(address) not in self._doors:
                     opened[str(address)] = listen(address, self._inherited, CLIENT_OPTIONS)
         except BaseException:
-            self.give_up(opened.values())
+            for sock in opened.values():
+                self._inherited.undo(sock)
             raise
         return opened
 

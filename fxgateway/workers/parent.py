@@ -2,7 +2,6 @@
 
 import logging
 import os
-import secrets
 import socket
 import sys
 import time
@@ -28,13 +27,14 @@ from fxgateway.workers.child import Child, Outfit
 from fxgateway.workers.far_relays import holders
 from fxgateway.workers.listening import Listening
 from fxgateway.workers.names import Names
+from fxgateway.workers.returns import Returns
 from fxgateway.workers.shares import as_message
 from fxgateway.workers.snapshot import Facts, MergedView
 from fxgateway.workers.wishes import Wishes
 from fxtunnel.engine.reactor import Reactor
 from fxtunnel.errors import ConfigError, FxError
 from fxtunnel.kit import logs
-from fxtunnel.kit.listeners import Inherited
+from fxtunnel.kit.listeners import LINE_NAME, Inherited
 from fxtunnel.kit.notify import Notifier
 from fxtunnel.kit.process import Reloads, feed_watchdog, follow_launcher, raise_file_limit, settle, wait_until, watch_signals
 from fxtunnel.kit.settings import Address
@@ -85,10 +85,10 @@ class Parent:
         self._has_turn = False
         self._inherited = Inherited.from_environ(os.environ, os.getpid(), notifier)
         self._listening = Listening(self._inherited)
+        self._returns = Returns(self._inherited)
         self._children = {number: Child(number, self, self) for number in range(1, settings.tunnel.workers + 1)}
         self._asking = Asking()
         self._has_started = False
-        self._run = secrets.token_hex(8)
         self._names = Names(settings.limits.relays)
         self._replays = ReplayGuard()
         self._wishes = Wishes(self._children.values(), self._asking, self._take_no_clients)
@@ -114,6 +114,7 @@ class Parent:
                     for child in self._children.values():
                         await child.prepared.wait()
                     await nursery.start(follow_launcher, self._notifier, self._stop.set)
+                    await nursery.start(self._returns.run)
                     self._take_turn()
                 self._has_started = True
                 admin = await nursery.start(self._pages.run)
@@ -128,11 +129,15 @@ class Parent:
                 nursery.cancel_scope.cancel()
         finally:
             self._listening.close()
+            self._returns.close()
 
     def outfit(self, number: int) -> Outfit:
         """See `Home`."""
-        begin = {"op": "begin", "worker": number, "of": len(self._children), "process": self._run, "config": str(self._config_path)}
-        return Outfit({**begin, "settings": as_message(self._settings), "is_drained": self._wishes.is_drained}, self._listening.sockets())
+        name = self._returns.begin(number)
+        begin = {"op": "begin", "worker": number, "of": len(self._children), "process": name.process, "config": str(self._config_path)}
+        message = {**begin, "settings": as_message(self._settings), "is_drained": self._wishes.is_drained}
+        own = {} if name.line is None else {f"{LINE_NAME}{name.process}": name.line}
+        return Outfit(message, [*self._listening.sockets(), *self._returns.to_earlier()], own)
 
     def introduce(self, child: Child) -> None:
         """See `Home`: a line between it and each of the others."""
@@ -148,6 +153,7 @@ class Parent:
     def died(self, child: Child) -> None:
         """See `Home`."""
         self._names.worker_gone(child.number)
+        self._returns.end(child.number)
         self._view.died(child.number)
         self._facts.pids.pop(child.number, None)
         if not self._stop.is_set():

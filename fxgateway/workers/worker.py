@@ -27,7 +27,7 @@ from fxgateway.workers.snapshot import snapshot
 from fxtunnel.engine.reactor import Reactor
 from fxtunnel.errors import ConfigError, FxError, leaves
 from fxtunnel.kit import logs
-from fxtunnel.kit.listeners import Inherited
+from fxtunnel.kit.listeners import LINE_NAME, Inherited
 from fxtunnel.kit.notify import Notifier
 from fxtunnel.kit.process import keep_going, let_finish, raise_file_limit, wait_until
 from fxtunnel.kit.settings import Address
@@ -42,13 +42,13 @@ BEGIN_S: Final = 30.0
 
 @dataclass(frozen=True, slots=True)
 class Assignment:
-    """What the parent's first message makes of this process: worker `number` of `of`, in the run of the gateway that is called `run`."""
+    """What the parent's first message makes of this process: worker `number` of `of`, called `process` by relays that come back to it."""
 
     number: int
     of: int
-    run: str
+    process: str
     sockets: dict[str, socket.socket]
-    """The listening sockets, by the addresses under which the configuration knows them; the worker's now."""
+    """The worker's now: listening sockets, by the addresses that the configuration knows them by; lines, by what they are kept under."""
 
 
 def main() -> None:
@@ -66,7 +66,7 @@ def main() -> None:
 
 
 def hear_begin(sock: socket.socket) -> tuple[Message, dict[str, socket.socket]]:
-    """Wait for the parent's first message and the listening sockets. Blocks; later messages stay on the line.
+    """Wait for the parent's first message and the sockets that come with it: to listen on, and lines. Blocks; later messages stay unread.
 
     Raises:
         FxError: the parent is gone, says nothing for BEGIN_S, or says something that this version does not know.
@@ -129,7 +129,8 @@ class Worker(Gateway):
         self._turn = trio.Event()
         self._departs = False
         """Whether a successor of the gateway has taken over what this process listened on."""
-        self._sockets = assignment.sockets
+        self._lines = {name.removeprefix(LINE_NAME): sock for name, sock in assignment.sockets.items() if name.startswith(LINE_NAME)}
+        self._sockets = {address: sock for address, sock in assignment.sockets.items() if not address.startswith(LINE_NAME)}
         self._prepared: tuple[GatewaySettings, dict[str, Any], Inherited] | None = None
         super().__init__(reactor, share_of(settings, assignment.of), config_path, Notifier(), raise_file_limit(), sandbox)
 
@@ -163,16 +164,20 @@ class Worker(Gateway):
         return self._guests
 
     def _process(self) -> str:
-        return self._assignment.run
+        return self._assignment.process
 
     def _make_inherited(self) -> Inherited:
         sockets, self._sockets = self._sockets, {}
         return Inherited(sockets)
 
     async def _follow_earlier(self, *, task_status: trio.TaskStatus[None]) -> None:
-        """A worker does nothing here: relays name workers by number, not by process."""
-        await trio.lowlevel.checkpoint()
-        task_status.started()
+        """Use the lines that the parent has given; it forgets those of processes that have ended."""
+        lines, self._lines = self._lines, {}
+        ours = lines.pop(self._assignment.process, None)
+        async with trio.open_nursery() as nursery:
+            await nursery.start(self._guests.lines.run, lines, ours, _leave_to_parent)
+            nursery.start_soon(self._guests.take_returning)
+            task_status.started()
 
     async def _serve_pages(self, *, task_status: trio.TaskStatus[Address]) -> None:
         await trio.lowlevel.checkpoint()
@@ -312,6 +317,10 @@ class Worker(Gateway):
                     await trio.to_thread.run_sync(self._access.open, self._settings.log.access)
                 except ConfigError as exc:
                     logger.error("the access log stays where a refused reload had moved it: %s", exc)
+
+
+def _leave_to_parent(process: str) -> None:
+    """The parent sees the end of an earlier process as well, and has it forgotten."""
 
 
 def _mark_logs(number: int) -> None:

@@ -79,7 +79,7 @@ class LiveView:
             live=health.live,
             synced=health.synced,
             last_error=publisher.last_error or health.last_error,
-            nodes={state.value: count for state, count in view.members.statistics(view.now).items()},
+            nodes=view.members.statistics(view.now),
             quarrels=tuple(sorted(member.server.server_id for member in view.everyone() if member.rivals)),
             switched_off=view.members.switched_off(),
             in_flight=len(view.in_flight),

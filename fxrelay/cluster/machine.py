@@ -26,7 +26,8 @@ KEPT_PERIODS: Final = 3
 CONNECTION_TABLES: Final = (Path("/proc/self/net/tcp"), Path("/proc/self/net/tcp6"))
 _BLOCK_BYTES: Final = 131_072
 """Lines are matched in parts: no other thread of the relay waits for more than about a millisecond."""
-_ESTABLISHED: Final = re.compile(rb"^ *\d+: ([0-9A-F]+:[0-9A-F]{4}) [0-9A-F]+:[0-9A-F]{4} 01 ", re.MULTILINE)
+_ESTABLISHED: Final = re.compile(rb"^ *\d+: ([0-9A-F]+:[0-9A-F]{4} [0-9A-F]+:[0-9A-F]{4}) 01 ", re.MULTILINE)
+"""Both ends of a connection."""
 
 End = tuple[str, int]
 """Where connections end on this machine: an IPv4 address, or "" for any, and a port."""
@@ -74,13 +75,14 @@ class MachineReader:
 def count_connections(ends: Collection[End], tables: Collection[Path] = CONNECTION_TABLES) -> int:
     """Established TCP connections that end there. Blocks.
 
-    A connection within this machine has two ends; only the one at the service's port counts.
+    A connection within this machine has two ends; only the one at the service's port counts. While others come and go the kernel may show
+    one several times: it hands a table out by the page, and finds its place again by counting.
 
     Raises:
         OSError: the kernel does not say.
     """
     wanted = {b"%s:%04X" % (_as_listed(address), port) for address, port in ends}
-    found = 0
+    found: set[bytes] = set()
     for table in tables if wanted else ():
         try:
             file = table.open("rb", buffering=0)
@@ -90,9 +92,12 @@ def count_connections(ends: Collection[End], tables: Collection[Path] = CONNECTI
             rest = b""
             while block := file.read(_BLOCK_BYTES):
                 lines, newline, rest = (rest + block).rpartition(b"\n")
-                # An IPv4 address is the end of a mapped one in the table of IPv6.
-                found += sum(end[-5:] in wanted or end[-13:] in wanted for end in _ESTABLISHED.findall(lines + newline))
-    return found
+                for ends_of_one in _ESTABLISHED.findall(lines + newline):
+                    here = ends_of_one.partition(b" ")[0]
+                    # An IPv4 address is the end of a mapped one in the table of IPv6.
+                    if here[-5:] in wanted or here[-13:] in wanted:
+                        found.add(ends_of_one)
+    return len(found)
 
 
 def _as_listed(address: str) -> bytes:

@@ -25,6 +25,9 @@ class MemberState(Enum):
     DOWN = "down"
 
 
+STANDINGS: Final = ("up", "stale", "ended", "down")
+
+
 class Outcome(Enum):
     """What became of an update."""
 
@@ -82,8 +85,13 @@ class Member:
 
     @property
     def standing(self) -> str:
-        """For people: its state; or `ended`, if its relay's last word was that, before its age tells."""
-        return "ended" if self.server.has_ended and self.state is not MemberState.DOWN else self.state.value
+        """For people: `standing` of it."""
+        return standing(self.server, self.state)
+
+
+def standing(server: ServerObject, state: MemberState) -> str:
+    """A node's state in one of the words of STANDINGS. "ended" is one whose relay's last word was that, before its age makes it "down"."""
+    return "ended" if server.has_ended and state is not MemberState.DOWN else state.value
 
 
 def sessions_of(members: Iterable[Member], user: str) -> tuple[dict[str, Any], ...]:
@@ -206,11 +214,11 @@ class Members:
         self._look(now)
         return self._members
 
-    def statistics(self, now: float) -> dict[MemberState, int]:
-        """How many are in which state."""
-        counts = dict.fromkeys(MemberState, 0)
+    def statistics(self, now: float) -> dict[str, int]:
+        """How many there are of each standing."""
+        counts = dict.fromkeys(STANDINGS, 0)
         for record in self._records.values():
-            counts[self._state(now - record.heard_at)] += 1
+            counts[standing(record.server, self._state(now - record.heard_at))] += 1
         return counts
 
     def _look(self, now: float) -> None:

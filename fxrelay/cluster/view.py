@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 
 PLACED: Final = "placed"
 ENDED: Final = "ended"
+MAX_REASONS: Final = 8
+"""So many different ones are told of one outage."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +83,8 @@ class ClusterView:
         self._synced = False
         self._doubted_since: float | None = None
         self._store_down_since: float | None = None
+        self._reasons: set[str] = set()
+        """Why the store is down, as told since it is."""
         self._is_refused = False
         self._blind_since: float | None = None
         self._blind_s = 0.0
@@ -122,6 +126,7 @@ class ClusterView:
         if self._store_down_since is not None:
             logger.warning("the store answers again after %.1f s", self._monotonic() - self._store_down_since)
         self._store_down_since = None
+        self._reasons.clear()
         self._look()
 
     def store_took(self, clock_ms: int) -> None:
@@ -158,6 +163,9 @@ class ClusterView:
             self._store_down_since = self._monotonic() if doubted_since is None else doubted_since
             logger.warning("the store does not answer, going on with what is known: %s", error)
             self._look()
+        elif error not in self._reasons and len(self._reasons) < MAX_REASONS:
+            logger.warning("the store still does not answer, now for another reason: %s", error)
+        self._reasons.add(error)
 
     def live_updates_heard(self) -> None:
         """Changes arrive at once."""

@@ -59,3 +59,10 @@ def is_gone(exc: FxError) -> bool:
             return refusal is Refusal.DRAINING
         case _:
             return False
+
+
+def is_turned_away(exc: FxError, ties: Ties) -> bool:
+    """Whether whoever has the address has nothing of ours, though we have sessions: as it is another process, perhaps. Who drains is let in
+    nowhere else, and told no names there.
+    """
+    return isinstance(exc, PeerRefused) and exc.refusal is Refusal.DRAINING and ties.is_named and bool(ties.sessions)

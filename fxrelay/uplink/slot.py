@@ -93,6 +93,8 @@ class Slot:
     def on_link_down(self, session: LinkSession, reason: str) -> None:
         """From the engine: see `UplinkSessionOwner`."""
         if session is self.session:
+            held = session.statistics().mux.streams
+            logger.info("link to %s lost: %s; streams held: %d", self._home.gateway_id, reason, held, extra={"tunnel": session.id})
             self._down.set()
 
     def on_closed(self, session: LinkSession, code: Code, text: str) -> None:

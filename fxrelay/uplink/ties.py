@@ -1,6 +1,7 @@
 """Task: the links to one gateway process: a control link, which hands out tickets, and the data sessions dialled with them."""
 
 import ssl
+from collections.abc import Sequence
 from typing import Final, Protocol
 
 import trio
@@ -188,6 +189,11 @@ class Ties:
             except TunnelClosed:
                 if self.link is link:
                     await self._link_changed.wait()
+
+
+def too_many(departing: Sequence[Ties], most: int) -> Sequence[Ties]:
+    """Those beyond so many: first where nothing is open, then the oldest. Not the last, as what was sent there may still be on its way."""
+    return sorted(departing[:-1], key=lambda ties: ties.streams > 0)[: max(0, len(departing) - most)]
 
 
 class SlotMaker(Protocol):

@@ -20,9 +20,9 @@ from fxrelay.uplink.gateway_file import GatewayFile, GatewayUrl
 from fxrelay.uplink.identity import Identity
 from fxrelay.uplink.ports import LinkSession, SessionFactory, UplinkConfig, UplinkSessionOwner, UplinkState, UplinkStatistics
 from fxrelay.uplink.redialling import INTERNAL, Failure, Redialling
-from fxrelay.uplink.returning import is_gone, keep_returning
+from fxrelay.uplink.returning import is_gone, is_turned_away, keep_returning
 from fxrelay.uplink.slot import Slot
-from fxrelay.uplink.ties import Ties
+from fxrelay.uplink.ties import Ties, too_many
 from fxrelay.uplink.verdicts import appointed_s, final_error
 from fxtunnel.codes import Code, Refusal
 from fxtunnel.control.channel import GOODBYE_S
@@ -123,8 +123,10 @@ class Uplink:
                         ties = self._ties[-1]
                         nursery.start_soon(self._hold, ties, task_status)
                         await ties.departs.wait()
-                        for oldest in self._ties[:-MAX_DEPARTING]:
-                            oldest.give_up()
+                        if self._drain_until is not None:
+                            await trio.sleep_forever()  # its next process would not let us in
+                        for spare in too_many(self._ties, MAX_DEPARTING):
+                            spare.give_up()
                         self._ties.append(self._new_ties())
                         await trio.sleep(self._around.rng.uniform(0, DEPARTURE_SPREAD_S))
         finally:
@@ -232,6 +234,8 @@ class Uplink:
             except FxError as exc:
                 if ties.departs.is_set() and is_gone(exc):
                     ties.lose()
+                elif self._drain_until is not None and is_turned_away(exc, ties):
+                    ties.depart()
                 if self._is_stopping or ties.departs.is_set() or self.ends_with(exc):
                     return
                 self._last_error = str(exc)
@@ -281,11 +285,11 @@ class Uplink:
                 if ties.process not in ("", link.welcome.process) and link.welcome.process:
                     logger.info("gateway %s is another process now", self.gateway_id)
                     self._lost_at = trio.current_time()
-                    if ties.is_up or (ties.is_named and ties.streams and ties.process in link.welcome.earlier):
+                    if ties.is_up or (ties.is_named and ties.sessions and ties.process in link.welcome.earlier):
                         # We missed the old process's Drain message. Keep what is open there, and begin new ties with this one.
                         ties.depart()
                         return
-                    # No session of the old process is alive, and this one cannot resume any: end them, and keep these ties and this link.
+                    # No session of the old process can be resumed: end them, and keep these ties and this link.
                     ties.close_sessions(Code.LINK_LOST, "its process of the gateway is gone")
                 self._welcomed(ties, link, url)
                 if self._welcomes == 1:

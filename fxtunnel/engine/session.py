@@ -336,7 +336,6 @@ class Session:
             self._finish(Code.LINK_LOST, reason)
             return
         self._arm(self._config.hold_s, self._hold_over)
-        logger.info("link of session %s lost: %s; %d streams held", self.id, reason, len(self.mux.streams))
         self._owner.on_link_down(self, reason)
 
     def _drop_link(self, after_s: float = 0.0) -> None:

@@ -25,6 +25,9 @@ LINK_COLUMNS: Final = ("up", "cuts", "rtt", "streams")
 _FAILED: Final = 1
 _MISUSED: Final = 2
 
+_CALLED_HERE: Final = {"status": "relays", "relays": "status", "start": "run", "serve": "run"}
+"""What administrators of other daemons, or of the other one of ours, try first."""
+
 _Json = dict[str, Any]
 _Function = TypeVar("_Function", bound=Callable[..., object])
 
@@ -50,6 +53,16 @@ class Program(click.Group):
         if code:
             ctx.exit(code)
         return result
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+        """See `click.Group`. Adds what the command for the same purpose is called here."""
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError as exc:
+            named = _CALLED_HERE.get(args[0] if args else "")
+            if named not in self.commands:
+                raise
+            raise click.UsageError(f"{exc.message.rstrip('.')}: it is called '{named}' here.", ctx) from None
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """See `click.Group`, which cuts what does not fit into a line."""
@@ -132,7 +145,7 @@ def watch_drain(count: Callable[[], int], what: str, timeout_s: float | None) ->
     while True:
         left = count()
         if left != shown or is_terminal:
-            text = f"{left} {what} left, {duration(time.monotonic() - began)}"
+            text = f"{what} left: {left}, {duration(time.monotonic() - began)}"
             click.echo(f"\r{text:<60}" if is_terminal else text, nl=not is_terminal)
             sys.stdout.flush()
             shown = left
@@ -142,7 +155,7 @@ def watch_drain(count: Callable[[], int], what: str, timeout_s: float | None) ->
     if is_terminal:
         click.echo()
     if left:
-        raise FxError(f"{left} {what} are left after {timeout_s:g} s; they go on, and nothing new comes")
+        raise FxError(f"{what} left after {timeout_s:g} s: {left}; they go on, and nothing new comes")
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

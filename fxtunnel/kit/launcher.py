@@ -9,6 +9,7 @@ successor needs; that one begins then. What the present one says is passed on to
 | SIGTERM, SIGINT | the daemon lets go and drains; the launcher ends then if a service manager started it, else with the last daemon |
 | SIGHUP | passed on |
 | SIGUSR2 | a successor is started; once it is prepared, the daemon before it lets go and drains; if it fails, nothing changes |
+|         | one more that is asked for meanwhile is started when that is done |
 | SIGABRT | the daemon is killed: systemd's watchdog has missed it |
 
 A daemon whose launcher is gone without a word drains as well.
@@ -50,6 +51,8 @@ class _Daemon:
     told_to_stop: float | None = None
     has_let_go: bool = False
     exit_code: int | None = None
+    wishes: list[tuple[str, list[int]]] = field(default_factory=list)
+    """Of a successor: the sockets that shall be kept from when it takes over, by their names; without a descriptor, no longer."""
 
 
 @dataclass(slots=True)
@@ -74,6 +77,8 @@ class Launcher:
         self._current: _Daemon | None = None
         self._successor: _Daemon | None = None
         self._draining: list[_Daemon] = []
+        self._is_asked_again = False
+        """For one more successor, while a process still takes the place of another."""
         self._is_stopping = False
         self._code: int | None = None
 
@@ -160,14 +165,21 @@ class Launcher:
         self._end_if_done()
 
     def _succeed(self) -> None:
-        if self._is_stopping or self._successor is not None:
+        if self._is_stopping:
             return
-        self._say("starting a successor")
-        self._successor = self._start()
+        # One at a time: who has not had its turn yet has nothing to let go of, and two would wait for the same word.
+        self._is_asked_again = self._successor is not None or not all(daemon.has_let_go for daemon in self._draining)
+        if not self._is_asked_again:
+            self._say("starting a successor")
+            self._successor = self._start()
+
+    def _succeed_again(self) -> None:
+        if self._is_asked_again:
+            self._succeed()
 
     def _hear(self, daemon: _Daemon) -> None:
         try:
-            data, ancillary, _, _ = daemon.link.recvmsg(_MESSAGE_BYTES, socket.CMSG_SPACE(_FD_BYTES))
+            data, ancillary, _, _ = daemon.link.recvmsg(_MESSAGE_BYTES, socket.CMSG_SPACE(_FD_BYTES), socket.MSG_CMSG_CLOEXEC)
         except BlockingIOError:
             return
         except OSError:
@@ -178,10 +190,8 @@ class Launcher:
             daemon.link.close()
             return
         fields = dict(line.partition("=")[::2] for line in data.decode("utf-8", "replace").splitlines())
-        if "FDSTORE" in fields and daemon not in self._draining:
-            self._keep(fields.get("FDNAME", ""), fds)
-        elif "FDSTOREREMOVE" in fields and daemon not in self._draining:
-            self._drop(fields.get("FDNAME", ""))
+        if "FDSTORE" in fields or "FDSTOREREMOVE" in fields:
+            self._on_wish(daemon, fields.get("FDNAME", ""), fds)
         elif daemon is self._successor and _PREPARED in fields:
             self._promote()
         elif daemon is self._current:
@@ -190,8 +200,17 @@ class Launcher:
             if _PREPARED not in fields and ("STOPPING" not in fields or self._is_stopping):
                 self._notifier.pass_on(data)
             self._end_if_done()
-        elif "STOPPING" in fields:
+        elif "STOPPING" in fields and daemon in self._draining:
             self._has_let_go(daemon)
+
+    def _on_wish(self, daemon: _Daemon, name: str, fds: list[int]) -> None:
+        """To keep a socket, or with none not any more. A successor may still fail, and then nothing has changed; who drains has no say."""
+        if daemon is self._successor:
+            daemon.wishes.append((name, fds))
+        elif daemon is self._current:
+            self._keep(name, fds)
+        else:
+            _close_all(fds)
 
     def _keep(self, name: str, fds: list[int]) -> None:
         self._drop(name)
@@ -200,8 +219,7 @@ class Launcher:
             with socket.socket(fileno=os.dup(fd)) as copy:
                 self._notifier.keep(name, copy)
             fds = fds[1:]
-        for fd in fds:
-            os.close(fd)
+        _close_all(fds)
 
     def _drop(self, name: str) -> None:
         gone = [kept for kept in self._kept if kept.name == name]
@@ -215,6 +233,9 @@ class Launcher:
         old, self._current, self._successor = self._current, self._successor, None
         if self._current is not None:
             self._say(f"process {self._current.pid} has taken over")
+            wishes, self._current.wishes = self._current.wishes, []
+            for name, fds in wishes:
+                self._keep(name, fds)
         if old is not None:
             self._draining.append(old)
             self._let_go(old)
@@ -225,6 +246,7 @@ class Launcher:
             daemon.has_let_go = True
             if self._current is not None:
                 _say_to(self._current, GO)
+            self._succeed_again()
 
     def _let_go(self, daemon: _Daemon) -> None:
         if daemon.told_to_stop is None:
@@ -245,12 +267,17 @@ class Launcher:
                 code = os.waitstatus_to_exitcode(status)
                 is_told = code == -signal.SIGTERM and daemon.told_to_stop is not None  # before it could listen to signals
                 daemon.exit_code = 0 if is_told else code if code >= 0 else 128 - code
+                if code < 0 and not is_told:
+                    self._say(f"process {pid} was ended by signal {-code} ({signal.strsignal(-code)})")
                 if daemon in self._draining:
                     self._has_let_go(daemon)
                 if daemon is self._successor:
                     self._successor = None
+                    for _, fds in daemon.wishes:
+                        _close_all(fds)
                     if not self._is_stopping:
                         self._say(f"the successor ended with exit code {daemon.exit_code} before it was prepared; nothing changes")
+                    self._succeed_again()
         self._draining = [daemon for daemon in self._draining if daemon.exit_code is None]
         self._end_if_done()
 
@@ -314,6 +341,11 @@ def _inherited(environ: Mapping[str, str]) -> list[_Kept]:
 
 def _moved(fd: int, lowest: int) -> int:
     return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, lowest)
+
+
+def _close_all(fds: Sequence[int]) -> None:
+    for fd in fds:
+        os.close(fd)
 
 
 def _fds(raw: bytes) -> tuple[int, ...]:

@@ -47,6 +47,8 @@ class Inherited:
         self._sockets = dict(sockets)
         self._notifier = notifier
         self._kept = set(kept)
+        self._came = set(self._kept)
+        """What was kept for us: it stays so, whatever becomes of us."""
         self._lines = dict(lines or {})
 
     @classmethod
@@ -99,19 +101,30 @@ class Inherited:
         """Do not have the socket of this address kept any longer."""
         if self._notifier is not None and address in self._kept:
             self._kept.discard(address)
+            self._came.discard(address)
             self._notifier.drop(kept_name(address))
+
+    def undo(self, sock: socket.socket) -> None:
+        """Close what `listen` has given, as another address failed: nobody shall listen there after us, unless it was kept for us."""
+        address = str(bound_address(sock))
+        if address not in self._came:
+            self.forget(address)
+        sock.close()
 
     def take_lines(self) -> dict[str, socket.socket]:
         """The lines to earlier processes, by their names. The caller owns them now; another call returns none."""
         lines, self._lines = self._lines, {}
         return lines
 
-    def keep_line(self, process: str, sock: socket.socket) -> bool:
-        """Have a line to this process kept for its successors. False: nobody keeps sockets for this process."""
-        if self._notifier is None or self._notifier.launcher is None:
-            return False
-        self._notifier.keep(f"{LINE_NAME}{process}", sock)
-        return True
+    @property
+    def keeps_lines(self) -> bool:
+        """Whether somebody keeps sockets for this process, to give them to its successors."""
+        return self._notifier is not None and self._notifier.launcher is not None
+
+    def keep_line(self, process: str, sock: socket.socket) -> None:
+        """Have a line to this process kept for its successors."""
+        if self._notifier is not None:
+            self._notifier.keep(f"{LINE_NAME}{process}", sock)
 
     def forget_line(self, process: str) -> None:
         """That process has ended: do not have its line kept any longer."""

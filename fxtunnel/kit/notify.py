@@ -2,10 +2,12 @@
 
 import array
 import contextlib
+import errno
 import os
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Final
 
 LAUNCHER_FD: Final = "FX_LAUNCHER_FD"
@@ -15,12 +17,18 @@ GO: Final = b"GO"
 """What a launcher says to a daemon whose turn it is."""
 END: Final = b"END"
 """What it says before the SIGTERM of a daemon that nobody will follow."""
+HEARD_S: Final = 2.0
+"""For a manager, or our launcher, to take what it has to know. It may have much to do; ten messages wait for it (net.unix.max_dgram_qlen),
+and a socket that it does not keep is closed in the next restart."""
+_TRY_AGAIN_S: Final = 0.002
+_FULL: Final = frozenset({errno.EAGAIN, errno.ENOBUFS, errno.ETOOMANYREFS})
 _WORD_BYTES: Final = 16
 _MAX_STATUS: Final = 500
 
 
 class Notifier:
-    """Sends state to the service manager's socket. Never blocks, never fails: a lost message costs a line in `systemctl status`.
+    """Sends state to the service manager's socket. Never fails; waits for one that does not hear, for HEARD_S and not again until it does.
+    Where a lost message costs no more than a line in `systemctl status` it does not wait.
 
     Below a launcher it is told instead, on a socket of our own (`launcher`): it passes on what the present process says.
     """
@@ -28,6 +36,7 @@ class Notifier:
     def __init__(self, address: str | None = None, watchdog_interval_s: float | None = None, launcher: socket.socket | None = None) -> None:
         self._address = address
         self._watchdog_interval_s = watchdog_interval_s
+        self._is_heard = True
         self.launcher = launcher
         """The socket to the launcher, None without one. When it closes, the launcher is gone and this process should drain."""
         self.is_last = False
@@ -69,7 +78,7 @@ class Notifier:
 
     def reloading(self) -> None:
         """A reload begins; `ready()` ends it."""
-        self._send("RELOADING=1", f"MONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}")
+        self._mention("RELOADING=1", f"MONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}")
 
     def stopping(self) -> None:
         """Shutdown has begun."""
@@ -77,11 +86,11 @@ class Notifier:
 
     def status(self, text: str) -> None:
         """The line that `systemctl status` shows."""
-        self._send(_status(text))
+        self._mention(_status(text))
 
     def watchdog(self) -> None:
         """Still alive."""
-        self._send("WATCHDOG=1")
+        self._mention("WATCHDOG=1")
 
     def hear(self) -> bytes:
         """The launcher's next word; empty if it has said nothing, or is gone. Never blocks."""
@@ -110,18 +119,41 @@ class Notifier:
             self.launcher.close()
 
     def _send(self, *fields: str, fd: int | None = None) -> None:
+        """Say what has to be known."""
+        try:
+            self._say(fields, fd, HEARD_S if self._is_heard else 0.0)
+            self._is_heard = True
+        except OSError as exc:
+            self._is_heard = exc.errno not in _FULL
+
+    def _mention(self, *fields: str) -> None:
+        """Say what will be said again, or is nice to know."""
+        with contextlib.suppress(OSError):
+            self._say(fields, None, 0.0)
+
+    def _say(self, fields: tuple[str, ...], fd: int | None, patience_s: float) -> None:
         text = "\n".join(fields).encode("utf-8", "replace")
         rights = [] if fd is None else [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))]
         if self.launcher is not None:
-            with contextlib.suppress(OSError):
-                self.launcher.sendmsg([text], rights)
+            _send_soon(partial(self.launcher.sendmsg, [text], rights), patience_s)
+        elif self._address is not None:
+            # A socket per message: these are rare, and one kept open would have to survive every restart of the manager.
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
+                sock.setblocking(False)
+                _send_soon(partial(sock.sendmsg, [text], rights, 0, self._address), patience_s)
+
+
+def _send_soon(send: Callable[[], int], patience_s: float) -> None:
+    until = time.monotonic() + patience_s
+    while True:
+        try:
+            send()
+        except OSError as exc:
+            if exc.errno not in _FULL or time.monotonic() >= until:
+                raise
+        else:
             return
-        if self._address is None:
-            return
-        # A socket per message: these are rare, and one kept open would have to survive every restart of the manager.
-        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
-            sock.setblocking(False)
-            sock.sendmsg([text], rights, 0, self._address)
+        time.sleep(_TRY_AGAIN_S)  # nothing tells of room in somebody else's queue
 
 
 def _status(text: str) -> str:

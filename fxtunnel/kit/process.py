@@ -120,11 +120,11 @@ async def wait_until(condition: Callable[[], bool]) -> None:
 
 async def let_finish(what: str, count: Callable[[], int], drain_s: float) -> None:
     """Wait until `count` is 0, for `drain_s` seconds at most. What is left then is logged; the caller ends it."""
-    logger.info("stopping: %d %s have %g s to finish", count(), what, drain_s)
+    logger.info("stopping: %s have %g s to finish; open now: %d", what, drain_s, count())
     with trio.move_on_after(drain_s):
         await wait_until(lambda: not count())
     if left := count():
-        logger.warning("%d %s did not finish in time and are reset", left, what)
+        logger.warning("%s did not finish in time and are reset: %d", what, left)
 
 
 class Delivering(Protocol):
@@ -162,9 +162,9 @@ async def follow_launcher(notifier: Notifier, on_stop: Callable[[], None], *, ta
     await trio.lowlevel.wait_readable(launcher)
     is_ours = notifier.hear() == GO
     task_status.started()
-    if is_ours:
-        await trio.lowlevel.wait_readable(launcher)  # its end, or its word that it is ours too
-        notifier.hear()
+    while is_ours:
+        await trio.lowlevel.wait_readable(launcher)
+        is_ours = notifier.hear() == GO  # said twice it means no more than once; anything else is its end, or its word that it is ours too
     on_stop()
 
 

@@ -175,6 +175,8 @@ class _Overlay:
         self._data = data
         self._path = path
         self._made: dict[_Loc, str] = {}
+        self._tables: dict[_Loc, str] = {}
+        """Tables and lists that the file does not have, by the first variable that wanted one."""
         self._texts: dict[_Loc, str] = {}
         self.problems: list[ConfigProblem] = []
 
@@ -184,12 +186,14 @@ class _Overlay:
         found = {_loc(name.removeprefix(start)): name for name in environ if name.startswith(start)}
         for loc in sorted(found, key=lambda loc: [(isinstance(part, str), part) for part in loc]):
             name = found[loc]
+            fresh = [loc[:end] for end in range(1, len(loc)) if not _is_there(self._data, loc[:end])]
             try:
                 self._put(loc, _literal(environ[name]))
             except LookupError as exc:
                 self.problems.append(self._problem(loc, exc.args[0], name))
             else:
                 self._made[loc], self._texts[loc] = name, environ[name]
+                self._tables |= dict.fromkeys(fresh, name)
 
     def respell(self, locs: Iterable[_Loc]) -> bool:
         """Put the plain text of these values, where they came from variables; whether there were any."""
@@ -199,8 +203,9 @@ class _Overlay:
         return bool(wanted)
 
     def problem(self, loc: _Loc, message: str) -> ConfigProblem:
-        """A problem of the value at `loc`, blamed on the variable that made it or a value around it, else on the file."""
-        return self._problem(loc, message, next((self._made[loc[:end]] for end in range(len(loc), 0, -1) if loc[:end] in self._made), ""))
+        """A problem of the value at `loc`, blamed on the variable that made it, a value around it or the table there, else on the file."""
+        blamed = next((self._made[loc[:end]] for end in range(len(loc), 0, -1) if loc[:end] in self._made), self._tables.get(loc, ""))
+        return self._problem(loc, message, blamed)
 
     def _problem(self, loc: _Loc, message: str, variable: str) -> ConfigProblem:
         return ConfigProblem(str(self._path), dotted(loc), f"{message} (from {variable} in the environment)" if variable else message)
@@ -282,6 +287,12 @@ def _within(data: object, loc: _Loc) -> _Loc:
             return loc[:position]
         data = _get(data, part)
     return loc
+
+
+def _is_there(data: object, loc: _Loc) -> bool:
+    for part in loc:
+        data = _get(data, part)
+    return data is not None
 
 
 def _get(container: object, part: _Part) -> object:

@@ -17,6 +17,8 @@ from fxrelay.cluster.programs import ProgramBounds
 from tests.ports import free_port
 
 BOUNDS = ProgramBounds(timeout_s=20.0)
+HERE, THERE = "127.9.8.2", "127.9.8.3"
+"""Nobody else has connections there, whatever else runs on this machine. Anybody may have some at another address and any port."""
 HEAD = "  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode\n"
 
 
@@ -44,39 +46,31 @@ def test_cpu_is_the_share_since_the_last_call(monkeypatch: pytest.MonkeyPatch) -
 
 def test_connections_to_a_port_are_counted_once() -> None:
     with ExitStack() as stack:
-        # Not of those that somebody else's connection may come from, at another address.
-        listener, other = (stack.enter_context(socket.create_server(("127.0.0.1", free_port()))) for _ in range(2))
-        ends = [("", listener.getsockname()[1])]
+        listener, other = (stack.enter_context(socket.create_server((HERE, free_port()))) for _ in range(2))
+        ends = [listener.getsockname()]
         assert count_connections(ends) == 0
         for server, clients in ((listener, 3), (other, 2)):
             for _ in range(clients):
                 stack.enter_context(socket.create_connection(server.getsockname()))
                 stack.enter_context(server.accept()[0])
         assert count_connections(ends) == 3
-        assert count_connections([*ends, ("", other.getsockname()[1])]) == 5
+        assert count_connections([*ends, other.getsockname()]) == 5
         listener.close()
         assert count_connections(ends) == 3, "sessions outlive their listener"
     assert count_connections([]) == 0
 
 
-@pytest.mark.parametrize("listening", ["127.0.0.2", "::"])
+@pytest.mark.parametrize("listening", [HERE, "::"])
 def test_connections_to_an_address_are_not_those_to_another(listening: str) -> None:
-    family = socket.AF_INET6 if ":" in listening else socket.AF_INET
+    family, port = socket.AF_INET6 if ":" in listening else socket.AF_INET, free_port()
     with ExitStack() as stack:
-        two = stack.enter_context(socket.create_server((listening, 0), family=family, dualstack_ipv6=family == socket.AF_INET6))
-        port = two.getsockname()[1]
-        if family == socket.AF_INET:
-            three = stack.enter_context(socket.create_server(("127.0.0.3", port)))
-            stack.enter_context(socket.create_connection(("127.0.0.3", port)))
-            stack.enter_context(three.accept()[0])
-        else:
-            stack.enter_context(socket.create_connection(("127.0.0.3", port)))
-            stack.enter_context(two.accept()[0])
-        for _ in range(2):
-            stack.enter_context(socket.create_connection(("127.0.0.2", port)))
-            stack.enter_context(two.accept()[0])
-        assert (count_connections([("127.0.0.2", port)]), count_connections([("127.0.0.3", port)])) == (2, 1)
-        assert count_connections([("", port)]) == 3
+        here = stack.enter_context(socket.create_server((listening, port), family=family, dualstack_ipv6=family == socket.AF_INET6))
+        there = here if family == socket.AF_INET6 else stack.enter_context(socket.create_server((THERE, port)))
+        for server, address in ((here, HERE), (there, THERE), (here, HERE)):
+            stack.enter_context(socket.create_connection((address, port)))
+            stack.enter_context(server.accept()[0])
+        assert (count_connections([(HERE, port)]), count_connections([(THERE, port)])) == (2, 1)
+        assert count_connections([(HERE, port), (THERE, port)]) == 3
 
 
 def test_only_established_ends_at_the_port_count(tmp_path: Path) -> None:
@@ -89,6 +83,12 @@ def test_only_established_ends_at_the_port_count(tmp_path: Path) -> None:
     lines = [line(0, 8080, 0, "0A"), line(1, 8080, 50_000, "01"), line(2, 50_000, 8080, "01"), line(3, 8080, 50_001, "06")]
     table.write_text(HEAD + "".join(lines))
     assert count_connections([("", 8080)], [table, tmp_path / "no-ipv6"]) == 1
+    mapped = f"{4:4d}: {'0' * 16}FFFF00000309097F:1F90 {'0' * 16}FFFF00000100007F:C352 01 00000000:00000000 0 0 0\n"
+    (tmp_path / "tcp6").write_text(HEAD + mapped)
+    table.write_text(HEAD + "".join(lines) + line(5, 8080, 50_003, "01").replace("0100007F", "0209097F", 1))
+    assert count_connections([("", 8080)], [table, tmp_path / "tcp6"]) == 3, "at whatever address"
+    table.write_text(HEAD + "".join(lines) + line(9, 8080, 50_000, "01"))
+    assert count_connections([("", 8080)], [table]) == 1, "shown twice, as the kernel does while connections come and go"
     many = [line(number, 8080 if number % 2 else 9090, number % 60_000, "01") for number in range(10_000)]
     table.write_text(HEAD + "".join(many))
     assert count_connections([("", 8080)], [table]) == 5_000
@@ -162,7 +162,6 @@ async def test_a_program_that_others_could_have_written_is_not_run(program: Path
 
 
 async def test_connections_are_counted_without_a_program() -> None:
-    # Not a port of the kernel's choice: another process's connection may leave from the same one.
-    with socket.create_server(("127.0.0.1", free_port())) as listener, socket.create_connection(listener.getsockname()):
-        counter = SessionCounter("connections", [("", listener.getsockname()[1])], 10.0, BOUNDS)
+    with socket.create_server((HERE, free_port())) as listener, socket.create_connection(listener.getsockname()):
+        counter = SessionCounter("connections", [listener.getsockname()], 10.0, BOUNDS)
         assert await counter.count(os.environ) == {"sessions": 1}

@@ -49,6 +49,7 @@ def test_who_has_said_goodbye_stands_there_as_ended_until_it_is_down() -> None:
     members.hear(server_text(draining=True), 0.0)
     assert member(members, 0.0).standing == "up"
     members.hear(server_text(seq=2, draining=True, agent={"ended": True}), 1.0)
+    assert members.statistics(1.0) == {"up": 0, "stale": 0, "ended": 1, "down": 0}
     assert [member(members, now).standing for now in (1.0, 40.0, 91.0)] == ["ended", "ended", "down"]
     members.hear(server_text(instance="i2", started=2_000), 92.0)
     assert member(members, 92.0).standing == "up"
@@ -66,7 +67,7 @@ def test_ages_make_stale_and_down() -> None:
     members.hear(server_text(), 100.0, age_s=5.0)
     states = {now: member(members, now).state for now in (124.9, 125.0, 184.9, 185.0)}
     assert list(states.values()) == [MemberState.UP, MemberState.STALE, MemberState.STALE, MemberState.DOWN]
-    assert members.statistics(125.0)[MemberState.STALE] == 1
+    assert members.statistics(125.0) == {"up": 0, "stale": 1, "ended": 0, "down": 0}
 
 
 def test_an_update_from_the_future_is_not_younger_than_now() -> None:

@@ -177,6 +177,18 @@ def test_a_store_that_fails_alone_stops_no_clock(view: ClusterView, clock: Clock
     assert state(view) is MemberState.STALE
 
 
+def test_another_reason_is_told_and_none_twice(view: ClusterView, caplog: pytest.LogCaptureFixture) -> None:
+    """A Redis that is back, and has forgotten its user, must not look like one that is still away."""
+    with caplog.at_level(logging.WARNING):
+        for error in ("refused", "wrong password", "refused", "wrong password"):
+            view.store_failed(error)
+        view.store_said(8_000_000)
+        view.store_failed("wrong password")
+    texts = [record.message for record in caplog.records]
+    assert [text.rpartition(": ")[2] for text in texts if "answers again" not in text] == ["refused", "wrong password", "wrong password"]
+    assert ["still" in text for text in texts] == [False, True, False, False]
+
+
 def test_an_interruption_is_told_once(view: ClusterView, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         for _ in range(3):

@@ -1,9 +1,11 @@
 """Clients and services of the tests of the data plane, and what they may expect of TCP."""
 
 import errno
+import fcntl
 import hashlib
 import socket
 import struct
+import termios
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
@@ -83,6 +85,15 @@ def hanging_port() -> Iterator[int]:
             filler.setblocking(False)
             filler.connect_ex(listener.getsockname())
         yield listener.getsockname()[1]
+
+
+async def until_read(stdin: trio.abc.SendStream) -> None:
+    """Until a program has read all of its standard input so far: what is written next comes to it by itself."""
+    assert isinstance(stdin, trio.lowlevel.FdStream)
+    waiting = bytearray(4)
+    with trio.fail_after(30):
+        while fcntl.ioctl(stdin.fileno(), termios.FIONREAD, waiting) or any(waiting):
+            await trio.sleep(0.005)
 
 
 def free_port() -> int:

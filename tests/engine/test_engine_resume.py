@@ -1,6 +1,7 @@
 """A link that is lost costs no stream a byte."""
 
 import hashlib
+import re
 import socket
 
 import pytest
@@ -73,7 +74,8 @@ async def test_cut_at_an_awkward_byte(contexts: Contexts, at: int) -> None:
         await wait_for_cut(relay, 2)
 
 
-async def test_silent_path_is_found_and_left(contexts: Contexts) -> None:
+async def test_silent_path_is_found_and_left(contexts: Contexts, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
     async with open_plane(contexts) as plane:
         relay = await plane.add_relay(await plane.serve(echo))
         async with await connect(plane.add_door()) as stream:
@@ -86,6 +88,7 @@ async def test_silent_path_is_found_and_left(contexts: Contexts) -> None:
             assert await receive_exactly(stream, 3) == b"two"
             assert trio.current_time() - silent_since < QUICK.hold_s
             assert relay.session.resumed >= 1
+    assert re.search(r"link of \S+ lost: nothing arrived for .*; streams held: 1", caplog.text)
 
 
 async def test_silent_while_the_write_is_blocked(contexts: Contexts) -> None:

@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 import trio
-from peers import connect, echo, receive_exactly
+from peers import connect, echo, receive_exactly, until_read
 from plane import Contexts, open_plane
 
 from fxtunnel.codes import Code
@@ -46,12 +46,11 @@ async def test_key_update_by_the_peer(contexts: Contexts) -> None:
         try:
             for number in range(3):
                 await process.stdin.send_all(encode_u64(PING, number))
-                await trio.sleep(0.05)
-                with trio.fail_after(10):
+                with trio.fail_after(30):
                     while encode_u64(PONG, number) not in seen:
                         seen += await process.stdout.receive_some()
                 await process.stdin.send_all(b"K\n")  # KeyUpdate, and asks for ours
-                await trio.sleep(0.05)
+                await until_read(process.stdin)
             assert session.state is State.UP
         finally:
             session.close(Code.NORMAL)

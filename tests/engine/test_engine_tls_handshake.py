@@ -263,7 +263,7 @@ async def test_renegotiation_is_refused(contexts: Contexts, pairs: list[tuple[Pa
         _, port = add_tls_door(plane, server_context(pairs[:1]))
 
         def s_client(*options: str, send: bytes, until: bytes) -> None:
-            command = ["timeout", "5", "openssl", "s_client", "-connect", f"127.0.0.1:{port}", *options]
+            command = ["timeout", "60", "openssl", "s_client", "-connect", f"127.0.0.1:{port}", *options]
             with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
                 assert process.stdin is not None
                 assert process.stdout is not None

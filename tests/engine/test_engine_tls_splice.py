@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import trio
-from peers import echo, pattern, receive_all, receive_exactly, reset, until_reset
+from peers import echo, pattern, receive_all, receive_exactly, reset, until_read, until_reset
 from plane import Contexts, open_plane
 from tls_door import WebClient, add_tls_door, in_thread
 
@@ -387,11 +387,11 @@ async def test_key_updates_by_the_client(contexts: Contexts, web: ssl.SSLContext
         try:
             for number in range(3):
                 await process.stdin.send_all(b"line %d\n" % number)
-                with trio.fail_after(5):
+                with trio.fail_after(30):
                     while b"line %d\n" % number not in seen:
                         seen += await process.stdout.receive_some()
                 await process.stdin.send_all(b"K\n")  # KeyUpdate, and asks for ours
-                await trio.sleep(0.05)
+                await until_read(process.stdin)
             assert b"K" not in seen
         finally:
             process.kill()

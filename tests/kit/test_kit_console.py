@@ -10,6 +10,8 @@ import click
 import pytest
 from click.testing import CliRunner, Result
 
+import fxgateway.cli
+import fxrelay.cli
 from fxtunnel.errors import ConfigError, ConfigProblem, FxError
 from fxtunnel.kit.console import Program, duration, link_cells, reload_held
 
@@ -85,6 +87,12 @@ def test_who_has_read_enough_hears_nothing_more(command: str, said: bytes) -> No
 def test_usage_errors_stay_click_s() -> None:
     result = failing(click.UsageError("like this"))
     assert (result.exit_code, "like this" in result.stderr) == (2, True)
+
+
+def test_what_other_daemons_call_it_leads_to_the_command() -> None:
+    assert "No such command 'status': it is called 'relays' here." in CliRunner().invoke(fxgateway.cli.main, ["status"]).stderr
+    assert "it is called 'status' here" in CliRunner().invoke(fxrelay.cli.main, ["relays"]).stderr
+    assert "called" not in CliRunner().invoke(fxrelay.cli.main, ["nothing"]).stderr
 
 
 def test_links_in_a_row() -> None:

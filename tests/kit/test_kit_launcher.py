@@ -8,15 +8,22 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import cast
 
 import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from fxtunnel.kit.listeners import Inherited, kept_name, listen
+from fxgateway.doors.door import DoorConfig, DoorRelays
+from fxgateway.doors.doors import Doors
+from fxgateway.routing.admission import Admission
+from fxgateway.workers.listening import Listening
+from fxtunnel.engine.reactor import Reactor
+from fxtunnel.kit.listeners import Inherited, ListenError, bound_address, kept_name, listen
 from fxtunnel.kit.notify import END, GO, PREPARED, Notifier
 from fxtunnel.kit.process import follow_launcher
 from fxtunnel.kit.settings import Address
+from fxtunnel.model import ServiceName
 from tests.ports import free_port
 
 ROOT = Path(__file__).parents[2]
@@ -40,6 +47,11 @@ signal.signal(signal.SIGTERM, lambda *_: terminated.append(1))
 signal.signal(signal.SIGHUP, lambda *_: note("reloaded"))
 inherited = Inherited.from_environ(os.environ, os.getpid(), notifier)
 sock = listen(Address.parse("127.0.0.1:" + (home / "port").read_text()), inherited)
+if (home / "fails-late").exists():
+    inherited.forget("127.0.0.1:" + (home / "port").read_text())
+    listen(Address.parse("127.0.0.1:" + (home / "port-2").read_text()), inherited)
+    note("failed")
+    sys.exit(7)
 inherited.close()
 note("started")
 notifier.launcher.setblocking(True)
@@ -47,8 +59,11 @@ notifier.prepared()
 if notifier.launcher.recv(2) == b"GO":
     note("go")
 notifier.ready()
+notifier.launcher.setblocking(False)
 while not terminated and not (home / "crash").exists():
     time.sleep(0.01)
+    if notifier.hear() == b"GO":
+        note("told-again")
 if not terminated:
     sys.exit(9)
 note("term")
@@ -100,6 +115,13 @@ class Launched:
 
     def touch(self, what: str) -> None:
         (self.home / what).touch()
+
+    def lives(self, note: str) -> bool:
+        """Whether the daemon that wrote this note runs."""
+        try:
+            return b" Z " not in Path(f"/proc/{self.noted(note)}/stat").read_bytes()
+        except FileNotFoundError:
+            return False
 
     def is_heard(self) -> bool:
         """Whether somebody listens on the port."""
@@ -166,6 +188,52 @@ def test_a_successor_takes_over_and_the_old_one_finishes(launch: Callable[..., L
     assert it.process.wait(DEADLINE_S) == 0
 
 
+def test_a_successor_that_fails_late_changes_nothing(launch: Callable[..., Launched]) -> None:
+    it = launch(managed=True)
+    it.noted("go-0")
+    second = free_port()
+    (it.home / "port-2").write_text(str(second))
+    it.touch("fails-late")
+    it.process.send_signal(signal.SIGUSR2)
+    it.noted("failed-1")
+    it.until(lambda: b"before it was prepared" in (it.home / "stderr").read_bytes(), "word of the failure")
+    with socket.socket() as client:
+        assert client.connect_ex(("127.0.0.1", second)) != 0, "nobody would ever serve who waits there"
+    (it.home / "fails-late").unlink()
+    it.process.send_signal(signal.SIGUSR2)
+    it.noted("go-1")
+    assert it.is_heard()
+    heard = [it.manager.recv(4096) for _ in range(3)]
+    assert [data.partition(b"\n")[0] for data in heard] == [b"FDSTORE=1", b"READY=1", b"READY=1"]
+
+
+def test_a_successor_that_is_asked_for_in_the_middle_of_a_hand_over_comes_after_it(launch: Callable[..., Launched]) -> None:
+    it = launch(managed=False)
+    it.touch("stuck")
+    it.noted("go-0")
+    it.process.send_signal(signal.SIGUSR2)
+    it.until(lambda: (it.home / "stderr").read_bytes().count(b"has taken over") == 1, "the first successor")
+    it.process.send_signal(signal.SIGUSR2)
+    it.noted("go-2")
+    it.until(lambda: (it.home / "stderr").read_bytes().count(b"does not let go") == 2, "the end of both before it")
+    it.until(lambda: not it.lives("started-1"), "the end of the first successor")
+    it.process.send_signal(signal.SIGHUP)
+    it.noted("reloaded-2")
+    assert not it.has("told-again-2"), "a second word is none for the same process"
+
+
+def test_no_daemon_has_copies_of_what_is_kept(launch: Callable[..., Launched]) -> None:
+    """It could not close them: who connects would wait in a queue that nobody serves."""
+    it = launch(managed=False)
+    it.noted("go-0")
+    it.process.send_signal(signal.SIGUSR2)
+    pid = it.noted("go-1")
+    links = [os.readlink(entry) for entry in Path(f"/proc/{pid}/fd").iterdir() if entry.is_symlink()]
+    sockets = [link for link in links if link.startswith("socket:")]
+    assert len(sockets) >= 2
+    assert len(sockets) == len(set(sockets))
+
+
 def test_below_a_manager_the_launcher_does_not_wait_for_the_drain(launch: Callable[..., Launched]) -> None:
     it = launch(managed=True)
     it.noted("go-0")
@@ -199,6 +267,15 @@ def test_a_daemon_that_ends_by_itself_ends_the_launcher(launch: Callable[..., La
     it.noted("go-0")
     it.touch("crash")
     assert it.process.wait(DEADLINE_S) == 9
+
+
+def test_who_was_killed_from_outside_is_named(launch: Callable[..., Launched]) -> None:
+    """By the kernel for want of memory, say: the daemon had no time for a last word."""
+    it = launch(managed=True)
+    pid = it.noted("go-0")
+    os.kill(pid, signal.SIGKILL)
+    assert it.process.wait(DEADLINE_S) == 128 + signal.SIGKILL
+    assert f"process {pid} was ended by signal 9 (" in (it.home / "stderr").read_text()
 
 
 def test_the_watchdog_kills_the_daemon(launch: Callable[..., Launched]) -> None:
@@ -236,6 +313,8 @@ async def test_a_daemon_waits_for_its_turn_and_goes_with_its_launcher(link: tupl
             assert not begun.is_set()
             ours.send(GO)
             await begun.wait()
+            ours.send(GO)
+            await wait_all_tasks_blocked()
             assert not stop.is_set()
             ours.close()
             await stop.wait()
@@ -278,3 +357,38 @@ def test_what_is_bound_is_kept_until_it_is_forgotten(link: tuple[socket.socket, 
         inherited.forget("unix:/elsewhere")
         inherited.forget(f"unix:{tmp_path / 's'}")
         assert ours.recv(4096) == f"FDSTOREREMOVE=1\nFDNAME={name}".encode()
+
+
+def _of_doors(inherited: Inherited, addresses: list[Address]) -> None:
+    doors = Doors(cast(Reactor, None), cast(DoorRelays, None), cast(Admission, None))
+    doors.apply([DoorConfig(str(address), address, ServiceName("s")) for address in addresses], inherited)
+
+
+def _of_workers(inherited: Inherited, addresses: list[Address]) -> None:
+    listening = Listening(inherited)
+    try:
+        listening.open(addresses[0], addresses[1:])
+    finally:
+        listening.close()
+
+
+@pytest.mark.parametrize("open_all", [_of_doors, _of_workers])
+def test_a_start_that_fails_leaves_what_was_kept_for_the_next_one(
+    link: tuple[socket.socket, Notifier], open_all: Callable[[Inherited, list[Address]], None]
+) -> None:
+    ours, notifier = link
+    tunnel, kept, taken = listen(Address.parse("127.0.0.1:0")), listen(Address.parse("127.0.0.1:0")), socket.socket()
+    taken.bind(("127.0.0.1", 0))
+    addresses = [bound_address(tunnel), bound_address(kept), Address.parse(f"127.0.0.1:{free_port()}"), bound_address(taken)]
+    with tunnel, kept, taken:
+        sockets = {str(address): sock.dup() for address, sock in zip(addresses, (tunnel, kept), strict=False)}
+        with pytest.raises(ListenError):
+            open_all(Inherited(sockets, notifier, sockets), addresses)
+    fresh = kept_name(str(addresses[2]))
+    data, ancillary, _, _ = ours.recvmsg(4096, socket.CMSG_SPACE(4))
+    os.close(memoryview(ancillary[0][2]).cast("i")[0])
+    assert data == f"FDSTORE=1\nFDNAME={fresh}".encode()
+    ours.setblocking(False)
+    assert ours.recv(4096) == f"FDSTOREREMOVE=1\nFDNAME={fresh}".encode()
+    with pytest.raises(BlockingIOError):
+        ours.recv(4096)

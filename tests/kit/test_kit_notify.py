@@ -1,15 +1,19 @@
 import os
 import secrets
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from fxtunnel.kit import notify
 from fxtunnel.kit.notify import Notifier
 
 PID = 4242
+KEPT = 100
+MANY = 2_000
 
 
 @pytest.fixture(params=["path", "abstract"])
@@ -63,6 +67,73 @@ def test_a_manager_that_is_gone_or_does_not_read_stops_nobody(manager: tuple[str
     sock.close()
     notifier.stopping()
     Notifier.from_environ({"NOTIFY_SOCKET": "/nowhere/notify"}).ready()
+
+
+def test_what_is_kept_waits_until_it_is_heard(manager: tuple[str, socket.socket], tmp_path: Path) -> None:
+    """A manager that has much to do reads later: the kernel keeps ten messages for it (net.unix.max_dgram_qlen)."""
+    name, sock = manager
+    notifier = Notifier.from_environ({"NOTIFY_SOCKET": name})
+    heard: list[str] = []
+
+    def hear() -> None:
+        while len(heard) < KEPT + 1:
+            time.sleep(0.001)
+            data, ancillary, _, _ = sock.recvmsg(4096, socket.CMSG_SPACE(4))
+            heard.append(data.decode())
+            for _, _, raw in ancillary:
+                os.close(memoryview(raw).cast("i")[0])
+
+    manager_reads = threading.Thread(target=hear)
+    with socket.socket() as kept:
+        manager_reads.start()
+        for number in range(KEPT):
+            notifier.keep(f"s{number}", kept)
+        notifier.ready()
+        manager_reads.join()
+    assert heard == [*(f"FDSTORE=1\nFDNAME=s{number}" for number in range(KEPT)), "READY=1"]
+
+
+def test_a_launcher_that_has_much_to_do_hears_of_all_that_is_kept() -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    theirs.setblocking(False)
+    notifier, names = Notifier(launcher=theirs), []
+
+    def hear() -> None:
+        time.sleep(0.1)
+        while data := ours.recvmsg(4096)[0]:
+            names.append(data)
+
+    launcher_reads = threading.Thread(target=hear)
+    with ours, socket.socket() as kept:
+        launcher_reads.start()
+        for number in range(MANY):
+            notifier.keep(f"s{number}", kept)
+        notifier.prepared()
+        notifier.close()
+        launcher_reads.join()
+    assert len(names) == MANY + 1
+
+
+def test_a_manager_that_hears_nothing_is_waited_for_once(manager: tuple[str, socket.socket], monkeypatch: pytest.MonkeyPatch) -> None:
+    name, sock = manager
+    pauses: list[float] = []
+    monkeypatch.setattr(notify, "HEARD_S", 0.05)
+    monkeypatch.setattr(notify.time, "sleep", pauses.append)
+    notifier = Notifier.from_environ({"NOTIFY_SOCKET": name})
+    while not pauses:
+        notifier.stopping()
+    paused = len(pauses)
+    for _ in range(100):
+        notifier.stopping()
+    assert len(pauses) == paused
+    sock.setblocking(False)
+    while True:
+        try:
+            sock.recv(4096)
+        except BlockingIOError:
+            break
+    notifier.ready()
+    assert sock.recv(4096) == b"READY=1"
 
 
 @pytest.mark.parametrize(

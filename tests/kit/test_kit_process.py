@@ -104,7 +104,7 @@ async def test_draining_ends_with_the_time(autojump_clock: object, caplog: pytes
     began = trio.current_time()
     await let_finish("clients", lambda: 2, 30)
     assert trio.current_time() - began == pytest.approx(30)
-    assert caplog.records[-1].getMessage() == "2 clients did not finish in time and are reset"
+    assert caplog.records[-1].getMessage() == "clients did not finish in time and are reset: 2"
 
 
 async def test_what_must_go_on_begins_again_after_an_error(autojump_clock: object, caplog: pytest.LogCaptureFixture) -> None:

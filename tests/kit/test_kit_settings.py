@@ -198,6 +198,12 @@ def test_problems_of_variables_name_them_and_keep_their_values_to_themselves(fil
     )
 
 
+def test_a_table_that_only_a_variable_names_is_the_variables(file: Path) -> None:
+    assert complaints(file, FX__ADMYN__LEVEL="info", FX__ADMYN__PASSWORD="x") == [
+        "admyn: unknown key; did you mean admin? (from FX__ADMYN__LEVEL in the environment)"
+    ]
+
+
 def test_a_problem_inside_a_variables_table_is_the_variables(file: Path) -> None:
     assert complaints(file, FX__ADMIN='{ level = "loud" }') == [
         "admin.level: must be 'info' or 'debug' (from FX__ADMIN in the environment)"

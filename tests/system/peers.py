@@ -82,6 +82,17 @@ def is_served(port: int) -> bool:
         return False
 
 
+def is_refused(port: int) -> bool:
+    """Whether nobody listens there any more. A process that is to stop listening does so when it has its turn."""
+    try:
+        dial(port).close()
+    except ConnectionRefusedError:
+        return True
+    except ConnectionResetError:
+        pass
+    return False
+
+
 class Service:
     """A service behind the firewall: `handler(sock)` runs in a thread for each connection. Listens at `address`, or at `path`."""
 

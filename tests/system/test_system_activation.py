@@ -88,7 +88,7 @@ class Visitors:
     def _visit(self) -> None:
         began = time.monotonic()
         try:
-            with dial(self._port, 20) as client:
+            with dial(self._port, 60) as client:
                 client.sendall(b"hello")
                 read_exactly(client, 5)
             end = "served"
@@ -112,7 +112,7 @@ def resets_by_the_door(stack: Stack) -> int:
 
 
 def test_no_client_is_turned_away_by_a_restart(make_stack: Callable[..., Stack], echo_service: Service) -> None:
-    stack = make_stack("echo", extra="[limits]\ndrain_s = 20\n")  # a visit may take that long
+    stack = make_stack("echo", extra="[limits]\ndrain_s = 60\n")  # a visit may take that long
     sockets = [socket.create_server(("127.0.0.1", port), backlog=4_096) for port in (stack.doors["echo"], stack.tunnel_port)]
     fds = tuple(sock.fileno() for sock in sockets)
     prefix = (sys.executable, "-c", _HAND_OVER, ",".join(map(str, fds)))

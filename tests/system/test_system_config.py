@@ -34,15 +34,15 @@ def reload(daemon: Daemon, words: str = "reloaded") -> str:
         found[:] = [event for event in events(daemon)[before:] if words in event]
         return bool(found)
 
-    wait_until(said, 10, f"a line with {words!r}")
+    wait_until(said, 60, f"a line with {words!r}")
     return found[0]
 
 
 @pytest.fixture
 def stack(make_stack: Callable[..., Stack], echo_service: Service) -> Stack:
-    stack = make_stack("echo", extra="[limits]\ndrain_s = 2\n")
+    stack = make_stack("echo", extra="[limits]\ndrain_s = 5\n")
     stack.start_gateway()
-    stack.start_relay("node-a", {"echo": echo_service.target}, "[limits]\ndrain_s = 2\n")
+    stack.start_relay("node-a", {"echo": echo_service.target}, "[limits]\ndrain_s = 5\n")
     return stack
 
 
@@ -53,7 +53,7 @@ def test_a_reload_that_is_asked_for_too_early_comes_after_the_start(make_stack: 
     wait_until(lambda: blocks(daemon.pid, signal.SIGHUP), 20, "the process reads its configuration")
     daemon.signal(signal.SIGHUP)
     daemon.wait_ready()
-    wait_until(lambda: any("reloaded" in event for event in events(daemon)), 10, "it has reloaded")
+    wait_until(lambda: any("reloaded" in event for event in events(daemon)), 60, "it has reloaded")
     assert not blocks(daemon.pid, signal.SIGHUP)
     assert daemon.stop() == 0
 
@@ -150,7 +150,7 @@ def test_a_reload_adds_and_removes_a_door_and_a_service(stack: Stack, echo_servi
         stack.doors = {"second": free_port()}
         stack.write_gateway_config()
         reload(stack.gateway)
-        stack.write_relay_config("node-a", {"second": echo_service.target}, "[limits]\ndrain_s = 2\n")
+        stack.write_relay_config("node-a", {"second": echo_service.target}, "[limits]\ndrain_s = 5\n")
         reload(stack.relays["node-a"])
         wait_until(lambda: is_served(stack.doors["second"]), 20, "the new service at the new door")
         with pytest.raises(ConnectionRefusedError):
@@ -186,11 +186,11 @@ def test_a_bad_new_configuration_is_refused_whole(stack: Stack) -> None:
 
 @pytest.mark.parametrize("victim", ["gateway", "relay"])
 def test_a_drain_lets_streams_finish(make_stack: Callable[..., Stack], swap_service: Service, victim: str) -> None:
-    extra = "[limits]\ndrain_s = 20\n"
+    extra = "[limits]\ndrain_s = 60\n"
     stack = make_stack("swap", extra=extra)
     stack.start_gateway()
     stack.start_relay("node-a", {"swap": swap_service.target}, extra)
-    crowd = exchanges(stack.doors["swap"], 20, 1_000_000, rate_bytes_per_s=500_000)
+    crowd = exchanges(stack.doors["swap"], 20, 1_000_000, rate_bytes_per_s=200_000)
     wait_until(lambda: swap_service.accepted == 20, 20, "all streams open")
     daemon = stack.gateway if victim == "gateway" else stack.relays["node-a"]
     daemon.signal(signal.SIGTERM)
@@ -217,14 +217,14 @@ def test_a_drain_resets_what_does_not_finish(stack: Stack, victim: str) -> None:
         end, _ = how_it_ends(client, 20)  # for ever, if nobody ended it
         took_s = time.monotonic() - began
         assert end == "reset"
-        assert took_s > 1.5
+        assert took_s > 4
     assert daemon.wait() == 0
 
 
 def test_without_streams_both_end_at_once(make_stack: Callable[..., Stack], echo_service: Service) -> None:
-    stack = make_stack("echo", extra="[limits]\ndrain_s = 60\n")
+    stack = make_stack("echo", extra="[limits]\ndrain_s = 600\n")
     stack.start_gateway()
-    stack.start_relay("node-a", {"echo": echo_service.target}, "[limits]\ndrain_s = 60\n")
+    stack.start_relay("node-a", {"echo": echo_service.target}, "[limits]\ndrain_s = 600\n")
     for daemon in (stack.relays["node-a"], stack.gateway):
         assert daemon.stop() == 0  # long before drain_s is over
 

@@ -38,7 +38,7 @@ def tunnel(tmp_path: Path) -> Iterator[tuple[Stack, int]]:
 def stopped_meanwhile(stack: Stack, daemon: Daemon, number: int) -> None:
     """`number` to a daemon whose tunnel is silent; then the tunnel is cut, with all that was on its way, and may be dialled again."""
     daemon.signal(number)
-    wait_until(lambda: "have 120 s to finish" in daemon.log.read_text(), 30, "the word that it stops")
+    wait_until(lambda: "have 120 s to finish" in daemon.log.read_text(), 60, "the word that it stops")
     time.sleep(HASTE_S)
     stack.cutter.cut()
     stack.cutter.thaw()
@@ -52,10 +52,11 @@ def are_over(stack: Stack) -> bool:
 @pytest.mark.parametrize("way", ["stop", "successor"])
 def test_answers_that_are_on_their_way_arrive_when_the_relay_goes(tunnel: tuple[Stack, int], tmp_path: Path, way: str) -> None:
     stack, door = tunnel
-    answer, go_on, answered = payload(7, SIZE_BYTES), threading.Event(), threading.Semaphore(0)
+    answer, go_on, asked, answered = payload(7, SIZE_BYTES), threading.Event(), threading.Semaphore(0), threading.Semaphore(0)
 
     def serve(sock: socket.socket) -> None:
         assert read_to_end(sock) == b"ask"
+        asked.release()
         assert go_on.wait(60)
         sock.sendall(answer)
         sock.shutdown(socket.SHUT_WR)
@@ -72,12 +73,12 @@ def test_answers_that_are_on_their_way_arrive_when_the_relay_goes(tunnel: tuple[
         for asker in askers:
             asker.sendall(b"ask")
             asker.shutdown(socket.SHUT_WR)
-        wait_until(lambda: service.accepted == CLIENTS)
-        time.sleep(0.2)
+        for _ in askers:
+            assert asked.acquire(timeout=60)
         stack.cutter.freeze_one(1)  # the data link; the control link is older
         go_on.set()
         for _ in askers:
-            assert answered.acquire(timeout=30)
+            assert answered.acquire(timeout=60)
         stopped_meanwhile(stack, relay, signal.SIGTERM if way == "stop" else signal.SIGUSR2)
         assert [read_to_end(asker) == answer for asker in askers] == [True] * CLIENTS
         if way == "stop":

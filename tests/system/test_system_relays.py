@@ -64,14 +64,14 @@ def test_a_relay_that_dies_before_a_byte_is_replaced(make_stack: Callable[..., S
     stack.start_relay("node-a", {"late": service.target}, extra)
     with ExitStack() as clients:
         untouched = [clients.enter_context(dial(stack.doors["late"])) for _ in range(5)]
-        wait_until(lambda: service.accepted == 5, 5, "five streams by node-a")
+        wait_until(lambda: service.accepted == 5, 60, "five streams by node-a")
         stack.start_relay("node-b", {"late": service.target}, extra)
         stack.wait_for_relays("node-b")
         stack.relays["node-a"].kill()
-        with dial(stack.doors["late"], 5) as newcomer:  # goes past the one that is held
+        with dial(stack.doors["late"], 60) as newcomer:  # goes past the one that is held
             newcomer.sendall(b"n")
             assert read_exactly(newcomer, 16) == b"n from 127.0.0.1"
-        wait_until(lambda: service.accepted == 11, 10, "five streams again, by node-b")
+        wait_until(lambda: service.accepted == 11, 60, "five streams again, by node-b")
         for client in untouched:
             client.sendall(b"u")
             assert read_exactly(client, 16) == b"u from 127.0.0.1"

@@ -163,6 +163,20 @@ def test_a_path_that_is_away_during_the_restart(stack: Stack, gateway: Unit) -> 
 
 
 @pytest.mark.parametrize("gateway", [unit], ids=["unit"], indirect=True)
+def test_a_client_whose_opening_was_lost_on_the_way(stack: Stack, gateway: Unit) -> None:
+    """The relay knows of no stream at the old process, and comes back to it all the same."""
+    stack.cutter.cut_off()
+    with dial(stack.doors["echo"], LIMIT_S) as client:
+        client.sendall(b"hello")
+        wait_until(lambda: "fxgateway_streams 1.0" in stack.page("/metrics"), LIMIT_S, "the stream at the gateway")
+        gateway.stop()
+        stack.cutter.cut()
+        stack.cutter.thaw()
+        gateway.start()
+        assert client.recv(5) == b"hello"
+
+
+@pytest.mark.parametrize("gateway", [unit], ids=["unit"], indirect=True)
 def test_streams_of_an_earlier_process_that_is_killed_end_at_once(stack: Stack, gateway: Unit, echo_service: Service) -> None:
     with dial(stack.doors["echo"]) as client:
         say(client)

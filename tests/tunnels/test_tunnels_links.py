@@ -130,7 +130,7 @@ async def test_malformed_hellos_are_closed(tmp_path: Path, frame: bytes) -> None
     async with running(tmp_path) as rig:
         stream = await rig.dial("fx-data/1")
         await stream.send_all(frame)
-        with trio.fail_after(4):  # sooner than the time for a hello
+        with trio.fail_after(20):  # sooner than the time for a hello
             await ended(stream)
 
 
@@ -142,7 +142,7 @@ async def test_a_control_link_feeds_the_registry(tmp_path: Path) -> None:
             for message in [hello(), Services(services=db), Load(streams=3, reluctant=True), Drain(deadline_s=5), Ping(n=1)]:
                 await ws.send_message(encode(message))
             await ws.send_message('{"type":"roster"}')
-            with trio.fail_after(5):
+            with trio.fail_after(20):
                 while "pong" not in await ws.get_message():
                     pass
             assert rig.registry.calls[1:] == [("services", NODE, "i1", db), ("load", NODE, "i1", 3, True), ("draining", NODE, "i1")]
@@ -187,7 +187,7 @@ async def test_revoking_closes_the_live_link(tmp_path: Path) -> None:
         nursery.start_soon(watch)
         async with rig.control() as (channel, _):
             rig.identities.revoke(NODE)
-            with trio.fail_after(5):
+            with trio.fail_after(20):
                 closing = await channel.receive()
             assert isinstance(closing, Closing)
             assert closing.code is Code.REVOKED
@@ -212,7 +212,7 @@ async def test_first_messages_that_are_refused(tmp_path: Path, first: str | None
             if first is not None:
                 await ws.send_message(first)
             channel = Channel(ws)
-            with trio.fail_after(10):
+            with trio.fail_after(20):
                 answered = await channel.receive()
                 assert isinstance(answered, Refused)
                 assert answered.code is code
@@ -231,7 +231,9 @@ async def test_an_instance_that_drains_comes_back_only_where_it_is_known(tmp_pat
                 assert isinstance(await Channel(ws).receive(), Welcome)
             async with rig.websocket() as ws:
                 await ws.send_message(encode(hello("i0", caps=("resume", "leaving"))))
-                assert isinstance(await Channel(ws).receive(), Refused)
+                refused = await Channel(ws).receive()
+                assert isinstance(refused, Refused)
+                assert refused.retry_after_s == 30  # nothing changes for it before it is restarted
 
 
 class Claims(Alone):
@@ -285,7 +287,7 @@ async def test_letting_go_of_the_address_leaves_links_alone(tmp_path: Path) -> N
             await ws.send_message(encode(hello()))
             assert isinstance(await Channel(ws).receive(), Welcome)
             rig.port.stop_accepting()
-            with trio.fail_after(5):
+            with trio.fail_after(20):
                 while is_listened_at(rig.address):
                     await trio.sleep(0.01)
             await ws.send_message(encode(Load(streams=1)))
@@ -313,7 +315,7 @@ async def test_stopping_says_goodbye_to_control_links(tmp_path: Path) -> None:
         async def relay() -> None:
             async with rig.control() as (channel, _):
                 started.set()
-                with trio.fail_after(5):
+                with trio.fail_after(20):
                     seen.append(await channel.receive())
 
         nursery.start_soon(relay)

@@ -69,7 +69,7 @@ async def test_garbage_instead_of_tls_gets_an_alert_and_is_closed_at_once(tmp_pa
         ]:
             stream = trio.SocketStream(trio.socket.from_stdlib_socket(await rig.connect()))
             await stream.send_all(data)
-            with trio.fail_after(4):  # sooner than the time for a hello
+            with trio.fail_after(20):  # sooner than the time for a hello
                 answered = await stream.receive_some()
                 assert answered.startswith(b"\x15") == has_alert  # as openssl s_server does: none for what is no TLS record at all
                 while answered:
@@ -110,7 +110,7 @@ async def test_silence_is_ended_in_time_at_every_stage(tmp_path: Path, caplog: p
 
 
 async def test_silent_crowds_do_not_keep_a_good_relay_out(tmp_path: Path) -> None:
-    async with running(tmp_path, PortLimits(hello_timeout_s=30, pending=100, pending_per_source=40)) as rig:
+    async with running(tmp_path, PortLimits(hello_timeout_s=60, pending=100, pending_per_source=40)) as rig:
         await rig.enrol()
         silent = [await rig.connect(f"127.0.0.{1 + i % 8}") for i in range(200)]
         await trio.sleep(2 * SILENT_S)
@@ -118,16 +118,16 @@ async def test_silent_crowds_do_not_keep_a_good_relay_out(tmp_path: Path) -> Non
         started = trio.current_time()
         async with rig.control() as (_, welcome):
             assert isinstance(welcome, Welcome)
-            assert trio.current_time() - started < 10  # not only when the silent ones are gone
+            assert trio.current_time() - started < 20  # not only when the silent ones are gone
         for sock in silent:
             sock.close()
 
 
 async def test_one_source_cannot_fill_the_lobby(tmp_path: Path) -> None:
-    async with running(tmp_path, PortLimits(hello_timeout_s=5, pending=100, pending_per_source=4)) as rig:
+    async with running(tmp_path, PortLimits(hello_timeout_s=60.0, pending=100, pending_per_source=4)) as rig:
         crowd = [await rig.connect("127.0.0.9") for _ in range(20)]
         other = await rig.connect("127.0.0.8")
-        with trio.fail_after(4):
+        with trio.fail_after(20):
             while rig.port.pending < 5:
                 await trio.sleep(0.01)
         await trio.sleep(0.05)
@@ -138,7 +138,7 @@ async def test_one_source_cannot_fill_the_lobby(tmp_path: Path) -> None:
 
 async def test_a_busy_port_says_so_before_tls_and_finishes_what_it_has_begun(tmp_path: Path) -> None:
     """Both places are taken by clients that have said their hello and wait for us; there is one turn, which a slow one has."""
-    async with running(tmp_path, PortLimits(hello_timeout_s=5, pending=2, pending_per_source=2, at_once=1)) as rig:
+    async with running(tmp_path, PortLimits(hello_timeout_s=60.0, pending=2, pending_per_source=2, at_once=1)) as rig:
         await rig.enrol()
         await until(lambda: not rig.port.pending)
         context = client_context(rig.ca_pem, ["http/1.1"])
@@ -146,12 +146,11 @@ async def test_a_busy_port_says_so_before_tls_and_finishes_what_it_has_begun(tmp
         crowd = [await rig.connect() for _ in range(2)]
         for sock in crowd:
             sock.sendall(hello_bytes)
-        await trio.sleep(0.05)
-        assert rig.port.pending == 2
+        await until(lambda: rig.port.pending == 2)
         late = await rig.connect()
         late.sendall(hello_bytes)
         stream = trio.SocketStream(trio.socket.from_stdlib_socket(late))
-        with trio.fail_after(10):
+        with trio.fail_after(20):
             line = bytes(await stream.receive_some(BUSY_BYTES))
         appointment = parse_busy(line)
         assert appointment is not None
@@ -160,7 +159,7 @@ async def test_a_busy_port_says_so_before_tls_and_finishes_what_it_has_begun(tmp
         await stream.aclose()
         for sock in crowd:
             sock.close()
-        with trio.fail_after(3):
+        with trio.fail_after(20):
             while rig.port.pending:
                 await trio.sleep(0.01)
         async with rig.control() as (_, welcome):
@@ -183,7 +182,7 @@ async def test_a_connection_reset_at_any_moment_is_only_logged(tmp_path: Path) -
             sock = await rig.connect() if alpn is None else (await rig.dial(alpn)).detach()[0]
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             sock.close()
-        with trio.fail_after(10):
+        with trio.fail_after(20):
             while rig.port.pending:
                 await trio.sleep(0.01)
         gc.collect()  # a descriptor left to the garbage collector is a warning, thus an error
@@ -219,13 +218,13 @@ async def test_no_error_of_ours_stops_the_port(tmp_path: Path, caplog: pytest.Lo
                         await ws.get_message()
             rig.registry.boom.clear()
             await bystander.send_message(encode(Ping(n=3)))
-            with trio.fail_after(5):
+            with trio.fail_after(20):
                 assert "pong" in await bystander.get_message()
         assert "internal error" in caplog.text
 
 
 async def test_strangers_that_hold_every_turn_do_not_keep_a_good_relay_out(tmp_path: Path) -> None:
-    limits = PortLimits(hello_timeout_s=5.0, pending=24, pending_per_source=24, at_once=2)
+    limits = PortLimits(hello_timeout_s=60.0, pending=24, pending_per_source=24, at_once=2)
     async with running(tmp_path, limits) as rig:
         await rig.enrol()
         hello_begun = b"\x16\x03\x01\x02\x00\x01"
@@ -234,7 +233,7 @@ async def test_strangers_that_hold_every_turn_do_not_keep_a_good_relay_out(tmp_p
             sock.sendall(hello_begun)
         await until(lambda: rig.port.pending == 24)
         await trio.sleep(0.1)
-        with trio.fail_after(5):
+        with trio.fail_after(20):
             async with rig.control() as (_, welcome):
                 assert isinstance(welcome, Welcome)
         for sock in crowd:
@@ -244,7 +243,7 @@ async def test_strangers_that_hold_every_turn_do_not_keep_a_good_relay_out(tmp_p
 async def test_a_bug_in_the_order_of_turns_ends_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async with running(tmp_path, PortLimits(hello_timeout_s=5.0, at_once=1)) as rig:
+    async with running(tmp_path, PortLimits(hello_timeout_s=60.0, at_once=1)) as rig:
         await rig.enrol()
         really, failed = Lobby._end_long_turns, trio.Event()
 
@@ -257,7 +256,7 @@ async def test_a_bug_in_the_order_of_turns_ends_nothing(
         idler = await rig.connect("127.0.0.2")
         idler.sendall(b"\x16")
         await until(lambda: rig.port.pending == 1)
-        with trio.fail_after(5):
+        with trio.fail_after(20):
             async with rig.control() as (_, welcome):
                 assert isinstance(welcome, Welcome)
         assert failed.is_set()
@@ -308,6 +307,6 @@ async def test_running_out_of_descriptors_is_a_pause(
     async with running(tmp_path) as rig:
         for _ in range(3):
             (await rig.connect()).close()
-        with trio.fail_after(5):
+        with trio.fail_after(20):
             assert (await rig.enrol())[0] == 200
         assert caplog.text.count("takes no connections for a moment") == 2

@@ -91,7 +91,7 @@ def knocking(alpn: str) -> Iterator[tuple[socket.socket, Passed]]:
 
 async def test_who_names_an_earlier_process_gets_there_unread() -> None:
     async with in_a_row() as row:
-        with trio.fail_after(5), knocking("fx-process/p1/http/1.1") as (peer, passed):
+        with trio.fail_after(20), knocking("fx-process/p1/http/1.1") as (peer, passed):
             assert not await row.later.keeps(passed)
             passed.sock.close()
             there = await row.earlier.wait_passed()
@@ -108,7 +108,7 @@ async def test_who_names_an_earlier_process_gets_there_unread() -> None:
 )
 async def test_everybody_else_is_served_here(alpn: str) -> None:
     async with in_a_row() as row:
-        with trio.fail_after(5), knocking(alpn) as (_, passed):
+        with trio.fail_after(20), knocking(alpn) as (_, passed):
             assert await row.later.keeps(passed)
 
 
@@ -126,7 +126,7 @@ async def test_a_line_that_nobody_reads_holds_so_many() -> None:
         assert held > 20
         files = len(os.listdir("/proc/self/fd"))
         for _ in range(held):
-            with trio.fail_after(5):
+            with trio.fail_after(20):
                 (await row.earlier.wait_passed()).sock.close()
         assert len(os.listdir("/proc/self/fd")) == files
 
@@ -139,7 +139,7 @@ async def test_who_has_hung_up_meanwhile_is_passed_over() -> None:
             peer.close()
         with knocking("fx-process/p1/fx-data/1") as (peer, passed):
             assert not await row.later.keeps(passed)
-            with trio.fail_after(5):
+            with trio.fail_after(20):
                 there = await row.earlier.wait_passed()
             with there.sock as sock:
                 assert sock.getpeername() == peer.getsockname()
@@ -148,11 +148,11 @@ async def test_who_has_hung_up_meanwhile_is_passed_over() -> None:
 async def test_a_process_that_has_ended_is_forgotten() -> None:
     async with in_a_row() as row:
         row.end_earlier.cancel()
-        with trio.fail_after(5):
+        with trio.fail_after(20):
             await trio.lowlevel.wait_readable(row.launcher)
         assert row.launcher.recv(4096) == f"FDSTOREREMOVE=1\nFDNAME={LINE_NAME}p1".encode()
         assert not row.earlier.is_named
-        with trio.fail_after(5), knocking("fx-process/p1/http/1.1") as (_, passed):
+        with trio.fail_after(20), knocking("fx-process/p1/http/1.1") as (_, passed):
             assert await row.later.keeps(passed)
 
 

@@ -35,7 +35,7 @@ from fxtunnel.protocol import hello as wire
 GATEWAY = GatewayId("gw.example")
 NODE = RelayId("node-a")
 SSH = (Offer(ServiceName("ssh")),)
-LIMITS = PortLimits(hello_timeout_s=5.0, pending=256, pending_per_source=64)
+LIMITS = PortLimits(hello_timeout_s=60.0, pending=256, pending_per_source=64)
 
 
 @dataclass
@@ -198,7 +198,7 @@ class Rig:
         async with self.websocket() as ws:
             channel = Channel(ws)
             await ws.send_message(encode(hello(instance)))
-            with trio.fail_after(5):
+            with trio.fail_after(20):
                 answered = await channel.receive()
             yield channel, answered
 
@@ -212,7 +212,7 @@ class Rig:
 
             async def get(session: SessionId | None = None, sessions: tuple[SessionId, ...] | None = None) -> str:
                 await ws.send_message(encode(TicketRequest(request=7, session=session, sessions=sessions)))
-                with trio.fail_after(5):
+                with trio.fail_after(20):
                     while not isinstance(message := await channel.receive(), Ticket):
                         pass
                 assert message.request == 7
@@ -231,7 +231,7 @@ def hello(instance: str = "i1", **changed: Any) -> Hello:
 
 
 async def reply(stream: TlsStream) -> wire.Welcome | wire.Denied:
-    with trio.fail_after(5):
+    with trio.fail_after(20):
         kind, length, _ = wire.parse_header(await exactly(stream, wire.HEADER_BYTES))
         return wire.decode_reply(kind, await exactly(stream, length))
 
@@ -255,7 +255,7 @@ async def running(path: Path, limits: PortLimits = LIMITS, config: ControlConfig
     identities, registry, token = Identities(path / "relays.json"), FakeRegistry(), new_enrolment_token()
     identities.add_token(token, int(time.time()) + 3600)
     context = server_context(path / "server.pem", path / "server.key", ["fx-data/1", "http/1.1"])
-    port = TunnelPort(context, GATEWAY, identities, registry, limits, config or ControlConfig(hello_timeout_s=5.0))
+    port = TunnelPort(context, GATEWAY, identities, registry, limits, config or ControlConfig(hello_timeout_s=60.0))
     listeners = await trio.open_tcp_listeners(0, host="127.0.0.1", backlog=1024)
     address = listeners[0].socket.getsockname()
     async with trio.open_nursery() as nursery:
@@ -269,7 +269,7 @@ async def running(path: Path, limits: PortLimits = LIMITS, config: ControlConfig
         yield rig
         registry.boom.clear()
         if not rig.stop.cancel_called:
-            with trio.fail_after(5):
+            with trio.fail_after(20):
                 await (await rig.dial()).aclose()
         nursery.cancel_scope.cancel()
     for session in registry.sessions.values():
@@ -292,7 +292,7 @@ async def refused(rig: Rig, assertion: str | None = None) -> PeerRefused:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    with trio.fail_after(10):
+    with trio.fail_after(20):
         while not condition():
             await trio.sleep(0.01)
 
@@ -300,7 +300,7 @@ async def until(condition: Callable[[], bool]) -> None:
 async def raw_answer(rig: Rig, data: bytes) -> bytes:
     stream = await rig.dial()
     answered = b""
-    with trio.fail_after(5):
+    with trio.fail_after(20):
         await stream.send_all(data)
         try:
             while more := await stream.receive_some():
@@ -313,7 +313,7 @@ async def raw_answer(rig: Rig, data: bytes) -> bytes:
 
 async def ended(stream: TlsStream) -> None:
     """Until the gateway has closed the connection."""
-    with trio.fail_after(5):
+    with trio.fail_after(20):
         with contextlib.suppress(trio.BrokenResourceError):
             while await stream.receive_some():
                 pass

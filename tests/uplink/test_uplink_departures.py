@@ -10,8 +10,8 @@ from uplink_fakes import QUICK, FakeGateway, running, session_id, until
 
 from fxrelay.uplink import redialling, uplink
 from fxrelay.uplink.ports import UplinkState
-from fxtunnel.codes import Code
-from fxtunnel.control.messages import CAP_LEAVING, Closing, Drain
+from fxtunnel.codes import Code, Refusal
+from fxtunnel.control.messages import CAP_LEAVING, Closing, Drain, Refused
 
 
 async def test_it_makes_before_it_breaks(gateway: FakeGateway, state_dir: Path) -> None:
@@ -102,14 +102,16 @@ async def test_a_process_that_nobody_reaches_by_its_name_is_given_up_at_once(gat
         assert it.is_carrying
 
 
-@pytest.mark.parametrize("leads_back", [True, False])
+@pytest.mark.parametrize(("leads_back", "streams"), [(True, 3), (True, 0), (False, 3)])
 async def test_another_process_is_met_before_the_old_one_has_said_that_it_goes(
-    gateway: FakeGateway, state_dir: Path, leads_back: bool
+    gateway: FakeGateway, state_dir: Path, leads_back: bool, streams: int
 ) -> None:
+    """Also where nothing is open, as far as the relay knows: an OPEN may have been lost with the link, or the end of an answer."""
     gateway.take_name("p1")
     async with running(gateway, state_dir) as it:
         await until(lambda: it.is_carrying)
         old = it.session
+        old.streams = streams
         gateway.greeting = [gateway.welcome(process="p2", earlier=("p0", "p1") if leads_back else ("p0",)) for _ in range(2)]
         gateway.cut_control()
         old.cut()
@@ -195,6 +197,27 @@ async def test_an_uplink_that_makes_way_says_so_on_each_link_until_it_is_relieve
         await until(lambda: Drain(deadline_s=30) in gateway.heard)
 
 
+@pytest.mark.parametrize("is_named", [True, False])
+async def test_a_gateway_that_was_replaced_while_we_make_way(gateway: FakeGateway, state_dir: Path, is_named: bool) -> None:
+    """Its next process lets nobody in who drains, and tells him nothing: he resumes at the one before, if that can be named."""
+    if is_named:
+        gateway.take_name("p1")
+    async with running(gateway, state_dir) as it:
+        await until(lambda: it.is_carrying)
+        it.uplink.make_way(60)
+        await until(lambda: Drain(deadline_s=60, handover=True) in gateway.heard)
+        gateway.greeting = [Refused(code=Refusal.DRAINING, message="this relay drains, and has no sessions here"), *gateway.greeting]
+        gateway.cut_control()
+        it.session.cut()
+        await until(lambda: it.is_carrying)
+        assert it.session.closed is None
+        assert len(it.factory.sessions) == 1
+        by_name = ["fx-process/p1/http/1.1", "fx-process/p1/fx-data/1"]
+        assert gateway.spoken[-3:] == (["http/1.1", *by_name] if is_named else ["http/1.1", "http/1.1", "fx-data/1"])
+        await trio.sleep(0.1)
+        assert len(gateway.hellos) == 3, "nobody dials again to be turned away"
+
+
 @pytest.mark.parametrize(("recent_s", "is_quick"), [(120.0, True), (0.0, False)])
 async def test_a_gateway_that_was_there_a_moment_ago_is_looked_for_often(
     gateway: FakeGateway, state_dir: Path, monkeypatch: pytest.MonkeyPatch, recent_s: float, is_quick: bool
@@ -228,3 +251,19 @@ async def test_a_gateway_that_goes_away_again_and_again_is_kept_so_many_times(
         assert it.factory.sessions[0].closed[0] is Code.OVERLOAD
         await until(lambda: len(it.uplink.statistics().sessions) == 1 + uplink.MAX_DEPARTING)
         assert it.uplink.statistics().state is UplinkState.UP
+
+
+async def test_processes_where_nothing_is_open_are_given_up_first(
+    gateway: FakeGateway, state_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other relays have clients there; what is open here since many restarts goes on."""
+    monkeypatch.setattr(uplink, "DEPARTURE_SPREAD_S", 0.0)
+    async with running(gateway, state_dir) as it:
+        for number in range(1, uplink.MAX_DEPARTING + 4):
+            await until(lambda: len(it.factory.sessions) == number and it.is_carrying)  # noqa: B023 - over before the next one begins
+            it.session.streams = 1 if number in (1, 3) else 0
+            gateway.controls[-1][0].send_nowait(Drain(deadline_s=86_400))
+        sessions = it.factory.sessions
+        await until(lambda: len([session for session in sessions if session.closed is None]) == 1 + uplink.MAX_DEPARTING)
+        await until(lambda: len(sessions) == uplink.MAX_DEPARTING + 4)
+        assert [number for number, session in enumerate(sessions, 1) if session.closed is not None] == [2, 4, 5]

@@ -75,7 +75,10 @@ async def test_waits_double_while_nobody_welcomes(gateway: FakeGateway, state_di
         assert sum(waits) < 5  # without that cap they would add up to 10 s
 
 
-async def test_a_cut_data_link_is_resumed_with_the_counter_read_after_detach(gateway: FakeGateway, state_dir: Path) -> None:
+async def test_a_cut_data_link_is_resumed_with_the_counter_read_after_detach(
+    gateway: FakeGateway, state_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
     async with running(gateway, state_dir) as it:
         await until(lambda: it.is_carrying)
         it.session.counter = 4711
@@ -87,6 +90,7 @@ async def test_a_cut_data_link_is_resumed_with_the_counter_read_after_detach(gat
         at = it.session.calls.index("detach")
         assert it.session.calls[at : at + 3] == ["detach", "received", "attach"]
         assert len(it.factory.sessions) == 1
+    assert "link to gw-test lost: cut; streams held: 3" in caplog.text
 
 
 async def test_nothing_is_kept_for_a_gateway_that_does_not_resume(gateway: FakeGateway, state_dir: Path) -> None:

@@ -67,6 +67,7 @@ class FakeSession:
         self.peer_received: list[int] = []
         self.closed: tuple[Code, str] | None = None
         self.counter = 0
+        self.streams = 3
         self.refuses_to_attach = False
 
     @property
@@ -95,7 +96,7 @@ class FakeSession:
             self.owner.on_closed(self, code, text)
 
     def statistics(self) -> SessionStatistics:
-        return SessionStatistics(self.id, State.UP if self.link else State.HELD, 0, MuxStatistics(3, 4, 5, 6, 0.0, 0))
+        return SessionStatistics(self.id, State.UP if self.link else State.HELD, 0, MuxStatistics(self.streams, 4, 5, 6, 0.0, 0))
 
     def cut(self) -> None:
         """The engine has found the link dead."""

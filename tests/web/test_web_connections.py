@@ -8,7 +8,7 @@ from peers import connect, free_port, pattern, receive_all, receive_exactly, res
 from plane import SERVICE, Contexts, Plane, open_plane
 from web_rig import OK, Canned, add_web_relay, ask, read_head, statuses
 
-from fxrelay.web.ports import WebRules
+from fxrelay.web.ports import WebLimits, WebRules
 
 GET = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n"
 LAST = b"GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
@@ -213,15 +213,19 @@ async def test_a_service_that_does_not_listen_is_a_502(contexts: Contexts) -> No
         assert statuses(await ask(plane.add_door(), LAST)) == [502]
 
 
-async def test_slow_clients(contexts: Contexts) -> None:
+async def test_a_byte_at_a_time_is_fine_as_long_as_it_ends(contexts: Contexts) -> None:
     async with open_plane(contexts) as plane:
-        service = Canned()
-        port = await web(plane, service)
-        async with await connect(port) as stream:  # a byte at a time is fine as long as it ends
+        port = await web(plane, Canned(), limits=WebLimits(head_timeout_s=60.0))
+        async with await connect(port) as stream:
             for byte in b"GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n":
                 await stream.send_all(bytes((byte,)))
                 await trio.sleep(0.002)
             assert (await receive_all(stream)).endswith(b"ok")
+
+
+async def test_slow_clients(contexts: Contexts) -> None:
+    async with open_plane(contexts) as plane:
+        port = await web(plane, Canned())
         assert statuses(await ask(port, GET[:-2])) == [408]
         assert await ask(port, b"") == b""
         answer = await ask(port, b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 10\r\n\r\nhalf")

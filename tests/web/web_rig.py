@@ -114,7 +114,7 @@ async def ask(port: int, request: bytes, *, ends: bool = False) -> bytes:
             if ends:
                 await stream.send_eof()
         try:
-            with trio.fail_after(8):
+            with trio.fail_after(30):
                 async for data in stream:
                     found += data
         except trio.BrokenResourceError:

@@ -67,7 +67,7 @@ def test_a_worker_without_a_beginning_ends_at_once_and_says_why(said: dict[str, 
         if is_left:
             ours.close()
         try:
-            _, stderr = process.communicate(timeout=STOP_S)  # less than it would wait for a parent that says nothing
+            _, stderr = process.communicate(timeout=STOP_S)
         finally:
             process.kill()
     assert process.returncode == 1

@@ -235,5 +235,5 @@ async def test_after_a_worker_has_let_go_nobody_waits_for_it_in_vain() -> None:
                 worker.guests.welcome(facts, [far])
                 if not has_let_go:
                     worker.guests.stop_accepting()
-                relay.settimeout(5)
+                relay.settimeout(30)
                 assert relay.recv(1) == b""

@@ -37,7 +37,7 @@ class Line:
         self.ends = (Channel(self.reactor, one, self.ears[0], 1), Channel(self.reactor, two, self.ears[1], 2))
 
     def turn_until(self, condition: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 30
         while not condition():
             assert time.monotonic() < deadline
             self.reactor.run_once(0.01)

@@ -37,8 +37,8 @@ def set_workers(monkeypatch: pytest.MonkeyPatch) -> SetWorkers:
 
 @pytest.fixture
 def stack(make_stack: MakeStack, echo_service: Service, set_workers: SetWorkers) -> Stack:
-    """Relays that look for their gateway."""
-    stack = make_stack("echo", extra=GATEWAY_LIMITS)
+    """Relays that look for their gateway. Strangers have long to say who they are."""
+    stack = make_stack("echo", extra=f"{GATEWAY_LIMITS}hello_timeout_s = 60\n")
     for name in RELAYS:
         stack.write_relay_config(name, {"echo": echo_service.target}, RELAY_LIMITS)
         stack.launch_relay(name)
@@ -148,7 +148,11 @@ def test_a_successor_takes_nobody_before_its_turn(stack: Stack, launcher: Daemon
         for worker in old:
             worker.resume()
         assert all(is_served(stack.doors["echo"]) for _ in range(STRANGERS))
-        wait_until(lambda: sum(taken(worker, stack.tunnel_port) for worker in old) == before + STRANGERS, 5, "the old workers to take all")
+
+        def are_taken() -> bool:
+            return sum(taken(worker, stack.tunnel_port) for worker in old) == before + STRANGERS
+
+        wait_until(are_taken, what="the old workers to take all")
         parent.resume()
         stack.wait_for_relays(*RELAYS, timeout_s=60)
     assert is_served(stack.doors["echo"])
