@@ -1,4 +1,4 @@
-"""Task: the access log: one JSON object a line, written by a thread of its own; who adds to it never waits, whatever the disk does."""
+"""Task: the access log: one JSON object per line, written by a thread of its own, so that adding a record never waits for the disk."""
 
 import json
 import logging
@@ -15,8 +15,11 @@ from fxtunnel.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 MAX_WAITING: Final = 8_192
+"""Records that wait for the disk. More are dropped and counted: a disk that is full or slow must not fill the memory."""
 STOP_S: Final = 2.0
+"""For the thread to take up another file, or to write what waits at the end."""
 BUFFER_BYTES: Final = 1 << 20
+"""More than LINES_AT_ONCE lines take, so that a line is never written in two parts."""
 LINES_AT_ONCE: Final = 128
 """Written with one call, which appends them whole: several workers may write to one file."""
 _MODE: Final = 0o640

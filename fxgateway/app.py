@@ -61,7 +61,9 @@ from fxtunnel.protocol.credit import WindowBudget
 logger = logging.getLogger(__name__)
 
 SWEEP_S: Final = 5.0
+"""Between two looks for idle clients, overdue instances and sources that can be forgotten."""
 GOODBYE_S: Final = 1.0
+"""For control links to end once they have been told to."""
 RETRY_AFTER_S: Final = 1.0
 """How long relays wait before they dial a gateway that has said goodbye; a restart takes about that."""
 FILES_OF_ITS_OWN: Final = 16
@@ -91,7 +93,7 @@ def run(settings: GatewaySettings, config_path: Path) -> int:
 
 
 class Gateway:
-    """Everything one fxgateway process consists of."""
+    """One fxgateway process, with all its parts."""
 
     def __init__(
         self, reactor: Reactor, settings: GatewaySettings, config_path: Path, notifier: Notifier, file_limit: int, sandbox: Sandbox
@@ -155,7 +157,7 @@ class Gateway:
             await nursery.start(self._await_turn)
             await nursery.start(self._follow_earlier)
             has_relays = any(relay.revoked_unix is None for relay in self._identities.known())
-            self._doors.wait_for_relays(self._settings.limits.relay_wait_s if has_relays else 0.0)
+            self._doors.hold_until_served(self._settings.limits.relay_wait_s if has_relays else 0.0)
             await nursery.start(partial(self._port.run, [trio.SocketListener(trio.socket.from_stdlib_socket(tunnel_socket))]))
             admin = await nursery.start(self._serve_pages)
             inherited.close()
@@ -187,15 +189,15 @@ class Gateway:
         return Inherited.from_environ(os.environ, os.getpid(), self._notifier)
 
     def _process(self) -> str:
-        """Marks this run of the gateway."""
+        """A name for this run of the gateway, under which relays know it."""
         return secrets.token_hex(8)
 
     async def _await_turn(self, *, task_status: trio.TaskStatus[None]) -> None:
-        """Everything is prepared; started when the process before us has let go."""
+        """Called when everything is prepared. `started()` when the process before us has let go of the addresses."""
         await follow_launcher(self._notifier, self._stop.set, task_status=task_status)
 
     async def _follow_earlier(self, *, task_status: trio.TaskStatus[None]) -> None:
-        """Relays come back to earlier processes through this one, and to this one through later ones."""
+        """Pass relays on to earlier processes of this gateway, and take those that later ones pass on to us."""
         await self._succession.run(self._inherited, task_status=task_status)
 
     async def _serve_pages(self, *, task_status: trio.TaskStatus[Address]) -> None:
@@ -214,7 +216,7 @@ class Gateway:
         sys.stdout.flush()
 
     async def _tell_ready(self) -> None:
-        """READY when clients are served: a restart that follows as soon as this one is done must not leave them waiting for both."""
+        """Report READY once clients are served, so that a restart right after this one cannot leave them waiting for both."""
         await wait_until(lambda: self._stop.is_set() or not self._doors.is_waiting)
         if not self._stop.is_set():
             self._notifier.ready()
@@ -234,10 +236,10 @@ class Gateway:
         self._registry.close_all(Code.SHUTDOWN, "the gateway is stopping", RETRY_AFTER_S)
         with trio.move_on_after(GOODBYE_S):
             await wait_until(lambda: all(relay.link is None for relay in self._registry.relays()))
-            await trio.sleep(POLL_S)  # goodbyes that were just queued still have to leave
+            await trio.sleep(POLL_S)  # for goodbyes that have just been queued to leave
 
     async def _hand_over(self, drain_s: float) -> None:
-        """Let go of everything a successor listens on, and send relays there; clients and tunnels that are in stay."""
+        """Close everything that a successor listens on, and send relays there. Open clients and tunnels stay."""
         self._doors.release()
         self._port.stop_accepting()
         await self._pages.end()
@@ -263,7 +265,7 @@ class Gateway:
         logger.info("reloaded %s", self._config_path)
 
     def _apply(self, fresh: GatewaySettings, contexts: Mapping[str, ssl.SSLContext], inherited: Inherited | None = None) -> None:
-        """Doors and limits of a reloaded configuration, as far as it counts by now."""
+        """Take up a reloaded configuration, as far as that is possible without a restart."""
         context = server_context(fresh.tunnel.certificate, fresh.tunnel.key, spoken_by(self._name))
         self._doors.apply(self._door_configs(fresh, contexts), inherited)
         self._admission.apply(self._admission_limits(fresh))
@@ -278,7 +280,7 @@ class Gateway:
         return [] if self._view.is_drained else door_configs(settings, contexts, self._access)
 
     def _spare_files(self) -> int:
-        """Descriptors that clients may have."""
+        """How many descriptors clients may take."""
         return self._file_limit - self._own_files - max(RESERVED_FILES, self._file_limit // 10)
 
     def _admission_limits(self, settings: GatewaySettings) -> AdmissionLimits:
@@ -298,7 +300,7 @@ class Gateway:
 
 
 def web_contexts(settings: GatewaySettings) -> dict[str, ssl.SSLContext]:
-    """TLS of the doors that end it, by the doors' labels. Blocking: reads files.
+    """The TLS contexts of doors that terminate TLS, by the doors' labels. Blocking: reads files.
 
     Raises:
         ConfigError: a certificate or key cannot be used.
@@ -329,7 +331,7 @@ def door_configs(settings: GatewaySettings, contexts: Mapping[str, ssl.SSLContex
 
 
 def receptionist(door: DoorSettings, routes: HostTable) -> Receptionist | None:
-    """Who hears the door's clients before they are let in; nobody where all get the same."""
+    """What decides where the door's clients go; None for a door where all get the same service."""
     if door.kind is Kind.TCP:
         return None
     return Receptionist(
@@ -356,7 +358,7 @@ def registry_limits(settings: GatewaySettings) -> RegistryLimits:
 
 
 def port_limits(settings: GatewaySettings) -> PortLimits:
-    """The bounds of whoever has not proved who he is."""
+    """The limits for peers that have not proved who they are."""
     limits = settings.limits
     return PortLimits(
         hello_timeout_s=limits.hello_timeout_s,

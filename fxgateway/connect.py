@@ -27,6 +27,7 @@ from fxtunnel.kit.tls_problems import HandshakeFailed, HandshakeProblem, no_forg
 DIRECT_TIMEOUT_S: Final = 2.0
 """For the node itself to answer: from outside it usually cannot, and a user waits."""
 GATEWAY_TIMEOUT_S: Final = 15.0
+"""Longer than a gateway waits for its relays (limits.open_timeout_s, 10 s), since its answer says what is wrong."""
 TICKET_VARIABLE: Final = "FXGATEWAY_TICKET"
 MAX_TICKET_FILE_BYTES: Final = 16_384
 _TICKET: Final = re.compile(r"[!-~]{1,8192}")

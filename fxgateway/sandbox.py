@@ -1,4 +1,4 @@
-"""Task: giving up what a running gateway does not need of its machine: whoever breaks in finds nothing to open, and nobody to call."""
+"""Task: gives up what a running gateway does not need of its machine, so that an intruder can neither open files nor connect anywhere."""
 
 import logging
 import os

@@ -27,7 +27,7 @@ LOOK_EVERY_S: Final = 3_600.0
 
 @dataclass(frozen=True, slots=True)
 class Forgotten:
-    """A node that the store has no more. `user` is whom it was reserved for."""
+    """A node that has been removed from the store. `user` had it reserved; empty if nobody had."""
 
     server_id: str
     silent_s: float

@@ -12,11 +12,9 @@ from starlette.routing import Route
 
 from fxgateway.admin.metrics import make_registry
 from fxgateway.admin.view import DoorStatus, GatewayView, RelayStatus, Totals, WorkerStatus
-from fxtunnel.kit.pages import JsonPage, pages_app
+from fxtunnel.kit.pages import PAGE_HEADERS, JsonPage, pages_app
 
 __all__ = ["DoorStatus", "GatewayView", "RelayStatus", "Totals", "WorkerStatus", "make_app"]
-
-_HEADERS = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
 
 
 def make_app(view: GatewayView, look: Callable[[], Awaitable[None]] = trio.lowlevel.checkpoint) -> Starlette:
@@ -28,16 +26,16 @@ def make_app(view: GatewayView, look: Callable[[], Awaitable[None]] = trio.lowle
     registry = make_registry(view)
 
     async def healthz(request: Request) -> Response:
-        return PlainTextResponse("ok\n", headers=_HEADERS)
+        return PlainTextResponse("ok\n", headers=PAGE_HEADERS)
 
     async def readyz(request: Request) -> Response:
         await look()
         is_ready, reasons = view.ready()
-        return JsonPage({"ready": is_ready, "reasons": reasons}, status_code=200 if is_ready else 503, headers=_HEADERS)
+        return JsonPage({"ready": is_ready, "reasons": reasons}, status_code=200 if is_ready else 503, headers=PAGE_HEADERS)
 
     async def metrics(request: Request) -> Response:
         await look()
-        return Response(generate_latest(registry), media_type=CONTENT_TYPE_PLAIN_0_0_4, headers=_HEADERS)
+        return Response(generate_latest(registry), media_type=CONTENT_TYPE_PLAIN_0_0_4, headers=PAGE_HEADERS)
 
     async def relays(request: Request) -> Response:
         await look()
@@ -48,7 +46,7 @@ def make_app(view: GatewayView, look: Callable[[], Awaitable[None]] = trio.lowle
                 "doors": [asdict(door) for door in view.doors()],
                 "not_ready": view.ready()[1],
             },
-            headers=_HEADERS,
+            headers=PAGE_HEADERS,
         )
 
     return pages_app(

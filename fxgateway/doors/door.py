@@ -124,7 +124,7 @@ class Door:
         """Whether the listener is registered: the door neither pauses nor waits for relays."""
         self._paused = False
         self.is_waiting = False
-        """Whether clients are left in the listener's queue until their services have relays: see `wait_until`."""
+        """Whether clients are left in the listener's queue until their services have relays: see `hold_until`."""
         self._sweep: Timer | None = None
 
     @property
@@ -171,16 +171,16 @@ class Door:
         self._defer_accept()
 
     def hold(self) -> None:
-        """Leave clients in the listener's queue until `wait_until`."""
+        """Leave clients in the listener's queue, until `hold_until` says for how long."""
         self.is_waiting = self._listener is not None
         self._hear_or_not()
 
-    def wait_until(self, is_time: Callable[[], bool], deadline: float) -> None:
-        """Leave clients in the listener's queue until `is_time`, or the reactor's clock shows `deadline`."""
+    def hold_until(self, is_time: Callable[[], bool], deadline: float) -> None:
+        """Leave clients in the listener's queue until `is_time`, or the reactor's clock shows `deadline`. Returns at once."""
         self.is_waiting = self._listener is not None and not is_time() and self.reactor.now < deadline
         self._hear_or_not()
         if self.is_waiting:
-            self.reactor.call_later(WAIT_POLL_S, lambda: self.wait_until(is_time, deadline))
+            self.reactor.call_later(WAIT_POLL_S, lambda: self.hold_until(is_time, deadline))
 
     def release(self) -> None:
         """Stop listening. Open clients stay, and those that have not said yet what they want may still do so."""

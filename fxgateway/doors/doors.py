@@ -67,21 +67,21 @@ class Doors:
         self._closed = [door for door in self._closed if door.clients]
 
     def hold(self) -> None:
-        """Let nobody in before `wait_for_relays`: until it is our turn, the relays are still with the process before us."""
+        """Let nobody in before `hold_until_served`: until it is our turn, the relays are still with the process before us."""
         for door in self._open.values():
             door.hold()
 
-    def wait_for_relays(self, wait_s: float) -> None:
+    def hold_until_served(self, wait_s: float) -> None:
         """Let clients in once every service of their door has a relay, or after `wait_s`: after a restart relays need a moment.
 
-        Until then clients wait in the queues of the listening sockets.
+        Until then clients wait in the queues of the listening sockets. Returns at once.
         """
         for door in self._open.values():
-            door.wait_until(partial(self._is_served, door), self._reactor.now + wait_s)
+            door.hold_until(partial(self._is_served, door), self._reactor.now + wait_s)
 
     @property
     def is_waiting(self) -> bool:
-        """Whether a door still keeps clients in its queue after `wait_for_relays`."""
+        """Whether a door still keeps clients in its queue after `hold_until_served`."""
         return any(door.is_waiting for door in self._open.values())
 
     def release(self) -> None:

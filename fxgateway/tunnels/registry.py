@@ -35,10 +35,8 @@ class RegistryLimits:
 
 
 class Registry:
-    """The relays that are connected, one entry per relay id.
-
-    A new instance takes the name over and fences the old one off, unless the old one has announced that it drains: then it keeps its
-    sessions until their streams have ended.
+    """The relays that are connected, one entry per relay id. A new instance takes the name over and fences the old one off, unless the old
+    one has announced that it drains: then it keeps its sessions until their streams have ended.
     """
 
     def __init__(self, reactor: Reactor, config: SessionConfig, budget: WindowBudget, limits: RegistryLimits) -> None:

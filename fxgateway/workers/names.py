@@ -22,7 +22,7 @@ class Holder:
 
 @dataclass(frozen=True, slots=True)
 class Granted:
-    """The name is the asker's, under this epoch. Whoever had it before at another worker is to be fenced off there."""
+    """The worker that asked has the name now, under this epoch. `former`: the holder at another worker, to be fenced off there."""
 
     epoch: int
     former: Holder | None = None

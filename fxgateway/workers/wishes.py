@@ -10,8 +10,8 @@ from fxgateway.workers.asking import Asking, NoAnswer
 from fxgateway.workers.child import Child
 from fxtunnel.model import RelayId
 
-ANSWER_S: Final = 2.0
-"""For a worker to answer; at most what `fxgateway drain` waits for us (console.ASK_TIMEOUT_S)."""
+ANSWER_S: Final = 1.5
+"""For a worker to answer. Less than `fxgateway drain` waits for us (console.ASK_TIMEOUT_S), so that it hears which worker does not."""
 NOBODY_WAITS: Final = 0
 """The number of a question whose answer nobody reads."""
 

@@ -11,9 +11,7 @@ from starlette.routing import Route
 
 from fxrelay.admin.metrics import RelayCollector
 from fxrelay.admin.view import RelayView
-from fxtunnel.kit.pages import JsonPage, pages_app
-
-_HEADERS = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
+from fxtunnel.kit.pages import PAGE_HEADERS, JsonPage, pages_app
 
 
 def make_app(view: RelayView, drain: Callable[[], None] | None = None) -> Starlette:
@@ -28,7 +26,7 @@ def make_app(view: RelayView, drain: Callable[[], None] | None = None) -> Starle
     ProcessCollector(registry=registry)
 
     async def healthz(request: Request) -> Response:
-        return PlainTextResponse("ok\n", headers=_HEADERS)
+        return PlainTextResponse("ok\n", headers=PAGE_HEADERS)
 
     async def status(request: Request) -> Response:
         return JsonPage(
@@ -39,22 +37,22 @@ def make_app(view: RelayView, drain: Callable[[], None] | None = None) -> Starle
                 "cluster": asdict(view.cluster()),
                 "reservations": asdict(view.reservations()),
             },
-            headers=_HEADERS,
+            headers=PAGE_HEADERS,
         )
 
     async def node(request: Request) -> Response:
         found = view.node(request.path_params["name"])
         if found is None:
-            return PlainTextResponse("no such node has been heard of\n", 404, headers=_HEADERS)
-        return JsonPage(asdict(found), headers=_HEADERS)
+            return PlainTextResponse("no such node has been heard of\n", 404, headers=PAGE_HEADERS)
+        return JsonPage(asdict(found), headers=PAGE_HEADERS)
 
     async def metrics(request: Request) -> Response:
-        return Response(generate_latest(registry), media_type=CONTENT_TYPE_PLAIN_0_0_4, headers=_HEADERS)
+        return Response(generate_latest(registry), media_type=CONTENT_TYPE_PLAIN_0_0_4, headers=PAGE_HEADERS)
 
     async def planned(request: Request) -> Response:
         if drain is not None and request.method == "POST":
             drain()
-        return JsonPage({"left": view.totals().streams}, headers=_HEADERS)
+        return JsonPage({"left": view.totals().streams}, headers=PAGE_HEADERS)
 
     return pages_app(
         [

@@ -35,10 +35,10 @@ class Question:
 
 
 class Owner(Protocol):
-    """Says who may have what."""
+    """The administrator's own rule for who may have what."""
 
     async def why_not(self, question: Question) -> str | None:
-        """None: he may. Otherwise a reason for the log. Raises nothing; safe to cancel."""
+        """None if the user may have it; otherwise a reason for the log. Raises nothing; safe to cancel."""
 
 
 @dataclass(frozen=True, slots=True)

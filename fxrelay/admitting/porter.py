@@ -94,7 +94,7 @@ class Guest:
         return Caller(ticket.user, ticket.groups, ticket.node, ticket)
 
     def take_place(self, caller: Caller) -> NotAdmitted | None:
-        """Count the connection as one of this caller's, and of his address'."""
+        """Count the connection as one of this caller's, and of its address'."""
         if self._rules is None:
             return NotAdmitted(Code.NO_SERVICE, "not served here")
         limits = self._rules.limits
@@ -108,7 +108,7 @@ class Guest:
         return None
 
     async def use(self, caller: Caller, node: str) -> NotAdmitted | None:
-        """Ask the owner whether the caller may have `node`, and use his ticket up. May be repeated. For cancelling see `TicketMemory`."""
+        """Ask the owner whether the caller may have `node`, and use its ticket up. May be repeated. For cancelling see `TicketMemory`."""
         rules = self._rules
         if rules is None:
             return NotAdmitted(Code.NO_SERVICE, "not served here")

@@ -22,6 +22,7 @@ from typing import Any, Final
 
 import jwt
 
+from fxtunnel.kit.compact_jwt import LATEST_UNIX
 from fxtunnel.kit.signed_claims import Algorithm, BadToken, Flaw, KeySet, SignedClaims, verified_claims
 from fxtunnel.model import RelayId, ServiceName, is_name
 
@@ -31,8 +32,6 @@ MAX_GROUP_BYTES: Final = 2_048
 """Of all groups: they travel in a cookie as well."""
 MIN_ID_CHARS: Final = 8
 MAX_ID_CHARS: Final = 128
-# 2100-01-01: beyond it a time is a mistake or an attack.
-_MAX_UNIX: Final = 4_102_444_800
 
 
 class Objection(StrEnum):
@@ -90,7 +89,7 @@ class Ticket:
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Whose stream or request it is. `node` is the only one that he may have; `ticket` the one that has to be used first."""
+    """The user whose stream or request it is. `node` is the only node that will do; `ticket` is the one that has to be used first."""
 
     user: str = ""
     groups: tuple[str, ...] = ()
@@ -161,7 +160,7 @@ def _check_address(claims: Mapping[str, object], rules: TicketRules, service: Se
 def _check_times(claims: Mapping[str, object], rules: TicketRules, now_unix: float) -> tuple[int, int]:
     # bool is an int in Python, and 1.5 or "1700000000" are no times of ours.
     values = [claims.get("iat"), claims.get("exp"), claims.get("nbf", claims.get("iat"))]
-    issued, expires, not_before = (value if type(value) is int and 0 <= value <= _MAX_UNIX else -1 for value in values)
+    issued, expires, not_before = (value if type(value) is int and 0 <= value <= LATEST_UNIX else -1 for value in values)
     if min(issued, expires, not_before) < 0:
         raise BadTicket(Objection.BAD_CLAIMS, "iat and exp (and nbf, if it is there) must be integers")
     if not 0 < expires - issued <= rules.max_life_s:
@@ -186,7 +185,7 @@ def flaw_of_user(user: object) -> str:
     """Why nobody can be called this in a ticket; "" for a user's name."""
     if not isinstance(user, str) or not 0 < len(user) <= MAX_USER_CHARS or not user.isprintable() or user != user.strip():
         return f"sub must be a user: printable, 1 to {MAX_USER_CHARS} characters, no space around them"
-    # Who shows no ticket goes by his address: nobody may be given the name of one.
+    # Clients without a ticket count as a user named by their address: no ticket may name such a user.
     try:
         ip_address(user)
     except ValueError:

@@ -330,7 +330,7 @@ def _reserves(balancing: Balancing, server: ServerObject | None, action: Action)
 
 
 def _would_do(seats: SeatRules, candidates: list[Candidate]) -> Callable[[str], bool] | None:
-    """Whether the user's login could be on a server, where he is to have one only."""
+    """Tells of a server whether it would do for the login; None where a user may have several servers."""
     if seats.relogin is not OwnerRelogin.PREFER:
         return None
     return lambda server_id: any(candidate.server_id == server_id for candidate in candidates)

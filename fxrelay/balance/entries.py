@@ -59,7 +59,7 @@ class Script:
     def _given(
         self, request: Request, candidates: Sequence[Candidate], environment: Environment
     ) -> tuple[ScriptInput, Container[RelayId], Offered | Part | None]:
-        """What the script is told, about whom, and where its process knows them from; None: it is told all of them."""
+        """The script's input, the candidates it is about, and the list from which its process knows them; None: all are sent."""
         if isinstance(candidates, Offered | Part):
             return offered_input(request, candidates, environment.local_id), candidates.ids(), candidates
         known = frozenset([candidate.server.server_id for candidate in candidates])

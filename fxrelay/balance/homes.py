@@ -40,5 +40,5 @@ def without_home(homes: tuple[str, ...], server_id: str) -> tuple[str, ...]:
 
 
 def key_of(user: str) -> str:
-    """The key for this user's servers; empty where he can have none."""
+    """The store's key for this user's servers; empty for a user who can have none."""
     return user if 0 < len(user.encode(errors="replace")) <= _MAX_KEY_BYTES and user.isprintable() else ""

@@ -13,7 +13,7 @@ _MAX_ID_CHARS: Final = 128
 
 
 class BadRecord(Exception):
-    """The text is no record of ours: whom the server belongs to is not known. Let nobody in, and tell the administrator."""
+    """The text is not a record, so it is not known whose the server is. Let nobody in, and tell the administrator."""
 
 
 def encode_record(record: Record) -> str:

@@ -60,7 +60,7 @@ class Reason(StrEnum):
 
 
 class OwnerRelogin(StrEnum):
-    """What a user's second login does: prefer the server that is his already, or keep away from it as everybody else does."""
+    """What a user's second login does: prefer the server that the user has already, or keep away from it as everybody else does."""
 
     PREFER = "prefer"
     DENY = "deny"
@@ -115,7 +115,7 @@ class Login:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """What the store keeps for a server. All logins are of one user. `since_ms`: when he got it.
+    """What the store keeps for a server. All logins are of one user. `since_ms`: when that user got it.
 
     `was` is the token of the holder that re-asserted what it held before the store forgot; None for a grant of the present epoch.
     `revision` is the number of the write that made it.
@@ -305,7 +305,7 @@ def release(record: Record, login_id: str, linger_ms: int, at: Moment) -> Record
 
 
 def put_off(record: Record, login_id: str, ttl_ms: int, at: Moment) -> Record:
-    """Step 7, not yet: a login has ended, and its user has sessions on the server, or may have: the server is his for another `ttl_ms`.
+    """Step 7, put off: a login has ended, but its user has, or may have, sessions on the server, and keeps it for another `ttl_ms`.
 
     One such login is enough for a record. One that is gone does not come back. May be repeated.
     """

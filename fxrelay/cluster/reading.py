@@ -72,7 +72,7 @@ def change_control(settings: RelaySettings, server_id: str, change: "Control | N
 
 
 def describe(member: Member, now: float, holder: str | None = None) -> dict[str, Any]:
-    """A member as JSON for other programs; `now` on the clock of its table. `holder`: whom it is reserved for."""
+    """A member as JSON for other programs; `now` on the clock of its table. `holder`: the user who has it reserved."""
     return {
         "serverId": member.server.server_id,
         "state": member.standing,

@@ -230,7 +230,7 @@ class HeldLogin:
         return Reply(answer, (cookie,), undo)
 
     async def _prove(self, token: str, ongoing: Ongoing) -> Proven:
-        """Who has logged in, as the token proves; without keys for tokens, who he said he is.
+        """Who has logged in, as the token proves; without keys for tokens, who the client says it is.
 
         Raises:
             Refused: the token proves nothing.
@@ -258,7 +258,7 @@ class HeldLogin:
         return Proven(user, lasts_s)
 
     async def _commit(self, ongoing: Ongoing, entered: Entered, proven: Proven, token: str, answer: WholeAnswer) -> Reply | Lost:
-        """Step 5. Only who is granted gets his answer; without an answer, what was granted is given back."""
+        """Step 5. The client gets its answer only if the login is granted; if it cannot get the answer, the grant is given back."""
         service, reservations = self._service, self._reservations
         idle_s = service.rules.bounds.idle_s
         first_s = min(proven.lasts_s, idle_s) if idle_s else proven.lasts_s

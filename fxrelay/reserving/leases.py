@@ -17,7 +17,7 @@ MAX_ENDING: Final = 4_096
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """What a service asks of its reservations. `linger_ms`: how long a server stays its user's after his last login.
+    """What a service asks of its reservations. `linger_ms`: how long a user keeps a server after the last login.
 
     `lifetime_ms`: the store keeps the login for so long, whoever runs or dies; 0: as long as this relay renews it.
     """

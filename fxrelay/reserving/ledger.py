@@ -114,7 +114,7 @@ class Ledger:
         return self.do(self.asks.release(server_id, login_id, user, linger_ms))[1]
 
     def homes(self, user: str) -> tuple[str, ...]:
-        """The servers that a user has; some may be his no more."""
+        """The servers that a user has, or had until recently."""
         key = key_of(user)
         found = self._store.get(RESERVATION_USERS, key) if key else None
         return decode_homes(found.text if found is not None else None)

@@ -71,7 +71,7 @@ def read_reservations(settings: RelaySettings, store: Store) -> list[Line]:
 
 
 def release_node(settings: RelaySettings, store: Store, transporter: Transporter, server_id: str) -> str:
-    """Take a server from its user; returns him, or an empty text.
+    """Take a server from its user. Returns that user's name, or an empty text if it had none.
 
     Raises:
         StoreError: it may or may not be done.

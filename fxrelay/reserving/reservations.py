@@ -159,7 +159,7 @@ class Reservations:
         return answer
 
     async def find_homes(self, user: str) -> None:
-        """Read which servers a user has: what another relay has just given him may not have been heard of yet."""
+        """Read from the store which servers a user has: a grant by another relay may not have been heard of yet."""
         silence = self._books.silence()
         if silence is not None:
             await trio.lowlevel.checkpoint()

@@ -50,7 +50,7 @@ class Upkeep:
             task_status.started()
 
     async def _keep_renewing(self, has_looked: trio.Event) -> None:
-        # Five times a lease: after an outage that nobody notices, every holder is back before his lease is over (settling.py).
+        # Five times per lease: after an outage too short to be noticed, every holder renews before its lease is over (settling.py).
         every_s = self._books.config.lease_s / 5
         warned_of = doubt = ""
         while True:

@@ -75,7 +75,7 @@ class Entrance:
         return shown
 
     def count_for(self, user: str) -> None:
-        """The connection counts as one of this user's, whom no ticket names but his login; empty: of nobody's.
+        """Count the connection as one of this user's, who is known by a login and not by a ticket; empty: as nobody's.
 
         Raises:
             Refused: he has too many.

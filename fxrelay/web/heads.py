@@ -241,7 +241,7 @@ def content_length(fields: tuple[Field, ...]) -> int | None:
 
 
 def _request_length(fields: tuple[Field, ...], version: bytes) -> int | None:
-    """The length of the body as the head says it: h11 joins equal lengths into one; here whoever says it twice is refused."""
+    """The length of the body as the head says it. A head that says it twice is refused; h11 would join equal lengths into one."""
     stated = [field for field in fields if field.name in _STATEMENTS]
     if not stated:
         return 0

@@ -53,7 +53,7 @@ class Passes:
         return None
 
     def without(self, head: RequestHead) -> RequestHead:
-        """The head for the service: a pass is none of its business, and could be used by whoever reads it there."""
+        """The head for the service, without the pass: anybody who could read it there could use it."""
         kept = [found if found.name != b"cookie" else _without(found, self.name) for found in head.fields]
         return replace(head, fields=tuple(found for found in kept if found is not None))
 

@@ -103,7 +103,7 @@ class Sender(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What the client gets: an answer and fields to add to it. `undone` is called if it could not be given to him."""
+    """What the client gets: an answer, and fields to add to it. `undone` is called if the client could not be given it."""
 
     answer: WholeAnswer
     extra: tuple[bytes, ...] = ()

@@ -93,7 +93,7 @@ class EndingTransport(trio.abc.Stream):
 async def end_tls(
     tunnel: TunnelStream, context: ssl.SSLContext, timeout_s: float, turns: HandshakeTurns, source: str
 ) -> trio.SSLStream[EndingTransport]:
-    """The TLS of a client, ended here. `source` is whom the client counts as.
+    """Terminate a client's TLS. `source` is the source that the client counts as.
 
     Raises:
         HandshakeFailed: none came about in time; the client was sent its alert and the stream is ended.

@@ -28,7 +28,7 @@ class Upload:
         self._is_chunked = length is None
         self._max_body_bytes = max_body_bytes
         self.is_passed = False
-        """The service has all of it: whoever answers from now on has not answered early."""
+        """Whether the service has all of it, so that an answer from now on is not an early one."""
         self._total = 0
         self._unsent = b""
         self._refused: Refused | None = None

@@ -1,4 +1,4 @@
-"""Pure: the one line that a gateway says before TLS, to those whom it has no time for now (PROTOCOL.md, 1)."""
+"""Pure: the line that a busy gateway sends in place of TLS, to tell a peer when to come again (PROTOCOL.md, 1)."""
 
 import re
 from dataclasses import dataclass

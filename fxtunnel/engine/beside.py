@@ -1,4 +1,4 @@
-"""Pump: work that would hold the loop, done in one thread beside it, one piece after the other."""
+"""Pump: one thread beside the loop for work that would block it, one piece after the other."""
 
 import logging
 import threading
@@ -19,7 +19,7 @@ Then = Callable[[outcome.Outcome[Any]], None]
 
 
 class Beside:
-    """One for each reactor. The work should be C code that lets go of the interpreter, or the loop is held all the same.
+    """One for each reactor. The work should be C code that releases the GIL; otherwise it blocks the loop all the same.
 
     There is never more than one thread, so that a crowd cannot make many of them, nor take more than one core. It is trio's, which keeps
     idle ones for a while. The sources of work take turns, so that a crowd from one of them keeps no other one waiting.
@@ -33,22 +33,22 @@ class Beside:
     def __init__(self, call_soon_threadsafe: Callable[[Callable[[], object]], None]) -> None:
         self._call_soon_threadsafe = call_soon_threadsafe
         self._is_under_way = False
-        """Somebody takes out what waits, or soon will."""
+        """Whether a thread, or the loop, is taking pieces out of the queue, or soon will."""
         self._is_without_thread = False
         self._is_closed = False
         self._lock = threading.Lock()
-        """Held for a moment only: for putting one piece in, taking one out, or telling the loop of it."""
+        """Held only to put a piece in, take one out, or pass a result to the loop."""
         self._waiting: FairQueue[tuple[Work, Then]] = FairQueue()
 
     def do(self, work: Work, then: Then, source: str = "") -> None:
-        """Call `work` in the thread, then `then` with its outcome in the loop. Whoever asks bounds how much waits."""
+        """Call `work` in the thread, then `then` with its outcome in the loop. The caller bounds how much work it queues."""
         with self._lock:
             self._waiting.put(source, (work, then))
         if not self._is_under_way:
             self._begin()
 
     def close(self) -> None:
-        """The loop ends: nothing is told from now on, and what waits is not done. Does not wait for what is being done."""
+        """The loop ends: queued work is not done, and no results are delivered any more. Does not wait for work in progress."""
         with self._lock:
             self._is_closed = True
 

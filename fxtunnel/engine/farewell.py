@@ -11,6 +11,7 @@ FAREWELL_S: Final = 2.0
 """What a client still sends is read for so long: closing a socket with unread bytes is a RST, which would take the words away again
 (RFC 9112, 9.6)."""
 MAX_READ_BYTES: Final = 262_144
+"""A client that goes on sending after this much gets its RST."""
 _BLOCK_BYTES: Final = 16_384
 
 

@@ -1,4 +1,4 @@
-"""Pure: who has waited for too long, and on whom nothing has moved for too long."""
+"""Pure: which connections have waited too long, and on which nothing has moved for too long."""
 
 import sys
 from collections.abc import Iterable, Mapping
@@ -22,7 +22,7 @@ M = TypeVar("M", bound=Moving)
 
 
 def overdue(waiting: Mapping[T, float], oldest: float, limit: int = sys.maxsize) -> list[T]:
-    """The entries from before `oldest`, at most so many; the mapping is in order of time."""
+    """The entries from before `oldest`, at most `limit` of them. The mapping must be in order of time."""
     found: list[T] = []
     for entry, since in waiting.items():
         if since > oldest or len(found) == limit:
@@ -32,7 +32,7 @@ def overdue(waiting: Mapping[T, float], oldest: float, limit: int = sys.maxsize)
 
 
 def idle(those: Iterable[M], now: float, idle_s: float) -> list[M]:
-    """Those on which nothing has moved for longer than that, as far as can be told from one call to the next: call now and then."""
+    """Those on which nothing has moved for longer than `idle_s`. Compares with the previous call: call every few seconds."""
     found: list[M] = []
     for one in those:
         moved = one.moved_bytes

@@ -1,4 +1,4 @@
-"""Port: what a session is bounded by, what it tells of itself, and whom it tells of its fate."""
+"""Port: a session's bounds and statistics, its owner, and what carries streams or takes turns on it."""
 
 from dataclasses import dataclass
 from enum import Enum
@@ -33,7 +33,7 @@ class SessionConfig:
     heartbeat_s: float = 3.0
     dead_after_s: float = 10.0
     yield_s: float = 0.0
-    """So much longer than its peer it keeps quiet on an idle link: then only the peer sends PINGs there."""
+    """How much longer than the peer this end waits before it sends PINGs on an idle link, so that only the peer does."""
 
 
 class SessionOwner(Protocol):
@@ -62,7 +62,7 @@ class SessionStatistics:
 
 
 class TurnTaker(Protocol):
-    """Who has bytes for a session: a socket, or a task."""
+    """Something that has bytes for a session: a socket, or a task."""
 
     turn_bytes: int
     """What it writes in a turn, lately (`turns.lately`); 0 before the first."""

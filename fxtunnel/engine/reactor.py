@@ -40,6 +40,7 @@ LINK_EVENTS: Final = select.EPOLLIN | select.EPOLLRDHUP
 
 READ_BUFFER_BYTES: Final = 262_144
 MAX_EVENTS: Final = 256
+"""Handled in one turn, before timers and flushes."""
 TASK_TICK_S: Final = 0.02
 """`run_in_task`: nothing wakes the loop when a task calls it, and `now` must not grow old for it."""
 _FOREVER: Final = -1.0

@@ -3,7 +3,7 @@
 from typing import Final
 
 LONG_S: Final = 0.005
-"""What was read together should be dealt with in so long. 256 KiB in one frame take less; in frames of a few bytes, many times as long."""
+"""What is read at once should be handled within this time. 256 KiB in one frame take less; in tiny frames they take many times as long."""
 
 
 class ReadShare:

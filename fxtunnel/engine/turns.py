@@ -1,4 +1,4 @@
-"""Pure: in which order those who have bytes for a link send them: whoever has little goes before whoever has much."""
+"""Pure: the order in which streams send on a link: those that have little go before those that have much."""
 
 from collections import deque
 from contextlib import suppress
@@ -22,13 +22,13 @@ SPARSE_SHARE_BYTES: Final = TURN_BYTES // 4
 """So much of a turn belongs to those who have little, so that however many they are, the others go on."""
 
 BESIDE_BYTES: Final = 196_608
-"""What may be unacknowledged beside somebody who has little, since he waits for it; the peer is asked to acknowledge each third."""
+"""Unacknowledged bytes of bulk beside a taker that has little, which waits behind them. The peer is asked to acknowledge each third."""
 BESIDE_BYTES_PER_S: Final = 250_000_000
-"""So fast bulk should be all the same: what a longer path holds at this rate is not what he waits for."""
+"""The rate that bulk keeps all the same: on a longer path, the bytes in flight at this rate are not queueing delay."""
 BESIDE_TURN_BYTES: Final = 65_536
 """What each that has much sends at once beside somebody who has little."""
 ALONE_BYTES: Final = 67_108_864
-"""So many bytes after somebody had little to send, bulk is alone."""
+"""After this many bytes without a taker that has little, bulk counts as being alone."""
 
 
 def lately(turn_bytes: int, count: int) -> int:

@@ -37,7 +37,7 @@ _MAX_SHAPES: Final = 32
 _MAX_HELLOS_OF_A_SHAPE: Final = 32
 _MAX_KNOWN_EXTENSIONS: Final = 64
 _MAX_KNOWN_BYTES: Final = 512
-"""Together these keep what is remembered below 8 MiB, whoever fills it."""
+"""Together these keep the cache below 8 MiB, whatever clients send."""
 _LENGTHS: Final = "its lengths do not add up"
 _HOST: Final = re.compile(r"(?=.{1,253}$)[A-Za-z0-9_-]{1,63}(?:\.[A-Za-z0-9_-]{1,63})*")
 

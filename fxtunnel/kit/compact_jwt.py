@@ -15,6 +15,9 @@ from jwt.types import Options
 MAX_TOKEN_BYTES: Final = 8_192
 """Decoding 20 MB of header costs a second of CPU; nobody has proved anything yet at that point."""
 
+LATEST_UNIX: Final = 4_102_444_800
+"""2100-01-01: a time beyond it, in a token, is a mistake or an attack."""
+
 _COMPACT: Final = re.compile(r"[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+")
 _UNCHECKED: Final[Options] = {"verify_signature": False}
 # The library would compare with its own clock and its own idea of types; claims are checked by whoever knows what they are for.

@@ -1,4 +1,4 @@
-"""Pure: who is next where many sources want the same thing: each source in its turn, so that a crowd of one delays itself only."""
+"""Pure: a queue that takes sources in turn, so that a crowd from one source only delays itself."""
 
 from collections import OrderedDict, deque
 from typing import Generic, TypeVar
@@ -7,7 +7,7 @@ T = TypeVar("T")
 
 
 class FairQueue(Generic[T]):
-    """First come, first served within a source; the sources go round. Whoever puts bounds how much waits."""
+    """First come, first served within a source; sources are served round robin. Not bounded: that is up to the caller of `put`."""
 
     __slots__ = ("_by_source",)
 

@@ -133,7 +133,7 @@ def make_private_dir(path: Path) -> None:
 
 @contextlib.contextmanager
 def held_alone(directory: Path) -> Iterator[None]:
-    """Have a state directory for this process alone until the block ends, or the process, however it does.
+    """Hold a state directory exclusively until the block or the process ends, however it does.
 
     The file `lock` in it stays, with the number of the last process that had the directory. On file systems that know no locks nobody is
     kept out.

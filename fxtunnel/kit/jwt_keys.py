@@ -21,6 +21,7 @@ from fxtunnel.kit.jwt_verifying import BadKeys, BadToken, KeySet, TokenRules, Un
 logger = logging.getLogger(__name__)
 
 MAX_PAGE_BYTES: Final = 262_144
+"""Room for MAX_KEYS keys of 4 KiB each, certificate chains included."""
 FETCH_S: Final = 5.0
 """For one fetch, from the connection to the last byte."""
 KEEP_S: Final = 600.0

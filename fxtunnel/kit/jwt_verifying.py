@@ -21,9 +21,11 @@ from fxtunnel.kit.compact_jwt import MalformedToken, proved_claims, unproved_hea
 ALGORITHMS: Final = ("EdDSA", "ES256", "ES384", "RS256", "RS384", "RS512", "PS256", "PS384", "PS512")
 """What may be pinned. Shared secrets (HS…) are not among them: whoever can verify with one can forge."""
 MAX_KEYS: Final = 64
+"""Issuers publish a few: the present key, the next one, and some that are being retired."""
 MAX_KEYS_TRIED: Final = 8
 """Keys tried for a token that does not name one."""
 LEEWAY_S: Final = 30.0
+"""How far an issuer's clock may be off, as for assertions of relays (PROTOCOL.md, 3)."""
 
 _PEM: Final = re.compile(rb"-----BEGIN [A-Z ]+-----.*?-----END [A-Z ]+-----", re.DOTALL)
 _MIN_RSA_BITS: Final = 2_048

@@ -36,6 +36,7 @@ PREPARE_S: Final = 60.0
 RELEASE_S: Final = 10.0
 """For a daemon to let go of its listening sockets after SIGTERM. That takes milliseconds; one that needs longer is stuck, and killed."""
 MAX_KEPT: Final = 4_200
+"""Sockets kept for a daemon: those of 4,096 doors and some more. FileDescriptorStoreMax of the units in deploy/ goes by it."""
 _MESSAGE_BYTES: Final = 4_096
 _FD_BYTES: Final = struct.calcsize("i")
 _PREPARED: Final = PREPARED.partition("=")[0]

@@ -32,13 +32,18 @@ logger = logging.getLogger(__name__)
 MAX_CONNECTIONS: Final = 64
 MAX_HEAD_BYTES: Final = 8192
 IDLE_S: Final = 5
+"""For the next request on a connection: a scraper's are farther apart, and it connects again."""
 ERROR_S: Final = 1.0
+"""For what is left of an answer after an error."""
 # 4,096 relays in JSON are about 3 MB.
 MAX_ANSWER_BYTES: Final = 64 << 20
 
+PAGE_HEADERS: Final = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
+"""For every answer about a daemon: it is out of date at once, and holds words that peers have chosen."""
+
 
 class JsonPage(JSONResponse):
-    """JSON with its line's end, so that whoever asks with curl has the next prompt on a line of its own."""
+    """JSON that ends with a line feed, so that after `curl` the prompt is on a line of its own."""
 
     def render(self, content: Any) -> bytes:
         """The body."""
@@ -46,7 +51,7 @@ class JsonPage(JSONResponse):
 
 
 def pages_app(routes: Sequence[Route]) -> Starlette:
-    """An app of these pages, for `serve_pages`; whoever asks for another page, or in a way it cannot be asked for, is told so on a line."""
+    """An app of these pages, for `serve_pages`. An unknown page or a wrong method gets a line of plain text."""
     return Starlette(routes=routes, exception_handlers={HTTPException: _say_why})
 
 

@@ -47,7 +47,7 @@ def memory_bytes() -> int:
 
 
 def settle() -> None:
-    """Call once start-up is over: what exists now is never looked at by the collector again, and worker threads do not hold up the reactor.
+    """Call once start-up is over: the collector never looks again at what exists now, and worker threads do not hold up the reactor.
 
     A reactor that wakes while a worker thread computes waits this long for its turn, 5 ms by default: a pause that every echo would feel.
     """
@@ -112,14 +112,14 @@ async def keep_going(what: str, call: Callable[[], Awaitable[object]]) -> NoRetu
 
 
 async def wait_until(condition: Callable[[], bool]) -> None:
-    """Look ten times a second until `condition` holds: for shutdown, where nobody is left to tell of a change."""
+    """Poll ten times a second until `condition` holds: for start-up and shutdown, where nothing signals the change."""
     await trio.lowlevel.checkpoint()
     while not condition():
         await trio.sleep(POLL_S)
 
 
 async def let_finish(what: str, count: Callable[[], int], drain_s: float) -> None:
-    """Wait until `count` is 0, for `drain_s` seconds at most. What is left then is named in the log, and the caller's to end."""
+    """Wait until `count` is 0, for `drain_s` seconds at most. What is left then is logged; the caller ends it."""
     logger.info("stopping: %s have %g s to finish; open now: %d", what, drain_s, count())
     with trio.move_on_after(drain_s):
         await wait_until(lambda: not count())

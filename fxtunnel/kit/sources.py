@@ -11,7 +11,7 @@ _IPV6_SITE_BITS: Final = 64
 
 
 def source_of(address: str) -> str:
-    """An IPv4 address as it is; an IPv6 one as its /64, since whoever has one address there has all of them. What is no address stays."""
+    """The source of a connection: an IPv4 address itself, the /64 of an IPv6 address (one site has all of it), or text that is neither."""
     if ":" not in address:
         return address
     try:

@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 
 from fxtunnel.codes import Refusal
 from fxtunnel.errors import ConfigError, PeerRefused
-from fxtunnel.kit.compact_jwt import MalformedToken, proved_claims, unproved_claims, unproved_header
+from fxtunnel.kit.compact_jwt import LATEST_UNIX, MalformedToken, proved_claims, unproved_claims, unproved_header
 from fxtunnel.model import GatewayId, RelayId, is_name
 
 LIFETIME_S: Final = 60
@@ -30,8 +30,6 @@ LEEWAY_S: Final = 30.0
 _KID: Final = re.compile(r"[A-Za-z0-9_-]{43}")
 _JTI: Final = re.compile(r"[A-Za-z0-9_-]{16,64}")
 _HEADERS: Final = frozenset({"alg", "kid", "typ"})
-# 2100-01-01: beyond it a time is a mistake or an attack.
-_MAX_UNIX: Final = 4_102_444_800
 
 
 class KeyProblem(Enum):
@@ -162,7 +160,7 @@ def verify_assertion(
     if not isinstance(jti, str) or not _JTI.fullmatch(jti):
         raise _bad("jti is missing or malformed")
     # bool is an int in Python, and 1.5 or "1700000000" are no times of ours.
-    issued, not_before, expires = (t if type(t) is int and 0 <= t <= _MAX_UNIX else -1 for t in times)
+    issued, not_before, expires = (t if type(t) is int and 0 <= t <= LATEST_UNIX else -1 for t in times)
     if min(issued, not_before, expires) < 0:
         raise _bad("iat, nbf and exp must be integers")
     if not 0 < expires - issued <= LIFETIME_S or not_before > expires:

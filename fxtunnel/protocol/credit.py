@@ -2,7 +2,7 @@
 
 Three kinds of memory are promised. A *first window* is promised to every stream, and shrinks in steps while many streams are open, so that
 thousands of readers that never read cannot fill the memory. *Growth* goes to streams whose reader keeps up, from a budget of its own. The
-kernels on the way read for a reader that does not, a little: so much is no proof, and growth before the proof has but half of the budget.
+kernels on the way take some bytes even if nobody reads: before a reader has taken more than that, growth may use only half of the budget.
 What *rings* grow by is for sessions whose peer acknowledges late, because the path is long or because it lies.
 """
 
@@ -17,13 +17,14 @@ LOCAL_WINDOW_BYTES: Final = 1_048_576
 """How far a window grows on a short path: enough to keep both ends busy. Larger windows cost little less CPU and queue
 interactive streams behind bulk ones (docs/adr/0004)."""
 FAST_CONSUMPTION_S: Final = 1.0
+"""On a short path a reader keeps up if it takes a whole window in less than this."""
 MIN_GROWTH_RTT_S: Final = 0.002
 """Windows follow the path only when its minimum round trip is longer than this; without the floor, queueing delay that the window itself
 causes would be taken for path length, and grow it for ever."""
 PROOF_BYTES: Final = 131_072
 """What the kernels on the way may take for a reader that never reads: less than this does not show that somebody does."""
 USEFUL_WINDOW_BYTES: Final = 262_144
-"""The last quarter of growth is for windows up to this size, whoever has the rest, and for however long."""
+"""The last quarter of the growth budget is reserved for windows up to this size, however long others keep the rest."""
 _QUARTER: Final = 2
 _HALF: Final = 1
 """Shifts: how much of a window is free when credit goes back. Half is enough where the path is short, and is half as many frames."""

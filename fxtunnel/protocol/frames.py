@@ -31,6 +31,7 @@ HELLO: Final = 0xF0
 WELCOME: Final = 0xF1
 DENIED: Final = 0xF2
 
+# Bounds of payloads, as in the tables of PROTOCOL.md, 4 and 5.
 MAX_DATA_BYTES: Final = 262_144
 MAX_OPEN_BYTES: Final = 2_048
 MAX_TEXT_BYTES: Final = 256

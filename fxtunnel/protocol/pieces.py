@@ -1,4 +1,4 @@
-"""Pure: bytes that wait for a reader, in the pieces they came in: what waits is not copied again because more arrives."""
+"""Pure: a queue of bytes that wait for a reader, in pieces: bytes in it are not copied again when more arrive."""
 
 from collections import deque
 from typing import Final

@@ -57,7 +57,7 @@ class Stream:
             self.mux.forget(self)
 
     def on_crash(self) -> None:
-        """Whoever was to take it raised before there was an endpoint: it is nobody's."""
+        """`Mux.on_open` raised before it had attached an endpoint: refuse the stream."""
         self.refuse(Code.INTERNAL_ERROR, "internal error")
 
     def redirect(self, relay: str) -> None:

@@ -151,7 +151,7 @@ async def test_a_door_that_pauses_may_wait_as_well(contexts: Contexts, pauses_fi
         door, deadline = plane.doors[0], plane.reactor.now + (0.1 if pauses_first else 0.6)
         if pauses_first:
             door._pause("the test")
-        door.wait_until(lambda: False, deadline)
+        door.hold_until(lambda: False, deadline)
         if not pauses_first:
             door._pause("the test")
         assert door.is_waiting

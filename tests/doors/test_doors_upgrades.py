@@ -205,7 +205,7 @@ async def test_a_door_lets_clients_in_when_its_relay_is_there(contexts: Contexts
         doors = Doors(plane.reactor, plane.registry, Admission(OPEN_LIMITS))
         port = free_port()
         doors.apply([DoorConfig("d", Address.parse(f"127.0.0.1:{port}"), SERVICE)])
-        doors.wait_for_relays(20.0)
+        doors.hold_until_served(20.0)
         try:
             async with await connect(port) as early:
                 await early.send_all(b"x")
@@ -232,7 +232,7 @@ async def test_a_door_that_is_held_lets_nobody_in(contexts: Contexts) -> None:
                 await early.send_all(b"x")
                 await trio.sleep(0.1)
                 assert (doors.clients, doors.is_waiting) == (0, True)
-                doors.wait_for_relays(0.0)
+                doors.hold_until_served(0.0)
                 assert await receive_exactly(early, 1) == b"x"
             await plane.quiet()
         finally:
@@ -245,12 +245,12 @@ async def test_a_door_waits_only_so_long(contexts: Contexts) -> None:
         doors = Doors(plane.reactor, plane.registry, Admission(OPEN_LIMITS))
         port = free_port()
         doors.apply([DoorConfig("d", Address.parse(f"127.0.0.1:{port}"), SERVICE)])
-        doors.wait_for_relays(0.2)
+        doors.hold_until_served(0.2)
         try:
             assert await until_reset(await connect(port)) == b""
             (door,) = doors.open_doors()
             assert door.counters.refused == {"no-relay": 1}
-            doors.wait_for_relays(20.0)
+            doors.hold_until_served(20.0)
         finally:
             doors.close()
 

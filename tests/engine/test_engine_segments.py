@@ -183,7 +183,7 @@ async def test_what_a_client_has_said_leaves_with_its_opening(contexts: Contexts
         relay = await plane.add_relay(await plane.serve(echo))
         is_time: list[bool] = []
         port = plane.add_door()
-        plane.doors[0].wait_until(lambda: bool(is_time), plane.reactor.now + 10)
+        plane.doors[0].hold_until(lambda: bool(is_time), plane.reactor.now + 10)
         async with await connect(port) as stream:
             await stream.send_all(b"word")
             session = relay.far_session

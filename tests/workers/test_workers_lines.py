@@ -9,10 +9,12 @@ import pytest
 
 from fxgateway.settings import GatewaySettings
 from fxgateway.workers import channel as module
+from fxgateway.workers import parent, wishes
 from fxgateway.workers.bridge import Bridge, PlainEnd, plain_pair
 from fxgateway.workers.channel import Channel, Message, pair
 from fxgateway.workers.shares import as_message, from_message, share_of
 from fxtunnel.engine.reactor import Reactor
+from fxtunnel.kit.console import ASK_TIMEOUT_S
 
 
 class Ear:
@@ -230,3 +232,9 @@ def test_a_configuration_arrives_as_it_was_sent(tmp_path) -> None:
     assert there.tunnel.key == tmp_path / "server.key"
     share = share_of(there, 4).limits
     assert (share.memory_bytes, share.pending_handshakes, share.connections) == (16 << 20, 128, settings.limits.connections)
+
+
+def test_a_command_waits_longer_than_the_parent_does_for_its_workers() -> None:
+    """Otherwise it would say that the gateway does not answer, and not which worker."""
+    assert wishes.ANSWER_S < ASK_TIMEOUT_S
+    assert parent.STATUS_S < ASK_TIMEOUT_S
