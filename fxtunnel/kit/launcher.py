@@ -18,6 +18,7 @@ A daemon whose launcher is gone without a word drains as well.
 import contextlib
 import fcntl
 import os
+import resource
 import selectors
 import signal
 import socket
@@ -84,6 +85,9 @@ class Launcher:
 
     def run(self) -> int:
         """Run until told to stop, or until the daemon ends by itself; the exit code. Blocks; call it from the main thread."""
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if soft != hard:  # a gateway of many doors has as many sockets kept
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         receive, send = socket.socketpair()
         with receive, send:
             for end in (receive, send):
@@ -108,10 +112,15 @@ class Launcher:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # none may be taken for ours on the way to the daemon's program
-            pid = os.fork()
-            if pid == 0:
-                self._become(theirs.fileno(), before)
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            try:
+                pid = os.fork()
+                if pid == 0:
+                    self._become(theirs.fileno(), before)
+            except OSError:
+                ours.close()
+                raise
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
         ours.setblocking(False)
         daemon = _Daemon(pid, ours, time.monotonic())
         self._selector.register(ours, selectors.EVENT_READ, daemon)
@@ -171,7 +180,10 @@ class Launcher:
         self._is_asked_again = self._successor is not None or not all(daemon.has_let_go for daemon in self._draining)
         if not self._is_asked_again:
             self._say("starting a successor")
-            self._successor = self._start()
+            try:
+                self._successor = self._start()
+            except OSError as exc:
+                self._say(f"cannot start a successor: {exc.strerror}; nothing changes")
 
     def _succeed_again(self) -> None:
         if self._is_asked_again:
@@ -216,8 +228,9 @@ class Launcher:
         self._drop(name)
         for fd in fds[:1] if name and len(self._kept) < MAX_KEPT else []:
             self._kept.append(_Kept(name, fd))
-            with socket.socket(fileno=os.dup(fd)) as copy:
-                self._notifier.keep(name, copy)
+            sock = socket.socket(fileno=fd)
+            self._notifier.keep(name, sock)
+            sock.detach()
             fds = fds[1:]
         _close_all(fds)
 

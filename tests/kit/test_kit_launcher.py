@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[2]
 DEADLINE_S = 30.0
 # Notes "started", "go", "term" and "end" with its number; what it does beside that depends on which files lie around.
 DAEMON = """
-import os, signal, sys, time
+import os, resource, signal, sys, time
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
 from fxtunnel.kit.listeners import Inherited, listen
@@ -46,7 +46,11 @@ terminated = []
 signal.signal(signal.SIGTERM, lambda *_: terminated.append(1))
 signal.signal(signal.SIGHUP, lambda *_: note("reloaded"))
 inherited = Inherited.from_environ(os.environ, os.getpid(), notifier)
+FEW_FILES = 40
 sock = listen(Address.parse("127.0.0.1:" + (home / "port").read_text()), inherited)
+if (home / "many").exists():
+    resource.setrlimit(resource.RLIMIT_NOFILE, (1_000, 1_000))
+    many = [listen(Address(path=home / f"s{n}"), inherited) for n in range(FEW_FILES)]
 if (home / "fails-late").exists():
     inherited.forget("127.0.0.1:" + (home / "port").read_text())
     listen(Address.parse("127.0.0.1:" + (home / "port-2").read_text()), inherited)
@@ -75,7 +79,8 @@ while not (home / f"finish-{number}").exists():
 note("end")
 """
 RUN = """
-import os, sys
+import os, resource, sys
+resource.setrlimit(resource.RLIMIT_NOFILE, (40, 1_000))
 sys.path.insert(0, sys.argv[1])
 from fxtunnel.kit import launcher
 launcher.RELEASE_S = 1.0
@@ -220,6 +225,16 @@ def test_a_successor_that_is_asked_for_in_the_middle_of_a_hand_over_comes_after_
     it.process.send_signal(signal.SIGHUP)
     it.noted("reloaded-2")
     assert not it.has("told-again-2"), "a second word is none for the same process"
+
+
+def test_more_sockets_are_kept_than_a_process_may_have_by_default(launch: Callable[..., Launched]) -> None:
+    it = launch(managed=False)
+    it.noted("go-0")
+    it.touch("many")
+    for number in (1, 2):
+        it.process.send_signal(signal.SIGUSR2)
+        it.noted(f"go-{number}")
+    assert it.process.poll() is None
 
 
 def test_no_daemon_has_copies_of_what_is_kept(launch: Callable[..., Launched]) -> None:
