@@ -26,7 +26,7 @@ from tests.ports import free_port
 pytestmark = [*SYSTEM, NEEDS_REDIS]
 
 MakeServer = Callable[..., RedisServer]
-DEADLINE_S = 8.0
+DEADLINE_S = 20.0
 """Two timeouts of a call are 5 s; the rest is for a busy machine."""
 
 
@@ -160,9 +160,12 @@ def test_a_silent_server_is_asked_for_a_sign_of_life(server: RedisServer) -> Non
     transporter = RedisTransporter(redis_client(server))
     subscription = transporter.subscribe(TOPICS)
     subscription._heard_at -= 60
-    assert subscription.next_batch(1.5) == []
-    assert subscription._pinged_at is None
-    assert time.monotonic() - subscription._heard_at < 10
+
+    def has_answered() -> bool:
+        assert subscription.next_batch(0.5) == []
+        return subscription._pinged_at is None and time.monotonic() - subscription._heard_at < 10
+
+    wait_until(has_answered)
     transporter.close()
 
 

@@ -48,7 +48,7 @@ async def join(
     async def answer() -> None:
         result.append(await handshake_server(far, server))
 
-    with trio.fail_after(5):
+    with trio.fail_after(30):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(answer)
             opened = await handshake_client(near, client, "localhost")

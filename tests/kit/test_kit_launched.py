@@ -36,7 +36,7 @@ def link() -> Iterator[tuple[socket.socket, Notifier]]:
 async def test_a_daemon_waits_for_its_turn_and_goes_with_its_launcher(link: tuple[socket.socket, Notifier]) -> None:
     ours, notifier = link
     stop = trio.Event()
-    with trio.fail_after(5):
+    with trio.fail_after(30):
         async with trio.open_nursery() as nursery:
 
             async def follow() -> None:
@@ -60,7 +60,7 @@ async def test_a_daemon_waits_for_its_turn_and_goes_with_its_launcher(link: tupl
 async def test_the_last_daemon_hears_that_nobody_follows(link: tuple[socket.socket, Notifier]) -> None:
     ours, notifier = link
     inherited, stop = Inherited({}, notifier), trio.Event()
-    with trio.fail_after(5):
+    with trio.fail_after(30):
         async with trio.open_nursery() as nursery:
             ours.send(GO)
             await nursery.start(follow_launcher, notifier, stop.set)
@@ -77,7 +77,7 @@ async def test_a_launcher_that_is_gone_before_our_turn_ends_us(link: tuple[socke
     ours, notifier = link
     stop = trio.Event()
     ours.close()
-    with trio.fail_after(5):
+    with trio.fail_after(30):
         async with trio.open_nursery() as nursery:
             await nursery.start(follow_launcher, notifier, stop.set)
             await stop.wait()

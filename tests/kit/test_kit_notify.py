@@ -22,7 +22,7 @@ def manager(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[st
     name = str(tmp_path / "notify") if request.param == "path" else f"@fx-{secrets.token_hex(8)}"
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
         sock.bind(f"\0{name[1:]}" if name.startswith("@") else name)
-        sock.settimeout(2)
+        sock.settimeout(30)
         yield name, sock
 
 

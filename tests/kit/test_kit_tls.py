@@ -44,14 +44,14 @@ def tcp_pair() -> tuple[socket.socket, socket.socket]:
 
 @contextlib.asynccontextmanager
 async def serving(context: ssl.SSLContext) -> AsyncIterator[tuple[tuple[str, int], Failures]]:
-    """A TLS port that shakes hands within 1 s and hangs up; its failures are collected."""
+    """A TLS port that shakes hands within 20 s and hangs up; its failures are collected."""
     listener = socket.create_server(("127.0.0.1", 0))
     listener.setblocking(False)
     failures = Failures()
 
     async def one(sock: socket.socket) -> None:
         try:
-            with trio.move_on_after(1):
+            with trio.move_on_after(20):
                 await TlsStream(await handshake_server(sock, context)).aclose()
         except HandshakeFailed as exc:
             failures.add(exc)
@@ -61,7 +61,7 @@ async def serving(context: ssl.SSLContext) -> AsyncIterator[tuple[tuple[str, int
             await trio.lowlevel.wait_readable(listener)
             nursery.start_soon(one, listener.accept()[0])
 
-    with listener, trio.fail_after(10):
+    with listener, trio.fail_after(60):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(accept)
             yield listener.getsockname(), failures
@@ -69,7 +69,7 @@ async def serving(context: ssl.SSLContext) -> AsyncIterator[tuple[tuple[str, int
 
 
 async def drained(stream: TlsStream) -> None:
-    with trio.fail_after(5):
+    with trio.fail_after(30):
         while await stream.receive_some():
             pass
 
@@ -82,7 +82,7 @@ async def dial(address: tuple[str, int], context: ssl.SSLContext, host: str = "l
 
 def plain_exchange(address: tuple[str, int], data: bytes) -> bytes:
     with socket.create_connection(address) as sock:
-        sock.settimeout(5)
+        sock.settimeout(30)
         sock.sendall(data)
         return b"".join(iter(lambda: sock.recv(4096), b""))
 
@@ -177,7 +177,7 @@ async def test_garbage_gets_an_alert_and_an_end_at_once(tls: Any) -> None:
     async with serving(tls.server()) as (address, failures):
         started = trio.current_time()
         answer = await trio.to_thread.run_sync(plain_exchange, address, garbage)
-        assert trio.current_time() - started < 3
+        assert trio.current_time() - started < 10
     assert answer[:1] == b"\x15", "an alert record"
     assert len(failures) == 1
 

@@ -211,10 +211,13 @@ def test_no_key_is_asked_for_before_the_shape_is_right() -> None:
 
 def test_a_huge_token_costs_nothing() -> None:
     token = "A" * 20_000_000 + "." + CLAIMS_64 + "." + SIGNATURE_64
-    started = time.process_time()
-    with pytest.raises(PeerRefused):
-        verify(token)
-    assert time.process_time() - started < 0.02
+    took_s = []
+    for _ in range(5):
+        started = time.thread_time()
+        with pytest.raises(PeerRefused):
+            verify(token)
+        took_s.append(time.thread_time() - started)
+    assert min(took_s) < 0.02  # decoding it takes five times that; any of them may have met the garbage collector
 
 
 @given(st.text(max_size=300) | st.lists(st.text("AZaz09_-", max_size=80), max_size=5).map(".".join))

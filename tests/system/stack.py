@@ -36,11 +36,14 @@ def wait_until(condition, timeout_s: float = 20.0, what: str = "the condition") 
 
 
 def slowness() -> float:
-    """How many times longer than alone on the machine a program takes now, at least 1: for limits that promise something to users."""
+    """How many times longer than alone on the machine a program takes, at least 1: for limits that promise something to users.
+
+    Now, or in the last minute by the kernel's own count of those who want to run: what is judged afterwards happened in a worse moment.
+    """
     began, cpu_s = time.monotonic(), time.thread_time()
     while time.thread_time() - cpu_s < SLOWNESS_SAMPLE_S:
         hashlib.sha256(bytes(4_096)).digest()
-    return max(1.0, (time.monotonic() - began) / SLOWNESS_SAMPLE_S)
+    return max(1.0, (time.monotonic() - began) / SLOWNESS_SAMPLE_S, os.getloadavg()[0] / (os.cpu_count() or 1))
 
 
 class Daemon:

@@ -20,7 +20,7 @@ import pytest
 
 from tests.system.peers import Outcome, Service, dial, echo, exchanges, is_served, say, visit
 from tests.system.servers import need
-from tests.system.stack import Stack, wait_until
+from tests.system.stack import Stack, slowness, wait_until
 
 pytestmark = [pytest.mark.system, pytest.mark.xdist_group("hostile")]
 
@@ -28,8 +28,8 @@ ALERT, HANDSHAKE = b"\x15", b"\x16"
 SILENT, GARBAGE = 500, 500
 SOURCES = 40
 HELLO_TIMEOUT_S = 5.0
-AT_ONCE_S = HELLO_TIMEOUT_S / 2
-"""Not waited for, on a busy machine."""
+AT_ONCE_S = 20.0
+"""Not waited for, on a busy machine: where it is looked for, a stranger has a minute to say who he is."""
 CLIENTS = 300
 
 
@@ -62,6 +62,14 @@ def stack(make_shared_stack: Callable[..., Stack], echo_service: Service) -> Sta
     stack = make_shared_stack("echo")
     stack.start_gateway()
     stack.start_relay("node-a", {"echo": echo_service.target})
+    return stack
+
+
+@pytest.fixture(scope="module")
+def patient(make_shared_stack: Callable[..., Stack]) -> Stack:
+    """A gateway that waits long for a hello."""
+    stack = make_shared_stack("echo", extra=f"[limits]\nhello_timeout_s = {3 * AT_ONCE_S:g}\n")
+    stack.start_gateway()
     return stack
 
 
@@ -98,8 +106,8 @@ class Pinger:
     [b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", b"SSH-2.0-OpenSSH_9.2\r\n", bytes(64), b"\x16\x03\x01\xff\xff" + bytes(600)],
     ids=["http", "ssh", "zeros", "a record too long"],
 )
-def test_what_is_not_tls_is_closed_at_once(stack: Stack, words: bytes) -> None:
-    with dial(stack.tunnel_port, 10) as stranger:
+def test_what_is_not_tls_is_closed_at_once(patient: Stack, words: bytes) -> None:
+    with dial(patient.tunnel_port, 2 * AT_ONCE_S) as stranger:
         began = time.monotonic()
         stranger.sendall(words)
         answer = b""
@@ -117,8 +125,8 @@ def test_a_version_of_tls_that_is_too_old_gets_an_alert(stack: Stack) -> None:
         old.wrap_socket(sock, server_hostname="127.0.0.1")
 
 
-def test_whoever_speaks_none_of_our_protocols_is_closed_at_once(stack: Stack) -> None:
-    with tls(stack, "h2") as stranger:
+def test_whoever_speaks_none_of_our_protocols_is_closed_at_once(patient: Stack) -> None:
+    with tls(patient, "h2") as stranger:
         began = time.monotonic()
         with contextlib.suppress(OSError):
             stranger.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
@@ -145,7 +153,7 @@ def test_a_thousand_strangers(stack: Stack, capsys: pytest.CaptureFixture[str]) 
                 sock.sendall(chance.randbytes(100))
             sock.setblocking(False)
             selector.register(sock, selectors.EVENT_READ, time.monotonic())
-        while selector.get_map() and time.monotonic() - began < 30:
+        while selector.get_map() and time.monotonic() - began < 90:
             for key, _ in selector.select(1):
                 try:
                     is_open = bool(key.fileobj.recv(4096))
@@ -165,8 +173,8 @@ def test_a_thousand_strangers(stack: Stack, capsys: pytest.CaptureFixture[str]) 
         )
     assert len(ends) == SILENT + GARBAGE
     # Not waited for; but a few look like the beginning of a record. A thousand come at once, so the last ones wait for their turn.
-    assert statistics.quantiles(garbage_s, n=20)[18] < AT_ONCE_S
-    assert max(garbage_s + silent_s) < 3 * HELLO_TIMEOUT_S
+    assert statistics.quantiles(garbage_s, n=20)[18] < HELLO_TIMEOUT_S
+    assert max(garbage_s + silent_s) < 3 * HELLO_TIMEOUT_S * slowness()
     # No more than a few turns of the loop; on a machine that is busy with other things all takes longer.
     assert pinger.p99_s() < max(0.25, 10 * calm.p99_s())
     wait_until(lambda: files(stack) <= before, 20, "all descriptors given back")

@@ -17,7 +17,7 @@ STREAMS = 64
 CUTS = 20
 SILENCE_FOUND_S = 15.0
 """Half of what streams are held for. See `slowness`."""
-SOON_S = 8.0
+SOON_S = 15.0
 """On a busy machine; far below the 30 s for which streams are held where nothing else is said."""
 
 

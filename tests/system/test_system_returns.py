@@ -21,7 +21,7 @@ FLOWS_EACH = 4
 """Of every process of the gateway but the last."""
 CUTS = 2
 LIMIT_S = 60.0
-SOON_S = 8.0
+SOON_S = 15.0
 """On a busy machine; far below the 30 s for which streams are held where nothing else is said."""
 FLOOD = 400
 LINE_HOLDS = 300

@@ -356,7 +356,7 @@ async def running(
         gateway.close()
 
 
-async def until(condition: Callable[[], bool], limit_s: float = 10.0) -> None:
+async def until(condition: Callable[[], bool], limit_s: float = 30.0) -> None:
     """Wait for something that real sockets bring about."""
     with trio.fail_after(limit_s):
         while not condition():
