@@ -43,7 +43,20 @@ def site(make_shared_stack: MakeStack, tmp_path_factory: pytest.TempPathFactory)
 def verdict(port: int, attack: str, home: Path) -> tuple[bool, int]:
     """Whether the service was there for a probe all the time, and how many connections the attack held at most."""
     home.mkdir()
-    arguments = [program("slowhttptest"), "-c", str(CONNECTIONS), "-r", "200", "-l", str(SECONDS), "-p", str(PROBE_S), "-g", "-o", str(home / "out")]
+    arguments = [
+        program("slowhttptest"),
+        "-c",
+        str(CONNECTIONS),
+        "-r",
+        "200",
+        "-l",
+        str(SECONDS),
+        "-p",
+        str(PROBE_S),
+        "-g",
+        "-o",
+        str(home / "out"),
+    ]
     url = f"http://127.0.0.1:{port}/large"
     done = subprocess.run([*arguments, *ATTACKS[attack], "-u", url], capture_output=True, text=True, timeout=60, cwd=home, check=False)
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr
