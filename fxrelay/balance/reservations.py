@@ -307,18 +307,16 @@ def release(record: Record, login_id: str, linger_ms: int, at: Moment) -> Record
 def put_off(record: Record, login_id: str, ttl_ms: int, at: Moment) -> Record:
     """Step 7, put off: a login has ended, but its user has, or may have, sessions on the server, and keeps it for another `ttl_ms`.
 
-    One such login is enough for a record. One that is gone does not come back. May be repeated.
+    One such login is enough for a record: the one that ended last, as a session that it began may not be told yet when those of an earlier
+    one are known to be over. One that is gone does not come back. May be repeated.
     """
     record = purge(record, at)
-    if all(login.login_id != login_id for login in record.logins):
+    ended = next((login for login in record.logins if login.login_id == login_id), None)
+    if ended is None:
         return record
-    if any(login.awaits_sessions and login.login_id != login_id for login in record.logins):
-        return replace(record, logins=tuple(login for login in record.logins if login.login_id != login_id))
+    waits = replace(ended, expires_ms=at.now_ms + ttl_ms, ttl_ms=ttl_ms, is_lingering=True, is_for_sessions=True)
     logins = tuple(
-        replace(login, expires_ms=at.now_ms + ttl_ms, ttl_ms=ttl_ms, is_lingering=True, is_for_sessions=True)
-        if login.login_id == login_id
-        else login
-        for login in record.logins
+        waits if login.login_id == login_id else login for login in record.logins if login.login_id == login_id or not login.awaits_sessions
     )
     return replace(record, logins=logins)
 

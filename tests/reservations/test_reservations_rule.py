@@ -118,7 +118,9 @@ def test_a_users_sessions_keep_the_server_after_his_last_logout() -> None:
     renewed = rule.renew(again.record, login(login_id="l2"), again.token, NOW, at(number=4))
     assert isinstance(renewed, Granted)
     assert renewed.record.logins[0].awaits_sessions
-    assert [known.login_id for known in rule.put_off(renewed.record, "l2", LEASE, at(number=5)).logins] == ["l1"], "one is enough"
+    later = rule.put_off(renewed.record, "l2", LEASE, at(number=5))
+    assert [(known.login_id, known.awaits_sessions) for known in later.logins] == [("l2", True)], "one is enough: the last"
+    assert rule.put_off(later, "l1", LEASE, at(number=6)) == rule.release(later, "l1", 0, at(number=6)) == later
     assert rule.release(kept, "l1", 0, at(number=3)).holder == ""
     assert not rule.release(kept, "l1", 60_000, at(number=3)).logins[0].awaits_sessions
     assert rule.put_off(Record("e", 1), "l1", LEASE, at(number=6)).logins == (), "what is gone does not come back"
