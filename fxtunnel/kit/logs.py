@@ -23,25 +23,6 @@ _QUIETER: Final = ("hypercorn.error", "hypercorn.access", "trio-websocket", "tri
 _MAX_TEMPLATES: Final = 1024
 
 
-class Secret:
-    """A text that shows itself to nobody who does not ask: `repr`, `str`, formatting and logs give `Secret(***)`."""
-
-    __slots__ = ("_value",)
-
-    def __init__(self, value: str) -> None:
-        self._value = value
-
-    def reveal(self) -> str:
-        """The text. Call it where it is sent or compared, never earlier."""
-        return self._value
-
-    def __repr__(self) -> str:
-        return "Secret(***)"
-
-    def __reduce__(self) -> str:
-        raise TypeError("a Secret is not pickled")
-
-
 class RateLimited(logging.Filter):
     """Lets at most `limit` records of one logger and message template pass in `window_s`.
 

@@ -1,14 +1,14 @@
 import io
 import json
 import logging
-import pickle
 from collections.abc import Callable, Iterator
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import SecretStr
 
-from fxtunnel.kit.logs import RateLimited, Secret, Style, configure
+from fxtunnel.kit.logs import RateLimited, Style, configure
 
 CANARY = "canary-5f3a"
 NASTY = st.text() | st.text("\n\r\x1b\u2028\u2029\x00\x85\x0b\x0c\x1c\ud800{}\"'\\ %s=")
@@ -89,7 +89,7 @@ def test_an_extra_field_cannot_pose_as_one_of_ours() -> None:
 
 @pytest.mark.parametrize("style", ["json", "text"])
 def test_a_secret_never_shows(style: Style) -> None:
-    secret = Secret(CANARY)
+    secret = SecretStr(CANARY)
 
     def write() -> None:
         hidden = CANARY
@@ -104,13 +104,7 @@ def test_a_secret_never_shows(style: Style) -> None:
 
     output = written(style, write)
     assert CANARY not in output
-    assert output.count("Secret(***)") >= 7
-    assert secret.reveal() == CANARY
-
-
-def test_a_secret_is_not_pickled() -> None:
-    with pytest.raises(TypeError, match="not pickled"):
-        pickle.dumps(Secret(CANARY))
+    assert output.count("**********") >= 7
 
 
 def test_values_json_does_not_know_are_shown_as_python_does() -> None:
