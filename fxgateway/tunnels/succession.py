@@ -4,7 +4,6 @@ Each process has a line. One end is kept for its successors, which inherit it as
 on a line, and only towards the earlier process.
 """
 
-import array
 import logging
 import socket
 from collections.abc import Callable, Mapping
@@ -26,7 +25,6 @@ LINE_BYTES: Final = 65_536
 """Kernel memory for connections that the earlier process has not taken yet, about 170 of them. Any more are told to come again."""
 COME_AGAIN: Final = Appointment(0.5, 0.5)
 _GUEST: Final = b"\0"
-_FD_BYTES: Final = array.array("i").itemsize
 
 
 class Lines:
@@ -84,7 +82,7 @@ class Lines:
         if not process:
             return False
         try:
-            self._earlier[process].sendmsg([_GUEST], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [passed.sock.fileno()]))])
+            socket.send_fds(self._earlier[process], [_GUEST], [passed.sock.fileno()])
         except (BrokenPipeError, ConnectionResetError):
             return False  # it has just ended; `_outlive` is about to notice
         except OSError as exc:  # the line is full, or too many descriptors are in flight (unix(7), ETOOMANYREFS)
@@ -96,8 +94,9 @@ class Lines:
         """The next connection that a later process has passed on to us; none without a line, or when nobody is left to pass any on."""
         while (line := self._ours) is not None:
             await trio.lowlevel.wait_readable(line)
-            data, ancillary, _, _ = line.recvmsg(len(_GUEST), socket.CMSG_SPACE(_FD_BYTES), socket.MSG_CMSG_CLOEXEC)
-            for sock in _received(ancillary):
+            data, fds, _, _ = socket.recv_fds(line, len(_GUEST), 1, socket.MSG_CMSG_CLOEXEC)
+            for fd in fds:  # none, if this process is out of descriptors
+                sock = socket.socket(fileno=fd)
                 try:
                     return Passed.fresh(sock, sock.getpeername())
                 except OSError:  # the relay has hung up meanwhile
@@ -170,12 +169,3 @@ def line_pair() -> tuple[socket.socket, socket.socket]:
 async def until_its_end(line: socket.socket) -> None:
     """Wait until the process has ended to which this line leads."""
     await trio.lowlevel.wait_readable(line)  # nothing is ever sent in this direction: readable means closed
-
-
-def _received(ancillary: list[tuple[int, int, bytes]]) -> list[socket.socket]:
-    """The connection that came with the message, or nothing if this process is out of descriptors."""
-    found = array.array("i")
-    for level, kind, data in ancillary:
-        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
-            found.frombytes(data[: len(data) // _FD_BYTES * _FD_BYTES])
-    return [socket.socket(fileno=fd) for fd in found]

@@ -65,8 +65,8 @@ class Inbox:
             BlockingIOError, TimeoutError: nothing has come.
             OSError: the other end is gone, or a message is too long; the line cannot be used any more.
         """
-        packet, ancillary, _, _ = self._sock.recvmsg(PACKET_BYTES, socket.CMSG_SPACE(4 * MAX_SOCKETS), socket.MSG_CMSG_CLOEXEC)
-        sockets = _received(ancillary)
+        packet, fds, _, _ = socket.recv_fds(self._sock, PACKET_BYTES, MAX_SOCKETS, socket.MSG_CMSG_CLOEXEC)
+        sockets = [socket.socket(fileno=fd) for fd in fds]  # fewer than were sent if this process is out of descriptors
         if not packet:
             _close_all(sockets)
             raise OSError(errno.EPIPE, "it is gone")
@@ -181,17 +181,6 @@ class Channel:
         logger.debug("line to %d: %s", self.number, reason)
         self.close()
         self._owner.on_gone(self)
-
-
-def _received(ancillary: list[tuple[int, int, bytes]]) -> list[socket.socket]:
-    """The sockets that came with a packet; fewer than were sent if this process is out of descriptors (the kernel closes the rest)."""
-    found: list[socket.socket] = []
-    for level, kind, data in ancillary:
-        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
-            numbers = array.array("i")
-            numbers.frombytes(data[: len(data) - len(data) % numbers.itemsize])
-            found += [socket.socket(fileno=number) for number in numbers]
-    return found
 
 
 def _close_all(sockets: Sequence[socket.socket]) -> None:

@@ -7,12 +7,21 @@ from pathlib import Path
 
 import pytest
 import trio
-from uplink_fakes import QUICK, FakeGateway, running, session_id, until
+from uplink_fakes import QUICK, FakeGateway, FakeSession, Running, running, session_id, until
 
 from fxrelay.uplink import redialling, uplink
 from fxrelay.uplink.ports import UplinkState
 from fxtunnel.codes import Code, Refusal
 from fxtunnel.control.messages import CAP_LEAVING, Closing, Drain, Refused
+
+
+async def left_behind(gateway: FakeGateway, it: Running) -> FakeSession:
+    """The session at a process of the gateway that goes away, once there is one at the next process."""
+    await until(lambda: it.is_carrying)
+    old = it.session
+    gateway.controls[0][0].send_nowait(Drain(deadline_s=30))
+    await until(lambda: len(it.factory.sessions) == 2 and it.is_carrying)
+    return old
 
 
 async def test_it_makes_before_it_breaks(gateway: FakeGateway, state_dir: Path) -> None:
@@ -46,10 +55,7 @@ async def test_it_makes_before_it_breaks(gateway: FakeGateway, state_dir: Path) 
 
 async def test_what_is_lost_at_a_process_that_goes_away_is_not_resumed_at_another(gateway: FakeGateway, state_dir: Path) -> None:
     async with running(gateway, state_dir) as it:
-        await until(lambda: it.is_carrying)
-        old = it.session
-        gateway.controls[0][0].send_nowait(Drain(deadline_s=30))
-        await until(lambda: len(it.factory.sessions) == 2 and it.is_carrying)
+        old = await left_behind(gateway, it)
         old.cut()
         await until(lambda: old.closed is not None)
         assert old.closed is not None
@@ -60,10 +66,7 @@ async def test_what_is_lost_at_a_process_that_goes_away_is_not_resumed_at_anothe
 async def test_who_names_the_process_that_goes_away_resumes_there(gateway: FakeGateway, state_dir: Path) -> None:
     gateway.take_name("p1")
     async with running(gateway, state_dir) as it:
-        await until(lambda: it.is_carrying)
-        old = it.session
-        gateway.controls[0][0].send_nowait(Drain(deadline_s=30))
-        await until(lambda: len(it.factory.sessions) == 2 and it.is_carrying)
+        old = await left_behind(gateway, it)
         # Only its data link is lost, then both are.
         old.cut()
         await until(lambda: old.link is not None)
@@ -86,10 +89,7 @@ async def test_who_names_the_process_that_goes_away_resumes_there(gateway: FakeG
 async def test_a_process_that_nobody_reaches_by_its_name_is_given_up_at_once(gateway: FakeGateway, state_dir: Path) -> None:
     gateway.take_name("p1")
     async with running(gateway, state_dir) as it:
-        await until(lambda: it.is_carrying)
-        old = it.session
-        gateway.controls[0][0].send_nowait(Drain(deadline_s=30))
-        await until(lambda: len(it.factory.sessions) == 2 and it.is_carrying)
+        old = await left_behind(gateway, it)
         gateway.take_name("p2")
         socket.socket.shutdown(gateway.controls[0][1].socket, socket.SHUT_RDWR)
         old.cut()
