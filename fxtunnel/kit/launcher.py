@@ -12,7 +12,9 @@ successor needs; that one begins then. What the present one says is passed on to
 |         | one more that is asked for meanwhile is started when that is done |
 | SIGABRT | the daemon is killed: systemd's watchdog has missed it |
 
-A daemon whose launcher is gone without a word drains as well.
+A daemon whose launcher is gone without a word drains as well. One that is ended by a signal of somebody else's (kill -9, the kernel when
+memory is short, a crash in C) is replaced at once, with the sockets that are kept, unless that happens again within seconds; any other
+end is the launcher's too, with the daemon's exit code.
 """
 
 import contextlib
@@ -36,6 +38,8 @@ PREPARE_S: Final = 60.0
 """For a successor to say that it is prepared."""
 RELEASE_S: Final = 10.0
 """For a daemon to let go of its listening sockets after SIGTERM. That takes milliseconds; one that needs longer is stuck, and killed."""
+LIVED_S: Final = 10.0
+"""A daemon that a signal has ended sooner is not replaced here: whoever runs the launcher waits between attempts, or gives up."""
 MAX_KEPT: Final = 4_200
 """Sockets kept for a daemon: those of 4,096 doors and some more. FileDescriptorStoreMax of the units in deploy/ goes by it."""
 _MESSAGE_BYTES: Final = 4_096
@@ -284,6 +288,8 @@ class Launcher:
                     self._say(f"process {pid} was ended by signal {-code} ({signal.strsignal(-code)})")
                 if daemon in self._draining:
                     self._has_let_go(daemon)
+                if daemon is self._current and code < 0 and not is_told and time.monotonic() - daemon.started >= LIVED_S:
+                    self._replace()
                 if daemon is self._successor:
                     self._successor = None
                     for _, fds in daemon.wishes:
@@ -293,6 +299,21 @@ class Launcher:
                     self._succeed_again()
         self._draining = [daemon for daemon in self._draining if daemon.exit_code is None]
         self._end_if_done()
+
+    def _replace(self) -> None:
+        """The present daemon is gone without a word."""
+        if self._is_stopping:
+            return
+        if self._successor is not None:
+            self._tell(self._successor, signal.SIGKILL)  # it waits for the word of one that cannot give it any more
+        try:
+            self._current = self._start()
+        except OSError as exc:
+            self._say(f"cannot start another in its place: {exc.strerror}")
+            return
+        self._say(f"process {self._current.pid} takes its place")
+        if all(daemon.has_let_go for daemon in self._draining):
+            _say_to(self._current, GO)
 
     def _end_if_done(self) -> None:
         daemon = self._current

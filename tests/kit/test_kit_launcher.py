@@ -72,6 +72,7 @@ resource.setrlimit(resource.RLIMIT_NOFILE, (40, 1_000))
 sys.path.insert(0, sys.argv[1])
 from fxtunnel.kit import launcher
 launcher.RELEASE_S = 1.0
+launcher.LIVED_S = float(sys.argv[4])
 sys.exit(launcher.Launcher("test", [sys.executable, "-c", sys.argv[2], sys.argv[1], sys.argv[3]], os.environ).run())
 """
 
@@ -79,7 +80,7 @@ sys.exit(launcher.Launcher("test", [sys.executable, "-c", sys.argv[2], sys.argv[
 class Launched:
     """A launcher, and what its daemons have noted."""
 
-    def __init__(self, home: Path, *, managed: bool) -> None:
+    def __init__(self, home: Path, *, managed: bool, lived_s: float) -> None:
         self.home = home
         self.port = free_port()
         (home / "port").write_text(str(self.port))
@@ -88,7 +89,9 @@ class Launched:
         self.manager.settimeout(DEADLINE_S)
         env = {**os.environ, **({"NOTIFY_SOCKET": str(home / "n")} if managed else {})}
         self.stderr = (home / "stderr").open("wb")
-        self.process = subprocess.Popen([sys.executable, "-c", RUN, str(ROOT), DAEMON, str(home)], env=env, stderr=self.stderr)
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", RUN, str(ROOT), DAEMON, str(home), str(lived_s)], env=env, stderr=self.stderr
+        )
 
     def noted(self, what: str) -> int:
         """Waits for a note; the pid of the daemon that wrote it."""
@@ -146,8 +149,8 @@ def _kill(pid: int, home: str) -> None:
 def launch(tmp_path: Path) -> Iterator[Callable[..., Launched]]:
     launched: list[Launched] = []
 
-    def start(*, managed: bool) -> Launched:
-        launched.append(Launched(tmp_path, managed=managed))
+    def start(*, managed: bool, lived_s: float = 60.0) -> Launched:
+        launched.append(Launched(tmp_path, managed=managed, lived_s=lived_s))
         return launched[-1]
 
     yield start
@@ -279,6 +282,32 @@ def test_who_was_killed_from_outside_is_named(launch: Callable[..., Launched]) -
     os.kill(pid, signal.SIGKILL)
     assert it.process.wait(DEADLINE_S) == 128 + signal.SIGKILL
     assert f"process {pid} was ended by signal 9 (" in (it.home / "stderr").read_text()
+
+
+@pytest.mark.parametrize("managed", [True, False])
+def test_who_was_killed_after_a_while_is_replaced_at_once(launch: Callable[..., Launched], managed: bool) -> None:
+    it = launch(managed=managed, lived_s=0.0)
+    os.kill(it.noted("go-0"), signal.SIGKILL)
+    assert it.is_heard(), "clients wait in the queue meanwhile"
+    os.kill(it.noted("go-1"), signal.SIGKILL)
+    it.noted("go-2")
+    assert it.process.poll() is None
+    it.process.send_signal(signal.SIGTERM)
+    it.touch("finish-2")
+    assert it.process.wait(DEADLINE_S) == 0
+    it.noted("end-2")
+
+
+def test_who_is_killed_in_the_middle_of_a_hand_over_is_replaced_when_it_is_its_turn(launch: Callable[..., Launched]) -> None:
+    it = launch(managed=False, lived_s=0.0)
+    it.touch("stuck")
+    it.noted("go-0")
+    it.process.send_signal(signal.SIGUSR2)
+    it.until(lambda: (it.home / "stderr").read_bytes().count(b"has taken over") == 1, "the first successor")
+    assert not it.has("go-1"), "the one before it has not let go"
+    os.kill(it.noted("started-1"), signal.SIGKILL)
+    it.noted("go-2")
+    assert not it.lives("started-0"), "it did not let go in time"
 
 
 def test_the_watchdog_kills_the_daemon(launch: Callable[..., Launched]) -> None:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 import psutil
 import pytest
 
+from fxtunnel.kit.launcher import LIVED_S
 from tests.system.peers import MIB, Service, dial, is_served, say, visit
 from tests.system.stack import Daemon, Stack, slowness, wait_until
 from tests.system.test_system_activation import Visitors
@@ -204,6 +205,21 @@ def test_without_kept_sockets_addresses_are_free_in_time_and_streams_go_on(make_
 
 def test_reloads_of_both(managed: Managed) -> None:
     through(managed.stack.doors["echo"], lambda: (managed.gateway.reload(), managed.relay.reload())[0], 3)
+
+
+def test_a_daemon_that_is_killed_is_replaced_at_once(managed: Managed) -> None:
+    """By its launcher, without the service manager, whose units wait between attempts."""
+    began = time.monotonic()
+    wait_until(lambda: time.monotonic() - began > LIVED_S, 60, "daemons that have lived for a while")
+    for unit in (managed.relay, managed.gateway):
+        killed = unit.daemon()
+        killed.kill()
+        gone = time.monotonic()
+        wait_until(lambda: is_served(managed.stack.doors["echo"]), 60, "a client served")
+        back_s = time.monotonic() - gone
+        sys.stdout.write(f"\n{unit.log.name}: served again after {back_s:.2f} s\n")
+        assert back_s < BACK_S * slowness()
+        assert unit.daemon() != killed
 
 
 def test_a_gateway_that_is_killed_has_its_relays_back_at_once(managed: Managed) -> None:
