@@ -9,7 +9,7 @@ from fxgateway.doors.door import Door
 from fxgateway.doors.recorded import RECORDED, Diary, RecordedClient
 from fxgateway.doors.web_client import TlsWebClient, WebClient, Words
 from fxgateway.routing.journey import Journey
-from fxgateway.routing.reception import Lead
+from fxgateway.routing.preread_router import Destination
 from fxgateway.workers.bridge import PlainEnd
 from fxgateway.workers.channel import Message
 from fxtunnel.model import ServiceName
@@ -47,7 +47,7 @@ def unpack(door: Door, sock: socket.socket, message: Message) -> tuple[Client, b
         client = kind(door, sock, address, service, _bytes(message["tags"]))
     else:
         web = TlsWebClient if isinstance(sock, PlainEnd) else WebClient
-        client = (RECORDED[web] if is_recorded else web)(door, sock, address, Lead(service), Opening(service))
+        client = (RECORDED[web] if is_recorded else web)(door, sock, address, Destination(service), Opening(service))
         client.tags = _bytes(message["tags"])
         accept, instead, greeting, is_greeted = message["words"]
         client.words = Words(_bytes(accept), _bytes(instead), _bytes(greeting), bool(is_greeted))

@@ -250,7 +250,7 @@ class Parent:
 
     def _wanted(self) -> Mapping[str, frozenset[ServiceName]]:
         configs = door_configs(self._settings, {}, AccessLog())
-        return {door.name: door.receptionist.services() if door.receptionist else frozenset({door.service}) for door in configs}
+        return {door.name: door.preread_router.services() if door.preread_router else frozenset({door.service}) for door in configs}
 
     def _announce(self, admin: str) -> None:
         bound = self._listening.bound()

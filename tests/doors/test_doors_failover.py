@@ -14,7 +14,7 @@ from fxgateway.access_log import AccessLog
 from fxgateway.doors.web_client import WebClient, Words
 from fxgateway.routing.hosts import HostTable
 from fxgateway.routing.journey import MAX_ATTEMPTS, Journey
-from fxgateway.routing.reception import STREAM_PATH, SWITCHING, Kind, Receptionist
+from fxgateway.routing.preread_router import STREAM_PATH, SWITCHING, DoorKind, PrereadRouter
 from fxgateway.workers.parcels import pack, unpack
 from fxrelay.delivery.delivery import DeliveryLimits
 from fxtunnel.codes import Code
@@ -226,8 +226,8 @@ async def test_who_has_been_greeted_is_told_nothing_in_http_any_more(contexts: C
     """It speaks another protocol since its 101, also on its next relay's stream, which is refused."""
     async with open_plane(contexts, SHORT_HOLD) as plane:
         first = await plane.add_relay(await plane.serve(echo), name="a")
-        receptionist = Receptionist(Kind.HTTP, HostTable(), None, streams=frozenset({SERVICE}))
-        port = plane.add_door(receptionist=receptionist)  # type: ignore[arg-type]
+        preread_router = PrereadRouter(DoorKind.HTTP, HostTable(), None, streams=frozenset({SERVICE}))
+        port = plane.add_door(preread_router=preread_router)  # type: ignore[arg-type]
         stream = await connect(port)
         await stream.send_all(f"GET {STREAM_PATH}{SERVICE} HTTP/1.1\r\nHost: a\r\n".encode() + UPGRADE)
         assert await receive_exactly(stream, len(SWITCHING)) == SWITCHING

@@ -4,13 +4,13 @@ import socket
 import ssl
 from typing import TYPE_CHECKING, Final
 
-from fxgateway.routing.reception import TurnAway
+from fxgateway.routing.preread_router import TurnAway
 from fxtunnel.engine.tls_handshake import Handshake
 from fxtunnel.engine.tls_socket import TlsSocket
 from fxtunnel.kit.sources import source_of
 
 if TYPE_CHECKING:
-    from fxgateway.doors.hall import Hall
+    from fxgateway.doors.pending_clients import PendingClients
 
 _ADVICE: Final = b"This port expects https://.\r\n"
 PLAIN_HTTP: Final = b"HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain\r\nContent-Length: %d\r\nConnection: close\r\n\r\n%s" % (
@@ -19,16 +19,16 @@ PLAIN_HTTP: Final = b"HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain\r\nCo
 )
 
 
-class Securing:
-    """Implements `SecureOwner`. Calls the hall's `secured` or `not_secured`, once; the hall may end it with `turn_away`."""
+class ClientHandshake:
+    """Implements `SecureOwner`. Calls `PendingClients.handshake_done` or `handshake_failed`, once; `turn_away` ends it."""
 
-    __slots__ = ("_handshake", "_turned_away", "address", "door", "hall", "named")
+    __slots__ = ("_handshake", "_turned_away", "address", "door", "named", "pending")
 
     timeout_status: Final = 0
 
-    def __init__(self, hall: "Hall", sock: socket.socket, address: str, named: str, context: ssl.SSLContext) -> None:
-        self.hall = hall
-        self.door = hall.door
+    def __init__(self, pending: "PendingClients", sock: socket.socket, address: str, named: str, context: ssl.SSLContext) -> None:
+        self.pending = pending
+        self.door = pending.door
         self.address = address
         self.named = named
         self._turned_away = ""
@@ -45,8 +45,8 @@ class Securing:
 
     def on_secure(self, handshake: Handshake, sock: TlsSocket) -> None:
         """See `SecureOwner`."""
-        self.hall.secured(self, sock)
+        self.pending.handshake_done(self, sock)
 
     def on_failed(self, handshake: Handshake, reason: str) -> None:
         """See `SecureOwner`."""
-        self.hall.not_secured(self, self._turned_away or "tls-failed", reason)
+        self.pending.handshake_failed(self, self._turned_away or "tls-failed", reason)

@@ -3,31 +3,31 @@
 import socket
 from typing import TYPE_CHECKING
 
-from fxgateway.routing.reception import MAX_FIRST_BYTES, Kind, Lead, Receptionist, TurnAway, Wait
+from fxgateway.routing.preread_router import MAX_FIRST_BYTES, Destination, DoorKind, NeedBytes, PrereadRouter, TurnAway
 from fxtunnel.engine.reactor import ERROR, HANGUP, STREAM_EVENTS, Timer
 from fxtunnel.engine.tls_socket import TlsSocket
 from fxtunnel.protocol.frames import EARLY_BYTES
 
 if TYPE_CHECKING:
-    from fxgateway.doors.hall import Hall
+    from fxgateway.doors.pending_clients import PendingClients
 
 
-class Visitor:
-    """Owns the socket until it calls the hall's `visitor_led` or `visitor_turned_away`, once. The hall ends it if it takes too long.
+class Preread:
+    """Owns the socket until it calls `PendingClients.preread_routed` or `preread_turned_away`, once. The owner ends it if it is slow.
 
     `named` is the client's ip:port, from accept or a PROXY header; empty for a unix socket.
     """
 
-    __slots__ = ("_receptionist", "_silence", "_wanted_bytes", "address", "door", "hall", "is_over", "named", "sock")
+    __slots__ = ("_router", "_silence", "_wanted_bytes", "address", "door", "is_over", "named", "pending", "sock")
 
-    def __init__(self, hall: "Hall", sock: socket.socket, address: str, named: str, receptionist: Receptionist) -> None:
-        self.hall = hall
-        self.door = hall.door
+    def __init__(self, pending: "PendingClients", sock: socket.socket, address: str, named: str, router: PrereadRouter) -> None:
+        self.pending = pending
+        self.door = pending.door
         self.sock = sock
         self.address = address
         self.named = named
         self.is_over = False
-        self._receptionist = receptionist
+        self._router = router
         self._wanted_bytes = 1
         self._silence: Timer | None = None
 
@@ -37,8 +37,8 @@ class Visitor:
         if self.is_over:
             return
         self.door.reactor.register(self.sock, self, STREAM_EVENTS)
-        receptionist = self._receptionist
-        if receptionist.kind is Kind.AUTO and receptionist.default is not None:
+        router = self._router
+        if router.kind is DoorKind.AUTO and router.default is not None:
             self._silence = self.door.reactor.call_later(self.door.config.sniff_s, self._on_silence)
 
     def on_event(self, events: int) -> None:
@@ -51,13 +51,13 @@ class Visitor:
             self.turn_away(TurnAway("gone", "the connection was reset"))
             return
         if len(data) >= self._wanted_bytes:
-            match self._receptionist.receive(data):
-                case Wait(at_least_bytes):
+            match self._router.receive(data):
+                case NeedBytes(at_least_bytes):
                     self._wanted_bytes = at_least_bytes
                     if at_least_bytes > MAX_FIRST_BYTES:
                         self.turn_away(TurnAway("first-words-too-long", "too much is said before it is clear what is wanted"))
-                case Lead() as lead:
-                    self._lead(lead)
+                case Destination() as destination:
+                    self._route(destination)
                 case TurnAway() as away:
                     self.turn_away(away)
         if events & (HANGUP | ERROR) and not self.is_over:
@@ -70,17 +70,17 @@ class Visitor:
     @property
     def timeout_status(self) -> int:
         """The HTTP status to answer with when it takes too long; 0 where the client may not speak HTTP at all."""
-        return 408 if self._receptionist.kind in (Kind.HTTP, Kind.HTTPS) else 0
+        return 408 if self._router.kind in (DoorKind.HTTP, DoorKind.HTTPS) else 0
 
     def turn_away(self, away: TurnAway) -> None:
-        """End it; the hall answers the client. Does nothing once it is over."""
+        """End it; the owner answers the client. Does nothing once it is over."""
         if not self.is_over:
             self._end()
-            self.hall.visitor_turned_away(self, away)
+            self.pending.preread_turned_away(self, away)
 
-    def _lead(self, lead: Lead) -> None:
+    def _route(self, destination: Destination) -> None:
         self._end()
-        self.hall.visitor_led(self, lead)
+        self.pending.preread_routed(self, destination)
 
     def _end(self) -> None:
         self.is_over = True
@@ -94,29 +94,31 @@ class Visitor:
             said = bool(self._peek())
         except OSError:
             said = False
-        if not said and not self.is_over and self._receptionist.default is not None:
-            self._lead(Lead(self._receptionist.default))
+        if not said and not self.is_over and self._router.default is not None:
+            self._route(Destination(self._router.default))
 
     def _peek(self) -> bytes:
         return self.sock.recv(MAX_FIRST_BYTES, socket.MSG_PEEK)
 
 
-class HelloVisitor(Visitor):
+class HelloPreread(Preread):
     """One whose ClientHello is still incomplete. The bytes `said` so far have been read, and will go with the OPEN."""
 
     __slots__ = ("_said",)
 
-    def __init__(self, hall: "Hall", sock: socket.socket, address: str, named: str, receptionist: Receptionist, said: bytes) -> None:
-        super().__init__(hall, sock, address, named, receptionist)
+    def __init__(
+        self, pending: "PendingClients", sock: socket.socket, address: str, named: str, router: PrereadRouter, said: bytes
+    ) -> None:
+        super().__init__(pending, sock, address, named, router)
         self._said = said
 
     def start(self) -> None:
-        """See `Visitor`. Bytes that have arrived meanwhile cause an event."""
+        """See `Preread`. Bytes that have arrived meanwhile cause an event."""
         self.door.reactor.register(self.sock, self, STREAM_EVENTS)
 
-    def _lead(self, lead: Lead) -> None:
+    def _route(self, destination: Destination) -> None:
         self._end()
-        self.hall.visitor_led(self, lead, self._said)
+        self.pending.preread_routed(self, destination, self._said)
 
     def _peek(self) -> bytes:
         room = EARLY_BYTES - len(self._said)
@@ -130,7 +132,7 @@ class HelloVisitor(Visitor):
             return self._said
 
 
-class SecureVisitor(Visitor):
+class TlsPreread(Preread):
     """One whose TLS is terminated here: decrypted bytes have left the kernel and wait in the TlsSocket."""
 
     __slots__ = ()
@@ -138,7 +140,7 @@ class SecureVisitor(Visitor):
     sock: TlsSocket
 
     def start(self) -> None:
-        """See `Visitor`."""
+        """See `Preread`."""
         super().start()
         if not self.is_over:
             self.door.reactor.again(self)  # the first request may have come with the end of the handshake, in part

@@ -15,7 +15,7 @@ from fxtunnel.protocol.opening import MAX_TICKET_BYTES
 MAX_FIRST_BYTES: Final = MAX_RECORDS_BYTES
 """How much of a client's first bytes is looked at, TLS record headers included."""
 MAX_REMEMBERED: Final = 1_024
-"""Hosts whose `Lead` is kept, so that most clients need no look-up."""
+"""Hosts whose `Destination` is kept, so that most clients need no look-up."""
 STREAM_PATH: Final = "/.fx/stream/"
 STREAM_PROTOCOL: Final = "fx-stream"
 SWITCHING: Final = f"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: {STREAM_PROTOCOL}\r\n\r\n".encode()
@@ -25,7 +25,7 @@ _TLS_HANDSHAKE: Final = 0x16
 _SSH: Final = b"SSH-"
 
 
-class Kind(StrEnum):
+class DoorKind(StrEnum):
     """What a door takes in."""
 
     TCP = "tcp"
@@ -36,14 +36,14 @@ class Kind(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Wait:
+class NeedBytes:
     """No decision is possible before this many bytes have arrived."""
 
     at_least_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
-class Lead:
+class Destination:
     """The client goes to `service`.
 
     `head` is the HTTP request that decided it, for answers to that; `instead`, if not None, is sent to the service in its place. `greeting`
@@ -72,77 +72,77 @@ class TurnAway:
     host: str = ""
 
 
-Reception = Wait | Lead | TurnAway
+Decision = NeedBytes | Destination | TurnAway
 
 
 @dataclass(frozen=True, slots=True)
-class Receptionist:
+class PrereadRouter:
     """Decides where a door's clients go: by the door's kind, the routes, and `default`, the service of clients that do not say.
 
     `ssh` is the service of clients that open with SSH's greeting at an `auto` door (RFC 4253, 4.2). `streams` are services that can be
     asked for by name, with an HTTP upgrade (PROTOCOL.md, 9).
     """
 
-    kind: Kind
+    kind: DoorKind
     routes: HostTable
     default: ServiceName | None
     ssh: ServiceName | None = None
     streams: frozenset[ServiceName] = frozenset()
-    _led: dict[str, Lead] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _by_host: dict[str, Destination] = field(default_factory=dict, init=False, repr=False, compare=False)
     """The leads of hosts that were asked for before."""
 
     def services(self) -> frozenset[ServiceName]:
         """Everything it leads to."""
         return self.routes.services() | self.streams | {service for service in (self.default, self.ssh) if service is not None}
 
-    def receive(self, data: bytes) -> Reception:
+    def receive(self, data: bytes) -> Decision:
         """What to do with a client that has said `data` so far."""
         if not data:
-            return Wait(1)
-        if self.kind is Kind.SNI:
+            return NeedBytes(1)
+        if self.kind is DoorKind.SNI:
             return self.receive_tls(data)
-        if self.kind is Kind.AUTO:
+        if self.kind is DoorKind.AUTO:
             return self._receive_any(data)
-        return self.receive_http(data, "https" if self.kind is Kind.HTTPS else "http")
+        return self.receive_http(data, "https" if self.kind is DoorKind.HTTPS else "http")
 
-    def receive_tls(self, data: bytes) -> Reception:
+    def receive_tls(self, data: bytes) -> Decision:
         """For a ClientHello; its bytes go on to the service unchanged."""
         found = read_client_hello(data)
         match found:
             case NeedMore(at_least):
-                return Wait(at_least)
+                return NeedBytes(at_least)
             case ClientHello(host):
-                lead = self._led.get(host)
-                if lead is not None:
-                    return lead
+                destination = self._by_host.get(host)
+                if destination is not None:
+                    return destination
                 service = (self.routes.find_host(host) if host else None) or self.default
                 if service is None:
                     return TurnAway("no-route", f"no route for {host or 'a client without SNI'}", farewell=UNRECOGNIZED_NAME, host=host)
-                if len(self._led) >= MAX_REMEMBERED:
-                    self._led.clear()
-                lead = self._led[host] = Lead(service, host, "tls")
-                return lead
+                if len(self._by_host) >= MAX_REMEMBERED:
+                    self._by_host.clear()
+                destination = self._by_host[host] = Destination(service, host, "tls")
+                return destination
             case _:
                 return TurnAway("bad-hello", found.reason)
 
-    def receive_http(self, data: bytes, scheme: str) -> Reception:
+    def receive_http(self, data: bytes, scheme: str) -> Decision:
         """For the first request of a connection, which decides for all that follow."""
         head = read_request_head(data)
         if head is None:
-            return Wait(len(data) + 1)
+            return NeedBytes(len(data) + 1)
         if isinstance(head, BadHead):
             return TurnAway("bad-request", head.reason, head.status)
         if head.path.startswith(STREAM_PATH):
             return self._receive_stream(head, scheme)
         found = self.routes.find(head.host, head.path)
         if found is not None and found.by_path:
-            return Lead(found.service, head.host, scheme, head, one_request(head))
+            return Destination(found.service, head.host, scheme, head, one_request(head))
         service = found.service if found is not None else self.default
         if service is None:
             return TurnAway("no-route", f"no route for {head.host or 'a request without Host'}", 404, accept=head.accept, host=head.host)
-        return Lead(service, head.host, scheme, head)
+        return Destination(service, head.host, scheme, head)
 
-    def _receive_stream(self, head: RequestHead, scheme: str) -> Reception:
+    def _receive_stream(self, head: RequestHead, scheme: str) -> Decision:
         path, _, query = head.path.removeprefix(STREAM_PATH).partition("?")
         asked = parse_qs(query, keep_blank_values=True)
         nodes = asked.get("node", [])
@@ -154,14 +154,14 @@ class Receptionist:
             text = "the node is no name, something else is asked for, or the ticket is too long"
             return TurnAway("bad-request", text, 400, accept=head.accept, host=head.host)
         node = RelayId(nodes[0]) if nodes else None
-        return Lead(ServiceName(path), head.host, scheme, head, b"", SWITCHING, node, head.ticket)
+        return Destination(ServiceName(path), head.host, scheme, head, b"", SWITCHING, node, head.ticket)
 
-    def _receive_any(self, data: bytes) -> Reception:
+    def _receive_any(self, data: bytes) -> Decision:
         if data[0] == _TLS_HANDSHAKE:
             return self.receive_tls(data)
         if _REQUEST.match(data):
             return self.receive_http(data, "http")
         if _PERHAPS_REQUEST.fullmatch(data):
-            return Wait(len(data) + 1)
+            return NeedBytes(len(data) + 1)
         service = self.ssh if data.startswith(_SSH) and self.ssh is not None else self.default
-        return Lead(service) if service is not None else TurnAway("unknown-protocol", "neither TLS nor HTTP")
+        return Destination(service) if service is not None else TurnAway("unknown-protocol", "neither TLS nor HTTP")

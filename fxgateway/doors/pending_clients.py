@@ -6,11 +6,11 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Final
 
 from fxgateway.doors.client import Client
+from fxgateway.doors.client_handshake import ClientHandshake
+from fxgateway.doors.preread import HelloPreread, Preread, TlsPreread
 from fxgateway.doors.recorded import RECORDED, RecordedClient
-from fxgateway.doors.securing import Securing
-from fxgateway.doors.visitor import HelloVisitor, SecureVisitor, Visitor
 from fxgateway.doors.web_client import TlsWebClient, WebClient, error_words
-from fxgateway.routing.reception import STREAM_PROTOCOL, Kind, Lead, Receptionist, TurnAway
+from fxgateway.routing.preread_router import STREAM_PROTOCOL, Destination, DoorKind, PrereadRouter, TurnAway
 from fxtunnel.engine.farewell import Farewell
 from fxtunnel.engine.overdue import overdue
 from fxtunnel.engine.splice import abort
@@ -33,107 +33,107 @@ MAX_FAREWELLS: Final = 512
 """Clients of one door that may be reading why they were turned away, at the same time; any more get a RST."""
 
 
-class Hall:
+class PendingClients:
     """Belongs to one door. Everyone in it has been admitted, and counts as a connection of their source."""
 
     def __init__(self, door: "Door") -> None:
         self.door = door
-        self.visitors: dict[Visitor | Securing, float] = {}
+        self.clients: dict[Preread | ClientHandshake, float] = {}
         self._farewells = 0
         self._is_turning_away = False
 
-    def hear(self, sock: socket.socket, address: str, named: str, receptionist: Receptionist) -> None:
+    def take(self, sock: socket.socket, address: str, named: str, router: PrereadRouter) -> None:
         """Take in an admitted client. `named` is its ip:port, from accept or from a PROXY header."""
         context = self.door.config.tls
-        visitor: Visitor | Securing
+        preread: Preread | ClientHandshake
         if context is not None:
-            visitor = Securing(self, sock, address, named, context)
-        elif receptionist.kind is Kind.SNI:
+            preread = ClientHandshake(self, sock, address, named, context)
+        elif router.kind is DoorKind.SNI:
             # Under load the hello has arrived already: then there is no need to wait for it, nor to read it twice.
             try:
                 said = sock.recv(EARLY_BYTES)
-            except OSError:  # nothing yet, or a reset, which the visitor will notice
+            except OSError:  # nothing yet, or a reset, which the preread will notice
                 said = b""
-            found = receptionist.receive(said)
-            if isinstance(found, Lead):
+            found = router.receive(said)
+            if isinstance(found, Destination):
                 self._let_in(sock, address, named, found, said)
                 return
-            visitor = HelloVisitor(self, sock, address, named, receptionist, said)
+            preread = HelloPreread(self, sock, address, named, router, said)
             if isinstance(found, TurnAway):
-                visitor.turn_away(found)
+                preread.turn_away(found)
                 return
         else:
-            visitor = Visitor(self, sock, address, named, receptionist)
-        self.visitors[visitor] = self.door.reactor.now
-        visitor.start()
+            preread = Preread(self, sock, address, named, router)
+        self.clients[preread] = self.door.reactor.now
+        preread.start()
 
-    def secured(self, securing: Securing, sock: TlsSocket) -> None:
+    def handshake_done(self, handshake: ClientHandshake, sock: TlsSocket) -> None:
         """A client's TLS handshake is done."""
-        self.visitors.pop(securing, None)
-        receptionist = self.door.config.receptionist
-        if receptionist is None:  # a reload has changed the door's kind
-            self.door.left(securing.address)
+        self.clients.pop(handshake, None)
+        router = self.door.config.preread_router
+        if router is None:  # a reload has changed the door's kind
+            self.door.left(handshake.address)
             abort(sock)
             return
-        visitor = SecureVisitor(self, sock, securing.address, securing.named, receptionist)
-        self.visitors[visitor] = self.door.reactor.now
-        visitor.start()
+        preread = TlsPreread(self, sock, handshake.address, handshake.named, router)
+        self.clients[preread] = self.door.reactor.now
+        preread.start()
 
-    def not_secured(self, securing: Securing, reason: str, text: str) -> None:
+    def handshake_failed(self, handshake: ClientHandshake, reason: str, text: str) -> None:
         """A client's TLS handshake has failed; its socket is closed."""
-        self.visitors.pop(securing, None)
-        self.door.left(securing.address)
+        self.clients.pop(handshake, None)
+        self.door.left(handshake.address)
         self.door.refused(reason)
-        logger.info("door %s: no TLS with %s: %s", self.door.name, securing.address, text)
+        logger.info("door %s: no TLS with %s: %s", self.door.name, handshake.address, text)
 
-    def visitor_led(self, visitor: Visitor, lead: Lead, said: bytes = b"") -> None:
+    def preread_routed(self, preread: Preread, destination: Destination, said: bytes = b"") -> None:
         """It is clear where a connection goes. `said` has already been read from its socket."""
-        self.visitors.pop(visitor, None)
-        self._let_in(visitor.sock, visitor.address, visitor.named, lead, said)
+        self.clients.pop(preread, None)
+        self._let_in(preread.sock, preread.address, preread.named, destination, said)
 
-    def _let_in(self, sock: socket.socket, address: str, named: str, lead: Lead, said: bytes) -> None:
+    def _let_in(self, sock: socket.socket, address: str, named: str, destination: Destination, said: bytes) -> None:
         door = self.door
         trace = next(door.traces)
         client: Client
-        if lead.head is None:
+        if destination.head is None:
             plain = Client if door.config.access is None else RecordedClient
-            tags = encode_tag(TAG_TRACE, trace) + _led_tags(lead.service, door.name, lead.host, lead.scheme)
-            client = plain(door, sock, address, lead.service, tags)
+            tags = encode_tag(TAG_TRACE, trace) + _destination_tags(destination.service, door.name, destination.host, destination.scheme)
+            client = plain(door, sock, address, destination.service, tags)
             client.trace = trace
         else:
             opening = Opening(
-                lead.service,
+                destination.service,
                 door=door.name,
                 trace=trace,
-                host=lead.host,
-                scheme=lead.scheme,
-                node=lead.node,
-                ticket=lead.ticket,
+                host=destination.host,
+                scheme=destination.scheme,
+                node=destination.node,
+                ticket=destination.ticket,
             )
             kind = TlsWebClient if isinstance(sock, TlsSocket) else WebClient
-            client = (kind if door.config.access is None else RECORDED[kind])(door, sock, address, lead, opening)
+            client = (kind if door.config.access is None else RECORDED[kind])(door, sock, address, destination, opening)
         client.named = named
         if not said or len(said) == EARLY_BYTES:
             client.has_spoken()
-        door.let_in(client, named or client.peer(), lead, said)
+        door.let_in(client, named or client.peer(), destination, said)
 
-    def visitor_turned_away(self, visitor: Visitor, away: TurnAway) -> None:
-        """A connection leads nowhere: answer it, as far as it speaks HTTP or TLS, and close its socket, which the hall owns again."""
-        self.visitors.pop(visitor, None)
-        self.door.left(visitor.address)
+    def preread_turned_away(self, preread: Preread, away: TurnAway) -> None:
+        """A connection leads nowhere: answer it, as far as it speaks HTTP or TLS, and close its socket, which the caller owns again."""
+        self.clients.pop(preread, None)
+        self.door.left(preread.address)
         self.door.refused(away.reason)
         if away.status:
             trace = next(self.door.traces)
-            logger.info("door %s: %d for %s: %s (trace %s)", self.door.name, away.status, visitor.address, away.text, trace)
+            logger.info("door %s: %d for %s: %s (trace %s)", self.door.name, away.status, preread.address, away.text, trace)
             # RFC 9110, 15.5.22: a 426 has to name the protocol in Upgrade.
             fields = (f"Upgrade: {STREAM_PROTOCOL}\r\n".encode(),) if away.status == 426 else ()
             name = NAMES.get(away.status) or "".join(map(str.capitalize, away.reason.split("-")))
             refusal = Refused(away.status, name, f"{away.text[:1].upper()}{away.text[1:]}.", fields=fields)
-            self.say_farewell(visitor.sock, error_words(refusal, trace, away.accept))
+            self.say_farewell(preread.sock, error_words(refusal, trace, away.accept))
         elif away.farewell:
-            self.say_farewell(visitor.sock, away.farewell)
+            self.say_farewell(preread.sock, away.farewell)
         else:
-            abort(visitor.sock)
+            abort(preread.sock)
 
     def say_farewell(self, sock: socket.socket, words: bytes) -> None:
         """Send these last words and close the socket; RST at once if MAX_FAREWELLS are under way."""
@@ -152,19 +152,19 @@ class Hall:
             self._turn_some_away(oldest)
 
     def _turn_some_away(self, oldest: float) -> None:
-        late = overdue(self.visitors, oldest, LATE_AT_ONCE + 1)
+        late = overdue(self.clients, oldest, LATE_AT_ONCE + 1)
         self._is_turning_away = len(late) > LATE_AT_ONCE
         if self._is_turning_away:
             self.door.reactor.call_later(LATE_PAUSE_S, lambda: self._turn_some_away(oldest))
-        for visitor in late[:LATE_AT_ONCE]:
-            visitor.turn_away(TurnAway("first-words-timeout", "it did not say in time what it wants", visitor.timeout_status))
+        for preread in late[:LATE_AT_ONCE]:
+            preread.turn_away(TurnAway("first-words-timeout", "it did not say in time what it wants", preread.timeout_status))
 
     def close(self) -> None:
         """The door is closed: turn everyone away."""
-        for visitor in list(self.visitors):
-            visitor.turn_away(TurnAway("closed", "the door is closed"))
+        for preread in list(self.clients):
+            preread.turn_away(TurnAway("closed", "the door is closed"))
 
 
 @lru_cache(maxsize=1_024)
-def _led_tags(service: ServiceName, door: str, host: str, scheme: str) -> bytes:
+def _destination_tags(service: ServiceName, door: str, host: str, scheme: str) -> bytes:
     return encode_tags(Opening(service, door=door, host=host, scheme=scheme))
