@@ -10,15 +10,15 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, TypeAlias, TypeVar
 
 from fxgateway.doors.client import Client, peer_text
-from fxgateway.doors.elsewhere import Elsewhere
 from fxgateway.doors.pending_clients import PendingClients
 from fxgateway.doors.proxied import Proxied
-from fxgateway.doors.recorded import AccessSink, Diary, RecordedClient
-from fxgateway.doors.unserved import Unserved
-from fxgateway.doors.waiting import spare_the_wait
-from fxgateway.doors.web_client import error_words
+from fxgateway.doors.recorded import AccessRecord, AccessSink, RecordedClient
+from fxgateway.doors.redispatch import redispatch_held
+from fxgateway.doors.remote_relay import RemoteRelay
+from fxgateway.doors.service_outages import ServiceOutages
+from fxgateway.doors.web_client import error_answer
 from fxgateway.routing.admission import Admission, Verdict
-from fxgateway.routing.journey import Relays
+from fxgateway.routing.failover import Relays
 from fxgateway.routing.preread_router import Destination, DoorKind, PrereadRouter
 from fxtunnel.codes import Code
 from fxtunnel.engine.overdue import idle, overdue
@@ -66,7 +66,7 @@ _NOBODY: Final = ""
 """The source under which admission counts a connection that still owes its PROXY header: in all and per door only."""
 
 
-DoorRelays: TypeAlias = "Relays[LiveRelay, Elsewhere]"
+DoorRelays: TypeAlias = "Relays[LiveRelay, RemoteRelay]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +117,7 @@ class Door:
         self.opening: dict[Client, float] = {}
         self.proxied: dict[Proxied, float] = {}
         self.pending = PendingClients(self)
-        self.unserved = Unserved()
+        self.outages = ServiceOutages()
         self.counters = DoorCounters()
         self._listener: socket.socket | None = None
         self._hears = False
@@ -167,7 +167,7 @@ class Door:
         """Apply `config` to new clients; open ones keep what they have."""
         self.config = config
         self._tags = _tags_of(config)
-        self.unserved.keep_only(self.services)
+        self.outages.keep_only(self.services)
         self._defer_accept()
 
     def hold(self) -> None:
@@ -273,7 +273,7 @@ class Door:
             return True
         preread_router = self.config.preread_router
         if preread_router is not None and preread_router.kind is DoorKind.HTTP:
-            self.pending.say_farewell(sock, error_words(_TOO_MANY, next(self.traces), b""))
+            self.pending.close_with(sock, error_answer(_TOO_MANY, next(self.traces), b""))
         else:
             abort(sock)
         self.refused(verdict.value)
@@ -295,7 +295,7 @@ class Door:
         self.clients.add(client)
         self.counters.accepted += 1
         if self.config.access is not None:
-            client.diary = Diary(peer, self.reactor.now, destination.host, destination.scheme)
+            client.access_record = AccessRecord(peer, self.reactor.now, destination.host, destination.scheme)
         try:
             client.begin(peer, said)
         except BaseException:
@@ -363,8 +363,8 @@ class Door:
         for client in overdue(self.opening, now - self.config.open_timeout_s):
             self.opening.pop(client, None)
             client.open_timed_out()
-        spare_the_wait(self.opening, self.relays)
-        self.unserved.look(self.name, self.relays)
+        redispatch_held(self.opening, self.relays)
+        self.outages.look(self.name, self.relays)
         for proxied in overdue(self.proxied, now - self.config.header_timeout_s):
             proxied.fail("proxy-header-timeout", f"nothing complete within {self.config.header_timeout_s:g} s")
         self.pending.turn_away_late(now - self.config.header_timeout_s)

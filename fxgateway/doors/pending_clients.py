@@ -9,9 +9,9 @@ from fxgateway.doors.client import Client
 from fxgateway.doors.client_handshake import ClientHandshake
 from fxgateway.doors.preread import HelloPreread, Preread, TlsPreread
 from fxgateway.doors.recorded import RECORDED, RecordedClient
-from fxgateway.doors.web_client import TlsWebClient, WebClient, error_words
+from fxgateway.doors.web_client import TlsWebClient, WebClient, error_answer
 from fxgateway.routing.preread_router import STREAM_PROTOCOL, Destination, DoorKind, PrereadRouter, TurnAway
-from fxtunnel.engine.farewell import Farewell
+from fxtunnel.engine.lingering_close import LingeringClose
 from fxtunnel.engine.overdue import overdue
 from fxtunnel.engine.splice import abort
 from fxtunnel.engine.tls_socket import TlsSocket
@@ -29,7 +29,7 @@ LATE_AT_ONCE: Final = 2
 """Clients whose time is up that are turned away in one turn of the loop: an answer takes 0.2 to 0.4 ms."""
 LATE_PAUSE_S: Final = 0.002
 """How long the loop then has for others."""
-MAX_FAREWELLS: Final = 512
+MAX_LINGERING: Final = 512
 """Clients of one door that may be reading why they were turned away, at the same time; any more get a RST."""
 
 
@@ -39,7 +39,7 @@ class PendingClients:
     def __init__(self, door: "Door") -> None:
         self.door = door
         self.clients: dict[Preread | ClientHandshake, float] = {}
-        self._farewells = 0
+        self._lingering = 0
         self._is_turning_away = False
 
     def take(self, sock: socket.socket, address: str, named: str, router: PrereadRouter) -> None:
@@ -129,22 +129,22 @@ class PendingClients:
             fields = (f"Upgrade: {STREAM_PROTOCOL}\r\n".encode(),) if away.status == 426 else ()
             name = NAMES.get(away.status) or "".join(map(str.capitalize, away.reason.split("-")))
             refusal = Refused(away.status, name, f"{away.text[:1].upper()}{away.text[1:]}.", fields=fields)
-            self.say_farewell(preread.sock, error_words(refusal, trace, away.accept))
-        elif away.farewell:
-            self.say_farewell(preread.sock, away.farewell)
+            self.close_with(preread.sock, error_answer(refusal, trace, away.accept))
+        elif away.last_bytes:
+            self.close_with(preread.sock, away.last_bytes)
         else:
             abort(preread.sock)
 
-    def say_farewell(self, sock: socket.socket, words: bytes) -> None:
-        """Send these last words and close the socket; RST at once if MAX_FAREWELLS are under way."""
-        if self._farewells >= MAX_FAREWELLS:
+    def close_with(self, sock: socket.socket, words: bytes) -> None:
+        """Send these last words and close the socket; RST at once if MAX_LINGERING are under way."""
+        if self._lingering >= MAX_LINGERING:
             abort(sock)
             return
-        self._farewells += 1
-        Farewell(self.door.reactor, sock, words, self._farewell_over)
+        self._lingering += 1
+        LingeringClose(self.door.reactor, sock, words, self._linger_over)
 
-    def _farewell_over(self) -> None:
-        self._farewells -= 1
+    def _linger_over(self) -> None:
+        self._lingering -= 1
 
     def turn_away_late(self, oldest: float) -> None:
         """Turn away those who came before `oldest` (reactor time): a few now, the others soon, since each takes a while."""

@@ -127,8 +127,8 @@ class WebClient(Client):
         logger.info("door %s: %d for %s: %s (trace %s)", self.door.name, self._refusal.status, self.address, reason, self.trace)
         self.door.refused(reason)
         self.closed = True
-        self.reactor.unregister(self.sock)  # the farewell takes the socket over
-        self.door.pending.say_farewell(self.sock, error_words(self._refusal, self.trace, self._accept))
+        self.reactor.unregister(self.sock)  # the lingering close takes the socket over
+        self.door.pending.close_with(self.sock, error_answer(self._refusal, self.trace, self._accept))
         self.released()
 
 
@@ -138,7 +138,7 @@ class TlsWebClient(TlsSplice, WebClient):
     __slots__ = ()
 
 
-def error_words(refusal: Refused, trace: str, accept: bytes) -> bytes:
+def error_answer(refusal: Refused, trace: str, accept: bytes) -> bytes:
     """The whole HTTP answer to a client that is turned away; the connection is closed after it."""
     answer = render(refusal, trace, accept)
     return answer.head + b"Connection: close\r\n\r\n" + answer.body

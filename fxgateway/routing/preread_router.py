@@ -62,12 +62,12 @@ class Destination:
 
 @dataclass(frozen=True, slots=True)
 class TurnAway:
-    """The client goes nowhere. `status` is that of an HTTP answer, `farewell` the bytes to send instead; RST if there is neither."""
+    """The client goes nowhere. `status` is that of an HTTP answer, `last_bytes` the bytes to send instead; RST if there is neither."""
 
     reason: str
     text: str
     status: int = 0
-    farewell: bytes = b""
+    last_bytes: bytes = b""
     accept: bytes = b""
     host: str = ""
 
@@ -117,7 +117,7 @@ class PrereadRouter:
                     return destination
                 service = (self.routes.find_host(host) if host else None) or self.default
                 if service is None:
-                    return TurnAway("no-route", f"no route for {host or 'a client without SNI'}", farewell=UNRECOGNIZED_NAME, host=host)
+                    return TurnAway("no-route", f"no route for {host or 'a client without SNI'}", last_bytes=UNRECOGNIZED_NAME, host=host)
                 if len(self._by_host) >= MAX_REMEMBERED:
                     self._by_host.clear()
                 destination = self._by_host[host] = Destination(service, host, "tls")

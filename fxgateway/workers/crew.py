@@ -12,11 +12,11 @@ from fxgateway.routing.shared_admission import Counts, SharedAdmission
 from fxgateway.tunnels.registry import Registry
 from fxgateway.workers.bridge import adopt
 from fxgateway.workers.channel import Channel, Message
-from fxgateway.workers.far_relays import AllRelays, News, moves
 from fxgateway.workers.guests import Guests
 from fxgateway.workers.line import Line
 from fxgateway.workers.parcels import unpack
 from fxgateway.workers.peers import Peers
+from fxgateway.workers.worker_relays import AllRelays, News, moves
 from fxtunnel.codes import Code
 from fxtunnel.engine.reactor import Reactor
 from fxtunnel.engine.splice import abort

@@ -13,9 +13,9 @@ from fxgateway.tunnels.registry import Registry
 from fxgateway.tunnels.succession import Lines
 from fxgateway.workers.asking import NoAnswer
 from fxgateway.workers.channel import Message
-from fxgateway.workers.far_relays import AllRelays
 from fxgateway.workers.line import Line
 from fxgateway.workers.peers import Peers
+from fxgateway.workers.worker_relays import AllRelays
 from fxtunnel.codes import Refusal
 from fxtunnel.errors import PeerRefused, TunnelClosed
 from fxtunnel.model import InstanceId, RelayId

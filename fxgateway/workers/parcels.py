@@ -6,9 +6,9 @@ from typing import Any
 
 from fxgateway.doors.client import Client
 from fxgateway.doors.door import Door
-from fxgateway.doors.recorded import RECORDED, Diary, RecordedClient
+from fxgateway.doors.recorded import RECORDED, AccessRecord, RecordedClient
 from fxgateway.doors.web_client import TlsWebClient, WebClient, Words
-from fxgateway.routing.journey import Journey
+from fxgateway.routing.failover import FailoverState
 from fxgateway.routing.preread_router import Destination
 from fxgateway.workers.bridge import PlainEnd
 from fxgateway.workers.channel import Message
@@ -18,7 +18,7 @@ from fxtunnel.protocol.opening import Opening
 
 def pack(client: Client, early: bytes, named: str) -> Message:
     """The message for a client. `early` are its first bytes; `named` is its ip:port, if its socket will not tell that at the other end."""
-    diary = client.diary
+    access_record = client.access_record
     words = client.words if isinstance(client, WebClient) else None
     return {
         "op": "client",
@@ -28,12 +28,12 @@ def pack(client: Client, early: bytes, named: str) -> Message:
         "service": client.service,
         "trace": client.trace,
         "tags": _text(client.tags),
-        "journey": client.journey,
+        "journey": client.failover,
         "relay": client.relay_name,
         "early": _text(early),
         "has_ended": client.has_ended,
         "words": None if words is None else [_text(words.accept), _text(words.instead), _text(words.greeting), words.is_greeted],
-        "diary": None if diary is None else [diary.peer, diary.came_at, diary.host, diary.scheme],
+        "diary": None if access_record is None else [access_record.peer, access_record.came_at, access_record.host, access_record.scheme],
     }
 
 
@@ -53,15 +53,15 @@ def unpack(door: Door, sock: socket.socket, message: Message) -> tuple[Client, b
         client.words = Words(_bytes(accept), _bytes(instead), _bytes(greeting), bool(is_greeted))
     client.trace, client.named, client.relay_name = message["trace"], message["named"], message["relay"]
     if is_recorded:
-        client.diary = _diary(message["diary"], client)
-    client.journey = Journey._make(tuple(field) if isinstance(field, list) else field for field in message["journey"])
+        client.access_record = _access_record(message["diary"], client)
+    client.failover = FailoverState._make(tuple(field) if isinstance(field, list) else field for field in message["journey"])
     client.has_ended = bool(message["has_ended"])
     return client, _bytes(message["early"])
 
 
-def _diary(facts: list[Any] | None, client: Client) -> Diary:
+def _access_record(facts: list[Any] | None, client: Client) -> AccessRecord:
     # A reload may have come to one worker a moment before the other.
-    return Diary(client.named or client.peer(), client.reactor.now) if facts is None else Diary(*facts)
+    return AccessRecord(client.named or client.peer(), client.reactor.now) if facts is None else AccessRecord(*facts)
 
 
 def _text(data: bytes) -> str:

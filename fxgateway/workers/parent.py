@@ -24,13 +24,13 @@ from fxgateway.workers.all_or_none import AllOrNone
 from fxgateway.workers.asking import Asking, NoAnswer
 from fxgateway.workers.channel import Channel, Message, pair
 from fxgateway.workers.child import Child, Outfit
-from fxgateway.workers.far_relays import holders
 from fxgateway.workers.listening import Listening
 from fxgateway.workers.names import Names
 from fxgateway.workers.returns import Returns
 from fxgateway.workers.shares import as_message
 from fxgateway.workers.snapshot import Facts, MergedView
 from fxgateway.workers.wishes import Wishes
+from fxgateway.workers.worker_relays import holders
 from fxtunnel.engine.reactor import Reactor
 from fxtunnel.errors import ConfigError, FxError
 from fxtunnel.kit import logs

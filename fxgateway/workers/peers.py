@@ -34,7 +34,7 @@ class Peers:
         return worker in self.channels and worker in self.heard_of
 
     def pass_on(self, worker: int, client: Client, early: bytes) -> bool:
-        """See `FarRelay`."""
+        """See `WorkerRelay`."""
         channel = self.channels.get(worker)
         if channel is None or not channel.has_room:
             return False

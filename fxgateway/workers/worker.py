@@ -18,12 +18,12 @@ from fxgateway.settings import GatewaySettings
 from fxgateway.tunnels.colleagues import Colleagues
 from fxgateway.workers.channel import Inbox, Message
 from fxgateway.workers.crew import Crew, Parts
-from fxgateway.workers.far_relays import AllRelays
 from fxgateway.workers.guests import Guests
 from fxgateway.workers.line import Line
 from fxgateway.workers.peers import Peers
 from fxgateway.workers.shares import from_message, share_of
 from fxgateway.workers.snapshot import snapshot
+from fxgateway.workers.worker_relays import AllRelays
 from fxtunnel.engine.reactor import Reactor
 from fxtunnel.errors import ConfigError, FxError, leaves
 from fxtunnel.kit import logs

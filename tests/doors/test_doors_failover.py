@@ -12,8 +12,8 @@ from plane import SERVICE, Contexts, Plane, open_plane
 
 from fxgateway.access_log import AccessLog
 from fxgateway.doors.web_client import WebClient, Words
+from fxgateway.routing.failover import MAX_ATTEMPTS, FailoverState
 from fxgateway.routing.hosts import HostTable
-from fxgateway.routing.journey import MAX_ATTEMPTS, Journey
 from fxgateway.routing.preread_router import STREAM_PATH, SWITCHING, DoorKind, PrereadRouter
 from fxgateway.workers.parcels import pack, unpack
 from fxrelay.delivery.delivery import DeliveryLimits
@@ -237,7 +237,7 @@ async def test_who_has_been_greeted_is_told_nothing_in_http_any_more(contexts: C
         with near, far:
             moved, _ = unpack(plane.doors[0], near, packed)
             assert isinstance(moved, WebClient)
-            assert moved.journey == client.journey == Journey((first.id,), attempts=1)
+            assert moved.failover == client.failover == FailoverState((first.id,), attempts=1)
             assert moved.words == Words(b"", b"", b"", is_greeted=True)
         second = await plane.add_relay(free_port(), name="b")
         first.far_session.close(Code.SHUTDOWN)

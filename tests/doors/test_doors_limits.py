@@ -8,7 +8,7 @@ import trio
 from peers import connect, echo, exchange, receive_all, receive_exactly, refused, reset, until_reset
 from plane import SERVICE, Contexts, open_plane
 
-from fxgateway.doors import door, unserved
+from fxgateway.doors import door, service_outages
 from fxgateway.routing.admission import AdmissionLimits
 from fxgateway.routing.hosts import HostTable
 from fxgateway.routing.preread_router import DoorKind, PrereadRouter
@@ -50,7 +50,7 @@ async def test_a_service_without_a_relay_is_two_lines_however_many_come(contexts
         name = plane.doors[0].name
         for _ in range(3):
             await refused(port)
-        lines = [record.getMessage() for record in caplog.records if record.name == unserved.__name__]
+        lines = [record.getMessage() for record in caplog.records if record.name == service_outages.__name__]
         assert lines == [f"door {name}: no relay offers {SERVICE} now; its clients are turned away"]
         caplog.clear()
         await plane.add_relay(service)

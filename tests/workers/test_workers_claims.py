@@ -18,10 +18,10 @@ from fxgateway.routing.shared_admission import SharedAdmission
 from fxgateway.tunnels.registry import Registry, RegistryLimits
 from fxgateway.workers.channel import Channel, Message, pair
 from fxgateway.workers.crew import Crew, Parts
-from fxgateway.workers.far_relays import AllRelays
 from fxgateway.workers.guests import Guests
 from fxgateway.workers.line import Line
 from fxgateway.workers.peers import Peers
+from fxgateway.workers.worker_relays import AllRelays
 from fxtunnel.codes import Code
 from fxtunnel.engine.ports import SessionConfig
 from fxtunnel.engine.reactor import Reactor

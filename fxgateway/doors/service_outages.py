@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class Unserved:
+class ServiceOutages:
     """Belongs to one door. However many clients come, an outage of a service makes two lines."""
 
     def __init__(self) -> None:

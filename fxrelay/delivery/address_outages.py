@@ -12,7 +12,7 @@ MAX_ADDRESSES: Final = 1_024
 """Of which it is remembered; failures of more are not told."""
 
 
-class Unreached:
+class AddressOutages:
     """Belongs to one relay. However many streams ask for a service that is down, its outage makes two lines."""
 
     def __init__(self) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Collection, Iterator
 from typing import Any, Final
 
 from fxgateway.doors.client import Client
-from fxgateway.doors.elsewhere import Elsewhere
+from fxgateway.doors.remote_relay import RemoteRelay
 from fxgateway.routing.offers import Forward, OfferTable, Readiness, Reject
 from fxgateway.tunnels.live_relay import LiveRelay
 from fxgateway.tunnels.registry import Registry
@@ -19,7 +19,7 @@ _GONE: Final = None
 FACTS: Final = 5
 
 
-class FarRelay(Elsewhere):
+class WorkerRelay(RemoteRelay):
     """A relay whose tunnel ends at another worker."""
 
     __slots__ = ("_pass_on", "open_streams", "readiness", "relay_id", "worker")
@@ -33,7 +33,7 @@ class FarRelay(Elsewhere):
         self._pass_on = pass_on
 
     def take(self, client: Client, early: bytes) -> bool:
-        """See `Elsewhere`."""
+        """See `RemoteRelay`."""
         if not self._pass_on(self.worker, client, early):
             return False
         self.open_streams += 1
@@ -47,8 +47,8 @@ class AllRelays:
         self._registry = registry
         self._catch_up = catch_up
         self._pass_on = pass_on
-        self._table: OfferTable[Elsewhere] = OfferTable()
-        self._far: dict[RelayId, FarRelay] = {}
+        self._table: OfferTable[RemoteRelay] = OfferTable()
+        self._far: dict[RelayId, WorkerRelay] = {}
         self._told: dict[RelayId, list[Any]] = {}
 
     @property
@@ -61,7 +61,7 @@ class AllRelays:
         """How many relays can be reached at other workers."""
         return sum(far.readiness is not Readiness.NONE for far in self._far.values())
 
-    def named(self, relay_id: RelayId) -> LiveRelay | FarRelay | None:
+    def named(self, relay_id: RelayId) -> LiveRelay | WorkerRelay | None:
         """See `Relays`."""
         near = self._registry.named(relay_id)
         if near is not None:
@@ -69,7 +69,7 @@ class AllRelays:
         far = self._far.get(relay_id)
         return far if far is not None and far.readiness is not Readiness.NONE else None
 
-    def decide(self, service: ServiceName, tried: Collection[RelayId] = ()) -> Forward[LiveRelay] | Forward[Elsewhere] | Reject:
+    def decide(self, service: ServiceName, tried: Collection[RelayId] = ()) -> Forward[LiveRelay] | Forward[RemoteRelay] | Reject:
         """See `OfferTable`."""
         near, far = self._registry.offers.decide(service, tried), self._table.decide(service, tried)
         if isinstance(near, Reject) and isinstance(far, Reject):
@@ -93,7 +93,7 @@ class AllRelays:
                 continue
             _, _, readiness, streams, *services = facts
             if services:
-                known = self._far[relay_id] = FarRelay(relay_id, worker, self._pass_on)
+                known = self._far[relay_id] = WorkerRelay(relay_id, worker, self._pass_on)
                 self._table.put(known, [ServiceName(service) for service in services[0]])
             if known is not None and known.worker == worker:
                 known.readiness, known.open_streams = Readiness(readiness), streams

@@ -1,4 +1,4 @@
-"""Pump: the last words to a client that is turned away, and a close that lets it read them."""
+"""Pump: a close that lingers, so that a client that is turned away can read the last bytes sent to it."""
 
 import socket
 from collections.abc import Callable
@@ -7,7 +7,7 @@ from typing import Final
 from fxtunnel.engine.reactor import STREAM_EVENTS, Reactor, Timer
 from fxtunnel.engine.splice import CLOSE_CLEANLY, abort
 
-FAREWELL_S: Final = 2.0
+LINGER_S: Final = 2.0
 """What a client still sends is read for so long: closing a socket with unread bytes is a RST, which would take the words away again
 (RFC 9112, 9.6)."""
 MAX_READ_BYTES: Final = 262_144
@@ -15,7 +15,7 @@ MAX_READ_BYTES: Final = 262_144
 _BLOCK_BYTES: Final = 16_384
 
 
-class Farewell:
+class LingeringClose:
     """Owns the socket, which is not registered, from now on, and calls `ended` once, when it is closed; maybe at once.
 
     `words` must fit into the socket's buffer: otherwise there is a RST instead. They may be empty: whatever is to be read was sent before.
@@ -40,7 +40,7 @@ class Farewell:
             abort(sock)
             ended()
             return
-        self._timer = reactor.call_later(FAREWELL_S, self.cut_short)
+        self._timer = reactor.call_later(LINGER_S, self.cut_short)
         reactor.register(sock, self, STREAM_EVENTS)
 
     def on_event(self, events: int) -> None:

@@ -9,10 +9,10 @@ if TYPE_CHECKING:
     from fxgateway.doors.client import Client
 
 
-class Elsewhere:
+class RemoteRelay:
     """A candidate like any other, except that it has `take` instead of a session."""
 
-    is_far: ClassVar[Literal[True]] = True
+    is_remote: ClassVar[Literal[True]] = True
 
     __slots__ = ()
 

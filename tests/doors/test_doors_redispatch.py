@@ -8,7 +8,7 @@ import trio
 from peers import Serve, connect, echo, receive_all, receive_exactly, until_reset
 from plane import Contexts, Plane, RelaySide, open_plane
 
-from fxgateway.routing.journey import MAX_ATTEMPTS
+from fxgateway.routing.failover import MAX_ATTEMPTS
 from fxgateway.tunnels.registry import RegistryLimits
 from fxtunnel.codes import Code
 from fxtunnel.engine.ports import SessionConfig, State
@@ -141,7 +141,7 @@ async def test_links_that_come_and_go_do_not_turn_a_client_away(contexts: Contex
         relay = await held_relay(plane)
         async with waiting_client(plane) as stream:
             (client,) = plane.doors[0].clients
-            client.journey = client.journey._replace(attempts=MAX_ATTEMPTS)
+            client.failover = client.failover._replace(attempts=MAX_ATTEMPTS)
             await plane.add_relay(await plane.serve(echo), name="b")
             await trio.sleep(1.2)
             assert plane.doors[0].counters.refused == {}

@@ -8,15 +8,15 @@ from delivery_rig import NOBODY, ScriptedChooser, Spec, add_pool_relay
 from plane import Contexts, open_plane
 from test_delivery_endings import refused
 
-from fxrelay.delivery import unreached
+from fxrelay.delivery import address_outages
+from fxrelay.delivery.address_outages import AddressOutages
 from fxrelay.delivery.services import Endpoint
-from fxrelay.delivery.unreached import Unreached
 
 SSHD = Endpoint(socket.AF_INET, ("127.0.0.1", 22))
 
 
 def test_an_outage_is_two_lines_however_many_come(caplog: pytest.LogCaptureFixture) -> None:
-    it = Unreached()
+    it = AddressOutages()
     it.note_reached(SSHD)
     for _ in range(3):
         it.note(SSHD, "Connection refused")
@@ -29,8 +29,8 @@ def test_an_outage_is_two_lines_however_many_come(caplog: pytest.LogCaptureFixtu
 
 
 def test_addresses_of_every_kind_and_no_more_than_can_be_kept(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(unreached, "MAX_ADDRESSES", 2)
-    it = Unreached()
+    monkeypatch.setattr(address_outages, "MAX_ADDRESSES", 2)
+    it = AddressOutages()
     for endpoint in (Endpoint(socket.AF_INET6, ("::1", 22, 0, 0)), Endpoint(socket.AF_UNIX, "/run/desk.sock"), SSHD):
         it.note(endpoint, "no")
     assert [record.getMessage().removeprefix("a service cannot be reached at ") for record in caplog.records] == [

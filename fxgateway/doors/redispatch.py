@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from fxgateway.doors.door import DoorRelays
 
 
-def spare_the_wait(opening: "Iterable[Client]", relays: "DoorRelays") -> None:
+def redispatch_held(opening: "Iterable[Client]", relays: "DoorRelays") -> None:
     """Open their streams again where a relay could take them now, perhaps the same one over another link. Call every second or so.
 
     When a path, or this process, has been stuck for longer than sessions are held, relays make new sessions: nobody will then resume the
@@ -23,7 +23,7 @@ def spare_the_wait(opening: "Iterable[Client]", relays: "DoorRelays") -> None:
         if wish not in found:  # many clients may wait for the same thing: look once for all of them
             found[wish] = _is_served_now(relays, *wish)
         if found[wish]:
-            client.go_on_elsewhere()
+            client.redispatch()
 
 
 def _is_served_now(relays: "DoorRelays", service: ServiceName, tried: tuple[RelayId, ...], target: RelayId | None) -> bool:
