@@ -25,9 +25,9 @@ from fxgateway.routing.preread_router import DoorKind, PrereadRouter
 from fxgateway.sandbox import Sandbox
 from fxgateway.settings import GatewaySettings
 from fxgateway.steering import AdminPages, Steering
-from fxgateway.tunnels.colleagues import Colleagues
 from fxgateway.tunnels.control import YIELDED_BEATS, ControlConfig
 from fxgateway.tunnels.identities import Identities
+from fxgateway.tunnels.peer_processes import PeerProcesses
 from fxgateway.tunnels.port import PortLimits, TunnelPort
 from fxgateway.tunnels.registry import Registry, RegistryLimits
 from fxgateway.tunnels.succession import Succession
@@ -131,7 +131,7 @@ class Gateway:
                 settings.limits.hello_timeout_s,
                 self._name,
             ),
-            self._make_colleagues(),
+            self._make_peer_processes(),
         )
         self._view.relays_refused = self._port.refused
         self._inherited = self._make_inherited()
@@ -181,7 +181,7 @@ class Gateway:
     def _make_relays(self) -> DoorRelays:
         return self._registry
 
-    def _make_colleagues(self) -> Colleagues:
+    def _make_peer_processes(self) -> PeerProcesses:
         self._succession = Succession(self._name)
         return self._succession
 

@@ -7,8 +7,8 @@ from typing import Final
 
 import trio
 
-from fxgateway.tunnels.colleagues import Passed
-from fxgateway.tunnels.first_look import look_at_hello
+from fxgateway.tunnels.hello_peek import peek_client_hello
+from fxgateway.tunnels.peer_processes import AcceptedConnection
 from fxgateway.tunnels.registry import Registry
 from fxgateway.tunnels.succession import Lines
 from fxgateway.workers.asking import NoAnswer
@@ -31,7 +31,7 @@ MAX_PASSED: Final = 256
 
 
 class Guests:
-    """Implements `Colleagues`.
+    """Implements `PeerProcesses`.
 
     A connection that names a worker goes there, unread: a ClientHello is not encrypted, and is only peeked at. A control link that names
     no worker, or one that does not serve now, goes to the worker with the fewest relays, rather than wait for a process to start.
@@ -46,21 +46,21 @@ class Guests:
         self._relays = relays
         self._number = number
         self._is_accepting = True
-        self._passed, self._received_passed = trio.open_memory_channel[Passed](MAX_PASSED)
+        self._accepted, self._received_accepted = trio.open_memory_channel[AcceptedConnection](MAX_PASSED)
 
     @property
     def is_named(self) -> bool:
-        """See `Colleagues`."""
+        """See `PeerProcesses`."""
         return self.lines.is_named
 
     @property
     def earlier(self) -> tuple[str, ...]:
-        """See `Colleagues`."""
+        """See `PeerProcesses`."""
         return self.lines.earlier
 
-    async def keeps(self, passed: Passed) -> bool:
-        """See `Colleagues`."""
-        hello = await look_at_hello(passed.sock)
+    async def keeps(self, passed: AcceptedConnection) -> bool:
+        """See `PeerProcesses`."""
+        hello = await peek_client_hello(passed.sock)
         if hello is None:
             return True  # our TLS handshake will tell the peer what is wrong
         if self.lines.pass_on(passed, hello):
@@ -85,14 +85,14 @@ class Guests:
         copy.close()
         return not is_led
 
-    async def wait_passed(self) -> Passed:
-        """See `Colleagues`."""
-        return await self._received_passed.receive()
+    async def wait_passed(self) -> AcceptedConnection:
+        """See `PeerProcesses`."""
+        return await self._received_accepted.receive()
 
     async def take_returning(self) -> None:
         """Have what later processes pass on to us served like what other workers do. Until cancelled."""
         while True:
-            await self._passed.send(await self.lines.receive())
+            await self._accepted.send(await self.lines.receive())
 
     def welcome(self, message: Message, sockets: list[socket.socket]) -> None:
         """Another worker passes a connection on to us. Hangs up if nobody here can take it soon: the relay dials again."""
@@ -101,7 +101,9 @@ class Guests:
                 sock.close()
                 continue
             try:
-                self._passed.send_nowait(Passed(sock, message["ip"], message["address"], counts_as_relay=message["counts_as_relay"]))
+                self._accepted.send_nowait(
+                    AcceptedConnection(sock, message["ip"], message["address"], counts_as_relay=message["counts_as_relay"])
+                )
             except trio.WouldBlock:
                 sock.close()
 
@@ -110,14 +112,14 @@ class Guests:
         self._is_accepting = False
         with contextlib.suppress(trio.WouldBlock):
             while True:
-                self._received_passed.receive_nowait().sock.close()
+                self._received_accepted.receive_nowait().sock.close()
 
     def was_no_relay(self) -> None:
-        """See `Colleagues`."""
+        """See `PeerProcesses`."""
         self._line.channel.send({"op": "unplace"})
 
     async def first_use(self, use: str, exp_unix: float, now_unix: float) -> bool:
-        """See `Colleagues`: the parent remembers.
+        """See `PeerProcesses`: the parent remembers.
 
         Raises:
             PeerRefused: the parent does not answer; the relay may try again.
@@ -128,7 +130,7 @@ class Guests:
             raise PeerRefused(Refusal.TOO_MANY, f"the gateway cannot look at assertions now: {exc}", retry_after_s=RETRY_AFTER_S) from exc
 
     async def claim(self, relay_id: RelayId, instance: InstanceId) -> int:
-        """See `Colleagues`: the parent knows. From here on a fence finds the instance in the registry."""
+        """See `PeerProcesses`: the parent knows. From here on a fence finds the instance in the registry."""
         try:
             epoch = int((await self._ask_for_name(relay_id, instance))["epoch"])
         except NoAnswer as exc:

@@ -15,7 +15,7 @@ from fxgateway.routing.admission import Admission, AdmissionLimits
 from fxgateway.routing.shared_admission import SharedAdmission
 from fxgateway.sandbox import Sandbox
 from fxgateway.settings import GatewaySettings
-from fxgateway.tunnels.colleagues import Colleagues
+from fxgateway.tunnels.peer_processes import PeerProcesses
 from fxgateway.workers.channel import Inbox, Message
 from fxgateway.workers.crew import Crew, Parts
 from fxgateway.workers.guests import Guests
@@ -159,7 +159,7 @@ class Worker(Gateway):
         self._all_relays = AllRelays(self._registry, self._peers.pass_on, self._peers.catch_up)
         return self._all_relays
 
-    def _make_colleagues(self) -> Colleagues:
+    def _make_peer_processes(self) -> PeerProcesses:
         self._guests = Guests(self._line, self._peers, self._registry, self._all_relays, self._assignment.number)
         return self._guests
 

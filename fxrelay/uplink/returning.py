@@ -10,7 +10,7 @@ from fxrelay.uplink.dial import GatewayBusy
 from fxrelay.uplink.ports import GatewayClosing, UplinkConfig
 from fxrelay.uplink.slot import RESUMING_CAP_S
 from fxrelay.uplink.ties import Ties
-from fxrelay.uplink.verdicts import appointed_s, retry_after_s
+from fxrelay.uplink.verdicts import retry_after_s, retry_delay_s
 from fxtunnel.codes import Code, Refusal
 from fxtunnel.errors import FxError, PeerRefused
 from fxtunnel.kit.backoff import FullJitter
@@ -35,7 +35,7 @@ async def keep_returning(ties: Ties, use_control_link: Callable[[Ties], Awaitabl
                 return
             logger.debug("gateway %s: no control link to the process that goes away: %s", ties.gateway_id, exc)
             if isinstance(exc, GatewayBusy):
-                wait_s = appointed_s(exc.appointment, rng.random(), RESUMING_CAP_S)
+                wait_s = retry_delay_s(exc.retry_after, rng.random(), RESUMING_CAP_S)
             else:
                 wait_s = backoff.next_s(at_least_s=min(retry_after_s(exc), RESUMING_CAP_S))
         except Exception:  # whatever a peer's bytes did to a library, the other ties live on

@@ -10,7 +10,7 @@ import trio
 
 from fxrelay.uplink.dial import GatewayBusy
 from fxrelay.uplink.ports import LinkSession, UplinkConfig, UplinkSessionOwner
-from fxrelay.uplink.verdicts import Doubling, appointed_s, final_goodbye, retry_after_s
+from fxrelay.uplink.verdicts import Doubling, final_goodbye, retry_after_s, retry_delay_s
 from fxtunnel.codes import Code, Refusal
 from fxtunnel.errors import FxError, PeerRefused, RemoteProtocolError
 from fxtunnel.kit.backoff import FullJitter
@@ -168,7 +168,7 @@ class Slot:
             self.session.close(Code.LINK_LOST, f"the gateway cannot resume it: {exc}")
             return 0.0
         if isinstance(exc, GatewayBusy):
-            return appointed_s(exc.appointment, self._rng.random(), self._busy_cap_s if self.session is None else RESUMING_CAP_S)
+            return retry_delay_s(exc.retry_after, self._rng.random(), self._busy_cap_s if self.session is None else RESUMING_CAP_S)
         wait_s = self._backoff.next_s(at_least_s=retry_after_s(exc))
         if self._failures.is_due():
             attempt = self._failures.count

@@ -23,7 +23,7 @@ from fxrelay.uplink.redialling import INTERNAL, Failure, Redialling
 from fxrelay.uplink.returning import is_gone, is_turned_away, keep_returning
 from fxrelay.uplink.slot import Slot
 from fxrelay.uplink.ties import Ties, too_many
-from fxrelay.uplink.verdicts import appointed_s, final_error
+from fxrelay.uplink.verdicts import final_error, retry_delay_s
 from fxtunnel.codes import Code, Refusal
 from fxtunnel.control.channel import GOODBYE_S
 from fxtunnel.control.messages import CAP_LEAVING, CAP_NAMED, Drain, Load, Services
@@ -240,7 +240,7 @@ class Uplink:
                     return
                 self._last_error = str(exc)
                 if isinstance(exc, GatewayBusy):
-                    wait_s = self._wait_for_appointment(exc, waits)
+                    wait_s = self._wait_until_wanted(exc, waits)
                     continue
                 failure = Failure.of(exc)
             except Exception:  # whatever a peer's bytes did to a library, the relay and its sessions live on
@@ -260,11 +260,11 @@ class Uplink:
                 logger.warning("no control link to %s: %s; attempt %d in %.1f s", self.gateway_id, self._last_error, attempt, wait_s)
             self._await_next_try(wait_s)
 
-    def _wait_for_appointment(self, busy: GatewayBusy, waits: Redialling) -> float:
+    def _wait_until_wanted(self, busy: GatewayBusy, waits: Redialling) -> float:
         """The seconds until a busy gateway wants us again. Not a failure; but the next attempt goes to the next address, in case whoever
         answered only poses as the gateway.
         """
-        wait_s = appointed_s(busy.appointment, self._around.rng.random(), self._config.max_backoff_s)
+        wait_s = retry_delay_s(busy.retry_after, self._around.rng.random(), self._config.max_backoff_s)
         self._url_number += 1
         if waits.busy.is_due():
             logger.info("%s; attempt %d in %.1f s", busy, waits.busy.count + 1, wait_s)

@@ -4,7 +4,7 @@ from typing import Final
 
 from fxrelay.uplink.ports import FINAL_CODES, GatewayClosing
 from fxtunnel.codes import Code, Refusal
-from fxtunnel.control.busy import Appointment
+from fxtunnel.control.busy import RetryAfter
 from fxtunnel.errors import ConfigError, FxError, LocalProtocolError, PeerRefused, TunnelClosed, TunnelError
 from fxtunnel.kit.tls import HandshakeFailed, HandshakeProblem
 from fxtunnel.model import GatewayId, RelayId
@@ -65,12 +65,12 @@ def retry_after_s(exc: FxError) -> float:
     return exc.retry_after_s if isinstance(exc, PeerRefused | GatewayClosing) else 0.0
 
 
-def appointed_s(appointment: Appointment, chance: float, at_most_s: float) -> float:
+def retry_delay_s(retry_after: RetryAfter, chance: float, at_most_s: float) -> float:
     """When to come again to a gateway that was busy: within its spread, by a `chance` from 0 to 1; `at_most_s` bounds both times.
 
     Whoever stands in the way could say so in the gateway's place; it keeps us waiting no longer than by dropping our bytes.
     """
-    return min(appointment.retry_after_s, at_most_s) + chance * min(appointment.spread_s, at_most_s)
+    return min(retry_after.retry_after_s, at_most_s) + chance * min(retry_after.spread_s, at_most_s)
 
 
 class Doubling:

@@ -1,11 +1,11 @@
-"""Pure: how fast arrivals are dealt with, as measured; and when those who are turned away should come again."""
+"""Pure: how fast relays that arrive are dealt with, as measured; and when those who are turned away should come again."""
 
 from typing import Final
 
-from fxtunnel.control.busy import Appointment
+from fxtunnel.control.busy import RetryAfter
 
 FIRST_GAP_S: Final = 0.005
-"""Assumed until something has been measured: about the CPU time that one arrival takes."""
+"""Assumed until something has been measured: about the CPU time that one relay takes to arrive."""
 _LEAST_GAP_S: Final = 0.0005
 _MOST_GAP_S: Final = 0.5
 _WEIGHT: Final = 1 / 32
@@ -13,10 +13,10 @@ TURNS_A_RELAY: Final = 2
 """A control link and a data link."""
 LEAST_S: Final = 0.25
 MOST_S: Final = 15.0
-"""Longest appointment. Beyond it all come in the second half of this time, at random."""
+"""Longest wait that is asked for. Beyond it all come in the second half of this time, at random."""
 
 
-class Pace:
+class RetrySpacing:
     """Gives each peer that is turned away a time of its own, spaced as fast as arrivals were dealt with lately.
 
     Times are monotonic seconds. A crowd of strangers that never comes again costs the others MOST_S at most.
@@ -46,10 +46,10 @@ class Pace:
         """How long a peer with `waiting` others ahead of it would wait, in seconds."""
         return waiting * self._gap_s
 
-    def book(self, now: float, waiting: int) -> Appointment:
+    def book(self, now: float, waiting: int) -> RetryAfter:
         """The next free time behind those who wait here and those who have been given a time before."""
         at = max(self._booked_until, now + max(LEAST_S, self.wait_s(waiting)))
         if at - now > MOST_S:
-            return Appointment(MOST_S / 2, MOST_S / 2)
+            return RetryAfter(MOST_S / 2, MOST_S / 2)
         self._booked_until = at + TURNS_A_RELAY * self._gap_s
-        return Appointment(at - now, max(LEAST_S, (at - now) / 4))
+        return RetryAfter(at - now, max(LEAST_S, (at - now) / 4))

@@ -1,4 +1,4 @@
-"""Task: peek at the first bytes of a connection: a ClientHello is not encrypted, and TLS still has to read it afterwards."""
+"""Task: peeks at the first bytes of a connection: a ClientHello is not encrypted, and TLS still has to read it afterwards."""
 
 import socket
 from typing import Final
@@ -11,7 +11,7 @@ LOOK_AGAIN_S: Final = 0.02
 """Between two looks at an incomplete hello. Real hellos arrive whole; only somebody who means to sends them in pieces."""
 
 
-async def look_at_hello(sock: socket.socket) -> ClientHello | None:
+async def peek_client_hello(sock: socket.socket) -> ClientHello | None:
     """The ClientHello, once it has arrived; None if the peer sends something else or hangs up. Takes nothing out of the socket.
 
     `sock` must be non-blocking. Set a deadline around it. Safe to cancel.

@@ -10,7 +10,7 @@ from fxtunnel.kit.tokens import ReplayGuard
 from fxtunnel.model import InstanceId, RelayId
 
 
-class Passed:
+class AcceptedConnection:
     """A connection that this process or another has accepted; nothing has been read from it."""
 
     __slots__ = ("counts_as_relay", "ip", "remote_address", "sock")
@@ -28,7 +28,7 @@ class Passed:
         return cls(sock, str(address[0]), str(Address(str(address[0]), int(address[1]))))
 
 
-class Colleagues(Protocol):
+class PeerProcesses(Protocol):
     """The processes that serve relays beside this one."""
 
     @property
@@ -43,16 +43,16 @@ class Colleagues(Protocol):
     def earlier(self) -> tuple[str, ...]:
         """The names of earlier processes to which connections are passed on."""
 
-    async def keeps(self, passed: Passed) -> bool:
+    async def keeps(self, passed: AcceptedConnection) -> bool:
         """Whether a fresh connection is to be served here. If not, it has been passed on, and the caller closes its own copy.
 
         Waits for the first bytes and only peeks at them. Set a deadline around it.
 
         Raises:
-            TurnedAway: the process it belongs to is too busy to take it now.
+            TooBusy: the process it belongs to is too busy to take it now.
         """
 
-    async def wait_passed(self) -> Passed:
+    async def wait_passed(self) -> AcceptedConnection:
         """The next connection that another process has passed on to us. The caller owns its socket."""
 
     def was_no_relay(self) -> None:
@@ -72,8 +72,8 @@ class Colleagues(Protocol):
         """
 
 
-class Alone:
-    """Implements `Colleagues` for a gateway of one process."""
+class SingleProcess:
+    """Implements `PeerProcesses` for a gateway of one process."""
 
     worker = ""
 
@@ -82,33 +82,33 @@ class Alone:
 
     @property
     def is_named(self) -> bool:
-        """See `Colleagues`."""
+        """See `PeerProcesses`."""
         return False
 
     @property
     def earlier(self) -> tuple[str, ...]:
-        """See `Colleagues`."""
+        """See `PeerProcesses`."""
         return ()
 
-    async def keeps(self, passed: Passed) -> bool:
-        """See `Colleagues`."""
+    async def keeps(self, passed: AcceptedConnection) -> bool:
+        """See `PeerProcesses`."""
         await trio.lowlevel.checkpoint()
         return True
 
-    async def wait_passed(self) -> Passed:
-        """See `Colleagues`. Never returns."""
+    async def wait_passed(self) -> AcceptedConnection:
+        """See `PeerProcesses`. Never returns."""
         await trio.sleep_forever()
         raise AssertionError
 
     def was_no_relay(self) -> None:
-        """See `Colleagues`."""
+        """See `PeerProcesses`."""
 
     async def first_use(self, use: str, exp_unix: float, now_unix: float) -> bool:
-        """See `Colleagues`."""
+        """See `PeerProcesses`."""
         await trio.lowlevel.checkpoint()
         return self._replays.first_use(use, exp_unix, now_unix)
 
     async def claim(self, relay_id: RelayId, instance: InstanceId) -> int:
-        """See `Colleagues`."""
+        """See `PeerProcesses`."""
         await trio.lowlevel.checkpoint()
         return 0
