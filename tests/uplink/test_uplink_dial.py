@@ -13,9 +13,9 @@ from uplink_fakes import FakeGateway, session_id
 
 from fxrelay.uplink.datalink import open_data_link
 from fxrelay.uplink.dial import Dialler, GatewayBusy, Proxy, Unanswered
+from fxrelay.uplink.failure_policy import retry_delay_s
 from fxrelay.uplink.gateway_file import GatewayUrl
 from fxrelay.uplink.slot import RESUMING_CAP_S
-from fxrelay.uplink.verdicts import retry_delay_s
 from fxtunnel.codes import Code, Refusal
 from fxtunnel.control.busy import RetryAfter
 from fxtunnel.errors import PeerRefused, RemoteProtocolError, TunnelClosed, TunnelError

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Final
 
 from fxrelay.uplink.dial import Unanswered, Unreachable
+from fxrelay.uplink.failure_policy import LogBackoff, retry_after_s
 from fxrelay.uplink.ports import UplinkConfig
-from fxrelay.uplink.verdicts import Doubling, retry_after_s
 from fxtunnel.errors import FxError
 from fxtunnel.kit.backoff import FullJitter
 
@@ -46,16 +46,16 @@ INTERNAL: Final = Failure()
 """A bug of ours: nothing is known of the gateway."""
 
 
-class Redialling:
+class RedialBackoff:
     """The waits of one uplink to one process of its gateway. All have full jitter, so that many relays do not dial at the same moment."""
 
     def __init__(self, config: UplinkConfig, rng: random.Random) -> None:
         def up_to(cap_s: float) -> FullJitter:
             return FullJitter(base_s=config.min_backoff_s, cap_s=min(config.max_backoff_s, cap_s), rng=rng)
 
-        self.failures = Doubling()
+        self.failures = LogBackoff()
         """Which failures are worth a log line."""
-        self.busy = Doubling()
+        self.busy = LogBackoff()
         """Which appointments with a busy gateway are."""
         self._backoff = up_to(config.max_backoff_s)
         self._flaps = up_to(FLAP_CAP_S)

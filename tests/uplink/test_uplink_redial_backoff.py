@@ -7,7 +7,7 @@ from uplink_fakes import LongestWaits
 
 from fxrelay.uplink.dial import Unanswered, Unreachable
 from fxrelay.uplink.ports import UplinkConfig
-from fxrelay.uplink.redialling import (
+from fxrelay.uplink.redial_backoff import (
     ABSENT_CAP_S,
     FLAP_CAP_S,
     INTERNAL,
@@ -15,7 +15,7 @@ from fxrelay.uplink.redialling import (
     RECENT_S,
     SETTLED_S,
     Failure,
-    Redialling,
+    RedialBackoff,
 )
 from fxtunnel.codes import Refusal
 from fxtunnel.errors import PeerRefused, TunnelError
@@ -26,8 +26,8 @@ MANY = 20
 
 
 def waits_of(failure: Failure, now: float, began_at: float, lost_at: float) -> list[float]:
-    redialling = Redialling(CONFIG, LongestWaits())
-    return [redialling.unwelcome_s(failure, now, began_at, lost_at) for _ in range(MANY)]
+    redial_backoff = RedialBackoff(CONFIG, LongestWaits())
+    return [redial_backoff.unwelcome_s(failure, now, began_at, lost_at) for _ in range(MANY)]
 
 
 @pytest.mark.parametrize(
@@ -56,21 +56,21 @@ def test_waits_double_up_to_a_cap_that_is_short_soon_after_a_loss_or_a_start(
 def test_what_the_gateway_asks_for_comes_on_top() -> None:
     asked = Failure.of(PeerRefused(Refusal.TOO_MANY, "later", retry_after_s=5.0))
     assert waits_of(asked, 1_000.0, 0.0, 0.0)[0] == 5.0 + CONFIG.min_backoff_s
-    assert Redialling(CONFIG, LongestWaits()).lost_s(asked, 0.0) == 5.0 + CONFIG.min_backoff_s
+    assert RedialBackoff(CONFIG, LongestWaits()).lost_s(asked, 0.0) == 5.0 + CONFIG.min_backoff_s
 
 
 def test_links_that_break_at_once_are_followed_by_longer_waits_until_one_lasts() -> None:
-    redialling = Redialling(CONFIG, LongestWaits())
-    assert [redialling.lost_s(INTERNAL, 0.0) for _ in range(MANY)][-1] == FLAP_CAP_S
-    assert redialling.lost_s(INTERNAL, SETTLED_S) == CONFIG.min_backoff_s
+    redial_backoff = RedialBackoff(CONFIG, LongestWaits())
+    assert [redial_backoff.lost_s(INTERNAL, 0.0) for _ in range(MANY)][-1] == FLAP_CAP_S
+    assert redial_backoff.lost_s(INTERNAL, SETTLED_S) == CONFIG.min_backoff_s
 
 
 def test_a_welcome_ends_a_row_of_failures() -> None:
-    redialling = Redialling(CONFIG, LongestWaits())
+    redial_backoff = RedialBackoff(CONFIG, LongestWaits())
     for _ in range(MANY):
-        redialling.unwelcome_s(ABSENT, 1_000.0, 0.0, 0.0)
-        redialling.unwelcome_s(ABSENT, 1_000.0, 0.0, 999.0)
-        redialling.unwelcome_s(HUNG_UP, 1_000.0, 0.0, 999.0)
-    redialling.lost_s(INTERNAL, 0.0)
-    again = [redialling.unwelcome_s(ABSENT, 1_000.0, 0.0, 0.0), redialling.unwelcome_s(ABSENT, 1_000.0, 0.0, 999.0)]
-    assert [*again, redialling.unwelcome_s(HUNG_UP, 1_000.0, 0.0, 999.0)] == [CONFIG.min_backoff_s] * 3
+        redial_backoff.unwelcome_s(ABSENT, 1_000.0, 0.0, 0.0)
+        redial_backoff.unwelcome_s(ABSENT, 1_000.0, 0.0, 999.0)
+        redial_backoff.unwelcome_s(HUNG_UP, 1_000.0, 0.0, 999.0)
+    redial_backoff.lost_s(INTERNAL, 0.0)
+    again = [redial_backoff.unwelcome_s(ABSENT, 1_000.0, 0.0, 0.0), redial_backoff.unwelcome_s(ABSENT, 1_000.0, 0.0, 999.0)]
+    assert [*again, redial_backoff.unwelcome_s(HUNG_UP, 1_000.0, 0.0, 999.0)] == [CONFIG.min_backoff_s] * 3

@@ -20,8 +20,8 @@ from fxtunnel.protocol.hello import Hello, Welcome
 GIVEN_UP: Final = "too many processes of the gateway go away at once"
 
 
-class TiesHome(Protocol):
-    """What ties need of their uplink."""
+class ProcessLinksOwner(Protocol):
+    """What the links to a process need of their uplink."""
 
     @property
     def gateway_id(self) -> GatewayId:
@@ -44,14 +44,14 @@ class TiesHome(Protocol):
         """Whether this failure is final; if so, the uplink has begun to end."""
 
 
-class Ties:
-    """Implements `SlotHome`: a relay's links to one process of a gateway.
+class ProcessLinks:
+    """Implements `SlotOwner`: a relay's links to one process of a gateway.
 
-    A gateway that is being restarted has two processes for a while, and each has ties of its own. Those to the departing process last
+    A gateway that is being restarted has two processes for a while, and each has links of its own. Those to the departing process last
     until its last stream has ended.
     """
 
-    def __init__(self, home: TiesHome, config: UplinkConfig, slots: "SlotMaker") -> None:
+    def __init__(self, owner: ProcessLinksOwner, config: UplinkConfig, slots: "SlotFactory") -> None:
         self.link: ControlLink | None = None
         self.hold_s = 0.0
         """How long the gateway keeps a session without a link, in seconds."""
@@ -63,7 +63,7 @@ class Ties:
         """Set when the process drains: no new sessions, and those that are open can be resumed only if it `is_named`."""
         self.is_named = False
         """Whether the process can still be dialled by its name after it has handed its address on."""
-        self._home = home
+        self._owner = owner
         self._config = config
         self._link_changed = trio.Event()
         self._dialling: dict[trio.CancelScope, LinkSession | None] = {}
@@ -71,13 +71,13 @@ class Ties:
 
     @property
     def gateway_id(self) -> GatewayId:
-        """See `SlotHome`."""
-        return self._home.gateway_id
+        """See `SlotOwner`."""
+        return self._owner.gateway_id
 
     @property
     def wants_sessions(self) -> bool:
-        """See `SlotHome`."""
-        return self._home.wants_sessions and not self.departs.is_set()
+        """See `SlotOwner`."""
+        return self._owner.wants_sessions and not self.departs.is_set()
 
     @property
     def sessions(self) -> list[LinkSession]:
@@ -95,7 +95,7 @@ class Ties:
         return any(session.statistics().is_up for session in self.sessions)
 
     async def open_link(self, session: LinkSession | None) -> tuple[ssl.SSLSocket, Welcome]:
-        """See `SlotHome`. `session` must be detached."""
+        """See `SlotOwner`. `session` must be detached."""
         with trio.CancelScope() as scope:
             self._dialling[scope] = session
             self._give_up_dialling()
@@ -104,7 +104,7 @@ class Ties:
                 ticket, worker = await self._ticket(session_id)
                 received = 0 if session is None else session.received
                 process = self.process if self.departs.is_set() else ""
-                return await self._home.dial_data(Hello(ticket, session_id, received, caps=self._config.caps), worker, process)
+                return await self._owner.dial_data(Hello(ticket, session_id, received, caps=self._config.caps), worker, process)
             except HandshakeFailed as exc:
                 if not self.departs.is_set() or exc.problem is not HandshakeProblem.NO_COMMON_PROTOCOL:
                     raise
@@ -114,12 +114,12 @@ class Ties:
         raise PeerRefused(Refusal.UNKNOWN_SESSION, "its process of the gateway goes away")
 
     def new_session(self, owner: UplinkSessionOwner, session_id: SessionId) -> LinkSession:
-        """See `SlotHome`."""
-        return self._home.new_session(owner, session_id)
+        """See `SlotOwner`."""
+        return self._owner.new_session(owner, session_id)
 
     def ends_with(self, exc: FxError) -> bool:
-        """See `SlotHome`. Nothing that a departing process says is final for the whole uplink."""
-        return not self.departs.is_set() and self._home.ends_with(exc)
+        """See `SlotOwner`. Nothing that a departing process says is final for the whole uplink."""
+        return not self.departs.is_set() and self._owner.ends_with(exc)
 
     def depart(self) -> None:
         """The process drains, and its address belongs to a successor. Open sessions live on while their links do, or can be resumed."""
@@ -191,13 +191,13 @@ class Ties:
                     await self._link_changed.wait()
 
 
-def too_many(departing: Sequence[Ties], most: int) -> Sequence[Ties]:
+def too_many(departing: Sequence[ProcessLinks], most: int) -> Sequence[ProcessLinks]:
     """Those beyond so many: first where nothing is open, then the oldest. Not the last, as what was sent there may still be on its way."""
-    return sorted(departing[:-1], key=lambda ties: ties.streams > 0)[: max(0, len(departing) - most)]
+    return sorted(departing[:-1], key=lambda links: links.streams > 0)[: max(0, len(departing) - most)]
 
 
-class SlotMaker(Protocol):
-    """Makes the slots of ties."""
+class SlotFactory(Protocol):
+    """Makes the slots of the links to a process."""
 
-    def __call__(self, home: Ties) -> Slot:
+    def __call__(self, owner: ProcessLinks) -> Slot:
         """One of them."""

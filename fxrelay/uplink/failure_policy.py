@@ -73,7 +73,7 @@ def retry_delay_s(retry_after: RetryAfter, chance: float, at_most_s: float) -> f
     return min(retry_after.retry_after_s, at_most_s) + chance * min(retry_after.spread_s, at_most_s)
 
 
-class Doubling:
+class LogBackoff:
     """Says which of a row of failures to make known: the first, the second, the fourth, the eighth, …"""
 
     __slots__ = ("count",)
