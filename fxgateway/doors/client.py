@@ -139,7 +139,7 @@ class Client(Splice):
         return session is not None and not session.is_up and session.mux.ring.sent < self._open_ends_at
 
     @property
-    def wish(self) -> tuple[ServiceName, tuple[RelayId, ...], RelayId | None]:
+    def route_key(self) -> tuple[ServiceName, tuple[RelayId, ...], RelayId | None]:
         """What decides where it could go instead of waiting: its service, the relays that refused, and its target, if any."""
         return self.service, self.failover.asked[:-1], self.failover.target
 

@@ -19,10 +19,10 @@ def redispatch_held(opening: "Iterable[Client]", relays: "DoorRelays") -> None:
     """
     found: dict[object, bool] = {}
     for client in [client for client in opening if client.waits_for_link]:
-        wish = client.wish
-        if wish not in found:  # many clients may wait for the same thing: look once for all of them
-            found[wish] = _is_served_now(relays, *wish)
-        if found[wish]:
+        route_key = client.route_key
+        if route_key not in found:  # many clients may wait for the same thing: look once for all of them
+            found[route_key] = _is_served_now(relays, *route_key)
+        if found[route_key]:
             client.redispatch()
 
 

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 LINE_BYTES: Final = 65_536
 """Kernel memory for connections that the earlier process has not taken yet, about 170 of them. Any more are told to come again."""
 COME_AGAIN: Final = RetryAfter(0.5, 0.5)
-_GUEST: Final = b"\0"
+_HANDOVER_BYTE: Final = b"\0"
 
 
 class Lines:
@@ -82,7 +82,7 @@ class Lines:
         if not process:
             return False
         try:
-            socket.send_fds(self._earlier[process], [_GUEST], [passed.sock.fileno()])
+            socket.send_fds(self._earlier[process], [_HANDOVER_BYTE], [passed.sock.fileno()])
         except (BrokenPipeError, ConnectionResetError):
             return False  # it has just ended; `_outlive` is about to notice
         except OSError as exc:  # the line is full, or too many descriptors are in flight (unix(7), ETOOMANYREFS)
@@ -94,7 +94,7 @@ class Lines:
         """The next connection that a later process has passed on to us; none without a line, or when nobody is left to pass any on."""
         while (line := self._ours) is not None:
             await trio.lowlevel.wait_readable(line)
-            data, fds, _, _ = socket.recv_fds(line, len(_GUEST), 1, socket.MSG_CMSG_CLOEXEC)
+            data, fds, _, _ = socket.recv_fds(line, len(_HANDOVER_BYTE), 1, socket.MSG_CMSG_CLOEXEC)
             for fd in fds:  # none, if this process is out of descriptors
                 sock = socket.socket(fileno=fd)
                 try:

@@ -9,7 +9,7 @@ from peers import connect, echo, exchange, free_port, refused, until_reset
 from plane import Contexts, Plane, open_plane
 
 from fxgateway.routing.failover import FailoverState
-from fxgateway.workers.parcels import pack, unpack
+from fxgateway.workers.client_transfer import pack, unpack
 from fxtunnel.codes import Code
 from fxtunnel.engine.ports import SessionConfig
 from fxtunnel.model import RelayId

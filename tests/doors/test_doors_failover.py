@@ -15,7 +15,7 @@ from fxgateway.doors.web_client import WebClient, Words
 from fxgateway.routing.failover import MAX_ATTEMPTS, FailoverState
 from fxgateway.routing.hosts import HostTable
 from fxgateway.routing.preread_router import STREAM_PATH, SWITCHING, DoorKind, PrereadRouter
-from fxgateway.workers.parcels import pack, unpack
+from fxgateway.workers.client_transfer import pack, unpack
 from fxrelay.delivery.delivery import DeliveryLimits
 from fxtunnel.codes import Code
 from fxtunnel.engine.ports import SessionConfig, State

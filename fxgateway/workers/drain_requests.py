@@ -6,8 +6,8 @@ from typing import Final
 import trio
 
 from fxgateway.steering import DRAIN, UNDO, UNKNOWN
-from fxgateway.workers.asking import Asking, NoAnswer
 from fxgateway.workers.child import Child
+from fxgateway.workers.pending_calls import NoAnswer, PendingCalls
 from fxtunnel.model import RelayId
 
 ANSWER_S: Final = 1.5
@@ -16,14 +16,14 @@ NOBODY_WAITS: Final = 0
 """The number of a question whose answer nobody reads."""
 
 
-class Wishes:
+class DrainRequests:
     """The drains that an administrator has asked for, until the gateway is restarted."""
 
-    def __init__(self, children: Collection[Child], asking: Asking, on_drain: Callable[[], None]) -> None:
+    def __init__(self, children: Collection[Child], calls: PendingCalls, on_drain: Callable[[], None]) -> None:
         self.is_drained = False
         self._drained: set[RelayId] = set()
         self._children = children
-        self._asking = asking
+        self._calls = calls
         self._on_drain = on_drain
 
     async def steer(self, method: str, relay_id: RelayId | None) -> int:
@@ -39,7 +39,7 @@ class Wishes:
         async def ask(child: Child) -> None:
             if child.channel is not None and child.is_ready:
                 try:
-                    answer = await self._asking.ask(child.channel, "steer", ANSWER_S, method=method, relay=relay_id)
+                    answer = await self._calls.ask(child.channel, "steer", ANSWER_S, method=method, relay=relay_id)
                 except NoAnswer as exc:
                     problems.append(exc)
                 else:
@@ -55,8 +55,8 @@ class Wishes:
 
     def remind(self, child: Child) -> None:
         """Repeat the drains to a worker that has become ready and may not have heard of them."""
-        wishes: list[RelayId | None] = [*([None] if self.is_drained else []), *self._drained]
-        for relay_id in wishes:
+        drains: list[RelayId | None] = [*([None] if self.is_drained else []), *self._drained]
+        for relay_id in drains:
             if child.channel is not None:
                 child.channel.send({"op": "steer", "n": NOBODY_WAITS, "method": DRAIN, "relay": relay_id})
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from fxgateway.routing.admission import Admission, AdmissionLimits, Verdict
 from fxgateway.routing.shared_admission import SharedAdmission
-from fxgateway.workers.names import PLACED_S, Granted, Holder, Names
+from fxgateway.workers.relay_owners import PLACED_S, Granted, Holder, RelayOwners
 from fxtunnel.model import InstanceId, RelayId
 
 A, B = RelayId("node-a"), RelayId("node-b")
@@ -15,65 +15,65 @@ FIRST, SECOND = InstanceId("first"), InstanceId("second")
 
 
 def test_the_same_instance_at_the_same_worker_keeps_its_epoch() -> None:
-    names = Names(10)
-    assert names.claim(1, A, FIRST) == Granted(1)
-    assert names.claim(1, A, FIRST) == Granted(1)
+    owners = RelayOwners(10)
+    assert owners.claim(1, A, FIRST) == Granted(1)
+    assert owners.claim(1, A, FIRST) == Granted(1)
 
 
 def test_whoever_had_the_name_elsewhere_is_named_and_the_epoch_rises() -> None:
-    names = Names(10)
-    names.claim(1, A, FIRST)
-    assert names.claim(2, A, SECOND) == Granted(2, Holder(1, FIRST, 1))
-    assert names.claim(2, A, FIRST) == Granted(3)  # at the same worker its own registry fences
-    assert names.claim(1, A, FIRST) == Granted(4, Holder(2, FIRST, 3))
+    owners = RelayOwners(10)
+    owners.claim(1, A, FIRST)
+    assert owners.claim(2, A, SECOND) == Granted(2, Holder(1, FIRST, 1))
+    assert owners.claim(2, A, FIRST) == Granted(3)  # at the same worker its own registry fences
+    assert owners.claim(1, A, FIRST) == Granted(4, Holder(2, FIRST, 3))
 
 
 def test_a_worker_that_lost_a_name_cannot_give_it_up_for_its_successor() -> None:
-    names = Names(10)
-    names.claim(1, A, FIRST)
-    names.claim(2, A, SECOND)
-    names.gone(1, A)
-    assert names.holder(A) == Holder(2, SECOND, 2)
-    names.note(1, A, FIRST, 1)  # said before it heard of the other
-    assert names.holder(A) == Holder(2, SECOND, 2)
-    names.gone(2, A)
-    assert names.holder(A) is None
-    assert names.claim(1, A, FIRST) == Granted(3)
+    owners = RelayOwners(10)
+    owners.claim(1, A, FIRST)
+    owners.claim(2, A, SECOND)
+    owners.gone(1, A)
+    assert owners.holder(A) == Holder(2, SECOND, 2)
+    owners.note(1, A, FIRST, 1)  # said before it heard of the other
+    assert owners.holder(A) == Holder(2, SECOND, 2)
+    owners.gone(2, A)
+    assert owners.holder(A) is None
+    assert owners.claim(1, A, FIRST) == Granted(3)
 
 
 def test_there_is_room_for_so_many_relays_over_all_workers() -> None:
-    names = Names(1)
-    assert names.claim(1, A, FIRST) is not None
-    assert names.claim(2, B, FIRST) is None
-    assert names.claim(2, A, SECOND) is not None
-    names.worker_gone(2)
-    assert names.claim(1, B, FIRST) is not None
+    owners = RelayOwners(1)
+    assert owners.claim(1, A, FIRST) is not None
+    assert owners.claim(2, B, FIRST) is None
+    assert owners.claim(2, A, SECOND) is not None
+    owners.worker_gone(2)
+    assert owners.claim(1, B, FIRST) is not None
 
 
 def test_relays_are_spread_evenly_also_when_all_come_at_once() -> None:
-    names = Names(100)
-    assert [names.place((1, 2, 3), 0.0) for _ in range(6)] == [1, 2, 3, 1, 2, 3]
+    owners = RelayOwners(100)
+    assert [owners.place((1, 2, 3), 0.0) for _ in range(6)] == [1, 2, 3, 1, 2, 3]
     for number in range(4):
-        names.claim(1, RelayId(f"relay-{number}"), FIRST)
-    assert names.place((1, 2, 3), PLACED_S + 1) in (2, 3)
-    assert names.place((), 0.0) is None
+        owners.claim(1, RelayId(f"relay-{number}"), FIRST)
+    assert owners.place((1, 2, 3), PLACED_S + 1) in (2, 3)
+    assert owners.place((), 0.0) is None
 
 
 def test_a_worker_that_has_nobody_yet_is_chosen_before_one_that_has_somebody() -> None:
     """An enrolment is a connection that turns out to be none, and its relay may dial again before that is known."""
-    names = Names(10)
-    assert names.place([1, 2], 0.0) == 1
-    names.claim(1, A, FIRST)
-    assert names.place([1, 2], 0.1) == 2, "the enrolment of another relay"
-    assert names.place([1, 2], 0.1) == 2, "the relay itself"
+    owners = RelayOwners(10)
+    assert owners.place([1, 2], 0.0) == 1
+    owners.claim(1, A, FIRST)
+    assert owners.place([1, 2], 0.1) == 2, "the enrolment of another relay"
+    assert owners.place([1, 2], 0.1) == 2, "the relay itself"
 
 
 def test_a_connection_that_was_no_relay_is_counted_no_longer() -> None:
-    names = Names(100)
-    assert names.place((1, 2), 0.0) == 1
-    names.unplace(1)
-    names.unplace(1)
-    assert names.place((1, 2), 0.0) == 1
+    owners = RelayOwners(100)
+    assert owners.place((1, 2), 0.0) == 1
+    owners.unplace(1)
+    owners.unplace(1)
+    assert owners.place((1, 2), 0.0) == 1
 
 
 LIMITS = AdmissionLimits(

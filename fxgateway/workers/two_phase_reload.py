@@ -7,9 +7,9 @@ from typing import Final
 
 import trio
 
-from fxgateway.workers.asking import Asking, NoAnswer
 from fxgateway.workers.channel import Message
 from fxgateway.workers.child import Child, send_sockets
+from fxgateway.workers.pending_calls import NoAnswer, PendingCalls
 from fxtunnel.errors import ConfigError, ConfigProblem
 
 logger = logging.getLogger(__name__)
@@ -18,12 +18,12 @@ PREPARE_S: Final = 30.0
 """For a worker to read certificates and keys, and to open its access log, on a slow disk."""
 
 
-class AllOrNone:
+class TwoPhaseReload:
     """The workers' part of a reload."""
 
-    def __init__(self, children: Collection[Child], asking: Asking) -> None:
+    def __init__(self, children: Collection[Child], calls: PendingCalls) -> None:
         self._children = children
-        self._asking = asking
+        self._calls = calls
 
     async def prepare(self, fields: Message, opened: Mapping[str, socket.socket]) -> list[Child]:
         """Have every worker that serves prepare for the configuration in `fields`. Returns those, for `commit`. Safe to cancel.
@@ -45,7 +45,7 @@ class AllOrNone:
             prepared.append(child)
             send_sockets(channel, list(opened.items()))
             try:
-                answer = await self._asking.ask(channel, "prepare", PREPARE_S, **fields)
+                answer = await self._calls.ask(channel, "prepare", PREPARE_S, **fields)
             except NoAnswer as exc:
                 problems.append(ConfigProblem(str(fields["config"]), "", str(exc)))
             else:
@@ -72,7 +72,7 @@ class AllOrNone:
         async def commit(child: Child) -> None:
             if child.channel is not None:
                 try:
-                    await self._asking.ask(child.channel, "commit", PREPARE_S)
+                    await self._calls.ask(child.channel, "commit", PREPARE_S)
                 except NoAnswer:
                     child.start_again("it has not taken the new configuration")
                 except Exception:

@@ -12,7 +12,7 @@ import pytest
 import trio
 from workers_rig import MakeStack, workers
 
-from fxgateway.workers.returns import Returns
+from fxgateway.workers.reconnect_lines import ReconnectLines
 from fxtunnel.kit.listeners import LINE_NAME, Inherited
 from fxtunnel.kit.notify import Notifier
 from tests.system.peers import Service, is_served
@@ -65,22 +65,22 @@ async def launched() -> AsyncIterator[tuple[Launcher, Notifier]]:
 
 async def test_lines_are_kept_from_our_turn_on_and_until_the_worker_ends() -> None:
     async with launched() as (launcher, notifier), trio.open_nursery() as nursery:
-        returns = Returns(Inherited({}, notifier))
-        first, second = returns.begin(1), returns.begin(2)
+        reconnect_lines = ReconnectLines(Inherited({}, notifier))
+        first, second = reconnect_lines.begin(1), reconnect_lines.begin(2)
         assert first.line is not None
         assert second.line is not None
-        returns.end(2)
+        reconnect_lines.end(2)
         assert launcher.lines() == [], "it may never be our turn"
         assert second.line.recv(1) == b"", "nobody is left to say anything"
-        await nursery.start(returns.run)
+        await nursery.start(reconnect_lines.run)
         assert launcher.lines() == [first.process]
         launcher.kept[first.process].send(b"x")
         assert first.line.recv(2) == b"x"
-        third = returns.begin(2)
+        third = reconnect_lines.begin(2)
         assert third.line is not None
         assert third.process not in (first.process, second.process)
         assert launcher.lines() == [first.process, third.process]
-        again = returns.begin(1)
+        again = reconnect_lines.begin(1)
         assert again.line is not None
         assert launcher.lines() == [third.process, again.process]
         for name in (first, second, third, again):
@@ -93,20 +93,20 @@ async def test_earlier_processes_are_forgotten_when_they_end() -> None:
     async with launched() as (launcher, notifier), trio.open_nursery() as nursery:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         launcher.kept["p1"] = theirs.dup()
-        returns = Returns(Inherited({}, notifier, lines={"p1": theirs}))
-        await nursery.start(returns.run)
-        assert [name for name, _ in returns.to_earlier()] == [f"{LINE_NAME}p1"]
+        reconnect_lines = ReconnectLines(Inherited({}, notifier, lines={"p1": theirs}))
+        await nursery.start(reconnect_lines.run)
+        assert [name for name, _ in reconnect_lines.to_earlier()] == [f"{LINE_NAME}p1"]
         ours.close()
         with trio.fail_after(5):
-            while returns.to_earlier():
+            while reconnect_lines.to_earlier():
                 await trio.sleep(0.01)
         assert launcher.lines() == []
         nursery.cancel_scope.cancel()
 
 
 def test_without_a_launcher_nobody_comes_back() -> None:
-    returns = Returns(Inherited({}, Notifier()))
-    name = returns.begin(1)
+    reconnect_lines = ReconnectLines(Inherited({}, Notifier()))
+    name = reconnect_lines.begin(1)
     assert name.process
     assert name.line is None
 

@@ -25,7 +25,7 @@ class _Pending:
         self.answer: Message | None = None
 
 
-class Asking:
+class PendingCalls:
     """The questions that have not been answered yet, on any number of lines."""
 
     def __init__(self) -> None:

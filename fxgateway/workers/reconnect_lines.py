@@ -13,14 +13,14 @@ from fxgateway.tunnels.succession import line_pair, until_its_end
 from fxtunnel.kit.listeners import LINE_NAME, Inherited
 
 
-class Name(NamedTuple):
+class ProcessName(NamedTuple):
     """What relays call a worker that begins, and its end of the line to it, which the caller owns; None if nobody keeps sockets for us."""
 
     process: str
     line: socket.socket | None
 
 
-class Returns:
+class ReconnectLines:
     """The lines of all workers. Those of our own are kept for successors from our turn on: a gateway that never gets one leaves none."""
 
     def __init__(self, inherited: Inherited) -> None:
@@ -42,7 +42,7 @@ class Returns:
             task_status.started()
             await trio.sleep_forever()
 
-    def begin(self, worker: int) -> Name:
+    def begin(self, worker: int) -> ProcessName:
         """Make a new name and line for the process that begins as this worker.
 
         Raises:
@@ -51,11 +51,11 @@ class Returns:
         self.end(worker)
         process = self._processes[worker] = secrets.token_hex(8)
         if not self._inherited.keeps_lines:
-            return Name(process, None)
+            return ProcessName(process, None)
         ours, self._ends[process] = line_pair()
         if self._has_turn:
             self._keep(process)
-        return Name(process, ours)
+        return ProcessName(process, ours)
 
     def end(self, worker: int) -> None:
         """Drop the line to this worker's process, which has ended. May be repeated."""

@@ -12,10 +12,10 @@ from fxgateway.routing.shared_admission import Counts, SharedAdmission
 from fxgateway.tunnels.registry import Registry
 from fxgateway.workers.bridge import adopt
 from fxgateway.workers.channel import Channel, Message
-from fxgateway.workers.guests import Guests
-from fxgateway.workers.line import Line
-from fxgateway.workers.parcels import unpack
+from fxgateway.workers.client_transfer import unpack
+from fxgateway.workers.parent_line import ParentLine
 from fxgateway.workers.peers import Peers
+from fxgateway.workers.relay_dispatch import RelayDispatch
 from fxgateway.workers.worker_relays import AllRelays, News, moves
 from fxtunnel.codes import Code
 from fxtunnel.engine.reactor import Reactor
@@ -38,22 +38,22 @@ DOOR_LOOKS: Final = 40
 
 
 @dataclass(frozen=True, slots=True)
-class Parts:
+class WorkerParts:
     """The parts of this worker's gateway that the other processes hear of, or ask. For `steer` see `Steering.act`."""
 
     registry: Registry
     relays: AllRelays
     admission: SharedAdmission
     doors: Doors
-    guests: Guests
+    relay_dispatch: RelayDispatch
     status: Callable[[], Message]
     steer: Callable[[str, RelayId | None], int]
 
 
-class Crew:
+class WorkerPeering:
     """A worker's relations to the others, once it serves. Implements `Serving`, and `ChannelOwner` for the lines to the others."""
 
-    def __init__(self, reactor: Reactor, line: Line, peers: Peers, parts: Parts) -> None:
+    def __init__(self, reactor: Reactor, line: ParentLine, peers: Peers, parts: WorkerParts) -> None:
         self._reactor = reactor
         self._line = line
         self._peers = peers
@@ -92,7 +92,7 @@ class Crew:
             case "client":
                 self._arrive(message, sockets)
             case "guest":
-                self._parts.guests.welcome(message, sockets)
+                self._parts.relay_dispatch.welcome(message, sockets)
 
     def on_gone(self, channel: Channel) -> None:
         """See `ChannelOwner`."""

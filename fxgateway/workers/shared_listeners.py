@@ -8,7 +8,7 @@ from fxtunnel.kit.listeners import Inherited, bound_address, listen
 from fxtunnel.kit.settings import Address
 
 
-class Listening:
+class SharedListeners:
     """The tunnel's socket and those of the doors, by the addresses that the configuration knows them by. The workers get copies."""
 
     def __init__(self, inherited: Inherited) -> None:

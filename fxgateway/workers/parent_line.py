@@ -6,8 +6,8 @@ from typing import Any, Final, Protocol
 import trio
 
 from fxgateway.steering import UNKNOWN
-from fxgateway.workers.asking import Asking
 from fxgateway.workers.channel import Channel, Message
+from fxgateway.workers.pending_calls import PendingCalls
 from fxtunnel.engine.reactor import Reactor
 
 MAX_ORDERS: Final = 1024
@@ -24,7 +24,7 @@ class Serving(Protocol):
         """The worker ends: hang up on the other workers."""
 
 
-class Line:
+class ParentLine:
     """Implements `ChannelOwner` for the line to the parent. Until the worker serves, messages are answered or kept here."""
 
     def __init__(self, reactor: Reactor, sock: socket.socket) -> None:
@@ -32,7 +32,7 @@ class Line:
         self.orders, self.received_orders = trio.open_memory_channel[tuple[Message, list[socket.socket]]](MAX_ORDERS)
         """The parent's orders that need a task, in order."""
         self.orphaned = trio.Event()
-        self._asking = Asking()
+        self._calls = PendingCalls()
         self._serving: Serving | None = None
         self._peers: list[tuple[Message, list[socket.socket]]] = []
         """Lines to other workers, until there is somebody to use them."""
@@ -43,7 +43,7 @@ class Line:
         Raises:
             NoAnswer: there is none in time.
         """
-        return await self._asking.ask(self.channel, what, **fields)
+        return await self._calls.ask(self.channel, what, **fields)
 
     def serve(self, serving: Serving) -> None:
         """There is a gateway now: give it what has been kept for it, and whatever comes from now on."""
@@ -56,7 +56,7 @@ class Line:
         """See `ChannelOwner`."""
         match message["op"]:
             case "answer":
-                self._asking.answered(message)
+                self._calls.answered(message)
             case "peer" | "fence" | "status" | "steer":
                 if self._serving is not None:
                     self._serving.on_news(message, sockets)
@@ -67,7 +67,7 @@ class Line:
 
     def on_gone(self, channel: Channel) -> None:
         """See `ChannelOwner`."""
-        self._asking.gone(channel)
+        self._calls.gone(channel)
         self.orphaned.set()
 
     def close(self) -> None:

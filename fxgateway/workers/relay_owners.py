@@ -28,7 +28,7 @@ class Granted:
     former: Holder | None = None
 
 
-class Names:
+class RelayOwners:
     """Every relay of every worker. At most `limit` of them."""
 
     def __init__(self, limit: int) -> None:

@@ -11,10 +11,10 @@ from fxgateway.tunnels.hello_peek import peek_client_hello
 from fxgateway.tunnels.peer_processes import AcceptedConnection
 from fxgateway.tunnels.registry import Registry
 from fxgateway.tunnels.succession import Lines
-from fxgateway.workers.asking import NoAnswer
 from fxgateway.workers.channel import Message
-from fxgateway.workers.line import Line
+from fxgateway.workers.parent_line import ParentLine
 from fxgateway.workers.peers import Peers
+from fxgateway.workers.pending_calls import NoAnswer
 from fxgateway.workers.worker_relays import AllRelays
 from fxtunnel.codes import Refusal
 from fxtunnel.errors import PeerRefused, TunnelClosed
@@ -30,14 +30,14 @@ MAX_PASSED: Final = 256
 """Connections that other workers have passed on and that wait to be served here."""
 
 
-class Guests:
+class RelayDispatch:
     """Implements `PeerProcesses`.
 
     A connection that names a worker goes there, unread: a ClientHello is not encrypted, and is only peeked at. A control link that names
     no worker, or one that does not serve now, goes to the worker with the fewest relays, rather than wait for a process to start.
     """
 
-    def __init__(self, line: Line, peers: Peers, registry: Registry, relays: AllRelays, number: int) -> None:
+    def __init__(self, line: ParentLine, peers: Peers, registry: Registry, relays: AllRelays, number: int) -> None:
         self.worker = str(number)
         self.lines = Lines()
         self._line = line
