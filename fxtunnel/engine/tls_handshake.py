@@ -39,7 +39,7 @@ class Handshake:
         "_closing",
         "_context",
         "_has_news",
-        "_is_beside",
+        "_is_offloaded",
         "_owner",
         "_sock",
         "_source",
@@ -65,7 +65,7 @@ class Handshake:
         self._source = source
         self._answer = http_answer
         self._closing: LingeringClose | None = None
-        self._is_beside = False
+        self._is_offloaded = False
         """The thread has the socket."""
         self._has_news = False
         """Something happened meanwhile."""
@@ -84,11 +84,11 @@ class Handshake:
         """From the reactor."""
         if self.is_over:
             return
-        if self._is_beside:
+        if self._is_offloaded:
             self._has_news = True
             return
-        self._is_beside, self._has_news = True, False
-        self.reactor.beside.do(self._step, self._stepped, self._source)
+        self._is_offloaded, self._has_news = True, False
+        self.reactor.offload.do(self._step, self._stepped, self._source)
 
     def _step(self) -> None:
         """In the thread."""
@@ -97,7 +97,7 @@ class Handshake:
 
     def _stepped(self, result: outcome.Outcome[None]) -> None:
         """In the loop again."""
-        self._is_beside = False
+        self._is_offloaded = False
         tls = self._sock
         if self.is_over:
             with suppress(OSError):
@@ -127,7 +127,7 @@ class Handshake:
         if self._closing is not None:
             self._closing.cut_short()
         elif not self.is_over:
-            if self._is_beside:
+            if self._is_offloaded:
                 self.reactor.unregister(self._sock)  # to be closed when the thread has let go of it
             else:
                 self.reactor.forget(self._sock)

@@ -189,11 +189,11 @@ async def test_turn_with_the_old_session_is_not_taken_on_behalf_of_the_new_one(c
         async with await connect(port) as stream:
             await stream.send_all(b"x" * 100)
             await trio.sleep(0.02)
-            assert first.far_session._turns.waiting
+            assert first.far_session._scheduler.waiting
             await plane.add_relay(await plane.serve(echo), name="b")
             with trio.fail_after(4):
                 assert await receive_exactly(stream, 100) == b"x" * 100
-            assert not first.far_session._turns.waiting
+            assert not first.far_session._scheduler.waiting
             first.redials = True
 
 

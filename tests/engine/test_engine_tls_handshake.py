@@ -283,11 +283,11 @@ async def test_a_client_whose_time_is_over_while_the_thread_has_its_socket(conte
     async with open_plane(contexts) as plane:
         door, port = add_tls_door(plane, server_context(pairs))
         may_go_on = threading.Event()
-        plane.reactor.beside.do(lambda: may_go_on.wait(10), lambda _: None)
+        plane.reactor.offload.do(lambda: may_go_on.wait(10), lambda _: None)
         async with await trio.open_tcp_stream(LOOPBACK, port) as stream:
             await stream.send_all(b"\x16\x03\x01")
             with trio.fail_after(5):
-                while not door.seen.under_way or not door.seen.under_way[0]._is_beside:
+                while not door.seen.under_way or not door.seen.under_way[0]._is_offloaded:
                     await trio.sleep(0.01)
             door.seen.under_way[0].fail("too late")
             assert door.seen.failed == ["too late"]

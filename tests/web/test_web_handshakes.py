@@ -77,9 +77,9 @@ async def test_a_crowd_at_a_door_keeps_nobody_else_waiting(contexts: Contexts) -
         pending = plane.doors[0].pending.clients
 
         def waiting() -> int:
-            return sum(isinstance(each, ClientHandshake) and each._handshake._is_beside for each in pending)
+            return sum(isinstance(each, ClientHandshake) and each._handshake._is_offloaded for each in pending)
 
-        plane.reactor.beside.do(lambda: may_go_on.wait(20), lambda _: None)
+        plane.reactor.offload.do(lambda: may_go_on.wait(20), lambda _: None)
         try:
             async with site.crowd(port), trio.open_nursery() as nursery:
                 await until(lambda: waiting() == MANY)

@@ -48,10 +48,10 @@ async def test_work_is_done_elsewhere_one_after_the_other_and_told_here() -> Non
                 done.set()
 
         for number in range(5):
-            reactor.beside.do(partial(work, number), then)
+            reactor.offload.do(partial(work, number), then)
         await trio.sleep(0.03)  # the thread may have ended by now
         for number in range(5, 10):
-            reactor.beside.do(partial(work, number), then)
+            reactor.offload.do(partial(work, number), then)
         await done.wait()
         assert told == [0, 1, 2, "the fourth", 4, 5, 6, 7, 8, 9]
         assert most == 1
@@ -61,10 +61,10 @@ async def test_work_is_done_elsewhere_one_after_the_other_and_told_here() -> Non
 async def test_a_crowd_of_one_source_keeps_no_other_waiting() -> None:
     async with running() as reactor:
         may_go_on, told, done = threading.Event(), [], trio.Event()
-        reactor.beside.do(lambda: may_go_on.wait(10), lambda _: None)
+        reactor.offload.do(lambda: may_go_on.wait(10), lambda _: None)
         for source, count in (("crowd", 200), ("one", 1), ("two", 2)):
             for _ in range(count):
-                reactor.beside.do(partial(told.append, source), lambda _: done.set() if len(told) == 203 else None, source)
+                reactor.offload.do(partial(told.append, source), lambda _: done.set() if len(told) == 203 else None, source)
         may_go_on.set()
         await done.wait()
         assert told[:6] == ["crowd", "one", "two", "crowd", "two", "crowd"]
@@ -77,8 +77,8 @@ async def test_the_loop_outlives_those_who_are_told(caplog: pytest.LogCaptureFix
         def fails(_: outcome.Outcome[int]) -> None:
             raise ValueError("a bug")
 
-        reactor.beside.do(lambda: 1, fails)
-        reactor.beside.do(lambda: 2, lambda _: done.set())
+        reactor.offload.do(lambda: 1, fails)
+        reactor.offload.do(lambda: 2, lambda _: done.set())
         await done.wait()
         assert "could not be told" in caplog.text
 
@@ -101,8 +101,8 @@ def test_a_loop_that_has_closed_is_told_nothing_more(monkeypatch: pytest.MonkeyP
         may_go_on.wait(10)
 
     reactor = Reactor()
-    reactor.beside.do(work, told.append)
-    reactor.beside.do(lambda: told.append("begun all the same"), told.append)
+    reactor.offload.do(work, told.append)
+    reactor.offload.do(lambda: told.append("begun all the same"), told.append)
     assert working.wait(10)
     reactor.close()
     may_go_on.set()
@@ -137,7 +137,7 @@ async def test_work_goes_on_in_the_loop_while_no_thread_can_be_started(
             return number
 
         for number in range(5):
-            reactor.beside.do(partial(work, number), then)
+            reactor.offload.do(partial(work, number), then)
             assert told == [], "told from within `do`"
         await done.wait()
         assert told == [0, 1, 2, 3, 4]

@@ -4,11 +4,11 @@ from collections import deque
 from contextlib import suppress
 from typing import Final
 
-from fxtunnel.engine.ports import TurnTaker
+from fxtunnel.engine.ports import StreamSender
 from fxtunnel.protocol.frames import HEADER_BYTES
 
 TURN_BYTES: Final = 262_144
-"""What all takers together send in one turn of the loop, about."""
+"""What all senders together send in one turn of the loop, about."""
 BULK_TURN_BYTES: Final = TURN_BYTES - HEADER_BYTES
 """What one that has much sends at once: read by one call, handed to TLS by one, and in one piece at the other end."""
 CROWD: Final = 16
@@ -22,17 +22,17 @@ SPARSE_SHARE_BYTES: Final = TURN_BYTES // 4
 """So much of a turn belongs to those who have little, so that however many they are, the others go on."""
 
 BESIDE_BYTES: Final = 196_608
-"""Unacknowledged bytes of bulk beside a taker that has little, which waits behind them. The peer is asked to acknowledge each third."""
+"""Unacknowledged bytes of bulk beside a sender that has little, which waits behind them. The peer is asked to acknowledge each third."""
 BESIDE_BYTES_PER_S: Final = 250_000_000
 """The rate that bulk keeps all the same: on a longer path, the bytes in flight at this rate are not queueing delay."""
 BESIDE_TURN_BYTES: Final = 65_536
 """What each that has much sends at once beside somebody who has little."""
 ALONE_BYTES: Final = 67_108_864
-"""After this many bytes without a taker that has little, bulk counts as being alone."""
+"""After this many bytes without a sender that has little, bulk counts as being alone."""
 
 
 def lately(turn_bytes: int, count: int) -> int:
-    """`TurnTaker.turn_bytes` after a turn of `count` bytes: the most of the last turns, where one before counts half as much each.
+    """`StreamSender.turn_bytes` after a turn of `count` bytes: the most of the last turns, where one before counts half as much each.
 
     A short read in the middle of a download is no keystroke. After four of them in a row what follows is taken for one.
     """
@@ -44,8 +44,8 @@ def beside_bytes(ring_bytes: int, min_rtt_s: float) -> int:
     return min(ring_bytes >> 1, max(BESIDE_BYTES, int(min_rtt_s * BESIDE_BYTES_PER_S)))
 
 
-class Turns:
-    """The takers that wait, in two queues, as new and old flows do in FQ-CoDel (RFC 8290, section 4.2).
+class SendScheduler:
+    """The senders that wait, in two queues, as new and old flows do in FQ-CoDel (RFC 8290, section 4.2).
 
     A client that types beside sixteen downloads waits for what is on the link already, not for a round of sixteen turns. So turns may be
     large, and bulk is cheap. Neither queue starves the other: the first has a quarter of each turn, and all that the second leaves.
@@ -55,23 +55,23 @@ class Turns:
     __slots__ = ("_bulk", "_is_first", "_sparse", "_sparse_at", "waiting")
 
     def __init__(self) -> None:
-        self._bulk: deque[TurnTaker] = deque()
-        self._sparse: deque[TurnTaker] = deque()
+        self._bulk: deque[StreamSender] = deque()
+        self._sparse: deque[StreamSender] = deque()
         self._sparse_at = -ALONE_BYTES  # where in the sequence somebody last had little
         self._is_first = False  # whether who has the turn now went before the others
         self.waiting = 0
-        """How many takers wait."""
+        """How many senders wait."""
 
-    def want(self, taker: TurnTaker) -> None:
+    def want(self, sender: StreamSender) -> None:
         """It has bytes. It keeps itself from asking twice."""
-        (self._sparse if taker.turn_bytes < SPARSE_BYTES else self._bulk).append(taker)
+        (self._sparse if sender.turn_bytes < SPARSE_BYTES else self._bulk).append(sender)
         self.waiting += 1
 
-    def cancel(self, taker: TurnTaker) -> None:
+    def cancel(self, sender: StreamSender) -> None:
         """It wants its turn no more."""
         for queue in (self._sparse, self._bulk):
             with suppress(ValueError):
-                queue.remove(taker)
+                queue.remove(sender)
                 self.waiting -= 1
 
     def clear(self) -> None:
@@ -80,16 +80,16 @@ class Turns:
         self._bulk.clear()
         self.waiting = 0
 
-    def took(self, taker: TurnTaker, head: int) -> None:
+    def took(self, sender: StreamSender, head: int) -> None:
         """It had its turn, which ends at `head` of the sequence. What a stream that begins brings says whether it has little."""
-        if self._is_first and taker.turn_bytes < SPARSE_BYTES:
+        if self._is_first and sender.turn_bytes < SPARSE_BYTES:
             self._sparse_at = head
 
     def is_beside(self, head: int) -> bool:
         """Whether somebody who has little was there lately, at `head` of the sequence."""
         return head - self._sparse_at < ALONE_BYTES
 
-    def next(self, filled_bytes: int, head: int, may_bytes: int) -> tuple[TurnTaker, int] | None:
+    def next(self, filled_bytes: int, head: int, may_bytes: int) -> tuple[StreamSender, int] | None:
         """Who is next in a turn that has `filled_bytes` already, and how much it may write at `head` of the sequence.
 
         Call `took` after the turn. While somebody who has little was there lately, those who have much may send `may_bytes` together.

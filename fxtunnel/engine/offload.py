@@ -18,7 +18,7 @@ Work = Callable[[], object]
 Then = Callable[[outcome.Outcome[Any]], None]
 
 
-class Beside:
+class OffloadThread:
     """One for each reactor. The work should be C code that releases the GIL; otherwise it blocks the loop all the same.
 
     There is never more than one thread, so that a crowd cannot make many of them, nor take more than one core. It is trio's, which keeps

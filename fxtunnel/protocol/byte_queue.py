@@ -7,7 +7,7 @@ PIECE_BYTES: Final = 16_384
 """Smaller ones are put together: a piece costs 100 bytes of its own, and a peer may send a byte at a time."""
 
 
-class Pieces:
+class ByteQueue:
     """A queue of bytes. Take from `first`, and say with `left` how much that was; `len` is all that waits."""
 
     __slots__ = ("_pieces", "_size")

@@ -3,7 +3,7 @@
 import trio
 
 
-class OneAtATime:
+class ConflictDetector:
     """Turns the mistake of two tasks using one direction at once into an error; trio keeps its own such guard private."""
 
     __slots__ = ("_message", "is_busy")
