@@ -21,13 +21,13 @@ from fxgateway.doors.door import DoorConfig, DoorRelays
 from fxgateway.doors.doors import Doors
 from fxgateway.routing.admission import Admission, AdmissionLimits
 from fxgateway.routing.hosts import HostTable, Route
-from fxgateway.routing.reception import Kind, Receptionist
+from fxgateway.routing.preread_router import DoorKind, PrereadRouter
 from fxgateway.sandbox import Sandbox
 from fxgateway.settings import GatewaySettings
 from fxgateway.steering import AdminPages, Steering
-from fxgateway.tunnels.colleagues import Colleagues
 from fxgateway.tunnels.control import YIELDED_BEATS, ControlConfig
 from fxgateway.tunnels.identities import Identities
+from fxgateway.tunnels.peer_processes import PeerProcesses
 from fxgateway.tunnels.port import PortLimits, TunnelPort
 from fxgateway.tunnels.registry import Registry, RegistryLimits
 from fxgateway.tunnels.succession import Succession
@@ -131,7 +131,7 @@ class Gateway:
                 settings.limits.hello_timeout_s,
                 self._name,
             ),
-            self._make_colleagues(),
+            self._make_peer_processes(),
         )
         self._view.relays_refused = self._port.refused
         self._inherited = self._make_inherited()
@@ -181,7 +181,7 @@ class Gateway:
     def _make_relays(self) -> DoorRelays:
         return self._registry
 
-    def _make_colleagues(self) -> Colleagues:
+    def _make_peer_processes(self) -> PeerProcesses:
         self._succession = Succession(self._name)
         return self._succession
 
@@ -305,7 +305,7 @@ def web_contexts(settings: GatewaySettings) -> dict[str, ssl.SSLContext]:
     Raises:
         ConfigError: a certificate or key cannot be used.
     """
-    return {door.label: web_tls.server_context(settings.certificates_of(door)) for door in settings.doors if door.kind is Kind.HTTPS}
+    return {door.label: web_tls.server_context(settings.certificates_of(door)) for door in settings.doors if door.kind is DoorKind.HTTPS}
 
 
 def door_configs(settings: GatewaySettings, contexts: Mapping[str, ssl.SSLContext], access: AccessLog) -> list[DoorConfig]:
@@ -321,7 +321,7 @@ def door_configs(settings: GatewaySettings, contexts: Mapping[str, ssl.SSLContex
             limits.idle_timeout_s,
             door.proxy_from,
             limits.hello_timeout_s,
-            receptionist(door, routes),
+            preread_router(door, routes),
             door.sniff_s,
             contexts.get(door.label),
             access if settings.log.access != "off" else None,
@@ -330,11 +330,11 @@ def door_configs(settings: GatewaySettings, contexts: Mapping[str, ssl.SSLContex
     ]
 
 
-def receptionist(door: DoorSettings, routes: HostTable) -> Receptionist | None:
+def preread_router(door: DoorSettings, routes: HostTable) -> PrereadRouter | None:
     """What decides where the door's clients go; None for a door where all get the same service."""
-    if door.kind is Kind.TCP:
+    if door.kind is DoorKind.TCP:
         return None
-    return Receptionist(
+    return PrereadRouter(
         door.kind, routes, ServiceName(door.service) or None, ServiceName(door.ssh) or None, frozenset(map(ServiceName, door.streams))
     )
 

@@ -13,7 +13,7 @@ from typing import Final
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from fxgateway.routing.reception import Kind
+from fxgateway.routing.preread_router import DoorKind
 from fxgateway.settings import GatewaySettings
 from fxgateway.setup import read_authority
 from fxgateway.tunnels.identities import Identities
@@ -51,7 +51,7 @@ def verify_files(settings: GatewaySettings, config_path: Path, now: dt.datetime)
     if os.path.lexists(tunnel.identities_path):
         problems += _collect(Identities(tunnel.identities_path).load)
     for door in settings.doors:
-        if door.kind is Kind.HTTPS:
+        if door.kind is DoorKind.HTTPS:
             problems += _collect(partial(web_tls.server_context, settings.certificates_of(door)))
     for path in (config_path.parent / name for name in _BESIDE):
         if os.path.lexists(path):
@@ -92,7 +92,7 @@ def warnings(settings: GatewaySettings, config_path: Path, now: dt.datetime) -> 
     found += [
         f"door {door.label} ends TLS: this host sees what its clients say; kind sni leaves that to the relays"
         for door in settings.doors
-        if door.kind is Kind.HTTPS
+        if door.kind is DoorKind.HTTPS
     ]
     host = settings.admin.listen.host
     if host is not None and not _is_loopback(host):
@@ -107,7 +107,7 @@ def warnings(settings: GatewaySettings, config_path: Path, now: dt.datetime) -> 
 
 def _ending_certificates(settings: GatewaySettings, now: dt.datetime) -> list[str]:
     paths = [settings.tunnel.certificate, settings.tunnel.ca]
-    paths += [path for door in settings.doors if door.kind is Kind.HTTPS for path, _ in settings.certificates_of(door)]
+    paths += [path for door in settings.doors if door.kind is DoorKind.HTTPS for path, _ in settings.certificates_of(door)]
     found = []
     for path in dict.fromkeys(paths):
         with contextlib.suppress(OSError, ValueError):  # what cannot be read is a problem, or, for the authority, nobody's here

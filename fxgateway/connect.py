@@ -17,7 +17,7 @@ import h11
 import trio
 
 from fxgateway.connect_streams import GOODBYE_S, TlsHalves, break_on_close, carry, end_on_close, join
-from fxgateway.routing.reception import STREAM_PATH, STREAM_PROTOCOL
+from fxgateway.routing.preread_router import STREAM_PATH, STREAM_PROTOCOL
 from fxtunnel.engine.tls_socket import TlsSocket
 from fxtunnel.errors import FxError
 from fxtunnel.kit.settings import Address

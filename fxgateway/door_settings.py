@@ -9,7 +9,7 @@ from typing import Final, Self
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import InitErrorDetails
 
-from fxgateway.routing.reception import Kind
+from fxgateway.routing.preread_router import DoorKind
 from fxtunnel.kit.sections import LogSettings, Seconds, Section, clash, tables
 from fxtunnel.kit.settings import AddressField, ConfigPath, NameField, OptionalPath, beside_the_file
 
@@ -40,8 +40,8 @@ class DoorSettings(Section):
     """An address where clients come in, and where they get to: always one service, or what they ask for by name."""
 
     listen: AddressField = Field(description="Address for clients, host:port; or unix:/path.")
-    kind: Kind = Field(
-        Kind.TCP,
+    kind: DoorKind = Field(
+        DoorKind.TCP,
         description="tcp: all get `service`. sni: TLS, unread, by the name asked for. http: by Host and path. auto: by the first bytes. "
         "https: TLS ends here, and this host sees what clients say; then as http.",
     )
@@ -69,15 +69,15 @@ class DoorSettings(Section):
 
     @model_validator(mode="after")
     def _check_kind(self) -> Self:
-        if self.kind is Kind.TCP and not self.service:
+        if self.kind is DoorKind.TCP and not self.service:
             raise ValueError("expected `service`: at a door of kind tcp every client gets the same")
-        if self.streams and self.kind not in (Kind.HTTP, Kind.HTTPS, Kind.AUTO):
+        if self.streams and self.kind not in (DoorKind.HTTP, DoorKind.HTTPS, DoorKind.AUTO):
             raise ValueError("streams: only for a door that speaks HTTP")
         if (self.certificate is None) != (self.key is None):
             raise ValueError("certificate and key belong together: one of them is missing")
-        if self.certificate is not None and self.kind is not Kind.HTTPS:
+        if self.certificate is not None and self.kind is not DoorKind.HTTPS:
             raise ValueError("certificate: only a door of kind https ends TLS; at the others the certificate is the service's")
-        if self.kind is not Kind.AUTO:
+        if self.kind is not DoorKind.AUTO:
             only_auto = sorted({"ssh", "sniff_s"} & self.model_fields_set)
             if only_auto:
                 raise ValueError(f"{', '.join(only_auto)}: only for a door of kind auto")

@@ -33,7 +33,7 @@ from fxrelay.uplink.composing import session_config, uplink_config
 from fxrelay.uplink.gateway_file import GatewayFile, load_gateway_file
 from fxrelay.uplink.identity import Identity, load_identity
 from fxrelay.uplink.ports import LinkSession, UplinkSessionOwner
-from fxrelay.uplink.uplink import Surroundings, Uplink
+from fxrelay.uplink.uplink import Uplink, UplinkEnvironment
 from fxrelay.web import access
 from fxrelay.web.composing import files_of_a_stream, web_limits, web_rules
 from fxrelay.web.desk import WebDesk
@@ -149,7 +149,7 @@ class Relay:
         identity = await load_identity(self._settings.relay.state_dir, RelayId(self._settings.relay.id))
         self._composed = parts = await self._compose(identity)
         brain = parts.brain
-        self._uplinks = self._make_uplinks(files, identity, Surroundings(is_reluctant=lambda: brain.is_cut_off))
+        self._uplinks = self._make_uplinks(files, identity, UplinkEnvironment(is_reluctant=lambda: brain.is_cut_off))
         memory_bytes = self._settings.limits.memory_bytes
         view = LiveView(identity.relay_id, identity.instance, lambda: self._uplinks, self._desk, brain, self._budget, memory_bytes)
         async with trio.open_nursery() as nursery:
@@ -241,13 +241,13 @@ class Relay:
             logger.info("limits.streams is %d; with %d files it is %d", settings.limits.streams, self._file_limit, most)
         return delivery_limits(settings, most)
 
-    def _make_uplinks(self, files: list[GatewayFile], identity: Identity, around: Surroundings) -> list[Uplink]:
+    def _make_uplinks(self, files: list[GatewayFile], identity: Identity, environment: UplinkEnvironment) -> list[Uplink]:
         settings = self._settings
         offers = self._services.offers()
         uplinks = []
         for gateway, file in zip(settings.gateways, files, strict=True):
             sessions, timing = GatewaySessions(self, file.gateway_id), uplink_config(settings, gateway)
-            uplinks.append(Uplink(file, identity, offers, sessions, timing, around))
+            uplinks.append(Uplink(file, identity, offers, sessions, timing, environment))
         return uplinks
 
     async def _run_uplink(self, uplink: Uplink) -> None:

@@ -76,15 +76,15 @@ def mint(key_path: Path, sub: str, service: str, node: str, groups: str, ttl: in
     FXGATEWAY_TICKET=$(fxrelay ticket mint --key tickets.key --sub alice --service ssh) \\
       ssh -o ProxyCommand='fxgateway connect ssh --via https://gw.example.com' node-a
     """
-    from fxrelay.admitting.ticket import Wish, flaw_of_user, mint_ticket
+    from fxrelay.admitting.ticket import Wish, mint_ticket, problem_of_user
     from fxtunnel.kit.signed_claims import signing_key
 
     for option, name in (("--service", service), ("--node", node)):
         if name and not is_name(name):
             raise click.UsageError(f"{option}: expected a name: 1 to 64 of the characters A-Z a-z 0-9 . _ -")
-    flaw = flaw_of_user(sub)
-    if flaw:
-        raise click.UsageError(f"--{flaw}")
+    problem = problem_of_user(sub)
+    if problem:
+        raise click.UsageError(f"--{problem}")
     private = _load(key_path)
     try:
         known = signing_key(private.public_key(), kid)  # type: ignore[arg-type]  # it raises for the others

@@ -3,7 +3,7 @@
 import socket
 from typing import TYPE_CHECKING, Final, assert_never
 
-from fxgateway.routing.journey import MAX_ATTEMPTS, Ask, GiveUp, Journey, PassOn, next_step
+from fxgateway.routing.failover import MAX_ATTEMPTS, FailoverState, GiveUp, OpenOn, PassOn, next_step
 from fxgateway.routing.offers import RejectReason
 from fxtunnel.codes import Code
 from fxtunnel.engine.session import Session
@@ -13,9 +13,9 @@ from fxtunnel.protocol.opening import TAG_CLIENT, encode_redirects, encode_tag
 
 if TYPE_CHECKING:
     from fxgateway.doors.door import Door
-    from fxgateway.doors.recorded import Diary
+    from fxgateway.doors.recorded import AccessRecord
 
-_AT_THE_START: Final = Journey()
+_AT_THE_START: Final = FailoverState()
 
 
 class Client(Splice):
@@ -28,10 +28,10 @@ class Client(Splice):
 
     __slots__ = (
         "_open_ends_at",
+        "access_record",
         "address",
-        "diary",
         "door",
-        "journey",
+        "failover",
         "last_bytes",
         "moved_at",
         "named",
@@ -50,7 +50,7 @@ class Client(Splice):
         """The OPEN's tags, without the client's own address."""
         self.trace = ""
         """The id under which the logs of gateway and relay mention it; empty if it has none."""
-        self.diary: Diary | None = None
+        self.access_record: AccessRecord | None = None
         """None unless the access log was on when it came."""
         self.named = ""
         """The client's ip:port where accept or a PROXY header has told it; if empty, ask the socket (`peer`)."""
@@ -58,7 +58,7 @@ class Client(Splice):
         """The relay on which its stream was last opened; empty before the first."""
         self.last_bytes = 0
         self.moved_at = door.reactor.now
-        self.journey = _AT_THE_START
+        self.failover = _AT_THE_START
         """How far it has got; `next_step` says how it goes on."""
         self._open_ends_at = 0
         """The position in the session's byte sequence at which its OPEN ends."""
@@ -109,11 +109,11 @@ class Client(Splice):
         if code.is_final:
             self.turn_away(code.label)  # it is about this client: another relay must not be asked to overrule it
         else:
-            self._go_on(self.journey.refused())
+            self._go_on(self.failover.refused())
 
     def on_redirect(self, relay: str) -> None:
         """See `Endpoint`."""
-        self._go_on(self.journey.redirected(relay))
+        self._go_on(self.failover.redirected(relay))
 
     def on_reset(self, code: Code) -> None:
         """See `Endpoint`."""
@@ -122,7 +122,7 @@ class Client(Splice):
             return
         untouched = not stream.bytes_in and not stream.bytes_out and not stream.fin_received
         if not stream.accepted or (untouched and code in (Code.LINK_LOST, Code.FENCED, Code.REVOKED, Code.SHUTDOWN, Code.DRAINING)):
-            self._go_on(self.journey.lost() if code is Code.LINK_LOST else self.journey.refused())
+            self._go_on(self.failover.lost() if code is Code.LINK_LOST else self.failover.refused())
         else:
             super().on_reset(code)
 
@@ -130,7 +130,7 @@ class Client(Splice):
         """The relay has not answered the OPEN in time."""
         if self.stream is not None:
             self.stream.reset(Code.CANCELLED)
-        self._go_on(self.journey.refused())
+        self._go_on(self.failover.refused())
 
     @property
     def waits_for_link(self) -> bool:
@@ -139,16 +139,16 @@ class Client(Splice):
         return session is not None and not session.is_up and session.mux.ring.sent < self._open_ends_at
 
     @property
-    def wish(self) -> tuple[ServiceName, tuple[RelayId, ...], RelayId | None]:
+    def route_key(self) -> tuple[ServiceName, tuple[RelayId, ...], RelayId | None]:
         """What decides where it could go instead of waiting: its service, the relays that refused, and its target, if any."""
-        return self.service, self.journey.asked[:-1], self.journey.target
+        return self.service, self.failover.asked[:-1], self.failover.target
 
-    def go_on_elsewhere(self) -> None:
+    def redispatch(self) -> None:
         """It `waits_for_link`, but could be served now, by another relay or over another link: open its stream again."""
-        if self.stream is None or self.journey.attempts >= MAX_ATTEMPTS:
+        if self.stream is None or self.failover.attempts >= MAX_ATTEMPTS:
             return
         self.stream.reset(Code.CANCELLED)
-        self._go_on(self.journey.unasked())
+        self._go_on(self.failover.unasked())
 
     def end_idle(self) -> None:
         """Nothing has moved for too long."""
@@ -158,12 +158,12 @@ class Client(Splice):
         """See `Splice`."""
         self.door.client_released(self)
 
-    def _go_on(self, journey: Journey) -> None:
-        """The relay that has the stream does not serve it: take the next steps of `journey`."""
+    def _go_on(self, failover: FailoverState) -> None:
+        """The relay that has the stream does not serve it: take the next steps of `failover`."""
         stream = self.stream
         if self.closed or stream is None:
             return
-        self.journey = journey
+        self.failover = failover
         self.door.opening.pop(self, None)  # so that it is entered again at the end: `opening` is in order of time
         self._forward(self.named or self.peer(), bytes(stream.early or b""))
 
@@ -175,24 +175,24 @@ class Client(Splice):
             return self.address
 
     def _forward(self, peer: str, early: bytes) -> bool:
-        """Take the next steps of the journey until a stream is open. False: the client has ended here, or is another process's."""
+        """Take the next steps of the failover until a stream is open. False: the client has ended here, or is another process's."""
         relays = self.door.relays
         while True:
-            step = next_step(self.journey, self.service, relays)
-            self.journey = step.journey
+            step = next_step(self.failover, self.service, relays)
+            self.failover = step.failover
             match step:
-                case Ask():
+                case OpenOn():
                     session = step.relay.session_for_stream()
                     if session is not None and self._open(session, step.relay.relay_id, peer, early):
                         return True
-                    self.journey = step.journey.refused()
+                    self.failover = step.failover.refused()
                 case PassOn():
                     if step.relay.take(self, early):
                         return False
-                    self.journey = step.otherwise
+                    self.failover = step.otherwise
                 case GiveUp():
                     if step.reason is RejectReason.NO_RELAY:
-                        self.door.unserved.note(self.door.name, self.service)
+                        self.door.outages.note(self.door.name, self.service)
                     self.turn_away(step.reason.value)
                     return False
                 case _:
@@ -200,10 +200,10 @@ class Client(Splice):
 
     def _open(self, session: Session, relay_id: RelayId, peer: str, early: bytes) -> bool:
         """Open the stream on this session; False if it takes no more. What fails after that ends the stream together with the client."""
-        journey = self.journey
+        failover = self.failover
         tags = encode_tag(TAG_CLIENT, peer) + self.tags if peer else self.tags
-        if journey.target is not None or journey.avoid:  # it was redirected
-            tags += encode_redirects(journey.via, journey.avoid)
+        if failover.target is not None or failover.avoid:  # it was redirected
+            tags += encode_redirects(failover.via, failover.avoid)
         stream = session.open_stream(tags, self)
         if stream is None:
             return False

@@ -10,16 +10,16 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, TypeAlias, TypeVar
 
 from fxgateway.doors.client import Client, peer_text
-from fxgateway.doors.elsewhere import Elsewhere
-from fxgateway.doors.hall import Hall
+from fxgateway.doors.pending_clients import PendingClients
 from fxgateway.doors.proxied import Proxied
-from fxgateway.doors.recorded import AccessSink, Diary, RecordedClient
-from fxgateway.doors.unserved import Unserved
-from fxgateway.doors.waiting import spare_the_wait
-from fxgateway.doors.web_client import error_words
+from fxgateway.doors.recorded import AccessRecord, AccessSink, RecordedClient
+from fxgateway.doors.redispatch import redispatch_held
+from fxgateway.doors.remote_relay import RemoteRelay
+from fxgateway.doors.service_outages import ServiceOutages
+from fxgateway.doors.web_client import error_answer
 from fxgateway.routing.admission import Admission, Verdict
-from fxgateway.routing.journey import Relays
-from fxgateway.routing.reception import Kind, Lead, Receptionist
+from fxgateway.routing.failover import Relays
+from fxgateway.routing.preread_router import Destination, DoorKind, PrereadRouter
 from fxtunnel.codes import Code
 from fxtunnel.engine.overdue import idle, overdue
 from fxtunnel.engine.reactor import LISTENER_EVENTS, Reactor, Timer
@@ -59,22 +59,22 @@ CLIENT_OPTIONS: Final = (
 DEFER_ACCEPT_S: Final = 1
 """At doors where clients speak first, the kernel holds a connection back until they have, or for about this long (tcp(7),
 TCP_DEFER_ACCEPT). That saves an event for each client, since its first bytes are there when it is accepted."""
-_SPEAKS_FIRST: Final = frozenset({Kind.SNI, Kind.HTTP, Kind.HTTPS})
+_SPEAKS_FIRST: Final = frozenset({DoorKind.SNI, DoorKind.HTTP, DoorKind.HTTPS})
 _TOO_MANY: Final = Refused(429, "TooMany", "There are too many connections from your address, or in all.", retry_after_s=5)
-_UNHEARD: Final = Lead(ServiceName(""))
+_UNHEARD: Final = Destination(ServiceName(""))
 _NOBODY: Final = ""
 """The source under which admission counts a connection that still owes its PROXY header: in all and per door only."""
 
 
-DoorRelays: TypeAlias = "Relays[LiveRelay, Elsewhere]"
+DoorRelays: TypeAlias = "Relays[LiveRelay, RemoteRelay]"
 
 
 @dataclass(frozen=True, slots=True)
 class DoorConfig:
     """What the configuration says about a door. Across a reload, the same `listen` means the same door.
 
-    Without a `receptionist` every client gets `service` at once. With one, a client's first bytes decide, and `service` may be empty; with
-    `tls`, the client's TLS is terminated before that. `access` is told of every client that has ended.
+    Without a `preread_router` every client gets `service` at once. With one, a client's first bytes decide, and `service` may be empty;
+    with `tls`, the client's TLS is terminated before that. `access` is told of every client that has ended.
     Connections from `proxy_from` must begin with a PROXY header within `header_timeout_s`. From anybody else such a header is just data.
     """
 
@@ -85,7 +85,7 @@ class DoorConfig:
     idle_timeout_s: float = 86_400.0
     proxy_from: tuple[Network, ...] = ()
     header_timeout_s: float = 5.0
-    receptionist: Receptionist | None = None
+    preread_router: PrereadRouter | None = None
     sniff_s: float = 0.3
     tls: ssl.SSLContext | None = None
     access: AccessSink | None = None
@@ -116,8 +116,8 @@ class Door:
         self.clients: set[Client] = set()
         self.opening: dict[Client, float] = {}
         self.proxied: dict[Proxied, float] = {}
-        self.hall = Hall(self)
-        self.unserved = Unserved()
+        self.pending = PendingClients(self)
+        self.outages = ServiceOutages()
         self.counters = DoorCounters()
         self._listener: socket.socket | None = None
         self._hears = False
@@ -135,16 +135,16 @@ class Door:
     @property
     def leads_to(self) -> str:
         """Its service, or how clients choose one, as text for people."""
-        receptionist = self.config.receptionist
-        if receptionist is None:
+        preread_router = self.config.preread_router
+        if preread_router is None:
             return self.config.service
-        return f"routes by {receptionist.kind.value}{' (decrypted here)' if self.config.tls is not None else ''}"
+        return f"routes by {preread_router.kind.value}{' (decrypted here)' if self.config.tls is not None else ''}"
 
     @property
     def services(self) -> frozenset[ServiceName]:
         """All services that its clients can get."""
-        receptionist = self.config.receptionist
-        return receptionist.services() if receptionist is not None else frozenset({self.config.service})
+        preread_router = self.config.preread_router
+        return preread_router.services() if preread_router is not None else frozenset({self.config.service})
 
     @property
     def name(self) -> str:
@@ -154,7 +154,7 @@ class Door:
     @property
     def occupants(self) -> int:
         """How many connections came in through it, including those of which it is not clear yet what they want."""
-        return len(self.clients) + len(self.proxied) + len(self.hall.visitors)
+        return len(self.clients) + len(self.proxied) + len(self.pending.clients)
 
     def open(self, listener: socket.socket) -> None:
         """Take clients from `listener`, a bound, listening, non-blocking socket. The door owns it."""
@@ -167,7 +167,7 @@ class Door:
         """Apply `config` to new clients; open ones keep what they have."""
         self.config = config
         self._tags = _tags_of(config)
-        self.unserved.keep_only(self.services)
+        self.outages.keep_only(self.services)
         self._defer_accept()
 
     def hold(self) -> None:
@@ -195,7 +195,7 @@ class Door:
         self.release()
         for proxied in list(self.proxied):
             proxied.fail("closed", "the door is closed")
-        self.hall.close()
+        self.pending.close()
 
     def abort_all(self) -> None:
         """End every client, with RST."""
@@ -250,9 +250,9 @@ class Door:
         """From the reactor: a bug of ours; the door stays open."""
 
     def _defer_accept(self) -> None:
-        listener, receptionist = self._listener, self.config.receptionist
+        listener, preread_router = self._listener, self.config.preread_router
         if listener is not None and listener.family != socket.AF_UNIX:
-            speaks_first = receptionist is not None and receptionist.kind in _SPEAKS_FIRST
+            speaks_first = preread_router is not None and preread_router.kind in _SPEAKS_FIRST
             listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, DEFER_ACCEPT_S if speaks_first else 0)
 
     def _take(self, sock: socket.socket, peer: object) -> None:
@@ -260,20 +260,20 @@ class Door:
         if self.config.proxy_from and is_within(address, self.config.proxy_from):
             self._await_header(sock, peer[0], peer[1])  # type: ignore[index]  # who has an address has a port
         elif self._admit(sock, address):
-            if self.config.receptionist is None:
+            if self.config.preread_router is None:
                 client = self._client(sock, address)
                 client.has_spoken()  # most have by now, and their first bytes leave with the OPEN
                 self.let_in(client, peer_text(peer))
             else:
-                self.hall.hear(sock, address, peer_text(peer), self.config.receptionist)
+                self.pending.take(sock, address, peer_text(peer), self.config.preread_router)
 
     def _admit(self, sock: socket.socket, address: str) -> bool:
         verdict = self.admission.admit(self.listen_address, address, self.reactor.now)
         if verdict is Verdict.ADMIT:
             return True
-        receptionist = self.config.receptionist
-        if receptionist is not None and receptionist.kind is Kind.HTTP:
-            self.hall.say_farewell(sock, error_words(_TOO_MANY, next(self.traces), b""))
+        preread_router = self.config.preread_router
+        if preread_router is not None and preread_router.kind is DoorKind.HTTP:
+            self.pending.close_with(sock, error_answer(_TOO_MANY, next(self.traces), b""))
         else:
             abort(sock)
         self.refused(verdict.value)
@@ -290,12 +290,12 @@ class Door:
         client.trace = trace
         return client
 
-    def let_in(self, client: Client, peer: str, lead: Lead = _UNHEARD, said: bytes = b"") -> None:
-        """Serve an admitted client. `peer` is its ip:port, `lead` what it asked for; for `said` see `Client.begin`."""
+    def let_in(self, client: Client, peer: str, destination: Destination = _UNHEARD, said: bytes = b"") -> None:
+        """Serve an admitted client. `peer` is its ip:port, `destination` what it asked for; for `said` see `Client.begin`."""
         self.clients.add(client)
         self.counters.accepted += 1
         if self.config.access is not None:
-            client.diary = Diary(peer, self.reactor.now, lead.host, lead.scheme)
+            client.access_record = AccessRecord(peer, self.reactor.now, destination.host, destination.scheme)
         try:
             client.begin(peer, said)
         except BaseException:
@@ -317,12 +317,12 @@ class Door:
         self.left(_NOBODY)
         if not self._admit(proxied.sock, client[0]):
             return
-        if self.config.receptionist is None:
+        if self.config.preread_router is None:
             admitted = self._client(proxied.sock, client[0])
             admitted.named = peer_text(client)
             self.let_in(admitted, admitted.named)
         else:
-            self.hall.hear(proxied.sock, client[0], peer_text(client), self.config.receptionist)
+            self.pending.take(proxied.sock, client[0], peer_text(client), self.config.preread_router)
 
     def header_failed(self, proxied: Proxied, reason: str, text: str) -> None:
         """A connection was reset because its PROXY header was bad or missing."""
@@ -363,11 +363,11 @@ class Door:
         for client in overdue(self.opening, now - self.config.open_timeout_s):
             self.opening.pop(client, None)
             client.open_timed_out()
-        spare_the_wait(self.opening, self.relays)
-        self.unserved.look(self.name, self.relays)
+        redispatch_held(self.opening, self.relays)
+        self.outages.look(self.name, self.relays)
         for proxied in overdue(self.proxied, now - self.config.header_timeout_s):
             proxied.fail("proxy-header-timeout", f"nothing complete within {self.config.header_timeout_s:g} s")
-        self.hall.turn_away_late(now - self.config.header_timeout_s)
+        self.pending.turn_away_late(now - self.config.header_timeout_s)
 
     def end_idle(self) -> None:
         """End clients whose stream has been idle for too long. Call every few seconds."""

@@ -7,7 +7,7 @@ from random import uniform
 from typing import TYPE_CHECKING, Final
 
 from fxgateway.doors.client import Client
-from fxgateway.routing.reception import Lead
+from fxgateway.routing.preread_router import Destination
 from fxtunnel.codes import Code
 from fxtunnel.engine.tls_splice import TlsSplice
 from fxtunnel.kit.answers import Refused, render
@@ -45,18 +45,18 @@ class Words:
 
 
 class WebClient(Client):
-    """A client whose first request has been peeked at. `lead.instead`, if given, is sent in place of the request's head."""
+    """A client whose first request has been peeked at. `destination.instead`, if given, is sent in place of the request's head."""
 
     __slots__ = ("_accept", "_greeting", "_instead", "_is_greeted", "_refusal")
 
-    def __init__(self, door: "Door", sock: socket.socket, address: str, lead: Lead, opening: Opening) -> None:
+    def __init__(self, door: "Door", sock: socket.socket, address: str, destination: Destination, opening: Opening) -> None:
         own = encode_tag(TAG_TRACE, opening.trace) + (encode_tag(TAG_TICKET, opening.ticket) if opening.ticket else b"")
         super().__init__(door, sock, address, opening.service, own + encode_tags(opening._replace(trace="", ticket="")))
-        head = lead.head
+        head = destination.head
         self.trace = opening.trace
         self._accept = head.accept if head is not None else b""
-        self._instead = lead.instead or b""
-        self._greeting = lead.greeting
+        self._instead = destination.instead or b""
+        self._greeting = destination.greeting
         self._is_greeted = False
         self._refusal = Refused(
             503,
@@ -64,7 +64,7 @@ class WebClient(Client):
             "The service is not available at the moment.",
             retry_after_s=uniform(*RETRY_AFTER_S),  # noqa: S311 - spreads load
         )
-        if lead.instead is not None and head is not None:
+        if destination.instead is not None and head is not None:
             sock.recv_into(bytearray(len(head.raw)))  # the whole head has been peeked at, so it is there
             self._readable = True
 
@@ -127,8 +127,8 @@ class WebClient(Client):
         logger.info("door %s: %d for %s: %s (trace %s)", self.door.name, self._refusal.status, self.address, reason, self.trace)
         self.door.refused(reason)
         self.closed = True
-        self.reactor.unregister(self.sock)  # the farewell takes the socket over
-        self.door.hall.say_farewell(self.sock, error_words(self._refusal, self.trace, self._accept))
+        self.reactor.unregister(self.sock)  # the lingering close takes the socket over
+        self.door.pending.close_with(self.sock, error_answer(self._refusal, self.trace, self._accept))
         self.released()
 
 
@@ -138,7 +138,7 @@ class TlsWebClient(TlsSplice, WebClient):
     __slots__ = ()
 
 
-def error_words(refusal: Refused, trace: str, accept: bytes) -> bytes:
+def error_answer(refusal: Refused, trace: str, accept: bytes) -> bytes:
     """The whole HTTP answer to a client that is turned away; the connection is closed after it."""
     answer = render(refusal, trace, accept)
     return answer.head + b"Connection: close\r\n\r\n" + answer.body

@@ -9,7 +9,7 @@ from typing import Final, assert_never
 import trio
 from trio_websocket import WebSocketConnection
 
-from fxgateway.tunnels.colleagues import Colleagues
+from fxgateway.tunnels.peer_processes import PeerProcesses
 from fxgateway.tunnels.ports import Departure, RegistryPort
 from fxgateway.tunnels.tickets import LIFETIME_S, TicketBook
 from fxtunnel import __version__
@@ -60,7 +60,7 @@ class ControlConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class Caller:
+class AuthenticatedRelay:
     """Who opened a control link, as an assertion has proved. `is_trusted` says whether the key is still good; `on_welcome` is called once
     the relay has been welcomed.
     """
@@ -98,17 +98,17 @@ class ControlLink:
             logger.debug("the link ended before its relay could be told of the drain")
 
 
-class ControlDesk:
+class ControlLinkAcceptor:
     """Serves control links, any number at once."""
 
     def __init__(
-        self, gateway_id: GatewayId, registry: RegistryPort, tickets: TicketBook, config: ControlConfig, colleagues: Colleagues
+        self, gateway_id: GatewayId, registry: RegistryPort, tickets: TicketBook, config: ControlConfig, peer_processes: PeerProcesses
     ) -> None:
         self._gateway_id = gateway_id
         self._registry = registry
         self._tickets = tickets
         self._config = config
-        self._colleagues = colleagues
+        self._peer_processes = peer_processes
 
     def check_room(self, relay_id: RelayId, instance: InstanceId | None = None) -> None:
         """Check that the gateway takes this relay. One that is here already has room even while the gateway drains: it may resume sessions.
@@ -125,29 +125,29 @@ class ControlDesk:
         if self._registry.is_full(relay_id):
             raise PeerRefused(Refusal.TOO_MANY, "the gateway has no room for another relay", retry_after_s=RETRY_AFTER_S)
 
-    async def serve(self, ws: WebSocketConnection, caller: Caller) -> None:
+    async def serve(self, ws: WebSocketConnection, relay: AuthenticatedRelay) -> None:
         """Serve an upgraded link until it ends; peers' faults end up in the log. Cancelling says goodbye, within 1 s.
 
         Closes the WebSocket; the stream beneath it is the caller's.
         """
         channel = Channel(ws)
         try:
-            hello = await self._hello(channel, caller)
+            hello = await self._hello(channel, relay)
             # A relay that drains keeps its sessions here but does not claim its name again: its successor may hold it, at another process.
-            epoch = 0 if CAP_LEAVING in hello.caps else await self._colleagues.claim(caller.relay_id, hello.instance)
-            _check_trusted(caller)  # from here to `enter` there is no checkpoint; after it the registry ends revoked relays
-            self.check_room(caller.relay_id, hello.instance)
+            epoch = 0 if CAP_LEAVING in hello.caps else await self._peer_processes.claim(relay.relay_id, hello.instance)
+            _check_trusted(relay)  # from here to `enter` there is no checkpoint; after it the registry ends revoked relays
+            self.check_room(relay.relay_id, hello.instance)
         except PeerRefused as exc:
-            logger.warning("control link of %s from %s refused: %s", caller.relay_id, caller.remote_address, exc)
+            logger.warning("control link of %s from %s refused: %s", relay.relay_id, relay.remote_address, exc)
             await channel.goodbye(Refused(code=exc.refusal, message=str(exc)[:TEXT_CHARS], retry_after_s=exc.retry_after_s))
             return
         except TunnelClosed as exc:
-            logger.warning("control link of %s from %s ended before its welcome: %s", caller.relay_id, caller.remote_address, exc)
+            logger.warning("control link of %s from %s ended before its welcome: %s", relay.relay_id, relay.remote_address, exc)
             await channel.goodbye(Closing(code=exc.code, message=str(exc)[:TEXT_CHARS]))
             return
-        await self._serve_known(channel, caller, hello, epoch)
+        await self._serve_known(channel, relay, hello, epoch)
 
-    async def _hello(self, channel: Channel, caller: Caller) -> Hello:
+    async def _hello(self, channel: Channel, relay: AuthenticatedRelay) -> Hello:
         try:
             with trio.fail_after(self._config.hello_timeout_s):
                 hello = await channel.receive()
@@ -166,24 +166,24 @@ class ControlDesk:
             )
         if unknown := set(hello.need) - set(CAPS):
             raise PeerRefused(Refusal.UNSUPPORTED, f"the relay needs {', '.join(sorted(unknown))}, which this gateway lacks")
-        if self._colleagues.worker and CAP_WORKERS not in hello.caps:
+        if self._peer_processes.worker and CAP_WORKERS not in hello.caps:
             raise PeerRefused(
                 Refusal.VERSION_MISMATCH,
                 f"this gateway has several processes (tunnel.workers), which the relay ({hello.version}) does not know: update the relay",
             )
-        _check_trusted(caller)  # before its name is claimed over all processes
-        if CAP_LEAVING in hello.caps and not self._registry.knows(caller.relay_id, hello.instance):
+        _check_trusted(relay)  # before its name is claimed over all processes
+        if CAP_LEAVING in hello.caps and not self._registry.knows(relay.relay_id, hello.instance):
             # It has no sessions to resume here, and must not push its successor out.
             raise PeerRefused(Refusal.DRAINING, "this relay drains, and has no sessions here", retry_after_s=LEAVING_RETRY_S)
-        self.check_room(caller.relay_id, hello.instance)
+        self.check_room(relay.relay_id, hello.instance)
         return hello
 
-    async def _serve_known(self, channel: Channel, caller: Caller, hello: Hello, epoch: int) -> None:
-        config, relay_id = self._config, caller.relay_id
-        link = ControlLink(channel, caller.remote_address)
+    async def _serve_known(self, channel: Channel, relay: AuthenticatedRelay, hello: Hello, epoch: int) -> None:
+        config, relay_id = self._config, relay.relay_id
+        link = ControlLink(channel, relay.remote_address)
         epoch = self._registry.enter(relay_id, hello.instance, hello.services, link, epoch)
         try:
-            logger.info("relay %s is here from %s, epoch %d, version %s", relay_id, caller.remote_address, epoch, hello.version)
+            logger.info("relay %s is here from %s, epoch %d, version %s", relay_id, relay.remote_address, epoch, hello.version)
             channel.send_nowait(
                 Welcome(
                     version=__version__,
@@ -192,13 +192,13 @@ class ControlDesk:
                     heartbeat_s=config.heartbeat_s,
                     dead_after_s=config.dead_after_s,
                     hold_s=config.hold_s,
-                    caps=(*CAPS, CAP_NAMED) if self._colleagues.is_named else CAPS,
+                    caps=(*CAPS, CAP_NAMED) if self._peer_processes.is_named else CAPS,
                     process=config.process,
-                    earlier=self._colleagues.earlier[-MAX_EARLIER:],
-                    worker=self._colleagues.worker,
+                    earlier=self._peer_processes.earlier[-MAX_EARLIER:],
+                    worker=self._peer_processes.worker,
                 )
             )
-            caller.on_welcome()
+            relay.on_welcome()
             await channel.run(
                 lambda message: self._take(channel, relay_id, hello.instance, message),
                 heartbeat_s=config.heartbeat_s,
@@ -238,7 +238,7 @@ class ControlDesk:
                 assert_never(message)
 
 
-def _check_trusted(caller: Caller) -> None:
+def _check_trusted(relay: AuthenticatedRelay) -> None:
     """Raise PeerRefused if the relay has been revoked since its assertion was verified."""
-    if not caller.is_trusted():
-        raise PeerRefused(Refusal.REVOKED, f"relay {caller.relay_id} was revoked by the gateway's administrator")
+    if not relay.is_trusted():
+        raise PeerRefused(Refusal.REVOKED, f"relay {relay.relay_id} was revoked by the gateway's administrator")

@@ -31,7 +31,7 @@ _RETRY_AFTER_S: Final = 5.0
 _TEXT_CHARS: Final = 256
 
 
-class DataDesk:
+class DataLinkAcceptor:
     """Admits data links, any number at once."""
 
     def __init__(self, registry: RegistryPort, tickets: TicketBook) -> None:

@@ -9,8 +9,8 @@ import trio
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from fxgateway.tunnels.colleagues import Colleagues
 from fxgateway.tunnels.identities import EnrolOutcome, EnrolResult, Identities
+from fxgateway.tunnels.peer_processes import PeerProcesses
 from fxtunnel.codes import Refusal
 from fxtunnel.errors import ConfigError, PeerRefused
 from fxtunnel.kit.tokens import KeyProblem, public_from_text, thumbprint, verify_assertion
@@ -33,12 +33,12 @@ class EnrolRequest(BaseModel):
 
 
 class Enroller:
-    """Answers enrolment requests. `colleagues` remember used assertions, those of control links included: each is good for one use."""
+    """Answers enrolment requests. `peer_processes` remember used assertions, those of control links included: each is good for one use."""
 
-    def __init__(self, identities: Identities, gateway_id: GatewayId, colleagues: Colleagues, now_unix: Callable[[], float]) -> None:
+    def __init__(self, identities: Identities, gateway_id: GatewayId, peer_processes: PeerProcesses, now_unix: Callable[[], float]) -> None:
         self._identities = identities
         self._gateway_id = gateway_id
-        self._colleagues = colleagues
+        self._peer_processes = peer_processes
         self._now_unix = now_unix
 
     async def enrol(self, body: bytes) -> dict[str, object]:
@@ -59,7 +59,7 @@ class Enroller:
             if exc.refusal is not Refusal.UNKNOWN_RELAY:
                 raise
             raise PeerRefused(Refusal.BAD_ASSERTION, "bad assertion: it is not signed by the key it comes with") from exc
-        if not await self._colleagues.first_use(assertion.jti, assertion.exp_unix, self._now_unix()):
+        if not await self._peer_processes.first_use(assertion.jti, assertion.exp_unix, self._now_unix()):
             raise PeerRefused(Refusal.BAD_ASSERTION, "bad assertion: it was used before")
         try:
             result = await trio.to_thread.run_sync(self._identities.enrol, request.relay_id, public, request.token)

@@ -11,7 +11,7 @@ from fxtunnel.model import InstanceId, Offer, RelayId, SessionId
 class LiveRelay:
     """One instance of a relay, from its first control link until its last session has ended."""
 
-    is_far: ClassVar[Literal[False]] = False
+    is_remote: ClassVar[Literal[False]] = False
 
     __slots__ = (
         "draining",

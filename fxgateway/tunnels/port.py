@@ -13,16 +13,16 @@ from typing import Final
 
 import trio
 
-from fxgateway.tunnels.colleagues import Alone, Colleagues, Passed
-from fxgateway.tunnels.control import Caller, ControlConfig, ControlDesk
-from fxgateway.tunnels.datalinks import DataDesk
+from fxgateway.tunnels.control import AuthenticatedRelay, ControlConfig, ControlLinkAcceptor
+from fxgateway.tunnels.datalinks import DataLinkAcceptor
 from fxgateway.tunnels.enrolment import Enroller
 from fxgateway.tunnels.identities import Identities
-from fxgateway.tunnels.lobby import Arrival, Lobby, PortLimits, TurnedAway
+from fxgateway.tunnels.peer_processes import AcceptedConnection, PeerProcesses, SingleProcess
 from fxgateway.tunnels.ports import RegistryPort
+from fxgateway.tunnels.pre_auth_queue import PortLimits, PreAuthPeer, PreAuthQueue, TooBusy
 from fxgateway.tunnels.tickets import TicketBook
 from fxtunnel.codes import Code, Refusal
-from fxtunnel.control.busy import Appointment, encode_busy
+from fxtunnel.control.busy import RetryAfter, encode_busy
 from fxtunnel.control.upgrade import (
     BODY_BYTES,
     CONTROL_PATH,
@@ -77,27 +77,27 @@ class TunnelPort:
         registry: RegistryPort,
         limits: PortLimits,
         control: ControlConfig = ControlConfig(),  # noqa: B008 - immutable
-        colleagues: Colleagues | None = None,
+        peer_processes: PeerProcesses | None = None,
     ) -> None:
         self._context = context
         self._limits = limits
         self._gateway_id = gateway_id
         self._identities = identities
         self._now_unix: Callable[[], float] = time.time
-        self._colleagues: Colleagues = colleagues or Alone()
+        self._peer_processes: PeerProcesses = peer_processes or SingleProcess()
         self.refused: dict[str, int] = {}
-        self._lobby = Lobby()
+        self._pre_auth = PreAuthQueue()
         self._accepting = trio.CancelScope()
         self._taking = trio.CancelScope()
         tickets = TicketBook(lambda: f"fxt_{secrets.token_urlsafe(32)}")
-        self._control = ControlDesk(gateway_id, registry, tickets, control, self._colleagues)
-        self._data = DataDesk(registry, tickets)
-        self._enroller = Enroller(identities, gateway_id, self._colleagues, self._now_unix)
+        self._control = ControlLinkAcceptor(gateway_id, registry, tickets, control, self._peer_processes)
+        self._data = DataLinkAcceptor(registry, tickets)
+        self._enroller = Enroller(identities, gateway_id, self._peer_processes, self._now_unix)
 
     @property
     def pending(self) -> int:
         """Connections whose peer has not yet proved who it is."""
-        return len(self._lobby)
+        return len(self._pre_auth)
 
     def apply(self, context: ssl.SSLContext, limits: PortLimits) -> None:
         """A new certificate and new limits, for connections from now on."""
@@ -110,7 +110,7 @@ class TunnelPort:
         Cancelling lets control links say goodbye, which takes at most a second.
         """
         async with trio.open_nursery() as around:
-            around.start_soon(keep_going, "taking turns back from slow relays", self._lobby.run)
+            around.start_soon(keep_going, "taking turns back from slow relays", self._pre_auth.run)
             async with trio.open_nursery() as handlers:
                 await self._accept_all(listeners, handlers, task_status)
             around.cancel_scope.cancel()
@@ -126,7 +126,7 @@ class TunnelPort:
     def stop_accepting(self) -> None:
         """Close the listeners, soon: a successor has them. Open links stay; relays can still reconnect here if this process is named."""
         self._accepting.cancel()
-        if not self._colleagues.is_named:
+        if not self._peer_processes.is_named:
             self._taking.cancel()
 
     async def _accept(self, listener: trio.SocketListener, handlers: trio.Nursery) -> None:
@@ -147,41 +147,41 @@ class TunnelPort:
             await trio.sleep(_PAUSE_S if exc.errno in EXHAUSTED else 0)
             return
         sock = socket.socket(accepted.family, accepted.type, accepted.proto, fileno=accepted.detach())
-        self._welcome(Passed.fresh(sock, address), self._colleagues.keeps, handlers)
+        self._welcome(AcceptedConnection.fresh(sock, address), self._peer_processes.keeps, handlers)
         with contextlib.suppress(OSError):  # none is left; anything else is met again above
             for _ in range(ACCEPTED_AT_ONCE):
-                self._welcome(Passed.fresh(*more.accept()), self._colleagues.keeps, handlers)
+                self._welcome(AcceptedConnection.fresh(*more.accept()), self._peer_processes.keeps, handlers)
 
     async def _take_passed(self, handlers: trio.Nursery) -> None:
         with self._taking:
             await keep_going("taking relays that others have accepted", partial(self._take_one, handlers))
 
     async def _take_one(self, handlers: trio.Nursery) -> None:
-        self._welcome(await self._colleagues.wait_passed(), _always, handlers)
+        self._welcome(await self._peer_processes.wait_passed(), _always, handlers)
 
-    def _welcome(self, passed: Passed, keeps: Callable[[Passed], Awaitable[bool]], handlers: trio.Nursery) -> None:
+    def _welcome(self, passed: AcceptedConnection, keeps: Callable[[AcceptedConnection], Awaitable[bool]], handlers: trio.Nursery) -> None:
         try:
-            arrival = self._lobby.enter(passed.ip, self._limits, has_spoken=_first_words(passed.sock) is not None)
-        except TurnedAway as exc:
-            self._turn_away(passed, exc.appointment)
+            peer = self._pre_auth.enter(passed.ip, self._limits, has_spoken=_first_words(passed.sock) is not None)
+        except TooBusy as exc:
+            self._turn_away(passed, exc.retry_after)
         else:
-            handlers.start_soon(self._serve, passed, arrival, keeps)
+            handlers.start_soon(self._serve, passed, peer, keeps)
 
-    def _turn_away(self, passed: Passed, appointment: Appointment) -> None:
+    def _turn_away(self, passed: AcceptedConnection, retry_after: RetryAfter) -> None:
         """Say when to come again, and close. It has cost us no TLS."""
         self.refused[BUSY] = self.refused.get(BUSY, 0) + 1
         if passed.counts_as_relay:
-            self._colleagues.was_no_relay()
-        logger.info("tunnel port: busy, connection from %s is to come again in %.1f s", passed.remote_address, appointment.retry_after_s)
+            self._peer_processes.was_no_relay()
+        logger.info("tunnel port: busy, connection from %s is to come again in %.1f s", passed.remote_address, retry_after.retry_after_s)
         with passed.sock as sock:
-            _say(sock, encode_busy(appointment))
+            _say(sock, encode_busy(retry_after))
 
-    async def _serve(self, passed: Passed, arrival: Arrival, keeps: Callable[[Passed], Awaitable[bool]]) -> None:
+    async def _serve(self, passed: AcceptedConnection, peer: PreAuthPeer, keeps: Callable[[AcceptedConnection], Awaitable[bool]]) -> None:
         """Serve one connection. The barrier: nothing that it raises gets past this."""
         sock, remote_address = passed.sock, passed.remote_address
         try:
             with sock:
-                await self._converse(passed, arrival, keeps)
+                await self._converse(passed, peer, keeps)
         except* TunnelError as group:
             for exc in leaves(group):
                 if isinstance(exc, PeerRefused):
@@ -192,34 +192,36 @@ class TunnelPort:
         except* Exception:
             logger.exception("tunnel port: connection from %s ended by an internal error", remote_address)
 
-    async def _converse(self, passed: Passed, arrival: Arrival, keeps: Callable[[Passed], Awaitable[bool]]) -> None:
+    async def _converse(
+        self, passed: AcceptedConnection, peer: PreAuthPeer, keeps: Callable[[AcceptedConnection], Awaitable[bool]]
+    ) -> None:
         sock, remote_address = passed.sock, passed.remote_address
         stream: TlsStream | None = None
         upgrade: _Upgrade | None = None
         try:
-            with arrival.scope:
+            with peer.scope:
                 await trio.lowlevel.wait_readable(sock)
-                arrival.completes = ALPN_DATA.encode() in (_first_words(sock) or b"")
-                await self._lobby.wait_turn(arrival)
+                peer.completes = ALPN_DATA.encode() in (_first_words(sock) or b"")
+                await self._pre_auth.wait_turn(peer)
                 if not await keeps(passed):
                     return
                 _check_connected(sock)
                 stream = TlsStream(await handshake_server(sock, self._context))
                 upgrade = await self._identify(stream, remote_address)
-            if arrival.scope.cancelled_caught:
-                self._log_unproven(arrival, remote_address)
-                if arrival.is_evicted and not arrival.turn.is_set():
-                    _say(sock, encode_busy(self._lobby.appointment()))
+            if peer.scope.cancelled_caught:
+                self._log_unproven(peer, remote_address)
+                if peer.is_evicted and not peer.turn.is_set():
+                    _say(sock, encode_busy(self._pre_auth.retry_after()))
                 return
-            self._lobby.admit(arrival)
+            self._pre_auth.admit(peer)
             if stream is not None and upgrade is not None:
-                await self._serve_control(stream, upgrade, remote_address, lambda: self._lobby.leave(arrival))
-        except TurnedAway as exc:
-            self._turn_away(passed, exc.appointment)
+                await self._serve_control(stream, upgrade, remote_address, lambda: self._pre_auth.leave(peer))
+        except TooBusy as exc:
+            self._turn_away(passed, exc.retry_after)
         finally:
-            self._lobby.leave(arrival)
+            self._pre_auth.leave(peer)
             if upgrade is None and passed.counts_as_relay:
-                self._colleagues.was_no_relay()
+                self._peer_processes.was_no_relay()
             if stream is not None:
                 await stream.aclose()
 
@@ -250,11 +252,11 @@ class TunnelPort:
             assertion = self._verify(token)
         except PeerRefused as exc:
             # Another process may have enrolled it, or a command may have lifted its revocation, since we last read the file.
-            if exc.refusal is not Refusal.REVOKED and not (exc.refusal is Refusal.UNKNOWN_RELAY and self._colleagues.worker):
+            if exc.refusal is not Refusal.REVOKED and not (exc.refusal is Refusal.UNKNOWN_RELAY and self._peer_processes.worker):
                 raise
             await trio.to_thread.run_sync(self._identities.look_again)
             assertion = self._verify(token)
-        if not await self._colleagues.first_use(assertion.use, assertion.exp_unix, self._now_unix()):
+        if not await self._peer_processes.first_use(assertion.use, assertion.exp_unix, self._now_unix()):
             raise PeerRefused(Refusal.BAD_ASSERTION, "bad assertion: it was used before")
         self._control.check_room(assertion.relay_id)
         return _Upgrade(head, assertion.relay_id, assertion.kid)
@@ -274,15 +276,15 @@ class TunnelPort:
             except PeerRefused as exc:
                 refused = exc
             else:
-                await self._control.serve(ws, Caller(upgrade.relay_id, remote_address, is_trusted, on_welcome))
+                await self._control.serve(ws, AuthenticatedRelay(upgrade.relay_id, remote_address, is_trusted, on_welcome))
             nursery.cancel_scope.cancel()
         if refused is not None:
             with trio.move_on_after(self._limits.hello_timeout_s):
                 await answer(stream, refused.refusal.status, refusal_fields(refused, self._now_unix()))
             raise refused
 
-    def _log_unproven(self, arrival: Arrival, remote_address: str) -> None:
-        why = "made room for newer ones" if arrival.is_evicted else f"did not prove who it is within {self._limits.hello_timeout_s:g} s"
+    def _log_unproven(self, peer: PreAuthPeer, remote_address: str) -> None:
+        why = "made room for newer ones" if peer.is_evicted else f"did not prove who it is within {self._limits.hello_timeout_s:g} s"
         logger.warning("tunnel port: connection from %s closed: it %s", remote_address, why)
 
 
@@ -293,7 +295,7 @@ def _say(sock: socket.socket, last: bytes) -> None:
         sock.recv(_DROPPED_BYTES)  # closing with unread bytes would send a reset, which could overtake the words
 
 
-async def _always(passed: Passed) -> bool:
+async def _always(passed: AcceptedConnection) -> bool:
     await trio.lowlevel.checkpoint()
     return True
 

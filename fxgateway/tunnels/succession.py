@@ -11,10 +11,10 @@ from typing import Final
 
 import trio
 
-from fxgateway.tunnels.colleagues import Alone, Passed
-from fxgateway.tunnels.first_look import look_at_hello
-from fxgateway.tunnels.lobby import TurnedAway
-from fxtunnel.control.busy import Appointment
+from fxgateway.tunnels.hello_peek import peek_client_hello
+from fxgateway.tunnels.peer_processes import AcceptedConnection, SingleProcess
+from fxgateway.tunnels.pre_auth_queue import TooBusy
+from fxtunnel.control.busy import RetryAfter
 from fxtunnel.kit.client_hello import ClientHello
 from fxtunnel.kit.listeners import Inherited
 from fxtunnel.protocol.alpn import named_process
@@ -23,8 +23,8 @@ logger = logging.getLogger(__name__)
 
 LINE_BYTES: Final = 65_536
 """Kernel memory for connections that the earlier process has not taken yet, about 170 of them. Any more are told to come again."""
-COME_AGAIN: Final = Appointment(0.5, 0.5)
-_GUEST: Final = b"\0"
+COME_AGAIN: Final = RetryAfter(0.5, 0.5)
+_HANDOVER_BYTE: Final = b"\0"
 
 
 class Lines:
@@ -36,12 +36,12 @@ class Lines:
 
     @property
     def is_named(self) -> bool:
-        """See `Colleagues`."""
+        """See `PeerProcesses`."""
         return self._ours is not None
 
     @property
     def earlier(self) -> tuple[str, ...]:
-        """See `Colleagues`."""
+        """See `PeerProcesses`."""
         return tuple(self._earlier)
 
     async def run(
@@ -69,36 +69,36 @@ class Lines:
                 line.close()
             self._earlier.clear()
 
-    def pass_on(self, passed: Passed, hello: ClientHello) -> bool:
+    def pass_on(self, passed: AcceptedConnection, hello: ClientHello) -> bool:
         """Pass the connection on to the earlier process that it names, if any; whether that was done. The caller closes its own copy.
 
         A name that belongs to no process here is left alone: the TLS handshake then fails with no common protocol.
 
         Raises:
-            TurnedAway: that process has no time for it now.
+            TooBusy: that process has no time for it now.
         """
         named = {named_process(protocol) for protocol in hello.alpn}
         process = next((process for process in named if process in self._earlier), "")
         if not process:
             return False
         try:
-            socket.send_fds(self._earlier[process], [_GUEST], [passed.sock.fileno()])
+            socket.send_fds(self._earlier[process], [_HANDOVER_BYTE], [passed.sock.fileno()])
         except (BrokenPipeError, ConnectionResetError):
             return False  # it has just ended; `_outlive` is about to notice
         except OSError as exc:  # the line is full, or too many descriptors are in flight (unix(7), ETOOMANYREFS)
-            raise TurnedAway(COME_AGAIN) from exc
+            raise TooBusy(COME_AGAIN) from exc
         logger.debug("connection from %s is passed on to process %s", passed.remote_address, process)
         return True
 
-    async def receive(self) -> Passed:
+    async def receive(self) -> AcceptedConnection:
         """The next connection that a later process has passed on to us; none without a line, or when nobody is left to pass any on."""
         while (line := self._ours) is not None:
             await trio.lowlevel.wait_readable(line)
-            data, fds, _, _ = socket.recv_fds(line, len(_GUEST), 1, socket.MSG_CMSG_CLOEXEC)
+            data, fds, _, _ = socket.recv_fds(line, len(_HANDOVER_BYTE), 1, socket.MSG_CMSG_CLOEXEC)
             for fd in fds:  # none, if this process is out of descriptors
                 sock = socket.socket(fileno=fd)
                 try:
-                    return Passed.fresh(sock, sock.getpeername())
+                    return AcceptedConnection.fresh(sock, sock.getpeername())
                 except OSError:  # the relay has hung up meanwhile
                     sock.close()
             if not data:
@@ -114,8 +114,8 @@ class Lines:
         forget(process)
 
 
-class Succession(Alone):
-    """Implements `Colleagues` for a single-process gateway that may have predecessors still draining, and may get successors."""
+class Succession(SingleProcess):
+    """Implements `PeerProcesses` for a single-process gateway that may have predecessors still draining, and may get successors."""
 
     def __init__(self, process: str) -> None:
         super().__init__()
@@ -124,12 +124,12 @@ class Succession(Alone):
 
     @property
     def is_named(self) -> bool:
-        """See `Colleagues`."""
+        """See `PeerProcesses`."""
         return self._lines.is_named
 
     @property
     def earlier(self) -> tuple[str, ...]:
-        """See `Colleagues`."""
+        """See `PeerProcesses`."""
         return self._lines.earlier
 
     async def run(self, inherited: Inherited, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -144,16 +144,16 @@ class Succession(Alone):
                 inherited.keep_line(self._process, theirs)
         await self._lines.run(inherited.take_lines(), ours, inherited.forget_line, task_status=task_status)
 
-    async def keeps(self, passed: Passed) -> bool:
-        """See `Colleagues`."""
+    async def keeps(self, passed: AcceptedConnection) -> bool:
+        """See `PeerProcesses`."""
         await trio.lowlevel.checkpoint()
         if not self._lines.earlier:
             return True
-        hello = await look_at_hello(passed.sock)
+        hello = await peek_client_hello(passed.sock)
         return hello is None or not self._lines.pass_on(passed, hello)
 
-    async def wait_passed(self) -> Passed:
-        """See `Colleagues`."""
+    async def wait_passed(self) -> AcceptedConnection:
+        """See `PeerProcesses`."""
         return await self._lines.receive()
 
 

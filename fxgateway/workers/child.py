@@ -34,7 +34,7 @@ SETTLED_S: Final = 60.0
 
 
 @dataclass(frozen=True, slots=True)
-class Outfit:
+class SpawnPayload:
     """What a worker is started with: its first message, and copies of these listening sockets, which stay the parent's."""
 
     message: Message
@@ -43,14 +43,14 @@ class Outfit:
     """Sockets for this worker only, which are given away."""
 
 
-class Home(Protocol):
+class ChildOwner(Protocol):
     """What a child needs of the parent."""
 
     @property
     def reactor(self) -> Reactor:
         """For the line."""
 
-    def outfit(self, number: int) -> Outfit:
+    def payload(self, number: int) -> SpawnPayload:
         """What to start the worker of this number with."""
 
     def introduce(self, child: "Child") -> None:
@@ -63,7 +63,7 @@ class Home(Protocol):
 class Child:
     """A worker, through all the processes that it has one after the other. `owner` gets what they say on their lines."""
 
-    def __init__(self, number: int, home: Home, owner: ChannelOwner) -> None:
+    def __init__(self, number: int, parent: ChildOwner, owner: ChannelOwner) -> None:
         self.number = number
         self.channel: Channel | None = None
         self.prepared = trio.Event()
@@ -75,7 +75,7 @@ class Child:
         """After `stop` or `let_go`: it takes no more clients."""
         self.pid = 0
         self.last_beat = 0.0
-        self._home = home
+        self._parent = parent
         self._process: trio.Process | None = None
         self._owner = owner
         self._ready = trio.Event()
@@ -161,13 +161,13 @@ class Child:
         except (OSError, RuntimeError) as exc:  # descriptors, memory, processes; a thread to start it from
             return _reason(exc)
         self._process, self.pid, self.last_beat = process, process.pid, trio.current_time()
-        self.channel = Channel(self._home.reactor, line, self._owner, self.number)
+        self.channel = Channel(self._parent.reactor, line, self._owner, self.number)
         try:
             if self._is_stopping:
                 return "not wanted any more"
             try:
                 self._equip(self.channel)
-                self._home.introduce(self)
+                self._parent.introduce(self)
             except OSError as exc:
                 return _reason(exc)
             async with trio.open_nursery() as nursery:
@@ -209,17 +209,17 @@ class Child:
             if self.channel is not None:
                 self.channel.close()
                 self.channel = None
-            self._home.died(self)
+            self._parent.died(self)
 
     def _equip(self, channel: Channel) -> None:
-        outfit = self._home.outfit(self.number)
+        payload = self._parent.payload(self.number)
         try:
-            send_sockets(channel, outfit.sockets)
-            send_sockets(channel, list(outfit.own.items()))
+            send_sockets(channel, payload.sockets)
+            send_sockets(channel, list(payload.own.items()))
         finally:
-            for sock in outfit.own.values():
+            for sock in payload.own.values():
                 sock.close()
-        channel.send(outfit.message)
+        channel.send(payload.message)
 
     async def _report(self, task_status: trio.TaskStatus[None]) -> None:
         await self._ready.wait()

@@ -20,17 +20,17 @@ from fxgateway.check import verify_files
 from fxgateway.sandbox import Sandbox
 from fxgateway.settings import GatewaySettings
 from fxgateway.steering import AdminPages
-from fxgateway.workers.all_or_none import AllOrNone
-from fxgateway.workers.asking import Asking, NoAnswer
 from fxgateway.workers.channel import Channel, Message, pair
-from fxgateway.workers.child import Child, Outfit
-from fxgateway.workers.far_relays import holders
-from fxgateway.workers.listening import Listening
-from fxgateway.workers.names import Names
-from fxgateway.workers.returns import Returns
+from fxgateway.workers.child import Child, SpawnPayload
+from fxgateway.workers.drain_requests import DrainRequests
+from fxgateway.workers.pending_calls import NoAnswer, PendingCalls
+from fxgateway.workers.reconnect_lines import ReconnectLines
+from fxgateway.workers.relay_owners import RelayOwners
+from fxgateway.workers.shared_listeners import SharedListeners
 from fxgateway.workers.shares import as_message
 from fxgateway.workers.snapshot import Facts, MergedView
-from fxgateway.workers.wishes import Wishes
+from fxgateway.workers.two_phase_reload import TwoPhaseReload
+from fxgateway.workers.worker_relays import holders
 from fxtunnel.engine.reactor import Reactor
 from fxtunnel.errors import ConfigError, FxError
 from fxtunnel.kit import logs
@@ -73,7 +73,7 @@ def run(settings: GatewaySettings, config_path: Path) -> int:
 
 
 class Parent:
-    """Implements `Home` for its children, and hears what they say."""
+    """Implements `ChildOwner` for its children, and hears what they say."""
 
     def __init__(self, reactor: Reactor, settings: GatewaySettings, config_path: Path, notifier: Notifier) -> None:
         self.reactor = reactor
@@ -84,19 +84,19 @@ class Parent:
         self._reloads = Reloads()
         self._has_turn = False
         self._inherited = Inherited.from_environ(os.environ, os.getpid(), notifier)
-        self._listening = Listening(self._inherited)
-        self._returns = Returns(self._inherited)
+        self._listeners = SharedListeners(self._inherited)
+        self._reconnect_lines = ReconnectLines(self._inherited)
         self._children = {number: Child(number, self, self) for number in range(1, settings.tunnel.workers + 1)}
-        self._asking = Asking()
+        self._calls = PendingCalls()
         self._has_started = False
-        self._names = Names(settings.limits.relays)
+        self._owners = RelayOwners(settings.limits.relays)
         self._replays = ReplayGuard()
-        self._wishes = Wishes(self._children.values(), self._asking, self._take_no_clients)
-        self._all_or_none = AllOrNone(self._children.values(), self._asking)
+        self._drains = DrainRequests(self._children.values(), self._calls, self._take_no_clients)
+        self._reload = TwoPhaseReload(self._children.values(), self._calls)
         self._facts = Facts(settings, self._wanted)
         self._view = MergedView(self._facts)
         steering = Address(path=settings.tunnel.steering_path)
-        self._pages = AdminPages(make_app(self._view, self._look), settings.admin.listen, self._wishes.steer, steering, self._inherited)
+        self._pages = AdminPages(make_app(self._view, self._look), settings.admin.listen, self._drains.steer, steering, self._inherited)
 
     async def serve(self) -> None:
         """Listen, start the workers, and return when they have ended after SIGTERM.
@@ -105,7 +105,7 @@ class Parent:
             FxError: an address cannot be listened on, or a worker does not start.
         """
         try:
-            self._listening.open(self._settings.tunnel.listen, [door.listen for door in self._settings.doors])
+            self._listeners.open(self._settings.tunnel.listen, [door.listen for door in self._settings.doors])
             async with trio.open_nursery() as nursery:
                 await nursery.start(watch_signals, self._reloads.ask, self._stop.set)
                 async with trio.open_nursery() as starting:
@@ -114,7 +114,7 @@ class Parent:
                     for child in self._children.values():
                         await child.prepared.wait()
                     await nursery.start(follow_launcher, self._notifier, self._stop.set)
-                    await nursery.start(self._returns.run)
+                    await nursery.start(self._reconnect_lines.run)
                     self._take_turn()
                 self._has_started = True
                 admin = await nursery.start(self._pages.run)
@@ -128,19 +128,19 @@ class Parent:
                 await self._drain()
                 nursery.cancel_scope.cancel()
         finally:
-            self._listening.close()
-            self._returns.close()
+            self._listeners.close()
+            self._reconnect_lines.close()
 
-    def outfit(self, number: int) -> Outfit:
-        """See `Home`."""
-        name = self._returns.begin(number)
+    def payload(self, number: int) -> SpawnPayload:
+        """See `ChildOwner`."""
+        name = self._reconnect_lines.begin(number)
         begin = {"op": "begin", "worker": number, "of": len(self._children), "process": name.process, "config": str(self._config_path)}
-        message = {**begin, "settings": as_message(self._settings), "is_drained": self._wishes.is_drained}
+        message = {**begin, "settings": as_message(self._settings), "is_drained": self._drains.is_drained}
         own = {} if name.line is None else {f"{LINE_NAME}{name.process}": name.line}
-        return Outfit(message, [*self._listening.sockets(), *self._returns.to_earlier()], own)
+        return SpawnPayload(message, [*self._listeners.sockets(), *self._reconnect_lines.to_earlier()], own)
 
     def introduce(self, child: Child) -> None:
-        """See `Home`: a line between it and each of the others."""
+        """See `ChildOwner`: a line between it and each of the others."""
         self._facts.pids[child.number] = child.pid
         for other in self._children.values():
             if other is child or other.channel is None or child.channel is None:
@@ -151,9 +151,9 @@ class Parent:
                     end.close()
 
     def died(self, child: Child) -> None:
-        """See `Home`."""
-        self._names.worker_gone(child.number)
-        self._returns.end(child.number)
+        """See `ChildOwner`."""
+        self._owners.worker_gone(child.number)
+        self._reconnect_lines.end(child.number)
         self._view.died(child.number)
         self._facts.pids.pop(child.number, None)
         if not self._stop.is_set():
@@ -174,23 +174,23 @@ class Parent:
                     child.take_turn()
             case "ready":
                 child.became_ready()
-                self._wishes.remind(child)
+                self._drains.remind(child)
             case "serves":
                 child.serves = True
             case "closed":
                 child.has_closed = True
             case "answer":
-                self._asking.answered(message)
+                self._calls.answered(message)
             case "told":
                 for relay_id, holder in holders(message["news"]):
                     if holder is None:
-                        self._names.gone(child.number, relay_id)
+                        self._owners.gone(child.number, relay_id)
                     else:
-                        self._names.note(child.number, relay_id, *holder)
+                        self._owners.note(child.number, relay_id, *holder)
             case "place":
                 self._place(channel, message)
             case "unplace":
-                self._names.unplace(child.number)
+                self._owners.unplace(child.number)
             case "first_use":
                 now_unix = time.time()
                 self._answer(channel, message, is_first=self._replays.first_use(message["use"], message["exp_unix"], now_unix))
@@ -199,7 +199,7 @@ class Parent:
 
     def on_gone(self, channel: Channel) -> None:
         """See `ChannelOwner`: its process ends, or is about to."""
-        self._asking.gone(channel)
+        self._calls.gone(channel)
 
     def _answer(self, channel: Channel, message: Message, **fields: Any) -> None:
         channel.send({"op": "answer", "n": message["n"], **fields})
@@ -211,7 +211,7 @@ class Parent:
         elif message["is_data"]:
             self._answer(channel, message, worker=channel.number, counts=False)
         else:
-            worker = self._names.place(self._candidates(), self.reactor.now)
+            worker = self._owners.place(self._candidates(), self.reactor.now)
             self._answer(channel, message, worker=worker or channel.number, counts=worker is not None)
 
     def _candidates(self) -> list[int]:
@@ -222,7 +222,7 @@ class Parent:
 
     def _claim(self, worker: int, relay_id: RelayId, instance: InstanceId) -> int:
         """Grant the relay's name to this worker and fence its former holder off. Returns the epoch, 0 if there is no room."""
-        granted = self._names.claim(worker, relay_id, instance)
+        granted = self._owners.claim(worker, relay_id, instance)
         if granted is None:
             return 0
         former = granted.former
@@ -239,7 +239,7 @@ class Parent:
         async def ask(child: Child) -> None:
             if child.channel is not None and child.is_ready:
                 try:
-                    found[child.number] = await self._asking.ask(child.channel, "status", STATUS_S)
+                    found[child.number] = await self._calls.ask(child.channel, "status", STATUS_S)
                 except NoAnswer as exc:
                     logger.warning("status: %s", exc)
 
@@ -250,10 +250,10 @@ class Parent:
 
     def _wanted(self) -> Mapping[str, frozenset[ServiceName]]:
         configs = door_configs(self._settings, {}, AccessLog())
-        return {door.name: door.receptionist.services() if door.receptionist else frozenset({door.service}) for door in configs}
+        return {door.name: door.preread_router.services() if door.preread_router else frozenset({door.service}) for door in configs}
 
     def _announce(self, admin: str) -> None:
-        bound = self._listening.bound()
+        bound = self._listeners.bound()
         self._facts.listening = (*bound.values(), admin)
         tunnel = bound[str(self._settings.tunnel.listen)]
         doors = ", ".join(f"{door.service or f'routes by {door.kind.value}'} on {bound[str(door.listen)]}" for door in self._settings.doors)
@@ -279,8 +279,8 @@ class Parent:
             await self._hand_over()
         else:
             self._notifier.stopping()
-            self._listening.close_doors()
-            self._listening.close()
+            self._listeners.close_doors()
+            self._listeners.close()
             for child in self._children.values():
                 child.stop()
             with trio.move_on_after(CLOSE_S):  # the log line below promises that no client comes in any more
@@ -305,7 +305,7 @@ class Parent:
         for child in self._children.values():
             if not child.has_closed:
                 child.kill("does not let go, and is killed")
-        self._listening.close()
+        self._listeners.close()
         self._notifier.stopping()
         for child in self._children.values():
             child.depart()
@@ -322,17 +322,17 @@ class Parent:
         if problems:
             raise ConfigError(problems)
         fresh, waiting = config.take_up(self._settings, written)
-        wanted = {str(door.listen): door.listen for door in fresh.doors if not self._wishes.is_drained}
+        wanted = {str(door.listen): door.listen for door in fresh.doors if not self._drains.is_drained}
         self._check_goes_on()
-        opened = self._listening.open_more(wanted.values())
+        opened = self._listeners.open_more(wanted.values())
         try:
-            prepared = await self._all_or_none.prepare({"settings": as_message(fresh), "config": str(self._config_path)}, opened)
+            prepared = await self._reload.prepare({"settings": as_message(fresh), "config": str(self._config_path)}, opened)
             self._check_goes_on()
         except BaseException:
-            self._listening.give_up(opened.values())
+            self._listeners.give_up(opened.values())
             raise
         self._commit(fresh, opened, wanted)
-        await self._all_or_none.commit(prepared)
+        await self._reload.commit(prepared)
         if waiting:
             logger.warning("changed, but not before the next restart: %s", ", ".join(waiting))
         logger.info("reloaded %s", self._config_path)
@@ -344,12 +344,12 @@ class Parent:
     def _commit(self, fresh: GatewaySettings, opened: Mapping[str, socket.socket], wanted: Mapping[str, Address]) -> None:
         """Take the configuration up in the parent; workers that are started from now on get it."""
         self._settings = self._facts.settings = fresh
-        self._names.limit = fresh.limits.relays
-        self._listening.commit(opened, wanted)
+        self._owners.limit = fresh.limits.relays
+        self._listeners.commit(opened, wanted)
         logs.configure(fresh.log.level, fresh.log.style, sys.stderr)
-        self._facts.listening = (*self._listening.bound().values(), self._facts.listening[-1])
+        self._facts.listening = (*self._listeners.bound().values(), self._facts.listening[-1])
 
     def _take_no_clients(self) -> None:
         """An administrator has drained the gateway: close the doors, so that no client waits in a queue that no worker serves."""
         self._facts.is_draining = True
-        self._listening.close_doors()
+        self._listeners.close_doors()

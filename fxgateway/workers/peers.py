@@ -5,7 +5,7 @@ import logging
 from fxgateway.doors.client import Client
 from fxgateway.workers.bridge import Bridge, plain_pair
 from fxgateway.workers.channel import Channel
-from fxgateway.workers.parcels import pack
+from fxgateway.workers.client_transfer import pack
 from fxtunnel.engine.reactor import READ, Reactor
 from fxtunnel.engine.splice import abort
 from fxtunnel.engine.tls_socket import TlsSocket
@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 
 class Peers:
-    """The other workers, by number. `Crew` enters them here, and handles what they say."""
+    """The other workers, by number. `WorkerPeering` enters them here, and handles what they say."""
 
     def __init__(self, reactor: Reactor) -> None:
         self.channels: dict[int, Channel] = {}
@@ -34,7 +34,7 @@ class Peers:
         return worker in self.channels and worker in self.heard_of
 
     def pass_on(self, worker: int, client: Client, early: bytes) -> bool:
-        """See `FarRelay`."""
+        """See `WorkerRelay`."""
         channel = self.channels.get(worker)
         if channel is None or not channel.has_room:
             return False

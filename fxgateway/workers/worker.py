@@ -15,15 +15,15 @@ from fxgateway.routing.admission import Admission, AdmissionLimits
 from fxgateway.routing.shared_admission import SharedAdmission
 from fxgateway.sandbox import Sandbox
 from fxgateway.settings import GatewaySettings
-from fxgateway.tunnels.colleagues import Colleagues
+from fxgateway.tunnels.peer_processes import PeerProcesses
 from fxgateway.workers.channel import Inbox, Message
-from fxgateway.workers.crew import Crew, Parts
-from fxgateway.workers.far_relays import AllRelays
-from fxgateway.workers.guests import Guests
-from fxgateway.workers.line import Line
+from fxgateway.workers.parent_line import ParentLine
+from fxgateway.workers.peering import WorkerParts, WorkerPeering
 from fxgateway.workers.peers import Peers
+from fxgateway.workers.relay_dispatch import RelayDispatch
 from fxgateway.workers.shares import from_message, share_of
 from fxgateway.workers.snapshot import snapshot
+from fxgateway.workers.worker_relays import AllRelays
 from fxtunnel.engine.reactor import Reactor
 from fxtunnel.errors import ConfigError, FxError, leaves
 from fxtunnel.kit import logs
@@ -106,7 +106,7 @@ def run(sock: socket.socket, begin: Message, sockets: dict[str, socket.socket]) 
     sandbox = Sandbox(settings, config_path)
     sandbox.enter("")  # while there is one thread only; service managers hear of the parent
     reactor = Reactor()
-    line = Line(reactor, sock)
+    line = ParentLine(reactor, sock)
     worker = Worker(reactor, settings, config_path, sandbox, line, assignment)
     if begin["is_drained"]:
         worker.take_no_clients()
@@ -121,7 +121,7 @@ class Worker(Gateway):
     """A gateway that leaves listening, relay names, used assertions and status pages to the parent."""
 
     def __init__(
-        self, reactor: Reactor, settings: GatewaySettings, config_path: Path, sandbox: Sandbox, line: Line, assignment: Assignment
+        self, reactor: Reactor, settings: GatewaySettings, config_path: Path, sandbox: Sandbox, line: ParentLine, assignment: Assignment
     ) -> None:
         self._line = line
         self._peers = Peers(reactor)
@@ -159,9 +159,9 @@ class Worker(Gateway):
         self._all_relays = AllRelays(self._registry, self._peers.pass_on, self._peers.catch_up)
         return self._all_relays
 
-    def _make_colleagues(self) -> Colleagues:
-        self._guests = Guests(self._line, self._peers, self._registry, self._all_relays, self._assignment.number)
-        return self._guests
+    def _make_peer_processes(self) -> PeerProcesses:
+        self._relay_dispatch = RelayDispatch(self._line, self._peers, self._registry, self._all_relays, self._assignment.number)
+        return self._relay_dispatch
 
     def _process(self) -> str:
         return self._assignment.process
@@ -175,8 +175,8 @@ class Worker(Gateway):
         lines, self._lines = self._lines, {}
         ours = lines.pop(self._assignment.process, None)
         async with trio.open_nursery() as nursery:
-            await nursery.start(self._guests.lines.run, lines, ours, _leave_to_parent)
-            nursery.start_soon(self._guests.take_returning)
+            await nursery.start(self._relay_dispatch.lines.run, lines, ours, _leave_to_parent)
+            nursery.start_soon(self._relay_dispatch.take_returning)
             task_status.started()
 
     async def _serve_pages(self, *, task_status: trio.TaskStatus[Address]) -> None:
@@ -209,16 +209,16 @@ class Worker(Gateway):
 
     def _announce(self, tunnel: str, admin: str) -> None:
         self._view.listening = (tunnel, *self._doors.bound.values(), admin)
-        parts = Parts(
+        parts = WorkerParts(
             self._registry,
             self._all_relays,
             self._shared,
             self._doors,
-            self._guests,
+            self._relay_dispatch,
             lambda: snapshot(self._view, self._all_relays.far),
             self._steering.act,
         )
-        Crew(self._reactor, self._line, self._peers, parts).begin()
+        WorkerPeering(self._reactor, self._line, self._peers, parts).begin()
         self._line.channel.send({"op": "ready"})
 
     async def _drain(self) -> None:
@@ -256,7 +256,7 @@ class Worker(Gateway):
                     await self._abandon()
                     self._doors.release()
                     self._port.stop_accepting()
-                    self._guests.stop_accepting()
+                    self._relay_dispatch.stop_accepting()
                     self._line.channel.send({"op": "closed"})
                 case "depart":
                     self._departs = True

@@ -14,11 +14,11 @@ import trio
 from fxrelay.admitting.memory import TicketMemory, Use
 from fxrelay.admitting.owner import Owner, Question
 from fxrelay.admitting.quotas import NO_LIMITS, Quotas, StreamLimits
-from fxrelay.admitting.ticket import BadTicket, Caller, Objection, Ticket, TicketRules, read_ticket
+from fxrelay.admitting.ticket import BadTicket, Caller, Ticket, TicketProblem, TicketRules, read_ticket
 from fxrelay.delivery.identity import identity_of
 from fxrelay.delivery.ports import NotAdmitted
 from fxtunnel.codes import Code
-from fxtunnel.kit.signed_claims import Flaw
+from fxtunnel.kit.signed_claims import TokenProblem
 from fxtunnel.kit.sources import source_of
 from fxtunnel.model import RelayId, ServiceName
 
@@ -30,9 +30,9 @@ MAX_REMEMBERED: Final = 16
 OWNER_WAIT_S: Final = 7.0
 """For a script process to become free and answer. Less than the 10 s that gateways wait for a stream."""
 _UNUSABLE: Final = {
-    Use.AGAIN: (Objection.USED, "it was used before"),
-    Use.FORGOTTEN: (Objection.FORGOTTEN, "it was made before the memory of this relay begins"),
-    Use.UNKNOWABLE: (Objection.UNKNOWABLE, "the store is away, so whether it was used before cannot be told"),
+    Use.AGAIN: (TicketProblem.USED, "it was used before"),
+    Use.FORGOTTEN: (TicketProblem.FORGOTTEN, "it was made before the memory of this relay begins"),
+    Use.UNKNOWABLE: (TicketProblem.UNKNOWABLE, "the store is away, so whether it was used before cannot be told"),
 }
 
 
@@ -86,7 +86,7 @@ class Guest:
         if rules is None:
             return Caller()
         if not token:
-            return self.refuse(Code.BAD_TICKET, Objection.MISSING, "it shows none") if rules.is_required else Caller()
+            return self.refuse(Code.BAD_TICKET, TicketProblem.MISSING, "it shows none") if rules.is_required else Caller()
         try:
             ticket = read_ticket(token, rules, self._service, self._porter.clock())
         except BadTicket as exc:
@@ -141,7 +141,7 @@ class Guest:
         if ticket is not None:
             await self._porter.memory.give_back(ticket)
 
-    def refuse(self, code: Code, why: Objection | Flaw | str, text: str, caller: Caller | None = None) -> NotAdmitted:
+    def refuse(self, code: Code, why: TicketProblem | TokenProblem | str, text: str, caller: Caller | None = None) -> NotAdmitted:
         """Say in the log why, and in the answer that."""
         ticket = caller.ticket if caller is not None else None
         extra = {

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import trio
 
 from fxrelay.admitting.porter import Guest, Porter
-from fxrelay.admitting.ticket import Caller, Objection
+from fxrelay.admitting.ticket import Caller, TicketProblem
 from fxrelay.delivery.ports import Admitted, NotAdmitted
 from fxtunnel.codes import Code
 from fxtunnel.model import RelayId, ServiceName
@@ -46,12 +46,14 @@ class StreamEntry:
         asked = self._opening.node
         if caller.node is not None and asked not in (None, caller.node):
             return self._guest.refuse(
-                Code.FORBIDDEN, Objection.WRONG_NODE, f"the ticket is for {caller.node}, asked for is {asked}", caller
+                Code.FORBIDDEN, TicketProblem.WRONG_NODE, f"the ticket is for {caller.node}, asked for is {asked}", caller
             )
         if caller.node is not None and self._only_here and caller.node != self._own_id:
             # One address has several relays in front of it: the gateway may try the right one next.
             code = Code.FORBIDDEN if self._opening.via is not None else Code.NO_SERVICE
-            return self._guest.refuse(code, Objection.WRONG_NODE, f"the ticket is for {caller.node}, and this is {self._own_id}", caller)
+            return self._guest.refuse(
+                code, TicketProblem.WRONG_NODE, f"the ticket is for {caller.node}, and this is {self._own_id}", caller
+            )
         self._caller = caller
         return self._guest.take_place(caller) or Admitted(caller.user, caller.groups, caller.node or asked)
 
@@ -60,7 +62,9 @@ class StreamEntry:
         caller, found = self._caller, node or self._own_id
         if caller.node not in (None, found):
             await trio.lowlevel.checkpoint()
-            return self._guest.refuse(Code.FORBIDDEN, Objection.WRONG_NODE, f"the ticket is for {caller.node}, chosen is {found}", caller)
+            return self._guest.refuse(
+                Code.FORBIDDEN, TicketProblem.WRONG_NODE, f"the ticket is for {caller.node}, chosen is {found}", caller
+            )
         return await self._guest.use(caller, found)
 
     async def give_back(self) -> None:

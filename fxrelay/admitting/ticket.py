@@ -23,7 +23,7 @@ from typing import Any, Final
 import jwt
 
 from fxtunnel.kit.compact_jwt import LATEST_UNIX
-from fxtunnel.kit.signed_claims import Algorithm, BadToken, Flaw, KeySet, SignedClaims, verified_claims
+from fxtunnel.kit.signed_claims import Algorithm, BadToken, KeySet, SignedClaims, TokenProblem, verified_claims
 from fxtunnel.model import RelayId, ServiceName, is_name
 
 MAX_USER_CHARS: Final = 128
@@ -34,7 +34,7 @@ MIN_ID_CHARS: Final = 8
 MAX_ID_CHARS: Final = 128
 
 
-class Objection(StrEnum):
+class TicketProblem(StrEnum):
     """Why a ticket does not let in, beside the flaws of any token."""
 
     MISSING = "missing"
@@ -54,7 +54,7 @@ class Objection(StrEnum):
 class BadTicket(Exception):
     """A ticket that does not let in. `str()` is for the log; it holds nothing by which the ticket could be used."""
 
-    def __init__(self, why: Objection | Flaw, text: str) -> None:
+    def __init__(self, why: TicketProblem | TokenProblem, text: str) -> None:
         self.why = why
         super().__init__(text)
 
@@ -106,7 +106,7 @@ def read_ticket(token: str, rules: TicketRules, service: ServiceName, now_unix: 
     try:
         signed = verified_claims(token, rules.keys, rules.algorithms)
     except BadToken as exc:
-        raise BadTicket(exc.flaw, str(exc)) from exc
+        raise BadTicket(exc.problem, str(exc)) from exc
     claims = signed.claims
     _check_address(claims, rules, service)
     issued, expires = _check_times(claims, rules, now_unix)
@@ -150,11 +150,11 @@ def _check_address(claims: Mapping[str, object], rules: TicketRules, service: Se
     audience = claims.get("aud")
     named = audience if isinstance(audience, list) else [audience]
     if rules.audience not in named:
-        raise BadTicket(Objection.WRONG_AUDIENCE, f"its audience is {_shown(audience)}, expected {rules.audience}")
+        raise BadTicket(TicketProblem.WRONG_AUDIENCE, f"its audience is {_shown(audience)}, expected {rules.audience}")
     if rules.issuer and claims.get("iss") != rules.issuer:
-        raise BadTicket(Objection.WRONG_ISSUER, f"its issuer is {_shown(claims.get('iss'))}, expected {rules.issuer}")
+        raise BadTicket(TicketProblem.WRONG_ISSUER, f"its issuer is {_shown(claims.get('iss'))}, expected {rules.issuer}")
     if claims.get("service", service) != service:
-        raise BadTicket(Objection.WRONG_SERVICE, f"it is for the service {_shown(claims.get('service'))}")
+        raise BadTicket(TicketProblem.WRONG_SERVICE, f"it is for the service {_shown(claims.get('service'))}")
 
 
 def _check_times(claims: Mapping[str, object], rules: TicketRules, now_unix: float) -> tuple[int, int]:
@@ -162,26 +162,26 @@ def _check_times(claims: Mapping[str, object], rules: TicketRules, now_unix: flo
     values = [claims.get("iat"), claims.get("exp"), claims.get("nbf", claims.get("iat"))]
     issued, expires, not_before = (value if type(value) is int and 0 <= value <= LATEST_UNIX else -1 for value in values)
     if min(issued, expires, not_before) < 0:
-        raise BadTicket(Objection.BAD_CLAIMS, "iat and exp (and nbf, if it is there) must be integers")
+        raise BadTicket(TicketProblem.BAD_CLAIMS, "iat and exp (and nbf, if it is there) must be integers")
     if not 0 < expires - issued <= rules.max_life_s:
-        raise BadTicket(Objection.LIVES_TOO_LONG, f"it lives {expires - issued} s, at most {rules.max_life_s:g} s are allowed")
+        raise BadTicket(TicketProblem.LIVES_TOO_LONG, f"it lives {expires - issued} s, at most {rules.max_life_s:g} s are allowed")
     if expires + rules.leeway_s < now_unix:
-        raise BadTicket(Objection.EXPIRED, f"it expired {now_unix - expires:.0f} s ago")
+        raise BadTicket(TicketProblem.EXPIRED, f"it expired {now_unix - expires:.0f} s ago")
     start = max(issued, not_before)
     if start - rules.leeway_s > now_unix:
-        raise BadTicket(Objection.NOT_YET, f"it is valid in {start - now_unix:.0f} s only; are the clocks right?")
+        raise BadTicket(TicketProblem.NOT_YET, f"it is valid in {start - now_unix:.0f} s only; are the clocks right?")
     return issued, expires
 
 
 def _user(claims: Mapping[str, object]) -> str:
     user = claims.get("sub")
-    flaw = flaw_of_user(user)
-    if flaw:
-        raise BadTicket(Objection.BAD_CLAIMS, flaw)
+    problem = problem_of_user(user)
+    if problem:
+        raise BadTicket(TicketProblem.BAD_CLAIMS, problem)
     return str(user)
 
 
-def flaw_of_user(user: object) -> str:
+def problem_of_user(user: object) -> str:
     """Why nobody can be called this in a ticket; "" for a user's name."""
     if not isinstance(user, str) or not 0 < len(user) <= MAX_USER_CHARS or not user.isprintable() or user != user.strip():
         return f"sub must be a user: printable, 1 to {MAX_USER_CHARS} characters, no space around them"
@@ -196,12 +196,12 @@ def flaw_of_user(user: object) -> str:
 def _groups(claims: Mapping[str, object]) -> tuple[str, ...]:
     groups = claims.get("groups", [])
     if not isinstance(groups, list) or len(groups) > MAX_GROUPS:
-        raise BadTicket(Objection.BAD_CLAIMS, f"groups must be a list of at most {MAX_GROUPS} texts")
+        raise BadTicket(TicketProblem.BAD_CLAIMS, f"groups must be a list of at most {MAX_GROUPS} texts")
     found = tuple(group for group in groups if isinstance(group, str) and 0 < len(group) <= MAX_USER_CHARS and group.isprintable())
     if len(found) < len(groups):
-        raise BadTicket(Objection.BAD_CLAIMS, "groups must be printable texts")
+        raise BadTicket(TicketProblem.BAD_CLAIMS, "groups must be printable texts")
     if sum(len(group.encode()) for group in found) > MAX_GROUP_BYTES:
-        raise BadTicket(Objection.BAD_CLAIMS, f"groups have more than {MAX_GROUP_BYTES} bytes")
+        raise BadTicket(TicketProblem.BAD_CLAIMS, f"groups have more than {MAX_GROUP_BYTES} bytes")
     return found
 
 
@@ -210,14 +210,14 @@ def _node(claims: Mapping[str, object]) -> RelayId | None:
     if node is None:
         return None
     if not isinstance(node, str) or not is_name(node):
-        raise BadTicket(Objection.BAD_CLAIMS, "node is no node's id")
+        raise BadTicket(TicketProblem.BAD_CLAIMS, "node is no node's id")
     return RelayId(node)
 
 
 def _use_id(signed: SignedClaims) -> str:
     jti = signed.claims.get("jti")
     if not isinstance(jti, str) or not MIN_ID_CHARS <= len(jti) <= MAX_ID_CHARS or not jti.isprintable():
-        raise BadTicket(Objection.BAD_CLAIMS, f"jti must be {MIN_ID_CHARS} to {MAX_ID_CHARS} printable characters")
+        raise BadTicket(TicketProblem.BAD_CLAIMS, f"jti must be {MIN_ID_CHARS} to {MAX_ID_CHARS} printable characters")
     # Two who make tickets may count 1, 2, 3 both: their keys tell them apart.
     return hashlib.sha256(f"{signed.key.thumbprint}\0{jti}".encode("utf-8", "surrogatepass")).hexdigest()[:32]
 

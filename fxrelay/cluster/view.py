@@ -51,7 +51,7 @@ class Listener(Protocol):
         """News from others may have been missed for a while, and are heard again."""
 
 
-class Nobody:
+class NullListener:
     """Implements `Listener` where a view is only looked at."""
 
     def ask_store(self) -> None:
@@ -77,7 +77,7 @@ class ClusterView:
         self.members = Members(ages)
         self.in_flight = InFlight()
         self.dropped_messages = 0
-        self._listener = listener or Nobody()
+        self._listener = listener or NullListener()
         self._monotonic = monotonic
         self._clock_offset_ms = int(time.time() * 1000 - monotonic() * 1000)
         self._synced = False

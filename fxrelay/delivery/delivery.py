@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 from fxrelay.cluster.settings import PathKind
+from fxrelay.delivery.address_outages import AddressOutages
 from fxrelay.delivery.addresses import Addresses, share_s
 from fxrelay.delivery.ports import StreamTaker
 from fxrelay.delivery.services import AnyService, Endpoint, PoolService, ServiceTable
-from fxrelay.delivery.unreached import Unreached
 from fxtunnel.codes import Code
 from fxtunnel.engine.overdue import idle, overdue
 from fxtunnel.engine.reactor import ERROR, WRITE, Reactor, Timer
@@ -128,7 +128,7 @@ class Delivery(Splice):
     def stands(self) -> None:
         """The service is reached."""
         if self._addresses:
-            self.desk.unreached.note_reached(self._addresses[0])
+            self.desk.outages.note_reached(self._addresses[0])
         if self.stream is not None:
             self.stream.accept()
         if isinstance(self.service, PoolService):
@@ -148,7 +148,7 @@ class Delivery(Splice):
     def note_failure(self, code: Code, text: str) -> None:
         """For the log: whether this address is to blame."""
         if self._addresses and code in (Code.CONNECT_FAILED, Code.CONNECT_TIMEOUT):
-            self.desk.unreached.note(self._addresses[0], text)
+            self.desk.outages.note(self._addresses[0], text)
 
     def on_reset(self, code: Code) -> None:
         """See `Endpoint`."""
@@ -216,7 +216,7 @@ class DeliveryDesk:
         self.deliveries: set[Delivery] = set()
         self.connecting: dict[Delivery, float] = {}
         self.addresses = Addresses()
-        self.unreached = Unreached()
+        self.outages = AddressOutages()
         self.is_draining = False
         reactor.call_later(SWEEP_S, self._sweep)
 
@@ -274,7 +274,7 @@ class DeliveryDesk:
             connected = connect(endpoint)
             if not isinstance(connected, str):
                 return connected, in_order[position:]
-            self.unreached.note(endpoint, connected)
+            self.outages.note(endpoint, connected)
             problem = connected
         return problem, ()
 

@@ -11,8 +11,8 @@ from fxrelay.delivery.ports import Asking, Claim, Entry, Node, Seat, Wanted
 from fxrelay.delivery.services import AnyService, Endpoint, PoolService
 from fxtunnel.codes import Code
 from fxtunnel.model import RelayId
+from fxtunnel.protocol.byte_queue import ByteQueue
 from fxtunnel.protocol.opening import Opening
-from fxtunnel.protocol.pieces import Pieces
 from fxtunnel.protocol.stream import Stream
 
 if TYPE_CHECKING:
@@ -186,7 +186,7 @@ class PlacedDelivery(Delivery):
         self._claim: Claim | None = None
         self._seat: Seat | None = None
         self._entry: Entry | None = None
-        self._pending = Pieces(placing.early)
+        self._pending = ByteQueue(placing.early)
         self._fin_wanted = placing.fin
         placing.early = bytearray()
 

@@ -15,7 +15,7 @@ import trio
 from pydantic import SecretStr
 
 from fxrelay.uplink.gateway_file import GatewayUrl
-from fxtunnel.control.busy import BUSY_BYTES, Appointment, parse_busy
+from fxtunnel.control.busy import BUSY_BYTES, RetryAfter, parse_busy
 from fxtunnel.errors import TunnelError
 from fxtunnel.kit.tls import HandshakeFailed, HandshakeProblem, client_context, handshake_client
 from fxtunnel.protocol.alpn import ALPN_SPOKEN, ALPN_WORKER
@@ -74,11 +74,11 @@ class Unreachable(Unanswered):
 
 
 class GatewayBusy(TunnelError):
-    """The gateway has no time for us before `appointment`. It costs it next to nothing to say so, and it is no failure."""
+    """The gateway has no time for us before `retry_after`. It costs it next to nothing to say so, and it is no failure."""
 
-    def __init__(self, appointment: Appointment) -> None:
-        super().__init__(f"the gateway is busy, and wants us again in {appointment.retry_after_s:.1f} s")
-        self.appointment = appointment
+    def __init__(self, retry_after: RetryAfter) -> None:
+        super().__init__(f"the gateway is busy, and wants us again in {retry_after.retry_after_s:.1f} s")
+        self.retry_after = retry_after
 
 
 @contextmanager
@@ -153,9 +153,9 @@ def _listen_for_busy(sock: socket.socket) -> None:
 
 
 def _raise_if_busy(first: bytes) -> None:
-    appointment = parse_busy(first)
-    if appointment is not None:
-        raise GatewayBusy(appointment)
+    retry_after = parse_busy(first)
+    if retry_after is not None:
+        raise GatewayBusy(retry_after)
 
 
 async def _connect(host: str, port: int, name: str) -> trio.SocketStream:

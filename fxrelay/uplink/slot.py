@@ -9,8 +9,8 @@ from typing import Final, Protocol
 import trio
 
 from fxrelay.uplink.dial import GatewayBusy
+from fxrelay.uplink.failure_policy import LogBackoff, final_goodbye, retry_after_s, retry_delay_s
 from fxrelay.uplink.ports import LinkSession, UplinkConfig, UplinkSessionOwner
-from fxrelay.uplink.verdicts import Doubling, appointed_s, final_goodbye, retry_after_s
 from fxtunnel.codes import Code, Refusal
 from fxtunnel.errors import FxError, PeerRefused, RemoteProtocolError
 from fxtunnel.kit.backoff import FullJitter
@@ -24,7 +24,7 @@ RESUMING_CAP_S: Final = 2.0
 _SESSION_IS_GONE: Final = frozenset({Refusal.UNKNOWN_SESSION, Refusal.BAD_RESUME})
 
 
-class SlotHome(Protocol):
+class SlotOwner(Protocol):
     """What a slot needs of its uplink."""
 
     @property
@@ -55,14 +55,14 @@ class Slot:
     A lost link is dialled again at once, and after failures with full jitter.
     """
 
-    def __init__(self, home: SlotHome, config: UplinkConfig, rng: random.Random) -> None:
+    def __init__(self, owner: SlotOwner, config: UplinkConfig, rng: random.Random) -> None:
         self.session: LinkSession | None = None
-        self._home = home
+        self._owner = owner
         self._settled_s = config.min_backoff_s
         self._rng = rng
         self._busy_cap_s = config.max_backoff_s
         self._backoff = FullJitter(base_s=config.min_backoff_s, cap_s=config.max_backoff_s, rng=rng)
-        self._failures = Doubling()
+        self._failures = LogBackoff()
         self._down = trio.Event()
         self._attempt: trio.CancelScope | None = None
         self._hold_until = math.inf
@@ -72,17 +72,17 @@ class Slot:
     async def run(self) -> None:
         """Keep a session until the uplink wants none or ends. Cancelling leaves the session to `close`."""
         wait_s = 0.0
-        while self.session is not None or self._home.wants_sessions:
+        while self.session is not None or self._owner.wants_sessions:
             try:
                 wait_s = await self._live() if await self._try_once(wait_s) else self._backoff.next_s()
             except FxError as exc:
-                if self._home.ends_with(exc):
+                if self._owner.ends_with(exc):
                     return
                 wait_s = self._after_failure(exc)
             except Exception:  # a bug of ours must not take the other slots along
-                logger.exception("a data link to %s failed", self._home.gateway_id)
+                logger.exception("a data link to %s failed", self._owner.gateway_id)
                 wait_s = self._backoff.next_s()
-            if self._goodbye is not None and self._home.ends_with(self._goodbye):
+            if self._goodbye is not None and self._owner.ends_with(self._goodbye):
                 return
 
     def close(self, code: Code, text: str) -> None:
@@ -94,7 +94,7 @@ class Slot:
         """From the engine: see `UplinkSessionOwner`."""
         if session is self.session:
             held = session.statistics().mux.streams
-            logger.info("link to %s lost: %s; streams held: %d", self._home.gateway_id, reason, held, extra={"tunnel": session.id})
+            logger.info("link to %s lost: %s; streams held: %d", self._owner.gateway_id, reason, held, extra={"tunnel": session.id})
             self._down.set()
 
     def on_closed(self, session: LinkSession, code: Code, text: str) -> None:
@@ -105,7 +105,7 @@ class Slot:
         lived_s = trio.current_time() - self._opened_at
         logger.info(
             "tunnel to %s closed after %.1f s: %s",
-            self._home.gateway_id,
+            self._owner.gateway_id,
             lived_s,
             text or code.label,
             extra={"tunnel": session.id, "bytes_in": counters.bytes_in, "bytes_out": counters.bytes_out, "streams": counters.opened},
@@ -124,16 +124,16 @@ class Slot:
             await self._connect(session)
             return True
         if session is not None:
-            session.close(Code.LINK_LOST, f"no link for {self._home.hold_s:g} s")
+            session.close(Code.LINK_LOST, f"no link for {self._owner.hold_s:g} s")
         return False
 
     async def _connect(self, session: LinkSession | None) -> None:
         is_new = session is None
         if session is not None:
             session.detach("resuming")  # its counter must stand still before it is quoted
-        link, welcome = await self._home.open_link(session)
+        link, welcome = await self._owner.open_link(session)
         if session is None:
-            session = self.session = self._home.new_session(self, welcome.session)
+            session = self.session = self._owner.new_session(self, welcome.session)
             self._opened_at = trio.current_time()
             if CAP_RESUME not in welcome.caps:
                 session.forgo_resumption()
@@ -145,7 +145,7 @@ class Slot:
             session.close(exc.code, str(exc))
             raise
         self._failures.reset()
-        logger.info("tunnel to %s %s", self._home.gateway_id, "open" if is_new else "resumed", extra={"tunnel": session.id})
+        logger.info("tunnel to %s %s", self._owner.gateway_id, "open" if is_new else "resumed", extra={"tunnel": session.id})
 
     async def _live(self) -> float:
         """Wait until the link is lost or the session over; the seconds to wait before the next attempt."""
@@ -155,7 +155,7 @@ class Slot:
             await self._down.wait()
         finally:
             now = trio.current_time()
-            self._hold_until = now + self._home.hold_s
+            self._hold_until = now + self._owner.hold_s
         is_settled = now - began >= self._settled_s
         if is_settled or (session is not None and session.received > before):
             self._backoff.reset()
@@ -168,9 +168,9 @@ class Slot:
             self.session.close(Code.LINK_LOST, f"the gateway cannot resume it: {exc}")
             return 0.0
         if isinstance(exc, GatewayBusy):
-            return appointed_s(exc.appointment, self._rng.random(), self._busy_cap_s if self.session is None else RESUMING_CAP_S)
+            return retry_delay_s(exc.retry_after, self._rng.random(), self._busy_cap_s if self.session is None else RESUMING_CAP_S)
         wait_s = self._backoff.next_s(at_least_s=retry_after_s(exc))
         if self._failures.is_due():
             attempt = self._failures.count
-            logger.warning("no data link to %s: %s; attempt %d in %.1f s", self._home.gateway_id, exc, attempt + 1, wait_s)
+            logger.warning("no data link to %s: %s; attempt %d in %.1f s", self._owner.gateway_id, exc, attempt + 1, wait_s)
         return wait_s

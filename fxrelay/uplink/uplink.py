@@ -16,14 +16,14 @@ from fxrelay.uplink.control_link import ControlLink, control_hello, open_control
 from fxrelay.uplink.datalink import open_data_link
 from fxrelay.uplink.dial import Dialler, GatewayBusy
 from fxrelay.uplink.enrol import enrol
+from fxrelay.uplink.failure_policy import final_error, retry_delay_s
 from fxrelay.uplink.gateway_file import GatewayFile, GatewayUrl
 from fxrelay.uplink.identity import Identity
 from fxrelay.uplink.ports import LinkSession, SessionFactory, UplinkConfig, UplinkSessionOwner, UplinkState, UplinkStatistics
-from fxrelay.uplink.redialling import INTERNAL, Failure, Redialling
-from fxrelay.uplink.returning import is_gone, is_turned_away, keep_returning
+from fxrelay.uplink.process_links import ProcessLinks, too_many
+from fxrelay.uplink.reconnecting import is_gone, is_turned_away, keep_reconnecting
+from fxrelay.uplink.redial_backoff import INTERNAL, Failure, RedialBackoff
 from fxrelay.uplink.slot import Slot
-from fxrelay.uplink.ties import Ties, too_many
-from fxrelay.uplink.verdicts import appointed_s, final_error
 from fxtunnel.codes import Code, Refusal
 from fxtunnel.control.channel import GOODBYE_S
 from fxtunnel.control.messages import CAP_LEAVING, CAP_NAMED, Drain, Load, Services
@@ -42,7 +42,7 @@ MAX_DEADLINE_S: Final = 86_400.0  # of a Drain message
 
 
 @dataclass(frozen=True, slots=True)
-class Surroundings:
+class UplinkEnvironment:
     """What an uplink takes from outside, so that tests can repeat it: randomness, and the wall clock in seconds.
 
     `is_reluctant`: whether the gateway should ask other relays first (PROTOCOL.md, 3.3).
@@ -67,7 +67,7 @@ class Uplink:
         offers: tuple[Offer, ...],
         factory: SessionFactory,
         config: UplinkConfig,
-        surroundings: Surroundings | None = None,
+        environment: UplinkEnvironment | None = None,
     ) -> None:
         self.gateway_id: GatewayId = gateway.gateway_id
         self._gateway = gateway
@@ -75,9 +75,9 @@ class Uplink:
         self._offers = offers
         self._factory = factory
         self._config = config
-        self._around = surroundings or Surroundings()
+        self._environment = environment or UplinkEnvironment()
         self._dialler = Dialler(gateway.ca_pem, config.proxy, timeout_s=config.dial_timeout_s, dead_after_s=config.dead_after_s)
-        self._ties = [self._new_ties()]
+        self._links = [self._new_links()]
         """To the gateway's processes; the last is the present one."""
         self._url_number = 0
         self._must_enrol = False
@@ -95,7 +95,7 @@ class Uplink:
         self._ended = trio.Event()
         self._failure: FxError | None = None
         self._state = UplinkState.STOPPED
-        self._since_unix = self._around.now_unix()
+        self._since_unix = self._environment.now_unix()
         self._last_error = ""
         self._attempts = 0
         self._next_try_unix = 0.0
@@ -120,15 +120,15 @@ class Uplink:
             with self._scope:
                 async with trio.open_nursery() as nursery:
                     while True:
-                        ties = self._ties[-1]
-                        nursery.start_soon(self._hold, ties, task_status)
-                        await ties.departs.wait()
+                        links = self._links[-1]
+                        nursery.start_soon(self._hold, links, task_status)
+                        await links.departs.wait()
                         if self._drain_until is not None:
                             await trio.sleep_forever()  # its next process would not let us in
-                        for spare in too_many(self._ties, MAX_DEPARTING):
+                        for spare in too_many(self._links, MAX_DEPARTING):
                             spare.give_up()
-                        self._ties.append(self._new_ties())
-                        await trio.sleep(self._around.rng.uniform(0, DEPARTURE_SPREAD_S))
+                        self._links.append(self._new_links())
+                        await trio.sleep(self._environment.rng.uniform(0, DEPARTURE_SPREAD_S))
         finally:
             self._is_stopping = True
             self._close_sessions(Code.SHUTDOWN, "the relay stops")
@@ -142,8 +142,8 @@ class Uplink:
         self._is_stopping = True
         with trio.move_on_after(GOODBYE_S):
             async with trio.open_nursery() as nursery:
-                for ties in self._ties:
-                    nursery.start_soon(ties.say_goodbye, code, text)
+                for links in self._links:
+                    nursery.start_soon(links.say_goodbye, code, text)
                 self._close_sessions(code, text)
         self._scope.cancel()
         if self._state is not UplinkState.STOPPED:
@@ -170,7 +170,7 @@ class Uplink:
 
     def sessions(self) -> list[LinkSession]:
         """Those that are not over, with every process of the gateway."""
-        return [session for ties in self._ties for session in ties.sessions]
+        return [session for links in self._links for session in links.sessions]
 
     def statistics(self) -> UplinkStatistics:
         """A snapshot for status pages."""
@@ -182,21 +182,21 @@ class Uplink:
             self._last_error,
             self._epoch,
             self._drain_until is not None,
-            tuple(session.statistics() for ties in reversed(self._ties) for session in ties.sessions),
+            tuple(session.statistics() for links in reversed(self._links) for session in links.sessions),
             self._attempts,
             self._next_try_unix,
         )
 
     async def dial_data(self, hello: Hello, worker: str, process: str) -> tuple[ssl.SSLSocket, Welcome]:
-        """For ties: see `TiesHome`."""
+        """For the links to a process: see `ProcessLinksOwner`."""
         return await open_data_link(self._dialler, self._url, hello, worker, process)
 
     def new_session(self, owner: UplinkSessionOwner, session_id: SessionId) -> LinkSession:
-        """For ties: see `TiesHome`."""
+        """For the links to a process: see `ProcessLinksOwner`."""
         return self._factory.new_session(owner, session_id)
 
     def ends_with(self, exc: FxError) -> bool:
-        """For ties, and ourselves: see `TiesHome`."""
+        """For the links to a process, and ourselves: see `ProcessLinksOwner`."""
         final = final_error(exc, self._identity.relay_id, self.gateway_id, was_welcome=self._welcomes > 0)
         if final is None:
             return False
@@ -210,37 +210,37 @@ class Uplink:
     def _url(self) -> GatewayUrl:
         return self._gateway.urls[self._url_number % len(self._gateway.urls)]
 
-    def _new_ties(self) -> Ties:
-        return Ties(self, self._config, lambda ties: Slot(ties, self._config, self._around.rng))
+    def _new_links(self) -> ProcessLinks:
+        return ProcessLinks(self, self._config, lambda links: Slot(links, self._config, self._environment.rng))
 
-    async def _hold(self, ties: Ties, task_status: trio.TaskStatus[None]) -> None:
+    async def _hold(self, links: ProcessLinks, task_status: trio.TaskStatus[None]) -> None:
         """Keep the links to one process of the gateway, until it is gone."""
         async with trio.open_nursery() as nursery:
-            for slot in ties.slots:
+            for slot in links.slots:
                 nursery.start_soon(slot.run)
-            await self._keep_control_link(ties, task_status)
-            await keep_returning(ties, self._return, self._config, self._around.rng)
-        if ties is not self._ties[-1]:
-            self._ties.remove(ties)
+            await self._keep_control_link(links, task_status)
+            await keep_reconnecting(links, self._return, self._config, self._environment.rng)
+        if links is not self._links[-1]:
+            self._links.remove(links)
 
-    async def _keep_control_link(self, ties: Ties, task_status: trio.TaskStatus[None]) -> None:
+    async def _keep_control_link(self, links: ProcessLinks, task_status: trio.TaskStatus[None]) -> None:
         """Dial control links, one after the other, until the process departs or the uplink ends."""
-        waits, wait_s = Redialling(self._config, self._around.rng), 0.0
-        while not (self._is_stopping or ties.departs.is_set()):
+        waits, wait_s = RedialBackoff(self._config, self._environment.rng), 0.0
+        while not (self._is_stopping or links.departs.is_set()):
             welcomes, failure = self._welcomes, INTERNAL
             try:
                 await trio.sleep(wait_s)
-                await self._use_control_link(ties, task_status)
+                await self._use_control_link(links, task_status)
             except FxError as exc:
-                if ties.departs.is_set() and is_gone(exc):
-                    ties.lose()
-                elif self._drain_until is not None and is_turned_away(exc, ties):
-                    ties.depart()
-                if self._is_stopping or ties.departs.is_set() or self.ends_with(exc):
+                if links.departs.is_set() and is_gone(exc):
+                    links.lose()
+                elif self._drain_until is not None and is_turned_away(exc, links):
+                    links.depart()
+                if self._is_stopping or links.departs.is_set() or self.ends_with(exc):
                     return
                 self._last_error = str(exc)
                 if isinstance(exc, GatewayBusy):
-                    wait_s = self._wait_for_appointment(exc, waits)
+                    wait_s = self._retry_busy_s(exc, waits)
                     continue
                 failure = Failure.of(exc)
             except Exception:  # whatever a peer's bytes did to a library, the relay and its sessions live on
@@ -260,44 +260,46 @@ class Uplink:
                 logger.warning("no control link to %s: %s; attempt %d in %.1f s", self.gateway_id, self._last_error, attempt, wait_s)
             self._await_next_try(wait_s)
 
-    def _wait_for_appointment(self, busy: GatewayBusy, waits: Redialling) -> float:
+    def _retry_busy_s(self, busy: GatewayBusy, waits: RedialBackoff) -> float:
         """The seconds until a busy gateway wants us again. Not a failure; but the next attempt goes to the next address, in case whoever
         answered only poses as the gateway.
         """
-        wait_s = appointed_s(busy.appointment, self._around.rng.random(), self._config.max_backoff_s)
+        wait_s = retry_delay_s(busy.retry_after, self._environment.rng.random(), self._config.max_backoff_s)
         self._url_number += 1
         if waits.busy.is_due():
             logger.info("%s; attempt %d in %.1f s", busy, waits.busy.count + 1, wait_s)
         self._await_next_try(wait_s)
         return wait_s
 
-    async def _use_control_link(self, ties: Ties, task_status: trio.TaskStatus[None]) -> None:
+    async def _use_control_link(self, links: ProcessLinks, task_status: trio.TaskStatus[None]) -> None:
         """One control link from dial to end, after enrolment if need be. Returns only when it should be called again at once."""
         self._attempts += 1
         url = self._url
         if self._must_enrol or not await self._identity.is_enrolled(self.gateway_id):
             self._enter(UplinkState.ENROLLING)
-            await enrol(self._dialler, url, self._gateway, self._identity, self._around.now_unix)
+            await enrol(self._dialler, url, self._gateway, self._identity, self._environment.now_unix)
             self._must_enrol, self._has_enrolled = False, True
         self._enter(UplinkState.CONNECTING)
         try:
-            async with open_control_link(self._dialler, url, self._gateway, self._hello(), self._bearer, self._config, ties.worker) as link:
-                if ties.process not in ("", link.welcome.process) and link.welcome.process:
+            async with open_control_link(
+                self._dialler, url, self._gateway, self._hello(), self._bearer, self._config, links.worker
+            ) as link:
+                if links.process not in ("", link.welcome.process) and link.welcome.process:
                     logger.info("gateway %s is another process now", self.gateway_id)
                     self._lost_at = trio.current_time()
-                    if ties.is_up or (ties.is_named and ties.sessions and ties.process in link.welcome.earlier):
-                        # We missed the old process's Drain message. Keep what is open there, and begin new ties with this one.
-                        ties.depart()
+                    if links.is_up or (links.is_named and links.sessions and links.process in link.welcome.earlier):
+                        # We missed the old process's Drain message. Keep what is open there, and begin new links with this one.
+                        links.depart()
                         return
-                    # No session of the old process can be resumed: end them, and keep these ties and this link.
-                    ties.close_sessions(Code.LINK_LOST, "its process of the gateway is gone")
-                self._welcomed(ties, link, url)
+                    # No session of the old process can be resumed: end them, and keep these links and this one.
+                    links.close_sessions(Code.LINK_LOST, "its process of the gateway is gone")
+                self._welcomed(links, link, url)
                 if self._welcomes == 1:
                     task_status.started()
                 try:
-                    await self._carry(ties, link)
+                    await self._carry(links, link)
                 finally:
-                    if not ties.departs.is_set():
+                    if not links.departs.is_set():
                         self._lost_at = trio.current_time()
         except PeerRefused as exc:
             # Only before the first welcome: a relay that an administrator forgets while it runs must not enrol again by itself.
@@ -306,48 +308,48 @@ class Uplink:
             logger.info("gateway %s no longer knows relay %s; enrolling again", self.gateway_id, self._identity.relay_id)
             self._must_enrol = True
 
-    async def _return(self, ties: Ties) -> None:
+    async def _return(self, links: ProcessLinks) -> None:
         """One control link to a process that goes away, from dial to end."""
-        hello, process = self._hello(), ties.process
+        hello, process = self._hello(), links.process
         async with open_control_link(self._dialler, self._url, self._gateway, hello, self._bearer, self._config, process=process) as link:
             logger.info("connected again to the process of gateway %s that goes away", self.gateway_id)
-            await self._carry(ties, link)
+            await self._carry(links, link)
 
-    async def _carry(self, ties: Ties, link: ControlLink) -> None:
+    async def _carry(self, links: ProcessLinks, link: ControlLink) -> None:
         """Carry a welcomed link until it ends. Always raises, a TunnelClosed unless it is cancelled."""
-        ties.set_link(link)
+        links.set_link(link)
         try:
             if self._drain_until is not None:
-                ties.send(self._departure(self._drain_until - trio.current_time()))
-            await link.run(partial(self._load, ties), partial(self._on_drain, ties), lambda: ties.is_up)
+                links.send(self._departure(self._drain_until - trio.current_time()))
+            await link.run(partial(self._load, links), partial(self._on_drain, links), lambda: links.is_up)
         finally:
-            ties.set_link(None)
+            links.set_link(None)
 
     def _hello(self) -> ControlHello:
         leaving = (CAP_LEAVING,) if self._drain_until is not None else ()
         return control_hello(self._identity, self._offers, (*self._config.caps, *leaving))
 
-    def _load(self, ties: Ties) -> Load:
-        return Load(streams=ties.streams, reluctant=self._around.is_reluctant())
+    def _load(self, links: ProcessLinks) -> Load:
+        return Load(streams=links.streams, reluctant=self._environment.is_reluctant())
 
     def _bearer(self) -> str:
-        return self._identity.assertion(self.gateway_id, self._around.now_unix())
+        return self._identity.assertion(self.gateway_id, self._environment.now_unix())
 
-    def _on_drain(self, ties: Ties, message: Drain) -> None:
+    def _on_drain(self, links: ProcessLinks, message: Drain) -> None:
         if self._drain_until is not None:
             # A departing gateway's own Drain is not about our successor. Gateways that do not know `relieved` send a deadline of 0.
             self.is_relieved = self.is_relieved or message.relieved or not message.deadline_s
             return
         logger.info("gateway %s goes away within %g s; looking for its successor", self.gateway_id, message.deadline_s)
         self._lost_at = trio.current_time()
-        ties.depart()
+        links.depart()
 
-    def _welcomed(self, ties: Ties, link: ControlLink, url: GatewayUrl) -> None:
+    def _welcomed(self, links: ProcessLinks, link: ControlLink, url: GatewayUrl) -> None:
         self._welcomes += 1
         self._welcome_at = trio.current_time()
-        ties.process, ties.worker = link.welcome.process, link.welcome.worker
-        ties.is_named = CAP_NAMED in link.welcome.caps and is_name(ties.process)
-        self._epoch, ties.hold_s = link.welcome.epoch, link.welcome.hold_s
+        links.process, links.worker = link.welcome.process, link.welcome.worker
+        links.is_named = CAP_NAMED in link.welcome.caps and is_name(links.process)
+        self._epoch, links.hold_s = link.welcome.epoch, link.welcome.hold_s
         logger.info("connected to gateway %s at %s, epoch %d", self.gateway_id, url, self._epoch)
         self._last_error = ""
         self._enter(UplinkState.UP)
@@ -361,18 +363,18 @@ class Uplink:
 
     def _send(self, message: Drain | Services) -> None:
         """Send it on the control links that are up; any later one begins with the same facts anyway."""
-        for ties in self._ties:
-            if not ties.send(message):
+        for links in self._links:
+            if not links.send(message):
                 logger.debug("a %s message waits for the next control link", message.type)
 
     def _close_sessions(self, code: Code, text: str) -> None:
-        for ties in self._ties:
-            ties.close_sessions(code, text)
+        for links in self._links:
+            links.close_sessions(code, text)
 
     def _enter(self, state: UplinkState) -> None:
         if state is not self._state:
-            self._state, self._since_unix = state, self._around.now_unix()
+            self._state, self._since_unix = state, self._environment.now_unix()
 
     def _await_next_try(self, wait_s: float) -> None:
         self._enter(UplinkState.WAITING)
-        self._next_try_unix = self._around.now_unix() + wait_s
+        self._next_try_unix = self._environment.now_unix() + wait_s

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from fxrelay.admitting.porter import Guest
-from fxrelay.admitting.ticket import Caller, Objection
+from fxrelay.admitting.ticket import Caller, TicketProblem
 from fxrelay.delivery.ports import NotAdmitted
 from fxrelay.web.heads import RequestHead
 from fxrelay.web.passes import Passes, bearer_of, split_ticket
@@ -93,7 +93,7 @@ class Entrance:
         """
         if caller.node is not None and wanted not in (None, caller.node):
             text = f"the ticket is for {caller.node}, asked for is {wanted}"
-            self._checked(self._guest.refuse(Code.FORBIDDEN, Objection.WRONG_NODE, text, caller))
+            self._checked(self._guest.refuse(Code.FORBIDDEN, TicketProblem.WRONG_NODE, text, caller))
         return caller.node or wanted
 
     async def use(self, caller: Caller, node: str) -> None:

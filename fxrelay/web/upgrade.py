@@ -11,8 +11,8 @@ from fxrelay.web.client import ClientGone, ClientSide
 from fxrelay.web.exchange import CutOff
 from fxrelay.web.link import ServiceLink
 from fxtunnel.engine.stream import TunnelStream
+from fxtunnel.protocol.byte_queue import ByteQueue
 from fxtunnel.protocol.opening import Opening
-from fxtunnel.protocol.pieces import Pieces
 
 COPY_BYTES: Final = 65_536
 
@@ -34,7 +34,7 @@ class UpgradedDelivery(Delivery):
     def carry(self, tunnel: TunnelStream, client: ClientSide) -> None:
         """Take the stream over from the tasks."""
         early, self._fin_wanted = tunnel.give_back(client.scanner.take_rest())
-        self._pending = Pieces(early)
+        self._pending = ByteQueue(early)
         self.desk.deliveries.add(self)
         self.join(tunnel.session, tunnel.stream)
         self.start()

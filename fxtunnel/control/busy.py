@@ -11,19 +11,19 @@ _MOST_MS: Final = 999_999
 
 
 @dataclass(frozen=True, slots=True)
-class Appointment:
+class RetryAfter:
     """When to come again: after `retry_after_s`, and a random part of `spread_s` more. Nobody has signed it: believe it within bounds."""
 
     retry_after_s: float
     spread_s: float
 
 
-def encode_busy(appointment: Appointment) -> bytes:
+def encode_busy(retry_after: RetryAfter) -> bytes:
     """The line: `fx-busy`, both times in milliseconds, LF."""
-    return b"fx-busy %d %d\n" % tuple(min(max(round(s * 1000), 0), _MOST_MS) for s in (appointment.retry_after_s, appointment.spread_s))
+    return b"fx-busy %d %d\n" % tuple(min(max(round(s * 1000), 0), _MOST_MS) for s in (retry_after.retry_after_s, retry_after.spread_s))
 
 
-def parse_busy(data: bytes) -> Appointment | None:
-    """The appointment with which `data` begins; None if it is anything else, TLS for example."""
+def parse_busy(data: bytes) -> RetryAfter | None:
+    """The time to come again with which `data` begins; None if it is anything else, TLS for example."""
     found = _LINE.match(data)
-    return Appointment(int(found[1]) / 1000, int(found[2]) / 1000) if found else None
+    return RetryAfter(int(found[1]) / 1000, int(found[2]) / 1000) if found else None

@@ -61,7 +61,7 @@ class SessionStatistics:
         return self.state is State.UP
 
 
-class TurnTaker(Protocol):
+class StreamSender(Protocol):
     """Something that has bytes for a session: a socket, or a task."""
 
     turn_bytes: int
@@ -83,13 +83,13 @@ class Carrier(Protocol):
     def is_up(self) -> bool:
         """Whether what is written is sent now; otherwise it is kept."""
 
-    def want_turn(self, taker: TurnTaker) -> None:
-        """There are bytes to send; `read_turn` is called when it is this taker's turn. Ask once."""
+    def want_turn(self, sender: StreamSender) -> None:
+        """There are bytes to send; `read_turn` is called when it is this sender's turn. Ask once."""
 
     def wake(self) -> None:
         """There is something to send: it leaves at the end of this turn."""
 
-    def cancel_turn(self, taker: TurnTaker) -> None:
+    def cancel_turn(self, sender: StreamSender) -> None:
         """The turn that was asked for is not wanted any more."""
 
     def has_room(self, limit_bytes: int) -> int:

@@ -19,8 +19,8 @@ from typing import Any, Final, Protocol, TypeVar
 import outcome
 import trio
 
-from fxtunnel.engine.beside import Beside
 from fxtunnel.engine.guest import Guest
+from fxtunnel.engine.offload import OffloadThread
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -87,7 +87,7 @@ class Reactor:
     """The loop. Everything is called in one thread, except `call_soon_threadsafe`.
 
     `now` is the monotonic time at which the current turn began. `read_buffer` is scratch memory that any callback may use until it returns.
-    `beside` is for work that takes too long for a callback.
+    `offload` is for work that takes too long for a callback.
     """
 
     def __init__(self) -> None:
@@ -101,7 +101,7 @@ class Reactor:
         self._order = itertools.count()
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._epoll.register(self._wake_fd, select.EPOLLIN)
-        self.beside = Beside(self.call_soon_threadsafe)
+        self.offload = OffloadThread(self.call_soon_threadsafe)
         self.now = time.monotonic()
         self.read_buffer = memoryview(bytearray(READ_BUFFER_BYTES))
 
@@ -211,7 +211,7 @@ class Reactor:
         if self._timers and self._timers[0][0] <= now:
             self._run_timers()
         if self._calls:
-            # No barrier: these are trio's own steps, without which it would stand still for ever, and what `beside` tells, which has one.
+            # No barrier: these are trio's own steps, without which it would stand still for ever, and what `offload` tells, which has one.
             for _ in range(len(self._calls)):
                 self._calls.popleft()()
         if self._dirty:
@@ -219,7 +219,7 @@ class Reactor:
 
     def close(self) -> None:
         """Release the loop's own descriptors."""
-        self.beside.close()
+        self.offload.close()
         self._epoll.close()
         os.close(self._wake_fd)
 

@@ -12,12 +12,12 @@ from contextlib import suppress
 from typing import Final
 
 from fxtunnel.codes import Code
-from fxtunnel.engine.ports import SessionConfig, SessionOwner, SessionStatistics, State, TurnTaker
+from fxtunnel.engine.ports import SessionConfig, SessionOwner, SessionStatistics, State, StreamSender
 from fxtunnel.engine.reactor import ERROR, INCOMING, LINK_EVENTS, READ, READ_BUFFER_BYTES, WRITE, Reactor, Timer
 from fxtunnel.engine.read_share import ReadShare
+from fxtunnel.engine.send_scheduler import SPARSE_BYTES, SPARSE_TURN_BYTES, TURN_BYTES, SendScheduler, beside_bytes
 from fxtunnel.engine.splice import Splice
 from fxtunnel.engine.tls_calls import RECORD_BYTES, WRITE_BYTES, RecvInto, Send, corked, keep_short, no_link, reason_of, tls_calls
-from fxtunnel.engine.turns import SPARSE_BYTES, SPARSE_TURN_BYTES, TURN_BYTES, Turns, beside_bytes
 from fxtunnel.errors import RemoteProtocolError
 from fxtunnel.model import SessionId
 from fxtunnel.protocol import frames
@@ -64,7 +64,7 @@ class Session:
         self._interest = 0
         self._share = ReadShare(RECORD_BYTES, READ_BUFFER_BYTES)
         self._dirty = False
-        self._turns = Turns()
+        self._scheduler = SendScheduler()
         self._last_arrival = reactor.now
         self._timer: Timer | None = None
         self.mux = Mux(
@@ -162,19 +162,19 @@ class Session:
         finally:
             self._finish(code, text)
 
-    def cancel_turn(self, taker: TurnTaker) -> None:
-        """The taker goes elsewhere; it must not be read on behalf of this session any more."""
-        self._turns.cancel(taker)
+    def cancel_turn(self, sender: StreamSender) -> None:
+        """The sender goes elsewhere; it must not be read on behalf of this session any more."""
+        self._scheduler.cancel(sender)
 
-    def want_turn(self, taker: TurnTaker) -> None:
-        """A socket or a task has bytes; it gets its turn. The taker keeps itself from asking twice."""
-        self._turns.want(taker)
+    def want_turn(self, sender: StreamSender) -> None:
+        """A socket or a task has bytes; it gets its turn. The sender keeps itself from asking twice."""
+        self._scheduler.want(sender)
         if not self._dirty:
             self.wake()
 
     def has_room(self, limit_bytes: int) -> int:
         """See `Carrier`."""
-        if self._turns.waiting or self._blocked or self._link is None or self.mux.ring.unsent_bytes > RECORD_BYTES:
+        if self._scheduler.waiting or self._blocked or self._link is None or self.mux.ring.unsent_bytes > RECORD_BYTES:
             return 0
         return max(0, min(limit_bytes, SPARSE_TURN_BYTES, self.mux.data_room - frames.HEADER_BYTES))
 
@@ -217,10 +217,10 @@ class Session:
         if link is None or self._blocked:
             return
         ring = mux.ring
-        joins = self._turns.waiting and not mux.overflow and ring.head - ring.sent < RECORD_BYTES  # it leaves with what those write
+        joins = self._scheduler.waiting and not mux.overflow and ring.head - ring.sent < RECORD_BYTES  # it leaves with what those write
         if not joins and (ring.sent != ring.head or mux.overflow) and not self._write(link):
             return
-        if self._turns.waiting:
+        if self._scheduler.waiting:
             may_go_on = self._fill()
             if self._write(link) and may_go_on and mux.data_room >= MIN_TURN_BYTES + frames.HEADER_BYTES:
                 self.wake()  # the rest in the next turn: others' events come between
@@ -229,7 +229,7 @@ class Session:
 
     def _fill(self) -> bool:
         """One turn: up to TURN_BYTES from those who wait. Whether somebody is left who may go on in the next."""
-        turns, mux, ring = self._turns, self.mux, self.mux.ring
+        turns, mux, ring = self._scheduler, self.mux, self.mux.ring
         filled, most_bytes = 0, beside_bytes(ring.size_bytes, mux.min_rtt_s)
         while turns.waiting and filled < TURN_BYTES:
             room = mux.data_room - frames.HEADER_BYTES
@@ -322,7 +322,7 @@ class Session:
                 self._drop_link()
                 self._finish(*self.mux.goaway)
                 return
-            if not self._dirty and (self._turns.waiting or self.mux.ring.sent != self.mux.ring.head):
+            if not self._dirty and (self._scheduler.waiting or self.mux.ring.sent != self.mux.ring.head):
                 self.wake()
         if lost is not None:
             self._lost(lost)
@@ -392,7 +392,7 @@ class Session:
         self.state = State.CLOSED
         if self._timer is not None:
             self._timer.cancel()
-        self._turns.clear()
+        self._scheduler.clear()
         self.mux.reset_all(code)
         self._owner.on_closed(self, code, text)
         if self._link is None:

@@ -8,8 +8,8 @@ from typing import ClassVar, Final
 from fxtunnel.codes import Code
 from fxtunnel.engine.ports import Carrier
 from fxtunnel.engine.reactor import ERROR, HANGUP, INCOMING, ROOMY_EVENTS, STREAM_EVENTS, URGENT, WRITE, Reactor
-from fxtunnel.engine.turns import lately
-from fxtunnel.protocol.pieces import Pieces
+from fxtunnel.engine.send_scheduler import lately
+from fxtunnel.protocol.byte_queue import ByteQueue
 from fxtunnel.protocol.stream import Stream
 
 RESET_GRACE_S: Final = 0.5
@@ -68,7 +68,7 @@ class Splice:
         self.stream: Stream | None = None
         self.closed = False
         self.turn_bytes = 0
-        self._pending: Pieces | None = None
+        self._pending: ByteQueue | None = None
         self._readable = False
         self._queued = False
         self._read_done = False
@@ -203,7 +203,7 @@ class Splice:
             self._wait_for_room()
             data = data[count:]
         if self._pending is None:
-            self._pending = Pieces()
+            self._pending = ByteQueue()
             self._make_room()
         self._pending.append(data)
 

@@ -12,9 +12,9 @@ import trio
 from fxtunnel.codes import Code
 from fxtunnel.engine.ports import Carrier
 from fxtunnel.engine.reactor import Timer
-from fxtunnel.engine.turns import lately
+from fxtunnel.engine.send_scheduler import lately
 from fxtunnel.errors import LocalProtocolError
-from fxtunnel.kit.one_at_a_time import OneAtATime
+from fxtunnel.kit.conflict_detector import ConflictDetector
 from fxtunnel.protocol.stream import Stream
 
 CLOSE_LINGER_S: Final = 60.0
@@ -52,8 +52,8 @@ class TunnelStream(trio.abc.HalfCloseableStream):
         self._queued = False
         self._receiver: trio.lowlevel.Task | None = None
         self._sender: trio.lowlevel.Task | None = None
-        self._receiving = OneAtATime("another task is receiving on this stream")
-        self._sending = OneAtATime("another task is sending on this stream")
+        self._receiving = ConflictDetector("another task is receiving on this stream")
+        self._sending = ConflictDetector("another task is sending on this stream")
         stream.endpoint = self
 
     # --- for tasks ---
@@ -240,7 +240,7 @@ class TunnelStream(trio.abc.HalfCloseableStream):
         self.on_reset(Code.INTERNAL_ERROR)
 
     def read_turn(self, limit_bytes: int) -> int:
-        """See `TurnTaker`."""
+        """See `StreamSender`."""
         self._queued = False
         count = self._write(limit_bytes)
         self.turn_bytes = lately(self.turn_bytes, count)

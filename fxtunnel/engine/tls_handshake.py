@@ -7,7 +7,7 @@ from typing import Protocol
 
 import outcome
 
-from fxtunnel.engine.farewell import Farewell
+from fxtunnel.engine.lingering_close import LingeringClose
 from fxtunnel.engine.reactor import INCOMING, STREAM_EVENTS, Reactor
 from fxtunnel.engine.splice import abort
 from fxtunnel.engine.tls_socket import TlsSocket
@@ -36,10 +36,10 @@ class Handshake:
 
     __slots__ = (
         "_answer",
+        "_closing",
         "_context",
-        "_farewell",
         "_has_news",
-        "_is_beside",
+        "_is_offloaded",
         "_owner",
         "_sock",
         "_source",
@@ -64,8 +64,8 @@ class Handshake:
         self._sock = sock
         self._source = source
         self._answer = http_answer
-        self._farewell: Farewell | None = None
-        self._is_beside = False
+        self._closing: LingeringClose | None = None
+        self._is_offloaded = False
         """The thread has the socket."""
         self._has_news = False
         """Something happened meanwhile."""
@@ -84,11 +84,11 @@ class Handshake:
         """From the reactor."""
         if self.is_over:
             return
-        if self._is_beside:
+        if self._is_offloaded:
             self._has_news = True
             return
-        self._is_beside, self._has_news = True, False
-        self.reactor.beside.do(self._step, self._stepped, self._source)
+        self._is_offloaded, self._has_news = True, False
+        self.reactor.offload.do(self._step, self._stepped, self._source)
 
     def _step(self) -> None:
         """In the thread."""
@@ -97,7 +97,7 @@ class Handshake:
 
     def _stepped(self, result: outcome.Outcome[None]) -> None:
         """In the loop again."""
-        self._is_beside = False
+        self._is_offloaded = False
         tls = self._sock
         if self.is_over:
             with suppress(OSError):
@@ -124,10 +124,10 @@ class Handshake:
 
     def fail(self, reason: str) -> None:
         """Give up: RST, and the owner hears. Does nothing once the owner has heard."""
-        if self._farewell is not None:
-            self._farewell.cut_short()
+        if self._closing is not None:
+            self._closing.cut_short()
         elif not self.is_over:
-            if self._is_beside:
+            if self._is_offloaded:
                 self.reactor.unregister(self._sock)  # to be closed when the thread has let go of it
             else:
                 self.reactor.forget(self._sock)
@@ -145,7 +145,7 @@ class Handshake:
         plain = socket.socket(fileno=self._sock.detach())  # what is still said is read as it is
         plain.setblocking(False)
         answer = self._answer if exc.reason == "HTTP_REQUEST" else b""
-        self._farewell = Farewell(self.reactor, plain, answer, lambda: self._end(reason))
+        self._closing = LingeringClose(self.reactor, plain, answer, lambda: self._end(reason))
 
     def _end(self, reason: str) -> None:
         self.is_over = True

@@ -47,7 +47,7 @@ class Algorithm(StrEnum):
     RS256 = "RS256"
 
 
-class Flaw(StrEnum):
+class TokenProblem(StrEnum):
     """What is wrong with a token, one word for logs and counters."""
 
     TOO_LONG = "too-long"
@@ -61,8 +61,8 @@ class Flaw(StrEnum):
 class BadToken(Exception):
     """Nobody we know has signed this. `str()` is for the log: it holds nothing of the token but its well-formed key id."""
 
-    def __init__(self, flaw: Flaw, text: str) -> None:
-        self.flaw = flaw
+    def __init__(self, problem: TokenProblem, text: str) -> None:
+        self.problem = problem
         super().__init__(text)
 
 
@@ -116,15 +116,17 @@ def verified_claims(
     algorithm, kid = _read_header(token, algorithms, types)
     key = keys.find(kid, algorithm)
     if key is None:
-        raise BadToken(Flaw.UNKNOWN_KEY, f"it is signed with the key {kid}, which is not known here" if kid else "it does not name its key")
+        raise BadToken(
+            TokenProblem.UNKNOWN_KEY, f"it is signed with the key {kid}, which is not known here" if kid else "it does not name its key"
+        )
     if key.algorithm is not algorithm:
-        raise BadToken(Flaw.WRONG_ALGORITHM, f"its key {key.kid} is for {key.algorithm}, not for {algorithm}")
+        raise BadToken(TokenProblem.WRONG_ALGORITHM, f"its key {key.kid} is for {key.algorithm}, not for {algorithm}")
     try:
         claims = proved_claims(token, key.public, key.algorithm.value)
     except MalformedToken as exc:
-        raise BadToken(Flaw.MALFORMED, str(exc)) from None
+        raise BadToken(TokenProblem.MALFORMED, str(exc)) from None
     if claims is None:
-        raise BadToken(Flaw.BAD_SIGNATURE, f"its signature is not by the key {key.kid}")
+        raise BadToken(TokenProblem.BAD_SIGNATURE, f"its signature is not by the key {key.kid}")
     return SignedClaims(claims, key)
 
 
@@ -177,16 +179,16 @@ def _read_header(token: str, algorithms: Collection[Algorithm], types: Collectio
     try:
         header = unproved_header(token)
     except TooLongToken as exc:
-        raise BadToken(Flaw.TOO_LONG, str(exc)) from None
+        raise BadToken(TokenProblem.TOO_LONG, str(exc)) from None
     except MalformedToken as exc:
-        raise BadToken(Flaw.MALFORMED, str(exc)) from None
+        raise BadToken(TokenProblem.MALFORMED, str(exc)) from None
     kind, kid, name = header.get("typ", "JWT"), header.get("kid"), header.get("alg")
     if not header.keys() <= _HEADERS or not isinstance(kind, str) or kind.lower() not in types:
-        raise BadToken(Flaw.BAD_HEADER, "its header holds more than alg, kid and typ")
+        raise BadToken(TokenProblem.BAD_HEADER, "its header holds more than alg, kid and typ")
     if not isinstance(name, str) or name not in {algorithm.value for algorithm in algorithms}:
-        raise BadToken(Flaw.WRONG_ALGORITHM, f"its alg is not {' or '.join(sorted(algorithms))}")
+        raise BadToken(TokenProblem.WRONG_ALGORITHM, f"its alg is not {' or '.join(sorted(algorithms))}")
     if kid is not None and (not isinstance(kid, str) or not _KID.fullmatch(kid)):
-        raise BadToken(Flaw.BAD_HEADER, "its kid is no key's id")
+        raise BadToken(TokenProblem.BAD_HEADER, "its kid is no key's id")
     return Algorithm(name), kid
 
 

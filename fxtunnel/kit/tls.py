@@ -15,8 +15,8 @@ from typing import Final, TypeVar
 import trio
 
 from fxtunnel.errors import ConfigError, LocalProtocolError
+from fxtunnel.kit.conflict_detector import ConflictDetector
 from fxtunnel.kit.files import read_secret
-from fxtunnel.kit.one_at_a_time import OneAtATime
 from fxtunnel.kit.tls_problems import (
     HandshakeFailed,
     HandshakeProblem,
@@ -139,8 +139,8 @@ class TlsStream(trio.abc.HalfCloseableStream):
         self._unread = b""
         self._is_open = True
         self._can_send = True
-        self._sending = OneAtATime("another task is sending on this stream")
-        self._receiving = OneAtATime("another task is receiving on this stream")
+        self._sending = ConflictDetector("another task is sending on this stream")
+        self._receiving = ConflictDetector("another task is receiving on this stream")
         # TLS may want to write in order to read (a key update), and trio allows one waiter per direction.
         self._readable = trio.Lock()
         self._writable = trio.Lock()

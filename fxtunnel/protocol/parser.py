@@ -24,7 +24,7 @@ class FrameSink(Protocol):
         """Any other frame, whole."""
 
 
-class _Nobody:
+class _NullSink:
     """Takes the frames of a session that is over."""
 
     def on_data_header(self, stream_id: int, length: int) -> None:
@@ -58,7 +58,7 @@ class FrameParser:
 
     def dispose(self) -> None:
         """Let go of the sink, which most likely owns this parser."""
-        self._sink = _Nobody()
+        self._sink = _NullSink()
 
     @property
     def mid_frame(self) -> bool:

@@ -17,9 +17,9 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fxrelay.admitting.ticket import BadTicket, Objection, Ticket, TicketRules, Wish, mint_ticket, read_ticket
+from fxrelay.admitting.ticket import BadTicket, Ticket, TicketProblem, TicketRules, Wish, mint_ticket, read_ticket
 from fxtunnel.kit.compact_jwt import MAX_TOKEN_BYTES
-from fxtunnel.kit.signed_claims import Algorithm, BadToken, Flaw, KeySet, read_keys, signing_key, verified_claims
+from fxtunnel.kit.signed_claims import Algorithm, BadToken, KeySet, TokenProblem, read_keys, signing_key, verified_claims
 from fxtunnel.model import ServiceName
 
 NOW = 1_700_000_000
@@ -72,94 +72,94 @@ TRUE = with_header()
 NONE_BODY = ".".join(b64(json.dumps(part).encode()) for part in ({"alg": "none", "kid": KNOWN.kid}, GOOD))
 HEADER_64, CLAIMS_64, SIGNATURE_64 = TRUE.split(".")
 
-REFUSED: dict[str, tuple[Callable[[], str], Flaw | Objection]] = {
-    "alg none, no signature": (lambda: NONE_BODY + ".", Flaw.MALFORMED),
-    "alg none, some signature": (lambda: f"{NONE_BODY}.{SIGNATURE_64}", Flaw.WRONG_ALGORITHM),
-    "alg nOnE": (lambda: with_header(alg="nOnE"), Flaw.WRONG_ALGORITHM),
-    "HS256 with the public PEM": (lambda: hmac_token(PUBLIC_PEM), Flaw.WRONG_ALGORITHM),
-    "HS256 with the RSA key's PEM": (lambda: hmac_token(RSA_PEM, "rsa"), Flaw.WRONG_ALGORITHM),
-    "RS256 not pinned": (lambda: jwt.encode(GOOD, RSA_KEY, "RS256", {"kid": "rsa"}), Flaw.WRONG_ALGORITHM),
-    "ES256 not pinned": (lambda: jwt.encode(GOOD, EC_KEY, "ES256", {"kid": "ec"}), Flaw.WRONG_ALGORITHM),
-    "EdDSA by the kid of an RSA key": (lambda: with_header(kid="rsa"), Flaw.WRONG_ALGORITHM),
-    "alg missing": (lambda: with_header(alg=...), Flaw.WRONG_ALGORITHM),
-    "alg a list": (lambda: with_header(alg=["EdDSA"]), Flaw.WRONG_ALGORITHM),
-    "crit": (lambda: with_header(crit=["b64"], b64=False), Flaw.MALFORMED),
-    "b64 alone": (lambda: with_header(b64=True), Flaw.BAD_HEADER),
-    "jku": (lambda: with_header(jku="https://127.0.0.1/k"), Flaw.BAD_HEADER),
-    "jwk": (lambda: signed(HEADER | {"jwk": {"kty": "OKP", "crv": "Ed25519", "x": "A" * 43}}, GOOD, STRANGER), Flaw.BAD_HEADER),
-    "x5u": (lambda: with_header(x5u="https://127.0.0.1/c"), Flaw.BAD_HEADER),
-    "x5c": (lambda: with_header(x5c=["AAAA"]), Flaw.BAD_HEADER),
-    "zip": (lambda: with_header(zip="DEF"), Flaw.BAD_HEADER),
-    "typ of another use": (lambda: with_header(typ="at+jwt"), Flaw.BAD_HEADER),
-    "typ a number": (lambda: with_header(typ=1), Flaw.BAD_HEADER),
-    "kid missing among several keys": (lambda: with_header(kid=...), Flaw.UNKNOWN_KEY),
-    "kid a path": (lambda: with_header(kid="../../../../dev/null"), Flaw.UNKNOWN_KEY),
-    "kid of SQL": (lambda: with_header(kid="'/**/OR/**/1=1--"), Flaw.UNKNOWN_KEY),
-    "kid with a newline": (lambda: with_header(kid="a\nb"), Flaw.BAD_HEADER),
-    "kid empty": (lambda: with_header(kid=""), Flaw.BAD_HEADER),
-    "kid a number": (lambda: with_header(kid=1), Flaw.MALFORMED),
-    "kid too long": (lambda: with_header(kid="k" * 129), Flaw.BAD_HEADER),
-    "kid of another known key": (lambda: with_header(kid="other"), Flaw.BAD_SIGNATURE),
-    "kid unknown": (lambda: with_header(kid="k"), Flaw.UNKNOWN_KEY),
-    "header not JSON": (lambda: swap(TRUE, 0, b64(b"{")), Flaw.MALFORMED),
-    "header a list": (lambda: signed(b"[]", GOOD), Flaw.MALFORMED),
-    "header of many brackets": (lambda: swap(TRUE, 0, b64(b"[" * 5000)), Flaw.MALFORMED),
-    "claims of many brackets": (lambda: signed(HEADER, b'{"sub":' + b"[" * 5000), Flaw.MALFORMED),
-    "claims with a huge number": (lambda: signed(HEADER, b'{"exp":' + b"9" * 5000 + b"}"), Flaw.MALFORMED),
-    "claims a list": (lambda: signed(HEADER, b"[]"), Flaw.MALFORMED),
-    "claims not JSON": (lambda: signed(HEADER, b"\x00"), Flaw.MALFORMED),
-    "signed by a stranger": (lambda: signed(HEADER, GOOD, STRANGER), Flaw.BAD_SIGNATURE),
-    "signature of other claims": (lambda: swap(with_claims(sub="root"), 2, SIGNATURE_64), Flaw.BAD_SIGNATURE),
-    "signature of zeros": (lambda: swap(TRUE, 2, b64(bytes(64))), Flaw.BAD_SIGNATURE),
-    "signature cut short": (lambda: TRUE[:-5], Flaw.MALFORMED),
-    "9 KiB": (lambda: with_claims(pad="x" * 9000), Flaw.TOO_LONG),
-    "empty": (lambda: "", Flaw.MALFORMED),
-    "two parts": (lambda: f"{HEADER_64}.{CLAIMS_64}", Flaw.MALFORMED),
-    "five parts, as JWE": (lambda: TRUE + ".a.b", Flaw.MALFORMED),
-    "8,000 dots": (lambda: "." * 8000, Flaw.MALFORMED),
-    "non-ASCII": (lambda: "é" + TRUE, Flaw.MALFORMED),
-    "lone surrogate": (lambda: "\udc80" + TRUE, Flaw.MALFORMED),
-    "newline at the end": (lambda: TRUE + "\n", Flaw.MALFORMED),
-    "padding": (lambda: TRUE + "==", Flaw.MALFORMED),
-    "aud of another service": (lambda: with_claims(aud="vnc"), Objection.WRONG_AUDIENCE),
-    "aud of several others": (lambda: with_claims(aud=["vnc", "sshd"]), Objection.WRONG_AUDIENCE),
-    "aud missing": (lambda: with_claims(aud=...), Objection.WRONG_AUDIENCE),
-    "aud nested": (lambda: with_claims(aud=[["ssh"]]), Objection.WRONG_AUDIENCE),
-    "aud an object": (lambda: with_claims(aud={"ssh": 1}), Objection.WRONG_AUDIENCE),
-    "service another one": (lambda: with_claims(service="vnc"), Objection.WRONG_SERVICE),
-    "service null": (lambda: with_claims(service=None), Objection.WRONG_SERVICE),
-    "expired": (lambda: with_claims(iat=NOW - 71, exp=NOW - 11), Objection.EXPIRED),
-    "expired and forged": (lambda: swap(with_claims(iat=NOW - 99, exp=NOW - 50), 2, SIGNATURE_64), Flaw.BAD_SIGNATURE),
-    "nbf in the future": (lambda: with_claims(nbf=NOW + 11), Objection.NOT_YET),
-    "iat in the future": (lambda: with_claims(iat=NOW + 11, exp=NOW + 71), Objection.NOT_YET),
-    "exp 61 s after iat": (lambda: with_claims(exp=NOW + 61), Objection.LIVES_TOO_LONG),
-    "exp in the year 9999": (lambda: with_claims(exp=253_402_300_799), Objection.BAD_CLAIMS),
-    "exp before iat": (lambda: with_claims(exp=NOW - 1), Objection.LIVES_TOO_LONG),
-    "exp a string": (lambda: with_claims(exp=str(NOW + 60)), Objection.BAD_CLAIMS),
-    "exp a float": (lambda: with_claims(exp=NOW + 59.5), Objection.BAD_CLAIMS),
-    "exp true": (lambda: with_claims(exp=True), Objection.BAD_CLAIMS),
-    "exp infinite": (lambda: with_claims(exp=float("inf")), Objection.BAD_CLAIMS),
-    "exp missing": (lambda: with_claims(exp=...), Objection.BAD_CLAIMS),
-    "iat missing": (lambda: with_claims(iat=...), Objection.BAD_CLAIMS),
-    "nbf a string": (lambda: with_claims(nbf="0"), Objection.BAD_CLAIMS),
-    "sub missing": (lambda: with_claims(sub=...), Objection.BAD_CLAIMS),
-    "sub empty": (lambda: with_claims(sub=""), Objection.BAD_CLAIMS),
-    "sub a list": (lambda: with_claims(sub=["alice"]), Objection.BAD_CLAIMS),
-    "sub with a newline": (lambda: with_claims(sub="alice\n"), Objection.BAD_CLAIMS),
-    "sub with a blank in front": (lambda: with_claims(sub=" alice"), Objection.BAD_CLAIMS),
-    "sub an address": (lambda: with_claims(sub="192.0.2.1"), Objection.BAD_CLAIMS),
-    "sub an IPv6 address": (lambda: with_claims(sub="2001:db8::1"), Objection.BAD_CLAIMS),
-    "sub too long": (lambda: with_claims(sub="a" * 129), Objection.BAD_CLAIMS),
-    "jti missing": (lambda: with_claims(jti=...), Objection.BAD_CLAIMS),
-    "jti short": (lambda: with_claims(jti="1234567"), Objection.BAD_CLAIMS),
-    "jti a number": (lambda: with_claims(jti=12345678901234567890), Objection.BAD_CLAIMS),
-    "jti long": (lambda: with_claims(jti="a" * 129), Objection.BAD_CLAIMS),
-    "node an address": (lambda: with_claims(node="127.0.0.1:22"), Objection.BAD_CLAIMS),
-    "node a list": (lambda: with_claims(node=["node-a"]), Objection.BAD_CLAIMS),
-    "groups a text": (lambda: with_claims(groups="admin"), Objection.BAD_CLAIMS),
-    "groups with a number": (lambda: with_claims(groups=["a", 1]), Objection.BAD_CLAIMS),
-    "65 groups": (lambda: with_claims(groups=["g"] * 65), Objection.BAD_CLAIMS),
-    "long groups": (lambda: with_claims(groups=["g" * 100] * 21), Objection.BAD_CLAIMS),
+REFUSED: dict[str, tuple[Callable[[], str], TokenProblem | TicketProblem]] = {
+    "alg none, no signature": (lambda: NONE_BODY + ".", TokenProblem.MALFORMED),
+    "alg none, some signature": (lambda: f"{NONE_BODY}.{SIGNATURE_64}", TokenProblem.WRONG_ALGORITHM),
+    "alg nOnE": (lambda: with_header(alg="nOnE"), TokenProblem.WRONG_ALGORITHM),
+    "HS256 with the public PEM": (lambda: hmac_token(PUBLIC_PEM), TokenProblem.WRONG_ALGORITHM),
+    "HS256 with the RSA key's PEM": (lambda: hmac_token(RSA_PEM, "rsa"), TokenProblem.WRONG_ALGORITHM),
+    "RS256 not pinned": (lambda: jwt.encode(GOOD, RSA_KEY, "RS256", {"kid": "rsa"}), TokenProblem.WRONG_ALGORITHM),
+    "ES256 not pinned": (lambda: jwt.encode(GOOD, EC_KEY, "ES256", {"kid": "ec"}), TokenProblem.WRONG_ALGORITHM),
+    "EdDSA by the kid of an RSA key": (lambda: with_header(kid="rsa"), TokenProblem.WRONG_ALGORITHM),
+    "alg missing": (lambda: with_header(alg=...), TokenProblem.WRONG_ALGORITHM),
+    "alg a list": (lambda: with_header(alg=["EdDSA"]), TokenProblem.WRONG_ALGORITHM),
+    "crit": (lambda: with_header(crit=["b64"], b64=False), TokenProblem.MALFORMED),
+    "b64 alone": (lambda: with_header(b64=True), TokenProblem.BAD_HEADER),
+    "jku": (lambda: with_header(jku="https://127.0.0.1/k"), TokenProblem.BAD_HEADER),
+    "jwk": (lambda: signed(HEADER | {"jwk": {"kty": "OKP", "crv": "Ed25519", "x": "A" * 43}}, GOOD, STRANGER), TokenProblem.BAD_HEADER),
+    "x5u": (lambda: with_header(x5u="https://127.0.0.1/c"), TokenProblem.BAD_HEADER),
+    "x5c": (lambda: with_header(x5c=["AAAA"]), TokenProblem.BAD_HEADER),
+    "zip": (lambda: with_header(zip="DEF"), TokenProblem.BAD_HEADER),
+    "typ of another use": (lambda: with_header(typ="at+jwt"), TokenProblem.BAD_HEADER),
+    "typ a number": (lambda: with_header(typ=1), TokenProblem.BAD_HEADER),
+    "kid missing among several keys": (lambda: with_header(kid=...), TokenProblem.UNKNOWN_KEY),
+    "kid a path": (lambda: with_header(kid="../../../../dev/null"), TokenProblem.UNKNOWN_KEY),
+    "kid of SQL": (lambda: with_header(kid="'/**/OR/**/1=1--"), TokenProblem.UNKNOWN_KEY),
+    "kid with a newline": (lambda: with_header(kid="a\nb"), TokenProblem.BAD_HEADER),
+    "kid empty": (lambda: with_header(kid=""), TokenProblem.BAD_HEADER),
+    "kid a number": (lambda: with_header(kid=1), TokenProblem.MALFORMED),
+    "kid too long": (lambda: with_header(kid="k" * 129), TokenProblem.BAD_HEADER),
+    "kid of another known key": (lambda: with_header(kid="other"), TokenProblem.BAD_SIGNATURE),
+    "kid unknown": (lambda: with_header(kid="k"), TokenProblem.UNKNOWN_KEY),
+    "header not JSON": (lambda: swap(TRUE, 0, b64(b"{")), TokenProblem.MALFORMED),
+    "header a list": (lambda: signed(b"[]", GOOD), TokenProblem.MALFORMED),
+    "header of many brackets": (lambda: swap(TRUE, 0, b64(b"[" * 5000)), TokenProblem.MALFORMED),
+    "claims of many brackets": (lambda: signed(HEADER, b'{"sub":' + b"[" * 5000), TokenProblem.MALFORMED),
+    "claims with a huge number": (lambda: signed(HEADER, b'{"exp":' + b"9" * 5000 + b"}"), TokenProblem.MALFORMED),
+    "claims a list": (lambda: signed(HEADER, b"[]"), TokenProblem.MALFORMED),
+    "claims not JSON": (lambda: signed(HEADER, b"\x00"), TokenProblem.MALFORMED),
+    "signed by a stranger": (lambda: signed(HEADER, GOOD, STRANGER), TokenProblem.BAD_SIGNATURE),
+    "signature of other claims": (lambda: swap(with_claims(sub="root"), 2, SIGNATURE_64), TokenProblem.BAD_SIGNATURE),
+    "signature of zeros": (lambda: swap(TRUE, 2, b64(bytes(64))), TokenProblem.BAD_SIGNATURE),
+    "signature cut short": (lambda: TRUE[:-5], TokenProblem.MALFORMED),
+    "9 KiB": (lambda: with_claims(pad="x" * 9000), TokenProblem.TOO_LONG),
+    "empty": (lambda: "", TokenProblem.MALFORMED),
+    "two parts": (lambda: f"{HEADER_64}.{CLAIMS_64}", TokenProblem.MALFORMED),
+    "five parts, as JWE": (lambda: TRUE + ".a.b", TokenProblem.MALFORMED),
+    "8,000 dots": (lambda: "." * 8000, TokenProblem.MALFORMED),
+    "non-ASCII": (lambda: "é" + TRUE, TokenProblem.MALFORMED),
+    "lone surrogate": (lambda: "\udc80" + TRUE, TokenProblem.MALFORMED),
+    "newline at the end": (lambda: TRUE + "\n", TokenProblem.MALFORMED),
+    "padding": (lambda: TRUE + "==", TokenProblem.MALFORMED),
+    "aud of another service": (lambda: with_claims(aud="vnc"), TicketProblem.WRONG_AUDIENCE),
+    "aud of several others": (lambda: with_claims(aud=["vnc", "sshd"]), TicketProblem.WRONG_AUDIENCE),
+    "aud missing": (lambda: with_claims(aud=...), TicketProblem.WRONG_AUDIENCE),
+    "aud nested": (lambda: with_claims(aud=[["ssh"]]), TicketProblem.WRONG_AUDIENCE),
+    "aud an object": (lambda: with_claims(aud={"ssh": 1}), TicketProblem.WRONG_AUDIENCE),
+    "service another one": (lambda: with_claims(service="vnc"), TicketProblem.WRONG_SERVICE),
+    "service null": (lambda: with_claims(service=None), TicketProblem.WRONG_SERVICE),
+    "expired": (lambda: with_claims(iat=NOW - 71, exp=NOW - 11), TicketProblem.EXPIRED),
+    "expired and forged": (lambda: swap(with_claims(iat=NOW - 99, exp=NOW - 50), 2, SIGNATURE_64), TokenProblem.BAD_SIGNATURE),
+    "nbf in the future": (lambda: with_claims(nbf=NOW + 11), TicketProblem.NOT_YET),
+    "iat in the future": (lambda: with_claims(iat=NOW + 11, exp=NOW + 71), TicketProblem.NOT_YET),
+    "exp 61 s after iat": (lambda: with_claims(exp=NOW + 61), TicketProblem.LIVES_TOO_LONG),
+    "exp in the year 9999": (lambda: with_claims(exp=253_402_300_799), TicketProblem.BAD_CLAIMS),
+    "exp before iat": (lambda: with_claims(exp=NOW - 1), TicketProblem.LIVES_TOO_LONG),
+    "exp a string": (lambda: with_claims(exp=str(NOW + 60)), TicketProblem.BAD_CLAIMS),
+    "exp a float": (lambda: with_claims(exp=NOW + 59.5), TicketProblem.BAD_CLAIMS),
+    "exp true": (lambda: with_claims(exp=True), TicketProblem.BAD_CLAIMS),
+    "exp infinite": (lambda: with_claims(exp=float("inf")), TicketProblem.BAD_CLAIMS),
+    "exp missing": (lambda: with_claims(exp=...), TicketProblem.BAD_CLAIMS),
+    "iat missing": (lambda: with_claims(iat=...), TicketProblem.BAD_CLAIMS),
+    "nbf a string": (lambda: with_claims(nbf="0"), TicketProblem.BAD_CLAIMS),
+    "sub missing": (lambda: with_claims(sub=...), TicketProblem.BAD_CLAIMS),
+    "sub empty": (lambda: with_claims(sub=""), TicketProblem.BAD_CLAIMS),
+    "sub a list": (lambda: with_claims(sub=["alice"]), TicketProblem.BAD_CLAIMS),
+    "sub with a newline": (lambda: with_claims(sub="alice\n"), TicketProblem.BAD_CLAIMS),
+    "sub with a blank in front": (lambda: with_claims(sub=" alice"), TicketProblem.BAD_CLAIMS),
+    "sub an address": (lambda: with_claims(sub="192.0.2.1"), TicketProblem.BAD_CLAIMS),
+    "sub an IPv6 address": (lambda: with_claims(sub="2001:db8::1"), TicketProblem.BAD_CLAIMS),
+    "sub too long": (lambda: with_claims(sub="a" * 129), TicketProblem.BAD_CLAIMS),
+    "jti missing": (lambda: with_claims(jti=...), TicketProblem.BAD_CLAIMS),
+    "jti short": (lambda: with_claims(jti="1234567"), TicketProblem.BAD_CLAIMS),
+    "jti a number": (lambda: with_claims(jti=12345678901234567890), TicketProblem.BAD_CLAIMS),
+    "jti long": (lambda: with_claims(jti="a" * 129), TicketProblem.BAD_CLAIMS),
+    "node an address": (lambda: with_claims(node="127.0.0.1:22"), TicketProblem.BAD_CLAIMS),
+    "node a list": (lambda: with_claims(node=["node-a"]), TicketProblem.BAD_CLAIMS),
+    "groups a text": (lambda: with_claims(groups="admin"), TicketProblem.BAD_CLAIMS),
+    "groups with a number": (lambda: with_claims(groups=["a", 1]), TicketProblem.BAD_CLAIMS),
+    "65 groups": (lambda: with_claims(groups=["g"] * 65), TicketProblem.BAD_CLAIMS),
+    "long groups": (lambda: with_claims(groups=["g" * 100] * 21), TicketProblem.BAD_CLAIMS),
 }
 
 
@@ -215,13 +215,16 @@ def test_takes_each_algorithm_where_it_is_pinned(key: Any, algorithm: str, kid: 
     ticket = read(token, ANY_ALGORITHM)
     assert (ticket.user, ticket.node, ticket.groups) == ("alice", "node-a", ("cad", "gpu"))
     assert len(token) <= 1_024  # or it would not travel with an OPEN
-    for flaw, other in ((Flaw.WRONG_ALGORITHM, kid), (Flaw.UNKNOWN_KEY, "nobody")):
+    for problem, other in ((TokenProblem.WRONG_ALGORITHM, kid), (TokenProblem.UNKNOWN_KEY, "nobody")):
         wrong = jwt.encode(
-            GOOD, key, algorithm=algorithm, headers={"kid": other if flaw is Flaw.UNKNOWN_KEY else ("rsa" if kid != "rsa" else "ec")}
+            GOOD,
+            key,
+            algorithm=algorithm,
+            headers={"kid": other if problem is TokenProblem.UNKNOWN_KEY else ("rsa" if kid != "rsa" else "ec")},
         )
         with pytest.raises(BadTicket) as caught:
             read(wrong, ANY_ALGORITHM)
-        assert caught.value.why is flaw
+        assert caught.value.why is problem
 
 
 @pytest.mark.parametrize("secret", [PUBLIC_PEM, RSA_PEM, b"", KEY.public_key().public_bytes_raw()], ids=["pem", "rsa", "empty", "raw"])
@@ -229,7 +232,7 @@ def test_no_public_key_is_ever_an_hmac_secret(secret: bytes) -> None:
     for kid in (KNOWN.kid, "rsa", "ec"):
         with pytest.raises(BadTicket) as caught:
             read(hmac_token(secret, kid), ANY_ALGORITHM)
-        assert caught.value.why is Flaw.WRONG_ALGORITHM
+        assert caught.value.why is TokenProblem.WRONG_ALGORITHM
 
 
 def test_an_issuer_and_an_audience_of_their_own() -> None:
@@ -238,10 +241,10 @@ def test_an_issuer_and_an_audience_of_their_own() -> None:
     assert read(token, rules).user == "alice"
     with pytest.raises(BadTicket) as caught:
         read_ticket(token, rules, ServiceName("vnc"), NOW)  # one audience, and still for one service
-    assert caught.value.why is Objection.WRONG_SERVICE
+    assert caught.value.why is TicketProblem.WRONG_SERVICE
     with pytest.raises(BadTicket) as caught:
         read(with_claims(aud="cluster-1"), rules)
-    assert caught.value.why is Objection.WRONG_ISSUER
+    assert caught.value.why is TicketProblem.WRONG_ISSUER
 
 
 def test_one_id_by_two_keys_is_two_tickets() -> None:

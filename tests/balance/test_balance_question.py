@@ -33,7 +33,7 @@ WANTED = Wanted(DESK, "192.0.2.1:5", GatewayId("gw"), "t1")
 SHOWS = "(i) => { throw new Error(i.servers.map((s) => s.serverId + s.sessions + (s.inflight ? '+' + s.inflight : '')).join()) }"
 
 
-class Nobody:
+class NullListener:
     """A store that does nothing."""
 
     def add(self, counter: str, amount: int) -> int:
@@ -49,7 +49,7 @@ class Desk:
         self.view.store_said(1_000_000)
         self.seq = 1
         ways = Ways(RelayId("a"), ("local", "redirect", "direct"), force_indirect=False, networks=(), address="10.0.0.1")
-        environment = ClusterEnvironment(RelayId("a"), Nobody(), Threads())  # type: ignore[arg-type]  # as much of it as is used
+        environment = ClusterEnvironment(RelayId("a"), NullListener(), Threads())  # type: ignore[arg-type]  # as much of it as is used
         self.chooser = PoolChooser(self.view, ways, environment, lambda event, placement: None, "i" * 40)
         bench.scripts.use_reactor(reactor)
         for number, name in enumerate("abcd"):

@@ -10,7 +10,7 @@ from fxrelay.cluster.follow import Follower
 from fxrelay.cluster.ports import Document, Message
 from fxrelay.cluster.publish import Publisher, PublisherConfig
 from fxrelay.cluster.threads import Threads
-from fxrelay.cluster.view import ClusterView, Nobody
+from fxrelay.cluster.view import ClusterView, NullListener
 from fxtunnel.errors import StoreError, TransporterError
 from fxtunnel.model import InstanceId, RelayId
 
@@ -22,7 +22,7 @@ def server_text(server_id: str = "a", **fields: Any) -> str:
     return json.dumps({"serverId": server_id, "seq": 1, "measuredAt": 2_000, "agent": agent} | fields)
 
 
-class Told(Nobody):
+class Told(NullListener):
     """Implements `Listener` with what is made after the view."""
 
     follower: Follower | None = None

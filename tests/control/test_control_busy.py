@@ -4,20 +4,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fxtunnel.control.busy import BUSY_BYTES, Appointment, encode_busy, parse_busy
+from fxtunnel.control.busy import BUSY_BYTES, RetryAfter, encode_busy, parse_busy
 
 SECONDS = st.integers(0, 999_999).map(lambda ms: ms / 1000)
 
 
 @given(SECONDS, SECONDS)
 def test_what_is_said_is_heard(retry_after_s: float, spread_s: float) -> None:
-    line = encode_busy(Appointment(retry_after_s, spread_s))
+    line = encode_busy(RetryAfter(retry_after_s, spread_s))
     assert len(line) <= BUSY_BYTES
-    assert parse_busy(line) == Appointment(retry_after_s, spread_s)
+    assert parse_busy(line) == RetryAfter(retry_after_s, spread_s)
 
 
 def test_times_out_of_range_are_cut() -> None:
-    assert parse_busy(encode_busy(Appointment(-1.0, 1e9))) == Appointment(0.0, 999.999)
+    assert parse_busy(encode_busy(RetryAfter(-1.0, 1e9))) == RetryAfter(0.0, 999.999)
 
 
 @given(st.binary(max_size=64))

@@ -8,8 +8,8 @@ import trio
 from peers import connect, echo, exchange, free_port, refused, until_reset
 from plane import Contexts, Plane, open_plane
 
-from fxgateway.routing.journey import Journey
-from fxgateway.workers.parcels import pack, unpack
+from fxgateway.routing.failover import FailoverState
+from fxgateway.workers.client_transfer import pack, unpack
 from fxtunnel.codes import Code
 from fxtunnel.engine.ports import SessionConfig
 from fxtunnel.model import RelayId
@@ -84,7 +84,7 @@ async def test_a_relay_that_left_before_another_process_could_ask_it(contexts: C
             await accepted(plane)
             (door,) = plane.doors
             (client,) = door.clients
-            client.journey = Journey((first.id, RelayId("far")), attempts=1, hops=1, asks_again=True)
+            client.failover = FailoverState((first.id, RelayId("far")), attempts=1, hops=1, asks_again=True)
             message = json.loads(json.dumps(pack(client, b"", "")))
             sock = client.give_away()
             first.far_session.close(Code.SHUTDOWN)

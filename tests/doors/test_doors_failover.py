@@ -12,10 +12,10 @@ from plane import SERVICE, Contexts, Plane, open_plane
 
 from fxgateway.access_log import AccessLog
 from fxgateway.doors.web_client import WebClient, Words
+from fxgateway.routing.failover import MAX_ATTEMPTS, FailoverState
 from fxgateway.routing.hosts import HostTable
-from fxgateway.routing.journey import MAX_ATTEMPTS, Journey
-from fxgateway.routing.reception import STREAM_PATH, SWITCHING, Kind, Receptionist
-from fxgateway.workers.parcels import pack, unpack
+from fxgateway.routing.preread_router import STREAM_PATH, SWITCHING, DoorKind, PrereadRouter
+from fxgateway.workers.client_transfer import pack, unpack
 from fxrelay.delivery.delivery import DeliveryLimits
 from fxtunnel.codes import Code
 from fxtunnel.engine.ports import SessionConfig, State
@@ -189,11 +189,11 @@ async def test_turn_with_the_old_session_is_not_taken_on_behalf_of_the_new_one(c
         async with await connect(port) as stream:
             await stream.send_all(b"x" * 100)
             await trio.sleep(0.02)
-            assert first.far_session._turns.waiting
+            assert first.far_session._scheduler.waiting
             await plane.add_relay(await plane.serve(echo), name="b")
             with trio.fail_after(4):
                 assert await receive_exactly(stream, 100) == b"x" * 100
-            assert not first.far_session._turns.waiting
+            assert not first.far_session._scheduler.waiting
             first.redials = True
 
 
@@ -226,8 +226,8 @@ async def test_who_has_been_greeted_is_told_nothing_in_http_any_more(contexts: C
     """It speaks another protocol since its 101, also on its next relay's stream, which is refused."""
     async with open_plane(contexts, SHORT_HOLD) as plane:
         first = await plane.add_relay(await plane.serve(echo), name="a")
-        receptionist = Receptionist(Kind.HTTP, HostTable(), None, streams=frozenset({SERVICE}))
-        port = plane.add_door(receptionist=receptionist)  # type: ignore[arg-type]
+        preread_router = PrereadRouter(DoorKind.HTTP, HostTable(), None, streams=frozenset({SERVICE}))
+        port = plane.add_door(preread_router=preread_router)  # type: ignore[arg-type]
         stream = await connect(port)
         await stream.send_all(f"GET {STREAM_PATH}{SERVICE} HTTP/1.1\r\nHost: a\r\n".encode() + UPGRADE)
         assert await receive_exactly(stream, len(SWITCHING)) == SWITCHING
@@ -237,7 +237,7 @@ async def test_who_has_been_greeted_is_told_nothing_in_http_any_more(contexts: C
         with near, far:
             moved, _ = unpack(plane.doors[0], near, packed)
             assert isinstance(moved, WebClient)
-            assert moved.journey == client.journey == Journey((first.id,), attempts=1)
+            assert moved.failover == client.failover == FailoverState((first.id,), attempts=1)
             assert moved.words == Words(b"", b"", b"", is_greeted=True)
         second = await plane.add_relay(free_port(), name="b")
         first.far_session.close(Code.SHUTDOWN)

@@ -13,7 +13,7 @@ from plane import SERVICE, Contexts, Plane, RelaySide, open_plane
 
 from fxgateway.routing.admission import AdmissionLimits
 from fxgateway.routing.hosts import HostTable, Route
-from fxgateway.routing.reception import Kind, Receptionist
+from fxgateway.routing.preread_router import DoorKind, PrereadRouter
 from fxtunnel.kit.client_hello import UNRECOGNIZED_NAME
 from fxtunnel.kit.web_tls import server_context
 from fxtunnel.model import Offer, ServiceName
@@ -80,9 +80,9 @@ async def two_services(plane: Plane) -> tuple[RelaySide, list[Opening]]:
     return relay, openings
 
 
-def door(plane: Plane, kind: Kind, default: str = "", ssh: str = "", **changes: float) -> int:
-    receptionist = Receptionist(kind, ROUTES, ServiceName(default) or None, ServiceName(ssh) or None)
-    return plane.add_door(service=ServiceName(default), receptionist=receptionist, **changes)  # type: ignore[arg-type]
+def door(plane: Plane, kind: DoorKind, default: str = "", ssh: str = "", **changes: float) -> int:
+    preread_router = PrereadRouter(kind, ROUTES, ServiceName(default) or None, ServiceName(ssh) or None)
+    return plane.add_door(service=ServiceName(default), preread_router=preread_router, **changes)  # type: ignore[arg-type]
 
 
 def secure_door(plane: Plane, tmp_path: Path, **changes: object) -> tuple[int, ssl.SSLContext]:
@@ -95,7 +95,7 @@ def secure_door(plane: Plane, tmp_path: Path, **changes: object) -> tuple[int, s
     certificate.cert_chain_pems[0].write_to_path(str(chain))
     client = ssl.create_default_context()
     authority.configure_trust(client)
-    return door(plane, Kind.HTTPS, tls=server_context([(chain, key)]), **changes), client  # type: ignore[arg-type]
+    return door(plane, DoorKind.HTTPS, tls=server_context([(chain, key)]), **changes), client  # type: ignore[arg-type]
 
 
 async def ask_secure(port: int, context: ssl.SSLContext, host: str, data: bytes) -> bytes:
@@ -124,8 +124,8 @@ async def ask(port: int, data: bytes) -> bytes:
             return await receive_all(stream)
 
 
-@pytest.mark.parametrize("kind", [Kind.SNI, Kind.AUTO])
-async def test_tls_goes_by_its_name_and_is_passed_on_unread(contexts: Contexts, kind: Kind) -> None:
+@pytest.mark.parametrize("kind", [DoorKind.SNI, DoorKind.AUTO])
+async def test_tls_goes_by_its_name_and_is_passed_on_unread(contexts: Contexts, kind: DoorKind) -> None:
     async with open_plane(contexts) as plane:
         _, openings = await two_services(plane)
         port = door(plane, kind)
@@ -145,14 +145,14 @@ async def test_tls_goes_by_its_name_and_is_passed_on_unread(contexts: Contexts, 
 async def test_tls_that_leads_nowhere_gets_its_alert(contexts: Contexts, host: str | None) -> None:
     async with open_plane(contexts) as plane:
         await two_services(plane)
-        assert await ask(door(plane, Kind.SNI), hello_for(host)) == UNRECOGNIZED_NAME
+        assert await ask(door(plane, DoorKind.SNI), hello_for(host)) == UNRECOGNIZED_NAME
         assert plane.doors[0].counters.refused == {"no-route": 1}
         hello = hello_for(host)
-        assert await ask(door(plane, Kind.SNI, "other"), hello) == b"two:" + hello
+        assert await ask(door(plane, DoorKind.SNI, "other"), hello) == b"two:" + hello
 
 
-@pytest.mark.parametrize("kind", [Kind.HTTP, Kind.AUTO])
-async def test_http_goes_by_host_and_path(contexts: Contexts, kind: Kind) -> None:
+@pytest.mark.parametrize("kind", [DoorKind.HTTP, DoorKind.AUTO])
+async def test_http_goes_by_host_and_path(contexts: Contexts, kind: DoorKind) -> None:
     async with open_plane(contexts) as plane:
         _, openings = await two_services(plane)
         port = door(plane, kind)
@@ -165,9 +165,9 @@ async def test_http_goes_by_host_and_path(contexts: Contexts, kind: Kind) -> Non
         assert {opening.scheme for opening in openings} == {"http"}
 
 
-@pytest.mark.parametrize("kind", [Kind.SNI, Kind.HTTP, Kind.AUTO])
-async def test_first_words_cut_at_every_byte(contexts: Contexts, kind: Kind) -> None:
-    words = hello_for("b.test") if kind is Kind.SNI else get("b.test")
+@pytest.mark.parametrize("kind", [DoorKind.SNI, DoorKind.HTTP, DoorKind.AUTO])
+async def test_first_words_cut_at_every_byte(contexts: Contexts, kind: DoorKind) -> None:
+    words = hello_for("b.test") if kind is DoorKind.SNI else get("b.test")
     async with open_plane(contexts) as plane:
         await two_services(plane)
         port = door(plane, kind, header_timeout_s=30)
@@ -176,7 +176,7 @@ async def test_first_words_cut_at_every_byte(contexts: Contexts, kind: Kind) -> 
         for cut, stream in zip(cuts, streams, strict=True):
             await stream.send_all(words[:cut])
         with trio.fail_after(5):
-            while len(plane.doors[0].hall.visitors) < len(streams):
+            while len(plane.doors[0].pending.clients) < len(streams):
                 await trio.sleep(0.01)
         for cut, stream in zip(cuts, streams, strict=True):
             await stream.send_all(words[cut:])
@@ -197,13 +197,13 @@ async def test_a_hello_longer_than_what_goes_with_the_open(contexts: Contexts, c
     words = hello[:3] + (len(body) + 4).to_bytes(2) + b"\x01" + len(body).to_bytes(3) + body
     async with open_plane(contexts) as plane:
         await plane.add_relay(await plane.serve(echo))
-        port = door(plane, Kind.SNI, header_timeout_s=30)
+        port = door(plane, DoorKind.SNI, header_timeout_s=30)
         for rest in (b"", bytes(9_000)):
             async with await connect(port) as stream:
                 if cut:
                     await stream.send_all(words[:cut])
                     with trio.fail_after(5):
-                        while not any(getattr(visitor, "_said", b"") for visitor in plane.doors[0].hall.visitors):
+                        while not any(getattr(preread, "_said", b"") for preread in plane.doors[0].pending.clients):
                             await trio.sleep(0.01)
                 await stream.send_all(words[cut:] + rest)
                 await stream.send_eof()
@@ -215,15 +215,15 @@ async def test_a_hello_longer_than_what_goes_with_the_open(contexts: Contexts, c
 @pytest.mark.parametrize(
     ("kind", "words", "status"),
     [
-        (Kind.HTTP, get("nobody.test"), 404),
-        (Kind.AUTO, get("nobody.test"), 404),
-        (Kind.HTTP, b"GET / HTTP/1.1\r\n\r\n", 400),
-        (Kind.HTTP, b"garbage\r\n\r\n", 400),
-        (Kind.HTTP, b"GET /" + b"a" * 9_000, 431),
-        (Kind.HTTP, get("gone.test"), 503),
+        (DoorKind.HTTP, get("nobody.test"), 404),
+        (DoorKind.AUTO, get("nobody.test"), 404),
+        (DoorKind.HTTP, b"GET / HTTP/1.1\r\n\r\n", 400),
+        (DoorKind.HTTP, b"garbage\r\n\r\n", 400),
+        (DoorKind.HTTP, b"GET /" + b"a" * 9_000, 431),
+        (DoorKind.HTTP, get("gone.test"), 503),
     ],
 )
-async def test_who_speaks_http_is_told_what_is_wrong(contexts: Contexts, kind: Kind, words: bytes, status: int) -> None:
+async def test_who_speaks_http_is_told_what_is_wrong(contexts: Contexts, kind: DoorKind, words: bytes, status: int) -> None:
     async with open_plane(contexts) as plane:
         await two_services(plane)
         port = door(plane, kind)
@@ -241,14 +241,14 @@ async def test_a_relay_that_refuses_is_a_page_too(contexts: Contexts) -> None:
     async with open_plane(contexts) as plane:
         relay, _ = await two_services(plane)
         relay.desk.is_draining = True
-        assert (await ask(door(plane, Kind.HTTP), get("a.test"))).startswith(b"HTTP/1.1 503 ")
+        assert (await ask(door(plane, DoorKind.HTTP), get("a.test"))).startswith(b"HTTP/1.1 503 ")
         await plane.quiet()
 
 
 async def test_an_upload_does_not_take_the_answer_away(contexts: Contexts) -> None:
     async with open_plane(contexts) as plane:
         await two_services(plane)
-        async with await connect(door(plane, Kind.HTTP)) as stream:
+        async with await connect(door(plane, DoorKind.HTTP)) as stream:
             await stream.send_all(b"POST / HTTP/1.1\r\nHost: nobody.test\r\nContent-Length: 200000\r\n\r\n" + bytes(100_000))
             with trio.fail_after(5):
                 assert (await receive_all(stream)).startswith(b"HTTP/1.1 404 ")
@@ -261,7 +261,7 @@ async def test_who_waits_for_the_server_gets_the_default(contexts: Contexts) -> 
 
     async with open_plane(contexts) as plane:
         await plane.add_relay(await plane.serve(greets))
-        async with await connect(door(plane, Kind.AUTO, SERVICE, sniff_s=0.1)) as stream:
+        async with await connect(door(plane, DoorKind.AUTO, SERVICE, sniff_s=0.1)) as stream:
             with trio.fail_after(5):
                 assert await receive_exactly(stream, 12) == b"RFB 003.008\n"
                 await stream.send_all(b"later")
@@ -271,25 +271,25 @@ async def test_who_waits_for_the_server_gets_the_default(contexts: Contexts) -> 
 async def test_ssh_and_others_at_one_door(contexts: Contexts) -> None:
     async with open_plane(contexts) as plane:
         await two_services(plane)
-        port = door(plane, Kind.AUTO, "other", "shell")
+        port = door(plane, DoorKind.AUTO, "other", "shell")
         assert await ask(port, b"SSH-2.0-x\r\n") == b"shell:SSH-2.0-x\r\n"
         assert await ask(port, b"\x00\x01\x02") == b"two:\x00\x01\x02"
-        nowhere = door(plane, Kind.AUTO)
+        nowhere = door(plane, DoorKind.AUTO)
         async with await connect(nowhere) as stream:
             await stream.send_all(b"\x00\x01")
             assert await until_reset(stream, 3) == b""
 
 
-@pytest.mark.parametrize("kind", [Kind.SNI, Kind.HTTP, Kind.AUTO])
-async def test_who_says_too_little_is_not_waited_for(contexts: Contexts, kind: Kind) -> None:
+@pytest.mark.parametrize("kind", [DoorKind.SNI, DoorKind.HTTP, DoorKind.AUTO])
+async def test_who_says_too_little_is_not_waited_for(contexts: Contexts, kind: DoorKind) -> None:
     async with open_plane(contexts) as plane:
         await two_services(plane)
         port = door(plane, kind, header_timeout_s=0.3)
-        for words in (b"", b"\x16\x03\x01" if kind is Kind.SNI else b"GET /"):
+        for words in (b"", b"\x16\x03\x01" if kind is DoorKind.SNI else b"GET /"):
             async with await connect(port) as stream:
                 if words:
                     await stream.send_all(words)
-                if kind is Kind.HTTP:
+                if kind is DoorKind.HTTP:
                     with trio.fail_after(5):
                         assert (await receive_all(stream)).startswith(b"HTTP/1.1 408 ")
                 else:
@@ -298,10 +298,10 @@ async def test_who_says_too_little_is_not_waited_for(contexts: Contexts, kind: K
         await plane.quiet()
 
 
-async def test_visitors_that_leave_or_reset_are_forgotten(contexts: Contexts) -> None:
+async def test_pending_clients_that_leave_or_reset_are_forgotten(contexts: Contexts) -> None:
     async with open_plane(contexts) as plane:
         await two_services(plane)
-        port = door(plane, Kind.SNI)
+        port = door(plane, DoorKind.SNI)
         stream = await connect(port)
         await stream.send_all(b"\x16")
         reset(stream)
@@ -310,29 +310,29 @@ async def test_visitors_that_leave_or_reset_are_forgotten(contexts: Contexts) ->
             await stream.send_eof()
             assert await until_reset(stream, 3) == b""
         await plane.quiet()
-        assert not plane.doors[0].hall.visitors
+        assert not plane.doors[0].pending.clients
 
 
 async def test_too_many_are_told_so_where_http_is_spoken(contexts: Contexts) -> None:
     async with open_plane(contexts) as plane:
         await two_services(plane)
-        receptionist = Receptionist(Kind.HTTP, ROUTES, None)
-        port = plane.add_door(AdmissionLimits(connections_per_source=1, exempt=()), receptionist=receptionist)  # type: ignore[arg-type]
+        preread_router = PrereadRouter(DoorKind.HTTP, ROUTES, None)
+        port = plane.add_door(AdmissionLimits(connections_per_source=1, exempt=()), preread_router=preread_router)  # type: ignore[arg-type]
         async with await connect(port):
             with trio.fail_after(10):
-                while not plane.doors[0].hall.visitors:
+                while not plane.doors[0].pending.clients:
                     await trio.sleep(0.01)
             async with await connect(port) as stream:
                 with trio.fail_after(5):
                     assert (await receive_all(stream)).startswith(b"HTTP/1.1 429 ")
 
 
-async def test_a_door_that_closes_turns_its_visitors_away(contexts: Contexts) -> None:
+async def test_a_door_that_closes_turns_its_pending_clients_away(contexts: Contexts) -> None:
     async with open_plane(contexts) as plane:
         await two_services(plane)
-        async with await connect(door(plane, Kind.SNI)) as stream:
+        async with await connect(door(plane, DoorKind.SNI)) as stream:
             with trio.fail_after(10):
-                while not plane.doors[0].hall.visitors:
+                while not plane.doors[0].pending.clients:
                     await trio.sleep(0.01)
             plane.doors[0].close()
             assert await until_reset(stream, 3) == b""
@@ -371,14 +371,14 @@ async def test_a_handshake_that_takes_too_long(contexts: Contexts, tmp_path: Pat
         assert plane.doors[0].counters.refused == {"first-words-timeout": 2}
 
 
-@pytest.mark.parametrize("kind", [Kind.TCP, Kind.HTTP, Kind.HTTPS])
-async def test_the_access_log_is_told_of_every_client(contexts: Contexts, tmp_path: Path, kind: Kind) -> None:
+@pytest.mark.parametrize("kind", [DoorKind.TCP, DoorKind.HTTP, DoorKind.HTTPS])
+async def test_the_access_log_is_told_of_every_client(contexts: Contexts, tmp_path: Path, kind: DoorKind) -> None:
     sink = Sink()
     async with open_plane(contexts) as plane:
         _, openings = await two_services(plane)
-        if kind is Kind.TCP:
+        if kind is DoorKind.TCP:
             await ask(plane.add_door(access=sink), get("a.test"))  # type: ignore[arg-type]
-        elif kind is Kind.HTTP:
+        elif kind is DoorKind.HTTP:
             await ask(door(plane, kind, access=sink), get("a.test"))  # type: ignore[arg-type]
         else:
             port, client = secure_door(plane, tmp_path, access=sink)
@@ -389,4 +389,4 @@ async def test_the_access_log_is_told_of_every_client(contexts: Contexts, tmp_pa
     assert (record["trace"], record["service"], record["relay"], record["end"]) == (opening.trace, SERVICE, "a", "closed")
     assert (record["bytes_in"], record["bytes_out"]) == (len(get("a.test")), len(get("a.test")) + 4)
     assert 0 <= record["accepted_s"] <= record["first_byte_s"] <= record["duration_s"]
-    assert record["host"] == ("" if kind is Kind.TCP else "a.test")
+    assert record["host"] == ("" if kind is DoorKind.TCP else "a.test")

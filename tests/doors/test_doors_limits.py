@@ -8,10 +8,10 @@ import trio
 from peers import connect, echo, exchange, receive_all, receive_exactly, refused, reset, until_reset
 from plane import SERVICE, Contexts, open_plane
 
-from fxgateway.doors import door, unserved
+from fxgateway.doors import door, service_outages
 from fxgateway.routing.admission import AdmissionLimits
 from fxgateway.routing.hosts import HostTable
-from fxgateway.routing.reception import Kind, Receptionist
+from fxgateway.routing.preread_router import DoorKind, PrereadRouter
 
 EXEMPT = (ipaddress.ip_network("127.0.0.0/8"),)
 
@@ -50,7 +50,7 @@ async def test_a_service_without_a_relay_is_two_lines_however_many_come(contexts
         name = plane.doors[0].name
         for _ in range(3):
             await refused(port)
-        lines = [record.getMessage() for record in caplog.records if record.name == unserved.__name__]
+        lines = [record.getMessage() for record in caplog.records if record.name == service_outages.__name__]
         assert lines == [f"door {name}: no relay offers {SERVICE} now; its clients are turned away"]
         caplog.clear()
         await plane.add_relay(service)
@@ -99,14 +99,14 @@ async def test_a_door_that_is_renamed_keeps_to_its_limit(contexts: Contexts) -> 
     """It is the same door: who came in by it before counts on, and who is still to say what he wants is given back where he was counted."""
     async with open_plane(contexts) as plane:
         await plane.add_relay(await plane.serve(echo))
-        receptionist = Receptionist(Kind.HTTP, HostTable(), SERVICE)
-        port = plane.add_door(AdmissionLimits(connections_per_door=2, exempt=EXEMPT), receptionist=receptionist)  # type: ignore[arg-type]
+        preread_router = PrereadRouter(DoorKind.HTTP, HostTable(), SERVICE)
+        port = plane.add_door(AdmissionLimits(connections_per_door=2, exempt=EXEMPT), preread_router=preread_router)  # type: ignore[arg-type]
         door = plane.doors[0]
         async with await connect(port) as slow, await connect(port) as gone:
             for stream in (slow, gone):
                 await stream.send_all(b"GET / HTTP/1.1\r\n")
             with trio.fail_after(5):
-                while len(door.hall.visitors) < 2:
+                while len(door.pending.clients) < 2:
                     await trio.sleep(0.01)
             door.reconfigure(replace(door.config, name="renamed"))
             async with await connect(port) as third:

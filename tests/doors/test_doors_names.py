@@ -7,7 +7,7 @@ from peers import connect
 from plane import SERVICE, Contexts, open_plane
 from test_doors_heard import OTHER, Sink, ask, ask_secure, door, get, hello_for, secure_door, two_services
 
-from fxgateway.routing.reception import Kind
+from fxgateway.routing.preread_router import DoorKind
 
 
 async def test_where_tls_ends_the_request_decides(contexts: Contexts, tmp_path: Path) -> None:
@@ -27,7 +27,7 @@ async def test_where_tls_ends_the_request_decides(contexts: Contexts, tmp_path: 
 async def test_where_tls_passes_its_name_decides_and_no_request_behind_it(contexts: Contexts) -> None:
     async with open_plane(contexts) as plane:
         _, openings = await two_services(plane)
-        port = door(plane, Kind.SNI)
+        port = door(plane, DoorKind.SNI)
         words = hello_for("a.test") + get("b.test")
         assert await ask(port, words) == b"one:" + words
         async with await connect(port) as stream:

@@ -9,7 +9,7 @@ from peers import connect, receive_all
 from plane import Contexts, open_plane
 
 from fxgateway.routing.hosts import HostTable
-from fxgateway.routing.reception import Kind, Receptionist
+from fxgateway.routing.preread_router import DoorKind, PrereadRouter
 from fxtunnel.model import ServiceName
 
 STREAM = b"GET /.fx/stream/ssh%s HTTP/1.1\r\nHost: a\r\nAccept: application/json\r\n"
@@ -39,8 +39,8 @@ async def ask(port: int, request: bytes) -> tuple[bytes, bytes]:
 )
 async def test_a_page_has_one_word_for_what_is_wrong(contexts: Contexts, request_: bytes, status: int, name: str) -> None:
     async with open_plane(contexts) as plane:
-        receptionist = Receptionist(Kind.HTTP, HostTable([]), None, None, frozenset({ServiceName("ssh")}))
-        head, body = await ask(plane.add_door(service=ServiceName(""), receptionist=receptionist), request_)
+        preread_router = PrereadRouter(DoorKind.HTTP, HostTable([]), None, None, frozenset({ServiceName("ssh")}))
+        head, body = await ask(plane.add_door(service=ServiceName(""), preread_router=preread_router), request_)
         assert head.startswith(b"HTTP/1.1 %d " % status)
         assert json.loads(body)["error"]["name"] == name
         assert body.endswith(b"}\n")
@@ -50,7 +50,7 @@ async def test_a_page_has_one_word_for_what_is_wrong(contexts: Contexts, request
 
 async def test_what_is_no_request_is_not_repeated(contexts: Contexts, caplog: pytest.LogCaptureFixture) -> None:
     async with open_plane(contexts) as plane:
-        port = plane.add_door(service=ServiceName(""), receptionist=Receptionist(Kind.HTTP, HostTable([]), None))
+        port = plane.add_door(service=ServiceName(""), preread_router=PrereadRouter(DoorKind.HTTP, HostTable([]), None))
         with caplog.at_level(logging.INFO):
             head, body = await ask(port, b"forged\x1b[31m line\r\n\r\n")
         assert head.startswith(b"HTTP/1.1 400 ")

@@ -12,7 +12,7 @@ from fxgateway.doors.client import Client
 from fxrelay.delivery.delivery import Delivery, DeliveryLimits
 from fxtunnel.codes import Code
 from fxtunnel.engine.ports import SessionConfig
-from fxtunnel.engine.turns import BESIDE_BYTES, SPARSE_BYTES, SPARSE_TURN_BYTES
+from fxtunnel.engine.send_scheduler import BESIDE_BYTES, SPARSE_BYTES, SPARSE_TURN_BYTES
 from fxtunnel.protocol.stream import Stream
 
 MIB = 1 << 20
@@ -269,8 +269,8 @@ async def test_many_open_and_reset_leave_nothing(contexts: Contexts) -> None:
                 for number in range(40):
                     nursery.start_soon(one, number)
         await plane.quiet()
-        assert not relay.session._turns.waiting
-        assert not relay.far_session._turns.waiting
+        assert not relay.session._scheduler.waiting
+        assert not relay.far_session._scheduler.waiting
         assert len(plane.reactor._handlers) == handlers
         assert len(plane.reactor._timers) < 40, "as many as do their rounds, not one for each that came"
         assert left(*kinds) == before

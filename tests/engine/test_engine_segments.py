@@ -58,8 +58,8 @@ class Counted:
     def reset(self, code: object) -> None:
         self.closed = True
 
-    def want_turn(self, taker: object) -> None:
-        self.turns.append(taker)
+    def want_turn(self, sender: object) -> None:
+        self.turns.append(sender)
 
 
 class CountingSocket(socket.socket):

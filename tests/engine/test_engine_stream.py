@@ -10,7 +10,7 @@ import trio.testing
 
 from fxtunnel.codes import Code
 from fxtunnel.engine import stream as module
-from fxtunnel.engine.ports import TurnTaker
+from fxtunnel.engine.ports import StreamSender
 from fxtunnel.engine.reactor import Timer
 from fxtunnel.engine.stream import TunnelStream
 from fxtunnel.errors import LocalProtocolError
@@ -30,7 +30,7 @@ class Wire:
     is_up = True
 
     def __init__(self, on_open: Callable[[Stream, Opening], None] | None = None) -> None:
-        self.turns: deque[TurnTaker] = deque()
+        self.turns: deque[StreamSender] = deque()
         self.stopped = False
         self.straight = True
         self.waiting = trio.Event()
@@ -47,13 +47,13 @@ class Wire:
     def wake(self) -> None:
         self.waiting.set()
 
-    def want_turn(self, taker: TurnTaker) -> None:
-        assert taker not in self.turns
-        self.turns.append(taker)
+    def want_turn(self, sender: StreamSender) -> None:
+        assert sender not in self.turns
+        self.turns.append(sender)
         self.wake()
 
-    def cancel_turn(self, taker: TurnTaker) -> None:
-        self.turns.remove(taker)
+    def cancel_turn(self, sender: StreamSender) -> None:
+        self.turns.remove(sender)
 
     def has_room(self, limit_bytes: int) -> int:
         return min(limit_bytes, 5_000) if self.straight and not self.turns else 0
@@ -92,7 +92,7 @@ class Pair:
         return Timer(0, call)
 
     async def make(self) -> tuple[TunnelStream, TunnelStream]:
-        waits = _Nobody()
+        waits = _NullSink()
         stream = self.near.mux.open(TAGS, waits)
         assert stream is not None
         left = TunnelStream(self.near, stream, self.later)
@@ -111,7 +111,7 @@ class Pair:
         return left, right
 
 
-class _Nobody:
+class _NullSink:
     def on_accept(self) -> None: ...
     def on_refuse(self, code: Code, text: str) -> None: ...
     def on_redirect(self, relay: str) -> None: ...

@@ -13,7 +13,7 @@ from peers import LOOPBACK, echo
 from plane import Contexts, open_plane
 from tls_door import TlsDoor, WebClient, add_tls_door, in_thread
 
-from fxtunnel.engine import farewell
+from fxtunnel.engine import lingering_close
 from fxtunnel.kit.certificates import issue_server_certificate, new_authority
 from fxtunnel.kit.files import write_secret
 from fxtunnel.kit.web_tls import server_context
@@ -128,7 +128,7 @@ async def test_plain_http_gets_an_answer_in_the_clear(contexts: Contexts, pairs:
 async def test_client_that_stays_after_the_alert_is_reset(
     contexts: Contexts, pairs: list[tuple[Path, Path]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(farewell, "FAREWELL_S", 0.1)
+    monkeypatch.setattr(lingering_close, "LINGER_S", 0.1)
     async with open_plane(contexts) as plane:
         door, port = add_tls_door(plane, server_context(pairs[:1]))
         with socket.create_connection((LOOPBACK, port)) as sock:
@@ -283,11 +283,11 @@ async def test_a_client_whose_time_is_over_while_the_thread_has_its_socket(conte
     async with open_plane(contexts) as plane:
         door, port = add_tls_door(plane, server_context(pairs))
         may_go_on = threading.Event()
-        plane.reactor.beside.do(lambda: may_go_on.wait(10), lambda _: None)
+        plane.reactor.offload.do(lambda: may_go_on.wait(10), lambda _: None)
         async with await trio.open_tcp_stream(LOOPBACK, port) as stream:
             await stream.send_all(b"\x16\x03\x01")
             with trio.fail_after(5):
-                while not door.seen.under_way or not door.seen.under_way[0]._is_beside:
+                while not door.seen.under_way or not door.seen.under_way[0]._is_offloaded:
                     await trio.sleep(0.01)
             door.seen.under_way[0].fail("too late")
             assert door.seen.failed == ["too late"]

@@ -38,7 +38,7 @@ async def test_a_fault_at_every_await_of_an_uplink(
     caplog.set_level(logging.WARNING)
     for module in ("fxtunnel.control.channel", "fxrelay.uplink.uplink"):
         monkeypatch.setattr(f"{module}.GOODBYE_S", 0.02)
-    monkeypatch.setattr("fxrelay.uplink.redialling.FLAP_CAP_S", 0.02)
+    monkeypatch.setattr("fxrelay.uplink.redial_backoff.FLAP_CAP_S", 0.02)
     context = make_context(tmp_path, AUTHORITY)
     hits = 0
     for nth in WAITS:

@@ -22,7 +22,7 @@ from fxgateway.settings import load
 from fxgateway.workers import child as child_module
 from fxgateway.workers import parent as parent_module
 from fxgateway.workers.channel import Channel, Message
-from fxgateway.workers.child import Child, Outfit
+from fxgateway.workers.child import Child, SpawnPayload
 from fxgateway.workers.parent import Parent
 from fxtunnel.engine.reactor import Reactor
 from fxtunnel.errors import FxError
@@ -119,8 +119,8 @@ class Home:
         self.begun: list[int] = []
         self.died_ = 0
 
-    def outfit(self, number: int) -> Outfit:
-        return Outfit({"op": "begin"}, [])
+    def outfit(self, number: int) -> SpawnPayload:
+        return SpawnPayload({"op": "begin"}, [])
 
     def introduce(self, child: Child) -> None:
         self.begun.append(child.pid)

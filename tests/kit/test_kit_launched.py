@@ -13,7 +13,7 @@ from trio.testing import wait_all_tasks_blocked
 from fxgateway.doors.door import DoorConfig, DoorRelays
 from fxgateway.doors.doors import Doors
 from fxgateway.routing.admission import Admission
-from fxgateway.workers.listening import Listening
+from fxgateway.workers.shared_listeners import Listening
 from fxtunnel.engine.reactor import Reactor
 from fxtunnel.kit.listeners import Inherited, ListenError, bound_address, kept_name, listen
 from fxtunnel.kit.notify import END, GO, PREPARED, Notifier

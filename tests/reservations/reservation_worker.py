@@ -30,7 +30,7 @@ from fxrelay.cluster.redis_store import RedisStore
 from fxrelay.cluster.sqlite_bus import SqliteTransporter
 from fxrelay.cluster.sqlite_store import SqliteStore
 from fxrelay.cluster.threads import Threads
-from fxrelay.cluster.view import ClusterView, Nobody
+from fxrelay.cluster.view import ClusterView, NullListener
 from fxrelay.reserving.books import ReservingConfig
 from fxrelay.reserving.leases import Terms
 from fxrelay.reserving.reservations import NotEntered, Reservations
@@ -44,7 +44,7 @@ def open_both(config: dict[str, Any]) -> tuple[Store, Transporter]:
     return RedisStore(RedisClient(broker)), RedisTransporter(RedisClient(broker))
 
 
-class Worker(Nobody):
+class Worker(NullListener):
     def __init__(self, config: dict[str, Any]) -> None:
         self.config = config
         self.store, transporter = open_both(config)

@@ -8,8 +8,8 @@ import pytest
 import trio
 from tunnels_rig import GATEWAY, NODE, SSH, ended, exactly, hello, reply, running, until
 
-from fxgateway.tunnels.colleagues import Alone
 from fxgateway.tunnels.control import ControlConfig
+from fxgateway.tunnels.peer_processes import SingleProcess
 from fxtunnel.codes import Code, Refusal
 from fxtunnel.control.channel import Channel
 from fxtunnel.control.messages import Closing, Drain, Load, Ping, Refused, Services, Welcome, encode
@@ -236,7 +236,7 @@ async def test_an_instance_that_drains_comes_back_only_where_it_is_known(tmp_pat
                 assert refused.retry_after_s == 30  # nothing changes for it before it is restarted
 
 
-class Claims(Alone):
+class Claims(SingleProcess):
     """The other processes of the gateway: what they are asked for, and what they say."""
 
     def __init__(self, says: Exception | None = None) -> None:
@@ -256,7 +256,7 @@ async def test_an_instance_that_drains_takes_no_name_back(tmp_path: Path) -> Non
     """Its successor may have it by now, at another process, and would be fenced off."""
     async with running(tmp_path) as rig:
         await rig.enrol()
-        rig.port._control._colleagues = claims = Claims()
+        rig.port._control._peer_processes = claims = Claims()
         async with rig.control("i1"), rig.websocket() as ws:
             await ws.send_message(encode(hello("i1", caps=("resume", "leaving"))))
             assert isinstance(await Channel(ws).receive(), Welcome)
@@ -266,7 +266,7 @@ async def test_an_instance_that_drains_takes_no_name_back(tmp_path: Path) -> Non
 async def test_whoever_has_lost_the_name_before_his_welcome_is_told_so(tmp_path: Path) -> None:
     async with running(tmp_path) as rig:
         await rig.enrol()
-        rig.port._control._colleagues = Claims(TunnelClosed(Code.FENCED, "another instance has it now"))
+        rig.port._control._peer_processes = Claims(TunnelClosed(Code.FENCED, "another instance has it now"))
         async with rig.control("i1") as (channel, answered):
             assert isinstance(answered, Closing)
             assert (answered.code, answered.message) == (Code.FENCED, "another instance has it now")

@@ -14,8 +14,8 @@ import trio
 from trio_websocket import ConnectionClosed
 from tunnels_rig import ended, hello, raw_answer, reply, running, until
 
-from fxgateway.tunnels.lobby import SILENT_S, Lobby
 from fxgateway.tunnels.port import PortLimits
+from fxgateway.tunnels.pre_auth_queue import SILENT_S, PreAuthQueue
 from fxtunnel.control.busy import BUSY_BYTES, parse_busy
 from fxtunnel.control.messages import Load, Ping, Welcome, encode
 from fxtunnel.kit.tls import HandshakeFailed, client_context, handshake_client
@@ -152,9 +152,9 @@ async def test_a_busy_port_says_so_before_tls_and_finishes_what_it_has_begun(tmp
         stream = trio.SocketStream(trio.socket.from_stdlib_socket(late))
         with trio.fail_after(20):
             line = bytes(await stream.receive_some(BUSY_BYTES))
-        appointment = parse_busy(line)
-        assert appointment is not None
-        assert 0 < appointment.retry_after_s < 20
+        retry_after = parse_busy(line)
+        assert retry_after is not None
+        assert 0 < retry_after.retry_after_s < 20
         assert rig.port.refused == {"busy": 1}
         await stream.aclose()
         for sock in crowd:
@@ -245,14 +245,14 @@ async def test_a_bug_in_the_order_of_turns_ends_nothing(
 ) -> None:
     async with running(tmp_path, PortLimits(hello_timeout_s=60.0, at_once=1)) as rig:
         await rig.enrol()
-        really, failed = Lobby._end_long_turns, trio.Event()
+        really, failed = PreAuthQueue._end_long_turns, trio.Event()
 
-        def fail(lobby: Lobby) -> None:
-            monkeypatch.setattr(Lobby, "_end_long_turns", really)
+        def fail(pre_auth_queue: PreAuthQueue) -> None:
+            monkeypatch.setattr(PreAuthQueue, "_end_long_turns", really)
             failed.set()
             raise RuntimeError("a bug")
 
-        monkeypatch.setattr(Lobby, "_end_long_turns", fail)
+        monkeypatch.setattr(PreAuthQueue, "_end_long_turns", fail)
         idler = await rig.connect("127.0.0.2")
         idler.sendall(b"\x16")
         await until(lambda: rig.port.pending == 1)

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import pytest
 import trio
 
-from fxgateway.tunnels.colleagues import Passed
-from fxgateway.tunnels.lobby import TurnedAway
+from fxgateway.tunnels.peer_processes import AcceptedConnection
+from fxgateway.tunnels.pre_auth_queue import TooBusy
 from fxgateway.tunnels.succession import Succession
 from fxtunnel.kit.listeners import LINE_NAME, Inherited
 from fxtunnel.kit.notify import Notifier
@@ -73,7 +73,7 @@ def kept(launcher: socket.socket) -> tuple[str, socket.socket]:
 
 
 @contextlib.contextmanager
-def knocking(alpn: str) -> Iterator[tuple[socket.socket, Passed]]:
+def knocking(alpn: str) -> Iterator[tuple[socket.socket, AcceptedConnection]]:
     """A connection that has said its ClientHello: the peer, and what was accepted."""
     incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -86,7 +86,7 @@ def knocking(alpn: str) -> Iterator[tuple[socket.socket, Passed]]:
         with accepted:
             accepted.setblocking(False)
             peer.sendall(outgoing.read())
-            yield peer, Passed.fresh(accepted, address)
+            yield peer, AcceptedConnection.fresh(accepted, address)
 
 
 async def test_who_names_an_earlier_process_gets_there_unread() -> None:
@@ -120,7 +120,7 @@ async def test_a_line_that_nobody_reads_holds_so_many() -> None:
                 try:
                     assert not await row.later.keeps(passed)
                     held += 1
-                except TurnedAway:
+                except TooBusy:
                     is_full = True
         assert is_full
         assert held > 20

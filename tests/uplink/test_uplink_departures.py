@@ -9,7 +9,7 @@ import pytest
 import trio
 from uplink_fakes import QUICK, FakeGateway, FakeSession, Running, running, session_id, until
 
-from fxrelay.uplink import redialling, uplink
+from fxrelay.uplink import redial_backoff, uplink
 from fxrelay.uplink.ports import UplinkState
 from fxtunnel.codes import Code, Refusal
 from fxtunnel.control.messages import CAP_LEAVING, Closing, Drain, Refused
@@ -228,8 +228,8 @@ async def test_a_gateway_that_was_there_a_moment_ago_is_looked_for_often(
     recent_s: float,
     is_quick: bool,
 ) -> None:
-    monkeypatch.setattr(redialling, "RECENT_S", recent_s)
-    monkeypatch.setattr(redialling, "RECENT_CAP_S", 0.1)
+    monkeypatch.setattr(redial_backoff, "RECENT_S", recent_s)
+    monkeypatch.setattr(redial_backoff, "RECENT_CAP_S", 0.1)
     config = replace(QUICK, min_backoff_s=0.1, max_backoff_s=30.0)
     async with running(gateway, state_dir, config) as it:
         await until(lambda: it.is_carrying)

@@ -13,11 +13,11 @@ from uplink_fakes import FakeGateway, session_id
 
 from fxrelay.uplink.datalink import open_data_link
 from fxrelay.uplink.dial import Dialler, GatewayBusy, Proxy, Unanswered
+from fxrelay.uplink.failure_policy import retry_delay_s
 from fxrelay.uplink.gateway_file import GatewayUrl
 from fxrelay.uplink.slot import RESUMING_CAP_S
-from fxrelay.uplink.verdicts import appointed_s
 from fxtunnel.codes import Code, Refusal
-from fxtunnel.control.busy import Appointment
+from fxtunnel.control.busy import RetryAfter
 from fxtunnel.errors import PeerRefused, RemoteProtocolError, TunnelClosed, TunnelError
 from fxtunnel.kit.certificates import Authority
 from fxtunnel.kit.tls import HandshakeFailed, HandshakeProblem, TlsStream
@@ -122,13 +122,13 @@ async def test_a_gateway_that_is_busy(authority: Authority) -> None:
         for _ in range(5):  # before our hello, after it, or with the reset that it causes
             with pytest.raises(GatewayBusy) as caught:
                 await dialler(authority).dial(url, ALPN_HTTP)
-            assert caught.value.appointment == Appointment(1.5, 0.7)
+            assert caught.value.retry_after == RetryAfter(1.5, 0.7)
 
 
 def test_an_appointment_is_believed_within_bounds() -> None:
-    assert appointed_s(Appointment(2.0, 1.0), 0.5, 30.0) == 2.5
-    assert appointed_s(Appointment(999.0, 999.0), 1.0, 30.0) == 60.0
-    assert appointed_s(Appointment(999.0, 999.0), 0.0, RESUMING_CAP_S) == RESUMING_CAP_S
+    assert retry_delay_s(RetryAfter(2.0, 1.0), 0.5, 30.0) == 2.5
+    assert retry_delay_s(RetryAfter(999.0, 999.0), 1.0, 30.0) == 60.0
+    assert retry_delay_s(RetryAfter(999.0, 999.0), 0.0, RESUMING_CAP_S) == RESUMING_CAP_S
 
 
 def relaying(heard: list[bytes], gateway_port: int) -> Handler:

@@ -8,10 +8,10 @@ import pytest
 import trio
 from uplink_fakes import GATEWAY_ID, OFFERS, QUICK, RELAY_ID, FakeFactory, FakeGateway, deny, make_context, running, until
 
+from fxrelay.uplink.failure_policy import LogBackoff, final_error, retry_after_s
 from fxrelay.uplink.identity import load_identity
 from fxrelay.uplink.ports import GatewayClosing
-from fxrelay.uplink.uplink import Surroundings, Uplink
-from fxrelay.uplink.verdicts import Doubling, final_error, retry_after_s
+from fxrelay.uplink.uplink import Uplink, UplinkEnvironment
 from fxtunnel.codes import Code, Refusal
 from fxtunnel.control.messages import Closing, Refused
 from fxtunnel.errors import ConfigError, LocalProtocolError, PeerRefused, TunnelClosed, TunnelError
@@ -122,8 +122,8 @@ async def test_a_wrong_clock_is_told_by_how_much_and_tried_again(gateway: FakeGa
         async with trio.open_nursery() as nursery:
             await nursery.start(gateway.serve)
             ahead_s = [600.0]
-            around = Surroundings(now_unix=lambda: time.time() + ahead_s[0])
-            uplink = Uplink(gateway.file, await load_identity(state_dir, RELAY_ID), OFFERS, FakeFactory(), QUICK, around)
+            environment = UplinkEnvironment(now_unix=lambda: time.time() + ahead_s[0])
+            uplink = Uplink(gateway.file, await load_identity(state_dir, RELAY_ID), OFFERS, FakeFactory(), QUICK, environment)
             nursery.start_soon(uplink.run)
             await until(lambda: "clock" in uplink.statistics().last_error)
             assert "set" in uplink.statistics().last_error
@@ -241,7 +241,7 @@ def test_waits_come_from_refusals_and_goodbyes() -> None:
 
 
 def test_doubling_makes_every_power_of_two_known() -> None:
-    failures = Doubling()
+    failures = LogBackoff()
     assert [n for n in range(1, 40) if failures.is_due()] == [1, 2, 4, 8, 16, 32]
     failures.reset()
     assert failures.is_due()

@@ -14,8 +14,8 @@ from uplink_fakes import OFFERS, QUICK, RELAY_ID, FakeFactory, FakeGateway, Long
 from fxrelay.uplink.dial import Dialler, Unanswered, Unreachable
 from fxrelay.uplink.identity import Identity
 from fxrelay.uplink.ports import UplinkConfig
-from fxrelay.uplink.redialling import ABSENT_CAP_S, RECENT_CAP_S, RECENT_S
-from fxrelay.uplink.uplink import Surroundings, Uplink
+from fxrelay.uplink.redial_backoff import ABSENT_CAP_S, RECENT_CAP_S, RECENT_S
+from fxrelay.uplink.uplink import Uplink, UplinkEnvironment
 from fxtunnel.codes import Refusal
 from fxtunnel.errors import PeerRefused, TunnelError
 from fxtunnel.kit.certificates import new_authority
@@ -61,7 +61,7 @@ async def test_a_gateway_that_starts_later_than_we_do_is_soon_found(
     state_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[LateGateway], cap: str
 ) -> None:
     for name in ("ABSENT_CAP_S", "RECENT_CAP_S"):
-        monkeypatch.setattr(f"fxrelay.uplink.redialling.{name}", 0.05 if name == cap else 30.0)
+        monkeypatch.setattr(f"fxrelay.uplink.redial_backoff.{name}", 0.05 if name == cap else 30.0)
     authority = new_authority("test authority")
     gateway = kind(authority, make_context(tmp_path, authority))
     async with running(gateway, state_dir, replace(QUICK, min_backoff_s=0.05, max_backoff_s=30.0)):
@@ -92,7 +92,7 @@ async def dials_of(
 
     monkeypatch.setattr(Dialler, "dial", dial)
     identity = Enrolled(RELAY_ID, InstanceId("0" * 32), tmp_path, new_key())
-    uplink = Uplink(gateway.file, identity, OFFERS, FakeFactory(), UplinkConfig(), Surroundings(LongestWaits()))
+    uplink = Uplink(gateway.file, identity, OFFERS, FakeFactory(), UplinkConfig(), UplinkEnvironment(LongestWaits()))
     began_at = trio.current_time()
     with trio.move_on_after(600):
         await uplink.run()

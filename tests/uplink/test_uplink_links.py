@@ -14,7 +14,7 @@ from uplink_fakes import OFFERS, QUICK, FakeGateway, deny, make_context, running
 
 from fxrelay.uplink.control_link import MIN_HEARTBEAT_S
 from fxrelay.uplink.ports import UplinkState
-from fxrelay.uplink.ties import Ties
+from fxrelay.uplink.process_links import ProcessLinks
 from fxtunnel.codes import Code, Refusal
 from fxtunnel.control.messages import Closing, Drain, Load, Refused, Services, TicketRequest
 from fxtunnel.errors import PeerRefused
@@ -57,7 +57,7 @@ async def test_a_lost_control_link_is_dialled_again_and_sessions_live_on(gateway
 async def test_a_control_link_that_keeps_breaking_is_not_left_for_long(
     gateway: FakeGateway, state_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fxrelay.uplink.redialling.FLAP_CAP_S", 0.02)
+    monkeypatch.setattr("fxrelay.uplink.redial_backoff.FLAP_CAP_S", 0.02)
     async with running(gateway, state_dir, replace(QUICK, max_backoff_s=30.0)) as it:
         for count in range(1, 12):  # uncapped waits would add up to 20 s
             await gateway.wait_controls(count)
@@ -269,12 +269,12 @@ async def test_a_gateway_that_asks_for_a_beat_every_moment_gets_none_so_fast(
     """A relay that did nothing but beat would have no time for its other gateways."""
     beats = 0
 
-    def count(ties: Ties) -> int:
+    def count(links: ProcessLinks) -> int:
         nonlocal beats
         beats += 1
         return 0
 
-    monkeypatch.setattr(Ties, "streams", property(count))
+    monkeypatch.setattr(ProcessLinks, "streams", property(count))
     gateway.greeting = [gateway.welcome(heartbeat_s=1e-9)]
     async with running(gateway, state_dir) as it:
         await it.started.wait()
@@ -380,10 +380,10 @@ class RestartingGateway(FakeGateway):
 
 
 async def test_a_gateway_that_restarts_is_soon_found_again(state_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fxrelay.uplink.redialling.SETTLED_S", 0.0)
-    monkeypatch.setattr("fxrelay.uplink.redialling.FLAP_CAP_S", 0.05)
-    monkeypatch.setattr("fxrelay.uplink.redialling.RECENT_CAP_S", 30.0)
-    monkeypatch.setattr("fxrelay.uplink.redialling.ABSENT_CAP_S", 0.05)
+    monkeypatch.setattr("fxrelay.uplink.redial_backoff.SETTLED_S", 0.0)
+    monkeypatch.setattr("fxrelay.uplink.redial_backoff.FLAP_CAP_S", 0.05)
+    monkeypatch.setattr("fxrelay.uplink.redial_backoff.RECENT_CAP_S", 30.0)
+    monkeypatch.setattr("fxrelay.uplink.redial_backoff.ABSENT_CAP_S", 0.05)
     authority = new_authority("test authority")
     gateway = RestartingGateway(authority, make_context(tmp_path, authority))
     async with running(gateway, state_dir, replace(QUICK, min_backoff_s=8.0, max_backoff_s=30.0)) as it:

@@ -4,13 +4,13 @@ from pathlib import Path
 
 from uplink_fakes import FakeGateway, LongestWaits, running, until
 
-from fxrelay.uplink.uplink import Surroundings
+from fxrelay.uplink.uplink import UplinkEnvironment
 
 
 async def test_a_gateway_hears_at_once_that_others_are_better_asked(gateway: FakeGateway, state_dir: Path) -> None:
     moods = [False]
-    around = Surroundings(LongestWaits(), is_reluctant=lambda: moods[-1])
-    async with running(gateway, state_dir, around=around):
+    environment = UplinkEnvironment(LongestWaits(), is_reluctant=lambda: moods[-1])
+    async with running(gateway, state_dir, environment=environment):
         for mood in (True, False, True):
             await until(lambda: [load.reluctant for load in gateway.loads] == moods)
             moods.append(mood)

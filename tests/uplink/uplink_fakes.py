@@ -16,7 +16,7 @@ from pydantic import SecretStr
 from fxrelay.uplink.gateway_file import Enrolment, GatewayFile, GatewayUrl
 from fxrelay.uplink.identity import load_identity
 from fxrelay.uplink.ports import UplinkConfig, UplinkSessionOwner
-from fxrelay.uplink.uplink import Surroundings, Uplink
+from fxrelay.uplink.uplink import Uplink, UplinkEnvironment
 from fxtunnel.codes import Code, Refusal
 from fxtunnel.control.channel import Channel
 from fxtunnel.control.messages import CAP_NAMED, Closing, Load, Message, Refused, Ticket, TicketRequest, encode
@@ -338,7 +338,7 @@ class Running:
 
 @asynccontextmanager
 async def running(
-    gateway: FakeGateway, state_dir: Path, config: UplinkConfig = QUICK, around: Surroundings | None = None
+    gateway: FakeGateway, state_dir: Path, config: UplinkConfig = QUICK, environment: UplinkEnvironment | None = None
 ) -> AsyncIterator[Running]:
     """The gateway and an uplink to it; both are gone at the end of the block."""
     try:
@@ -347,8 +347,8 @@ async def running(
                 await nursery.start(gateway.serve)
                 factory = FakeFactory()
                 identity = await load_identity(state_dir, RELAY_ID)
-                around = around or Surroundings(LongestWaits())
-                it = Running(Uplink(gateway.file, identity, OFFERS, factory, config, around), gateway, factory)
+                environment = environment or UplinkEnvironment(LongestWaits())
+                it = Running(Uplink(gateway.file, identity, OFFERS, factory, config, environment), gateway, factory)
                 nursery.start_soon(it.run)
                 yield it
                 nursery.cancel_scope.cancel()

@@ -13,9 +13,9 @@ from peers import LOOPBACK
 from plane import SERVICE, Contexts, open_plane
 from web_rig import OK, Canned, add_web_relay
 
-from fxgateway.doors.securing import Securing
+from fxgateway.doors.client_handshake import ClientHandshake
 from fxgateway.routing.hosts import HostTable, Route
-from fxgateway.routing.reception import Kind, Receptionist
+from fxgateway.routing.preread_router import DoorKind, PrereadRouter
 from fxrelay.web.ports import WebLimits, WebRules
 from fxrelay.web.secure import STEPS_AT_ONCE, HandshakeTurns
 
@@ -72,14 +72,14 @@ async def test_a_crowd_at_a_door_keeps_nobody_else_waiting(contexts: Contexts) -
     site, may_go_on = Site(), threading.Event()
     async with open_plane(contexts) as plane:
         await add_web_relay(plane, await plane.serve(Canned()), WebRules(SERVICE))
-        receptionist = Receptionist(Kind.HTTPS, HostTable([Route("other.test", "/", SERVICE)]), None, None)
-        port = plane.add_door(receptionist=receptionist, tls=site.context)  # type: ignore[arg-type]
-        visitors = plane.doors[0].hall.visitors
+        preread_router = PrereadRouter(DoorKind.HTTPS, HostTable([Route("other.test", "/", SERVICE)]), None, None)
+        port = plane.add_door(preread_router=preread_router, tls=site.context)  # type: ignore[arg-type]
+        pending = plane.doors[0].pending.clients
 
         def waiting() -> int:
-            return sum(isinstance(each, Securing) and each._handshake._is_beside for each in visitors)
+            return sum(isinstance(each, ClientHandshake) and each._handshake._is_offloaded for each in pending)
 
-        plane.reactor.beside.do(lambda: may_go_on.wait(20), lambda _: None)
+        plane.reactor.offload.do(lambda: may_go_on.wait(20), lambda _: None)
         try:
             async with site.crowd(port), trio.open_nursery() as nursery:
                 await until(lambda: waiting() == MANY)

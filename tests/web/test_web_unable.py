@@ -10,7 +10,7 @@ from plane import SERVICE, Contexts, Plane, RelaySide, open_plane
 from web_rig import Canned, add_web_relay, ask, statuses
 
 from fxgateway.routing.hosts import HostTable
-from fxgateway.routing.reception import Kind, Receptionist
+from fxgateway.routing.preread_router import DoorKind, PrereadRouter
 from fxrelay.delivery.ports import Node
 from fxrelay.web.desk import WebDesk
 from fxrelay.web.ports import Passage, Reply, RequestFacts, Sender, Unable, WholeAnswer
@@ -81,7 +81,7 @@ async def open_site(plane: Plane) -> Site:
         relay, web = await add_web_relay(plane, listener.getsockname()[1], host=HOST, gate=gate, name=name)
         web.others_may = lambda service, gateway_id: True
         found.append((relay, web, gate))
-    door = plane.add_door(receptionist=Receptionist(Kind.HTTP, HostTable(), SERVICE))  # type: ignore[arg-type]  # keywords are of many types
+    door = plane.add_door(preread_router=PrereadRouter(DoorKind.HTTP, HostTable(), SERVICE))  # type: ignore[arg-type]  # keywords are of many types
     return Site(*found, door, service)
 
 

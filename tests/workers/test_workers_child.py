@@ -10,7 +10,7 @@ import trio
 
 from fxgateway.workers import child as child_module
 from fxgateway.workers.channel import Channel
-from fxgateway.workers.child import Child, Outfit
+from fxgateway.workers.child import Child, SpawnPayload
 from fxtunnel.engine.reactor import Reactor
 
 
@@ -26,14 +26,14 @@ class Parent:
         self.ended = 0
         self.third = trio.Event()
 
-    def outfit(self, number: int) -> Outfit:
+    def payload(self, number: int) -> SpawnPayload:
         self.begun += 1
         self.pids.append(self.child.pid)
         self.child.became_ready()
         if self.begun == 3:
             self.third.set()
-        self.fail_in("outfit")
-        return Outfit({"op": "nothing that a worker knows: it ends"}, [])
+        self.fail_in("payload")
+        return SpawnPayload({"op": "nothing that a worker knows: it ends"}, [])
 
     def introduce(self, child: Child) -> None:
         self.fail_in("introduce")
@@ -65,7 +65,7 @@ def reactor() -> Iterator[Reactor]:
     reactor.close()
 
 
-@pytest.mark.parametrize("fails", ["outfit", "introduce"])
+@pytest.mark.parametrize("fails", ["payload", "introduce"])
 async def test_a_process_that_cannot_be_equipped_is_ended_and_another_is_started(
     fails: str, reactor: Reactor, monkeypatch: pytest.MonkeyPatch
 ) -> None:

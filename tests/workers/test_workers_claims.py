@@ -17,11 +17,11 @@ from fxgateway.routing.admission import AdmissionLimits
 from fxgateway.routing.shared_admission import SharedAdmission
 from fxgateway.tunnels.registry import Registry, RegistryLimits
 from fxgateway.workers.channel import Channel, Message, pair
-from fxgateway.workers.crew import Crew, Parts
-from fxgateway.workers.far_relays import AllRelays
-from fxgateway.workers.guests import Guests
-from fxgateway.workers.line import Line
+from fxgateway.workers.parent_line import ParentLine
+from fxgateway.workers.peering import WorkerParts, WorkerPeering
 from fxgateway.workers.peers import Peers
+from fxgateway.workers.relay_dispatch import RelayDispatch
+from fxgateway.workers.worker_relays import AllRelays
 from fxtunnel.codes import Code
 from fxtunnel.engine.ports import SessionConfig
 from fxtunnel.engine.reactor import Reactor
@@ -83,20 +83,22 @@ class Worker:
     def __init__(self, reactor: Reactor, line: socket.socket, parent: Parent) -> None:
         self.parent = parent
         self.registry = Registry(reactor, SessionConfig(), WindowBudget(1 << 20), RegistryLimits())
-        self.line, self.peers = Line(reactor, line), Peers(reactor)
+        self.line, self.peers = ParentLine(reactor, line), Peers(reactor)
         peers = self.peers
         relays = AllRelays(self.registry, peers.pass_on, peers.catch_up)
         admission = SharedAdmission(AdmissionLimits(), 100)
-        self.guests = Guests(self.line, peers, self.registry, relays, 1)
+        self.relay_dispatch = RelayDispatch(self.line, peers, self.registry, relays, 1)
         doors = Doors(reactor, relays, admission)
-        Crew(reactor, self.line, peers, Parts(self.registry, relays, admission, doors, self.guests, dict, lambda *_: 0)).begin()
+        WorkerPeering(
+            reactor, self.line, peers, WorkerParts(self.registry, relays, admission, doors, self.relay_dispatch, dict, lambda *_: 0)
+        ).begin()
         self.links: dict[InstanceId, Link] = {}
         self.refused: dict[InstanceId, Code] = {}
 
     async def take(self, instance: InstanceId) -> None:
         """As a control link does it."""
         try:
-            epoch = await self.guests.claim(NODE, instance)
+            epoch = await self.relay_dispatch.claim(NODE, instance)
         except TunnelClosed as exc:
             self.refused[instance] = exc.code
         else:
@@ -232,8 +234,8 @@ async def test_after_a_worker_has_let_go_nobody_waits_for_it_in_vain() -> None:
         for has_let_go in (False, True):
             relay, far = socket.socketpair()
             with relay:
-                worker.guests.welcome(facts, [far])
+                worker.relay_dispatch.welcome(facts, [far])
                 if not has_let_go:
-                    worker.guests.stop_accepting()
+                    worker.relay_dispatch.stop_accepting()
                 relay.settimeout(30)
                 assert relay.recv(1) == b""

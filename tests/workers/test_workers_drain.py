@@ -78,7 +78,7 @@ def test_a_relay_that_is_drained_gets_nothing_new_from_any_worker(make_stack: Ma
     for client in clients:
         client.close()
     stack.relays["node-1"].stop()
-    # The wish holds at a worker that is started later, where the relay has to go when the worker that has it dies.
+    # The request holds at a worker that is started later, where the relay has to go when the worker that has it dies.
     holder = worker_of(stack, "node-0")
     kill_and_wait(stack, next(number for number in workers(stack) if number != holder))
     kill_and_wait(stack, holder)

@@ -9,7 +9,7 @@ import pytest
 
 from fxgateway.settings import GatewaySettings
 from fxgateway.workers import channel as module
-from fxgateway.workers import parent, wishes
+from fxgateway.workers import drain_requests, parent
 from fxgateway.workers.bridge import Bridge, PlainEnd, plain_pair
 from fxgateway.workers.channel import Channel, Message, pair
 from fxgateway.workers.shares import as_message, from_message, share_of
@@ -29,7 +29,7 @@ class Ear:
         self.gone += 1
 
 
-class Line:
+class ParentLine:
     def __init__(self) -> None:
         self.reactor = Reactor()
         one, two = pair()
@@ -50,12 +50,12 @@ class Line:
 
 @pytest.fixture
 def line():
-    line = Line()
+    line = ParentLine()
     yield line
     line.close()
 
 
-def test_messages_arrive_whole_and_in_order_however_long(line: Line) -> None:
+def test_messages_arrive_whole_and_in_order_however_long(line: ParentLine) -> None:
     texts = ["x" * size for size in (0, 1, module.PACKET_BYTES, 3 * module.PACKET_BYTES + 7, 2_000_000, 5)]
     for text in texts:
         assert line.ends[0].send({"text": text})
@@ -64,7 +64,7 @@ def test_messages_arrive_whole_and_in_order_however_long(line: Line) -> None:
     assert line.ends[0].is_clear
 
 
-def test_sockets_come_with_their_message(line: Line) -> None:
+def test_sockets_come_with_their_message(line: ParentLine) -> None:
     given = [socket.socketpair() for _ in range(module.MAX_SOCKETS)]
     line.ends[0].send({"n": 0, "text": "y" * 100_000})
     assert line.ends[0].send({"n": 1}, [one for one, _ in given])
@@ -78,7 +78,7 @@ def test_sockets_come_with_their_message(line: Line) -> None:
         sock.close()
 
 
-def test_an_end_that_takes_nothing_costs_a_bounded_amount(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_end_that_takes_nothing_costs_a_bounded_amount(line: ParentLine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MAX_WAITING_BYTES", 1_000_000)
     line.reactor.unregister(line.ends[1]._sock)
     sent = 0
@@ -93,7 +93,7 @@ def test_an_end_that_takes_nothing_costs_a_bounded_amount(line: Line, monkeypatc
     other.close()
 
 
-def test_the_end_of_a_process_is_heard_once(line: Line) -> None:
+def test_the_end_of_a_process_is_heard_once(line: ParentLine) -> None:
     line.ends[0].close()
     line.turn_until(lambda: line.ears[1].gone == 1)
     assert not line.ends[1].is_open
@@ -236,5 +236,5 @@ def test_a_configuration_arrives_as_it_was_sent(tmp_path) -> None:
 
 def test_a_command_waits_longer_than_the_parent_does_for_its_workers() -> None:
     """Otherwise it would say that the gateway does not answer, and not which worker."""
-    assert wishes.ANSWER_S < ASK_TIMEOUT_S
+    assert drain_requests.ANSWER_S < ASK_TIMEOUT_S
     assert parent.STATUS_S < ASK_TIMEOUT_S

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from fxgateway.routing.offers import Forward, OfferTable, Readiness, Reject, RejectReason
-from fxgateway.workers.far_relays import AllRelays, FarRelay, holders
+from fxgateway.workers.worker_relays import AllRelays, WorkerRelay, holders
 from fxtunnel.model import InstanceId, Offer, RelayId, ServiceName
 
 SSH, DESK = ServiceName("ssh"), ServiceName("desk")
@@ -58,7 +58,7 @@ class World:
     def __post_init__(self) -> None:
         self.relays = AllRelays(self.registry, self.pass_on, self.catch_up)  # type: ignore[arg-type]
 
-    def pass_on(self, worker: int, client: object, journey: object) -> bool:
+    def pass_on(self, worker: int, client: object, failover: object) -> bool:
         self.passed.append(worker)
         return True
 
@@ -101,7 +101,7 @@ def test_a_client_that_was_passed_on_counts_until_the_next_news() -> None:
     world.registry.put(Near(A, 2))
     world.relays.note(2, {B: ["i", 1, UP, 1, [SSH]]})
     far = world.relays.named(B)
-    assert isinstance(far, FarRelay)
+    assert isinstance(far, WorkerRelay)
     assert far.take(None, None)  # type: ignore[arg-type]
     assert world.passed == [2]
     assert world.chosen() == A

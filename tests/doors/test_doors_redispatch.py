@@ -1,0 +1,204 @@
+"""A client was given a session whose link is lost: it need not wait for that one when it can be served now."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+import trio
+from peers import Serve, connect, echo, receive_all, receive_exactly, until_reset
+from plane import Contexts, Plane, RelaySide, open_plane
+
+from fxgateway.routing.failover import MAX_ATTEMPTS
+from fxgateway.tunnels.registry import RegistryLimits
+from fxtunnel.codes import Code
+from fxtunnel.engine.ports import SessionConfig, State
+from fxtunnel.engine.session import Session
+from fxtunnel.model import SessionId
+
+LONG_HOLD = SessionConfig(hold_s=25.0, heartbeat_s=0.1, dead_after_s=0.5)
+SOON_S = 4.0
+"""Far less than anything else that could end the wait: OPEN's timeout, the hold."""
+
+
+async def held_relay(plane: Plane, serve: Serve = echo, name: str = "a") -> RelaySide:
+    """A relay that has lost its link and does not dial."""
+    relay = await plane.add_relay(await plane.serve(serve), name=name)
+    relay.redials = False
+    assert relay.wire is not None
+    relay.wire.cut()
+    with trio.fail_after(10):
+        while relay.far_session.is_up or relay.session.is_up:
+            await trio.sleep(0.005)
+    return relay
+
+
+async def link_anew(relay: RelaySide) -> Session:
+    """The relay has given its session up, and makes another one. Returns the gateway's end of the first."""
+    old, relay.far = relay.far_session, None
+    relay.session = Session(relay.plane.reactor, SessionId("anew"), relay, relay.plane.config, relay.budget, relay.desk.on_open)
+    await relay.link_up()
+    return old
+
+
+@asynccontextmanager
+async def waiting_client(plane: Plane) -> AsyncIterator[trio.SocketStream]:
+    """A client of a new door that has said "early", and waits for a link."""
+    async with await connect(plane.add_door(open_timeout_s=25.0)) as stream:
+        await stream.send_all(b"early")
+        with trio.fail_after(10):
+            while not any(client.waits_for_link for client in plane.doors[-1].opening):
+                await trio.sleep(0.005)
+        yield stream
+
+
+async def test_the_same_relay_by_a_new_session(contexts: Contexts) -> None:
+    """As after a gateway has stood still for longer than sessions are held: the relay has given the old session up."""
+    async with open_plane(contexts, LONG_HOLD) as plane:
+        relay = await held_relay(plane)
+        async with waiting_client(plane) as stream:
+            old = await link_anew(relay)
+            with trio.fail_after(SOON_S):
+                assert await receive_exactly(stream, 5) == b"early"
+            assert not old.is_up
+            assert not old.mux.streams
+
+
+async def test_a_client_that_waits_for_a_lost_link_moves_to_another_relay(contexts: Contexts) -> None:
+    async with open_plane(contexts, LONG_HOLD) as plane:
+        first = await held_relay(plane)
+        async with waiting_client(plane) as stream:
+            await plane.add_relay(await plane.serve(echo), name="b")
+            with trio.fail_after(SOON_S):
+                assert await receive_exactly(stream, 5) == b"early"
+            first.redials = True
+            with trio.fail_after(10):
+                while not first.far_session.is_up:
+                    await trio.sleep(0.01)
+
+
+async def test_whoever_may_have_heard_of_it_is_waited_for(contexts: Contexts) -> None:
+    """The OPEN was sent before the link was lost: a service may have been reached, and must not be a second time."""
+    reached: list[str] = []
+
+    def service(name: str) -> Serve:
+        async def serve(stream: trio.SocketStream) -> None:
+            reached.append(name)
+            await stream.send_all(await receive_all(stream))
+
+        return serve
+
+    async with open_plane(contexts, LONG_HOLD) as plane:
+        relay = await plane.add_relay(await plane.serve(service("a")), name="a")
+        port = plane.add_door(open_timeout_s=25.0)
+        relay.redials = False
+        assert relay.wire is not None
+        relay.wire.silence()
+        async with await connect(port) as stream:
+            await stream.send_all(b"early")
+            await stream.send_eof()
+            with trio.fail_after(10):
+                while relay.far_session.is_up or relay.session.is_up:  # found dead; the OPEN is on its way
+                    await trio.sleep(0.005)
+            await plane.add_relay(await plane.serve(service("b")), name="b")
+            await trio.sleep(1.2)  # two sweeps of the door
+            assert reached == []
+            relay.redials = True
+            assert await receive_all(stream) == b"early"
+            assert reached == ["a"]
+
+
+async def test_a_crowd_asks_once_whether_there_is_a_better_way(contexts: Contexts, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with open_plane(contexts, LONG_HOLD) as plane:
+        relay = await held_relay(plane)
+        port = plane.add_door(open_timeout_s=25.0)
+        streams = [await connect(port) for _ in range(20)]
+        with trio.fail_after(10):
+            while len(plane.doors[0].opening) < len(streams):
+                await trio.sleep(0.01)
+        asked = 0
+        decide = plane.registry.offers.decide
+
+        def counting(*args: object) -> object:
+            nonlocal asked
+            asked += 1
+            return decide(*args)  # type: ignore[arg-type]  # as it was called
+
+        monkeypatch.setattr(plane.registry.offers, "decide", counting)
+        await trio.sleep(1.2)
+        assert 0 < asked <= 4
+        monkeypatch.undo()
+        await link_anew(relay)
+        for stream in streams:
+            await stream.send_all(b"x")
+            with trio.fail_after(SOON_S):
+                assert await receive_exactly(stream, 1) == b"x"
+            await stream.aclose()
+
+
+async def test_links_that_come_and_go_do_not_turn_a_client_away(contexts: Contexts) -> None:
+    """It has been moved as often as it may be: then it stays where it is, and is served when the link is resumed."""
+    async with open_plane(contexts, LONG_HOLD) as plane:
+        relay = await held_relay(plane)
+        async with waiting_client(plane) as stream:
+            (client,) = plane.doors[0].clients
+            client.failover = client.failover._replace(attempts=MAX_ATTEMPTS)
+            await plane.add_relay(await plane.serve(echo), name="b")
+            await trio.sleep(1.2)
+            assert plane.doors[0].counters.refused == {}
+            relay.redials = True
+            assert await receive_exactly(stream, 5) == b"early"
+
+
+async def test_what_the_relay_has_given_up_ends_when_its_new_session_is_up(contexts: Contexts) -> None:
+    """Not when the hold is over, which began anew when the gateway woke. Whom nobody has accepted yet is served by the new session."""
+    async with open_plane(contexts, LONG_HOLD) as plane:
+        relay = await plane.add_relay(await plane.serve(echo))
+        relay.redials = False
+        port = plane.add_door(open_timeout_s=25.0)
+        async with await connect(port) as old, await connect(port) as untouched:
+            await old.send_all(b"x")
+            assert await receive_exactly(old, 1) == b"x"
+            with trio.fail_after(10):
+                while plane.doors[0].opening:
+                    await trio.sleep(0.005)
+            assert relay.wire is not None
+            relay.wire.silence()
+            early = await connect(port)
+            await early.send_all(b"early")  # its OPEN is sent: nobody knows yet that the link is dead
+            with trio.fail_after(10):
+                while relay.far_session.is_up or len(relay.far_session.mux.streams) < 3:
+                    await trio.sleep(0.005)
+            assert not any(client.waits_for_link for client in plane.doors[0].opening)
+            relay.session.close(Code.LINK_LOST)
+            plane.registry.note_sessions(relay.id, relay.instance, ())
+            held = await link_anew(relay)
+            assert held.state is State.HELD
+            plane.registry.end_given_up(relay.id, relay.instance)
+            assert held.state is State.CLOSED
+            assert await until_reset(old, SOON_S) == b""
+            async with early:
+                with trio.fail_after(SOON_S):
+                    assert await receive_exactly(early, 5) == b"early"
+                    await untouched.send_all(b"y")
+                    assert await receive_exactly(untouched, 1) == b"y"
+
+
+async def test_only_what_is_held_and_not_named_counts_as_given_up(contexts: Contexts) -> None:
+    async with open_plane(contexts, LONG_HOLD) as plane:
+        relay = await plane.add_relay(await plane.serve(echo))
+        registry = plane.registry
+        registry.apply(RegistryLimits(links_per_relay=4), plane.config)
+        named, resumed, gone = (registry.new_session(relay.id, relay.instance) for _ in range(3))
+        assert named is not None
+        assert resumed is not None
+        assert gone is not None
+        assert registry.new_session(relay.id, relay.instance) is None
+        registry.note_sessions(relay.id, relay.instance, (named.id,))
+        assert registry.find_session(relay.id, relay.instance, resumed.id) is resumed
+        another = registry.new_session(relay.id, relay.instance)  # for which there is room now
+        assert another is not None
+        assert [session.state for session in (named, resumed, gone)] == [State.HELD, State.HELD, State.CLOSED]
+        registry.end_given_up(relay.id, relay.instance)
+        assert (named.state, resumed.state, relay.far_session.state) == (State.HELD, State.HELD, State.UP)
+        for session in (named, resumed, another):
+            session.close(Code.NORMAL)
