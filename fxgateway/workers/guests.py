@@ -9,6 +9,7 @@ import trio
 
 from fxgateway.tunnels.colleagues import Passed
 from fxgateway.tunnels.first_look import look_at_hello
+from fxgateway.tunnels.ports import Departures
 from fxgateway.tunnels.registry import Registry
 from fxgateway.tunnels.succession import Lines
 from fxgateway.workers.asking import NoAnswer
@@ -127,10 +128,10 @@ class Guests:
         except NoAnswer as exc:
             raise PeerRefused(Refusal.TOO_MANY, f"the gateway cannot look at assertions now: {exc}", retry_after_s=RETRY_AFTER_S) from exc
 
-    async def claim(self, relay_id: RelayId, instance: InstanceId) -> int:
+    async def claim(self, relay_id: RelayId, instance: InstanceId, departures: Departures) -> int:
         """See `Colleagues`: the parent knows. From here on a fence finds the instance in the registry."""
         try:
-            epoch = int((await self._ask_for_name(relay_id, instance))["epoch"])
+            epoch = int((await self._ask_for_name(relay_id, instance, departures))["epoch"])
         except NoAnswer as exc:
             raise PeerRefused(Refusal.TOO_MANY, f"the gateway cannot take relays now: {exc}", retry_after_s=RETRY_AFTER_S) from exc
         if not epoch:
@@ -140,9 +141,10 @@ class Guests:
         self._relays.expect(relay_id)
         return epoch
 
-    async def _ask_for_name(self, relay_id: RelayId, instance: InstanceId) -> Message:
+    async def _ask_for_name(self, relay_id: RelayId, instance: InstanceId, departures: Departures) -> Message:
+        leaving = {earlier: [departure.deadline_s, departure.hands_over] for earlier, departure in departures.items()}
         try:
-            return await self._line.ask("claim", relay=relay_id, instance=instance)
+            return await self._line.ask("claim", relay=relay_id, instance=instance, departures=leaving)
         except BaseException:
             self._relays.expect(relay_id)  # the parent may have granted the name all the same, and has to hear that it was not taken up
             self._registry.on_change()

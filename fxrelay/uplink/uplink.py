@@ -26,7 +26,7 @@ from fxrelay.uplink.ties import Ties, too_many
 from fxrelay.uplink.verdicts import appointed_s, final_error
 from fxtunnel.codes import Code, Refusal
 from fxtunnel.control.channel import GOODBYE_S
-from fxtunnel.control.messages import CAP_LEAVING, CAP_NAMED, Drain, Load, Services
+from fxtunnel.control.messages import CAP_LEAVING, CAP_NAMED, Drain, Earlier, Load, Services
 from fxtunnel.control.messages import Hello as ControlHello
 from fxtunnel.errors import FxError, PeerRefused
 from fxtunnel.model import GatewayId, Offer, SessionId, is_name
@@ -45,12 +45,13 @@ MAX_DEADLINE_S: Final = 86_400.0  # of a Drain message
 class Surroundings:
     """What an uplink takes from outside, so that tests can repeat it: randomness, and the wall clock in seconds.
 
-    `is_reluctant`: whether the gateway should ask other relays first (PROTOCOL.md, 3.3).
+    `is_reluctant`: whether the gateway should ask other relays first (PROTOCOL.md, 3.3). `earlier`: who has made way for us.
     """
 
     rng: random.Random = field(default_factory=random.Random)
     now_unix: Callable[[], float] = time.time
     is_reluctant: Callable[[], bool] = lambda: False
+    earlier: Callable[[], tuple[Earlier, ...]] = tuple
 
 
 class Uplink:
@@ -325,7 +326,7 @@ class Uplink:
 
     def _hello(self) -> ControlHello:
         leaving = (CAP_LEAVING,) if self._drain_until is not None else ()
-        return control_hello(self._identity, self._offers, (*self._config.caps, *leaving))
+        return control_hello(self._identity, self._offers, (*self._config.caps, *leaving), self._around.earlier())
 
     def _load(self, ties: Ties) -> Load:
         return Load(streams=ties.streams, reluctant=self._around.is_reluctant())
