@@ -30,6 +30,7 @@ from fxrelay.logins.gate import LoginGate, Timing
 from fxrelay.logins.login import HeldLogin
 from fxrelay.settings import RelaySettings
 from fxrelay.uplink.composing import session_config, uplink_config
+from fxrelay.uplink.forerunners import Forerunners
 from fxrelay.uplink.gateway_file import GatewayFile, load_gateway_file
 from fxrelay.uplink.identity import Identity, load_identity
 from fxrelay.uplink.ports import LinkSession, UplinkSessionOwner
@@ -149,7 +150,9 @@ class Relay:
         identity = await load_identity(self._settings.relay.state_dir, RelayId(self._settings.relay.id))
         self._composed = parts = await self._compose(identity)
         brain = parts.brain
-        self._uplinks = self._make_uplinks(files, identity, UplinkEnvironment(is_reluctant=lambda: brain.is_cut_off))
+        forerunners = Forerunners(identity)
+        around = UplinkEnvironment(is_reluctant=lambda: brain.is_cut_off, earlier=forerunners.earlier)
+        self._uplinks = self._make_uplinks(files, identity, around)
         memory_bytes = self._settings.limits.memory_bytes
         view = LiveView(identity.relay_id, identity.instance, lambda: self._uplinks, self._desk, brain, self._budget, memory_bytes)
         async with trio.open_nursery() as nursery:
@@ -157,6 +160,7 @@ class Relay:
             await nursery.start(follow_launcher, self._notifier, self._stop.set)
             # Before the cluster or a gateway hears of us: if another process holds this directory, that one is this relay, and stays.
             self._state_dir.enter_context(held_alone(self._settings.relay.state_dir))
+            forerunners.load()
             status = self._status.enter_context(listening_for_pages(self._settings.relay.status_address, self._inherited))
             await nursery.start(brain.run)
             await nursery.start(parts.placer.run)
@@ -175,7 +179,7 @@ class Relay:
             settle()
             await self._stop.wait()
             if not self._has_failed:
-                if not (self._inherited.is_handed_on and await self._make_way()):
+                if not (self._inherited.is_handed_on and await self._make_way(forerunners)):
                     self._notifier.stopping()
                     self._take_nothing_more(self._settings.limits.drain_s)
                 await self._let_finish()
@@ -297,14 +301,15 @@ class Relay:
         logger.info("draining, as an administrator wished: no more streams until the next restart")
         self._take_nothing_more(PLANNED_DRAIN_S)
 
-    async def _make_way(self) -> bool:
+    async def _make_way(self, forerunners: Forerunners) -> bool:
         """Let a successor have this node's name; serve until it does. Returns whether it does at all gateways."""
         limits = self._settings.limits
-        serves = not self._desk.is_draining
+        serves, deadline_s = not self._desk.is_draining, limits.handover_s + limits.drain_s
         if serves:
             self._parts.brain.publisher.hush()
             for uplink in self._uplinks:
-                uplink.make_way(limits.handover_s + limits.drain_s)
+                uplink.make_way(deadline_s)
+        await forerunners.add_ourselves(deadline_s, handover=serves)
         self._pages.cancel()
         with trio.move_on_after(PAGES_END_S):
             await self._pages_ended.wait()

@@ -10,7 +10,7 @@ import trio
 from trio_websocket import WebSocketConnection
 
 from fxgateway.tunnels.peer_processes import PeerProcesses
-from fxgateway.tunnels.ports import Departure, RegistryPort
+from fxgateway.tunnels.ports import Departure, Departures, RegistryPort
 from fxgateway.tunnels.tickets import LIFETIME_S, TicketBook
 from fxtunnel import __version__
 from fxtunnel.codes import Code, Refusal
@@ -134,7 +134,7 @@ class ControlLinkAcceptor:
         try:
             hello = await self._hello(channel, relay)
             # A relay that drains keeps its sessions here but does not claim its name again: its successor may hold it, at another process.
-            epoch = 0 if CAP_LEAVING in hello.caps else await self._peer_processes.claim(relay.relay_id, hello.instance)
+            epoch = 0 if CAP_LEAVING in hello.caps else await self._peer_processes.claim(relay.relay_id, hello.instance, _departures(hello))
             _check_trusted(relay)  # from here to `enter` there is no checkpoint; after it the registry ends revoked relays
             self.check_room(relay.relay_id, hello.instance)
         except PeerRefused as exc:
@@ -181,6 +181,8 @@ class ControlLinkAcceptor:
     async def _serve_known(self, channel: Channel, relay: AuthenticatedRelay, hello: Hello, epoch: int) -> None:
         config, relay_id = self._config, relay.relay_id
         link = ControlLink(channel, relay.remote_address)
+        for instance, departure in _departures(hello).items():
+            self._registry.mark_draining(relay_id, instance, departure)
         epoch = self._registry.enter(relay_id, hello.instance, hello.services, link, epoch)
         try:
             logger.info("relay %s is here from %s, epoch %d, version %s", relay_id, relay.remote_address, epoch, hello.version)
@@ -236,6 +238,11 @@ class ControlLinkAcceptor:
                 raise RemoteProtocolError(Code.PROTOCOL_ERROR, f"a {message.type} message out of place")
             case _:
                 assert_never(message)
+
+
+def _departures(hello: Hello) -> Departures:
+    """The instances that have made way for this one: they are not fenced off, also where their own word is lost on a dead path."""
+    return {earlier.instance: Departure(earlier.deadline_s, earlier.handover) for earlier in hello.earlier}
 
 
 def _check_trusted(relay: AuthenticatedRelay) -> None:

@@ -5,6 +5,7 @@ from typing import Protocol, Self
 
 import trio
 
+from fxgateway.tunnels.ports import Departures
 from fxtunnel.kit.settings import Address
 from fxtunnel.kit.tokens import ReplayGuard
 from fxtunnel.model import InstanceId, RelayId
@@ -61,10 +62,11 @@ class PeerProcesses(Protocol):
     async def first_use(self, use: str, exp_unix: float, now_unix: float) -> bool:
         """See `ReplayGuard.first_use`; holds across all processes of the gateway."""
 
-    async def claim(self, relay_id: RelayId, instance: InstanceId) -> int:
+    async def claim(self, relay_id: RelayId, instance: InstanceId, departures: Departures) -> int:
         """Claim the relay's name across all processes. Returns its epoch, or 0 if the registry is to count epochs itself.
 
-        The caller calls `Registry.enter` next, with no checkpoint in between.
+        `departures` are the earlier instances that are not to be fenced off. The caller calls `Registry.enter` next, with no checkpoint
+        in between.
 
         Raises:
             PeerRefused: there is no room for this relay now; it may try again.
@@ -108,7 +110,7 @@ class SingleProcess:
         await trio.lowlevel.checkpoint()
         return self._replays.first_use(use, exp_unix, now_unix)
 
-    async def claim(self, relay_id: RelayId, instance: InstanceId) -> int:
+    async def claim(self, relay_id: RelayId, instance: InstanceId, departures: Departures) -> int:
         """See `PeerProcesses`."""
         await trio.lowlevel.checkpoint()
         return 0

@@ -1,6 +1,7 @@
 """Port: what the tunnel port needs of the rest of the gateway."""
 
 import ssl
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,6 +15,9 @@ class Departure:
 
     deadline_s: float
     hands_over: bool = False
+
+
+Departures = Mapping[InstanceId, Departure]
 
 
 class ControlHandle(Protocol):

@@ -134,6 +134,9 @@ class Registry:
             relay.draining = True
             relay.hands_over = departure.hands_over
             relay.leave_by = self._reactor.now + departure.deadline_s + DEPARTURE_GRACE_S
+            present = self._relays.get(relay_id)
+            if relay.link is not None and present is not relay and (present is None or present.is_up):
+                relay.link.relieve()  # it was cut off when its successor began to serve
             self.on_change()
 
     def drain(self, relay_id: RelayId) -> None:

@@ -195,7 +195,7 @@ class Parent:
                 now_unix = time.time()
                 self._answer(channel, message, is_first=self._replays.first_use(message["use"], message["exp_unix"], now_unix))
             case "claim":
-                self._answer(channel, message, epoch=self._claim(child.number, RelayId(message["relay"]), InstanceId(message["instance"])))
+                self._answer(channel, message, epoch=self._claim(child.number, message))
 
     def on_gone(self, channel: Channel) -> None:
         """See `ChannelOwner`: its process ends, or is about to."""
@@ -220,8 +220,9 @@ class Parent:
         """
         return [number for number, child in self._children.items() if child.is_ready or (child.pid and not self._has_started)]
 
-    def _claim(self, worker: int, relay_id: RelayId, instance: InstanceId) -> int:
+    def _claim(self, worker: int, message: Message) -> int:
         """Grant the relay's name to this worker and fence its former holder off. Returns the epoch, 0 if there is no room."""
+        relay_id, instance = RelayId(message["relay"]), InstanceId(message["instance"])
         granted = self._owners.claim(worker, relay_id, instance)
         if granted is None:
             return 0
@@ -229,7 +230,7 @@ class Parent:
         other = self._children[former.worker].channel if former is not None else None
         if former is not None and other is not None:
             facts = {"relay": relay_id, "instance": former.instance, "epoch": granted.epoch, "successor": instance}
-            other.send({"op": "fence", **facts})
+            other.send({"op": "fence", **facts, "departure": message["departures"].get(former.instance)})
         return granted.epoch
 
     async def _look(self) -> None:

@@ -9,6 +9,7 @@ from typing import Final
 
 from fxgateway.doors.doors import Doors
 from fxgateway.routing.shared_admission import Counts, SharedAdmission
+from fxgateway.tunnels.ports import Departure
 from fxgateway.tunnels.registry import Registry
 from fxgateway.workers.bridge import adopt
 from fxgateway.workers.channel import Channel, Message
@@ -120,6 +121,8 @@ class WorkerPeering:
 
     def _fence(self, message: Message) -> None:
         relay_id, instance, successor = RelayId(message["relay"]), InstanceId(message["instance"]), InstanceId(message["successor"])
+        if message["departure"] is not None:
+            self._parts.registry.mark_draining(relay_id, instance, Departure(*message["departure"]))
         self._parts.relays.yield_name(relay_id, instance, int(message["epoch"]), successor)
 
     def _hear(self, worker: int, message: Message) -> None:

@@ -9,6 +9,7 @@ import trio
 
 from fxgateway.tunnels.hello_peek import peek_client_hello
 from fxgateway.tunnels.peer_processes import AcceptedConnection
+from fxgateway.tunnels.ports import Departures
 from fxgateway.tunnels.registry import Registry
 from fxgateway.tunnels.succession import Lines
 from fxgateway.workers.channel import Message
@@ -129,10 +130,10 @@ class RelayDispatch:
         except NoAnswer as exc:
             raise PeerRefused(Refusal.TOO_MANY, f"the gateway cannot look at assertions now: {exc}", retry_after_s=RETRY_AFTER_S) from exc
 
-    async def claim(self, relay_id: RelayId, instance: InstanceId) -> int:
+    async def claim(self, relay_id: RelayId, instance: InstanceId, departures: Departures) -> int:
         """See `PeerProcesses`: the parent knows. From here on a fence finds the instance in the registry."""
         try:
-            epoch = int((await self._ask_for_name(relay_id, instance))["epoch"])
+            epoch = int((await self._ask_for_name(relay_id, instance, departures))["epoch"])
         except NoAnswer as exc:
             raise PeerRefused(Refusal.TOO_MANY, f"the gateway cannot take relays now: {exc}", retry_after_s=RETRY_AFTER_S) from exc
         if not epoch:
@@ -142,9 +143,10 @@ class RelayDispatch:
         self._relays.expect(relay_id)
         return epoch
 
-    async def _ask_for_name(self, relay_id: RelayId, instance: InstanceId) -> Message:
+    async def _ask_for_name(self, relay_id: RelayId, instance: InstanceId, departures: Departures) -> Message:
+        leaving = {earlier: [departure.deadline_s, departure.hands_over] for earlier, departure in departures.items()}
         try:
-            return await self._line.ask("claim", relay=relay_id, instance=instance)
+            return await self._line.ask("claim", relay=relay_id, instance=instance, departures=leaving)
         except BaseException:
             self._relays.expect(relay_id)  # the parent may have granted the name all the same, and has to hear that it was not taken up
             self._registry.on_change()

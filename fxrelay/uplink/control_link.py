@@ -20,6 +20,7 @@ from fxtunnel.control.messages import (
     PROTOCOL_VERSION,
     Closing,
     Drain,
+    Earlier,
     Hello,
     Load,
     Message,
@@ -204,9 +205,9 @@ async def open_control_link(
         raise failure
 
 
-def control_hello(identity: Identity, offers: tuple[Offer, ...], caps: tuple[str, ...]) -> Hello:
+def control_hello(identity: Identity, offers: tuple[Offer, ...], caps: tuple[str, ...], earlier: tuple[Earlier, ...] = ()) -> Hello:
     """The first message of a control link."""
-    return Hello(version=fxtunnel.__version__, instance=identity.instance, services=offers, caps=(*caps, CAP_WORKERS))
+    return Hello(version=fxtunnel.__version__, instance=identity.instance, services=offers, caps=(*caps, CAP_WORKERS), earlier=earlier)
 
 
 def _welcomed(answer: Message, gateway: GatewayFile) -> Welcome:

@@ -26,7 +26,7 @@ from fxrelay.uplink.redial_backoff import INTERNAL, Failure, RedialBackoff
 from fxrelay.uplink.slot import Slot
 from fxtunnel.codes import Code, Refusal
 from fxtunnel.control.channel import GOODBYE_S
-from fxtunnel.control.messages import CAP_LEAVING, CAP_NAMED, Drain, Load, Services
+from fxtunnel.control.messages import CAP_LEAVING, CAP_NAMED, Drain, Earlier, Load, Services
 from fxtunnel.control.messages import Hello as ControlHello
 from fxtunnel.errors import FxError, PeerRefused
 from fxtunnel.model import GatewayId, Offer, SessionId, is_name
@@ -45,12 +45,13 @@ MAX_DEADLINE_S: Final = 86_400.0  # of a Drain message
 class UplinkEnvironment:
     """What an uplink takes from outside, so that tests can repeat it: randomness, and the wall clock in seconds.
 
-    `is_reluctant`: whether the gateway should ask other relays first (PROTOCOL.md, 3.3).
+    `is_reluctant`: whether the gateway should ask other relays first (PROTOCOL.md, 3.3). `earlier`: who has made way for us.
     """
 
     rng: random.Random = field(default_factory=random.Random)
     now_unix: Callable[[], float] = time.time
     is_reluctant: Callable[[], bool] = lambda: False
+    earlier: Callable[[], tuple[Earlier, ...]] = tuple
 
 
 class Uplink:
@@ -327,7 +328,7 @@ class Uplink:
 
     def _hello(self) -> ControlHello:
         leaving = (CAP_LEAVING,) if self._drain_until is not None else ()
-        return control_hello(self._identity, self._offers, (*self._config.caps, *leaving))
+        return control_hello(self._identity, self._offers, (*self._config.caps, *leaving), self._environment.earlier())
 
     def _load(self, links: ProcessLinks) -> Load:
         return Load(streams=links.streams, reluctant=self._environment.is_reluctant())

@@ -17,7 +17,7 @@ CAP_WORKERS: Final = "workers"
 CAP_NAMED: Final = "named"
 """In a gateway's welcome: its process can be dialled by name even after it has handed its address on (PROTOCOL.md, 3.1)."""
 MAX_EARLIER: Final = 64
-"""Earlier processes that a welcome names: far more than drain at once, and within MESSAGE_BYTES."""
+"""Earlier processes that a hello or a welcome names: far more than drain at once, and within MESSAGE_BYTES."""
 WORKER_PATTERN: Final = r"^[0-9]{0,4}$"
 TEXT_CHARS: Final = 512  # of a message for people: ends up in a log line
 
@@ -65,8 +65,16 @@ class _Message(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
 
 
+class Earlier(_Message):
+    """An instance of the relay before this one, which goes away: what its `Drain` says, if that has not arrived."""
+
+    instance: Instance
+    deadline_s: Seconds
+    handover: bool = False
+
+
 class Hello(_Message):
-    """The relay's first message."""
+    """The relay's first message. `earlier`: its processes that have made way for this one, and may still have streams."""
 
     type: Literal["hello"] = "hello"
     v: Counter = PROTOCOL_VERSION
@@ -75,6 +83,7 @@ class Hello(_Message):
     services: Offers = ()
     caps: Labels = ()
     need: Labels = ()
+    earlier: Annotated[tuple[Earlier, ...], Field(max_length=MAX_EARLIER)] = ()
 
 
 class Welcome(_Message):

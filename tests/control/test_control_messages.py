@@ -15,6 +15,9 @@ from fxtunnel.model import GatewayId, InstanceId, Offer, ServiceName, SessionId
 
 ONE_OF_EACH = [
     messages.Hello(version="0.1.0", instance=InstanceId("i1"), services=(Offer(ServiceName("ssh")),), caps=("resume",)),
+    messages.Hello(
+        version="0.1.0", instance=InstanceId("i3"), earlier=(messages.Earlier(instance=InstanceId("i2"), deadline_s=30.0, handover=True),)
+    ),
     messages.Welcome(version="0.1.0", gateway_id=GatewayId("gw"), epoch=3, heartbeat_s=5.0, dead_after_s=15.0, hold_s=30.0),
     messages.Refused(code=Refusal.VERSION_MISMATCH, message="update the relay", retry_after_s=1.5),
     messages.TicketRequest(request=7),

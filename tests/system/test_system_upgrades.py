@@ -237,6 +237,37 @@ def test_a_gateway_that_is_killed_has_its_relays_back_at_once(managed: Managed) 
     assert back_s < BACK_S * slowness()
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_relay_that_makes_way_on_a_silent_path_keeps_its_streams(
+    make_stack: Callable[..., Stack], echo_service: Service, workers: int
+) -> None:
+    """Its drain message is lost there, and so is its successor's, whose own successor vouches for both."""
+    stack = make_stack("echo", extra=f"{GATEWAY_LIMITS}[resume]\nhold_s = 60\n")
+    stack.start_gateway({"FXGATEWAY__TUNNEL__WORKERS": str(workers)})
+    config = stack.write_relay_config("node-a", {"echo": echo_service.target}, f"{RELAY_LIMITS}[resume]\nhold_s = 60\n")
+    relay = Unit(["fxrelay.cli", "launch", "--config", str(config)], stack.directory / "node-a.log", stack.directory)
+    clients: list[socket.socket] = []
+    try:
+        relay.start()
+        stack.wait_for_relays("node-a")
+        for _ in range(2):
+            clients.append(dial(stack.doors["echo"], 60))
+            say(clients[-1])
+            stack.cutter.freeze()
+            relay.restart()
+            wait_until(lambda: is_served(stack.doors["echo"]), 30, "the successor")
+        for client in clients:
+            say(client, b"still here")
+            client.shutdown(socket.SHUT_WR)
+            assert client.recv(1) == b""
+        wait_until(lambda: not relay.left_over(), 30, "the end of the old processes")  # sooner than handover_s
+        assert "fenced" not in stack.logs()
+    finally:
+        for client in clients:
+            client.close()
+        relay.close()
+
+
 def test_without_a_service_manager_a_signal_brings_in_a_successor(make_stack: Callable[..., Stack], echo_service: Service) -> None:
     stack = make_stack("echo", extra=GATEWAY_LIMITS)
     relay = stack.write_relay_config("node-a", {"echo": echo_service.target}, RELAY_LIMITS)

@@ -10,6 +10,7 @@ from tunnels_rig import GATEWAY, NODE, SSH, ended, exactly, hello, reply, runnin
 
 from fxgateway.tunnels.control import ControlConfig
 from fxgateway.tunnels.peer_processes import SingleProcess
+from fxgateway.tunnels.ports import Departures
 from fxtunnel.codes import Code, Refusal
 from fxtunnel.control.channel import Channel
 from fxtunnel.control.messages import Closing, Drain, Load, Ping, Refused, Services, Welcome, encode
@@ -244,7 +245,7 @@ class Claims(SingleProcess):
         self.claimed: list[InstanceId] = []
         self.says = says
 
-    async def claim(self, relay_id: RelayId, instance: InstanceId) -> int:
+    async def claim(self, relay_id: RelayId, instance: InstanceId, departures: Departures) -> int:
         await trio.lowlevel.checkpoint()
         self.claimed.append(instance)
         if self.says is not None:

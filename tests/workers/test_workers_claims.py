@@ -60,7 +60,7 @@ class Parent:
         self.send({"op": "answer", "n": claim["n"], "epoch": epoch})
 
     def fence(self, instance: InstanceId, epoch: int, successor: InstanceId) -> None:
-        self.send({"op": "fence", "relay": NODE, "instance": instance, "epoch": epoch, "successor": successor})
+        self.send({"op": "fence", "relay": NODE, "instance": instance, "epoch": epoch, "successor": successor, "departure": None})
 
 
 class Link:
@@ -98,7 +98,7 @@ class Worker:
     async def take(self, instance: InstanceId) -> None:
         """As a control link does it."""
         try:
-            epoch = await self.relay_dispatch.claim(NODE, instance)
+            epoch = await self.relay_dispatch.claim(NODE, instance, {})
         except TunnelClosed as exc:
             self.refused[instance] = exc.code
         else:
