@@ -59,6 +59,7 @@ def _machine() -> dict[str, Any]:
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "python": platform.python_version(),
         "openssl": ssl.OPENSSL_VERSION,
+        "congestion_control": Path("/proc/sys/net/ipv4/tcp_congestion_control").read_text().strip(),
         "load_before": os.getloadavg()[0],
     }
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from benchmarks.report import Report
+from benchmarks.report import Report, system
 from benchmarks.targets import TARGETS, Medians, Metric, Target, Verdict
 
 ROOT: Final = Path(__file__).resolve().parent.parent
@@ -133,7 +133,7 @@ def _where(report: Report) -> str:
     versions = ", ".join(dict.fromkeys(peer["version"] for peer in report["peers"].values() if peer["version"]))
     return (
         f"- {report['date']}, `{report['command']}`, {report['rounds']} rounds, all in turn, medians; {machine['cores']} cores of\n"
-        f"  {machine['cpu']}, Linux {machine['kernel']}; {versions}"
+        f"  {machine['cpu']}, {system(machine)}; {versions}"
     )
 
 

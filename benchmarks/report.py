@@ -80,11 +80,17 @@ def judge(medians: Medians) -> list[dict[str, Any]]:
     return [{"target": t.title, "wanted": t.wanted(), "reached": t.reached(medians), "verdict": t.verdict(medians).value} for t in TARGETS]
 
 
+def system(machine: dict[str, Any]) -> str:
+    """The kernel, and TCP's congestion control, which older reports do not have."""
+    control = machine.get("congestion_control")
+    return f"Linux {machine['kernel']}" + (f", TCP {control}" if control else "")
+
+
 def markdown(report: Report) -> str:
     """The whole report for a README: where and how, numbers by peer, targets, what failed."""
     machine = report["machine"]
     parts = [
-        f"{report['date']}, {machine['cpu']} ({machine['cores']} cores), Linux {machine['kernel']}; "
+        f"{report['date']}, {machine['cpu']} ({machine['cores']} cores), {system(machine)}; "
         f"`{report['command']}`, {report['rounds']} rounds, interleaved, medians.",
         "; ".join(f"{p['label']}: {p['version']}" for p in report["peers"].values() if p["version"]) + ".",
         _numbers(report),

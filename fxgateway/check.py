@@ -23,6 +23,7 @@ from fxtunnel.kit.files import read_secret
 from fxtunnel.kit.listeners import ListenError, listen
 from fxtunnel.kit.tls import server_context
 from fxtunnel.kit.tls_problems import describe_dates
+from fxtunnel.kit.unpaced import is_loopback
 from fxtunnel.protocol.alpn import ALPN_SPOKEN
 
 ENDS_SOON: Final = dt.timedelta(days=30)
@@ -95,7 +96,7 @@ def warnings(settings: GatewaySettings, config_path: Path, now: dt.datetime) -> 
         if door.kind is DoorKind.HTTPS
     ]
     host = settings.admin.listen.host
-    if host is not None and not _is_loopback(host):
+    if host is not None and not is_loopback(host):
         found.append(f"admin.listen {settings.admin.listen} can be reached from other machines, and asks nobody for a password")
     tunnel = settings.tunnel
     if tunnel.workers > 1 and settings.limits.memory_bytes < tunnel.workers * MIN_WORKER_BYTES:
@@ -168,13 +169,6 @@ def _matches(name: str, host: str) -> bool:
     if name.startswith("*."):
         return host.partition(".")[2].lower() == name[2:].lower()
     return host.lower() == name.lower()
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _collect(probe: Callable[[], object]) -> list[ConfigProblem]:

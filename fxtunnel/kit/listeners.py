@@ -15,6 +15,7 @@ from typing import Final
 from fxtunnel.errors import FxError
 from fxtunnel.kit.notify import Notifier
 from fxtunnel.kit.settings import Address
+from fxtunnel.kit.unpaced import is_loopback, unpace
 
 BACKLOG: Final = 4_096
 FIRST_INHERITED_FD: Final = 3
@@ -179,6 +180,8 @@ def listen(address: Address, inherited: Inherited | None = None, options: Sequen
             if family == socket.AF_INET6:
                 sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0 if address.host == "::" else 1)
             _set(sock, options)
+            if is_loopback(str(address.host)):
+                unpace(sock)
             sock.bind((address.host, address.port))
             sock.listen(BACKLOG)
             sock.setblocking(False)
