@@ -19,7 +19,7 @@ import psutil
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks import far, loadgen, measures, peer_fx, peer_nginx, peer_ssh, plot, report, web, web_peers
+from benchmarks import far, loadgen, measures, own_network, peer_fx, peer_nginx, peer_ssh, plot, report, web, web_peers
 from benchmarks.loadgen import LoadGenerator
 from benchmarks.measures import FULL, QUICK, Bench, Measure
 from benchmarks.peers import Direct, Peer
@@ -59,7 +59,7 @@ def _machine() -> dict[str, Any]:
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "python": platform.python_version(),
         "openssl": ssl.OPENSSL_VERSION,
-        "congestion_control": Path("/proc/sys/net/ipv4/tcp_congestion_control").read_text().strip(),
+        "congestion_control": own_network.congestion_control(),
         "load_before": os.getloadavg()[0],
     }
 
@@ -143,6 +143,7 @@ def main(rounds: int, only: str | None, peer: str | None, quick: bool, results: 
     writes what was measured so far.
     """
     signal.signal(signal.SIGTERM, _end)
+    own_network.leave_pacing_behind()
     console = Console()
     everyone = [make() for make in PEERS]
     names = _chosen(only, [measure.name for measure in MEASURES], "--only")

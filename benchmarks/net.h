@@ -55,14 +55,10 @@ SHARED void nodelay(int fd) {
     setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
 }
 
-/* Sent as fast as it is read, whatever the host's congestion control is: BBR's timers would be part of every figure. Before connect and listen. */
-SHARED void unpaced(int fd) { setsockopt(fd, IPPROTO_TCP, TCP_CONGESTION, "reno", 4); }
-
 SHARED int dial(int port, int flags) {
     int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC | flags, 0);
     if (fd < 0) return -1;
     nodelay(fd);
-    unpaced(fd);
     struct sockaddr_in to = {.sin_family = AF_INET, .sin_port = htons(port), .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
     if (connect(fd, (void *)&to, sizeof to) < 0 && errno != EINPROGRESS) {
         close(fd);
@@ -75,7 +71,6 @@ SHARED int listen_on(int port, int backlog) {
     int fd = socket(AF_INET, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0), on = 1;
     struct sockaddr_in at = {.sin_family = AF_INET, .sin_port = htons(port), .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
     setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on);
-    unpaced(fd);
     if (bind(fd, (void *)&at, sizeof at) < 0 || listen(fd, backlog) < 0) die("listen");
     return fd;
 }
