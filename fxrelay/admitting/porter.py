@@ -12,7 +12,7 @@ from typing import Final
 import trio
 
 from fxrelay.admitting.memory import TicketMemory, Use
-from fxrelay.admitting.owner import Owner, Question
+from fxrelay.admitting.owner import Owner, OwnerQuery
 from fxrelay.admitting.quotas import NO_LIMITS, Quotas, StreamLimits
 from fxrelay.admitting.ticket import BadTicket, Caller, Ticket, TicketProblem, TicketRules, read_ticket
 from fxrelay.delivery.identity import identity_of
@@ -113,7 +113,7 @@ class Guest:
         if rules is None:
             return NotAdmitted(Code.NO_SERVICE, "not served here")
         if rules.owner is not None and not self._is_allowed(caller.user, node):
-            question = Question(caller.user, caller.groups, self._service, node, self._address, self._trace)
+            question = OwnerQuery(caller.user, caller.groups, self._service, node, self._address, self._trace)
             reason: str | None = "the owner script did not answer in time"
             with trio.move_on_after(OWNER_WAIT_S):
                 reason = await rules.owner.why_not(question)

@@ -1,6 +1,6 @@
 """Task: the rules of logins from the configuration; keys are read here. Blocking: for a worker thread."""
 
-from fxrelay.brain import seat_rules
+from fxrelay.cluster_agent import seat_rules
 from fxrelay.login_settings import JwtSection, LoginSection
 from fxrelay.logins.gate import LoginService
 from fxrelay.logins.passes import PassCookies

@@ -19,7 +19,7 @@ from fxrelay.logins.passes import PassCookies
 from fxrelay.logins.recognising import Kind, kind_of, login_id_of, shown_tokens
 from fxrelay.logins.rules import LoginRules
 from fxrelay.reserving.kept import find_login, is_kept
-from fxrelay.reserving.leases import Terms
+from fxrelay.reserving.leases import LeaseTerms
 from fxrelay.reserving.reservations import Reservations
 from fxrelay.web.ports import HeldRequest, NodeChooser, Passage, RequestFacts, Unable
 from fxtunnel.kit.answers import Refused
@@ -55,9 +55,9 @@ class LoginService:
     verifier: TokenVerifier | None = None
     user_claim: str = "sub"
 
-    def terms(self, lifetime_ms: int) -> Terms:
+    def terms(self, lifetime_ms: int) -> LeaseTerms:
         """What its logins are committed with."""
-        return Terms(self.seats.linger_ms, self.seats.hold_while_sessions, lifetime_ms)
+        return LeaseTerms(self.seats.linger_ms, self.seats.hold_while_sessions, lifetime_ms)
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,7 +286,7 @@ class LoginGate:
             for login in standing.record.logins:
                 if is_kept(login, int(self._timing.lease_s * 1000)) and not reservations.leases.is_ending(login.login_id):
                     logger.warning("%s is down: the login of %s there ends", server_id, login.user)
-                    reservations.end_login(server_id, login.login_id, Terms())
+                    reservations.end_login(server_id, login.login_id, LeaseTerms())
 
 
 def unavailable(why: str) -> Refused:

@@ -9,7 +9,7 @@ from delivery_rig import GATEWAY, ScriptedChooser
 from plane import SERVICE, Plane, RelaySide
 
 from fxrelay.admitting.memory import Use
-from fxrelay.admitting.owner import Question
+from fxrelay.admitting.owner import OwnerQuery
 from fxrelay.admitting.porter import EntryRules, Porter
 from fxrelay.admitting.quotas import NO_LIMITS, StreamLimits
 from fxrelay.admitting.streams import StreamEntries
@@ -63,10 +63,10 @@ class Memory:
 class ScriptedOwner:
     """Implements `Owner`: says what the test wants, and notes what it was asked."""
 
-    reason: Callable[[Question], str | None] = lambda question: None
-    asked: list[Question] = field(default_factory=list)
+    reason: Callable[[OwnerQuery], str | None] = lambda question: None
+    asked: list[OwnerQuery] = field(default_factory=list)
 
-    async def why_not(self, question: Question) -> str | None:
+    async def why_not(self, question: OwnerQuery) -> str | None:
         self.asked.append(question)
         await trio.lowlevel.checkpoint()
         return self.reason(question)
