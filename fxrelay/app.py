@@ -16,7 +16,7 @@ from fxrelay import settings as config
 from fxrelay.admin.live import LiveView
 from fxrelay.admin.pages import make_app
 from fxrelay.admitting.composing import entry_rules, owner_limits
-from fxrelay.admitting.porter import Porter
+from fxrelay.admitting.stream_admission import StreamAdmission
 from fxrelay.admitting.streams import StreamEntries
 from fxrelay.balance.workers import Workers
 from fxrelay.cluster.static_data import site_environment
@@ -109,7 +109,7 @@ class Parts:
 
     agent: ClusterAgent
     placer: Placer
-    porter: Porter
+    admission: StreamAdmission
     gate: LoginGate
     web: WebDesk
 
@@ -195,17 +195,17 @@ class Relay:
         desk.placer = placer = Placer(agent.chooser, settings.cluster.paths, agent.chooser)
         desk.node = identity.relay_id
         desk.redirected_ended = agent.publisher.session_ended
-        porter = Porter(agent.tickets, identity.relay_id)
-        porter.reconfigure(await trio.to_thread.run_sync(entry_rules, settings, self._owners, self._directory))
-        placer.entries = StreamEntries(porter, lambda name: isinstance(self._services.get(name), PoolService))
+        admission = StreamAdmission(agent.tickets, identity.relay_id)
+        admission.reconfigure(await trio.to_thread.run_sync(entry_rules, settings, self._owners, self._directory))
+        placer.entries = StreamEntries(admission, lambda name: isinstance(self._services.get(name), PoolService))
         gate = LoginGate(agent.chooser, agent.view, HeldLogin, Timing(settings.cluster.lease_s, settings.cluster.down_s))
         gate.reservations = agent.reservations
         gate.reconfigure(await trio.to_thread.run_sync(login_services, settings), guarded_services(settings))
         desk.web = web = WebDesk(desk, agent.chooser, identity.relay_id, web_limits(settings.limits), gate)
-        web.porter, web.others_may = porter, agent.others_may
+        web.admission, web.others_may = admission, agent.others_may
         web.reconfigure(await trio.to_thread.run_sync(web_rules, settings))
         self._services.replace(await resolved(settings.services))
-        return Parts(agent, placer, porter, gate, web)
+        return Parts(agent, placer, admission, gate, web)
 
     @property
     def _parts(self) -> Parts:
@@ -359,7 +359,7 @@ class Relay:
         parts.agent.reconfigure(fresh, environ)  # first: it refuses the whole configuration if a script cannot be used
         parts.web.limits = web_limits(fresh.limits)
         parts.web.reconfigure(rules)
-        parts.porter.reconfigure(entries)
+        parts.admission.reconfigure(entries)
         parts.gate.reconfigure(logins, guarded_services(fresh))
         self._apply(fresh, services)
         if waiting:
