@@ -24,9 +24,9 @@ from benchmarks.broker import redis
 from benchmarks.nodes import server_text
 from fxrelay.balance.chain import decide
 from fxrelay.balance.entries import Scripts
-from fxrelay.balance.filters import Circumstances, Pool, Sieve
+from fxrelay.balance.filters import CandidateFilter, FilterContext, Pool
 from fxrelay.balance.model import Action, Request
-from fxrelay.balance.ways import Ways
+from fxrelay.balance.path_rules import PathRules
 from fxrelay.balance.workers import ScriptLimits
 from fxrelay.cluster.members import Ages, Members
 from fxtunnel.model import GatewayId, RelayId
@@ -80,10 +80,10 @@ def decisions(folder: Path, rounds: int) -> Numbers:
     now = time.monotonic()
     for number in range(SERVERS):
         members.hear(server_text(number, 1, 1), now)
-    around = Circumstances({RelayId(f"node-{number:05}"): 1 for number in range(0, SERVERS, 20)})
-    ways = Ways(RelayId("relay"), ("local", "redirect", "direct"), False, (ip_network("10.0.0.0/8"),), "10.0.0.1")
+    around = FilterContext({RelayId(f"node-{number:05}"): 1 for number in range(0, SERVERS, 20)})
+    path_rules = PathRules(RelayId("relay"), ("local", "redirect", "direct"), False, (ip_network("10.0.0.0/8"),), "10.0.0.1")
     request = Request(Action.START, "desk", "anna")
-    sieve = Sieve(Pool("desk"), request.action, lambda server: ways.reaches(server, GatewayId("gateway")))
+    candidate_filter = CandidateFilter(Pool("desk"), request.action, lambda server: path_rules.reaches(server, GatewayId("gateway")))
 
     async def run() -> Numbers:
         numbers: Numbers = {}
@@ -94,7 +94,7 @@ def decisions(folder: Path, rounds: int) -> Numbers:
                 seen = []
                 for turn in range(rounds + 3):
                     began = time.perf_counter()
-                    candidates, dropped = sieve.sift(members.members(now), request.user, around)
+                    candidates, dropped = candidate_filter.apply(members.members(now), request.user, around)
                     decision = await decide(chain, request, candidates, dropped, _Alone())
                     if decision.server_id is None:
                         raise processes.BenchmarkError(f"{spec}: {decision.failure}")

@@ -21,8 +21,8 @@ from fxrelay.cluster.redis_client import RedisClient
 from fxrelay.cluster.redis_store import RedisStore
 from fxrelay.cluster.threads import Threads
 from fxrelay.cluster.view import ClusterView
-from fxrelay.reserving.leases import Hold, Leases, Terms
-from fxrelay.reserving.reservations import Refused, Reservations, ReservingConfig
+from fxrelay.reserving.leases import Hold, Leases, LeaseTerms
+from fxrelay.reserving.reservations import NotEntered, Reservations, ReservingConfig
 from fxtunnel.kit.logs import configure
 from fxtunnel.model import RelayId
 
@@ -59,7 +59,7 @@ class Endings:
 class Desk(Protocol):
     """Where clients log in and out."""
 
-    async def take(self, server_id: RelayId, user: str, address: str, terms: Terms) -> Hold | Refused:
+    async def take(self, server_id: RelayId, user: str, address: str, terms: LeaseTerms) -> Hold | NotEntered:
         """Log in."""
 
     def release(self, hold: Hold) -> None:
@@ -70,9 +70,9 @@ class NoDesk:
     """Lets everybody in at once: what is left is the clients' own work."""
 
     def __init__(self) -> None:
-        self._hold = Hold(RelayId("server"), "nobody", Attempt("attempt"), Terms(), Record().token, 0, 0.0)
+        self._hold = Hold(RelayId("server"), "nobody", Attempt("attempt"), LeaseTerms(), Record().token, 0, 0.0)
 
-    async def take(self, server_id: RelayId, user: str, address: str, terms: Terms) -> Hold | Refused:
+    async def take(self, server_id: RelayId, user: str, address: str, terms: LeaseTerms) -> Hold | NotEntered:
         """See `Desk`."""
         await trio.lowlevel.checkpoint()
         return self._hold
@@ -87,7 +87,7 @@ async def keep_logging_in(desk: Desk, endings: Endings, name: str, client: int, 
     rng = random.Random(f"{name}-{client}")
     while goes_on():
         server = RelayId(f"server-{rng.randrange(SERVERS)}")
-        hold = await desk.take(server, f"{name}-{client}", "192.0.2.1", Terms())
+        hold = await desk.take(server, f"{name}-{client}", "192.0.2.1", LeaseTerms())
         if isinstance(hold, Hold):
             made += 1
             desk.release(hold)
@@ -123,7 +123,7 @@ async def relay(broker: Path, name: str, seconds: float) -> tuple[int, float, fl
     async with trio.open_nursery() as nursery:
         nursery.start_soon(Follower(store, transporter, view, Threads(), FollowConfig()).run)
         await nursery.start(reservations.run)
-        while not isinstance(await reservations.take(RelayId(f"first-{name}"), name, "", Terms()), Hold):
+        while not isinstance(await reservations.take(RelayId(f"first-{name}"), name, "", LeaseTerms()), Hold):
             await trio.sleep(0.1)
         began, cpu_s = time.perf_counter(), time.process_time()
         async with trio.open_nursery() as clients:

@@ -16,11 +16,11 @@ from fxrelay import settings as config
 from fxrelay.admin.live import LiveView
 from fxrelay.admin.pages import make_app
 from fxrelay.admitting.composing import entry_rules, owner_limits
-from fxrelay.admitting.porter import Porter
+from fxrelay.admitting.stream_admission import StreamAdmission
 from fxrelay.admitting.streams import StreamEntries
 from fxrelay.balance.workers import Workers
-from fxrelay.brain import Brain, Whose
 from fxrelay.cluster.static_data import site_environment
+from fxrelay.cluster_agent import AgentContext, ClusterAgent
 from fxrelay.delivery.composing import delivery_limits, resolved
 from fxrelay.delivery.delivery import DeliveryDesk, DeliveryLimits
 from fxrelay.delivery.placing import Placer
@@ -108,9 +108,9 @@ def configure_logs(settings: RelaySettings) -> None:
 class Parts:
     """What serves streams in a relay that knows who it is."""
 
-    brain: Brain
+    agent: ClusterAgent
     placer: Placer
-    porter: Porter
+    admission: StreamAdmission
     gate: LoginGate
     web: WebDesk
 
@@ -149,12 +149,12 @@ class Relay:
         files = [await trio.to_thread.run_sync(load_gateway_file, gateway.file) for gateway in self._settings.gateways]
         identity = await load_identity(self._settings.relay.state_dir, RelayId(self._settings.relay.id))
         self._composed = parts = await self._compose(identity)
-        brain = parts.brain
+        agent = parts.agent
         forerunners = Forerunners(identity)
-        around = UplinkEnvironment(is_reluctant=lambda: brain.is_cut_off, earlier=forerunners.earlier)
-        self._uplinks = self._make_uplinks(files, identity, around)
+        environment = UplinkEnvironment(is_reluctant=lambda: agent.is_cut_off, earlier=forerunners.earlier)
+        self._uplinks = self._make_uplinks(files, identity, environment)
         memory_bytes = self._settings.limits.memory_bytes
-        view = LiveView(identity.relay_id, identity.instance, lambda: self._uplinks, self._desk, brain, self._budget, memory_bytes)
+        view = LiveView(identity.relay_id, identity.instance, lambda: self._uplinks, self._desk, agent, self._budget, memory_bytes)
         async with trio.open_nursery() as nursery:
             await nursery.start(watch_signals, self._reloads.ask, self._stop.set)
             await nursery.start(follow_launcher, self._notifier, self._stop.set)
@@ -162,7 +162,7 @@ class Relay:
             self._state_dir.enter_context(held_alone(self._settings.relay.state_dir))
             forerunners.load()
             status = self._status.enter_context(listening_for_pages(self._settings.relay.status_address, self._inherited))
-            await nursery.start(brain.run)
+            await nursery.start(agent.run)
             await nursery.start(parts.placer.run)
             await nursery.start(parts.gate.run)
             await nursery.start(parts.web.run)
@@ -193,23 +193,23 @@ class Relay:
             ConfigError: a key, a certificate or a script of the configuration cannot be used.
         """
         settings, desk = self._settings, self._desk
-        whose = Whose(identity.relay_id, identity.instance, lambda: [uplink.statistics() for uplink in self._uplinks])
-        brain = Brain(settings, self._config_path, whose)
-        brain.use_reactor(self._reactor)
-        desk.placer = placer = Placer(brain.chooser, settings.cluster.paths, brain.chooser)
+        context = AgentContext(identity.relay_id, identity.instance, lambda: [uplink.statistics() for uplink in self._uplinks])
+        agent = ClusterAgent(settings, self._config_path, context)
+        agent.use_reactor(self._reactor)
+        desk.placer = placer = Placer(agent.chooser, settings.cluster.paths, agent.chooser)
         desk.node = identity.relay_id
-        desk.redirected_ended = brain.publisher.session_ended
-        porter = Porter(brain.tickets, identity.relay_id)
-        porter.reconfigure(await trio.to_thread.run_sync(entry_rules, settings, self._owners, self._directory))
-        placer.entries = StreamEntries(porter, lambda name: isinstance(self._services.get(name), PoolService))
-        gate = LoginGate(brain.chooser, brain.view, HeldLogin, Timing(settings.cluster.lease_s, settings.cluster.down_s))
-        gate.reservations = brain.reservations
+        desk.redirected_ended = agent.publisher.session_ended
+        admission = StreamAdmission(agent.tickets, identity.relay_id)
+        admission.reconfigure(await trio.to_thread.run_sync(entry_rules, settings, self._owners, self._directory))
+        placer.entries = StreamEntries(admission, lambda name: isinstance(self._services.get(name), PoolService))
+        gate = LoginGate(agent.chooser, agent.view, HeldLogin, Timing(settings.cluster.lease_s, settings.cluster.down_s))
+        gate.reservations = agent.reservations
         gate.reconfigure(await trio.to_thread.run_sync(login_services, settings), guarded_services(settings))
-        desk.web = web = WebDesk(desk, brain.chooser, identity.relay_id, web_limits(settings.limits), gate)
-        web.porter, web.others_may = porter, brain.others_may
+        desk.web = web = WebDesk(desk, agent.chooser, identity.relay_id, web_limits(settings.limits), gate)
+        web.admission, web.others_may = admission, agent.others_may
         web.reconfigure(await trio.to_thread.run_sync(web_rules, settings))
         self._services.replace(await resolved(settings.services))
-        return Parts(brain, placer, porter, gate, web)
+        return Parts(agent, placer, admission, gate, web)
 
     @property
     def _parts(self) -> Parts:
@@ -306,7 +306,7 @@ class Relay:
         limits = self._settings.limits
         serves, deadline_s = not self._desk.is_draining, limits.handover_s + limits.drain_s
         if serves:
-            self._parts.brain.publisher.hush()
+            self._parts.agent.publisher.hush()
             for uplink in self._uplinks:
                 uplink.make_way(deadline_s)
         await forerunners.add_ourselves(deadline_s, handover=serves)
@@ -323,7 +323,7 @@ class Relay:
 
     def _take_nothing_more(self, drain_s: float) -> None:
         self._desk.is_draining = True
-        self._parts.brain.publisher.leave()
+        self._parts.agent.publisher.leave()
         self._parts.web.drain()
         for uplink in self._uplinks:
             uplink.drain(drain_s)
@@ -361,10 +361,10 @@ class Relay:
         logins = await trio.to_thread.run_sync(login_services, fresh)
         environ = await trio.to_thread.run_sync(site_environment, fresh.node, os.environ)
         parts = self._parts
-        parts.brain.reconfigure(fresh, environ)  # first: it refuses the whole configuration if a script cannot be used
+        parts.agent.reconfigure(fresh, environ)  # first: it refuses the whole configuration if a script cannot be used
         parts.web.limits = web_limits(fresh.limits)
         parts.web.reconfigure(rules)
-        parts.porter.reconfigure(entries)
+        parts.admission.reconfigure(entries)
         parts.gate.reconfigure(logins, guarded_services(fresh))
         self._apply(fresh, services)
         if waiting:

@@ -5,7 +5,7 @@ from typing import Final, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from fxrelay.logins.rules import MAX_BODY_BYTES, PRESETS, Spot, Where
+from fxrelay.logins.rules import MAX_BODY_BYTES, PRESETS, ValueLocation, Where
 from fxtunnel.kit.jwt_keys import is_key_url
 from fxtunnel.kit.jwt_verifying import ALGORITHMS
 from fxtunnel.kit.sections import Seconds, Section, Size
@@ -109,10 +109,10 @@ class LoginSection(Section):
     @classmethod
     def _check_token(cls, value: str | None) -> str | None:
         if value is not None:
-            side, _, spot = value.partition(":")
+            side, _, location = value.partition(":")
             if side not in ("request", "response"):
                 raise ValueError("expected request: or response: before it")
-            where = Spot.parse(spot).where
+            where = ValueLocation.parse(location).where
             if where is Where.JSON and side == "request":
                 raise ValueError("a request has no json: its parameters are field:NAME")
             if side == "response" and where in (Where.BEARER, Where.FIELD):

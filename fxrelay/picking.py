@@ -9,17 +9,17 @@ import trio
 
 from fxrelay.balance.chain import ROUND_ROBIN, counter_of, decide
 from fxrelay.balance.entries import Scripts, chain_meant
-from fxrelay.balance.filters import Sieve
+from fxrelay.balance.filters import CandidateFilter
 from fxrelay.balance.holders import against
 from fxrelay.balance.model import Action, Narrowed, Request, Step
 from fxrelay.balance.record import Recording, decode_recording, encode_recording, explain
 from fxrelay.balance.reservations import OwnerRelogin
 from fxrelay.balance.workers import ScriptLimits
-from fxrelay.brain import pool_of
 from fxrelay.cluster.members import sessions_of
 from fxrelay.cluster.ports import Store
 from fxrelay.cluster.reading import cluster_of, read_view
 from fxrelay.cluster.static_data import site_environment
+from fxrelay.cluster_agent import pool_of
 from fxrelay.reserving.reading import holders_in
 from fxrelay.settings import RelaySettings
 from fxtunnel.errors import FxError
@@ -69,7 +69,9 @@ def pick_node(settings: RelaySettings, config_path: Path, environ: Mapping[str, 
             write_atomic(question.record, encode_recording(recording).encode(), 0o600)
         chain = scripts.chain(recording.chain, recording.pool.service, environ)
         request = recording.request
-        candidates, dropped = Sieve(recording.pool, request.action).sift(recording.members, request.user, recording.circumstances())
+        candidates, dropped = CandidateFilter(recording.pool, request.action).apply(
+            recording.members, request.user, recording.circumstances()
+        )
         preferred = recording.preferred(candidates)
         environment = _Recorded(recording.local_id, recording.numbers)
         decision = trio.run(decide, chain, request, preferred, dropped, environment)

@@ -76,7 +76,7 @@ def mint(key_path: Path, sub: str, service: str, node: str, groups: str, ttl: in
     FXGATEWAY_TICKET=$(fxrelay ticket mint --key tickets.key --sub alice --service ssh) \\
       ssh -o ProxyCommand='fxgateway connect ssh --via https://gw.example.com' node-a
     """
-    from fxrelay.admitting.ticket import Wish, mint_ticket, problem_of_user
+    from fxrelay.admitting.ticket import UnsignedTicket, mint_ticket, problem_of_user
     from fxtunnel.kit.signed_claims import signing_key
 
     for option, name in (("--service", service), ("--node", node)):
@@ -90,8 +90,8 @@ def mint(key_path: Path, sub: str, service: str, node: str, groups: str, ttl: in
         known = signing_key(private.public_key(), kid)  # type: ignore[arg-type]  # it raises for the others
     except ValueError as exc:
         raise ConfigError.one(key_path, "", str(exc)) from exc
-    wish = Wish(sub, ServiceName(service), node, tuple(filter(None, groups.split(","))), audience, issuer, ttl)
-    click.echo(mint_ticket(wish, private, known.algorithm, known.kid, time.time()))
+    unsigned = UnsignedTicket(sub, ServiceName(service), node, tuple(filter(None, groups.split(","))), audience, issuer, ttl)
+    click.echo(mint_ticket(unsigned, private, known.algorithm, known.kid, time.time()))
 
 
 def _load(path: Path) -> "PrivateKeyTypes":

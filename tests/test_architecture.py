@@ -2,7 +2,7 @@
 
 import ast
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Set
 from functools import cache
 from pathlib import Path
 
@@ -17,6 +17,30 @@ KINDS = ("Pure:", "Port:", "Task:", "Pump:")
 VAGUE_NAMES = {"utils", "util", "helpers", "helper", "common", "manager", "misc"}
 MAX_LINES = 400
 LATER = re.compile(r"\b(TO" r"DO|FIX" r"ME|X" r"XX)\b")
+
+ANNOTATION_CIRCLES = (
+    (
+        {"fxtunnel.protocol.mux", "fxtunnel.protocol.stream"},
+        "a stream calls the mux that made it, once a frame: a port between them would cost",
+    ),
+    ({"fxtunnel.engine.reactor", "fxtunnel.engine.guest"}, "the guest is the reactor's other half, in a file of its own for its length"),
+    (
+        {f"fxtunnel.engine.{name}" for name in ("ports", "send_scheduler", "session", "splice")},
+        "owners are told which session it was",
+    ),
+    (
+        {
+            f"fxgateway.doors.{name}"
+            for name in (
+                *("client", "client_handshake", "door", "pending_clients", "preread", "proxied", "recorded"),
+                *("redispatch", "remote_relay", "service_outages", "web_client"),
+            )
+        },
+        "a client, whatever stage it is at, counts at its door and asks it for what all its clients share",
+    ),
+    ({f"fxrelay.delivery.{name}" for name in ("delivery", "placed", "placing")}, "a stream goes from desk to placer, and may come back"),
+)
+"""Modules that name each other in annotations only, and why. Nothing is imported in a circle when the program runs."""
 
 MODULES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 TREES = (*PACKAGES, "tests", "benchmarks", "examples")
@@ -45,6 +69,33 @@ def imports(path: Path) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
+def imports_when_run(node: ast.AST) -> Iterator[str]:
+    """What is imported below this node when the program runs, inside functions too: not what only annotations need."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING":
+            continue
+        if isinstance(child, ast.Import):
+            yield from (alias.name for alias in child.names)
+        elif isinstance(child, ast.ImportFrom):
+            yield from (str(child.module), *(f"{child.module}.{alias.name}" for alias in child.names))
+        yield from imports_when_run(child)
+
+
+def module_of(path: Path) -> str:
+    return name_of(path).removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+
+def circles(imported: Mapping[str, Set[str]]) -> list[set[str]]:
+    """The groups of modules each of which leads to all others of its group."""
+    reached = {name: set(names) for name, names in imported.items()}
+    for middle in reached:
+        for names in reached.values():
+            if middle in names:
+                names |= reached[middle]
+    groups = {frozenset(other for other in names if name in reached[other]) for name, names in reached.items() if name in names}
+    return [set(group) for group in groups]
+
+
 def names_only_the_type(path: Path) -> bool:
     """Whether `random` is there for `rng: random.Random` alone: the generator is still the caller's."""
     tree = parsed(path)
@@ -70,6 +121,18 @@ def test_there_is_something_to_check() -> None:
 def test_imports_point_one_way(path: Path) -> None:
     package = name_of(path).partition("/")[0]
     assert not {name.partition(".")[0] for name in imports(path)} & FORBIDDEN[package]
+
+
+def test_no_module_is_imported_in_a_circle() -> None:
+    ours = {module_of(path): path for path in MODULES}
+    run = {name: {*imports_when_run(parsed(path))} & ours.keys() - {name} for name, path in ours.items()}
+    assert circles(run) == []
+
+
+def test_circles_of_annotations_are_those_with_a_reason() -> None:
+    ours = {module_of(path): path for path in MODULES}
+    found = circles({name: {*imports(path)} & ours.keys() - {name} for name, path in ours.items()})
+    assert sorted(map(sorted, found)) == sorted(sorted(group) for group, _ in ANNOTATION_CIRCLES)
 
 
 @pytest.mark.parametrize("path", [path for path in MODULES if is_pure(path)], ids=name_of)

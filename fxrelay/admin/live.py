@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 from fxrelay.admin.view import ClusterStatus, NodeStatus, ReservationStatus, ServiceStatus, Totals, UplinkState, UplinkStatus
-from fxrelay.brain import Brain
+from fxrelay.cluster_agent import ClusterAgent
 from fxrelay.delivery.delivery import DeliveryDesk
 from fxrelay.uplink import ports
 from fxrelay.uplink.uplink import Uplink
@@ -34,7 +34,7 @@ class LiveView:
         instance: InstanceId,
         uplinks: Callable[[], Sequence[Uplink]],
         desk: DeliveryDesk,
-        brain: Brain,
+        agent: ClusterAgent,
         budget: WindowBudget,
         memory_limit_bytes: int,
     ) -> None:
@@ -42,7 +42,7 @@ class LiveView:
         self._instance = instance
         self._uplinks = uplinks
         self._desk = desk
-        self._brain = brain
+        self._agent = agent
         self._memory_limit_bytes = memory_limit_bytes
         self._budget = budget
         self._started = time.monotonic()
@@ -72,7 +72,7 @@ class LiveView:
 
     def cluster(self) -> ClusterStatus:
         """See `RelayView`."""
-        view, chooser, publisher = self._brain.view, self._brain.chooser, self._brain.publisher
+        view, chooser, publisher = self._agent.view, self._agent.chooser, self._agent.publisher
         health = view.health()
         return ClusterStatus(
             store_down_s=math.ceil(health.store_down_s * 10) / 10,  # never 0 while it is down
@@ -83,16 +83,16 @@ class LiveView:
             quarrels=tuple(sorted(member.server.server_id for member in view.everyone() if member.rivals)),
             switched_off=view.members.switched_off(),
             in_flight=len(view.in_flight),
-            updates={outcome.value: count for outcome, count in view.members.outcomes.items()} | self._brain.dropped,
+            updates={outcome.value: count for outcome, count in view.members.outcomes.items()} | self._agent.dropped,
             published=publisher.published,
             decisions=chooser.decisions,
             failures=dict(chooser.failures),
-            problems=self._brain.problems,
+            problems=self._agent.problems,
         )
 
     def node(self, name: str) -> NodeStatus | None:
         """See `RelayView`."""
-        view, reservations, server_id = self._brain.view, self._brain.reservations, RelayId(name)
+        view, reservations, server_id = self._agent.view, self._agent.reservations, RelayId(name)
         member = view.members.get(server_id, view.now)
         if member is None:
             return None
@@ -109,15 +109,15 @@ class LiveView:
 
     def reservations(self) -> ReservationStatus:
         """See `RelayView`."""
-        brain = self._brain
-        waiting = {str(service): count for service, count in brain.chooser.waiting().items()}
-        if brain.reservations is None:
+        agent = self._agent
+        waiting = {str(service): count for service, count in agent.chooser.waiting().items()}
+        if agent.reservations is None:
             return ReservationStatus(0, 0, waiting, {}, {}, "")
-        reservations = brain.reservations
-        tidings = reservations.tidings
-        held = len(reservations.holders.users(brain.view.now_ms))
+        reservations = agent.reservations
+        reporter = reservations.reporter
+        held = len(reservations.holders.users(agent.view.now_ms))
         return ReservationStatus(
-            held, len(reservations.leases), waiting, dict(tidings.counts), dict(tidings.rejections), reservations.last_error
+            held, len(reservations.leases), waiting, dict(reporter.counts), dict(reporter.rejections), reservations.last_error
         )
 
     def totals(self) -> Totals:

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from fxrelay.admitting.owner import owner_of
-from fxrelay.admitting.porter import EntryRules
 from fxrelay.admitting.quotas import StreamLimits
+from fxrelay.admitting.stream_admission import EntryRules
 from fxrelay.admitting.ticket import TicketRules
 from fxrelay.balance.workers import ScriptLimits, Workers
 from fxrelay.service_settings import ServiceSection, TicketSection

@@ -21,7 +21,7 @@ MAX_REASON_CHARS: Final = 200
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
+class OwnerQuery:
     """Who wants what. `user` is the ticket's, empty without one; `node` the one that was asked for, empty if any will do. `client` is the
     address.
     """
@@ -37,7 +37,7 @@ class Question:
 class Owner(Protocol):
     """The administrator's own rule for who may have what."""
 
-    async def why_not(self, question: Question) -> str | None:
+    async def why_not(self, question: OwnerQuery) -> str | None:
         """None if the user may have it; otherwise a reason for the log. Raises nothing; safe to cancel."""
 
 
@@ -50,7 +50,7 @@ class ScriptOwner:
     spec: str
     workers: Workers
 
-    async def why_not(self, question: Question) -> str | None:
+    async def why_not(self, question: OwnerQuery) -> str | None:
         """See `Owner`."""
         answer = await self.workers.call(f"owner-{self.kind}", self.spec, ScriptInput(json.dumps(asdict(question)), ()))
         if answer.get("log"):

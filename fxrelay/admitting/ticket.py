@@ -114,7 +114,7 @@ def read_ticket(token: str, rules: TicketRules, service: ServiceName, now_unix: 
 
 
 @dataclass(frozen=True, slots=True)
-class Wish:
+class UnsignedTicket:
     """A ticket to be made. `audience` empty: the service's name."""
 
     user: str
@@ -127,20 +127,20 @@ class Wish:
     extra: Mapping[str, Any] = field(default_factory=dict)
 
 
-def mint_ticket(wish: Wish, key: Any, algorithm: Algorithm, kid: str, now_unix: float) -> str:
+def mint_ticket(unsigned: UnsignedTicket, key: Any, algorithm: Algorithm, kid: str, now_unix: float) -> str:
     """A fresh ticket, signed with a private key of that algorithm."""
     issued = int(now_unix)
     claims: dict[str, Any] = {
-        **wish.extra,
-        "sub": wish.user,
-        "aud": wish.audience or wish.service,
+        **unsigned.extra,
+        "sub": unsigned.user,
+        "aud": unsigned.audience or unsigned.service,
         "jti": secrets.token_urlsafe(16),
         "iat": issued,
-        "exp": issued + wish.ttl_s,
+        "exp": issued + unsigned.ttl_s,
     }
-    if wish.audience and wish.audience != wish.service:
-        claims["service"] = wish.service
-    for name, value in (("iss", wish.issuer), ("node", wish.node), ("groups", list(wish.groups))):
+    if unsigned.audience and unsigned.audience != unsigned.service:
+        claims["service"] = unsigned.service
+    for name, value in (("iss", unsigned.issuer), ("node", unsigned.node), ("groups", list(unsigned.groups))):
         if value:
             claims[name] = value
     return jwt.encode(claims, key, algorithm=algorithm.value, headers={"kid": kid})

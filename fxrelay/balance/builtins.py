@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from operator import attrgetter
 from typing import Final
 
+from fxrelay.balance.candidates import CandidateList, Rank
 from fxrelay.balance.model import Candidate, Chosen, Passed, Request, Verdict
-from fxrelay.balance.offered import Offered, Rank
 from fxtunnel.model import RelayId
 
 Choose = Callable[[Request, Sequence[Candidate], RelayId], Verdict]
@@ -83,7 +83,7 @@ def _least(candidates: Sequence[Candidate], key: Callable[[Candidate], int | flo
 
 
 def _ranked(candidates: Sequence[Candidate], rank: Rank) -> Verdict:
-    best = candidates.least(rank) if isinstance(candidates, Offered) else min(candidates, key=rank, default=None)
+    best = candidates.least(rank) if isinstance(candidates, CandidateList) else min(candidates, key=rank, default=None)
     return Chosen(best.server_id) if best is not None and rank(best) != math.inf else Passed()
 
 

@@ -7,8 +7,8 @@ from typing import Final, cast
 
 from fxrelay.balance import builtins
 from fxrelay.balance.builtins import BUILTINS, Choose
+from fxrelay.balance.candidates import CandidateList, CandidateSubset
 from fxrelay.balance.model import (
-    Asks,
     Cancellable,
     Candidate,
     ChainEntry,
@@ -19,11 +19,11 @@ from fxrelay.balance.model import (
     Failed,
     Narrowed,
     Passed,
+    ReactorEntry,
     Request,
     Step,
     Verdict,
 )
-from fxrelay.balance.offered import Offered, Part
 from fxrelay.balance.verdicts import NO_SERVER_SELECTED
 from fxtunnel.model import RelayId
 
@@ -108,7 +108,7 @@ def decide_nowait(
 
 def needs_no_task(chain: Sequence[ChainEntry]) -> bool:
     """Whether `Deciding` can ask every entry."""
-    return all(isinstance(entry, Builtin | Asks) for entry in chain)
+    return all(isinstance(entry, Builtin | ReactorEntry) for entry in chain)
 
 
 class Deciding:
@@ -148,7 +148,7 @@ class Deciding:
                 entry, offered = self._steps.send(entry.pick(self._request, offered, self._environment.local_id))
         except StopIteration as done:
             return done.value, False
-        self._asked = cast("Asks", entry).ask(self._request, offered, self._environment, self._told)
+        self._asked = cast("ReactorEntry", entry).ask(self._request, offered, self._environment, self._told)
         return None, self._asked is not None
 
     def _told(self, verdict: Verdict) -> None:
@@ -190,8 +190,8 @@ def _deciding(
 
 
 def _in_order(candidates: Sequence[Candidate], server_ids: Sequence[RelayId]) -> list[Candidate]:
-    whole = candidates.offered if isinstance(candidates, Part) else candidates
-    if isinstance(whole, Offered):
+    whole = candidates.offered if isinstance(candidates, CandidateSubset) else candidates
+    if isinstance(whole, CandidateList):
         return whole.only(server_ids)
     by_id = {candidate.server_id: candidate for candidate in candidates}
     return [by_id[server_id] for server_id in server_ids if server_id in by_id]  # one may have left meanwhile

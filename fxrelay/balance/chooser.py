@@ -14,13 +14,13 @@ import trio
 
 from fxrelay.balance.chain import Deciding, decide, decide_nowait, is_instant, needs_no_task
 from fxrelay.balance.claims import TAKES_NO_PART, ClosedSeat, NoClaim, PlacementClaim
-from fxrelay.balance.filters import RESERVED, Circumstances, Pool, Sieve, reason_outside
+from fxrelay.balance.filters import RESERVED, CandidateFilter, FilterContext, Pool, reason_outside
 from fxrelay.balance.holders import against, of_others, prefer
 from fxrelay.balance.model import Action, Cancellable, Candidate, ChainEntry, Decision, Dropped, Environment, Request
+from fxrelay.balance.path_rules import PathRules
 from fxrelay.balance.reservations import OwnerRelogin
 from fxrelay.balance.seating import NO_RULES, Queueing, Seating, SeatRules
-from fxrelay.balance.waiting import Line
-from fxrelay.balance.ways import Ways
+from fxrelay.balance.wait_queue import WaitQueue
 from fxrelay.cluster.inflight import Placement, PlacementId
 from fxrelay.cluster.members import Member, MemberState, sessions_of
 from fxrelay.cluster.server import ServerObject
@@ -60,25 +60,25 @@ class PoolChooser:
     """Implements `Chooser`. What it places is counted in the view at once, and told to the other relays by `tell`, see `PlacementNews`."""
 
     def __init__(
-        self, view: ClusterView, ways: Ways, environment: Environment, tell: Callable[[str, Placement], None], instance: str
+        self, view: ClusterView, path_rules: PathRules, environment: Environment, tell: Callable[[str, Placement], None], instance: str
     ) -> None:
         self._view = view
-        self.ways = ways
+        self.path_rules = path_rules
         self._environment = environment
         self._tell = tell
         self._instance = instance
         self._balancing: Mapping[ServiceName, Balancing] = {}
-        self._sieves: dict[tuple[str, Action, GatewayId], Sieve] = {}
-        self._lines: defaultdict[ServiceName, Line] = defaultdict(Line)
+        self._candidate_filters: dict[tuple[str, Action, GatewayId], CandidateFilter] = {}
+        self._lines: defaultdict[ServiceName, WaitQueue] = defaultdict(WaitQueue)
         self.seating: Seating | None = None
         """Reservations. None: this relay takes no part in them, and reserves no server for anybody."""
         self.decisions = 0
         self.failures: dict[str, int] = {}
 
     def reconfigure(self, balancing: Mapping[ServiceName, Balancing]) -> None:
-        """Pools and chains from now on, and `ways` as it is now; decisions that are under way end as they began."""
+        """Pools and chains from now on, and `path_rules` as it is now; decisions that are under way end as they began."""
         self._balancing = balancing
-        self._sieves = {}
+        self._candidate_filters = {}
 
     async def choose(self, wanted: Wanted, excluded: frozenset[RelayId]) -> Node | NoNode:
         """See `Chooser`."""
@@ -156,8 +156,8 @@ class PoolChooser:
         return not (is_login if self.seating is not None else balancing.seats.guard_start)
 
     def _peek(self, balancing: Balancing, request: Request, wanted: Wanted) -> Sequence[Candidate]:
-        sieve = self._sieve(balancing.pool, request.action, wanted.gateway_id)
-        return sieve.peek(self._view.everyone(), request.user, self._around(balancing, request, wanted, ()))
+        candidate_filter = self._candidate_filter(balancing.pool, request.action, wanted.gateway_id)
+        return candidate_filter.peek(self._view.everyone(), request.user, self._around(balancing, request, wanted, ()))
 
     def _free_node(self, balancing: Balancing, request: Request, wanted: Wanted, decision: Decision) -> Node | None:
         """The node that was chosen; None if it has gone, or has to be reserved."""
@@ -252,9 +252,9 @@ class PoolChooser:
         self, balancing: Balancing, request: Request, wanted: Wanted, excluded: Collection[RelayId]
     ) -> tuple[list[Candidate], list[Dropped]]:
         around = self._around(balancing, request, wanted, excluded)
-        sieve = self._sieve(balancing.pool, request.action, wanted.gateway_id)
+        candidate_filter = self._candidate_filter(balancing.pool, request.action, wanted.gateway_id)
         candidates: list[Candidate]
-        candidates, dropped = sieve.sift(self._view.everyone(), request.user, around)
+        candidates, dropped = candidate_filter.apply(self._view.everyone(), request.user, around)
         return candidates, dropped
 
     def _preferred(self, balancing: Balancing, request: Request, candidates: list[Candidate]) -> list[Candidate]:
@@ -263,14 +263,14 @@ class PoolChooser:
         now_ms, holders = self._view.now_ms, self.seating.holders
         return prefer(candidates, request.user, holders.users(now_ms), holders.wanted(now_ms), balancing.seats.relogin)
 
-    def _around(self, balancing: Balancing, request: Request, wanted: Wanted, excluded: Collection[RelayId]) -> Circumstances:
+    def _around(self, balancing: Balancing, request: Request, wanted: Wanted, excluded: Collection[RelayId]) -> FilterContext:
         seats = balancing.seats
         holders: Mapping[RelayId, str] = self.seating.holders.users(self._view.now_ms) if self.seating is not None else {}
         if request.action is Action.LOGIN:
             holders = against(holders, request.user, seats.relogin)
         elif seats.guard_start:
             holders = of_others(holders, wanted.user or identity_of(wanted.client))
-        return Circumstances(
+        return FilterContext(
             self._view.in_flight.counts(self._view.now),
             excluded,
             holders,
@@ -278,11 +278,11 @@ class PoolChooser:
             wanted.node,
         )
 
-    def _sieve(self, pool: Pool, action: Action, gateway_id: GatewayId) -> Sieve:
+    def _candidate_filter(self, pool: Pool, action: Action, gateway_id: GatewayId) -> CandidateFilter:
         key = (pool.service, action, gateway_id)
-        found = self._sieves.get(key)
+        found = self._candidate_filters.get(key)
         if found is None:
-            found = self._sieves[key] = Sieve(pool, action, partial(self.ways.reaches, gateway_id=gateway_id))
+            found = self._candidate_filters[key] = CandidateFilter(pool, action, partial(self.path_rules.reaches, gateway_id=gateway_id))
         return found
 
     def _refusal(self, wanted: Wanted, decision: Decision) -> NoNode:
@@ -306,9 +306,9 @@ class PoolChooser:
         server = member.server
         return Node(
             server.server_id,
-            self.ways.is_local(server),
-            self.ways.direct_address(server),
-            self.ways.can_redirect(server, wanted.gateway_id),
+            self.path_rules.is_local(server),
+            self.path_rules.direct_address(server),
+            self.path_rules.can_redirect(server, wanted.gateway_id),
             claim,
             seat,
         )

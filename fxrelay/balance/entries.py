@@ -13,9 +13,9 @@ import trio
 
 from fxrelay.balance import builtins
 from fxrelay.balance.answers import Answer
+from fxrelay.balance.candidates import CandidateList, CandidateSubset
 from fxrelay.balance.chain import builtin
 from fxrelay.balance.model import Cancellable, Candidate, ChainEntry, Environment, Failed, Request, Verdict
-from fxrelay.balance.offered import Offered, Part
 from fxrelay.balance.script_input import ScriptInput, offered_input, script_input
 from fxrelay.balance.verdicts import verdict_of, verdict_of_output
 from fxrelay.balance.workers import ScriptLimits, Workers
@@ -44,23 +44,23 @@ class Script:
     async def choose(self, request: Request, candidates: Sequence[Candidate], environment: Environment) -> Verdict:
         """See `ChainEntry`."""
         await trio.lowlevel.checkpoint()  # choosing the candidates took its time: streams first
-        # A whole list of the sieve's goes on changing meanwhile.
-        listed = candidates.without(()) if isinstance(candidates, Offered) else candidates
+        # A whole list of the filter's goes on changing meanwhile.
+        listed = candidates.without(()) if isinstance(candidates, CandidateList) else candidates
         given, known, offered = self._given(request, listed, environment)
         return self._verdict(await self.workers.call(self.kind, self.spec, given, offered), known)
 
     def ask(
         self, request: Request, candidates: Sequence[Candidate], environment: Environment, then: Callable[[Verdict], None]
     ) -> Cancellable | None:
-        """See `Asks`."""
+        """See `ReactorEntry`."""
         given, known, offered = self._given(request, candidates, environment)
         return self.workers.ask(self.kind, self.spec, given, offered, lambda answer: then(self._verdict(answer, known)))
 
     def _given(
         self, request: Request, candidates: Sequence[Candidate], environment: Environment
-    ) -> tuple[ScriptInput, Container[RelayId], Offered | Part | None]:
+    ) -> tuple[ScriptInput, Container[RelayId], CandidateList | CandidateSubset | None]:
         """The script's input, the candidates it is about, and the list from which its process knows them; None: all are sent."""
-        if isinstance(candidates, Offered | Part):
+        if isinstance(candidates, CandidateList | CandidateSubset):
             return offered_input(request, candidates, environment.local_id), candidates.ids(), candidates
         known = frozenset([candidate.server.server_id for candidate in candidates])
         return script_input(request, candidates, environment.local_id), known, None

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any, Final
 
+from fxrelay.balance.candidates import CandidateList, CandidateSubset
 from fxrelay.balance.model import Action, Candidate, Dropped
-from fxrelay.balance.offered import Offered, Part
 from fxrelay.cluster.members import Member, MemberState
 from fxrelay.cluster.roster import Mark, Roster
 from fxrelay.cluster.server import ServerObject
@@ -39,7 +39,7 @@ class Pool:
 
 
 @dataclass(frozen=True, slots=True)
-class Circumstances:
+class FilterContext:
     """What the filters need besides the servers: how many placements each has on its way, which were tried, which are reserved for whom.
 
     `holders` maps reserved servers to their user; with `guards_start` they are kept from others' session starts too. `only` is the one
@@ -72,7 +72,7 @@ class _Known:
         return self.room is None or self.room > coming
 
 
-class Sieve:
+class CandidateFilter:
     """The filters of one pool for one action. What they say of a member is remembered for as long as nothing about it changes, so that a
     decision over a thousand servers of a `Roster` looks only at those that have changed.
 
@@ -87,19 +87,19 @@ class Sieve:
         self._reaches = reaches
         self._known: dict[RelayId, _Known] = {}
         self._mark: Mark | None = None
-        self._candidates = Offered([])
+        self._candidates = CandidateList([])
         self._coming: dict[RelayId, int] = {}  # placements that are counted there
         self._dropped: dict[RelayId, Dropped] = {}
         self._full: set[RelayId] = set()  # neither here nor there
 
-    def peek(self, members: Collection[Member], user: str, around: Circumstances) -> Sequence[Candidate]:
-        """The candidates that `sift` would give; most often they are the sieve's own, which change at the next call: nothing is copied."""
+    def peek(self, members: Collection[Member], user: str, around: FilterContext) -> Sequence[Candidate]:
+        """The candidates that `apply` would give; most often they are the filter's own, which change at the next call."""
         self._catch_up(members)
         self._count(around.in_flight)
         gone = self._gone(user, around)
         return self._left(gone, around.only) if gone or around.only is not None else self._candidates
 
-    def sift(self, members: Collection[Member], user: str, around: Circumstances) -> tuple[Part, list[Dropped]]:
+    def apply(self, members: Collection[Member], user: str, around: FilterContext) -> tuple[CandidateSubset, list[Dropped]]:
         """The candidates in order of id, and everyone else with the first reason that applied."""
         self._catch_up(members)
         self._count(around.in_flight)
@@ -111,13 +111,13 @@ class Sieve:
         dropped = [Dropped(server_id, reason) for server_id, reason in reasons.items()]
         return self._left(gone, around.only), [*self._dropped.values(), *dropped]
 
-    def _left(self, gone: Sequence[Dropped], only: RelayId | None) -> Part:
+    def _left(self, gone: Sequence[Dropped], only: RelayId | None) -> CandidateSubset:
         if only is not None:
             return self._candidates.only([] if any(each.server_id == only for each in gone) else [only])
         places = [place for each in gone if (place := self._candidates.place(each.server_id)) is not None]
         return self._candidates.without(places)
 
-    def _gone(self, user: str, around: Circumstances) -> list[Dropped]:
+    def _gone(self, user: str, around: FilterContext) -> list[Dropped]:
         """Who takes part, full or not, but not in this request, in order."""
         holders = around.holders if around.holders and (self._action is Action.LOGIN or around.guards_start) else {}
         gone = []
@@ -159,7 +159,7 @@ class Sieve:
         self._known = {member.server.server_id: self._known_of(member, before) for member in members}
         candidates = sorted((known.candidate for known in self._known.values() if known.dropped is None and known.has_room(0)), key=_ID)
         self._coming = {}
-        self._candidates = Offered(candidates)
+        self._candidates = CandidateList(candidates)
         self._dropped = {server_id: known.dropped for server_id, known in self._known.items() if known.dropped is not None}
         self._full = {server_id for server_id, known in self._known.items() if known.dropped is None and not known.has_room(0)}
 

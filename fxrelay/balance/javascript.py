@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from fxrelay.balance.answers import failed
+from fxrelay.balance.candidates import Op
 from fxrelay.balance.forked import in_child
 from fxrelay.balance.javascript_frame import FRAME
-from fxrelay.balance.offered import Op
 from fxrelay.balance.script_input import ScriptInput
 from fxrelay.balance.sent_texts import Listed
 

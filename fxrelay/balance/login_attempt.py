@@ -13,7 +13,7 @@ from typing import Final
 from fxrelay.balance.reservations import Step
 
 
-class State(StrEnum):
+class AttemptState(StrEnum):
     """Where a login is."""
 
     NONE = "none"
@@ -31,7 +31,7 @@ class State(StrEnum):
     SERVER_DOWN = "server-down"
 
 
-class Happening(StrEnum):
+class AttemptEvent(StrEnum):
     """What moves it on."""
 
     ENTER = "enter"
@@ -48,45 +48,45 @@ class Happening(StrEnum):
     SERVER_GONE = "server-gone"
 
 
-STEPS: Final[dict[State, Step]] = {
-    State.NONE: Step.SELECT,
-    State.ENTERED: Step.ENTER,
-    State.FORWARDED: Step.FORWARD,
-    State.AUTHENTICATING: Step.AUTHENTICATE,
-    State.AUTHENTICATED: Step.AUTHENTICATE,
-    State.COMMITTED: Step.COMMIT,
-    State.REJECTED_RESERVED: Step.COMMIT,
-    State.HELD: Step.RESERVED,
-    State.RELEASED: Step.RELEASE,
-    State.EXPIRED: Step.RELEASE,
+STEPS: Final[dict[AttemptState, Step]] = {
+    AttemptState.NONE: Step.SELECT,
+    AttemptState.ENTERED: Step.ENTER,
+    AttemptState.FORWARDED: Step.FORWARD,
+    AttemptState.AUTHENTICATING: Step.AUTHENTICATE,
+    AttemptState.AUTHENTICATED: Step.AUTHENTICATE,
+    AttemptState.COMMITTED: Step.COMMIT,
+    AttemptState.REJECTED_RESERVED: Step.COMMIT,
+    AttemptState.HELD: Step.RESERVED,
+    AttemptState.RELEASED: Step.RELEASE,
+    AttemptState.EXPIRED: Step.RELEASE,
 }
 """The published step whose result each state is; side exits have none."""
 
-_WAITING: Final = (State.ENTERED, State.FORWARDED, State.AUTHENTICATING, State.AUTHENTICATED)
-TRANSITIONS: Final[dict[tuple[State, Happening], State]] = {
-    (State.NONE, Happening.ENTER): State.ENTERED,
-    (State.NONE, Happening.REJECT): State.REJECTED_RESERVED,
-    (State.ENTERED, Happening.FORWARD): State.FORWARDED,
-    (State.FORWARDED, Happening.REQUEST): State.AUTHENTICATING,
-    (State.AUTHENTICATING, Happening.REQUEST): State.AUTHENTICATING,
-    (State.FORWARDED, Happening.SUCCESS): State.AUTHENTICATED,
-    (State.AUTHENTICATING, Happening.SUCCESS): State.AUTHENTICATED,
-    (State.FORWARDED, Happening.FAILURE): State.AUTH_FAILED,
-    (State.AUTHENTICATING, Happening.FAILURE): State.AUTH_FAILED,
-    (State.AUTHENTICATED, Happening.GRANT): State.COMMITTED,
-    (State.AUTHENTICATED, Happening.REJECT): State.REJECTED_RESERVED,
-    (State.COMMITTED, Happening.LET_IN): State.HELD,
-    (State.COMMITTED, Happening.LOGOUT): State.RELEASED,
-    (State.COMMITTED, Happening.EXPIRE): State.EXPIRED,
-    (State.HELD, Happening.LOGOUT): State.RELEASED,
-    (State.HELD, Happening.EXPIRE): State.EXPIRED,
-    **{(state, Happening.EXPIRE): State.EXPIRED for state in _WAITING},
-    **{(state, Happening.CLIENT_GONE): State.ABORTED for state in _WAITING},
-    **{(state, Happening.SERVER_GONE): State.SERVER_DOWN for state in _WAITING},
+_WAITING: Final = (AttemptState.ENTERED, AttemptState.FORWARDED, AttemptState.AUTHENTICATING, AttemptState.AUTHENTICATED)
+TRANSITIONS: Final[dict[tuple[AttemptState, AttemptEvent], AttemptState]] = {
+    (AttemptState.NONE, AttemptEvent.ENTER): AttemptState.ENTERED,
+    (AttemptState.NONE, AttemptEvent.REJECT): AttemptState.REJECTED_RESERVED,
+    (AttemptState.ENTERED, AttemptEvent.FORWARD): AttemptState.FORWARDED,
+    (AttemptState.FORWARDED, AttemptEvent.REQUEST): AttemptState.AUTHENTICATING,
+    (AttemptState.AUTHENTICATING, AttemptEvent.REQUEST): AttemptState.AUTHENTICATING,
+    (AttemptState.FORWARDED, AttemptEvent.SUCCESS): AttemptState.AUTHENTICATED,
+    (AttemptState.AUTHENTICATING, AttemptEvent.SUCCESS): AttemptState.AUTHENTICATED,
+    (AttemptState.FORWARDED, AttemptEvent.FAILURE): AttemptState.AUTH_FAILED,
+    (AttemptState.AUTHENTICATING, AttemptEvent.FAILURE): AttemptState.AUTH_FAILED,
+    (AttemptState.AUTHENTICATED, AttemptEvent.GRANT): AttemptState.COMMITTED,
+    (AttemptState.AUTHENTICATED, AttemptEvent.REJECT): AttemptState.REJECTED_RESERVED,
+    (AttemptState.COMMITTED, AttemptEvent.LET_IN): AttemptState.HELD,
+    (AttemptState.COMMITTED, AttemptEvent.LOGOUT): AttemptState.RELEASED,
+    (AttemptState.COMMITTED, AttemptEvent.EXPIRE): AttemptState.EXPIRED,
+    (AttemptState.HELD, AttemptEvent.LOGOUT): AttemptState.RELEASED,
+    (AttemptState.HELD, AttemptEvent.EXPIRE): AttemptState.EXPIRED,
+    **{(state, AttemptEvent.EXPIRE): AttemptState.EXPIRED for state in _WAITING},
+    **{(state, AttemptEvent.CLIENT_GONE): AttemptState.ABORTED for state in _WAITING},
+    **{(state, AttemptEvent.SERVER_GONE): AttemptState.SERVER_DOWN for state in _WAITING},
 }
 
 
-class WrongOrder(Exception):
+class InvalidTransition(Exception):
     """Something happened to a login that cannot happen to it now: a bug of the caller's. Let it fly."""
 
 
@@ -95,19 +95,19 @@ class Attempt:
     """A login and where it is; `requests` counts those that authentication took so far (step 4a: it may take several)."""
 
     attempt_id: str
-    state: State = State.NONE
+    state: AttemptState = AttemptState.NONE
     requests: int = 0
 
-    def after(self, happening: Happening) -> "Attempt":
+    def after(self, happening: AttemptEvent) -> "Attempt":
         """The attempt after `happening`.
 
         Raises:
-            WrongOrder: it cannot happen now.
+            InvalidTransition: it cannot happen now.
         """
         state = TRANSITIONS.get((self.state, happening))
         if state is None:
-            raise WrongOrder(f"{happening} after {self.state}")
-        return replace(self, state=state, requests=self.requests + (happening is Happening.REQUEST))
+            raise InvalidTransition(f"{happening} after {self.state}")
+        return replace(self, state=state, requests=self.requests + (happening is AttemptEvent.REQUEST))
 
     @property
     def is_over(self) -> bool:

@@ -117,7 +117,7 @@ class Cancellable(Protocol):
 
 
 @runtime_checkable
-class Asks(Protocol):
+class ReactorEntry(Protocol):
     """An entry that can be asked from the reactor."""
 
     def ask(

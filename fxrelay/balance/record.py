@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from fxrelay.balance.filters import Circumstances, Pool
+from fxrelay.balance.filters import FilterContext, Pool
 from fxrelay.balance.holders import prefer
 from fxrelay.balance.model import Action, Candidate, Chosen, Decision, Failed, Narrowed, Passed, Request, Verdict
 from fxrelay.balance.reservations import OwnerRelogin
@@ -40,9 +40,9 @@ class Recording:
     relogin: OwnerRelogin = OwnerRelogin.PREFER
     wanted: frozenset[RelayId] = frozenset()
 
-    def circumstances(self) -> Circumstances:
+    def circumstances(self) -> FilterContext:
         """The part that the filters need."""
-        return Circumstances(self.in_flight, holders=self.holders, guards_start=self.guards_start)
+        return FilterContext(self.in_flight, holders=self.holders, guards_start=self.guards_start)
 
     def preferred(self, candidates: list[Candidate]) -> list[Candidate]:
         """The candidates from which a login should get its server."""

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Final
 
+from fxrelay.balance.candidates import CandidateList, CandidateSubset
 from fxrelay.balance.model import Action, Candidate, Request
-from fxrelay.balance.offered import Offered, Part
 from fxrelay.balance.sent_texts import Listed
 from fxtunnel.model import RelayId
 
@@ -65,7 +65,7 @@ def script_input(request: Request, candidates: Sequence[Candidate], local_id: Re
     return ScriptInput(_base(request, local_id), tuple([candidate.server.text for candidate in candidates]), tuple(counts))
 
 
-def offered_input(request: Request, offered: Offered | Part, local_id: RelayId) -> ScriptInput:
+def offered_input(request: Request, offered: CandidateList | CandidateSubset, local_id: RelayId) -> ScriptInput:
     """The same without the servers, which the script process knows, or is told: see `SentTexts.pack_offered`."""
     return ScriptInput(_base(request, local_id), (), tuple([_count(place, candidate) for place, candidate in offered.counted()]))
 

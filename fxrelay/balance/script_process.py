@@ -12,11 +12,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from fxrelay.balance import question
+from fxrelay.balance import script_call
 from fxrelay.balance.answers import Answer, failed
-from fxrelay.balance.giving_way import Patience
-from fxrelay.balance.offered import Offered, Part
-from fxrelay.balance.question import Question
+from fxrelay.balance.candidates import CandidateList, CandidateSubset
+from fxrelay.balance.niceness import Patience
+from fxrelay.balance.script_call import ScriptCall
 from fxrelay.balance.sent_texts import SentTexts
 from fxrelay.balance.worker_main import LENGTH, MAX_ANSWER_BYTES, READY
 
@@ -60,9 +60,9 @@ class ScriptProcess:
         """Whether its process still runs."""
         return self._process is not None and self._process.poll() is None
 
-    def pack(self, servers: Sequence[str] | Offered | Part) -> bytes:
+    def pack(self, servers: Sequence[str] | CandidateList | CandidateSubset) -> bytes:
         """The servers for the next request, which must be the next one that is sent."""
-        return self._texts.pack_offered(servers) if isinstance(servers, Offered | Part) else self._texts.pack(servers)
+        return self._texts.pack_offered(servers) if isinstance(servers, CandidateList | CandidateSubset) else self._texts.pack(servers)
 
     def call(self, head: Mapping[str, Any], packed: bytes, timeout_s: float) -> Answer:
         """Send one request and wait for its answer."""
@@ -84,9 +84,14 @@ class ScriptProcess:
                 self.kill()
         return answer
 
-    def question(
-        self, reactor: "Reactor", head: Mapping[str, Any], servers: Sequence[str] | Offered | Part, timeout_s: float, then: question.Then
-    ) -> Question:
+    def script_call(
+        self,
+        reactor: "Reactor",
+        head: Mapping[str, Any],
+        servers: Sequence[str] | CandidateList | CandidateSubset,
+        timeout_s: float,
+        then: script_call.Then,
+    ) -> ScriptCall:
         """Send one request, without waiting for its answer; the process must have answered one before."""
         assert self._channel is not None
         assert self._patience is not None
@@ -95,14 +100,14 @@ class ScriptProcess:
         packed = self.pack(servers)
         text = json.dumps(head).encode()
         request = b"".join((LENGTH.pack(len(text)), text, LENGTH.pack(len(packed)), packed))
-        return Question(reactor, self._channel, request, timeout_s + LATE_BY_S, then)
+        return ScriptCall(reactor, self._channel, request, timeout_s + LATE_BY_S, then)
 
     def look(self, now_s: float) -> bool:
-        """The answer to a `question` has not come for LOOK_S. False: no need to look again."""
+        """The answer to a `script_call` has not come for LOOK_S. False: no need to look again."""
         return self._patience is not None and self._patience.look(now_s)
 
     def answered(self) -> None:
-        """The answer to a `question` came."""
+        """The answer to a `script_call` came."""
         self._grace_s = 0.0
         self.complaint()
 

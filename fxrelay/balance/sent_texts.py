@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Final
 
-from fxrelay.balance.offered import ALL, Edit, Offered, Op, Part, Pick, Picked
+from fxrelay.balance.candidates import ALL, CandidateList, CandidateSubset, Edit, Op, Pick, Picked
 
 PASSING: Final = 0
 """The number of lists that nobody keeps: each comes whole."""
@@ -65,11 +65,11 @@ class SentTexts:
         """These texts for the receiver."""
         return self._pack((PASSING, None, ALL), texts, len(texts))
 
-    def pack_offered(self, wanted: Offered | Part) -> bytes:
+    def pack_offered(self, wanted: CandidateList | CandidateSubset) -> bytes:
         """The texts of the candidates: of a list that the receiver has from before only what has changed, and which of it are meant."""
-        if isinstance(wanted, Part) and not wanted.is_current:
+        if isinstance(wanted, CandidateSubset) and not wanted.is_current:
             return self.pack([candidate.server.text for candidate in wanted])
-        offered, picked = (wanted.offered, wanted.picked) if isinstance(wanted, Part) else (wanted, ALL)
+        offered, picked = (wanted.offered, wanted.picked) if isinstance(wanted, CandidateSubset) else (wanted, ALL)
         known = self._lists.get(offered.key)
         if known is None and len(self._lists) >= MAX_LISTS:
             self._lists.clear()

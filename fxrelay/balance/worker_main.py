@@ -29,8 +29,8 @@ from typing import Any, Final
 from fxrelay.balance.answers import Answer, failed, refused
 from fxrelay.balance.executable import run_executable
 from fxrelay.balance.forked import RelayGone, collect_children
-from fxrelay.balance.giving_way import give_way
 from fxrelay.balance.javascript import Engine
+from fxrelay.balance.niceness import give_way
 from fxrelay.balance.script_input import Count, ScriptInput, fastx4_input
 from fxrelay.balance.sent_texts import ReceivedTexts
 

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 import trio
 
-from fxrelay.balance import question
+from fxrelay.balance import script_call
 from fxrelay.balance.answers import Answer, failed
-from fxrelay.balance.giving_way import LOOK_S
-from fxrelay.balance.offered import Offered, Part
+from fxrelay.balance.candidates import CandidateList, CandidateSubset
+from fxrelay.balance.niceness import LOOK_S
 from fxrelay.balance.script_input import ScriptInput
 from fxrelay.balance.script_process import ScriptProcess
 
@@ -44,7 +44,7 @@ class Workers:
         self.started = 0
         """Processes so far."""
 
-    async def call(self, kind: str, spec: str, given: ScriptInput, offered: Offered | Part | None = None) -> Answer:
+    async def call(self, kind: str, spec: str, given: ScriptInput, offered: CandidateList | CandidateSubset | None = None) -> Answer:
         """Run a script; `kind` is "js", "exec" or "python"; "owner-exec" and "owner-python" get `given.base` alone. With `offered`, the
         servers are those. Every failure is an answer of its own kind. Cancelling kills the process.
         """
@@ -78,7 +78,7 @@ class Workers:
         return answer
 
     def ask(
-        self, kind: str, spec: str, given: ScriptInput, offered: Offered | Part | None, then: Callable[[Answer], None]
+        self, kind: str, spec: str, given: ScriptInput, offered: CandidateList | CandidateSubset | None, then: Callable[[Answer], None]
     ) -> "Asked | None":
         """As `call`, for the reactor: `then` is called later with the answer, unless what is returned is cancelled:
         that kills the process. With `offered`, the servers are those, as they are now. None: no process is warm and free; use `call`.
@@ -145,7 +145,7 @@ class Asked:
         reactor: "Reactor",
         own: _Kind,
         worker: ScriptProcess,
-        asking: tuple[Mapping[str, Any], Sequence[str] | Offered | Part],
+        asking: tuple[Mapping[str, Any], Sequence[str] | CandidateList | CandidateSubset],
         timeout_s: float,
         then: Callable[[Answer], None],
     ) -> None:
@@ -153,7 +153,7 @@ class Asked:
         self._worker = worker
         self._then = then
         self._reactor = reactor
-        self._question = worker.question(reactor, *asking, timeout_s, self._told)
+        self._question = worker.script_call(reactor, *asking, timeout_s, self._told)
         self._next_look = reactor.call_later(LOOK_S, self._look)
         own.asked.add(self)
 
@@ -200,9 +200,9 @@ class Asked:
         complaint = self._worker.complaint()
         self._give_up()
         match answer:
-            case question.LATE:
+            case script_call.LATE:
                 self._then(failed("ScriptTimeout", "the balancing script took too long"))
-            case question.GARBAGE:
+            case script_call.GARBAGE:
                 self._then(failed("BadReturn", "the balancing script broke its process"))
             case _:
                 self._then(failed("ScriptDied", "the balancing script's process died", f"the channel ended {complaint}"))

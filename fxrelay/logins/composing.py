@@ -1,11 +1,11 @@
 """Task: the rules of logins from the configuration; keys are read here. Blocking: for a worker thread."""
 
-from fxrelay.brain import seat_rules
+from fxrelay.cluster_agent import seat_rules
 from fxrelay.login_settings import JwtSection, LoginSection
 from fxrelay.logins.gate import LoginService
 from fxrelay.logins.passes import PassCookies
 from fxrelay.logins.recognising import plain_path
-from fxrelay.logins.rules import PRESETS, Bounds, Calls, LoginRules, Retry, Signs, Spot, Stages
+from fxrelay.logins.rules import PRESETS, Bounds, Calls, LoginRules, Retry, Signs, Stages, ValueLocation
 from fxrelay.settings import RelaySettings
 from fxrelay.web.composing import cookie_key
 from fxtunnel.errors import ConfigError, ConfigProblem
@@ -69,8 +69,8 @@ def login_rules(section: LoginSection) -> LoginRules:
         signs = Signs(frozenset(section.success_status or ()), section.success_cookie or "", path, value)
     token, in_request = preset.token, preset.token_in_request
     if section.token is not None:
-        side, _, spot = section.token.partition(":")
-        token, in_request = Spot.parse(spot), side == "request"
+        side, _, location = section.token.partition(":")
+        token, in_request = ValueLocation.parse(location), side == "request"
     return LoginRules(
         _calls(preset.login, tuple(plain_path(path.encode()) for path in section.paths or ()) or None, section.methods),
         _calls(preset.logout, section.logout_paths, section.logout_methods),

@@ -19,9 +19,9 @@ from fxrelay.logins.passes import PassCookies
 from fxrelay.logins.recognising import Kind, kind_of, login_id_of, shown_tokens
 from fxrelay.logins.rules import LoginRules
 from fxrelay.reserving.kept import find_login, is_kept
-from fxrelay.reserving.leases import Terms
+from fxrelay.reserving.leases import LeaseTerms
 from fxrelay.reserving.reservations import Reservations
-from fxrelay.web.ports import HeldRequest, NodeChooser, Passage, RequestFacts, Unable
+from fxrelay.web.ports import Allow, HeldRequest, NodeChooser, RequestFacts, Unable
 from fxtunnel.kit.answers import Refused
 from fxtunnel.kit.jwt_keys import TokenVerifier
 from fxtunnel.kit.process import keep_going
@@ -36,7 +36,7 @@ STALLED_SHARE: Final = 0.25
 MAX_LATER: Final = 1_024
 """Extensions that wait for the store. What finds no room is tried with the next request."""
 AT_ONCE: Final = 4
-_ANY: Final = Passage()
+_ANY: Final = Allow()
 _UNAVAILABLE: Final = "ReservationsUnavailable"
 _LATER: Final = "Reserved servers cannot be given out at the moment. Please try again in a moment."
 LATER_S: Final = 5.0
@@ -55,9 +55,9 @@ class LoginService:
     verifier: TokenVerifier | None = None
     user_claim: str = "sub"
 
-    def terms(self, lifetime_ms: int) -> Terms:
+    def terms(self, lifetime_ms: int) -> LeaseTerms:
         """What its logins are committed with."""
-        return Terms(self.seats.linger_ms, self.seats.hold_while_sessions, lifetime_ms)
+        return LeaseTerms(self.seats.linger_ms, self.seats.hold_while_sessions, lifetime_ms)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +128,7 @@ class LoginGate:
         """See `RequestGate`."""
         return service in self._services or service in self._guarded
 
-    async def admit(self, request: RequestFacts) -> Passage:
+    async def admit(self, request: RequestFacts) -> Allow:
         """See `RequestGate`."""
         service = self._services.get(request.service)
         if service is None and request.service not in self._guarded:
@@ -137,21 +137,21 @@ class LoginGate:
         if reservations is None:
             raise unavailable("this relay takes no part in reservations until it is restarted")
         if service is None:
-            return Passage(closed=self._closed(reservations, request.user or identity_of(request.client)))
+            return Allow(closed=self._closed(reservations, request.user or identity_of(request.client)))
         kind = self._kind(service, request)
         if kind is Kind.LOGIN:
-            return Passage(held=self._make_held(self, service, request))
+            return Allow(held=self._make_held(self, service, request))
         live = await self._live(service, request, reservations)
         closed: frozenset[RelayId] = frozenset()
         if service.seats.guard_start:
             closed = self._closed(reservations, live.user if live is not None else identity_of(request.client))
         if live is None:
-            return Passage(closed=closed)
+            return Allow(closed=closed)
         self._prolong(service, live)
         login_id, is_logout = live.login_id, kind is Kind.LOGOUT
         watch = None if is_logout else lambda lost: self._watch(login_id, lost)
         # A user with too many connections may still log out.
-        return Passage(None if request.is_named else live.server_id, closed, None, watch, "" if is_logout else live.user)
+        return Allow(None if request.is_named else live.server_id, closed, None, watch, "" if is_logout else live.user)
 
     async def answered(self, request: RequestFacts, node: RelayId | None, status: int, fields: object) -> tuple[bytes, ...]:
         """See `RequestGate`."""
@@ -286,7 +286,7 @@ class LoginGate:
             for login in standing.record.logins:
                 if is_kept(login, int(self._timing.lease_s * 1000)) and not reservations.leases.is_ending(login.login_id):
                     logger.warning("%s is down: the login of %s there ends", server_id, login.user)
-                    reservations.end_login(server_id, login.login_id, Terms())
+                    reservations.end_login(server_id, login.login_id, LeaseTerms())
 
 
 def unavailable(why: str) -> Refused:

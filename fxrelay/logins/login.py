@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
-from fxrelay.balance.login_attempt import Attempt, Happening
+from fxrelay.balance.login_attempt import Attempt, AttemptEvent
 from fxrelay.balance.model import Action
 from fxrelay.balance.reservations import ENTRY_HARD_MS, Reason, is_daemon
 from fxrelay.delivery.identity import identity_of
@@ -133,7 +133,7 @@ class HeldLogin:
                     429, "TooManyLogins", "Too many logins from your address are under way. Please try again.", retry_after_s=30.0
                 )
             raise _undecided(entered)
-        entered = replace(entered, attempt=entered.attempt.after(Happening.FORWARD))
+        entered = replace(entered, attempt=entered.attempt.after(AttemptEvent.FORWARD))
         return await self._send("", Ongoing(node.server_id, user, self._address, now, now, entered), node, sender)
 
     async def _go_on(self, key: str, ongoing: Ongoing, sender: Sender) -> Reply:
@@ -156,13 +156,13 @@ class HeldLogin:
                 began = await self._reservations.enter(ongoing.server_id, ongoing.user, self._address)
                 if isinstance(began, NotEntered):
                     raise _undecided(began)
-                ongoing.entered = replace(began, attempt=began.attempt.after(Happening.FORWARD))
+                ongoing.entered = replace(began, attempt=began.attempt.after(AttemptEvent.FORWARD))
             if self._said.user and self._said.user != ongoing.user and self._service.verifier is None:
                 raise Refused(400, "BadLogin", "This login was begun by another user.")
             wanted = Wanted(self._request.service, self._request.client, GatewayId(""), self._request.trace)
             node = await self._gate.chooser.named(wanted, ongoing.server_id)
             if isinstance(node, NoNode):
-                self._out(ongoing, Happening.SERVER_GONE)
+                self._out(ongoing, AttemptEvent.SERVER_GONE)
                 raise Refused(502, "Unreachable", "The server of this login cannot be reached. Please log in again.", detail=node.text)
             try:
                 reply = await self._send(key, ongoing, node, sender)
@@ -176,30 +176,30 @@ class HeldLogin:
 
     async def _send(self, key: str, ongoing: Ongoing, node: Node, sender: Sender) -> Reply | Lost:
         """Steps 3 to 5: forward the request, and see what the answer means before anybody else does."""
-        happened = Happening.CLIENT_GONE
+        happened = AttemptEvent.CLIENT_GONE
         try:
             try:
                 answer = await sender.send(node, self._service.rules.bounds.max_answer_bytes)
             except (NodeError, Refused):
-                happened = Happening.SERVER_GONE
+                happened = AttemptEvent.SERVER_GONE
                 raise
             verdict = judge(self._service.rules, answer.status, answer.fields, answer.body)
-            happened = Happening.FAILURE
+            happened = AttemptEvent.FAILURE
             match verdict:
                 case Failed():
                     return self._failed(key, ongoing, answer)
                 case GoesOn(token):
-                    happened = Happening.REQUEST
+                    happened = AttemptEvent.REQUEST
                     return self._expect_more(key, ongoing, answer, token)
                 case Succeeded(token):
                     proven = await self._prove(token or self._said.token, ongoing)
                     self._gate.attempts.drop(key)
                     if proven.is_daemon or ongoing.entered is None:
                         return Reply(answer, self._end_try())
-                    happened = Happening.REQUEST
+                    happened = AttemptEvent.REQUEST
                     return await self._commit(ongoing, ongoing.entered, proven, token or self._said.token, answer)
         finally:
-            if happened is not Happening.REQUEST:
+            if happened is not AttemptEvent.REQUEST:
                 self._out(ongoing, happened)
 
     def _failed(self, key: str, ongoing: Ongoing, answer: WholeAnswer) -> Reply:
@@ -225,7 +225,7 @@ class HeldLogin:
         def undo() -> None:
             if not key:  # it was the first answer: nobody has anything to go on with
                 attempts.drop(next_key)
-                self._out(ongoing, Happening.CLIENT_GONE)
+                self._out(ongoing, AttemptEvent.CLIENT_GONE)
 
         return Reply(answer, (cookie,), undo)
 
@@ -262,7 +262,7 @@ class HeldLogin:
         service, reservations = self._service, self._reservations
         idle_s = service.rules.bounds.idle_s
         first_s = min(proven.lasts_s, idle_s) if idle_s else proven.lasts_s
-        entered = replace(entered, attempt=entered.attempt.after(Happening.SUCCESS))
+        entered = replace(entered, attempt=entered.attempt.after(AttemptEvent.SUCCESS))
         hold = await reservations.commit(
             entered, proven.user, service.terms(max(1, int(first_s * 1000))), service.seats.relogin, login_id_of(token) if token else ""
         )
@@ -299,7 +299,7 @@ class HeldLogin:
 
     def _elsewhere_begun(self, shown: Pass, began: float, now: float) -> Ongoing:
         """A login that began at another relay: its entry is in the store, if it is still good."""
-        attempt = Attempt(shown.login_id).after(Happening.ENTER).after(Happening.FORWARD)
+        attempt = Attempt(shown.login_id).after(AttemptEvent.ENTER).after(AttemptEvent.FORWARD)
         return Ongoing(shown.server_id, "", self._address, began, now, Entered(shown.server_id, attempt))
 
     def _entry_user(self, entered: Entered) -> str:
@@ -307,7 +307,7 @@ class HeldLogin:
         entries = standing.record.entries if standing is not None else ()
         return next((entry.user for entry in entries if entry.entry_id == entered.attempt.attempt_id), "")
 
-    def _out(self, ongoing: Ongoing, why: Happening) -> None:
+    def _out(self, ongoing: Ongoing, why: AttemptEvent) -> None:
         entered, ongoing.entered = ongoing.entered, None
         if entered is not None:
             ongoing.reserves = True

@@ -14,7 +14,7 @@ from enum import Enum
 from typing import Any, Final
 from urllib.parse import parse_qsl, unquote_to_bytes
 
-from fxrelay.logins.rules import Calls, LoginRules, Spot, Where
+from fxrelay.logins.rules import Calls, LoginRules, ValueLocation, Where
 from fxrelay.web.heads import Field, cookie_values
 
 MAX_USER_CHARS: Final = 256
@@ -137,11 +137,11 @@ def shown_tokens(rules: LoginRules, fields: Sequence[Field]) -> list[str]:
     found = [value for each in fields if each.name == b"authorization" and (value := _bearer(each.value))]
     for name in rules.headers:
         found += [_ascii(each.value) for each in fields if each.name == name.encode()]
-    spot = rules.token
-    if spot is not None and spot.where is Where.COOKIE:
-        found += list(cookies(fields, spot.name))
-    elif spot is not None and spot.where is Where.HEADER:
-        found += [_ascii(each.value) for each in fields if each.name == spot.name.encode()]
+    location = rules.token
+    if location is not None and location.where is Where.COOKIE:
+        found += list(cookies(fields, location.name))
+    elif location is not None and location.where is Where.HEADER:
+        found += [_ascii(each.value) for each in fields if each.name == location.name.encode()]
     return [token for token in found if token and len(token) <= MAX_TOKEN_CHARS][:8]
 
 
@@ -232,29 +232,29 @@ def _text(document: Any, path: str) -> str:
     return found if _TOKEN.fullmatch(found) and len(found) <= MAX_TOKEN_CHARS else ""
 
 
-def _in_answer(spot: Spot, fields: Sequence[Field], document: Any) -> str:
-    match spot.where:
+def _in_answer(location: ValueLocation, fields: Sequence[Field], document: Any) -> str:
+    match location.where:
         case Where.JSON:
-            found = _text(document, spot.name)
+            found = _text(document, location.name)
         case Where.COOKIE:
-            found = set_cookies(fields).get(spot.name, "")
+            found = set_cookies(fields).get(location.name, "")
         case Where.HEADER:
-            found = next((_ascii(each.value) for each in fields if each.name == spot.name.encode()), "")
+            found = next((_ascii(each.value) for each in fields if each.name == location.name.encode()), "")
         case _:
             found = ""
     return found if len(found) <= MAX_TOKEN_CHARS else ""
 
 
-def _in_request(spot: Spot, fields: Sequence[Field], parameters: Mapping[str, str]) -> str:
-    match spot.where:
+def _in_request(location: ValueLocation, fields: Sequence[Field], parameters: Mapping[str, str]) -> str:
+    match location.where:
         case Where.BEARER:
             found = next((value for each in fields if each.name == b"authorization" and (value := _bearer(each.value))), "")
         case Where.COOKIE:
-            found = next(cookies(fields, spot.name), "")
+            found = next(cookies(fields, location.name), "")
         case Where.HEADER:
-            found = next((_ascii(each.value) for each in fields if each.name == spot.name.encode()), "")
+            found = next((_ascii(each.value) for each in fields if each.name == location.name.encode()), "")
         case _:
-            found = parameters.get(spot.name, "")
+            found = parameters.get(location.name, "")
     return found if len(found) <= MAX_TOKEN_CHARS else ""
 
 

@@ -25,14 +25,14 @@ class Where(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Spot:
+class ValueLocation:
     """Where in a message a value stands."""
 
     where: Where
     name: str = ""
 
     @classmethod
-    def parse(cls, text: str) -> "Spot":
+    def parse(cls, text: str) -> "ValueLocation":
         """From `bearer`, `cookie:NAME`, `header:NAME`, `json:a.b.c` or `field:NAME`.
 
         Raises:
@@ -117,7 +117,7 @@ class LoginRules:
     user: str
     signs: Signs
     stages: Stages = Stages()
-    token: Spot | None = None
+    token: ValueLocation | None = None
     token_in_request: bool = False
     headers: tuple[str, ...] = ()
     retry: Retry = Retry.TELL
@@ -130,7 +130,7 @@ FASTX3: Final = LoginRules(
     "username",
     Signs(frozenset({200}), "", "result.stage", "success"),
     Stages(("result.authtoken", "result.token"), ("authtoken", "token")),
-    Spot(Where.JSON, "result.token"),
+    ValueLocation(Where.JSON, "result.token"),
     headers=("x-fastx-token",),
     retry=Retry.REPLAY,
 )

@@ -3,16 +3,16 @@
 They outlive the relay that committed them. What relays remember of them is for one case only: a store that has forgotten is told again.
 """
 
-from fxrelay.balance.login_attempt import Attempt, Happening
+from fxrelay.balance.login_attempt import Attempt, AttemptEvent
 from fxrelay.balance.reservations import Login, Record
-from fxrelay.reserving.leases import Hold, Leases, Terms
-from fxrelay.reserving.tidings import RELEASED, Tidings
+from fxrelay.reserving.event_reporter import RELEASED, EventReporter
+from fxrelay.reserving.leases import Hold, Leases, LeaseTerms
 from fxtunnel.model import RelayId
 
-_COMMITTED = (Happening.ENTER, Happening.FORWARD, Happening.SUCCESS, Happening.GRANT)
+_COMMITTED = (AttemptEvent.ENTER, AttemptEvent.FORWARD, AttemptEvent.SUCCESS, AttemptEvent.GRANT)
 
 
-def hold_of(server_id: RelayId, record: Record, login: Login, terms: Terms) -> Hold:
+def hold_of(server_id: RelayId, record: Record, login: Login, terms: LeaseTerms) -> Hold:
     """The hold of a login that some relay has committed."""
     attempt = Attempt(login.login_id)
     for happening in _COMMITTED:
@@ -20,12 +20,12 @@ def hold_of(server_id: RelayId, record: Record, login: Login, terms: Terms) -> H
     return Hold(server_id, login.user, attempt, terms, record.token, record.since_ms, 0.0, ends_ms=login.expires_ms)
 
 
-def learn_kept(leases: Leases, tidings: Tidings, standings: dict[RelayId, Record], now_ms: int) -> None:
+def learn_kept(leases: Leases, reporter: EventReporter, standings: dict[RelayId, Record], now_ms: int) -> None:
     """Forget what has ended, as the newest records say; of another epoch's records nothing is believed."""
     for hold in leases.kept():
         record = standings.get(hold.server_id)
         if record is not None:
-            tell_cleared(leases, tidings, hold.server_id, record)
+            tell_cleared(leases, reporter, hold.server_id, record)
         if record is not None and record.epoch == hold.token.epoch:
             login = find_login(record, hold.login_id)
             if login is None:
@@ -36,7 +36,7 @@ def learn_kept(leases: Leases, tidings: Tidings, standings: dict[RelayId, Record
             leases.forget(hold)
 
 
-def tell_cleared(leases: Leases, tidings: Tidings, server_id: RelayId, record: Record) -> None:
+def tell_cleared(leases: Leases, reporter: EventReporter, server_id: RelayId, record: Record) -> None:
     """If an administrator has taken the server from its user: say so of the logins that this relay let in. Who comes by streams is lost
     when he is not renewed; of kept logins nobody else would tell.
     """
@@ -44,7 +44,7 @@ def tell_cleared(leases: Leases, tidings: Tidings, server_id: RelayId, record: R
         return
     for hold in leases.kept():
         if hold.server_id == server_id and hold.token.epoch == record.epoch and hold.token.fence < record.fence:
-            tidings.happened(RELEASED, server_id, hold.user, hold.login_id, record)
+            reporter.happened(RELEASED, server_id, hold.user, hold.login_id, record)
             leases.forget(hold)
 
 
@@ -52,7 +52,7 @@ def adopt_kept(leases: Leases, relay_id: RelayId, server_id: RelayId, record: Re
     """Remember again what this relay committed before it was restarted."""
     for login in record.logins:
         if login.relay == relay_id and is_kept(login, lease_ms) and leases.get(login.login_id) is None:
-            leases.add(hold_of(server_id, record, login, Terms(lifetime_ms=login.ttl_ms)))
+            leases.add(hold_of(server_id, record, login, LeaseTerms(lifetime_ms=login.ttl_ms)))
 
 
 def find_login(record: Record, login_id: str) -> Login | None:

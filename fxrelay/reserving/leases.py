@@ -7,7 +7,7 @@ from typing import Final
 
 import trio
 
-from fxrelay.balance.login_attempt import Attempt, Happening
+from fxrelay.balance.login_attempt import Attempt, AttemptEvent
 from fxrelay.balance.reservations import Token
 from fxtunnel.model import RelayId
 
@@ -16,7 +16,7 @@ MAX_ENDING: Final = 4_096
 
 
 @dataclass(frozen=True, slots=True)
-class Terms:
+class LeaseTerms:
     """What a service asks of its reservations. `linger_ms`: how long a user keeps a server after the last login.
 
     `lifetime_ms`: the store keeps the login for so long, whoever runs or dies; 0: as long as this relay renews it.
@@ -34,7 +34,7 @@ class Hold:
     server_id: RelayId
     user: str
     attempt: Attempt
-    terms: Terms
+    terms: LeaseTerms
     token: Token
     since_ms: int
     confirmed_at: float
@@ -93,7 +93,7 @@ class Leases:
 
     def add(self, hold: Hold) -> None:
         """A login was let in."""
-        hold.attempt = hold.attempt.after(Happening.LET_IN)
+        hold.attempt = hold.attempt.after(AttemptEvent.LET_IN)
         self._holds[hold.login_id] = hold
 
     def holds(self) -> list[Hold]:
@@ -156,7 +156,7 @@ class Leases:
         if hold.is_lost or hold.is_ending:
             return
         hold.is_lost = True
-        hold.attempt = hold.attempt.after(Happening.EXPIRE)
+        hold.attempt = hold.attempt.after(AttemptEvent.EXPIRE)
         self._holds.pop(hold.login_id, None)
         watchers, hold.on_lost = hold.on_lost, []
         for lost in watchers:

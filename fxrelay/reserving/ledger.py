@@ -10,7 +10,7 @@ from fxrelay.balance.reservation_text import BadRecord, decode_record, encode_re
 from fxrelay.balance.reservations import Granted, Login, Moment, OwnerRelogin, Reason, Record, Rejected
 from fxrelay.balance.settling import Evidence, beat, decode_mark, encode_mark
 from fxrelay.cluster.ports import RESERVATION_MARKS, RESERVATION_USERS, RESERVATIONS, Both, Present, Store, Update
-from fxrelay.reserving.asks import Ask, Asks, T
+from fxrelay.reserving.record_updates import RecordUpdate, RecordUpdates, T
 from fxtunnel.errors import StoreError
 from fxtunnel.model import RelayId
 
@@ -37,7 +37,7 @@ class Ledger:
 
     def __init__(self, store: Store, relay_id: RelayId, lease_s: float) -> None:
         self.lease_ms = int(lease_s * 1000)
-        self.asks = Asks(relay_id, self.lease_ms)
+        self.updates = RecordUpdates(relay_id, self.lease_ms)
         self._store = store
         self._evidence: Evidence | None = None
         self._read: dict[str, tuple[str, Record]] = {}
@@ -68,15 +68,15 @@ class Ledger:
         self._evidence = seen[-1]
         return seen[-1]
 
-    def do_all(self, asks: Sequence[Ask[Any]]) -> list[tuple[Any, Written] | Exception]:
+    def do_all(self, updates: Sequence[RecordUpdate[Any]]) -> list[tuple[Any, Written] | Exception]:
         """Several steps, each by itself: of each, in order, what came of it, or why nothing did. Who is to be granted something is rejected
         as long as the store cannot be trusted to know who holds what. Raises nothing.
         """
-        results: list[tuple[Any, Written] | Exception] = [StoreError("was not asked")] * len(asks)
-        left = list(range(len(asks)))
+        results: list[tuple[Any, Written] | Exception] = [StoreError("was not asked")] * len(updates)
+        left = list(range(len(updates)))
         for _ in range(LOOKS):
             try:
-                for place, result in zip(left, self._apply_all([asks[place] for place in left]), strict=True):
+                for place, result in zip(left, self._apply_all([updates[place] for place in left]), strict=True):
                     results[place] = result
                 left = [place for place in left if _is_stale(results[place])]
                 if not left:
@@ -88,7 +88,7 @@ class Ledger:
                 break
         return results
 
-    def do(self, ask: Ask[T]) -> tuple[T, Written]:
+    def do(self, ask: RecordUpdate[T]) -> tuple[T, Written]:
         """One step."""
         (result,) = self.do_all([ask])
         if isinstance(result, Exception):
@@ -96,22 +96,22 @@ class Ledger:
         return result
 
     def enter(self, server_id: str, entry_id: str, user: str, address: str) -> tuple[Record | Rejected, Written]:
-        """See `Asks`."""
-        return self.do(self.asks.enter(server_id, entry_id, user, address))
+        """See `RecordUpdates`."""
+        return self.do(self.updates.enter(server_id, entry_id, user, address))
 
     def commit(
         self, server_id: str, entry_id: str, login_id: str, user: str, relogin: OwnerRelogin, ttl_ms: int = 0
     ) -> tuple[Granted | Rejected, Written]:
-        """See `Asks`."""
-        return self.do(self.asks.commit(server_id, entry_id, login_id, user, relogin, ttl_ms))
+        """See `RecordUpdates`."""
+        return self.do(self.updates.commit(server_id, entry_id, login_id, user, relogin, ttl_ms))
 
     def take(self, server_id: str, login_id: str, user: str, address: str, relogin: OwnerRelogin) -> tuple[Granted | Rejected, Written]:
-        """See `Asks`."""
-        return self.do(self.asks.take(server_id, login_id, user, address, relogin))
+        """See `RecordUpdates`."""
+        return self.do(self.updates.take(server_id, login_id, user, address, relogin))
 
     def release(self, server_id: str, login_id: str, user: str, linger_ms: int) -> Written:
-        """See `Asks`."""
-        return self.do(self.asks.release(server_id, login_id, user, linger_ms))[1]
+        """See `RecordUpdates`."""
+        return self.do(self.updates.release(server_id, login_id, user, linger_ms))[1]
 
     def homes(self, user: str) -> tuple[str, ...]:
         """The servers that a user has, or had until recently."""
@@ -159,8 +159,8 @@ class Ledger:
             yield document.key, known[1]
         self._read = after
 
-    def _apply_all(self, asks: Sequence[Ask[Any]]) -> list[tuple[Any, Written] | Exception]:
-        steps = [_Step(ask, self._evidence, self._texts) for ask in asks]
+    def _apply_all(self, updates: Sequence[RecordUpdate[Any]]) -> list[tuple[Any, Written] | Exception]:
+        steps = [_Step(ask, self._evidence, self._texts) for ask in updates]
         done = self._store.update_all([step.update for step in steps])
         return [each if isinstance(each, Exception) else step.results[-1] for step, each in zip(steps, done, strict=True)]
 
@@ -190,7 +190,7 @@ class _Step:
 
     __slots__ = ("_ask", "_evidence", "_texts", "_user", "results", "update")
 
-    def __init__(self, ask: Ask[Any], evidence: Evidence | None, texts: _Texts) -> None:
+    def __init__(self, ask: RecordUpdate[Any], evidence: Evidence | None, texts: _Texts) -> None:
         self._ask = ask
         self._evidence = evidence
         self._texts = texts

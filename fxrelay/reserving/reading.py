@@ -7,15 +7,15 @@ from typing import Any
 from fxrelay.balance.holders import Holders
 from fxrelay.cluster.ports import RESERVATIONS, SERVERS, Store, Transporter
 from fxrelay.cluster.reading import unknown_node
+from fxrelay.reserving.event_reporter import encode_event
 from fxrelay.reserving.ledger import Ledger
-from fxrelay.reserving.tidings import encode_tidings
 from fxrelay.settings import RelaySettings
 from fxtunnel.errors import TransporterError
 from fxtunnel.model import RelayId
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
+class ReservationRow:
     """A server as `fxrelay reservations` shows it. `fence` is the number of the last grant, `store_epoch` the store memory it is of."""
 
     server_id: str
@@ -53,7 +53,7 @@ def holders_in(settings: RelaySettings, store: Store) -> Holders:
     return holders
 
 
-def read_reservations(settings: RelaySettings, store: Store) -> list[Line]:
+def read_reservations(settings: RelaySettings, store: Store) -> list[ReservationRow]:
     """Servers that are reserved, or for which somebody is being authenticated. Raises StoreError."""
     now_ms = store.now_ms()
     holders = holders_in(settings, store)
@@ -66,7 +66,7 @@ def read_reservations(settings: RelaySettings, store: Store) -> list[Line]:
         if user or entries:
             logins = sum(now_ms < login.expires_ms and not login.is_lingering for login in record.logins)
             since_s = max(0.0, (now_ms - record.since_ms) / 1000)
-            found.append(Line(server_id, user, since_s, record.since_ms, logins, record.fence, record.epoch, entries))
+            found.append(ReservationRow(server_id, user, since_s, record.since_ms, logins, record.fence, record.epoch, entries))
     return found
 
 
@@ -81,5 +81,5 @@ def release_node(settings: RelaySettings, store: Store, transporter: Transporter
         raise unknown_node(store, server_id)
     before, after = ledger_of(settings, store).clear(server_id)
     with suppress(TransporterError):  # it stands in the store: relays read it there
-        transporter.publish(RESERVATIONS, encode_tidings(server_id, after))
+        transporter.publish(RESERVATIONS, encode_event(server_id, after))
     return before.holder

@@ -12,16 +12,16 @@ from typing import Any, Final
 
 import trio
 
-from fxrelay.balance.login_attempt import Attempt, Happening
+from fxrelay.balance.login_attempt import Attempt, AttemptEvent
 from fxrelay.balance.reservations import ENTRY_TTL_MS, Granted, OwnerRelogin, Reason, Record, Rejected
 from fxrelay.cluster.ports import Store, Transporter
 from fxrelay.cluster.view import ClusterView
-from fxrelay.reserving.asks import Ask, T, WouldDo
-from fxrelay.reserving.books import CALL_S, Books, ReservingConfig
+from fxrelay.reserving.event_reporter import COMMITTED, ENTERED, read_events, refusal_text
 from fxrelay.reserving.kept import find_login, hold_of, tell_cleared
-from fxrelay.reserving.leases import Hold, Leases, Terms
+from fxrelay.reserving.leases import Hold, Leases, LeaseTerms
 from fxrelay.reserving.ledger import Written
-from fxrelay.reserving.tidings import COMMITTED, ENTERED, read_tidings, refusal_text
+from fxrelay.reserving.record_updates import RecordUpdate, T, WouldDo
+from fxrelay.reserving.reservation_cache import CALL_S, ReservationCache, ReservingConfig
 from fxrelay.reserving.upkeep import Upkeep
 from fxtunnel.errors import StoreError
 from fxtunnel.kit.process import keep_going
@@ -58,34 +58,34 @@ class Reservations:
     """One relay's part. `run` it once; nobody is let in before it has looked at the store."""
 
     def __init__(self, config: ReservingConfig, store: Store, transporter: Transporter, view: ClusterView) -> None:
-        self._books = books = Books(config, store, transporter)
-        books.store_failed = view.store_doubted
-        self.holders = books.holders
-        self.tidings = books.tidings
+        self._cache = cache = ReservationCache(config, store, transporter)
+        cache.store_failed = view.store_doubted
+        self.holders = cache.holders
+        self.reporter = cache.reporter
         self.leases = Leases()
-        self.upkeep = Upkeep(books, self.leases, view)
+        self.upkeep = Upkeep(cache, self.leases, view)
         self._view = view
 
     @property
     def changed(self) -> trio.Event:
         """Set when who has which server may have changed; another one each time."""
-        return self._books.changed
+        return self._cache.changed
 
     @property
     def last_error(self) -> str:
         """Why the store did not answer last; empty if it did."""
-        return self._books.last_error
+        return self._cache.last_error
 
     @property
     def store_doubt(self) -> str:
         """Why the store may forget who has which server; empty if nothing speaks for that."""
-        return self._books.ledger.doubt
+        return self._cache.ledger.doubt
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Keep what is held and follow the others until cancelled. Logins that are held then are left to their leases; see `close`."""
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(keep_going, "telling of reservations", self.tidings.run)
-            nursery.start_soon(keep_going, "asking the store", self._books.run)
+            nursery.start_soon(keep_going, "telling of reservations", self.reporter.run)
+            nursery.start_soon(keep_going, "asking the store", self._cache.run)
             await nursery.start(self.upkeep.run)
             task_status.started()
 
@@ -96,31 +96,31 @@ class Reservations:
         if silence is not None:
             return self._without_store(server_id, user, attempt, silence)
         with self._unseen(server_id, "", attempt, ENTRY_TTL_MS) as outcomes:
-            outcomes.append(await self._books.do_soon(self._books.asks.enter(server_id, attempt.attempt_id, user, address)))
+            outcomes.append(await self._cache.do_soon(self._cache.updates.enter(server_id, attempt.attempt_id, user, address)))
         (outcome,) = outcomes
         if isinstance(outcome, StoreError):
             return self._without_store(server_id, user, attempt, outcome)
         entered, written = outcome
-        self._books.learn(server_id, written)
+        self._cache.learn(server_id, written)
         if isinstance(entered, Rejected):
             return self._refused(server_id, user, attempt, entered)
-        self.tidings.happened(ENTERED, server_id, user, attempt.attempt_id)
-        return Entered(server_id, attempt.after(Happening.ENTER))
+        self.reporter.happened(ENTERED, server_id, user, attempt.attempt_id)
+        return Entered(server_id, attempt.after(AttemptEvent.ENTER))
 
     async def go_on(self, entered: Entered, user: str) -> Entered | NotEntered:
         """Step 4: one more request of a login whose entry must still be there."""
         server_id, attempt = entered.server_id, entered.attempt
-        outcome = await self._do(self._books.asks.go_on(server_id, attempt.attempt_id))
+        outcome = await self._do(self._cache.updates.go_on(server_id, attempt.attempt_id))
         if isinstance(outcome, StoreError):
             return self._without_store(server_id, user, attempt, outcome)
         gone_on, written = outcome
-        self._books.learn(server_id, written)
+        self._cache.learn(server_id, written)
         if isinstance(gone_on, Rejected):
             return self._refused(server_id, user, attempt, gone_on)
-        return Entered(server_id, attempt.after(Happening.REQUEST))
+        return Entered(server_id, attempt.after(AttemptEvent.REQUEST))
 
     async def commit(
-        self, entered: Entered, user: str, terms: Terms, relogin: OwnerRelogin = OwnerRelogin.PREFER, known_as: str = ""
+        self, entered: Entered, user: str, terms: LeaseTerms, relogin: OwnerRelogin = OwnerRelogin.PREFER, known_as: str = ""
     ) -> Hold | NotEntered:
         """Step 5: let an authenticated login in, or not. `user` is who it has proved to be. The attempt must be AUTHENTICATED.
 
@@ -128,9 +128,9 @@ class Reservations:
         """
         server_id, attempt = entered.server_id, entered.attempt
         entry_id, login_id = attempt.attempt_id, known_as or attempt.attempt_id
-        ask = self._books.asks.commit(server_id, entry_id, login_id, user, relogin, terms.lifetime_ms)
+        ask = self._cache.updates.commit(server_id, entry_id, login_id, user, relogin, terms.lifetime_ms)
         with ExitStack() as unless_granted:
-            unless_granted.callback(self.reject, entered, Happening.REJECT)
+            unless_granted.callback(self.reject, entered, AttemptEvent.REJECT)
             answer = await self._granted(server_id, user, terms, attempt, ask, known_as)
             if isinstance(answer, Hold) or not answer.is_final:  # the store has cleared it in the same step
                 unless_granted.pop_all()
@@ -141,7 +141,7 @@ class Reservations:
         server_id: RelayId,
         user: str,
         address: str,
-        terms: Terms,
+        terms: LeaseTerms,
         relogin: OwnerRelogin = OwnerRelogin.PREFER,
         would_do: WouldDo | None = None,
     ) -> Hold | NotEntered:
@@ -149,10 +149,10 @@ class Reservations:
         do, he is refused (`elsewhere`), and this relay has learnt which one. `would_do` is called in a worker thread.
         """
         attempt = Attempt(new_id())
-        for happening in (Happening.ENTER, Happening.FORWARD, Happening.SUCCESS):
+        for happening in (AttemptEvent.ENTER, AttemptEvent.FORWARD, AttemptEvent.SUCCESS):
             attempt = attempt.after(happening)
-        self.tidings.happened(ENTERED, server_id, user, attempt.attempt_id)
-        ask = self._books.asks.take(server_id, attempt.attempt_id, user, address, relogin, would_do, terms.hold_while_sessions)
+        self.reporter.happened(ENTERED, server_id, user, attempt.attempt_id)
+        ask = self._cache.updates.take(server_id, attempt.attempt_id, user, address, relogin, would_do, terms.hold_while_sessions)
         answer = await self._granted(server_id, user, terms, attempt, ask)
         if isinstance(answer, NotEntered) and answer.reason == Reason.ELSEWHERE:
             await self.find_homes(user)
@@ -160,15 +160,15 @@ class Reservations:
 
     async def find_homes(self, user: str) -> None:
         """Read from the store which servers a user has: a grant by another relay may not have been heard of yet."""
-        silence = self._books.silence()
+        silence = self._cache.silence()
         if silence is not None:
             await trio.lowlevel.checkpoint()
             return
-        homes = await self._books.ask_soon(lambda: self._books.ledger.homes(user))
+        homes = await self._cache.ask_soon(lambda: self._cache.ledger.homes(user))
         for server_id in homes if not isinstance(homes, StoreError) else ():
             await self.look_at(RelayId(server_id), user)
 
-    def reject(self, entered: Entered, why: Happening) -> None:
+    def reject(self, entered: Entered, why: AttemptEvent) -> None:
         """The login failed, or nobody waits for it any more: its entry is taken out, as soon as the store answers. Never waits."""
         entered.attempt.after(why)
         # Without room for it, it expires; and a commit whose answer did not come is undone with its entry.
@@ -179,7 +179,7 @@ class Reservations:
         """Step 7: the login has ended. Never waits; may be repeated."""
         self.leases.end(hold)
 
-    def end_login(self, server_id: RelayId, login_id: str, terms: Terms) -> None:
+    def end_login(self, server_id: RelayId, login_id: str, terms: LeaseTerms) -> None:
         """Step 7, for a login that the store keeps, whichever relay committed it. Never waits; may be repeated."""
         standing = self.holders.standings().get(server_id)
         login = find_login(standing.record, login_id) if standing is not None else None
@@ -192,28 +192,28 @@ class Reservations:
 
     async def extend(self, server_id: RelayId, login_id: str, ttl_ms: int) -> None:
         """A login that the store keeps lasts for `ttl_ms` from now, if it has not ended. Without the store it stays as it is."""
-        outcome = await self._books.do(self._books.asks.extend(server_id, login_id, ttl_ms))
+        outcome = await self._cache.do(self._cache.updates.extend(server_id, login_id, ttl_ms))
         if not isinstance(outcome, StoreError):
-            self._books.learn(server_id, outcome[1])
+            self._cache.learn(server_id, outcome[1])
 
     async def look_at(self, server_id: RelayId, user: str = "") -> bool:
         """Read a server's record now, and write down whether it is this user's. False: the store does not answer."""
-        outcome = await self._do(self._books.asks.sweep(server_id, user))
+        outcome = await self._do(self._cache.updates.sweep(server_id, user))
         if isinstance(outcome, StoreError):
             return False
-        self._books.learn(server_id, outcome[1])
+        self._cache.learn(server_id, outcome[1])
         return True
 
     def hear(self, text: str) -> bool:
         """A message of another relay's. False: it is malformed."""
-        if self.tidings.is_own(text):
+        if self.reporter.is_own(text):
             return True
-        found = read_tidings(text)
+        found = read_events(text)
         if found is None:
             return False
         for server_id, record in found:
-            self._books.know(server_id, record)
-            tell_cleared(self.leases, self.tidings, server_id, record)
+            self._cache.know(server_id, record)
+            tell_cleared(self.leases, self.reporter, server_id, record)
         return True
 
     async def close(self) -> None:
@@ -227,9 +227,9 @@ class Reservations:
         self,
         server_id: RelayId,
         user: str,
-        terms: Terms,
+        terms: LeaseTerms,
         attempt: Attempt,
-        ask: Ask[Granted | Rejected],
+        ask: RecordUpdate[Granted | Rejected],
         known_as: str = "",
     ) -> Hold | NotEntered:
         silence = await self._silence()
@@ -237,28 +237,28 @@ class Reservations:
             return self._without_store(server_id, user, attempt, silence)
         began = self.leases.now
         with self._unseen(server_id, user, attempt, terms.lifetime_ms, known_as) as outcomes:
-            outcomes.append(await self._books.do_soon(ask))
+            outcomes.append(await self._cache.do_soon(ask))
         (outcome,) = outcomes
         if isinstance(outcome, StoreError):
             return self._without_store(server_id, user, attempt, outcome)
         granted, written = outcome
-        self._books.learn(server_id, written)
+        self._cache.learn(server_id, written)
         if isinstance(granted, Rejected):
             return self._refused(server_id, user, attempt, granted)
-        hold = Hold(server_id, user, attempt.after(Happening.GRANT), terms, granted.token, granted.record.since_ms, began)
+        hold = Hold(server_id, user, attempt.after(AttemptEvent.GRANT), terms, granted.token, granted.record.since_ms, began)
         hold.known_as, hold.ends_ms = known_as, self._view.now_ms + terms.lifetime_ms
         self.leases.was_granted(hold.login_id)
         self.leases.add(hold)
-        self.tidings.happened(COMMITTED, server_id, user, hold.login_id, granted.record)
+        self.reporter.happened(COMMITTED, server_id, user, hold.login_id, granted.record)
         return hold
 
-    async def _do(self, ask: Ask[T]) -> tuple[T, Written] | StoreError:
+    async def _do(self, ask: RecordUpdate[T]) -> tuple[T, Written] | StoreError:
         """Take a step for a client that waits, and that can be told if the store is away."""
         silence = await self._silence()
-        return silence if silence is not None else await self._books.do_soon(ask)
+        return silence if silence is not None else await self._cache.do_soon(ask)
 
     async def _silence(self) -> StoreError | None:
-        silence = self._books.silence()
+        silence = self._cache.silence()
         if silence is not None:
             await trio.lowlevel.checkpoint()
         return silence
@@ -280,18 +280,18 @@ class Reservations:
                 self.leases.end(ghost)
 
     def _ghost(self, server_id: RelayId, user: str, attempt: Attempt, lifetime_ms: int) -> Hold:
-        hold = Hold(server_id, user, attempt, Terms(lifetime_ms=lifetime_ms), Record().token, 0, self.leases.now)
+        hold = Hold(server_id, user, attempt, LeaseTerms(lifetime_ms=lifetime_ms), Record().token, 0, self.leases.now)
         hold.ends_ms = self._view.now_ms + lifetime_ms
         return hold
 
     def _without_store(self, server_id: RelayId, user: str, attempt: Attempt, exc: StoreError) -> NotEntered:
-        self.tidings.rejected(server_id, user, attempt.attempt_id, NO_STORE)
+        self.reporter.rejected(server_id, user, attempt.attempt_id, NO_STORE)
         text = "reserved servers cannot be given out while the cluster's store does not answer"
         logger.warning("%s: %s", text, exc)
         return NotEntered(NO_STORE, text, True, attempt)
 
     def _refused(self, server_id: RelayId, user: str, attempt: Attempt, rejected: Rejected) -> NotEntered:
-        self.tidings.rejected(server_id, user, attempt.attempt_id, rejected.reason)
+        self.reporter.rejected(server_id, user, attempt.attempt_id, rejected.reason)
         is_final = rejected.reason in (Reason.UNSETTLED, Reason.STALE)
         return NotEntered(rejected.reason, refusal_text(rejected.reason), is_final, attempt, rejected.holder)
 

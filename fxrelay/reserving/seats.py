@@ -9,8 +9,8 @@ from fxrelay.balance.holders import Holders
 from fxrelay.balance.reservations import Reason
 from fxrelay.balance.seating import SeatRules
 from fxrelay.delivery.ports import NotTaken, Taken, Then
-from fxrelay.reserving.asks import WouldDo
-from fxrelay.reserving.leases import Hold, Terms
+from fxrelay.reserving.leases import Hold, LeaseTerms
+from fxrelay.reserving.record_updates import WouldDo
 from fxrelay.reserving.reservations import NotEntered, Reservations
 from fxtunnel.model import RelayId
 
@@ -40,7 +40,7 @@ class StreamSeat:
             return NotTaken(f"{self._server_id} is for one user only, and whose stream it is cannot be told", Then.GIVE_UP)
         rules = self._rules
         answer = await self._reservations.take(
-            self._server_id, self._user, self._user, Terms(rules.linger_ms, rules.hold_while_sessions), rules.relogin, self._would_do
+            self._server_id, self._user, self._user, LeaseTerms(rules.linger_ms, rules.hold_while_sessions), rules.relogin, self._would_do
         )
         if isinstance(answer, NotEntered):
             then = Then.AGAIN if answer.reason in _QUICKER else Then.ELSEWHERE

@@ -9,12 +9,12 @@ import trio
 
 from fxrelay.balance.reservations import Granted, Record, Rejected
 from fxrelay.cluster.view import ClusterView
-from fxrelay.reserving.asks import Ask
-from fxrelay.reserving.books import AT_ONCE, Books
+from fxrelay.reserving.event_reporter import LOST, REASSERTED, RELEASED
 from fxrelay.reserving.kept import adopt_kept, learn_kept
 from fxrelay.reserving.leases import Hold, Leases
 from fxrelay.reserving.ledger import Written
-from fxrelay.reserving.tidings import LOST, REASSERTED, RELEASED
+from fxrelay.reserving.record_updates import RecordUpdate
+from fxrelay.reserving.reservation_cache import AT_ONCE, ReservationCache
 from fxtunnel.errors import StoreError
 from fxtunnel.kit.process import keep_going
 from fxtunnel.model import RelayId, is_name
@@ -28,12 +28,12 @@ OVERDUE: Final = 0.9
 class Upkeep:
     """The leases of this relay's logins, and what the others have. `run` it once."""
 
-    def __init__(self, books: Books, leases: Leases, view: ClusterView) -> None:
+    def __init__(self, cache: ReservationCache, leases: Leases, view: ClusterView) -> None:
         self.may_have_sessions: Callable[[RelayId, str, int], bool] = lambda server_id, user, since_ms: False
-        """Whether a user has sessions on a server, or it has not told since then (the store's clock): for `Terms.hold_while_sessions`."""
+        """Whether a user has sessions on a server, or has not told since (the store's clock): for `LeaseTerms.hold_while_sessions`."""
         self.has_read = False
         """Whether all records have been read once."""
-        self._books = books
+        self._cache = cache
         self._leases = leases
         self._view = view
 
@@ -45,17 +45,17 @@ class Upkeep:
             nursery.start_soon(keep_going, "renewing reservations", partial(self._keep_renewing, looked))
             await looked.wait()
             nursery.start_soon(keep_going, "reading reservations", self._keep_reading)
-            if self._books.config.on_lost_lease == "end":
+            if self._cache.config.on_lost_lease == "end":
                 nursery.start_soon(keep_going, "ending overdue reservations", self._end_overdue)
             task_status.started()
 
     async def _keep_renewing(self, has_looked: trio.Event) -> None:
         # Five times per lease: after an outage too short to be noticed, every holder renews before its lease is over (settling.py).
-        every_s = self._books.config.lease_s / 5
+        every_s = self._cache.config.lease_s / 5
         warned_of = doubt = ""
         while True:
             try:
-                looked = await self._books.ask(self._books.ledger.look)
+                looked = await self._cache.ask(self._cache.ledger.look)
             finally:
                 has_looked.set()
             if isinstance(looked, StoreError):
@@ -67,7 +67,7 @@ class Upkeep:
                     "the store is new, or has forgotten who has which server: none is given out for %.1f s",
                     looked.settles_in_ms(looked.seen_ms) / 1000,
                 )
-            doubt, doubted = self._books.ledger.doubt, doubt
+            doubt, doubted = self._cache.ledger.doubt, doubt
             if doubt and doubt != doubted:
                 logger.warning("%s", doubt)
             began = trio.current_time()
@@ -79,7 +79,7 @@ class Upkeep:
 
     def _forgotten(self) -> list[Hold]:
         """Logins that the store kept, before it forgot."""
-        return [hold for hold in self._leases.kept() if hold.token.epoch != self._books.ledger.epoch and hold.ends_ms > self._view.now_ms]
+        return [hold for hold in self._leases.kept() if hold.token.epoch != self._cache.ledger.epoch and hold.ends_ms > self._view.now_ms]
 
     async def _renew(self, hold: Hold, limiter: trio.CapacityLimiter) -> None:
         async with limiter, hold.lock:
@@ -87,14 +87,14 @@ class Upkeep:
                 return
             began = self._leases.now
             ttl_ms = max(1, hold.ends_ms - self._view.now_ms) if hold.is_kept else 0
-            outcome = await self._books.do(self._renewing(hold, ttl_ms))
+            outcome = await self._cache.do(self._renewing(hold, ttl_ms))
             if isinstance(outcome, StoreError):
                 return
             granted, written = outcome
-            self._books.learn(hold.server_id, written)
+            self._cache.learn(hold.server_id, written)
             if isinstance(granted, Granted):
                 if granted.token.epoch != hold.token.epoch:
-                    self._books.tidings.happened(REASSERTED, hold.server_id, hold.user, hold.login_id, granted.record)
+                    self._cache.reporter.happened(REASSERTED, hold.server_id, hold.user, hold.login_id, granted.record)
                 hold.token, hold.confirmed_at = granted.token, began
             else:
                 self._lose(hold, f"it was given to {granted.holder or 'somebody else'} since")
@@ -103,14 +103,14 @@ class Upkeep:
         """Give up logins that could not be renewed, a little before anybody else can be let in."""
         while True:
             for hold in self._leases.holds():
-                if self._leases.now - hold.confirmed_at > OVERDUE * self._books.config.lease_s:
+                if self._leases.now - hold.confirmed_at > OVERDUE * self._cache.config.lease_s:
                     self._lose(hold, "it could not be renewed in time")
-            await trio.sleep(self._books.config.lease_s / 50)
+            await trio.sleep(self._cache.config.lease_s / 50)
 
     def _lose(self, hold: Hold, why: str) -> None:
         if not (hold.is_lost or hold.is_ending):
             logger.warning("%s is lost to %s: %s", hold.server_id, hold.user, why)
-            self._books.tidings.happened(LOST, hold.server_id, hold.user, hold.login_id)
+            self._cache.reporter.happened(LOST, hold.server_id, hold.user, hold.login_id)
             self._leases.lose(hold)
 
     async def _keep_releasing(self) -> None:
@@ -119,7 +119,7 @@ class Upkeep:
                 await self._leases.something_ends.wait()
             self._leases.something_ends = trio.Event()
             await self.release_all()
-            if self._leases.has_ending and self._books.last_error:
+            if self._leases.has_ending and self._cache.last_error:
                 await trio.sleep(1.0)
             elif self._leases.has_ending:
                 # What has ended meanwhile is told at once; what could not be told, or may not be yet, is tried again.
@@ -145,7 +145,7 @@ class Upkeep:
         for hold in holds:
             hold.lock.acquire_nowait()
         try:
-            outcomes = await self._books.do_all([self._releasing(hold) for hold in holds])
+            outcomes = await self._cache.do_all([self._releasing(hold) for hold in holds])
         finally:
             for hold in holds:
                 hold.lock.release()
@@ -159,36 +159,36 @@ class Upkeep:
                 if self.may_have_sessions(hold.server_id, hold.user, hold.ended_ms):
                     await self._put_off(hold)
                     return
-            self._released(hold, await self._books.do(self._releasing(hold)))
+            self._released(hold, await self._cache.do(self._releasing(hold)))
 
     async def _put_off(self, hold: Hold) -> None:
         """His sessions keep the server. This is written down, so that other relays see to it should this one go (`_keep_for_sessions`)."""
-        hold.not_before = self._leases.now + self._books.config.lease_s / 5
-        if hold.token.epoch != self._books.ledger.epoch:  # the store has forgotten
-            again = await self._books.do(self._renewing(hold, 0))
+        hold.not_before = self._leases.now + self._cache.config.lease_s / 5
+        if hold.token.epoch != self._cache.ledger.epoch:  # the store has forgotten
+            again = await self._cache.do(self._renewing(hold, 0))
             if not isinstance(again, StoreError) and isinstance(again[0], Granted):
                 hold.token = again[0].token
-        outcome = await self._books.do(self._books.asks.put_off(hold.server_id, hold.login_id, hold.user))
+        outcome = await self._cache.do(self._cache.updates.put_off(hold.server_id, hold.login_id, hold.user))
         if isinstance(outcome, StoreError):
             return
         record, written = outcome
         if all(login.login_id != hold.login_id for login in record.logins):  # another one of his is there for it, or an administrator was
             self._released(hold, outcome)
         else:
-            self._books.learn(hold.server_id, written)
+            self._cache.learn(hold.server_id, written)
 
-    def _renewing(self, hold: Hold, ttl_ms: int) -> Ask[Granted | Rejected]:
+    def _renewing(self, hold: Hold, ttl_ms: int) -> RecordUpdate[Granted | Rejected]:
         is_for_sessions = hold.terms.hold_while_sessions and not ttl_ms
-        return self._books.asks.renew(hold.server_id, hold.login_id, hold.user, hold.token, hold.since_ms, ttl_ms, is_for_sessions)
+        return self._cache.updates.renew(hold.server_id, hold.login_id, hold.user, hold.token, hold.since_ms, ttl_ms, is_for_sessions)
 
-    def _releasing(self, hold: Hold) -> Ask[Record]:
+    def _releasing(self, hold: Hold) -> RecordUpdate[Record]:
         if hold.is_unseen:
-            return self._books.asks.give_up(hold.server_id, hold.attempt.attempt_id, hold.login_id, hold.user)
-        return self._books.asks.release(hold.server_id, hold.login_id, hold.user, hold.terms.linger_ms)
+            return self._cache.updates.give_up(hold.server_id, hold.attempt.attempt_id, hold.login_id, hold.user)
+        return self._cache.updates.release(hold.server_id, hold.login_id, hold.user, hold.terms.linger_ms)
 
     def _released(self, hold: Hold, outcome: tuple[Record, Written] | Exception) -> None:
         if isinstance(outcome, StoreError):
-            is_long_ago = self._leases.now - hold.confirmed_at > 2 * self._books.config.lease_s
+            is_long_ago = self._leases.now - hold.confirmed_at > 2 * self._cache.config.lease_s
             if hold.ends_ms <= self._view.now_ms if hold.is_kept else is_long_ago:
                 self._leases.ended(hold)  # by its lease, or by its time
             return
@@ -196,56 +196,56 @@ class Upkeep:
             raise outcome
         _, written = outcome
         self._leases.ended(hold)
-        self._books.learn(hold.server_id, written)
+        self._cache.learn(hold.server_id, written)
         if not hold.is_unseen:
-            self._books.tidings.happened(RELEASED, hold.server_id, hold.user, hold.login_id, written.record)
+            self._cache.reporter.happened(RELEASED, hold.server_id, hold.user, hold.login_id, written.record)
 
     async def _keep_reading(self) -> None:
         """What was not heard, and what expired."""
         while True:
-            known = frozenset(self._books.holders.standings())
-            found = await self._books.ask(lambda: list(self._books.ledger.records()))
+            known = frozenset(self._cache.holders.standings())
+            found = await self._cache.ask(lambda: list(self._cache.ledger.records()))
             if not isinstance(found, StoreError):
                 for start in range(0, len(found), SLICE):
                     for server_id, record in found[start : start + SLICE]:
                         if is_name(server_id):
-                            self._books.know(RelayId(server_id), record)
-                            adopt_kept(self._leases, self._books.config.relay_id, RelayId(server_id), record, self._books.ledger.lease_ms)
+                            self._cache.know(RelayId(server_id), record)
+                            adopt_kept(self._leases, self._cache.config.relay_id, RelayId(server_id), record, self._cache.ledger.lease_ms)
                     await trio.lowlevel.checkpoint()
                 # What was learned while it was read may not have been there yet.
-                self._books.holders.forget(known - {server_id for server_id, _ in found})
-                records = {server_id: standing.record for server_id, standing in self._books.holders.standings().items()}
-                learn_kept(self._leases, self._books.tidings, records, self._view.now_ms)
+                self._cache.holders.forget(known - {server_id for server_id, _ in found})
+                records = {server_id: standing.record for server_id, standing in self._cache.holders.standings().items()}
+                learn_kept(self._leases, self._cache.reporter, records, self._view.now_ms)
                 self.has_read = True
                 await self._keep_for_sessions()
                 await self._sweep()
-            await trio.sleep(self._books.config.lease_s / 3)
+            await trio.sleep(self._cache.config.lease_s / 3)
 
     async def _keep_for_sessions(self) -> None:
         """Keep servers for users who still have sessions there, if the relay that let them in is gone."""
-        soon_ms = self._view.now_ms + self._books.ledger.lease_ms // 2  # a relay that lives has renewed before that
-        for server_id, standing in list(self._books.holders.standings().items()):
+        soon_ms = self._view.now_ms + self._cache.ledger.lease_ms // 2  # a relay that lives has renewed before that
+        for server_id, standing in list(self._cache.holders.standings().items()):
             for login in standing.record.logins:
                 is_ours = self._leases.is_ending(login.login_id) or self._leases.get(login.login_id) is not None
                 if is_ours or not login.is_for_sessions or login.expires_ms > soon_ms:
                     continue
                 if self.may_have_sessions(server_id, login.user, login.expires_ms - login.ttl_ms):
-                    outcome = await self._books.do(self._books.asks.put_off(server_id, login.login_id, login.user))
+                    outcome = await self._cache.do(self._cache.updates.put_off(server_id, login.login_id, login.user))
                     if isinstance(outcome, StoreError):
                         return
-                    self._books.learn(server_id, outcome[1])
+                    self._cache.learn(server_id, outcome[1])
 
     async def _sweep(self) -> None:
         now_ms = self._view.now_ms
-        standings = self._books.holders.standings()
+        standings = self._cache.holders.standings()
         over = {
             (server_id, standing.record.holder)
             for server_id, standing in standings.items()
             if any(login.expires_ms < now_ms for login in standing.record.logins)
         }
-        untidied, self._books.untidied = self._books.untidied, set()
+        untidied, self._cache.untidied = self._cache.untidied, set()
         for server_id, user in over | untidied:
-            outcome = await self._books.do(self._books.asks.sweep(server_id, user))
+            outcome = await self._cache.do(self._cache.updates.sweep(server_id, user))
             if isinstance(outcome, StoreError):
                 return
-            self._books.learn(server_id, outcome[1])
+            self._cache.learn(server_id, outcome[1])

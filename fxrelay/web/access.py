@@ -7,7 +7,7 @@ logger = logging.getLogger("fxrelay.access")
 
 
 @dataclass(slots=True)
-class Visit:
+class RequestRecord:
     """One request, as far as it has come. Times are monotonic seconds. `why` is empty as long as nothing ended it early."""
 
     trace: str

@@ -8,18 +8,17 @@ from functools import partial
 
 import trio
 
-from fxrelay.admitting.porter import Porter
+from fxrelay.admitting.stream_admission import StreamAdmission
 from fxrelay.delivery.delivery import DeliveryDesk
 from fxrelay.delivery.identity import identity_of
 from fxrelay.delivery.ports import Wanted
 from fxrelay.delivery.services import AnyService, PoolService
-from fxrelay.web.access import Visit
+from fxrelay.web.access import RequestRecord
 from fxrelay.web.access import logger as access_log
 from fxrelay.web.affinity import CookieAffinity
 from fxrelay.web.client import ClientGone, ClientSide
-from fxrelay.web.entrance import Entrance
 from fxrelay.web.exchange import CutOff, Exchange, Order, StaleLink
-from fxrelay.web.express import Express, Handed, Plan, Served, Terms
+from fxrelay.web.fast_path import FastPath, FastPathRules, Handed, Plan, Served
 from fxrelay.web.forwarding import Origin
 from fxrelay.web.heads import BadHead, RequestHead, ResponseHead, parse_request
 from fxrelay.web.holding import WholeSender, answer_whole, read_whole, while_there
@@ -27,6 +26,7 @@ from fxrelay.web.judging import Asked, Judge, admitted, watched
 from fxrelay.web.link import ServiceLink
 from fxrelay.web.ports import HeldRequest, NodeChooser, RequestGate, Unable, WebLimits, WebRules
 from fxrelay.web.reaching import Held, Reacher
+from fxrelay.web.request_auth import RequestAuth
 from fxrelay.web.secure import HandshakeFailed, HandshakeTurns, end_tls
 from fxrelay.web.upgrade import UpgradedDelivery, copy_both_ways
 from fxtunnel.codes import Code
@@ -50,7 +50,7 @@ class Surroundings:
     given_back: set["WebConnection"]
     """Connections whose stream has been given back to the pump, after an upgrade."""
     own_id: RelayId
-    porter: Porter | None
+    admission: StreamAdmission | None
     handshakes: HandshakeTurns
 
 
@@ -70,14 +70,14 @@ class WebConnection:
         self._rules = rules
         self._opening = opening
         self._client: ClientSide | None = None
-        self._express: Express | None = None
+        self._fast_path: FastPath | None = None
         wanted = Wanted(rules.name, opening.client, GatewayId(""), opening.trace)
         self._reacher = Reacher(around.desk, around.chooser, service, opening, wanted)
         is_tls = rules.tls is not None or opening.scheme in ("https", "tls")
         self._origin = Origin.of(opening.client, "https" if is_tls else "http")
-        self._entrance = self._new_entrance() if rules.is_guarded else None
+        self._auth = self._new_entrance() if rules.is_guarded else None
         self._gate = around.gate if around.gate is not None and around.gate.concerns(rules.name) else None
-        self._judge = Judge(rules, service, opening, self._origin, only, around.own_id, self._entrance)
+        self._judge = Judge(rules, service, opening, self._origin, only, around.own_id, self._auth)
         self._visit = self._new_visit()
         tunnel.on_broken = self.scope.cancel
 
@@ -101,19 +101,19 @@ class WebConnection:
                 self.tunnel.end()
             elif not self.is_given_back:
                 self.tunnel.reset(self.tunnel.broken or Code.CANCELLED)
-            if self._express is not None:
-                self._express.stop()
+            if self._fast_path is not None:
+                self._fast_path.stop()
             self._reacher.close()
-            if self._entrance is not None:
-                self._entrance.close()
+            if self._auth is not None:
+                self._auth.close()
 
     def drain(self) -> None:
         """End after the request that is being answered; at once, if there is none."""
         self.is_draining = True
         if self._client is not None:
             self._client.stop_waiting()
-        if self._express is not None:
-            self._express.drain()
+        if self._fast_path is not None:
+            self._fast_path.drain()
 
     async def _serve(self) -> None:
         limits, stream = self._around.limits, self.tunnel
@@ -123,10 +123,10 @@ class WebConnection:
             tls = await end_tls(stream, self._rules.tls, limits.head_timeout_s, self._around.handshakes, source)
         self._client = client = ClientSide(tls or stream, limits)
         if tls is None and self._gate is None and not self._rules.is_guarded:
-            self._express = self._new_express(client)
+            self._fast_path = self._new_express(client)
         keeps_on, is_first = True, True
         while keeps_on and not self.is_draining:
-            handed = Handed() if self._express is None or is_first else await self._express.wait()
+            handed = Handed() if self._fast_path is None or is_first else await self._fast_path.wait()
             if handed.unsent:
                 await client.send(handed.unsent)
             if handed.is_over:
@@ -151,11 +151,11 @@ class WebConnection:
             with trio.move_on_after(limits.head_timeout_s):
                 await tls.aclose()
 
-    def _new_express(self, client: ClientSide) -> Express:
+    def _new_express(self, client: ClientSide) -> FastPath:
         rules, limits = self._rules, self._around.limits
         has_node_paths = rules.node_paths and isinstance(self._service, PoolService)
-        terms = Terms(self._plan, self._served, has_node_paths, rules.response_timeout_s, limits.keep_alive_s)
-        return Express(self._around.desk.reactor, self.tunnel, client, self._reacher, terms)
+        terms = FastPathRules(self._plan, self._served, has_node_paths, rules.response_timeout_s, limits.keep_alive_s)
+        return FastPath(self._around.desk.reactor, self.tunnel, client, self._reacher, terms)
 
     def _plan(self, raw: bytes) -> Plan | None:
         """What is the same for all requests with the header fields of this one; None if they need a task."""
@@ -174,7 +174,7 @@ class WebConnection:
         """From the reactor: a request was answered."""
         if not access_log.isEnabledFor(logging.INFO):
             return
-        visit = Visit(self._opening.trace, self._rules.name, self._opening.client, served.began)
+        visit = RequestRecord(self._opening.trace, self._rules.name, self._opening.client, served.began)
         visit.method, visit.host = served.method.decode(), served.plan.host
         visit.path = served.path.partition(b"?")[0].decode()
         visit.status, visit.node, visit.way = served.status, served.link.node or "", served.link.way
@@ -219,8 +219,8 @@ class WebConnection:
             self._reacher.for_user(asked.shown.caller.user, asked.shown.caller.groups)
         if gate is not None:
             asked = await admitted(gate, asked)
-            if self._entrance is not None:
-                self._entrance.count_for(asked.passed.user)
+            if self._auth is not None:
+                self._auth.count_for(asked.passed.user)
         if asked.passed.held is not None:
             return await self._hold(head, asked, asked.passed.held)
         assert self._client is not None
@@ -264,9 +264,9 @@ class WebConnection:
 
     async def _use(self, asked: Asked, link: ServiceLink) -> None:
         """Ask what can only be asked once the node is known. Aborts the link and raises Refused if the answer is no."""
-        if self._entrance is not None and asked.shown is not None:
+        if self._auth is not None and asked.shown is not None:
             try:
-                await self._entrance.use(asked.shown.caller, link.node or self._around.own_id)
+                await self._auth.use(asked.shown.caller, link.node or self._around.own_id)
             except BaseException:
                 link.abort()
                 raise
@@ -380,17 +380,17 @@ class WebConnection:
         await client.send(answer.head + connection + b"\r\n" + body)
         visit.bytes_out = len(body)
 
-    def _new_entrance(self) -> Entrance | None:
-        porter, opening, rules = self._around.porter, self._opening, self._rules
-        if porter is None:
+    def _new_entrance(self) -> RequestAuth | None:
+        admission, opening, rules = self._around.admission, self._opening, self._rules
+        if admission is None:
             return None
-        guest = porter.receive(rules.name, opening.client, opening.trace)
+        client_admission = admission.receive(rules.name, opening.client, opening.trace)
         count = partial(self._around.desk.count_refusal, self._service)
-        return Entrance(guest, rules.passes, opening.ticket, count, takes_bearers=rules.takes_bearers)
+        return RequestAuth(client_admission, rules.passes, opening.ticket, count, takes_bearers=rules.takes_bearers)
 
-    def _new_visit(self) -> Visit:
+    def _new_visit(self) -> RequestRecord:
         opening = self._opening
-        return Visit(opening.trace, self._rules.name, opening.client, trio.current_time())
+        return RequestRecord(opening.trace, self._rules.name, opening.client, trio.current_time())
 
 
 def _refusal(bad: BadHead) -> Refused:

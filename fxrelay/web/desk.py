@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 import trio
 
-from fxrelay.admitting.porter import Porter
+from fxrelay.admitting.stream_admission import StreamAdmission
 from fxrelay.delivery.delivery import DeliveryDesk
 from fxrelay.delivery.services import AnyService, PoolService
 from fxrelay.web.connection import Surroundings, WebConnection
@@ -51,7 +51,7 @@ class WebDesk:
         self._chooser = chooser
         self._own_id = own_id
         self._gate = gate
-        self.porter: Porter | None = None
+        self.admission: StreamAdmission | None = None
         """Who admits the requests of guarded services; without one nobody gets in."""
         self.others_may: Callable[[ServiceName, GatewayId], bool] = lambda service, gateway_id: False
         """Whether another relay may serve what the gate of this one finds that it cannot decide."""
@@ -131,7 +131,7 @@ class WebDesk:
         if opening.via is not None and isinstance(service, PoolService):
             only = self._own_id  # PROTOCOL.md, 6: whoever was redirected to serves the stream itself
         around = Surroundings(
-            self._desk, self._chooser, self.limits, self._gate, self._given_back, self._own_id, self.porter, self.handshakes
+            self._desk, self._chooser, self.limits, self._gate, self._given_back, self._own_id, self.admission, self.handshakes
         )
         connection = WebConnection(around, arrival.tunnel, service, arrival.rules, opening, only)
         self.connections.add(connection)

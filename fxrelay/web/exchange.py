@@ -6,7 +6,7 @@ from typing import Final
 
 import trio
 
-from fxrelay.web.access import Visit
+from fxrelay.web.access import RequestRecord
 from fxrelay.web.bodies import LAST_CHUNK, BadBody, chunk
 from fxrelay.web.client import ClientGone, ClientSide
 from fxrelay.web.forwarding import Answer, Backward, answer_back, response_back, switched_back
@@ -56,7 +56,7 @@ class Outcome:
 class Exchange:
     """Runs once. The client's bytes behind the request stay in its scanner, the service's in the link's."""
 
-    def __init__(self, client: ClientSide, link: ServiceLink, order: Order, visit: Visit) -> None:
+    def __init__(self, client: ClientSide, link: ServiceLink, order: Order, visit: RequestRecord) -> None:
         self._client = client
         self._link = link
         self._order = order

@@ -8,7 +8,7 @@ from typing import Final
 import trio
 
 from fxrelay.delivery.ports import Node, NoNode
-from fxrelay.web.access import Visit
+from fxrelay.web.access import RequestRecord
 from fxrelay.web.bodies import BadBody, request_body, response_body
 from fxrelay.web.client import ClientGone, ClientSide
 from fxrelay.web.exchange import MAX_INTERIM
@@ -108,7 +108,7 @@ class WholeSender:
         self._method = head.method
         self._data = wire(replace(head, length=length, fields=fields)) + body
         self._timeout_s = timeout_s
-        self.visit: Visit | None = None
+        self.visit: RequestRecord | None = None
         self.before: Callable[[], None] = lambda: None
         """Called when a node is about to get the request."""
 

@@ -9,19 +9,19 @@ from typing import Final
 import trio
 
 from fxrelay.delivery.services import AnyService, PoolService
-from fxrelay.web.access import Visit
-from fxrelay.web.entrance import Entrance, Shown
+from fxrelay.web.access import RequestRecord
 from fxrelay.web.exchange import REPEATABLE
 from fxrelay.web.forwarding import Onward, Origin, request_onward, wanted_upgrade
 from fxrelay.web.heads import RequestHead
-from fxrelay.web.ports import Passage, RequestFacts, RequestGate, WebRules
-from fxrelay.web.reaching import Wish
+from fxrelay.web.ports import Allow, RequestFacts, RequestGate, WebRules
+from fxrelay.web.reaching import NodePreference
+from fxrelay.web.request_auth import RequestAuth, Shown
 from fxrelay.web.targets import NodePath, Target, is_served, read_target, split_node_path
 from fxtunnel.kit.answers import Refused
 from fxtunnel.model import RelayId
 from fxtunnel.protocol.opening import Opening
 
-_NOTHING_SAID: Final = Passage()
+_NOTHING_SAID: Final = Allow()
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,10 +31,10 @@ class Asked:
     head: RequestHead
     target: Target
     onward: Onward
-    wish: Wish
+    wish: NodePreference
     facts: RequestFacts
     shown: Shown | None
-    passed: Passage
+    passed: Allow
 
 
 class Judge:
@@ -48,7 +48,7 @@ class Judge:
         origin: Origin,
         only: RelayId | None,
         own_id: RelayId,
-        entrance: Entrance | None,
+        auth: RequestAuth | None,
     ) -> None:
         self._rules = rules
         self._is_pool = isinstance(service, PoolService)
@@ -56,9 +56,9 @@ class Judge:
         self._origin = origin
         self._only = only
         self._own_id = own_id
-        self._entrance = entrance
+        self._auth = auth
 
-    def judge(self, head: RequestHead, visit: Visit) -> Asked:
+    def judge(self, head: RequestHead, visit: RequestRecord) -> Asked:
         """What to do with a request; notes in `visit` what it is.
 
         Raises:
@@ -79,16 +79,16 @@ class Judge:
             head, target = shown.head, replace(target, path=shown.path)
         upgrade = wanted_upgrade(head)
         again = head.method in REPEATABLE and not head.has_body
-        onward, wish = Onward(target.path, upgrade=upgrade), Wish(self._only, is_repeatable=again)
+        onward, wish = Onward(target.path, upgrade=upgrade), NodePreference(self._only, is_repeatable=again)
         if self._is_pool:
             named = split_node_path(target.path) if rules.node_paths else None
             if named is not None:
                 onward = Onward(named.path, named.prefix, upgrade)
-                wish = Wish(self._named(named), is_repeatable=again)
+                wish = NodePreference(self._named(named), is_repeatable=again)
             elif self._only is None and rules.affinity is not None:
-                wish = Wish(may=rules.affinity.node_of(head), is_repeatable=again)
-        if self._entrance is not None and shown is not None:
-            only = self._entrance.bind(shown.caller, wish.must if self._is_pool else self._own_id)
+                wish = NodePreference(may=rules.affinity.node_of(head), is_repeatable=again)
+        if self._auth is not None and shown is not None:
+            only = self._auth.bind(shown.caller, wish.must if self._is_pool else self._own_id)
             wish = replace(wish, must=only) if self._is_pool else wish
         return Asked(head, target, onward, wish, self._facts(head, target, wish, visit), shown, _NOTHING_SAID)
 
@@ -104,11 +104,11 @@ class Judge:
         """Who asks, where not everybody may. Raises Refused."""
         if not self._rules.is_guarded:
             return None
-        if self._entrance is None:
+        if self._auth is None:
             raise Refused(503, "NoService", "The service is not available at the moment.", detail="nobody here admits anyone")
-        return self._entrance.identify(head, target.path, time.time())
+        return self._auth.identify(head, target.path, time.time())
 
-    def _facts(self, head: RequestHead, target: Target, wish: Wish, visit: Visit) -> RequestFacts:
+    def _facts(self, head: RequestHead, target: Target, wish: NodePreference, visit: RequestRecord) -> RequestFacts:
         inner = target.path
         if self._rules.node_paths and split_node_path(inner) is not None:
             inner = b"/" + b"".join(inner.split(b"/", 3)[3:])
@@ -141,16 +141,16 @@ async def admitted(gate: RequestGate, asked: Asked) -> Asked:
     """
     passed, wish = await gate.admit(asked.facts), asked.wish
     if passed.node is not None:
-        wish = Wish(passed.node, is_repeatable=wish.is_repeatable)
+        wish = NodePreference(passed.node, is_repeatable=wish.is_repeatable)
     elif wish.must in passed.closed:
         raise Refused(403, "Reserved", "This node is reserved for another user.")
     elif wish.may in passed.closed:
-        wish = Wish(is_repeatable=wish.is_repeatable)
+        wish = NodePreference(is_repeatable=wish.is_repeatable)
     return replace(asked, wish=wish, passed=passed)
 
 
 @contextmanager
-def watched(passed: Passage, scope: trio.CancelScope) -> Iterator[None]:
+def watched(passed: Allow, scope: trio.CancelScope) -> Iterator[None]:
     """While the block runs, the connection ends when what it leads to has to."""
     if passed.watch is None:
         yield

@@ -128,7 +128,7 @@ class HeldRequest(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Passage:
+class Allow:
     """Go on. With `node`: to that one, whatever path and affinity say. Never to those of `closed`: affinity to one of them is forgotten,
     a path that names one is refused. `held`: it is held, and this decides about it. `watch` gets what is to be called when what the request
     leads to has to end.
@@ -151,7 +151,7 @@ class RequestGate(Protocol):
     def concerns(self, service: ServiceName) -> bool:
         """Whether it asks anything of this service's requests. Others are not shown to it."""
 
-    async def admit(self, request: RequestFacts) -> Passage:
+    async def admit(self, request: RequestFacts) -> Allow:
         """Before anything is sent to a node."""
 
     async def answered(self, request: RequestFacts, node: RelayId | None, status: int, fields: Sequence[Field]) -> Sequence[bytes]:

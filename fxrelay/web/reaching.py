@@ -52,7 +52,7 @@ class Held:
 
 
 @dataclass(frozen=True, slots=True)
-class Wish:
+class NodePreference:
     """Which node a request should go to. `must`: named by its path or by the stream, nobody else will do. `may`: where it was before.
 
     `is_repeatable`: the request may be sent again, should an idle connection turn out to be dead.
@@ -78,7 +78,7 @@ class Reacher:
         """Whose requests come from here on, as a ticket says."""
         self._wanted = replace(self._wanted, user=user, groups=groups, is_proven=bool(user))
 
-    async def reach(self, wish: Wish, held: Held) -> tuple[ServiceLink, bool]:
+    async def reach(self, wish: NodePreference, held: Held) -> tuple[ServiceLink, bool]:
         """A link to the service, idle or new; and whether its node was chosen just now. `held` gets the claim.
 
         Raises:
@@ -132,7 +132,7 @@ class Reacher:
             link.close()
         self._idle.clear()
 
-    def _take_idle(self, node: RelayId | None, wish: Wish) -> ServiceLink | None:
+    def _take_idle(self, node: RelayId | None, wish: NodePreference) -> ServiceLink | None:
         link = self._idle.pop(node, None)
         if link is not None:
             link.on_readable = None
@@ -157,7 +157,7 @@ class Reacher:
         held.take(node.claim)
         return await self.to_node(node, held)
 
-    async def _chosen(self, wish: Wish, held: Held) -> ServiceLink:
+    async def _chosen(self, wish: NodePreference, held: Held) -> ServiceLink:
         excluded = frozenset() if wish.may is None else frozenset({wish.may})
         problem: NoNode | None = None
         for _ in range(MAX_NODES):

@@ -5,7 +5,7 @@ from functools import partial
 
 import trio
 
-from fxrelay.web.access import Visit
+from fxrelay.web.access import RequestRecord
 from fxrelay.web.bodies import LAST_CHUNK, BadBody, chunk, request_body
 from fxrelay.web.client import ClientSide
 from fxrelay.web.link import ServiceLink
@@ -20,7 +20,7 @@ class Upload:
     A task feeds it with what has arrived already, then lets it `pass_on` the rest, and does by itself what needs waiting or refusing.
     """
 
-    def __init__(self, client: ClientSide, link: ServiceLink, visit: Visit, length: int | None, max_body_bytes: int) -> None:
+    def __init__(self, client: ClientSide, link: ServiceLink, visit: RequestRecord, length: int | None, max_body_bytes: int) -> None:
         self._client = client
         self._link = link
         self._visit = visit

@@ -9,11 +9,11 @@ from delivery_rig import GATEWAY, ScriptedChooser
 from plane import SERVICE, Plane, RelaySide
 
 from fxrelay.admitting.memory import Use
-from fxrelay.admitting.owner import Question
-from fxrelay.admitting.porter import EntryRules, Porter
+from fxrelay.admitting.owner import OwnerQuery
 from fxrelay.admitting.quotas import NO_LIMITS, StreamLimits
+from fxrelay.admitting.stream_admission import EntryRules, StreamAdmission
 from fxrelay.admitting.streams import StreamEntries
-from fxrelay.admitting.ticket import Ticket, TicketRules, Wish, mint_ticket
+from fxrelay.admitting.ticket import Ticket, TicketRules, UnsignedTicket, mint_ticket
 from fxrelay.delivery.delivery import DeliveryLimits
 from fxrelay.delivery.placing import Placer
 from fxrelay.delivery.services import Endpoint, PoolService, Service
@@ -29,7 +29,7 @@ RULES = TicketRules(KeySet([SIGNING]), SERVICE)
 
 def mint(user: str = "alice", node: str = "", *, service: str = SERVICE, now: float = NOW, groups: tuple[str, ...] = ()) -> str:
     """A ticket for SERVICE."""
-    return mint_ticket(Wish(user, ServiceName(service), node, groups), KEY, Algorithm.EDDSA, SIGNING.kid, now)
+    return mint_ticket(UnsignedTicket(user, ServiceName(service), node, groups), KEY, Algorithm.EDDSA, SIGNING.kid, now)
 
 
 class Memory:
@@ -63,10 +63,10 @@ class Memory:
 class ScriptedOwner:
     """Implements `Owner`: says what the test wants, and notes what it was asked."""
 
-    reason: Callable[[Question], str | None] = lambda question: None
-    asked: list[Question] = field(default_factory=list)
+    reason: Callable[[OwnerQuery], str | None] = lambda question: None
+    asked: list[OwnerQuery] = field(default_factory=list)
 
-    async def why_not(self, question: Question) -> str | None:
+    async def why_not(self, question: OwnerQuery) -> str | None:
         self.asked.append(question)
         await trio.lowlevel.checkpoint()
         return self.reason(question)
@@ -79,15 +79,15 @@ def porter_of(
     ticket: TicketRules | None = RULES,
     owner: ScriptedOwner | None = None,
     limits: StreamLimits = NO_LIMITS,
-) -> Porter:
-    porter = Porter(memory, RelayId(name), lambda: NOW)
-    porter.reconfigure({SERVICE: EntryRules(ticket, owner, limits)})
-    return porter
+) -> StreamAdmission:
+    admission = StreamAdmission(memory, RelayId(name), lambda: NOW)
+    admission.reconfigure({SERVICE: EntryRules(ticket, owner, limits)})
+    return admission
 
 
 async def add_guarded_relay(
     plane: Plane,
-    porter: Porter,
+    admission: StreamAdmission,
     port: int,
     show: Callable[[], str],
     *,
@@ -97,7 +97,7 @@ async def add_guarded_relay(
     asked: list[str] | None = None,
 ) -> RelaySide:
     """A relay that serves SERVICE at `port`, as a pool if there is a chooser. Each stream that comes shows what `show` says."""
-    name = porter.own_id
+    name = admission.own_id
     relay = await plane.add_relay(name=name, limits=limits)
     endpoints = (Endpoint(2, (host, port), is_local=True),)
     service = (
@@ -107,7 +107,7 @@ async def add_guarded_relay(
     )
     relay.table.replace([service])
     relay.desk.placer = placer = Placer(chooser or ScriptedChooser())
-    placer.entries = StreamEntries(porter, lambda _: chooser is not None)
+    placer.entries = StreamEntries(admission, lambda _: chooser is not None)
 
     def on_open(stream, opening) -> None:
         if asked is not None:

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import trio
 
-from fxrelay.admitting.owner import Question, owner_of
+from fxrelay.admitting.owner import OwnerQuery, owner_of
 from fxrelay.balance.workers import ScriptLimits, Workers
 
-QUESTION = Question("alice", ("cad",), "desk", "node-a", "192.0.2.7", "5f1")
+QUESTION = OwnerQuery("alice", ("cad",), "desk", "node-a", "192.0.2.7", "5f1")
 Why = Callable[..., "AsyncIterator[str | None]"]
 
 
@@ -33,7 +33,7 @@ def shell(tmp_path: Path, body: str) -> str:
     return "exec:owner.sh"
 
 
-async def why_not(workers: Workers, tmp_path: Path, spec: str, question: Question = QUESTION) -> str | None:
+async def why_not(workers: Workers, tmp_path: Path, spec: str, question: OwnerQuery = QUESTION) -> str | None:
     with trio.fail_after(30):
         return await owner_of(spec, workers, tmp_path).why_not(question)
 

@@ -95,8 +95,8 @@ async def test_a_redirecting_relay_uses_nothing_and_the_node_does(contexts: Cont
         owners = {name: ScriptedOwner() for name in "ab"}
         first = ScriptedChooser(Spec("b", can_redirect=True))
         for name, host, chooser in (("a", A, first), ("b", B, ScriptedChooser())):
-            porter = porter_of(memory, name, owner=owners[name])
-            relay = await add_guarded_relay(plane, porter, nodes.port, lambda: ticket, chooser=chooser, host=host)
+            admission = porter_of(memory, name, owner=owners[name])
+            relay = await add_guarded_relay(plane, admission, nodes.port, lambda: ticket, chooser=chooser, host=host)
             if name == "b":
                 plane.registry.offers.remove(relay.id)  # clients get there by redirects only
         port = plane.add_door()
@@ -197,8 +197,8 @@ class SeatedChooser(ScriptedChooser):
 async def test_who_may_not_have_a_node_does_not_reserve_it(contexts: Contexts, reason: str | None) -> None:
     async with open_plane(contexts) as plane:
         nodes, chooser = serve_nodes(plane, A), SeatedChooser(Spec("a", is_local=True))
-        porter = porter_of(Memory(), owner=ScriptedOwner(lambda question: reason))
-        await add_guarded_relay(plane, porter, nodes.port, mint, chooser=chooser, host=A)
+        admission = porter_of(Memory(), owner=ScriptedOwner(lambda question: reason))
+        await add_guarded_relay(plane, admission, nodes.port, mint, chooser=chooser, host=A)
         port = plane.add_door()
         if reason is None:
             assert await ask(port) == A.encode()
@@ -251,13 +251,13 @@ async def test_a_memory_that_hangs_ends_in_a_refusal(contexts: Contexts) -> None
 async def test_a_ticket_whose_use_is_broken_off_is_not_given_back() -> None:
     """Nobody knows then whether it was used before: whoever shows a used one and leaves at once must not make it good again."""
     memory = Memory()
-    guest = porter_of(memory).receive(SERVICE, "192.0.2.1:5", "t")
-    caller = guest.identify(mint())
+    client_admission = porter_of(memory).receive(SERVICE, "192.0.2.1:5", "t")
+    caller = client_admission.identify(mint())
     assert isinstance(caller, Caller)
     memory.hangs = True
     with trio.move_on_after(0.01):
-        await guest.use(caller, "a")
-    await guest.give_back()
+        await client_admission.use(caller, "a")
+    await client_admission.give_back()
     assert memory.given_back == []
 
 
@@ -265,20 +265,20 @@ async def test_a_stream_that_is_given_up_while_it_is_looked_at(contexts: Context
     async with open_plane(contexts) as plane:
         nodes, memory = serve_nodes(plane, A), Memory()
         memory.hangs = True
-        porter = porter_of(memory, limits=StreamLimits(per_user=1, per_address=1))
-        relay = await add_guarded_relay(plane, porter, nodes.port, mint, host=A)
+        admission = porter_of(memory, limits=StreamLimits(per_user=1, per_address=1))
+        relay = await add_guarded_relay(plane, admission, nodes.port, mint, host=A)
         stream = await connect(plane.add_door(open_timeout_s=0.2))
-        await until(lambda: len(porter.quotas) == 2)
+        await until(lambda: len(admission.quotas) == 2)
         assert await until_reset(stream, 5) == b""
-        await until(lambda: not len(porter.quotas) and relay.desk.streams == 0)
+        await until(lambda: not len(admission.quotas) and relay.desk.streams == 0)
 
 
 async def test_limits_are_by_user_and_by_address(contexts: Contexts) -> None:
     async with open_plane(contexts) as plane:
         users = iter(["alice", "alice", "alice", "bob", "carol", "alice"])
         nodes, memory = serve_nodes(plane, A), Memory()
-        porter = porter_of(memory, limits=StreamLimits(per_user=2, per_address=3))
-        relay = await add_guarded_relay(plane, porter, nodes.port, lambda: mint(next(users)), host=A)
+        admission = porter_of(memory, limits=StreamLimits(per_user=2, per_address=3))
+        relay = await add_guarded_relay(plane, admission, nodes.port, lambda: mint(next(users)), host=A)
         port = plane.add_door()
         streams = [await connect(port) for _ in range(2)]
         await until(lambda: len(memory.spent) == 2)
@@ -293,7 +293,7 @@ async def test_limits_are_by_user_and_by_address(contexts: Contexts) -> None:
         await until(lambda: len(memory.spent) == 4)
         for stream in streams:
             await stream.aclose()
-        await until(lambda: not len(porter.quotas))
+        await until(lambda: not len(admission.quotas))
 
 
 async def test_where_tickets_are_optional_the_address_counts(contexts: Contexts) -> None:
@@ -302,8 +302,8 @@ async def test_where_tickets_are_optional_the_address_counts(contexts: Contexts)
         nodes, memory, owner = serve_nodes(plane, A), Memory(), ScriptedOwner()
         rules = TicketRules(RULES.keys, SERVICE, is_required=False)
         chooser = ScriptedChooser(Spec("a", is_local=True))
-        porter = porter_of(memory, ticket=rules, owner=owner)
-        await add_guarded_relay(plane, porter, nodes.port, lambda: next(shown), chooser=chooser, host=A)
+        admission = porter_of(memory, ticket=rules, owner=owner)
+        await add_guarded_relay(plane, admission, nodes.port, lambda: next(shown), chooser=chooser, host=A)
         port = plane.add_door()
         assert [await ask(port) for _ in range(2)] == [A.encode()] * 2
         await refused(port)  # a bad one is worse than none
@@ -326,9 +326,9 @@ async def test_without_a_porter_nobody_gets_in(contexts: Contexts) -> None:
 
 async def test_a_service_whose_rules_are_not_known_is_closed(contexts: Contexts) -> None:
     async with open_plane(contexts) as plane:
-        nodes, porter = serve_nodes(plane, A), porter_of(Memory())
-        porter.reconfigure({})
-        await add_guarded_relay(plane, porter, nodes.port, mint, host=A)
+        nodes, admission = serve_nodes(plane, A), porter_of(Memory())
+        admission.reconfigure({})
+        await add_guarded_relay(plane, admission, nodes.port, mint, host=A)
         await refused(plane.add_door())
         assert nodes.got[A] == []
 

@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fxrelay.admitting.ticket import BadTicket, Ticket, TicketProblem, TicketRules, Wish, mint_ticket, read_ticket
+from fxrelay.admitting.ticket import BadTicket, Ticket, TicketProblem, TicketRules, UnsignedTicket, mint_ticket, read_ticket
 from fxtunnel.kit.compact_jwt import MAX_TOKEN_BYTES
 from fxtunnel.kit.signed_claims import Algorithm, BadToken, KeySet, TokenProblem, read_keys, signing_key, verified_claims
 from fxtunnel.model import ServiceName
@@ -211,7 +211,7 @@ def test_takes_the_true_one(token: str) -> None:
     ("key", "algorithm", "kid"), [(EC_KEY, "ES256", "ec"), (RSA_KEY, "RS256", "rsa"), (KEY, "EdDSA", KNOWN.kid)], ids=["ec", "rsa", "ed"]
 )
 def test_takes_each_algorithm_where_it_is_pinned(key: Any, algorithm: str, kid: str) -> None:
-    token = mint_ticket(Wish("alice", SSH, "node-a", ("cad", "gpu")), key, Algorithm(algorithm), kid, NOW)
+    token = mint_ticket(UnsignedTicket("alice", SSH, "node-a", ("cad", "gpu")), key, Algorithm(algorithm), kid, NOW)
     ticket = read(token, ANY_ALGORITHM)
     assert (ticket.user, ticket.node, ticket.groups) == ("alice", "node-a", ("cad", "gpu"))
     assert len(token) <= 1_024  # or it would not travel with an OPEN
@@ -237,7 +237,9 @@ def test_no_public_key_is_ever_an_hmac_secret(secret: bytes) -> None:
 
 def test_an_issuer_and_an_audience_of_their_own() -> None:
     rules = TicketRules(KEYS, "cluster-1", issuer="https://portal.example")
-    token = mint_ticket(Wish("alice", SSH, audience="cluster-1", issuer="https://portal.example"), KEY, Algorithm.EDDSA, KNOWN.kid, NOW)
+    token = mint_ticket(
+        UnsignedTicket("alice", SSH, audience="cluster-1", issuer="https://portal.example"), KEY, Algorithm.EDDSA, KNOWN.kid, NOW
+    )
     assert read(token, rules).user == "alice"
     with pytest.raises(BadTicket) as caught:
         read_ticket(token, rules, ServiceName("vnc"), NOW)  # one audience, and still for one service

@@ -16,10 +16,10 @@ from fxrelay.balance.chooser import TAKES_NO_PART, Balancing, PoolChooser
 from fxrelay.balance.environment import ClusterEnvironment
 from fxrelay.balance.holders import Holders
 from fxrelay.balance.model import Action, Chosen, Failed
+from fxrelay.balance.path_rules import PathRules
 from fxrelay.balance.reservations import Login, OwnerRelogin, Record
 from fxrelay.balance.script_input import script_input
 from fxrelay.balance.seating import SeatRules
-from fxrelay.balance.ways import Ways
 from fxrelay.cluster.members import Ages
 from fxrelay.cluster.placement_news import PlacementNews
 from fxrelay.cluster.ports import PLACEMENTS, SERVERS, Message
@@ -36,9 +36,11 @@ ALL = ("local", "redirect", "direct")
 LAN = ("10.0.0.0/8", "fc00::/7")
 
 
-def ways(**fields: Any) -> Ways:
+def path_rules(**fields: Any) -> PathRules:
     networks = tuple(ip_network(network) for network in fields.pop("networks", LAN))
-    return Ways(**{"server_id": RelayId("a"), "paths": ALL, "force_indirect": False, "networks": networks, "address": "10.0.0.1"} | fields)
+    return PathRules(
+        **{"server_id": RelayId("a"), "paths": ALL, "force_indirect": False, "networks": networks, "address": "10.0.0.1"} | fields
+    )
 
 
 @pytest.mark.parametrize(
@@ -69,15 +71,15 @@ def ways(**fields: Any) -> Ways:
     ],
 )
 def test_where_a_direct_connection_may_go(own: dict[str, Any], fields: dict[str, Any], expected: str) -> None:
-    assert ways(**own).direct_address(server("b", **fields)) == expected
+    assert path_rules(**own).direct_address(server("b", **fields)) == expected
 
 
 def test_which_servers_a_gateway_reaches_by_itself() -> None:
     there = server("b", gateways=["gw"])
-    assert ways().can_redirect(there, GATEWAY)
-    assert not ways().can_redirect(there, GatewayId("gw2"))
-    assert not ways(server_id=RelayId("b")).can_redirect(there, GATEWAY)
-    assert not ways(paths=("local", "direct")).can_redirect(there, GATEWAY)
+    assert path_rules().can_redirect(there, GATEWAY)
+    assert not path_rules().can_redirect(there, GatewayId("gw2"))
+    assert not path_rules(server_id=RelayId("b")).can_redirect(there, GATEWAY)
+    assert not path_rules(paths=("local", "direct")).can_redirect(there, GATEWAY)
 
 
 class Surroundings:
@@ -111,7 +113,7 @@ def make(around: Surroundings, *entries: Any) -> tuple[PoolChooser, ClusterView]
     for text in (server_text("a"), server_text("b", address="10.0.0.2"), server_text("c", gateways=["gw"]), server_text("d")):
         view.hear(Message(SERVERS, text))
     environment = ClusterEnvironment(RelayId("a"), around, Threads())  # type: ignore[arg-type]  # as much of it as is used
-    chooser = PoolChooser(view, ways(), environment, around.news.tell, "i" * 40)
+    chooser = PoolChooser(view, path_rules(), environment, around.news.tell, "i" * 40)
     chain = entries or (builtin("fewest-sessions", "desk"),)
     chooser.reconfigure({ServiceName("desk"): Balancing(DESK, chain)})
     return chooser, view

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fxrelay.balance.builtins import fewest_sessions
+from fxrelay.balance.candidates import CandidateList, CandidateSubset, Op
 from fxrelay.balance.filters import (
     DRAINING,
     EXCLUDED,
@@ -21,36 +22,35 @@ from fxrelay.balance.filters import (
     RESERVED,
     START_DISABLED,
     UNREACHABLE,
-    Circumstances,
+    CandidateFilter,
+    FilterContext,
     Pool,
-    Sieve,
     everyone,
 )
 from fxrelay.balance.model import Request
-from fxrelay.balance.offered import Offered, Op, Part
 from fxrelay.cluster.members import Member, MemberState
 from fxrelay.cluster.roster import Roster
 from fxrelay.cluster.server import ServerObject
 from fxtunnel.model import RelayId
 
 A = RelayId("a")
-QUIET = Circumstances({})
+QUIET = FilterContext({})
 
 
 def reason(
     found: Member,
     pool: Pool = DESK,
     request: Request = LOGIN,
-    around: Circumstances = QUIET,
+    around: FilterContext = QUIET,
     reaches: Callable[[ServerObject], bool] = everyone,
 ) -> str | None:
-    candidates, dropped = Sieve(pool, request.action, reaches).sift([found], request.user, around)
+    candidates, dropped = CandidateFilter(pool, request.action, reaches).apply([found], request.user, around)
     assert len(candidates) + len(dropped) == 1
     return dropped[0].reason if dropped else None
 
 
-TRIED = Circumstances({}, excluded=ids("a"))
-BOBS = Circumstances({}, holders={A: "bob"})
+TRIED = FilterContext({}, excluded=ids("a"))
+BOBS = FilterContext({}, holders={A: "bob"})
 
 
 def nobody(server: ServerObject) -> bool:
@@ -80,7 +80,7 @@ def test_the_first_reason_is_told(first: int) -> None:
     pool = facts.pop("pool", DESK)
     state = facts.pop("state", MemberState.UP)
     reaches = facts.pop("reaches", everyone)
-    around = Circumstances({}, facts.pop("excluded", ()), facts.pop("holders", None), only=facts.pop("only", None))
+    around = FilterContext({}, facts.pop("excluded", ()), facts.pop("holders", None), only=facts.pop("only", None))
     assert reason(member("a", state, **facts), pool, LOGIN, around, reaches) == IN_ORDER[first][0]
 
 
@@ -119,7 +119,7 @@ def test_why_a_server_is_left_out_for_a_login(found: Member, expected: str | Non
         (member("a", sessions=5, maxSessions=5), QUIET, FULL),
     ],
 )
-def test_why_a_server_is_left_out_for_a_session_start(found: Member, around: Circumstances, expected: str | None) -> None:
+def test_why_a_server_is_left_out_for_a_session_start(found: Member, around: FilterContext, expected: str | None) -> None:
     assert reason(found, request=START, around=around) == expected
 
 
@@ -127,15 +127,15 @@ def test_why_a_server_is_left_out_for_a_session_start(found: Member, around: Cir
     ("around", "expected"),
     [
         (TRIED, EXCLUDED),
-        (Circumstances({}, only=A), None),
-        (Circumstances({}, only=RelayId("b")), NOT_ASKED_FOR),
+        (FilterContext({}, only=A), None),
+        (FilterContext({}, only=RelayId("b")), NOT_ASKED_FOR),
         (BOBS, RESERVED),
-        (Circumstances({}, holders={A: "ann"}), None),
-        (Circumstances({}, holders={RelayId("b"): "bob"}), None),
-        (Circumstances({}, holders={}), None),
+        (FilterContext({}, holders={A: "ann"}), None),
+        (FilterContext({}, holders={RelayId("b"): "bob"}), None),
+        (FilterContext({}, holders={}), None),
     ],
 )
-def test_what_is_not_the_servers_own(around: Circumstances, expected: str | None) -> None:
+def test_what_is_not_the_servers_own(around: FilterContext, expected: str | None) -> None:
     assert reason(member("a"), around=around) == expected
 
 
@@ -167,15 +167,15 @@ def test_which_servers_belong_to_a_pool(pool: Pool, fields: dict[str, Any], expe
 
 def test_what_is_on_its_way_makes_a_server_full() -> None:
     busy = member("a", sessions=3, maxSessions=5)
-    assert reason(busy, around=Circumstances({A: 1})) is None
-    assert reason(busy, around=Circumstances({A: 2})) == FULL
-    assert reason(busy, around=Circumstances({RelayId("b"): 2})) is None
+    assert reason(busy, around=FilterContext({A: 1})) is None
+    assert reason(busy, around=FilterContext({A: 2})) == FULL
+    assert reason(busy, around=FilterContext({RelayId("b"): 2})) is None
 
 
 @given(st.permutations(["c", "a", "b", "b2"]), st.dictionaries(st.sampled_from(["a", "b", "x"]), st.integers(1, 5)))
 def test_candidates_come_in_order_of_id_with_what_is_on_its_way(order: list[str], counts: dict[str, int]) -> None:
-    around = Circumstances({RelayId(key): value for key, value in counts.items()}, excluded=ids("c"))
-    candidates, dropped = Sieve(DESK, LOGIN.action).sift([member(each) for each in order], LOGIN.user, around)
+    around = FilterContext({RelayId(key): value for key, value in counts.items()}, excluded=ids("c"))
+    candidates, dropped = CandidateFilter(DESK, LOGIN.action).apply([member(each) for each in order], LOGIN.user, around)
     assert [(each.server_id, each.in_flight) for each in candidates] == [(each, counts.get(each, 0)) for each in ("a", "b", "b2")]
     assert [(each.server_id, each.reason) for each in dropped] == [("c", EXCLUDED)]
 
@@ -187,10 +187,10 @@ def test_what_is_remembered_of_a_member_ends_with_the_next_word_of_it() -> None:
         asked.append(server.sessions)
         return server.sessions != 2
 
-    sieve = Sieve(DESK, LOGIN.action, reaches)
+    candidate_filter = CandidateFilter(DESK, LOGIN.action, reaches)
 
     def names(*found: Member) -> list[str]:
-        return [each.server_id for each in sieve.sift(found, LOGIN.user, QUIET)[0]]
+        return [each.server_id for each in candidate_filter.apply(found, LOGIN.user, QUIET)[0]]
 
     first, other = member("a", sessions=1), member("b", sessions=1)
     assert [names(first, other), names(first, other)] == [["a", "b"]] * 2
@@ -202,10 +202,10 @@ def test_what_is_remembered_of_a_member_ends_with_the_next_word_of_it() -> None:
 
 
 def test_servers_that_are_no_more_are_not_remembered_for_ever() -> None:
-    sieve = Sieve(DESK, LOGIN.action)
+    candidate_filter = CandidateFilter(DESK, LOGIN.action)
     for number in range(1_000):
-        sieve.sift([member(f"n{number}")], LOGIN.user, QUIET)
-    assert len(sieve._known) < 200
+        candidate_filter.apply([member(f"n{number}")], LOGIN.user, QUIET)
+    assert len(candidate_filter._known) < 200
 
 
 CHANGES = st.lists(
@@ -225,7 +225,7 @@ def test_a_sieve_that_looks_at_changes_alone_says_what_one_says_that_looks_at_ev
     roster: Roster[Member] = Roster()
     for each in "abcdefgh":
         roster.put(RelayId(each), member(each, sessions=3, maxSessions=5))
-    sieve = Sieve(DESK, LOGIN.action)
+    candidate_filter = CandidateFilter(DESK, LOGIN.action)
     for server_id, change, counts in changes:
         state = MemberState.STALE if change == "stale" else MemberState.UP
         if change == "gone":
@@ -235,19 +235,19 @@ def test_a_sieve_that_looks_at_changes_alone_says_what_one_says_that_looks_at_ev
                 RelayId(server_id),
                 member(server_id, state, is_drained=change == "drained", sessions=5 if change == "full" else 3, maxSessions=5),
             )
-        around = Circumstances(
+        around = FilterContext(
             {RelayId(key): value for key, value in counts.items()},
             () if is_open else ids("d"),
             {} if is_open else {RelayId("e"): "bob", RelayId("f"): "ann"},
             only=RelayId("a") if is_guided else None,
         )
-        peeked = sieve.peek(roster, LOGIN.user, around)
+        peeked = candidate_filter.peek(roster, LOGIN.user, around)
         chosen = fewest_sessions(LOGIN, peeked, RelayId("a"))
         peeked = list(peeked)
-        candidates, dropped = sieve.sift(roster, LOGIN.user, around)
+        candidates, dropped = candidate_filter.apply(roster, LOGIN.user, around)
         assert peeked == candidates
         assert chosen == fewest_sessions(LOGIN, candidates, RelayId("a"))
-        expected, others = Sieve(DESK, LOGIN.action).sift(list(roster), LOGIN.user, around)
+        expected, others = CandidateFilter(DESK, LOGIN.action).apply(list(roster), LOGIN.user, around)
         assert candidates == expected
         assert sorted(dropped, key=lambda each: each.server_id) == sorted(others, key=lambda each: each.server_id)
 
@@ -256,25 +256,27 @@ def test_who_is_full_leaves_the_list_and_comes_back_by_edits() -> None:
     roster: Roster[Member] = Roster()
     for number in range(20):
         roster.put(RelayId(f"n{number:02}"), member(f"n{number:02}", sessions=3, maxSessions=5))
-    sieve = Sieve(DESK, LOGIN.action)
+    candidate_filter = CandidateFilter(DESK, LOGIN.action)
 
     def edits(in_flight: int, tried: tuple[RelayId, ...] = ()) -> list[tuple[Op, int]]:
         mark = offered.mark
-        candidates = sieve.peek(roster, LOGIN.user, Circumstances({RelayId("n07"): in_flight}, tried))
-        part = candidates if isinstance(candidates, Part) else offered.without(())
+        candidates = candidate_filter.peek(roster, LOGIN.user, FilterContext({RelayId("n07"): in_flight}, tried))
+        part = candidates if isinstance(candidates, CandidateSubset) else offered.without(())
         assert (part.offered is offered, part.is_current) == (True, True)
         return [(edit.op, edit.at) for edit in offered.since(mark) or ()]
 
-    offered = sieve.peek(roster, LOGIN.user, QUIET)
-    assert isinstance(offered, Offered)
+    offered = candidate_filter.peek(roster, LOGIN.user, QUIET)
+    assert isinstance(offered, CandidateList)
     assert edits(1) == []
     assert edits(2) == [(Op.LEAVE, 7)]
     assert edits(3) == []
     assert edits(1, ids("n03")) == [(Op.ENTER, 7)]
     roster.put(RelayId("n09"), member("n09", sessions=5, maxSessions=5))
     assert edits(1) == [(Op.LEAVE, 9)]
-    assert sieve.peek(roster, LOGIN.user, Circumstances({RelayId("n07"): 1}, ids("n00", "n09"))) == offered[1:]
-    assert {each.server_id: each.reason for each in sieve.sift(roster, LOGIN.user, Circumstances({}, ids("n00", "n09")))[1]} == {
+    assert candidate_filter.peek(roster, LOGIN.user, FilterContext({RelayId("n07"): 1}, ids("n00", "n09"))) == offered[1:]
+    assert {
+        each.server_id: each.reason for each in candidate_filter.apply(roster, LOGIN.user, FilterContext({}, ids("n00", "n09")))[1]
+    } == {
         "n00": EXCLUDED,
         "n09": EXCLUDED,
     }

@@ -7,8 +7,8 @@ from balance_samples import candidate
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fxrelay.balance.candidates import MAX_EDITS, CandidateList, CandidateSubset
 from fxrelay.balance.model import Candidate
-from fxrelay.balance.offered import MAX_EDITS, Offered, Part
 from fxrelay.balance.sent_texts import MAX_LISTS, PASSING, ReceivedTexts, SentTexts
 from fxtunnel.model import RelayId
 
@@ -55,7 +55,7 @@ def texts_of(candidates: Sequence[Candidate]) -> list[str]:
     return [each.server.text for each in candidates]
 
 
-def some_of(offered: Offered, what: str, at: int, value: int) -> Offered | Part:
+def some_of(offered: CandidateList, what: str, at: int, value: int) -> CandidateList | CandidateSubset:
     if what == "without":
         return offered.without([place for place in range(len(offered)) if (at + place * value) % 3 == 0])
     return offered if what == "send" else offered.only([RelayId(f"n{(at + each) % 6}") for each in range(value)])
@@ -64,7 +64,7 @@ def some_of(offered: Offered, what: str, at: int, value: int) -> Offered | Part:
 @given(CHANGES)
 def test_a_list_that_is_only_edited_arrives_as_it_is(changes: list[tuple[str, int, int]]) -> None:
     sent, received = SentTexts(), ReceivedTexts()
-    offered, turn = Offered([candidate(f"n{number}") for number in range(3)]), 0
+    offered, turn = CandidateList([candidate(f"n{number}") for number in range(3)]), 0
     for what, at, value in [*changes, ("send", 0, 0)]:
         place = at % (len(offered) + 1)
         if what == "enter":
@@ -97,8 +97,8 @@ def test_a_list_that_is_only_edited_arrives_as_it_is(changes: list[tuple[str, in
 
 
 def test_of_a_list_the_other_end_has_only_edits_travel() -> None:
-    sent, other = SentTexts(), Offered([candidate("x")])
-    offered = Offered([candidate(f"n{number}") for number in range(500)])
+    sent, other = SentTexts(), CandidateList([candidate("x")])
+    offered = CandidateList([candidate(f"n{number}") for number in range(500)])
     assert len(sent.pack_offered(offered)) > 50_000
     offered.change(7, Candidate(offered[7].server, 3))
     assert len(sent.pack_offered(offered)) == 24
@@ -115,7 +115,7 @@ def test_of_a_list_the_other_end_has_only_edits_travel() -> None:
 
 def test_more_lists_than_are_kept_arrive_all_the_same() -> None:
     sent, received = SentTexts(), ReceivedTexts()
-    lists = [Offered([candidate(f"n{number}"), candidate("m")]) for number in range(MAX_LISTS + 3)]
+    lists = [CandidateList([candidate(f"n{number}"), candidate("m")]) for number in range(MAX_LISTS + 3)]
     for _ in range(3):
         for offered in lists:
             assert received.unpack(sent.pack_offered(offered)).texts == [each.server.text for each in offered]

@@ -14,8 +14,8 @@ from balance_samples import Bench, eventually, failed, is_running, no_threads, o
 
 from fxrelay.balance.answers import Answer
 from fxrelay.balance.entries import Script
-from fxrelay.balance.giving_way import NICE
 from fxrelay.balance.model import Chosen
+from fxrelay.balance.niceness import NICE
 from fxrelay.balance.script_process import ScriptProcess
 from fxrelay.balance.workers import ScriptLimits
 from fxrelay.cluster.priority import SLICE_NS

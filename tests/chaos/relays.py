@@ -23,7 +23,7 @@ from fxrelay.uplink import dial
 from fxrelay.uplink.gateway_file import GatewayUrl, load_gateway_file
 from fxrelay.uplink.identity import Identity
 from fxrelay.uplink.ports import LinkSession, UplinkConfig, UplinkSessionOwner, UplinkState
-from fxrelay.uplink.uplink import Surroundings, Uplink
+from fxrelay.uplink.uplink import Uplink, UplinkEnvironment
 from fxtunnel.engine.ports import SessionConfig
 from fxtunnel.engine.reactor import Reactor
 from fxtunnel.engine.session import Session
@@ -122,7 +122,7 @@ async def run(order: Order, reactor: Reactor) -> None:
         for number in range(order.first, order.first + order.count):
             relay_id = name_of(number)
             identity = Enrolled(relay_id, InstanceId(f"{number:032x}"), Path(), key_of(relay_id))
-            around = Surroundings(random.Random(number))
+            around = UplinkEnvironment(random.Random(number))
             config = UplinkConfig(**order.options)  # type: ignore[arg-type]
             uplink = Uplink(file, identity, (Offer(ServiceName(f"s{number % 50}")),), sessions, config, around)
             uplinks.append(uplink)

@@ -5,7 +5,7 @@ from cli_samples import RELAY_TOML, Write
 
 import fxrelay.settings
 from fxrelay.logins.composing import login_rules
-from fxrelay.logins.rules import FASTX3, Retry, Signs, Spot, Stages, Where
+from fxrelay.logins.rules import FASTX3, Retry, Signs, Stages, ValueLocation, Where
 from fxtunnel.errors import ConfigError
 
 HTTP = '[[service]]\nname = "site"\nprotocol = "http"\nport = 3300\n'
@@ -38,7 +38,7 @@ def test_own_rules(relay_toml: Write) -> None:
     assert rules.logout.paths == ("/API/Out",)
     assert rules.signs == Signs(json_path="state", json_value="ok")
     assert rules.stages == Stages(("next",), ("n",))
-    assert rules.token == Spot(Where.HEADER, "x-token")
+    assert rules.token == ValueLocation(Where.HEADER, "x-token")
     assert rules.headers == ("x-token",)
     assert (rules.bounds.lifetime_s, rules.bounds.idle_s) == (60, 5)
 

@@ -17,8 +17,8 @@ from sabotage import FAULTS, LIMIT, lines_about, sabotage
 from web_rig import Canned, add_web_relay, ask, statuses
 
 from fxrelay.admitting.memory import SharedMemory
-from fxrelay.admitting.porter import EntryRules, Porter
 from fxrelay.admitting.quotas import StreamLimits
+from fxrelay.admitting.stream_admission import EntryRules, StreamAdmission
 from fxrelay.cluster.sqlite_store import SqliteStore
 from fxrelay.web.passes import Passes
 from fxrelay.web.ports import WebRules
@@ -36,11 +36,11 @@ def store(tmp_path: Path) -> Iterator[SqliteStore]:
     made.close()
 
 
-def porter_with(store: SqliteStore) -> Porter:
+def porter_with(store: SqliteStore) -> StreamAdmission:
     """One that asks an owner, and the store."""
-    porter = Porter(SharedMemory(store, NoThreads()), RelayId("a"))
-    porter.reconfigure({SERVICE: EntryRules(RULES, ScriptedOwner(), LIMITS)})
-    return porter
+    admission = StreamAdmission(SharedMemory(store, NoThreads()), RelayId("a"))
+    admission.reconfigure({SERVICE: EntryRules(RULES, ScriptedOwner(), LIMITS)})
+    return admission
 
 
 def fresh_ticket() -> str:
@@ -63,11 +63,11 @@ async def test_a_guarded_stream_fails_alone(contexts: Contexts, caplog: pytest.L
     caplog.set_level(logging.ERROR)
     hits = 0
     async with open_plane(contexts) as plane:
-        porter, nodes = porter_with(store), serve_nodes(plane, LOCAL)
+        admission, nodes = porter_with(store), serve_nodes(plane, LOCAL)
         second = Spec("b", address=LOCAL if finds == "the second node" else NOBODY)
         chooser = None if finds == "the only node" else ScriptedChooser(Spec("a", is_local=True), second)
         host = LOCAL if finds == "the only node" else NOBODY
-        relay = await add_guarded_relay(plane, porter, nodes.port, fresh_ticket, chooser=chooser, host=host)
+        relay = await add_guarded_relay(plane, admission, nodes.port, fresh_ticket, chooser=chooser, host=host)
         port = plane.add_door()
         expected = b"reset" if finds == "no node" else LOCAL.encode()
         for nth in range(1, LIMIT):
@@ -81,7 +81,7 @@ async def test_a_guarded_stream_fails_alone(contexts: Contexts, caplog: pytest.L
             await plane.quiet()
             assert relay.desk.placer is not None
             assert not relay.desk.placer.placings, where
-            assert not len(porter.quotas), where
+            assert not len(admission.quotas), where
             if chooser is not None:
                 await chooser.settled()
             assert all(len(lines_about(tree.fault, caplog)) == 1 for tree in done.hit), where
@@ -100,9 +100,9 @@ async def test_a_guarded_request_fails_alone(contexts: Contexts, caplog: pytest.
     hits = 0
     rules = WebRules(SERVICE, is_guarded=True, passes=Passes(SERVICE, 3_600, b"k" * 32), takes_bearers=True)
     async with open_plane(contexts) as plane:
-        porter = porter_with(store)
+        admission = porter_with(store)
         _, web = await add_web_relay(plane, await plane.serve(Canned()), rules)
-        web.porter = porter
+        web.admission = admission
         port = plane.add_door()
 
         def request() -> bytes:
@@ -117,7 +117,7 @@ async def test_a_guarded_request_fails_alone(contexts: Contexts, caplog: pytest.
             where = [tree.where for tree in done.hit]
             hits += len(done.hit)
             assert not web.connections, where
-            assert not len(porter.quotas), where
+            assert not len(admission.quotas), where
             assert all(len(lines_about(tree.fault, caplog)) <= 1 for tree in done.hit), where
             caplog.clear()
             assert statuses(await ask(port, request())) == [200], where

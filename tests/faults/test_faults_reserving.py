@@ -13,8 +13,8 @@ from fxrelay.cluster.members import Ages
 from fxrelay.cluster.sqlite_bus import SqliteTransporter
 from fxrelay.cluster.sqlite_store import SqliteStore
 from fxrelay.cluster.view import ClusterView
-from fxrelay.reserving.books import ReservingConfig
-from fxrelay.reserving.leases import Hold, Terms
+from fxrelay.reserving.leases import Hold, LeaseTerms
+from fxrelay.reserving.reservation_cache import ReservingConfig
 from fxrelay.reserving.reservations import Reservations
 from fxtunnel.model import RelayId
 
@@ -43,7 +43,7 @@ async def taken(reservations: Reservations, server: RelayId, user: str) -> Hold:
     """Take, again and again, until it is granted."""
     with trio.fail_after(60):
         while True:
-            answer = await reservations.take(server, user, "192.0.2.1", Terms())
+            answer = await reservations.take(server, user, "192.0.2.1", LeaseTerms())
             if isinstance(answer, Hold):
                 return answer
             await trio.sleep(0.05)
@@ -66,7 +66,7 @@ async def test_logins_come_and_go_on(
     fault: Fault,
 ) -> None:
     caplog.set_level(logging.ERROR)
-    monkeypatch.setattr("fxrelay.reserving.books.Threads", NoThreads)
+    monkeypatch.setattr("fxrelay.reserving.reservation_cache.Threads", NoThreads)
     monkeypatch.setattr("fxrelay.cluster.sqlite_store._now_ms", lambda: int(1_000_000_000_000 + trio.current_time() * 1000))
     config = ReservingConfig(RelayId("a"), LEASE_S, on_lost_lease="end")
     hits = 0

@@ -13,7 +13,7 @@ from trio.testing import wait_all_tasks_blocked
 from fxgateway.doors.door import DoorConfig, DoorRelays
 from fxgateway.doors.doors import Doors
 from fxgateway.routing.admission import Admission
-from fxgateway.workers.shared_listeners import Listening
+from fxgateway.workers.shared_listeners import SharedListeners
 from fxtunnel.engine.reactor import Reactor
 from fxtunnel.kit.listeners import Inherited, ListenError, bound_address, kept_name, listen
 from fxtunnel.kit.notify import END, GO, PREPARED, Notifier
@@ -102,7 +102,7 @@ def _of_doors(inherited: Inherited, addresses: list[Address]) -> None:
 
 
 def _of_workers(inherited: Inherited, addresses: list[Address]) -> None:
-    listening = Listening(inherited)
+    listening = SharedListeners(inherited)
     try:
         listening.open(addresses[0], addresses[1:])
     finally:

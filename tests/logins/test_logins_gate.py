@@ -18,7 +18,7 @@ from fxrelay.cluster.ports import RESERVATION_MARKS
 from fxrelay.cluster.sqlite_store import SqliteStore
 from fxrelay.logins.gate import LoginGate, Timing
 from fxrelay.logins.login import HeldLogin
-from fxrelay.logins.rules import FASTX3, Bounds, Retry, Spot, Where
+from fxrelay.logins.rules import FASTX3, Bounds, Retry, ValueLocation, Where
 from fxrelay.reserving.leases import Hold
 from fxrelay.reserving.ledger import MARK
 from fxrelay.web.heads import Field
@@ -263,7 +263,7 @@ def forget(path: Path, store: SqliteStore) -> None:
 
 
 async def test_one_address_may_hold_so_many(tmp_path: Path) -> None:
-    rules = replace(SIMPLE, bounds=Bounds(per_address=2), token=Spot(Where.COOKIE, "s"))
+    rules = replace(SIMPLE, bounds=Bounds(per_address=2), token=ValueLocation(Where.COOKIE, "s"))
     async with open_rig(tmp_path, rules, N1) as rig, trio.open_nursery() as nursery:
         for _ in range(2):
             nursery.start_soon(rig.ask, Service([], trio.sleep_forever))

@@ -22,7 +22,7 @@ from fxrelay.logins.recognising import (
     set_cookies,
     shown_tokens,
 )
-from fxrelay.logins.rules import FASTX3, FORM, OWN, Calls, LoginRules, Signs, Spot, Stages, Where
+from fxrelay.logins.rules import FASTX3, FORM, OWN, Calls, LoginRules, Signs, Stages, ValueLocation, Where
 from fxrelay.web.heads import Field
 
 COOKIE_FORM = replace(FORM, signs=Signs(frozenset({302}), "session"))
@@ -108,7 +108,7 @@ def test_a_token_in_the_request() -> None:
         ("header:X-Token", fields(X_Token="T"), b""),
         ("field:jwt", fields(), b"jwt=T"),
     ):
-        rules = replace(FORM, token=Spot.parse(text), token_in_request=True)
+        rules = replace(FORM, token=ValueLocation.parse(text), token_in_request=True)
         assert read_parameters(rules, b"/", head, body).token == "T", text
 
 
@@ -134,8 +134,8 @@ def told(**result: object) -> bytes:
         (COOKIE_FORM, 302, fields(Set_Cookie="session="), b"", Failed()),
         (COOKIE_FORM, 302, fields(Set_Cookie="session=x; Max-Age=0"), b"", Failed()),
         (COOKIE_FORM, 302, fields(Set_Cookie="session=x; expires=Thu, 01 Jan 1970 00:00:00 GMT"), b"", Failed()),
-        (replace(COOKIE_FORM, token=Spot(Where.COOKIE, "session")), 302, fields(Set_Cookie="session=S"), b"", Succeeded("S")),
-        (replace(FORM, token=Spot(Where.HEADER, "x-token")), 200, fields(X_Token="S"), b"", Succeeded("S")),
+        (replace(COOKIE_FORM, token=ValueLocation(Where.COOKIE, "session")), 302, fields(Set_Cookie="session=S"), b"", Succeeded("S")),
+        (replace(FORM, token=ValueLocation(Where.HEADER, "x-token")), 200, fields(X_Token="S"), b"", Succeeded("S")),
         (replace(FORM, signs=Signs(frozenset({303}))), 303, fields(), b"", Succeeded()),
         (replace(OWN, signs=Signs(json_path="ok", json_value="yes")), 200, fields(), b'{"ok": "yes"}', Succeeded()),
     ],
@@ -176,7 +176,7 @@ def test_all_that_a_login_says_is_for_scripts() -> None:
 
 
 def test_tokens_a_request_shows() -> None:
-    rules = replace(FASTX3, token=Spot(Where.COOKIE, "jwt"))
+    rules = replace(FASTX3, token=ValueLocation(Where.COOKIE, "jwt"))
     head = fields(Authorization="Bearer A", X_Fastx_Token="B", Cookie="jwt=C")
     assert shown_tokens(rules, head) == ["A", "B", "C"]
     assert shown_tokens(FASTX3, fields(Authorization="Basic A", Cookie="jwt=C")) == []
@@ -192,7 +192,7 @@ def test_cookies_an_answer_sets() -> None:
 @pytest.mark.parametrize("text", ["", "bearer:x", "cookie:", "cookie", "body:x", "json:" + "a" * 200, "cookie:a b"])
 def test_spots_that_are_none(text: str) -> None:
     with pytest.raises(ValueError, match="expected"):
-        Spot.parse(text)
+        ValueLocation.parse(text)
 
 
 def test_stages_may_be_anywhere() -> None:

@@ -12,8 +12,8 @@ from fxrelay.balance.homes import decode_homes
 from fxrelay.balance.reservation_text import decode_record
 from fxrelay.balance.reservations import Granted, OwnerRelogin, Reason, Rejected, Token
 from fxrelay.cluster.ports import RESERVATION_USERS, RESERVATIONS, Both, Present, Update
-from fxrelay.reserving.asks import Ask
 from fxrelay.reserving.ledger import Ledger
+from fxrelay.reserving.record_updates import RecordUpdate
 from fxtunnel.model import RelayId
 
 SERVERS = ("s1", "s2")
@@ -80,7 +80,7 @@ class Steps:
         self._marks = {where: text for where, text in self._store.texts.items() if where[0] not in (RESERVATIONS, RESERVATION_USERS)}
 
     def __call__(self, world: World) -> Iterator[tuple[str, World]]:
-        asks = self._ledger.asks
+        updates = self._ledger.updates
         for number, stream in enumerate(world.streams):
             login_id, name = f"{number}{stream.turn}", f"{stream.user}'s stream {number}"
             gone = Stream(stream.user, turn=1 - stream.turn)
@@ -88,7 +88,7 @@ class Steps:
                 for server in SERVERS:
                     yield f"1 select: {name} gets {server}", _with(world, number, stream._replace(phase="selected", server=server))
             elif stream.phase == "selected":
-                ask = asks.take(stream.server, login_id, stream.user, "192.0.2.1", OwnerRelogin.PREFER, self._would_do)
+                ask = updates.take(stream.server, login_id, stream.user, "192.0.2.1", OwnerRelogin.PREFER, self._would_do)
                 outcome, after = self._done(world, ask)
                 if isinstance(outcome, Granted):
                     yield f"5a commit: {name} is in at {stream.server}", _with(after, number, stream._replace(phase="in"))
@@ -99,14 +99,14 @@ class Steps:
             elif stream.phase == "elsewhere":
                 after = world
                 for home in decode_homes(dict(world.texts).get((RESERVATION_USERS, stream.user))):
-                    after = self._done(after, asks.sweep(home, stream.user))[1]
+                    after = self._done(after, updates.sweep(home, stream.user))[1]
                 yield f"{name} is told where its user is", _with(after, number, gone)
             else:
-                _, after = self._done(world, asks.release(stream.server, login_id, stream.user, 0))
+                _, after = self._done(world, updates.release(stream.server, login_id, stream.user, 0))
                 yield f"7 log out: {name} from {stream.server}", _with(after, number, gone)
                 yield f"{name}'s relay crashes", _with(world, number, gone)
         for server in SERVERS:
-            yield f"{server} is swept", self._done(world, asks.sweep(server))[1]
+            yield f"{server} is swept", self._done(world, updates.sweep(server))[1]
         yield "time passes", self._time_passes(world)
 
     def _time_passes(self, world: World) -> World:
@@ -121,12 +121,12 @@ class Steps:
         world = world._replace(texts=tuple(old))
         for number, stream in enumerate(world.streams):
             if stream.phase == "in":
-                ask = self._ledger.asks.renew(stream.server, f"{number}{stream.turn}", stream.user, Token("e", 7), self._store.now_ms)
+                ask = self._ledger.updates.renew(stream.server, f"{number}{stream.turn}", stream.user, Token("e", 7), self._store.now_ms)
                 outcome, world = self._done(world, ask)
                 assert isinstance(outcome, Granted), "who is in was not renewed"
         return world
 
-    def _done(self, world: World, ask: Ask[Any]) -> tuple[Any, World]:
+    def _done(self, world: World, ask: RecordUpdate[Any]) -> tuple[Any, World]:
         self._store.texts = {**self._marks, **dict(world.texts)}
         outcome, _ = self._ledger.do(ask)
         assert not isinstance(outcome, Rejected) or outcome.reason not in (Reason.STALE, Reason.UNSETTLED)

@@ -31,8 +31,8 @@ from fxrelay.cluster.sqlite_bus import SqliteTransporter
 from fxrelay.cluster.sqlite_store import SqliteStore
 from fxrelay.cluster.threads import Threads
 from fxrelay.cluster.view import ClusterView, NullListener
-from fxrelay.reserving.books import ReservingConfig
-from fxrelay.reserving.leases import Terms
+from fxrelay.reserving.leases import LeaseTerms
+from fxrelay.reserving.reservation_cache import ReservingConfig
 from fxrelay.reserving.reservations import NotEntered, Reservations
 from fxtunnel.model import RelayId
 
@@ -81,7 +81,7 @@ class Worker(NullListener):
             server = self.rng.choice(free if free and self.rng.random() < 0.5 else servers)
             call = time.monotonic()
             self.write("ask", user=user, server=server)
-            answer = await self.reservations.take(server, user, "192.0.2.1", Terms())
+            answer = await self.reservations.take(server, user, "192.0.2.1", LeaseTerms())
             if isinstance(answer, NotEntered):
                 self.write("no", user=user, server=server, reason=str(answer.reason), holder=answer.holder, call=call)
                 await trio.sleep(0.5 if answer.is_final else 0)

@@ -16,7 +16,7 @@ from fxrelay.balance.reservations import OwnerRelogin, Reason
 from fxrelay.balance.seating import SeatRules
 from fxrelay.cluster.ports import RESERVATION_USERS
 from fxrelay.delivery.ports import NotTaken, Taken, Then
-from fxrelay.reserving.leases import Hold, Terms
+from fxrelay.reserving.leases import Hold, LeaseTerms
 from fxrelay.reserving.reservations import NotEntered
 from fxrelay.reserving.seats import StreamSeating
 from fxtunnel.model import RelayId
@@ -40,7 +40,7 @@ def test_the_search_would_find_a_commit_that_does_not_ask_for_the_users_servers(
 
 
 async def take(relay: Relay, server: RelayId, user: str = "ann", relogin: OwnerRelogin = OwnerRelogin.PREFER) -> Hold | NotEntered:
-    return await relay.reservations.take(server, user, "192.0.2.1", Terms(), relogin, BOTH)
+    return await relay.reservations.take(server, user, "192.0.2.1", LeaseTerms(), relogin, BOTH)
 
 
 async def test_of_two_first_streams_by_two_relays_the_second_goes_to_the_firsts_server(tmp_path: Path) -> None:
@@ -73,7 +73,7 @@ async def test_who_may_have_several_servers_gets_them(tmp_path: Path) -> None:
 async def test_a_server_that_would_not_do_is_in_nobodys_way(tmp_path: Path) -> None:
     async with relays(tmp_path, "a", "b") as (first, second):
         assert isinstance(await take(first, S1), Hold)
-        elsewhere = await second.reservations.take(S2, "ann", "192.0.2.1", Terms(), OwnerRelogin.PREFER, "s3".__eq__)
+        elsewhere = await second.reservations.take(S2, "ann", "192.0.2.1", LeaseTerms(), OwnerRelogin.PREFER, "s3".__eq__)
         assert isinstance(elsewhere, Hold)
 
 
@@ -101,7 +101,7 @@ async def test_an_administrator_who_releases_a_server_releases_its_user(tmp_path
     async with relays(tmp_path, "a") as (relay,):
         hold = await take(relay, S1)
         assert isinstance(hold, Hold)
-        before, after = relay.reservations._books.ledger.clear(S1)
+        before, after = relay.reservations._cache.ledger.clear(S1)
         assert (before.holder, after.holder, after.fence) == ("ann", "", after.revision)
         assert relay.store.get(RESERVATION_USERS, "ann") is None
 

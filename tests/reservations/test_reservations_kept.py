@@ -7,13 +7,13 @@ from fxrelay.balance import reservations as rule
 from fxrelay.balance.holders import Holders
 from fxrelay.balance.reservations import ENTRY_TTL_MS, Login, Moment, Reason, Record, Rejected
 from fxrelay.reserving.kept import is_kept
-from fxrelay.reserving.leases import Hold, Terms
+from fxrelay.reserving.leases import Hold, LeaseTerms
 from fxrelay.reserving.ledger import Ledger
 from fxrelay.reserving.reservations import Entered, NotEntered
 from fxtunnel.model import RelayId
 from tests.reservations.test_reservations_service import LEASE_S, S1, S2, Relay, proved, relays, until
 
-KEPT = Terms(lifetime_ms=60_000)
+KEPT = LeaseTerms(lifetime_ms=60_000)
 NOW = 1_000_000_000
 ANOTHER = "ab" * 16
 
@@ -22,7 +22,7 @@ def at(now_ms: int = NOW, number: int = 1) -> Moment:
     return Moment(now_ms, "e", number, now_ms)
 
 
-async def logged_in(relay: Relay, server: RelayId, user: str, known_as: str = "t1", terms: Terms = KEPT) -> Hold:
+async def logged_in(relay: Relay, server: RelayId, user: str, known_as: str = "t1", terms: LeaseTerms = KEPT) -> Hold:
     entered = await relay.reservations.enter(server, user, "192.0.2.1")
     hold = await relay.reservations.commit(proved(entered), user, terms, known_as=known_as)
     assert isinstance(hold, Hold), hold
@@ -38,7 +38,7 @@ async def test_a_login_outlives_its_relay_and_ends_at_any_other(tmp_path: Path) 
         assert second.reservations.holders.server_of("t1", second.store.now_ms()) == S1
         await until(lambda: [hold.login_id for hold in again.reservations.leases.kept()] == ["t1"])  # it remembers what it committed
         assert not second.reservations.leases.kept()
-        second.reservations.end_login(S1, "t1", Terms())
+        second.reservations.end_login(S1, "t1", LeaseTerms())
         await until(lambda: not again.reservations.holders.users(0).get(S1))
         await until(lambda: not again.reservations.leases.kept())
         assert (await second.taken(S1, "bob")).user == "bob"
@@ -49,14 +49,14 @@ async def test_what_an_administrator_takes_away_is_told_by_the_relay_that_let_it
         await logged_in(first, S1, "ann")
         await logged_in(first, S2, "bob", "t2")
         await until(lambda: second.reservations.holders.server_of("t2", 0) == S2)
-        second.reservations.end_login(S2, "t2", Terms())
-        await until(lambda: second.reservations.tidings.counts["released"] == 1)
-        before = first.reservations.tidings.counts["released"]
+        second.reservations.end_login(S2, "t2", LeaseTerms())
+        await until(lambda: second.reservations.reporter.counts["released"] == 1)
+        before = first.reservations.reporter.counts["released"]
         Ledger(second.store, RelayId("admin"), LEASE_S).clear(S1)
         await until(lambda: not first.reservations.leases.kept())
         # The logout was told by the relay that it came to.
-        assert first.reservations.tidings.counts["released"] == before + 1
-        assert second.reservations.tidings.counts["released"] == 1
+        assert first.reservations.reporter.counts["released"] == before + 1
+        assert second.reservations.reporter.counts["released"] == 1
 
 
 async def test_a_login_of_which_a_relay_lost_the_answer_does_not_stay(tmp_path: Path) -> None:
@@ -65,7 +65,7 @@ async def test_a_login_of_which_a_relay_lost_the_answer_does_not_stay(tmp_path: 
         first.store.loses_answers = True
         refused = await first.reservations.commit(proved(entered), "ann", KEPT, known_as="t1")
         assert isinstance(refused, NotEntered)
-        assert isinstance(await second.reservations.take(S1, "bob", "192.0.2.2", Terms()), NotEntered)
+        assert isinstance(await second.reservations.take(S1, "bob", "192.0.2.2", LeaseTerms()), NotEntered)
         first.store.loses_answers = False
         await second.taken(S1, "bob")
 
@@ -77,10 +77,10 @@ async def test_a_store_that_forgot_is_told_of_logins_again(tmp_path: Path) -> No
             database.execute(f"UPDATE facts SET value = '{ANOTHER}' WHERE name = 'epoch'")
         database.close()
         await until(lambda: hold.token.epoch == ANOTHER)
-        refused = await second.reservations.take(S1, "bob", "192.0.2.2", Terms())
+        refused = await second.reservations.take(S1, "bob", "192.0.2.2", LeaseTerms())
         assert isinstance(refused, NotEntered)
         await second.taken(S2, "bob")  # it has settled
-        refused = await second.reservations.take(S1, "bob", "192.0.2.2", Terms())
+        refused = await second.reservations.take(S1, "bob", "192.0.2.2", LeaseTerms())
         assert isinstance(refused, NotEntered)
         assert refused.reason == Reason.RESERVED
         record = second.reservations.holders.standings()[S1].record
@@ -89,15 +89,15 @@ async def test_a_store_that_forgot_is_told_of_logins_again(tmp_path: Path) -> No
 
 async def test_a_login_lasts_as_long_as_it_is_used(tmp_path: Path) -> None:
     async with relays(tmp_path, "a") as (relay,):
-        await logged_in(relay, S1, "ann", terms=Terms(lifetime_ms=1_500))
+        await logged_in(relay, S1, "ann", terms=LeaseTerms(lifetime_ms=1_500))
         await relay.reservations.extend(S1, "t1", 60_000)
         login = relay.reservations.holders.standings()[S1].record.logins[0]
         assert login.expires_ms - relay.store.now_ms() > 50_000
-        relay.reservations.end_login(S1, "t1", Terms())
+        relay.reservations.end_login(S1, "t1", LeaseTerms())
         await until(lambda: not relay.reservations.holders.users(0).get(S1))
         await relay.reservations.extend(S1, "t1", 60_000)
         assert not relay.reservations.holders.users(0).get(S1)
-        await logged_in(relay, S1, "bob", "t2", Terms(lifetime_ms=1_200))
+        await logged_in(relay, S1, "bob", "t2", LeaseTerms(lifetime_ms=1_200))
         await relay.taken(S1, "ann")  # it expired
 
 

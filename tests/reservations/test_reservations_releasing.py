@@ -11,10 +11,10 @@ from fxrelay.balance.login_attempt import Attempt
 from fxrelay.balance.reservations import Record, Token
 from fxrelay.cluster.members import Ages
 from fxrelay.cluster.view import ClusterView
-from fxrelay.reserving.asks import Ask, Asks
-from fxrelay.reserving.books import AT_ONCE, ReservingConfig
-from fxrelay.reserving.leases import Hold, Leases, Terms
+from fxrelay.reserving.leases import Hold, Leases, LeaseTerms
 from fxrelay.reserving.ledger import Written
+from fxrelay.reserving.record_updates import RecordUpdate, RecordUpdates
+from fxrelay.reserving.reservation_cache import AT_ONCE, ReservingConfig
 from fxrelay.reserving.upkeep import Upkeep
 from fxtunnel.errors import StoreError
 from fxtunnel.model import RelayId
@@ -27,16 +27,16 @@ class SlowBooks:
 
     def __init__(self) -> None:
         self.config = ReservingConfig(RelayId("a"))
-        self.asks = Asks("a", 1)
-        self.tidings = SimpleNamespace(happened=lambda *_: None)
+        self.updates = RecordUpdates("a", 1)
+        self.reporter = SimpleNamespace(happened=lambda *_: None)
         self.last_error = ""
         self.failing = 0
 
-    async def do(self, ask: Ask[Any]) -> Any:
+    async def do(self, ask: RecordUpdate[Any]) -> Any:
         (outcome,) = await self.do_all([ask])
         return outcome
 
-    async def do_all(self, together: Sequence[Ask[Any]]) -> list[Any]:
+    async def do_all(self, together: Sequence[RecordUpdate[Any]]) -> list[Any]:
         await trio.sleep(CALL_S)
         self.last_error = "no answer" if self.failing else ""
         if self.failing:
@@ -49,12 +49,12 @@ class SlowBooks:
 
 
 def held(name: str) -> Hold:
-    return Hold(RelayId(f"s-{name}"), "ann", Attempt(name), Terms(), Token("e", 1), 0, trio.current_time())
+    return Hold(RelayId(f"s-{name}"), "ann", Attempt(name), LeaseTerms(), Token("e", 1), 0, trio.current_time())
 
 
 async def test_a_login_that_ends_while_another_is_taken_out_does_not_wait(autojump_clock: MockClock) -> None:
-    books, leases = SlowBooks(), Leases(trio.current_time)
-    upkeep = Upkeep(books, leases, ClusterView(Ages()))  # type: ignore[arg-type]  # as much of them as it uses
+    cache, leases = SlowBooks(), Leases(trio.current_time)
+    upkeep = Upkeep(cache, leases, ClusterView(Ages()))  # type: ignore[arg-type]  # as much of them as it uses
     async with trio.open_nursery() as nursery:
         nursery.start_soon(upkeep._keep_releasing)
         await wait_all_tasks_blocked()
@@ -64,7 +64,7 @@ async def test_a_login_that_ends_while_another_is_taken_out_does_not_wait(autoju
         await trio.sleep(2 * CALL_S)
         assert not leases.has_ending
 
-        books.failing = 1
+        cache.failing = 1
         leases.end(held("failing"))
         await trio.sleep(2 * CALL_S)
         leases.end(held("behind it"))
@@ -76,8 +76,8 @@ async def test_a_login_that_ends_while_another_is_taken_out_does_not_wait(autoju
 
 
 async def test_a_login_that_is_being_renewed_when_its_turn_comes_holds_up_no_other(autojump_clock: MockClock) -> None:
-    books, leases = SlowBooks(), Leases(trio.current_time)
-    upkeep = Upkeep(books, leases, ClusterView(Ages()))  # type: ignore[arg-type]  # as much of them as it uses
+    cache, leases = SlowBooks(), Leases(trio.current_time)
+    upkeep = Upkeep(cache, leases, ClusterView(Ages()))  # type: ignore[arg-type]  # as much of them as it uses
     holds = [held(str(number)) for number in range(2 * AT_ONCE)]
     for hold in holds:
         leases.end(hold)

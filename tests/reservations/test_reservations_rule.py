@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from fxrelay.balance import reservations as rule
 from fxrelay.balance.holders import Holders, against
-from fxrelay.balance.login_attempt import STEPS, TRANSITIONS, Attempt, Happening, State, WrongOrder
+from fxrelay.balance.login_attempt import STEPS, TRANSITIONS, Attempt, AttemptEvent, AttemptState, InvalidTransition
 from fxrelay.balance.reservation_text import BadRecord, decode_record, encode_record
 from fxrelay.balance.reservations import (
     ENTRY_HARD_MS,
@@ -266,24 +266,24 @@ def test_the_states_of_a_login_follow_the_seven_steps() -> None:
     attempt = Attempt("a")
     seen = [attempt.state]
     for happening in (
-        Happening.ENTER,
-        Happening.FORWARD,
-        Happening.REQUEST,
-        Happening.REQUEST,
-        Happening.SUCCESS,
-        Happening.GRANT,
-        Happening.LET_IN,
-        Happening.LOGOUT,
+        AttemptEvent.ENTER,
+        AttemptEvent.FORWARD,
+        AttemptEvent.REQUEST,
+        AttemptEvent.REQUEST,
+        AttemptEvent.SUCCESS,
+        AttemptEvent.GRANT,
+        AttemptEvent.LET_IN,
+        AttemptEvent.LOGOUT,
     ):
         attempt = attempt.after(happening)
         seen.append(attempt.state)
     assert attempt.requests == 2
     assert attempt.is_over
     assert list(dict.fromkeys(STEPS[state] for state in seen)) == list(Step)
-    with pytest.raises(WrongOrder):
-        Attempt("b", State.ENTERED).after(Happening.GRANT)
-    reachable = {State.NONE, *TRANSITIONS.values()}
-    assert reachable == set(State)
+    with pytest.raises(InvalidTransition):
+        Attempt("b", AttemptState.ENTERED).after(AttemptEvent.GRANT)
+    reachable = {AttemptState.NONE, *TRANSITIONS.values()}
+    assert reachable == set(AttemptState)
 
 
 def test_holders_keep_the_newest_of_an_epoch() -> None:

@@ -10,19 +10,19 @@ import pytest
 import trio
 import trio.testing
 
-from fxrelay.balance.login_attempt import Happening
+from fxrelay.balance.login_attempt import AttemptEvent
 from fxrelay.balance.reservations import Login, Reason, Record
-from fxrelay.balance.waiting import Line, Place
+from fxrelay.balance.wait_queue import QueueTicket, WaitQueue
 from fxrelay.cluster.members import Ages
 from fxrelay.cluster.ports import MAX_DOCUMENT_BYTES, RESERVATIONS, Document, Present, Update
 from fxrelay.cluster.sqlite_bus import SqliteTransporter
 from fxrelay.cluster.sqlite_store import SqliteStore
 from fxrelay.cluster.view import ClusterView
-from fxrelay.reserving.books import ReservingConfig
-from fxrelay.reserving.leases import Hold, Terms
+from fxrelay.reserving.event_reporter import EventReporter, encode_event, encode_together, read_events
+from fxrelay.reserving.leases import Hold, LeaseTerms
 from fxrelay.reserving.ledger import Ledger
+from fxrelay.reserving.reservation_cache import ReservingConfig
 from fxrelay.reserving.reservations import NO_STORE, Entered, NotEntered, Reservations
-from fxrelay.reserving.tidings import Tidings, encode_tidings, encode_together, read_tidings
 from fxtunnel.errors import StoreError
 from fxtunnel.model import RelayId
 
@@ -84,7 +84,7 @@ class Relay:
         """Take, again and again, until it is granted."""
         with trio.fail_after(20):
             while True:
-                answer = await self.reservations.take(server, user, "192.0.2.1", Terms())
+                answer = await self.reservations.take(server, user, "192.0.2.1", LeaseTerms())
                 if isinstance(answer, Hold):
                     return answer
                 await trio.sleep(0.05)
@@ -119,7 +119,7 @@ def proved(entered: Entered | NotEntered) -> Entered:
     """The login went through its requests."""
     assert isinstance(entered, Entered)
     attempt = entered.attempt
-    for happening in (Happening.FORWARD, Happening.REQUEST, Happening.REQUEST, Happening.SUCCESS):
+    for happening in (AttemptEvent.FORWARD, AttemptEvent.REQUEST, AttemptEvent.REQUEST, AttemptEvent.SUCCESS):
         attempt = attempt.after(happening)
     return Entered(entered.server_id, attempt)
 
@@ -129,21 +129,21 @@ async def test_of_two_who_authenticate_at_once_one_is_let_in(tmp_path: Path, cap
     async with relays(tmp_path, "a", "b") as (first, second):
         ann = await first.reservations.enter(S1, "ann", "192.0.2.1")
         bob = await second.reservations.enter(S1, "bob", "192.0.2.2")
-        hold = await second.reservations.commit(proved(bob), "bob", Terms())
+        hold = await second.reservations.commit(proved(bob), "bob", LeaseTerms())
         assert isinstance(hold, Hold)
-        refused = await first.reservations.commit(proved(ann), "ann", Terms())
+        refused = await first.reservations.commit(proved(ann), "ann", LeaseTerms())
         assert isinstance(refused, NotEntered)
         assert (refused.reason, refused.is_final, "bob" in refused.text) == (Reason.RESERVED, False, False)
-        other = await first.reservations.commit(proved(await first.reservations.enter(S2, "ann", "192.0.2.1")), "ann", Terms())
+        other = await first.reservations.commit(proved(await first.reservations.enter(S2, "ann", "192.0.2.1")), "ann", LeaseTerms())
         assert isinstance(other, Hold)
         await trio.sleep(LEASE_S * 1.5)  # renewed
         assert not hold.is_lost
         second.reservations.release(hold)
         await until(lambda: not first.reservations.holders.users(0).get(S1))
         assert (await first.taken(S1, "ann")).token.fence > hold.token.fence
-        counts = second.reservations.tidings.counts
+        counts = second.reservations.reporter.counts
         assert (counts["entered"], counts["committed"], counts["released"]) == (1, 1, 1)
-        assert first.reservations.tidings.rejections["reserved"] == 1
+        assert first.reservations.reporter.rejections["reserved"] == 1
         told = [(record.user, record.reason) for record in caplog.records if getattr(record, "reservation", "") == "rejected"]  # type: ignore[attr-defined]  # extras of logging
         assert ("ann", "reserved") in told
 
@@ -165,9 +165,9 @@ async def test_an_entry_that_came_to_nothing_is_taken_out(tmp_path: Path) -> Non
         entered = await relay.reservations.enter(S1, "ann", "192.0.2.1")
         assert isinstance(entered, Entered)
         assert relay.reservations.holders.wanted(0) == {S1}
-        relay.reservations.reject(proved(entered), Happening.CLIENT_GONE)
+        relay.reservations.reject(proved(entered), AttemptEvent.CLIENT_GONE)
         await until(lambda: relay.reservations.holders.wanted(0) == frozenset())
-        refused = await relay.reservations.commit(proved(entered), "ann", Terms())
+        refused = await relay.reservations.commit(proved(entered), "ann", LeaseTerms())
         assert isinstance(refused, NotEntered)
         assert refused.reason == Reason.NO_ENTRY
 
@@ -178,7 +178,7 @@ async def test_a_relay_that_was_cut_off_is_told_that_its_server_was_given_away(t
         lost = trio.Event()
         hold.watch(lost.set)
         first.store.is_cut = True
-        refused = await first.reservations.take(S2, "ann", "192.0.2.1", Terms())
+        refused = await first.reservations.take(S2, "ann", "192.0.2.1", LeaseTerms())
         assert isinstance(refused, NotEntered)
         assert (refused.reason, refused.is_final) == (NO_STORE, True)
         later = await second.taken(S1, "bob")
@@ -203,10 +203,10 @@ async def test_a_relay_that_must_not_keep_what_it_cannot_renew_lets_go_before_ot
 async def test_a_grant_whose_answer_is_lost_is_given_back(tmp_path: Path) -> None:
     async with relays(tmp_path, "a", "b") as (first, second):
         first.store.loses_answers = True
-        refused = await first.reservations.take(S1, "ann", "192.0.2.1", Terms())
+        refused = await first.reservations.take(S1, "ann", "192.0.2.1", LeaseTerms())
         assert isinstance(refused, NotEntered)
         assert refused.reason == NO_STORE
-        blocked = await second.reservations.take(S1, "bob", "192.0.2.2", Terms())
+        blocked = await second.reservations.take(S1, "bob", "192.0.2.2", LeaseTerms())
         assert isinstance(blocked, NotEntered)
         first.store.loses_answers = False
         await second.taken(S1, "bob")
@@ -220,13 +220,13 @@ async def test_a_store_that_was_away_for_everybody_ends_nothing(tmp_path: Path) 
         second.store.is_cut = False  # and is quicker
         with trio.move_on_after(LEASE_S / 2):
             while True:
-                answer = await second.reservations.take(S1, "bob", "192.0.2.2", Terms())
+                answer = await second.reservations.take(S1, "bob", "192.0.2.2", LeaseTerms())
                 assert isinstance(answer, NotEntered)
                 await trio.sleep(0.01)
         first.store.is_cut = False
         await trio.sleep(LEASE_S * 2)
         assert not hold.is_lost
-        assert isinstance(await second.reservations.take(S1, "bob", "192.0.2.2", Terms()), NotEntered)
+        assert isinstance(await second.reservations.take(S1, "bob", "192.0.2.2", LeaseTerms()), NotEntered)
 
 
 async def test_a_store_that_has_forgotten_is_reported_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -255,11 +255,11 @@ async def test_a_server_is_held_while_its_user_has_sessions(tmp_path: Path) -> N
     async with relays(tmp_path, "a", "b") as (first, second):
         sessions = {(S1, "ann")}
         first.reservations.upkeep.may_have_sessions = lambda server, user, since_ms: (server, user) in sessions
-        hold = await first.reservations.take(S1, "ann", "192.0.2.1", Terms(hold_while_sessions=True))
+        hold = await first.reservations.take(S1, "ann", "192.0.2.1", LeaseTerms(hold_while_sessions=True))
         assert isinstance(hold, Hold)
         first.reservations.release(hold)
         await trio.sleep(LEASE_S * 2)
-        assert isinstance(await second.reservations.take(S1, "bob", "192.0.2.2", Terms()), NotEntered)
+        assert isinstance(await second.reservations.take(S1, "bob", "192.0.2.2", LeaseTerms()), NotEntered)
         sessions.clear()
         await second.taken(S1, "bob")
 
@@ -273,17 +273,17 @@ async def test_sessions_hold_a_server_though_the_relay_that_let_the_user_in_is_g
             relay.reservations.upkeep.may_have_sessions = lambda server, user, since_ms: (server, user) in sessions
         async with trio.open_nursery() as nursery:
             await nursery.start(gone.reservations.run)
-            assert isinstance(await gone.reservations.take(S1, "ann", "192.0.2.1", Terms(hold_while_sessions=True)), Hold)
+            assert isinstance(await gone.reservations.take(S1, "ann", "192.0.2.1", LeaseTerms(hold_while_sessions=True)), Hold)
             if is_stopped:
                 await gone.reservations.close()
             nursery.cancel_scope.cancel()
         await trio.sleep(LEASE_S * 3)
-        assert isinstance(await left.reservations.take(S1, "bob", "192.0.2.2", Terms()), NotEntered)
-        again = await left.reservations.take(S1, "ann", "192.0.2.1", Terms())
+        assert isinstance(await left.reservations.take(S1, "bob", "192.0.2.2", LeaseTerms()), NotEntered)
+        again = await left.reservations.take(S1, "ann", "192.0.2.1", LeaseTerms())
         assert isinstance(again, Hold)
         left.reservations.release(again)
         await trio.sleep(LEASE_S)
-        assert isinstance(await left.reservations.take(S1, "bob", "192.0.2.2", Terms()), NotEntered)
+        assert isinstance(await left.reservations.take(S1, "bob", "192.0.2.2", LeaseTerms()), NotEntered)
         sessions.clear()
         await left.taken(S1, "bob")
     gone.transporter.close()
@@ -294,11 +294,11 @@ async def test_a_server_is_held_until_it_has_told_of_sessions_that_were_begun_la
     async with relays(tmp_path, "a", "b") as (first, second):
         reported_ms = 0
         first.reservations.upkeep.may_have_sessions = lambda server, user, since_ms: reported_ms <= since_ms
-        hold = await first.reservations.take(S1, "ann", "192.0.2.1", Terms(hold_while_sessions=True))
+        hold = await first.reservations.take(S1, "ann", "192.0.2.1", LeaseTerms(hold_while_sessions=True))
         assert isinstance(hold, Hold)
         first.reservations.release(hold)
         await until(lambda: hold.ended_ms > 0)
-        assert isinstance(await second.reservations.take(S1, "bob", "192.0.2.2", Terms()), NotEntered)
+        assert isinstance(await second.reservations.take(S1, "bob", "192.0.2.2", LeaseTerms()), NotEntered)
         reported_ms = hold.ended_ms + 1
         await second.taken(S1, "bob")
 
@@ -308,7 +308,7 @@ RECORDS = ["{}", '{"serverId": "a b", "record": "{}"}', '{"serverId": "a", "reco
 
 @pytest.mark.parametrize("text", ["", "[]", "[" * 9_999, "[7]", "[[]]", *RECORDS, *(f"[{record}]" for record in RECORDS)])
 def test_messages_that_are_malformed_are_dropped(text: str) -> None:
-    assert read_tidings(text) is None
+    assert read_events(text) is None
 
 
 async def test_what_follows_quickly_is_told_together_as_it_is_then(autojump_clock: trio.testing.MockClock) -> None:
@@ -323,17 +323,17 @@ async def test_what_follows_quickly_is_told_together_as_it_is_then(autojump_cloc
             await trio.lowlevel.checkpoint()
             call()
 
-    tidings = Tidings(Bus(), AtOnce())  # type: ignore[arg-type]  # as much of them as is asked here
+    reporter = EventReporter(Bus(), AtOnce())  # type: ignore[arg-type]  # as much of them as is asked here
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(tidings.run)
+        nursery.start_soon(reporter.run)
         for revision in (1, 3, 2):
-            tidings.publish("s1", Record("e", revision=revision))
-        tidings.publish("s2", Record("e", revision=1))
+            reporter.publish("s1", Record("e", revision=revision))
+        reporter.publish("s2", Record("e", revision=1))
         await trio.sleep(1)
-        tidings.publish("s1", Record("e", revision=4))
+        reporter.publish("s1", Record("e", revision=4))
         await trio.sleep(1)
         nursery.cancel_scope.cancel()
-    found = [[heard for text in texts for heard in read_tidings(text) or ()] for texts in told]
+    found = [[heard for text in texts for heard in read_events(text) or ()] for texts in told]
     assert found == [[(S1, Record("e", revision=3)), (S2, Record("e", revision=1))], [(S1, Record("e", revision=4))]]
 
 
@@ -341,8 +341,8 @@ def test_many_records_are_told_in_few_messages() -> None:
     news = [(f"s{number}", Record("e", revision=number)) for number in range(1, 20)]
     texts = encode_together(news)
     assert len(texts) == 3
-    assert [heard for text in texts for heard in read_tidings(text) or ()] == news
-    assert read_tidings(f"[{','.join([encode_tidings('s1', Record())] * 9)}]") is None, "more than anybody tells at once"
+    assert [heard for text in texts for heard in read_events(text) or ()] == news
+    assert read_events(f"[{','.join([encode_event('s1', Record())] * 9)}]") is None, "more than anybody tells at once"
     long = Record("e", logins=tuple(Login(f"{number:0128}", "a" * 256, "r", 1, 1) for number in range(250)))
     assert all(len(text) < MAX_DOCUMENT_BYTES for text in encode_together([(f"s{number}", long) for number in range(5)]))
 
@@ -352,7 +352,7 @@ def test_a_message_is_heard() -> None:
     reservations = Reservations(ReservingConfig(RelayId("a")), store, store, ClusterView(Ages()))
     record = Record("e", 1, 0, (Login("l", "ann", "b", 1_000, 1_000),), revision=1)
     changed = reservations.changed
-    assert reservations.hear(encode_tidings("s1", record))
+    assert reservations.hear(encode_event("s1", record))
     assert changed.is_set()
     assert reservations.holders.users(0) == {S1: "ann"}
     assert not reservations.hear("nonsense")
@@ -376,7 +376,7 @@ async def test_a_store_that_reservations_cannot_use_counts_as_down_until_it_is_a
 
 
 async def test_a_line_is_first_come_first_served_and_who_lost_a_race_keeps_his_place(autojump_clock: trio.testing.MockClock) -> None:
-    line = Line()
+    line = WaitQueue()
     order: list[str] = []
 
     async def wait(name: str, since: float, takes_s: float) -> None:
@@ -393,7 +393,7 @@ async def test_a_line_is_first_come_first_served_and_who_lost_a_race_keeps_his_p
         assert order == ["first", "second"]
         nursery.start_soon(wait, "first again", 1.0, 1.0)
         await trio.testing.wait_all_tasks_blocked()
-        positions: list[Place] = line.places
+        positions: list[QueueTicket] = line.places
         assert [place.position for place in positions] == [1, 2, 3]
     assert order == ["first", "second", "first again", "third"]
     assert not line

@@ -10,27 +10,27 @@ import trio
 from test_reservations_service import S1, S2, relays
 
 from fxrelay.cluster.ports import Present, Update
-from fxrelay.reserving import books
-from fxrelay.reserving.leases import Terms
+from fxrelay.reserving import reservation_cache
+from fxrelay.reserving.leases import LeaseTerms
 from fxrelay.reserving.reservations import NO_STORE, Entered, NotEntered
 from fxtunnel.model import RelayId
 
 
 async def test_a_store_that_hangs_makes_one_wait_for_two_seconds_and_nobody_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(books, "PAUSE_S", 15.0)
+    monkeypatch.setattr(reservation_cache, "PAUSE_S", 15.0)
     async with relays(tmp_path, "a") as (relay,):
         relay.store.hangs = answers = threading.Event()
         began = trio.current_time()
         first = await relay.reservations.enter(S1, "ann", "192.0.2.1")
         assert isinstance(first, NotEntered)
         assert first.reason == NO_STORE
-        assert trio.current_time() - began < books.CALL_S, "it is not told as late as the store's own deadlines would be"
-        asked, pauses = relay.store.asked, trio.current_time() + books.PAUSE_S
+        assert trio.current_time() - began < reservation_cache.CALL_S, "it is not told as late as the store's own deadlines would be"
+        asked, pauses = relay.store.asked, trio.current_time() + reservation_cache.PAUSE_S
         for number in range(100):
             user = f"user {number}"
             for answer in (
                 await relay.reservations.enter(S1, user, "192.0.2.1"),
-                await relay.reservations.take(S2, user, "192.0.2.1", Terms()),
+                await relay.reservations.take(S2, user, "192.0.2.1", LeaseTerms()),
                 await relay.reservations.look_at(S1),
             ):
                 assert answer is False or (isinstance(answer, NotEntered) and answer.reason == NO_STORE)
@@ -43,9 +43,9 @@ async def test_a_store_that_hangs_makes_one_wait_for_two_seconds_and_nobody_else
 
 
 async def test_a_store_that_is_slow_but_answers_others_has_its_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(books, "ANSWER_S", 1.5)
-    monkeypatch.setattr(books, "CALL_S", 20.0)
-    monkeypatch.setattr(books, "AT_ONCE", 1)
+    monkeypatch.setattr(reservation_cache, "ANSWER_S", 1.5)
+    monkeypatch.setattr(reservation_cache, "CALL_S", 20.0)
+    monkeypatch.setattr(reservation_cache, "AT_ONCE", 1)
     async with relays(tmp_path, "a") as (relay,):
         update_all = relay.store.update_all
 

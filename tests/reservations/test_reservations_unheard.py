@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import trio
 
-from fxrelay.reserving.books import LANES, _Waiting
 from fxrelay.reserving.leases import Hold
 from fxrelay.reserving.ledger import Ledger
+from fxrelay.reserving.reservation_cache import LANES, _Waiting
 from fxrelay.reserving.reservations import NO_STORE, NotEntered
 from fxtunnel.model import RelayId
 from tests.reservations.test_reservations_kept import KEPT
@@ -37,9 +37,9 @@ async def test_a_commit_that_nobody_waits_for_any_more_leaves_neither_login_nor_
             entered = proved(await relay.reservations.enter(S1, "ann", "192.0.2.1"))
             go_on = relay.store.hangs = threading.Event()
             for lane in range(LANES - is_sent):  # a commit that is not sent waits for one of them
-                relay.reservations._books._waiting.append(_Waiting(relay.reservations._books.asks.sweep(f"other-{lane}")))
-                relay.reservations._books._some.unpark()
-                await until(lambda: not relay.reservations._books._waiting)
+                relay.reservations._cache._waiting.append(_Waiting(relay.reservations._cache.updates.sweep(f"other-{lane}")))
+                relay.reservations._cache._some.unpark()
+                await until(lambda: not relay.reservations._cache._waiting)
             with trio.move_on_after(0.2) as gone:
                 await relay.reservations.commit(entered, "ann", KEPT, known_as=known_as)
             assert gone.cancelled_caught

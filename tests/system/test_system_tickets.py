@@ -17,7 +17,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
-from fxrelay.admitting.ticket import Wish, mint_ticket
+from fxrelay.admitting.ticket import UnsignedTicket, mint_ticket
 from fxtunnel.kit.signed_claims import Algorithm, signing_key
 from fxtunnel.model import ServiceName
 from tests.ports import free_port
@@ -53,7 +53,9 @@ class Site:
         """As a portal makes one."""
         key = load_pem_private_key(self.key.read_bytes(), None)
         assert isinstance(key, Ed25519PrivateKey)
-        return mint_ticket(Wish(sub, ServiceName(service), node), key, Algorithm.EDDSA, signing_key(key.public_key()).kid, time.time())
+        return mint_ticket(
+            UnsignedTicket(sub, ServiceName(service), node), key, Algorithm.EDDSA, signing_key(key.public_key()).kid, time.time()
+        )
 
     def minted(self, *words: str) -> str:
         """As the administrator makes one."""

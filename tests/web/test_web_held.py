@@ -10,7 +10,7 @@ from web_rig import Canned, NamingChooser, add_web_relay, ask, read_head, status
 from fxrelay.delivery.ports import NoNode, Wanted
 from fxrelay.web.client import ClientSide
 from fxrelay.web.holding import while_there
-from fxrelay.web.ports import Passage, Reply, RequestFacts, Sender, WebLimits, WholeAnswer
+from fxrelay.web.ports import Allow, Reply, RequestFacts, Sender, WebLimits, WholeAnswer
 from fxtunnel.errors import NodeError
 from fxtunnel.kit.answers import Refused
 from fxtunnel.model import GatewayId, RelayId, ServiceName
@@ -34,8 +34,8 @@ class Holding:
     def concerns(self, service: ServiceName) -> bool:
         return True
 
-    async def admit(self, request: RequestFacts) -> Passage:
-        return Passage(held=self) if request.path == b"/login" else Passage(closed=frozenset({RelayId("n3")}))
+    async def admit(self, request: RequestFacts) -> Allow:
+        return Allow(held=self) if request.path == b"/login" else Allow(closed=frozenset({RelayId("n3")}))
 
     async def answered(self, request: RequestFacts, node: RelayId | None, status: int, fields: object) -> tuple[bytes, ...]:
         return (b"X-Extra: 1\r\n",)

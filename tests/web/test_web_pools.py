@@ -12,7 +12,7 @@ from web_rig import NamingChooser, add_web_relay, ask, read_head, statuses
 
 from fxrelay.web.affinity import ClaimAffinity, CookieAffinity
 from fxrelay.web.heads import Field
-from fxrelay.web.ports import Passage, RequestFacts, WebRules
+from fxrelay.web.ports import Allow, RequestFacts, WebRules
 from fxtunnel.kit.answers import Refused
 from fxtunnel.model import RelayId, ServiceName
 
@@ -177,11 +177,11 @@ async def test_a_gate_is_asked_before_and_after(contexts: Contexts) -> None:
         def concerns(self, service: ServiceName) -> bool:
             return True
 
-        async def admit(self, request: RequestFacts) -> Passage:
+        async def admit(self, request: RequestFacts) -> Allow:
             self.seen.append((request.path.decode(), request.node))
             if request.path == b"/no":
                 raise Refused(429, "TooMany", "Not so <fast>.")
-            return Passage(RelayId("n3")) if request.path == b"/steer" else Passage()
+            return Allow(RelayId("n3")) if request.path == b"/steer" else Allow()
 
         async def answered(self, request: RequestFacts, node: RelayId | None, status: int, fields: tuple[Field, ...]) -> tuple[bytes, ...]:
             self.seen.append((request.path.decode(), node))

@@ -14,8 +14,8 @@ from peers import connect
 from plane import SERVICE, Contexts, Plane, open_plane
 from web_rig import Canned, NamingChooser, add_web_relay, ask, read_head, statuses
 
-from fxrelay.admitting.porter import Porter
 from fxrelay.admitting.quotas import StreamLimits
+from fxrelay.admitting.stream_admission import StreamAdmission
 from fxrelay.admitting.ticket import Caller, TicketRules
 from fxrelay.web.heads import parse_request
 from fxrelay.web.passes import Passes, split_ticket
@@ -44,9 +44,9 @@ def pass_in(answer: bytes) -> str:
     return f"Cookie: {found[1].decode()}"
 
 
-async def guarded(plane: Plane, service: Canned, porter: Porter | None = None, rules: WebRules = GUARDED) -> int:
+async def guarded(plane: Plane, service: Canned, admission: StreamAdmission | None = None, rules: WebRules = GUARDED) -> int:
     _, web = await add_web_relay(plane, await plane.serve(service), rules)
-    web.porter = porter or porter_of(Memory())
+    web.admission = admission or porter_of(Memory())
     return plane.add_door()
 
 
@@ -119,7 +119,7 @@ async def test_a_stream_that_came_with_a_ticket_is_one_callers(contexts: Context
     async with open_plane(contexts) as plane:
         service, memory, ticket = Canned(), Memory(), mint()
         relay, web = await add_web_relay(plane, await plane.serve(service), GUARDED)
-        web.porter = porter_of(memory)
+        web.admission = porter_of(memory)
         relay.session.mux._on_open = lambda stream, opening: relay.desk.on_open(relay.session, stream, opening._replace(ticket=ticket))
         port = plane.add_door()
         answer = await ask(port, request("/1", "Authorization: Bearer own", close=False) + request("/2"))
@@ -141,7 +141,7 @@ async def test_a_ticket_for_a_node_leads_there_and_nowhere_else(contexts: Contex
         owner = ScriptedOwner()
         rules = replace(GUARDED, node_paths=True)
         _, web = await add_web_relay(plane, pool_port, rules, chooser=chooser, host=A, is_pool=True)
-        web.porter = porter_of(Memory(), owner=owner)
+        web.admission = porter_of(Memory(), owner=owner)
         port = plane.add_door()
         answer = await ask(port, request("/node/a/x", bearer(mint(node="b"))))
         assert statuses(answer) == [403]
@@ -162,7 +162,7 @@ async def test_the_chain_hears_who_asks(contexts: Contexts) -> None:
         port = await plane.serve(service)
         chooser = NamingChooser(Spec("a", is_local=True))
         _, web = await add_web_relay(plane, port, GUARDED, chooser=chooser, is_pool=True)
-        web.porter = porter_of(Memory())
+        web.admission = porter_of(Memory())
         door = plane.add_door()
         batch = request("/", bearer(mint("alice", groups=("cad",))), close=False) + request("/", bearer(mint("bob")))
         assert statuses(await ask(door, batch)) == [200, 200]
@@ -188,8 +188,8 @@ async def test_the_owner_says_no_and_the_ticket_is_not_used(contexts: Contexts) 
 
 async def test_limits_count_connections(contexts: Contexts) -> None:
     async with open_plane(contexts) as plane:
-        porter = porter_of(Memory(), limits=StreamLimits(per_user=1, per_address=2))
-        port = await guarded(plane, Canned(), porter)
+        admission = porter_of(Memory(), limits=StreamLimits(per_user=1, per_address=2))
+        port = await guarded(plane, Canned(), admission)
         cookie = PASSES.set_cookie(Caller("alice"), 2_000_000_000, secure=False).decode().partition(": ")[2].partition(";")[0]
         first = await connect(port)
         for _ in range(3):  # one connection, however many requests
@@ -205,7 +205,7 @@ async def test_limits_count_connections(contexts: Contexts) -> None:
         await first.aclose()
         await second.aclose()
         with trio.fail_after(5):
-            while len(porter.quotas):
+            while len(admission.quotas):
                 await trio.sleep(0.01)
 
 
@@ -226,18 +226,18 @@ async def test_an_upgrade_with_a_pass(contexts: Contexts) -> None:
     async with open_plane(contexts) as plane:
         switching = b"HTTP/1.1 101 Switching Protocols\r\nConnection: upgrade\r\nUpgrade: websocket\r\n\r\n"
         service = Canned(switching)
-        porter = porter_of(Memory(), limits=StreamLimits(per_user=1))
-        port = await guarded(plane, service, porter)
+        admission = porter_of(Memory(), limits=StreamLimits(per_user=1))
+        port = await guarded(plane, service, admission)
         words = ("Connection: Upgrade", "Upgrade: websocket")
         assert statuses(await ask(port, request("/ws", *words, close=False))) == [401]
         stream = await connect(port)
         await stream.send_all(request(f"/ws?fx_ticket={mint()}", *words, close=False))
         assert statuses((await read_head(stream))[0]) == [101]
         assert service.got[0].startswith(b"GET /ws HTTP/1.1\r\n")
-        assert len(porter.quotas) == 1  # as long as it lasts
+        assert len(admission.quotas) == 1  # as long as it lasts
         await stream.aclose()
         with trio.fail_after(5):
-            while len(porter.quotas):
+            while len(admission.quotas):
                 await trio.sleep(0.01)
 
 
@@ -245,8 +245,8 @@ async def test_where_tickets_are_optional_a_token_is_the_services_own(contexts: 
     async with open_plane(contexts) as plane:
         service = Canned()
         rules = replace(GUARDED, takes_bearers=False)
-        porter = porter_of(Memory(), ticket=TicketRules(RULES.keys, SERVICE, is_required=False))
-        port = await guarded(plane, service, porter, rules)
+        admission = porter_of(Memory(), ticket=TicketRules(RULES.keys, SERVICE, is_required=False))
+        port = await guarded(plane, service, admission, rules)
         assert statuses(await ask(port, request("/", "Authorization: Bearer own"))) == [200]
         assert b"Authorization: Bearer own\r\n" in service.got[0]
         assert statuses(await ask(port, request("/?fx_ticket=own"))) == [401]

@@ -13,7 +13,7 @@ from fxgateway.routing.hosts import HostTable
 from fxgateway.routing.preread_router import DoorKind, PrereadRouter
 from fxrelay.delivery.ports import Node
 from fxrelay.web.desk import WebDesk
-from fxrelay.web.ports import Passage, Reply, RequestFacts, Sender, Unable, WholeAnswer
+from fxrelay.web.ports import Allow, Reply, RequestFacts, Sender, Unable, WholeAnswer
 from fxtunnel.kit.answers import Refused
 from fxtunnel.model import ServiceName
 
@@ -36,10 +36,10 @@ class Gate:
     def concerns(self, service: ServiceName) -> bool:
         return True
 
-    async def admit(self, request: RequestFacts) -> Passage:
+    async def admit(self, request: RequestFacts) -> Allow:
         if request.path == b"/lost":
             raise self.unable()
-        return Passage(held=self) if request.path == b"/login" else Passage()
+        return Allow(held=self) if request.path == b"/login" else Allow()
 
     async def answered(self, request: RequestFacts, node: object, status: int, fields: object) -> tuple[bytes, ...]:
         return ()
@@ -60,8 +60,8 @@ class Able(Gate):
         self.bodies.append(body)
         return Reply(WholeAnswer(200, b"OK", (), b"in"))
 
-    async def admit(self, request: RequestFacts) -> Passage:
-        return Passage(held=self)
+    async def admit(self, request: RequestFacts) -> Allow:
+        return Allow(held=self)
 
 
 class Site:

@@ -17,9 +17,9 @@ from fxrelay.balance.entries import Scripts
 from fxrelay.balance.environment import ClusterEnvironment
 from fxrelay.balance.filters import Pool
 from fxrelay.balance.model import Action
+from fxrelay.balance.path_rules import PathRules
 from fxrelay.balance.reservations import OwnerRelogin
 from fxrelay.balance.seating import Queueing, SeatRules
-from fxrelay.balance.ways import Ways
 from fxrelay.balance.workers import ScriptLimits
 from fxrelay.cluster.follow import FollowConfig, Follower
 from fxrelay.cluster.gather import Gatherer
@@ -33,7 +33,7 @@ from fxrelay.cluster.static_data import site_environment
 from fxrelay.cluster.threads import Threads
 from fxrelay.cluster.view import ClusterView
 from fxrelay.forgetting import Forgetter
-from fxrelay.reserving.books import ReservingConfig
+from fxrelay.reserving.reservation_cache import ReservingConfig
 from fxrelay.reserving.reservations import Reservations
 from fxrelay.reserving.seats import StreamSeating
 from fxrelay.service_settings import ServiceSection
@@ -54,25 +54,25 @@ READS_BEFORE_STALE: Final = 3
 
 
 @dataclass(frozen=True, slots=True)
-class Whose:
-    """Whose brain it is, and how it sees its tunnels."""
+class AgentContext:
+    """Whose agent it is, and how it sees its tunnels."""
 
     relay_id: RelayId
     instance: InstanceId
     uplinks: Callable[[], Sequence[UplinkStatistics]]
 
 
-class Brain:
+class ClusterAgent:
     """Joins the cluster of the configuration. `run` it once. Implements `Listener` for what its parts hear of each other by the view.
 
     Raises:
         ConfigError: broker.json or a balancing script cannot be used.
     """
 
-    def __init__(self, settings: RelaySettings, config_path: Path, whose: Whose) -> None:
+    def __init__(self, settings: RelaySettings, config_path: Path, context: AgentContext) -> None:
         cluster = settings.cluster
         self._settings = settings
-        self._whose = whose
+        self._context = context
         self._store, self._transporter = open_cluster(cluster, settings.relay.state_dir)
         self.view = ClusterView(Ages(cluster.stale_s, cluster.down_s), listener=self)
         self._threads = Threads(self.view.store_doubted)
@@ -82,21 +82,21 @@ class Brain:
         self._gatherer = Gatherer(settings, bounds=ProgramBounds(module_dir=config_path.parent))
         self._news = PlacementNews(self._transporter, self._threads)
         self.publisher = Publisher(
-            PublisherConfig(whose.relay_id, whose.instance, __version__, cluster.publish_s),
+            PublisherConfig(context.relay_id, context.instance, __version__, cluster.publish_s),
             self._store,
             self._transporter,
             self.view,
             self._threads,
             (self._gatherer.measure, self._agent),
         )
-        environment = ClusterEnvironment(whose.relay_id, self._store, self._threads)
-        self.chooser = PoolChooser(self.view, ways(settings), environment, self._news.tell, whose.instance)
+        environment = ClusterEnvironment(context.relay_id, self._store, self._threads)
+        self.chooser = PoolChooser(self.view, path_rules(settings), environment, self._news.tell, context.instance)
         self.chooser.reconfigure(balancing(settings, self._scripts, site_environment(settings.node, os.environ)))
         self.tickets = SharedMemory(self._store, self._threads, lambda: self.view.is_store_down)
         self._forgetter = Forgetter(self._store, self._threads, cluster.forget_after_s)
         self.reservations: Reservations | None = None
         if _needs_reservations(settings):
-            reserving = ReservingConfig(whose.relay_id, cluster.lease_s, cluster.on_lost_lease)
+            reserving = ReservingConfig(context.relay_id, cluster.lease_s, cluster.on_lost_lease)
             self.reservations = Reservations(reserving, self._store, self._transporter, self.view)
             self.reservations.upkeep.may_have_sessions = self._may_have_sessions
             self.chooser.seating = StreamSeating(self.reservations)
@@ -130,7 +130,7 @@ class Brain:
         """Whether the gateway has another relay for the service, to be asked if this one cannot decide without the store. Not once it has
         been told that this one lacks it: then it has asked the others before.
         """
-        own, now = self._whose.relay_id, self.view.now
+        own, now = self._context.relay_id, self.view.now
         return self.view.health().store_down_s < TOLD_WITHIN_S and any(
             member.state is MemberState.UP and member.server.server_id != own and _serves(member.server, service, gateway_id)
             for member in self.view.members.members(now)
@@ -175,7 +175,7 @@ class Brain:
             ConfigError: a balancing script cannot be used; nothing has changed.
         """
         pools = balancing(settings, self._scripts, environ)
-        self.chooser.ways = ways(settings)
+        self.chooser.path_rules = path_rules(settings)
         self.chooser.reconfigure(pools)
         self._gatherer.reconfigure(settings)
         self._settings = settings
@@ -196,7 +196,7 @@ class Brain:
 
     def _usable(self) -> list[UplinkStatistics]:
         """The tunnels by which others may redirect to this node."""
-        return [uplink for uplink in self._whose.uplinks() if uplink.state is UplinkState.UP and not uplink.is_draining]
+        return [uplink for uplink in self._context.uplinks() if uplink.state is UplinkState.UP and not uplink.is_draining]
 
     def _agent(self) -> dict[str, Any]:
         rivals = self._rivals()
@@ -214,8 +214,8 @@ class Brain:
 
     def _rivals(self) -> list[InstanceId]:
         """Other processes that call themselves as this one does: who only reads the store sees one of them."""
-        member = self.view.members.get(self._whose.relay_id, self.view.now)
-        return sorted({member.server.instance, *member.rivals} - {self._whose.instance}) if member is not None and member.rivals else []
+        member = self.view.members.get(self._context.relay_id, self.view.now)
+        return sorted({member.server.instance, *member.rivals} - {self._context.instance}) if member is not None and member.rivals else []
 
     async def _watch_tunnels(self) -> None:
         """Others redirect to this node by its tunnels: tell them at once when one comes or goes."""
@@ -236,11 +236,11 @@ def _needs_reservations(settings: RelaySettings) -> bool:
     return any(section.is_pool and (section.is_login or section.guard_start) for section in settings.services)
 
 
-def ways(settings: RelaySettings) -> Ways:
+def path_rules(settings: RelaySettings) -> PathRules:
     """How this relay may reach other nodes."""
     cluster = settings.cluster
     networks = tuple(ip_network(network) for network in cluster.networks)
-    return Ways(RelayId(settings.relay.id), cluster.paths, cluster.force_indirect, networks, settings.relay.address)
+    return PathRules(RelayId(settings.relay.id), cluster.paths, cluster.force_indirect, networks, settings.relay.address)
 
 
 def pool_of(section: ServiceSection) -> Pool:

@@ -6,12 +6,12 @@ from contextlib import contextmanager
 import trio
 
 
-class Place:
+class QueueTicket:
     """A place in a line. `since`: when it was taken; a stream that lost a race and comes back keeps its place."""
 
     __slots__ = ("line", "since", "turn")
 
-    def __init__(self, line: "Line", since: float) -> None:
+    def __init__(self, line: "WaitQueue", since: float) -> None:
         self.line = line
         self.since = since
         self.turn = trio.Event()
@@ -22,19 +22,19 @@ class Place:
         return self.line.places.index(self) + 1
 
 
-class Line:
+class WaitQueue:
     """The streams that wait. The first one tries; those behind wait until it has got a server or has given up."""
 
     def __init__(self) -> None:
-        self.places: list[Place] = []
+        self.places: list[QueueTicket] = []
 
     def __len__(self) -> int:
         return len(self.places)
 
     @contextmanager
-    def place(self, since: float) -> Iterator[Place]:
+    def place(self, since: float) -> Iterator[QueueTicket]:
         """Stand in line, behind everyone who came before `since`, until the block ends."""
-        place = Place(self, since)
+        place = QueueTicket(self, since)
         index = sum(other.since <= since for other in self.places)
         self.places.insert(index, place)
         self._call_first()

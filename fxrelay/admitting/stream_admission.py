@@ -12,7 +12,7 @@ from typing import Final
 import trio
 
 from fxrelay.admitting.memory import TicketMemory, Use
-from fxrelay.admitting.owner import Owner, Question
+from fxrelay.admitting.owner import Owner, OwnerQuery
 from fxrelay.admitting.quotas import NO_LIMITS, Quotas, StreamLimits
 from fxrelay.admitting.ticket import BadTicket, Caller, Ticket, TicketProblem, TicketRules, read_ticket
 from fxrelay.delivery.identity import identity_of
@@ -45,7 +45,7 @@ class EntryRules:
     limits: StreamLimits = NO_LIMITS
 
 
-class Porter:
+class StreamAdmission:
     """Knows the rules of all guarded services, and who is in."""
 
     def __init__(self, memory: TicketMemory, own_id: RelayId, clock: Callable[[], float] = time.time) -> None:
@@ -59,16 +59,16 @@ class Porter:
         """Rules from now on; who is in stays in."""
         self._rules = rules
 
-    def receive(self, service: ServiceName, client: str, trace: str) -> "Guest":
+    def receive(self, service: ServiceName, client: str, trace: str) -> "ClientAdmission":
         """A connection of `client` (ip:port) that wants the service."""
-        return Guest(self, service, self._rules.get(service), identity_of(client), trace)
+        return ClientAdmission(self, service, self._rules.get(service), identity_of(client), trace)
 
 
-class Guest:
+class ClientAdmission:
     """One client connection. `release` it when it ends."""
 
-    def __init__(self, porter: Porter, service: ServiceName, rules: EntryRules | None, address: str, trace: str) -> None:
-        self._porter = porter
+    def __init__(self, admission: StreamAdmission, service: ServiceName, rules: EntryRules | None, address: str, trace: str) -> None:
+        self._admission = admission
         self._service = service
         self._rules = rules
         self._address = address
@@ -88,7 +88,7 @@ class Guest:
         if not token:
             return self.refuse(Code.BAD_TICKET, TicketProblem.MISSING, "it shows none") if rules.is_required else Caller()
         try:
-            ticket = read_ticket(token, rules, self._service, self._porter.clock())
+            ticket = read_ticket(token, rules, self._service, self._admission.clock())
         except BadTicket as exc:
             return self.refuse(Code.BAD_TICKET, exc.why, str(exc))
         return Caller(ticket.user, ticket.groups, ticket.node, ticket)
@@ -113,7 +113,7 @@ class Guest:
         if rules is None:
             return NotAdmitted(Code.NO_SERVICE, "not served here")
         if rules.owner is not None and not self._is_allowed(caller.user, node):
-            question = Question(caller.user, caller.groups, self._service, node, self._address, self._trace)
+            question = OwnerQuery(caller.user, caller.groups, self._service, node, self._address, self._trace)
             reason: str | None = "the owner script did not answer in time"
             with trio.move_on_after(OWNER_WAIT_S):
                 reason = await rules.owner.why_not(question)
@@ -124,7 +124,7 @@ class Guest:
         if ticket is None or rules.ticket is None or ticket is self._used:
             await trio.lowlevel.checkpoint()
             return None
-        memory = self._porter.memory
+        memory = self._admission.memory
         use = await memory.spend(ticket)
         if use is Use.UNKNOWABLE and not rules.ticket.refuses_without_store:
             use = memory.spend_here(ticket)
@@ -139,7 +139,7 @@ class Guest:
         """What was used came to nothing."""
         ticket, self._used = self._used, None
         if ticket is not None:
-            await self._porter.memory.give_back(ticket)
+            await self._admission.memory.give_back(ticket)
 
     def refuse(self, code: Code, why: TicketProblem | TokenProblem | str, text: str, caller: Caller | None = None) -> NotAdmitted:
         """Say in the log why, and in the answer that."""
@@ -165,7 +165,7 @@ class Guest:
         if what in self._places:
             return True
         key = (self._service, what, who)
-        if not self._porter.quotas.take(key, most):
+        if not self._admission.quotas.take(key, most):
             return False
         self._places[what] = key
         return True
@@ -173,7 +173,7 @@ class Guest:
     def _give_back(self, what: str) -> None:
         key = self._places.pop(what, None)
         if key is not None:
-            self._porter.quotas.give_back(key)
+            self._admission.quotas.give_back(key)
 
     def _is_allowed(self, user: str, node: str) -> bool:
         since = self._allowed.get((user, node))

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from fxrelay.balance.giving_way import LOOK_S, NICE, PATIENT_NICE, STARVED_SHARE, URGENT_S, Patience
+from fxrelay.balance.niceness import LOOK_S, NICE, PATIENT_NICE, STARVED_SHARE, URGENT_S, Patience
 
 PID = 7
 

@@ -17,10 +17,10 @@ from fxrelay.balance.holders import Holders
 from fxrelay.balance.reservations import Record
 from fxrelay.cluster.ports import Store, Transporter
 from fxrelay.cluster.threads import Threads
-from fxrelay.reserving.asks import Ask, Asks
-from fxrelay.reserving.asks import T as Outcome
+from fxrelay.reserving.event_reporter import EXPIRED, EventReporter
 from fxrelay.reserving.ledger import Ledger, Written
-from fxrelay.reserving.tidings import EXPIRED, Tidings
+from fxrelay.reserving.record_updates import RecordUpdate, RecordUpdates
+from fxrelay.reserving.record_updates import T as Outcome
 from fxtunnel.errors import StoreError
 from fxtunnel.model import RelayId
 
@@ -54,7 +54,7 @@ class _Waiting:
 
     __slots__ = ("answer", "ask", "done")
 
-    def __init__(self, ask: Ask[Any]) -> None:
+    def __init__(self, ask: RecordUpdate[Any]) -> None:
         self.ask = ask
         self.answer: tuple[Any, Written] | Exception | None = None
         self.done = trio.Event()
@@ -64,7 +64,7 @@ class _Waiting:
         self.done.set()
 
 
-class Books:
+class ReservationCache:
     """Who has what, as far as it was read or heard; what the store says when asked goes in by `learn`."""
 
     def __init__(self, config: ReservingConfig, store: Store, transporter: Transporter) -> None:
@@ -72,7 +72,7 @@ class Books:
         self.ledger = Ledger(store, config.relay_id, config.lease_s)
         self.holders = Holders()
         self._threads = Threads()
-        self.tidings = Tidings(transporter, self._threads)
+        self.reporter = EventReporter(transporter, self._threads)
         self.changed = trio.Event()
         """Set when who has which server may have changed; made anew each time."""
         self.last_error = ""
@@ -87,9 +87,9 @@ class Books:
         self._silent_until = -math.inf
 
     @property
-    def asks(self) -> Asks:
+    def updates(self) -> RecordUpdates:
         """What can be asked of a record."""
-        return self.ledger.asks
+        return self.ledger.updates
 
     async def run(self) -> None:
         """Take what is asked to the store until cancelled. Without it everything goes by itself."""
@@ -133,17 +133,17 @@ class Books:
             self._silent_until = now + ANSWER_S  # the others need not wait as well
         return None
 
-    async def do(self, ask: Ask[Outcome]) -> tuple[Outcome, Written] | StoreError:
+    async def do(self, ask: RecordUpdate[Outcome]) -> tuple[Outcome, Written] | StoreError:
         """The outcome of a step, or why there is no answer."""
         return _expected(*await self.do_all([ask]))
 
-    async def do_soon(self, ask: Ask[Outcome]) -> tuple[Outcome, Written] | StoreError:
+    async def do_soon(self, ask: RecordUpdate[Outcome]) -> tuple[Outcome, Written] | StoreError:
         """As `do`, for somebody who waits; after `silence`."""
         answer = _expected(*await self.do_all([ask], ANSWER_S))
         self._rest_after(answer)
         return answer
 
-    async def do_all(self, together: Sequence[Ask[Any]], patience_s: float = CALL_S) -> list[tuple[Any, Written] | Exception]:
+    async def do_all(self, together: Sequence[RecordUpdate[Any]], patience_s: float = CALL_S) -> list[tuple[Any, Written] | Exception]:
         """What comes of each of these steps, or why there is no answer. `patience_s` is for a store that answers nobody else either."""
         if not self._lanes:
             found = await self.ask(partial(self.ledger.do_all, together), patience_s)
@@ -205,11 +205,11 @@ class Books:
     def learn(self, server_id: RelayId, written: Written) -> None:
         """Take in what this relay has just read or written itself."""
         for login in written.expired:
-            self.tidings.happened(EXPIRED, server_id, login.user, login.login_id, written.record)
+            self.reporter.happened(EXPIRED, server_id, login.user, login.login_id, written.record)
             if login.user != written.record.holder and len(self.untidied) < MAX_UNTIDIED:
                 self.untidied.add((server_id, login.user))
         if self.know(server_id, written.record):
-            self.tidings.publish(server_id, written.record)
+            self.reporter.publish(server_id, written.record)
 
     def know(self, server_id: RelayId, record: Record) -> bool:
         """Take in a record that was read or heard. Returns whether it is news."""

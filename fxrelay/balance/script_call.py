@@ -19,7 +19,7 @@ _BLOCK_BYTES: Final = 65_536
 Then = Callable[[Answer | str], None]
 
 
-class Question:
+class ScriptCall:
     """Implements `Handler`. `then` is called once, later, with the answer or with what came instead: LATE, ENDED or GARBAGE; the process is
     of no use after one of those. `abandon`: it is not called any more.
     """

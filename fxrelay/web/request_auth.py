@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Final
 
-from fxrelay.admitting.porter import Guest
+from fxrelay.admitting.stream_admission import ClientAdmission
 from fxrelay.admitting.ticket import Caller, TicketProblem
 from fxrelay.delivery.ports import NotAdmitted
 from fxrelay.web.heads import RequestHead
@@ -31,13 +31,15 @@ class Shown:
     is_new: bool = False
 
 
-class Entrance:
+class RequestAuth:
     """Belongs to one client connection. `ticket` is the one that came with the stream's OPEN; `takes_bearers`: a token in Authorization
     is a ticket, since everybody needs one.
     """
 
-    def __init__(self, guest: Guest, passes: Passes | None, ticket: str, count: Callable[[Code], None], *, takes_bearers: bool) -> None:
-        self._guest = guest
+    def __init__(
+        self, client_admission: ClientAdmission, passes: Passes | None, ticket: str, count: Callable[[Code], None], *, takes_bearers: bool
+    ) -> None:
+        self._client_admission = client_admission
         self._passes = passes
         self._ticket = ticket
         self._count = count
@@ -71,7 +73,7 @@ class Entrance:
             if token:
                 head = replace(head, fields=tuple(found for found in head.fields if found.name != b"authorization"))
             shown = Shown(caller, head, path, is_new=bool(token))
-        self._checked(self._guest.take_place(shown.caller if shown.caller.user else Caller(self._logged_in)))
+        self._checked(self._client_admission.take_place(shown.caller if shown.caller.user else Caller(self._logged_in)))
         return shown
 
     def count_for(self, user: str) -> None:
@@ -82,7 +84,7 @@ class Entrance:
         """
         if user != self._logged_in:
             self._logged_in = ""
-            self._checked(self._guest.take_place(Caller(user)))
+            self._checked(self._client_admission.take_place(Caller(user)))
             self._logged_in = user
 
     def bind(self, caller: Caller, wanted: RelayId | None) -> RelayId | None:
@@ -93,19 +95,19 @@ class Entrance:
         """
         if caller.node is not None and wanted not in (None, caller.node):
             text = f"the ticket is for {caller.node}, asked for is {wanted}"
-            self._checked(self._guest.refuse(Code.FORBIDDEN, TicketProblem.WRONG_NODE, text, caller))
+            self._checked(self._client_admission.refuse(Code.FORBIDDEN, TicketProblem.WRONG_NODE, text, caller))
         return caller.node or wanted
 
     async def use(self, caller: Caller, node: str) -> None:
         """Before the request goes to that node. Raises Refused: it must not."""
-        self._checked(await self._guest.use(caller, node))
+        self._checked(await self._client_admission.use(caller, node))
 
     def close(self) -> None:
         """The connection has ended."""
-        self._guest.release()
+        self._client_admission.release()
 
     def _identified(self, token: str) -> Caller:
-        found = self._guest.identify(token)
+        found = self._client_admission.identify(token)
         if isinstance(found, NotAdmitted):
             raise self._refused(found)
         return found

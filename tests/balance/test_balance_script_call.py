@@ -16,8 +16,8 @@ from fxrelay.balance.chooser import Balancing, PoolChooser
 from fxrelay.balance.environment import ClusterEnvironment
 from fxrelay.balance.filters import Pool
 from fxrelay.balance.model import ChainEntry
+from fxrelay.balance.path_rules import PathRules
 from fxrelay.balance.script_process import ScriptProcess
-from fxrelay.balance.ways import Ways
 from fxrelay.balance.workers import ScriptLimits
 from fxrelay.cluster.members import Ages
 from fxrelay.cluster.ports import SERVERS, Message
@@ -48,9 +48,9 @@ class Desk:
         self.view = ClusterView(Ages(), time.monotonic)
         self.view.store_said(1_000_000)
         self.seq = 1
-        ways = Ways(RelayId("a"), ("local", "redirect", "direct"), force_indirect=False, networks=(), address="10.0.0.1")
+        path_rules = PathRules(RelayId("a"), ("local", "redirect", "direct"), force_indirect=False, networks=(), address="10.0.0.1")
         environment = ClusterEnvironment(RelayId("a"), NullListener(), Threads())  # type: ignore[arg-type]  # as much of it as is used
-        self.chooser = PoolChooser(self.view, ways, environment, lambda event, placement: None, "i" * 40)
+        self.chooser = PoolChooser(self.view, path_rules, environment, lambda event, placement: None, "i" * 40)
         bench.scripts.use_reactor(reactor)
         for number, name in enumerate("abcd"):
             self.hear(name, sessions=number)

@@ -33,7 +33,7 @@ LOST: Final = "lost"
 REASSERTED: Final = "re-asserted"
 
 
-class Tidings:
+class EventReporter:
     """Tells. `run` carries the messages to the other relays; without it only log and counters hear."""
 
     def __init__(self, transporter: Transporter, threads: Threads) -> None:
@@ -105,14 +105,14 @@ def refusal_text(reason: Reason) -> str:
     }.get(reason, "reserved servers cannot be given out yet: the cluster's store is new, or has forgotten who has which")
 
 
-def encode_tidings(server_id: str, record: Record) -> str:
+def encode_event(server_id: str, record: Record) -> str:
     """The message about a server's record."""
     return f'{{"serverId":{json.dumps(server_id)},"record":{encode_record(record)}}}'
 
 
 def encode_together(news: Sequence[tuple[str, Record]]) -> list[str]:
     """The messages about several servers' records: each a list, since one message costs about what its records do."""
-    messages = [encode_tidings(server_id, record) for server_id, record in news]
+    messages = [encode_event(server_id, record) for server_id, record in news]
     texts = []
     for start in range(0, len(messages), TOGETHER):
         part = messages[start : start + TOGETHER]
@@ -121,7 +121,7 @@ def encode_together(news: Sequence[tuple[str, Record]]) -> list[str]:
     return texts
 
 
-def read_tidings(text: str) -> list[tuple[RelayId, Record]] | None:
+def read_events(text: str) -> list[tuple[RelayId, Record]] | None:
     """The servers and their records of a message; None if it is malformed."""
     try:
         found = json.loads(text)

@@ -72,7 +72,7 @@ class Served:
 
 
 @dataclass(frozen=True, slots=True)
-class Terms:
+class FastPathRules:
     """What the service's rules say. `plan` is asked once for each kind of head; None: it is not for us. `served` hears of each answer."""
 
     plan: Callable[[bytes], Plan | None]
@@ -82,7 +82,7 @@ class Terms:
     keep_alive_s: float
 
 
-class Express:
+class FastPath:
     """Serves a connection while its task waits in `wait`."""
 
     __slots__ = (
@@ -106,7 +106,7 @@ class Express:
         "is_last",
     )
 
-    def __init__(self, reactor: Reactor, tunnel: TunnelStream, client: ClientSide, links: Reacher, terms: Terms) -> None:
+    def __init__(self, reactor: Reactor, tunnel: TunnelStream, client: ClientSide, links: Reacher, terms: FastPathRules) -> None:
         self._reactor = reactor
         self._tunnel = tunnel
         self._client = client

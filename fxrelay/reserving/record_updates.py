@@ -14,7 +14,7 @@ WouldDo = Callable[[str], bool]
 
 
 @dataclass(frozen=True, slots=True)
-class Ask(Generic[T]):
+class RecordUpdate(Generic[T]):
     """One step. `apply` gets the record, the moment, and a server that the user has and that would do (empty: none).
 
     `user`: whose servers are written down in the same step; empty: nobody's. `is_grant`: not before the store has settled.
@@ -27,34 +27,34 @@ class Ask(Generic[T]):
     would_do: WouldDo | None = None
 
 
-class Asks:
+class RecordUpdates:
     """The steps as this relay takes them."""
 
     def __init__(self, relay_id: str, lease_ms: int) -> None:
         self._relay_id = relay_id
         self._lease_ms = lease_ms
 
-    def enter(self, server_id: str, entry_id: str, user: str, address: str) -> Ask[Record | Rejected]:
+    def enter(self, server_id: str, entry_id: str, user: str, address: str) -> RecordUpdate[Record | Rejected]:
         """Step 2, and each request of step 4. Not before something may be granted: the request brings a password to the server."""
-        return Ask(server_id, lambda record, at, _: rule.enter(record, entry_id, user, address, self._relay_id, at), is_grant=True)
+        return RecordUpdate(server_id, lambda record, at, _: rule.enter(record, entry_id, user, address, self._relay_id, at), is_grant=True)
 
-    def go_on(self, server_id: str, entry_id: str) -> Ask[Record | Rejected]:
+    def go_on(self, server_id: str, entry_id: str) -> RecordUpdate[Record | Rejected]:
         """Step 4, for a login that must have its entry. As `enter`, not before something may be granted."""
-        return Ask(server_id, lambda record, at, _: rule.go_on(record, entry_id, at), is_grant=True)
+        return RecordUpdate(server_id, lambda record, at, _: rule.go_on(record, entry_id, at), is_grant=True)
 
-    def extend(self, server_id: str, login_id: str, ttl_ms: int) -> Ask[Record]:
+    def extend(self, server_id: str, login_id: str, ttl_ms: int) -> RecordUpdate[Record]:
         """Step 6, for a login that the store keeps by itself."""
-        return Ask(server_id, lambda record, at, _: rule.extend(record, login_id, ttl_ms, at))
+        return RecordUpdate(server_id, lambda record, at, _: rule.extend(record, login_id, ttl_ms, at))
 
     def commit(
         self, server_id: str, entry_id: str, login_id: str, user: str, relogin: OwnerRelogin, ttl_ms: int = 0
-    ) -> Ask[Granted | Rejected]:
+    ) -> RecordUpdate[Granted | Rejected]:
         """Step 5, for an entry that was made before. `ttl_ms`: how long the store keeps the login by itself; 0: a lease."""
 
         def apply(record: Record, at: Moment, elsewhere: str) -> Granted | Rejected:
             return rule.commit(record, entry_id, self._login(login_id, user, at, ttl_ms), relogin, at, elsewhere)
 
-        return Ask(server_id, apply, user, True)
+        return RecordUpdate(server_id, apply, user, True)
 
     def take(
         self,
@@ -65,7 +65,7 @@ class Asks:
         relogin: OwnerRelogin,
         would_do: WouldDo | None = None,
         is_for_sessions: bool = False,
-    ) -> Ask[Granted | Rejected]:
+    ) -> RecordUpdate[Granted | Rejected]:
         """Steps 2 and 5 at once, for a login that has nothing in between: its entry is gone when others could see it."""
 
         def both(record: Record, at: Moment, elsewhere: str) -> Granted | Rejected:
@@ -75,34 +75,34 @@ class Asks:
             login = replace(self._login(login_id, user, at), is_for_sessions=is_for_sessions)
             return rule.commit(entered, login_id, login, relogin, at, elsewhere)
 
-        return Ask(server_id, both, user, True, would_do)
+        return RecordUpdate(server_id, both, user, True, would_do)
 
     def renew(
         self, server_id: str, login_id: str, user: str, token: Token, since_ms: int, ttl_ms: int = 0, is_for_sessions: bool = False
-    ) -> Ask[Granted | Rejected]:
+    ) -> RecordUpdate[Granted | Rejected]:
         """Step 6: keep what is held, or say after a loss of memory that it is. `ttl_ms` as for `commit`."""
 
         def again(record: Record, at: Moment, _: str) -> Granted | Rejected:
             login = replace(self._login(login_id, user, at, ttl_ms), is_for_sessions=is_for_sessions)
             return rule.renew(record, login, token, since_ms, at)
 
-        return Ask(server_id, again, user)
+        return RecordUpdate(server_id, again, user)
 
-    def put_off(self, server_id: str, login_id: str, user: str) -> Ask[Record]:
+    def put_off(self, server_id: str, login_id: str, user: str) -> RecordUpdate[Record]:
         """Step 7, put off for a lease: the user has sessions there, or may have."""
-        return Ask(server_id, lambda record, at, _: rule.put_off(record, login_id, self._lease_ms, at), user)
+        return RecordUpdate(server_id, lambda record, at, _: rule.put_off(record, login_id, self._lease_ms, at), user)
 
-    def give_up(self, server_id: str, entry_id: str, login_id: str, user: str) -> Ask[Record]:
+    def give_up(self, server_id: str, entry_id: str, login_id: str, user: str) -> RecordUpdate[Record]:
         """Whatever an attempt has left in the record, an entry or a login, nobody will use it. May be repeated."""
-        return Ask(server_id, lambda record, at, _: rule.release(rule.abandon(record, entry_id, at), login_id, 0, at), user)
+        return RecordUpdate(server_id, lambda record, at, _: rule.release(rule.abandon(record, entry_id, at), login_id, 0, at), user)
 
-    def release(self, server_id: str, login_id: str, user: str, linger_ms: int) -> Ask[Record]:
+    def release(self, server_id: str, login_id: str, user: str, linger_ms: int) -> RecordUpdate[Record]:
         """Step 7. May be repeated."""
-        return Ask(server_id, lambda record, at, _: rule.release(record, login_id, linger_ms, at), user)
+        return RecordUpdate(server_id, lambda record, at, _: rule.release(record, login_id, linger_ms, at), user)
 
-    def sweep(self, server_id: str, user: str = "") -> Ask[Record]:
+    def sweep(self, server_id: str, user: str = "") -> RecordUpdate[Record]:
         """Write down that what has expired is gone, and whether the server is this user's."""
-        return Ask(server_id, lambda record, at, _: rule.purge(record, at), user)
+        return RecordUpdate(server_id, lambda record, at, _: rule.purge(record, at), user)
 
     def _login(self, login_id: str, user: str, at: Moment, ttl_ms: int = 0) -> Login:
         ttl_ms = ttl_ms or self._lease_ms

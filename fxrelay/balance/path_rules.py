@@ -13,7 +13,7 @@ _MAX_KEPT: Final = 65_536
 
 
 @dataclass(frozen=True, slots=True)
-class Ways:
+class PathRules:
     """How this relay may reach other nodes: its own configuration, which the store cannot widen."""
 
     server_id: RelayId

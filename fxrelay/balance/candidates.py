@@ -52,7 +52,7 @@ class Picked:
 ALL: Final = Picked(Pick.WITHOUT, ())
 
 
-class Offered(list[Candidate]):
+class CandidateList(list[Candidate]):
     """Candidates in order of id. Who changes them uses `change`, `enter` and `leave`; `without` and `only` give some of them.
 
     A thousand objects are cold memory by the next decision (half a millisecond to walk along them); a list of their ranks is not. Nor does
@@ -78,14 +78,14 @@ class Offered(list[Candidate]):
         place = bisect_left(self._ids, server_id)
         return place if place < len(self._ids) and self._ids[place] == server_id else None
 
-    def without(self, places: Sequence[int]) -> "Part":
+    def without(self, places: Sequence[int]) -> "CandidateSubset":
         """All but those at these places, which are in order."""
-        return Part(self, Picked(Pick.WITHOUT, places))
+        return CandidateSubset(self, Picked(Pick.WITHOUT, places))
 
-    def only(self, server_ids: Iterable[RelayId]) -> "Part":
+    def only(self, server_ids: Iterable[RelayId]) -> "CandidateSubset":
         """Those with these ids, in this order, as far as they are there."""
         known = self._known_places()
-        return Part(self, Picked(Pick.ONLY, [known[server_id] for server_id in server_ids if server_id in known]))
+        return CandidateSubset(self, Picked(Pick.ONLY, [known[server_id] for server_id in server_ids if server_id in known]))
 
     def least(self, rank: Rank) -> Candidate | None:
         """The first candidate of the lowest rank. The first time it asks `rank` about all of them, then only about those that change."""
@@ -158,12 +158,12 @@ class Offered(list[Candidate]):
         self.mark += 1
 
 
-class Part(list[Candidate]):
+class CandidateSubset(list[Candidate]):
     """Some of what is offered, as they are now: a list of its own. As long as nothing is edited there, `picked` says which they are."""
 
     __slots__ = ("_counted", "_mark", "offered", "picked")
 
-    def __init__(self, offered: Offered, picked: Picked) -> None:
+    def __init__(self, offered: CandidateList, picked: Picked) -> None:
         if picked.pick is Pick.ONLY:
             super().__init__([offered[place] for place in picked.places])
             now_at = {place: at for at, place in enumerate(picked.places)}
