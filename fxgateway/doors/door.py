@@ -15,7 +15,7 @@ from fxgateway.doors.hall import Hall
 from fxgateway.doors.proxied import Proxied
 from fxgateway.doors.recorded import AccessSink, Diary, RecordedClient
 from fxgateway.doors.unserved import Unserved
-from fxgateway.doors.waiting import spare_the_wait
+from fxgateway.doors.waiting import go_on_confirmed, spare_the_wait
 from fxgateway.doors.web_client import error_words
 from fxgateway.routing.admission import Admission, Verdict
 from fxgateway.routing.journey import Relays
@@ -115,6 +115,8 @@ class Door:
         self.admission = admission
         self.clients: set[Client] = set()
         self.opening: dict[Client, float] = {}
+        self.taken_back: dict[Client, float] = {}
+        """Clients whose relay was too late, until it confirms that it has not accepted them."""
         self.proxied: dict[Proxied, float] = {}
         self.hall = Hall(self)
         self.unserved = Unserved()
@@ -216,6 +218,7 @@ class Door:
         """A client has ended."""
         self.clients.discard(client)
         self.opening.pop(client, None)
+        self.taken_back.pop(client, None)
         self.left(client.address)
         stream = client.stream
         if stream is not None:
@@ -363,6 +366,7 @@ class Door:
         for client in overdue(self.opening, now - self.config.open_timeout_s):
             self.opening.pop(client, None)
             client.open_timed_out()
+        go_on_confirmed(self.taken_back, now)
         spare_the_wait(self.opening, self.relays)
         self.unserved.look(self.name, self.relays)
         for proxied in overdue(self.proxied, now - self.config.header_timeout_s):
