@@ -5,16 +5,20 @@ from typing import TYPE_CHECKING, Final, assert_never
 
 from fxgateway.routing.failover import MAX_ATTEMPTS, FailoverState, GiveUp, OpenOn, PassOn, next_step
 from fxgateway.routing.offers import RejectReason
+from fxgateway.routing.repeating import may_be_repeated
 from fxtunnel.codes import Code
 from fxtunnel.engine.session import Session
 from fxtunnel.engine.splice import Splice
 from fxtunnel.model import RelayId, ServiceName
 from fxtunnel.protocol.opening import TAG_CLIENT, encode_redirects, encode_tag
+from fxtunnel.protocol.stream import Stream
 
 if TYPE_CHECKING:
     from fxgateway.doors.door import Door
     from fxgateway.doors.recorded import AccessRecord
 
+UNANSWERED: Final = "unanswered"
+"""Why a client was turned away whose relay may have served it: nobody knows, and asking another one could repeat it."""
 _AT_THE_START: Final = FailoverState()
 
 
@@ -23,11 +27,13 @@ class Client(Splice):
 
     Another relay is tried as long as nothing can have been lost: before ACCEPT (what it sent is kept and replayed), or after it
     when not a byte has moved in either direction. Later a lost stream ends in RST: what a service may have acted on is never sent twice.
+    Nor is it where nobody can know whether an ACCEPT was on its way, unless it `may_be_repeated`.
     A relay may redirect to another one; if that one fails, the first is asked again for another way before its turn is over.
     """
 
     __slots__ = (
         "_open_ends_at",
+        "_taken_back_at",
         "access_record",
         "address",
         "door",
@@ -62,6 +68,8 @@ class Client(Splice):
         """How far it has got; `next_step` says how it goes on."""
         self._open_ends_at = 0
         """The position in the session's byte sequence at which its OPEN ends."""
+        self._taken_back_at = 0
+        """The mark behind which the relay cannot ACCEPT any more; 0 unless it was too late."""
         if not address:  # a unix socket
             self.reads_short()
 
@@ -103,6 +111,8 @@ class Client(Splice):
     def on_accept(self) -> None:
         """See `Endpoint`."""
         self.door.opening.pop(self, None)
+        if self._taken_back_at:
+            self.end_unanswered()  # the relay has done what it was asked before it heard that nobody wants it
 
     def on_refuse(self, code: Code, text: str) -> None:
         """See `Endpoint`."""
@@ -121,16 +131,49 @@ class Client(Splice):
         if stream is None or self.closed:
             return
         untouched = not stream.bytes_in and not stream.bytes_out and not stream.fin_received
-        if not stream.accepted or (untouched and code in (Code.LINK_LOST, Code.FENCED, Code.REVOKED, Code.SHUTDOWN, Code.DRAINING)):
+        if not stream.accepted and self._is_unknown(stream):
+            self.end_unanswered()
+        elif not stream.accepted or (untouched and code in (Code.LINK_LOST, Code.FENCED, Code.REVOKED, Code.SHUTDOWN, Code.DRAINING)):
             self._go_on(self.failover.lost() if code is Code.LINK_LOST else self.failover.refused())
         else:
             super().on_reset(code)
 
     def open_timed_out(self) -> None:
-        """The relay has not answered the OPEN in time."""
+        """The relay has not answered the OPEN in time. What it may not be told twice is told to another one when `is_taken_back`."""
+        stream = self.stream
+        if stream is not None and not may_be_repeated(bytes(stream.early or b"")):
+            self._taken_back_at = stream.take_back()
+            self.door.taken_back[self] = self.reactor.now
+        else:
+            if stream is not None:
+                stream.reset(Code.CANCELLED)
+            self._go_on(self.failover.refused())
+
+    @property
+    def is_taken_back(self) -> bool:
+        """Whether its relay has confirmed that it has not accepted what came too late, and never will."""
+        return self.session is not None and 0 < self._taken_back_at <= self.session.mux.passed_mark
+
+    def go_on_confirmed(self) -> None:
+        """It `is_taken_back`: another relay may have it."""
+        stream = self.stream
+        if stream is not None and not stream.closed:
+            stream.mux.forget(stream)
+            self._go_on(self.failover.refused())
+
+    def end_unanswered(self) -> None:
+        """Its relay may have accepted it, and it cannot be served by another one."""
         if self.stream is not None:
             self.stream.reset(Code.CANCELLED)
-        self._go_on(self.failover.refused())
+        self.turn_away(UNANSWERED)
+
+    def _is_unknown(self, stream: Stream) -> bool:
+        """Whether a stream that has ended before an ACCEPT came may have been accepted, and what was sent on it must not be repeated.
+
+        A relay that ends the stream or the session by itself has sent any ACCEPT before that.
+        """
+        by_relay = stream.mux.goaway is not None or (self.session is not None and self.session.is_up)
+        return not by_relay and not may_be_repeated(bytes(stream.early or b""))
 
     @property
     def waits_for_link(self) -> bool:
@@ -145,9 +188,10 @@ class Client(Splice):
 
     def redispatch(self) -> None:
         """It `waits_for_link`, but could be served now, by another relay or over another link: open its stream again."""
-        if self.stream is None or self.failover.attempts >= MAX_ATTEMPTS:
-            return
-        self.stream.reset(Code.CANCELLED)
+        stream = self.stream
+        if stream is None or self.failover.attempts >= MAX_ATTEMPTS or not may_be_repeated(bytes(stream.early or b"")):
+            return  # the relay will see the OPEN and what followed it, and only then that they are void
+        stream.reset(Code.CANCELLED)
         self._go_on(self.failover.unasked())
 
     def end_idle(self) -> None:
@@ -164,6 +208,7 @@ class Client(Splice):
         if self.closed or stream is None:
             return
         self.failover = failover
+        self.door.taken_back.pop(self, None)
         self.door.opening.pop(self, None)  # so that it is entered again at the end: `opening` is in order of time
         self._forward(self.named or self.peer(), bytes(stream.early or b""))
 
@@ -208,6 +253,7 @@ class Client(Splice):
         if stream is None:
             return False
         self.relay_name = relay_id
+        self._taken_back_at = 0
         self.join(session, stream)
         self._open_ends_at = session.mux.ring.head + len(session.mux.overflow)
         self.door.opening[self] = self.reactor.now

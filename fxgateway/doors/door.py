@@ -13,7 +13,7 @@ from fxgateway.doors.client import Client, peer_text
 from fxgateway.doors.pending_clients import PendingClients
 from fxgateway.doors.proxied import Proxied
 from fxgateway.doors.recorded import AccessRecord, AccessSink, RecordedClient
-from fxgateway.doors.redispatch import redispatch_held
+from fxgateway.doors.redispatch import go_on_confirmed, redispatch_held
 from fxgateway.doors.remote_relay import RemoteRelay
 from fxgateway.doors.service_outages import ServiceOutages
 from fxgateway.doors.web_client import error_answer
@@ -115,6 +115,8 @@ class Door:
         self.admission = admission
         self.clients: set[Client] = set()
         self.opening: dict[Client, float] = {}
+        self.taken_back: dict[Client, float] = {}
+        """Clients whose relay was too late, until it confirms that it has not accepted them."""
         self.proxied: dict[Proxied, float] = {}
         self.pending = PendingClients(self)
         self.outages = ServiceOutages()
@@ -216,6 +218,7 @@ class Door:
         """A client has ended."""
         self.clients.discard(client)
         self.opening.pop(client, None)
+        self.taken_back.pop(client, None)
         self.left(client.address)
         stream = client.stream
         if stream is not None:
@@ -363,6 +366,7 @@ class Door:
         for client in overdue(self.opening, now - self.config.open_timeout_s):
             self.opening.pop(client, None)
             client.open_timed_out()
+        go_on_confirmed(self.taken_back, now)
         redispatch_held(self.opening, self.relays)
         self.outages.look(self.name, self.relays)
         for proxied in overdue(self.proxied, now - self.config.header_timeout_s):

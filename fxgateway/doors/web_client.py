@@ -118,6 +118,11 @@ class WebClient(Client):
         self._refusal = _TOO_LATE
         super().open_timed_out()
 
+    def end_unanswered(self) -> None:
+        """See `Client`. Not with a 503, which would have it sent again."""
+        self._refusal = _TOO_LATE
+        super().end_unanswered()
+
     def turn_away(self, reason: str) -> None:
         """See `Client`."""
         stream = self.stream

@@ -26,6 +26,8 @@ ACK_EVERY_BYTES: Final = 262_144
 ASK_EVERY_BYTES: Final = 65_536
 """A sender that wants to hear of less asks for it (`Mux.ask`)."""
 _ASKS: Final = frames.encode_u64(frames.PING, 0)
+_MARK: Final = 1 << 63
+"""In a PING that marks a place in the sequence. Those that measure carry a time, which is less."""
 RING_RESERVE_BYTES: Final = 16_384
 """Room in the ring that DATA leaves to control frames, so that ACK and CREDIT get through when replay memory is full."""
 MAX_OVERFLOW_BYTES: Final = 4_194_304
@@ -73,6 +75,8 @@ class Mux:
         self.goaway: tuple[Code, str] | None = None
         self.bytes_in = 0
         self.opened = 0
+        self.passed_mark = 0
+        self._marks = 0
         self._budget = budget
         self._max_streams = max_streams
         self._wake = wake
@@ -154,6 +158,12 @@ class Mux:
     def press(self) -> None:
         """Have the peer acknowledge at once what is written so far."""
         self.queue(_ASKS)
+
+    def mark(self) -> int:
+        """Mark this place in the sequence. Once `passed_mark` is as much, the peer has acted on all before, and we on its answers."""
+        self._marks += 1
+        self.queue(frames.encode_u64(frames.PING, _MARK | self._marks))
+        return self._marks
 
     def dispose(self) -> None:
         """The session is over and nothing is sent any more: give memory back, and let go of the session. May be repeated.
@@ -297,7 +307,10 @@ class Mux:
             self._queue_ack()
             self.queue(frames.encode_u64(frames.PONG, frames.decode_u64(payload)))
         elif kind == frames.PONG:
-            if pinged_us := frames.decode_u64(payload):  # 0: it was an `ask`
+            pinged_us = frames.decode_u64(payload)  # 0: it was an `ask`
+            if pinged_us & _MARK:
+                self.passed_mark = pinged_us ^ _MARK
+            elif pinged_us:
                 self.heartbeats.answered(self.now - pinged_us / 1e6, self.passed_bytes)
         elif kind == frames.GOAWAY:
             self.goaway = (Code.from_wire(frames.decode_u16(payload)), frames.decode_text(payload))

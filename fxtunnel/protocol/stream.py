@@ -96,6 +96,13 @@ class Stream:
             self.mux.queue(frames.encode_reset(self.id, code))
             self.mux.forget(self)
 
+    def take_back(self) -> int:
+        """Cancel an opening whose answer may be on its way, and go on listening for it. Returns the `Mux.mark` behind which none comes."""
+        self.send_credit = 0
+        self.fin_sent = True
+        self.mux.queue(frames.encode_reset(self.id, Code.CANCELLED))
+        return self.mux.mark()
+
     def consumed(self, amount_bytes: int) -> None:
         """The reader took that many of the bytes that arrived: credit goes back in time."""
         if self.window.consumed(amount_bytes) and self.accepted and not self.fin_received and not self.closed:

@@ -11,6 +11,7 @@ from peers import Serve, connect, echo, exchange, free_port, hanging_port, patte
 from plane import SERVICE, Contexts, Plane, open_plane
 
 from fxgateway.access_log import AccessLog
+from fxgateway.doors import redispatch
 from fxgateway.doors.web_client import WebClient, Words
 from fxgateway.routing.failover import MAX_ATTEMPTS, FailoverState
 from fxgateway.routing.hosts import HostTable
@@ -20,6 +21,7 @@ from fxrelay.delivery.delivery import DeliveryLimits
 from fxtunnel.codes import Code
 from fxtunnel.engine.ports import SessionConfig, State
 from fxtunnel.model import ServiceName
+from fxtunnel.protocol.stream import Stream
 
 UPGRADE = b"Connection: Upgrade\r\nUpgrade: fx-stream\r\n\r\n"
 SHORT_HOLD = SessionConfig(hold_s=1.0, heartbeat_s=0.1, dead_after_s=0.5)
@@ -140,21 +142,74 @@ async def silent_relay(plane: Plane, name: str) -> None:
 
 
 async def test_relay_lost_before_it_accepted(contexts: Contexts) -> None:
+    """Nobody knows what it has done with what clients had sent: another relay gets that only where it may act on it twice."""
     got: list[bytes] = []
     async with open_plane(contexts, SHORT_HOLD) as plane:
         await silent_relay(plane, "a")
         port = plane.add_door()
-        streams = [await connect(port) for _ in range(3)]
-        for number, stream in enumerate(streams):
-            await stream.send_all(b"early %d" % number)
-            await stream.send_eof()
+        said = [b"SSH-2.0-early\r\n", b"GET / HTTP/1.0\r\n\r\n", b"POST / HTTP/1.0\r\n\r\n", b"early", b""]
+        streams = [await connect(port) for _ in said]
+        for stream, words in zip(streams, said, strict=True):
+            await stream.send_all(words)
+            if words:
+                await stream.send_eof()
         await trio.sleep(0.02)
         await plane.add_relay(await plane.serve(collector(got)), name="b")
-        for stream in streams:
-            with trio.fail_after(4):
-                assert await receive_all(stream) == b"ok"
-            await stream.aclose()
-        assert sorted(got) == [b"early 0", b"early 1", b"early 2"]
+        await streams[-1].send_eof()
+        for stream, is_served in zip(streams, [True, True, False, False, True], strict=True):
+            if is_served:
+                with trio.fail_after(4):
+                    assert await receive_all(stream) == b"ok"
+                await stream.aclose()
+            else:
+                assert await until_reset(stream, 4) == b""
+        assert sorted(got) == [b"", *sorted(said[:2])]
+        assert plane.doors[0].counters.refused == {"unanswered": 2}
+
+
+async def test_an_accept_that_crosses_the_timeout_has_been_acted_upon(contexts: Contexts) -> None:
+    """The gateway takes the opening back, and hears first that it was accepted: no other relay gets what the client had sent."""
+    got: list[bytes] = []
+    async with open_plane(contexts) as plane:
+        first = await plane.add_relay(await plane.serve(collector(got)), name="a")
+        port = plane.add_door()
+        accept = Stream.accept
+        held: list[Stream] = []
+        with pytest.MonkeyPatch.context() as late:
+            late.setattr(Stream, "accept", lambda stream: held.append(stream))
+            async with await connect(port) as stream:
+                await stream.send_all(b"early")
+                with trio.fail_after(10):
+                    while not held:
+                        await trio.sleep(0.005)
+                await plane.add_relay(await plane.serve(collector(got)), name="b")
+                (client,) = plane.doors[0].clients
+                assert client.stream is not None
+                accept(held[0])
+                client.open_timed_out()
+                assert plane.doors[0].taken_back
+                assert await until_reset(stream, 4) == b""
+        with trio.fail_after(4):
+            while first.desk.deliveries:
+                await trio.sleep(0.01)
+        assert not plane.doors[0].taken_back
+        assert not first.far_session.mux.streams
+        assert plane.relays[1].far_session.mux.opened == 0
+        assert plane.doors[0].counters.refused == {"unanswered": 1}
+
+
+async def test_a_relay_that_confirms_nothing_ends_the_client(contexts: Contexts, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(redispatch, "CONFIRM_S", 0.1)
+    async with open_plane(contexts) as plane:
+        await silent_relay(plane, "a")
+        port = plane.add_door(open_timeout_s=0.2)
+        async with await connect(port) as stream:
+            await stream.send_all(b"early")
+            await plane.add_relay(await plane.serve(echo), name="b")
+            assert await until_reset(stream, 4) == b""
+        assert not plane.doors[0].taken_back
+        assert not plane.relays[0].far_session.mux.streams
+        assert plane.relays[1].far_session.mux.opened == 0
 
 
 async def test_client_that_speaks_while_its_relay_is_held_is_heard_by_the_next(contexts: Contexts) -> None:

@@ -164,7 +164,7 @@ async def test_what_the_relay_has_given_up_ends_when_its_new_session_is_up(conte
             assert relay.wire is not None
             relay.wire.silence()
             early = await connect(port)
-            await early.send_all(b"early")  # its OPEN is sent: nobody knows yet that the link is dead
+            await early.send_all(b"SSH-2.0-early")  # its OPEN is sent: nobody knows yet that the link is dead
             with trio.fail_after(10):
                 while relay.far_session.is_up or len(relay.far_session.mux.streams) < 3:
                     await trio.sleep(0.005)
@@ -178,7 +178,7 @@ async def test_what_the_relay_has_given_up_ends_when_its_new_session_is_up(conte
             assert await until_reset(old, SOON_S) == b""
             async with early:
                 with trio.fail_after(SOON_S):
-                    assert await receive_exactly(early, 5) == b"early"
+                    assert await receive_exactly(early, 13) == b"SSH-2.0-early"
                     await untouched.send_all(b"y")
                     assert await receive_exactly(untouched, 1) == b"y"
 
