@@ -19,12 +19,13 @@ from fxrelay.web.affinity import CookieAffinity
 from fxrelay.web.client import ClientGone, ClientSide
 from fxrelay.web.entrance import Entrance
 from fxrelay.web.exchange import CutOff, Exchange, Order, StaleLink
-from fxrelay.web.express import Express, Handed, Plan, Served, Terms
+from fxrelay.web.express import Express, Handed, Served, Terms
 from fxrelay.web.forwarding import Origin
 from fxrelay.web.heads import BadHead, RequestHead, ResponseHead, parse_request
 from fxrelay.web.holding import WholeSender, answer_whole, read_whole, while_there
 from fxrelay.web.judging import Asked, Judge, admitted, watched
 from fxrelay.web.link import ServiceLink
+from fxrelay.web.planning import Plan, plan_for
 from fxrelay.web.ports import HeldRequest, NodeChooser, RequestGate, Unable, WebLimits, WebRules
 from fxrelay.web.reaching import Held, Reacher
 from fxrelay.web.secure import HandshakeFailed, HandshakeTurns, end_tls
@@ -158,17 +159,7 @@ class WebConnection:
         return Express(self._around.desk.reactor, self.tunnel, client, self._reacher, terms)
 
     def _plan(self, raw: bytes) -> Plan | None:
-        """What is the same for all requests with the header fields of this one; None if they need a task."""
-        try:
-            head = parse_request(raw)
-            asked = self._judge.judge(head, self._new_visit())
-        except (BadHead, Refused):
-            return None
-        node = asked.wish.must or asked.wish.may
-        if head.has_body or asked.onward.upgrade or (node is None and isinstance(self._service, PoolService)):
-            return None
-        wire = self._judge.wire(asked)
-        return Plan(head, asked.target.host, wire[wire.index(b"\r\n") :], node, head.keeps_alive)
+        return plan_for(raw, self._judge, self._new_visit(), is_pool=isinstance(self._service, PoolService))
 
     def _served(self, served: Served) -> None:
         """From the reactor: a request was answered."""
