@@ -18,7 +18,6 @@ from fxtunnel.engine.overdue import idle, overdue
 from fxtunnel.engine.reactor import ERROR, WRITE, Reactor, Timer
 from fxtunnel.engine.splice import RESET_ON_CLOSE, Splice
 from fxtunnel.kit.proxy_header import encode_proxy_header
-from fxtunnel.kit.unpaced import unpace
 from fxtunnel.model import GatewayId, RelayId, ServiceName
 from fxtunnel.protocol.opening import Opening
 from fxtunnel.protocol.stream import Stream
@@ -372,9 +371,7 @@ def connect(endpoint: Endpoint) -> socket.socket | str:
         if endpoint.family != socket.AF_UNIX:
             for option in _SERVICE_OPTIONS:
                 sock.setsockopt(*option)
-            if endpoint.is_local:
-                unpace(sock)
-            else:
+            if not endpoint.is_local:
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         error = sock.connect_ex(endpoint.address)
     except OSError as exc:

@@ -18,12 +18,13 @@ from fxrelay.web.access import logger as access_log
 from fxrelay.web.affinity import CookieAffinity
 from fxrelay.web.client import ClientGone, ClientSide
 from fxrelay.web.exchange import CutOff, Exchange, Order, StaleLink
-from fxrelay.web.fast_path import FastPath, FastPathRules, Handed, Plan, Served
+from fxrelay.web.fast_path import FastPath, FastPathRules, Handed, Served
 from fxrelay.web.forwarding import Origin
 from fxrelay.web.heads import BadHead, RequestHead, ResponseHead, parse_request
 from fxrelay.web.holding import WholeSender, answer_whole, read_whole, while_there
 from fxrelay.web.judging import Asked, Judge, admitted, watched
 from fxrelay.web.link import ServiceLink
+from fxrelay.web.planning import Plan, plan_for
 from fxrelay.web.ports import HeldRequest, NodeChooser, RequestGate, Unable, WebLimits, WebRules
 from fxrelay.web.reaching import Held, Reacher
 from fxrelay.web.request_auth import RequestAuth
@@ -123,7 +124,7 @@ class WebConnection:
             tls = await end_tls(stream, self._rules.tls, limits.head_timeout_s, self._around.handshakes, source)
         self._client = client = ClientSide(tls or stream, limits)
         if tls is None and self._gate is None and not self._rules.is_guarded:
-            self._fast_path = self._new_express(client)
+            self._fast_path = self._new_fast_path(client)
         keeps_on, is_first = True, True
         while keeps_on and not self.is_draining:
             handed = Handed() if self._fast_path is None or is_first else await self._fast_path.wait()
@@ -151,24 +152,14 @@ class WebConnection:
             with trio.move_on_after(limits.head_timeout_s):
                 await tls.aclose()
 
-    def _new_express(self, client: ClientSide) -> FastPath:
+    def _new_fast_path(self, client: ClientSide) -> FastPath:
         rules, limits = self._rules, self._around.limits
         has_node_paths = rules.node_paths and isinstance(self._service, PoolService)
         terms = FastPathRules(self._plan, self._served, has_node_paths, rules.response_timeout_s, limits.keep_alive_s)
         return FastPath(self._around.desk.reactor, self.tunnel, client, self._reacher, terms)
 
     def _plan(self, raw: bytes) -> Plan | None:
-        """What is the same for all requests with the header fields of this one; None if they need a task."""
-        try:
-            head = parse_request(raw)
-            asked = self._judge.judge(head, self._new_visit())
-        except (BadHead, Refused):
-            return None
-        node = asked.wish.must or asked.wish.may
-        if head.has_body or asked.onward.upgrade or (node is None and isinstance(self._service, PoolService)):
-            return None
-        wire = self._judge.wire(asked)
-        return Plan(head, asked.target.host, wire[wire.index(b"\r\n") :], node, head.keeps_alive)
+        return plan_for(raw, self._judge, self._new_visit(), is_pool=isinstance(self._service, PoolService))
 
     def _served(self, served: Served) -> None:
         """From the reactor: a request was answered."""

@@ -18,11 +18,11 @@ from fxrelay.web.client import ClientSide
 from fxrelay.web.forwarding import Answer, answer_back
 from fxrelay.web.heads import BadHead, RequestHead, ResponseHead, parse_response
 from fxrelay.web.link import RECEIVE_BYTES, ServiceLink
+from fxrelay.web.planning import Plan
 from fxrelay.web.reaching import Reacher
 from fxtunnel.engine.reactor import Reactor
 from fxtunnel.engine.stream import TunnelStream
 from fxtunnel.kit.waiter import Waiter
-from fxtunnel.model import RelayId
 
 MAX_PLANS: Final = 4
 """Plans kept for one connection: browsers send a few kinds of heads."""
@@ -31,17 +31,6 @@ MAX_PLANNED_BYTES: Final = 2_048
 _SIMPLE: Final = re.compile(rb"(GET|HEAD|OPTIONS) (/[!\"$-~]*) HTTP/1\.1")
 _NODE_PATHS: Final = (b"/node/", b"/rnode/")
 _END: Final = b"\r\n\r\n"
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What is the same for all simple requests with equal header fields. `tail` is what the service gets after the request line."""
-
-    head: RequestHead
-    host: str
-    tail: bytes
-    node: RelayId | None
-    keeps_alive: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,12 +182,12 @@ class FastPath:
         if simple is None or (self._terms.has_node_paths and simple[2].startswith(_NODE_PATHS)):
             self._hand(Handed(raw))
             return
-        plan = self._plans.get(block) or self._new_plan(block, raw)
+        plan, tail = self._planned(block, raw)
         link = self._links.take_idle(plan.node) if plan is not None else None
         if plan is None or link is None:
             self._hand(Handed(raw))
             return
-        wire = line + plan.tail
+        wire = line + tail
         if link.send_nowait(wire) != len(wire):
             link.abort()
             self._hand(Handed(raw))
@@ -207,6 +196,16 @@ class FastPath:
         self._link, self._plan, self._raw, self._line = link, plan, raw, (simple[1], simple[2])
         self._began = self._reactor.now
         self._wait_until(self._began + self._terms.response_timeout_s)
+
+    def _planned(self, block: bytes, raw: bytes) -> tuple[Plan | None, bytes]:
+        """The plan for these fields, and what the service gets after the request line."""
+        plan = self._plans.get(block)
+        if plan is None:
+            for known in reversed(self._plans.values()):
+                if known.template is not None and (tail := known.template.tail_of(block)) is not None:
+                    return known, tail
+            plan = self._new_plan(block, raw)
+        return plan, plan.tail if plan is not None else b""
 
     def _new_plan(self, block: bytes, raw: bytes) -> Plan | None:
         plan = self._terms.plan(raw)

@@ -16,6 +16,8 @@ _PER_CONNECTION: Final = frozenset(
 )
 _NOT_FROM_OUTSIDE: Final = frozenset({b"proxy", b"proxy-authorization"})
 """CGI would make HTTP_PROXY of the first (httpoxy); the second is not for a service."""
+_READ: Final = frozenset({b"host", b"content-length", b"expect", b"cookie", b"authorization"})
+"""What a request's values say to this relay, besides those above: the target, the body's length, a wish, a node, a user."""
 _FORWARDED: Final = (b"forwarded", b"x-forwarded-", b"x-real-ip")
 _KEPT_PREFIXES: Final = (b"x-", b"sec-", b"content-", b"accept", b"if-", b"access-control-", b"fx-")
 _KEPT: Final = frozenset(
@@ -105,6 +107,25 @@ def request_onward(head: RequestHead, target: Target, origin: Origin, onward: On
         lines.append(b"X-Forwarded-Prefix: %b\r\n" % onward.prefix)
     lines.append(b"Connection: upgrade\r\nUpgrade: %b\r\n\r\n" % onward.upgrade if onward.upgrade else b"\r\n")
     return b"".join(lines)
+
+
+def free_fields(head: RequestHead) -> list[int]:
+    """Which fields go on as they are, whatever their values, and say nothing to anybody here: by their places.
+
+    The others decide where the request goes, how its body is read, who asks, or which fields go on at all.
+    """
+    named = _named_by_connection(head.fields)
+    return [
+        place
+        for place, field in enumerate(head.fields)
+        if not (
+            (name := field.name) in _READ
+            or name in _PER_CONNECTION
+            or name in named
+            or name in _NOT_FROM_OUTSIDE
+            or name.replace(b"_", b"-").startswith(_FORWARDED)
+        )
+    ]
 
 
 @dataclass(frozen=True, slots=True)

@@ -205,6 +205,15 @@ def _cut(line: bytes) -> tuple[bytes, bytes]:
     return name, value.strip(b" \t")
 
 
+def are_fields(pairs: Sequence[tuple[bytes, bytes]]) -> bool:
+    """Whether h11 takes these names and values. Not for Host and those that say how a body is read: they are judged with the whole head."""
+    try:
+        h11.EndOfMessage(headers=list(pairs))  # the event that has fields and nothing else
+    except h11.LocalProtocolError:
+        return False
+    return True
+
+
 def parse_response(raw: bytes) -> ResponseHead:
     """The response with this head, which came from a `HeadScanner`.
 

@@ -9,6 +9,7 @@ from fxtunnel.codes import Code
 from fxtunnel.engine.ports import Carrier
 from fxtunnel.engine.reactor import ERROR, HANGUP, INCOMING, ROOMY_EVENTS, STREAM_EVENTS, URGENT, WRITE, Reactor
 from fxtunnel.engine.send_scheduler import lately
+from fxtunnel.kit.unpaced import is_loopback, unpace
 from fxtunnel.protocol.byte_queue import ByteQueue
 from fxtunnel.protocol.stream import Stream
 
@@ -47,6 +48,7 @@ class Splice:
         "_aborting",
         "_behind",
         "_fin_wanted",
+        "_has_room",
         "_hears_room",
         "_pending",
         "_queued",
@@ -74,6 +76,7 @@ class Splice:
         self._read_done = False
         self._behind = _DRAINED
         self._hears_room = False
+        self._has_room = False
         self._write_blocked = False
         self._fin_wanted = False
         self._aborting = False
@@ -263,10 +266,16 @@ class Splice:
             self.reactor.modify(self.sock, STREAM_EVENTS)
 
     def _make_room(self) -> None:
-        """A reader that has proven itself, and is slower than the tunnel, gets more of it from the kernel, and less through `_pending`."""
-        if self.stream is not None and self.stream.window.window_bytes >= PROVEN_WINDOW_BYTES:
+        """A reader that has proven itself, and is slower than the tunnel, gets more of it from the kernel, and less through `_pending`.
+
+        On this host the kernel does not pace it, either: here and not at `connect`, where a short connection would pay for it.
+        """
+        if not self._has_room and self.stream is not None and self.stream.window.window_bytes >= PROVEN_WINDOW_BYTES:
+            self._has_room = True
             with suppress(OSError):  # a unix socket has no such thing
                 self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, PROVEN_NOTSENT_BYTES)
+                if is_loopback(self.sock.getpeername()[0]):
+                    unpace(self.sock)
 
     def _fail_if_reset(self) -> None:
         # Nobody will read this socket soon, so a reset would not be seen on the way.

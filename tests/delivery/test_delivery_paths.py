@@ -132,8 +132,8 @@ async def test_another_path_when_the_relay_redirected_to_is_lost_before_it_accep
         second.redials = False
         assert second.wire is not None
         second.wire.silence()
-        assert await ask(port, b"early") == C.encode()
-        assert nodes.got == {B: [], C: [b"early"]}
+        assert await ask(port, b"SSH-2.0-early") == C.encode()
+        assert nodes.got == {B: [], C: [b"SSH-2.0-early"]}
 
 
 async def test_the_routes_go_on_when_who_redirected_is_gone(contexts: Contexts) -> None:

@@ -14,7 +14,7 @@ from plane import SERVICE, Contexts, open_plane
 
 from fxrelay.delivery import delivery as delivery_module
 from fxtunnel.engine.reactor import ERROR, HANGUP, READ, URGENT, Reactor
-from fxtunnel.engine.splice import Splice
+from fxtunnel.engine.splice import PROVEN_NOTSENT_BYTES, PROVEN_WINDOW_BYTES, Splice
 from fxtunnel.protocol.credit import ReceiveWindow, WindowBudget
 from fxtunnel.protocol.replay import ReplayRing
 from fxtunnel.protocol.stream import Stream
@@ -29,6 +29,7 @@ class Counted:
 
     send_credit: int = 65_536
     closed: bool = False
+    window_bytes: int = 32_768
     taken: int = 0
     sent_bytes: int = 0
     ends: int = 0
@@ -41,7 +42,7 @@ class Counted:
 
     @property
     def window(self) -> ReceiveWindow:
-        return ReceiveWindow(WindowBudget(1 << 20), 32_768)
+        return ReceiveWindow(WindowBudget(1 << 20), self.window_bytes)
 
     def consumed(self, amount_bytes: int) -> None:
         self.taken += amount_bytes
@@ -133,6 +134,25 @@ def test_last_bytes_go_behind_those_that_wait(joined: Joined) -> None:
         joined.splice.reactor.run_once(0)
     assert len(got) == total + 4
     assert got.endswith(b"\0last")
+
+
+@pytest.mark.parametrize("window_bytes", [32_768, PROVEN_WINDOW_BYTES], ids=["new", "proven"])
+def test_a_reader_on_this_host_that_has_proven_itself_gets_more_at_once(joined: Joined, window_bytes: int) -> None:
+    def options() -> tuple[int, bytes]:
+        return (
+            joined.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT),
+            joined.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16).rstrip(b"\0"),
+        )
+
+    before = options()
+    joined.stream.window_bytes = window_bytes
+    joined.splice.start()
+    while not joined.splice._pending:
+        joined.splice.on_data(memoryview(bytes(65_536)))
+    if window_bytes < PROVEN_WINDOW_BYTES:
+        assert options() == before
+    else:
+        assert options() == (PROVEN_NOTSENT_BYTES, b"reno" if before[1] == b"bbr" else before[1])
 
 
 def test_the_end_that_came_with_the_last_bytes_is_not_read_for(joined: Joined) -> None:

@@ -119,7 +119,7 @@ class Home:
         self.begun: list[int] = []
         self.died_ = 0
 
-    def outfit(self, number: int) -> SpawnPayload:
+    def payload(self, number: int) -> SpawnPayload:
         return SpawnPayload({"op": "begin"}, [])
 
     def introduce(self, child: Child) -> None:

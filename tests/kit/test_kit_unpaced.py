@@ -4,8 +4,6 @@ import socket
 
 import pytest
 
-from fxrelay.delivery.delivery import connect
-from fxrelay.delivery.services import Endpoint
 from fxtunnel.kit.listeners import listen
 from fxtunnel.kit.settings import Address
 from fxtunnel.kit.unpaced import is_loopback, unpace
@@ -39,12 +37,12 @@ def test_what_loopback_is_not(host: str):
 
 @pytest.mark.usefixtures("paced")
 def test_bbr_gives_way_and_what_is_accepted_inherits_that():
-    with listen(Address("127.0.0.1", 0)) as listener:
+    with listen(Address("127.0.0.1", 0)) as listener, socket.create_connection(listener.getsockname()) as client:
         listener.settimeout(10)
-        client = connect(Endpoint(socket.AF_INET, listener.getsockname(), is_local=True))
-        assert isinstance(client, socket.socket)
-        with client, listener.accept()[0] as accepted:
-            assert [congestion_control(sock) for sock in (listener, client, accepted)] == ["reno"] * 3
+        with listener.accept()[0] as accepted:
+            assert [congestion_control(sock) for sock in (listener, accepted, client)] == ["reno", "reno", "bbr"]
+            unpace(client)
+            assert congestion_control(client) == "reno"
 
 
 @pytest.mark.usefixtures("paced")

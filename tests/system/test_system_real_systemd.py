@@ -90,7 +90,14 @@ def set_up(site: Site) -> None:
     *steps, enable = documented(README, "fxgateway init").replace("gw.example.com:8443", f"127.0.0.1:{tunnel}").splitlines()
     site.sh("\n".join(steps))
     door = f'listen = "127.0.0.1:{site.port}"'
-    site.edit("fxgateway", lambda text: re.sub(r"^listen = .*:2222.*$", door, text, flags=re.MULTILINE).replace("[limits]\n", LIMITS))
+    admin = f"127.0.0.1:{free_port()}"
+
+    def change(text: str) -> str:
+        return (
+            re.sub(r"^listen = .*:2222.*$", door, text, flags=re.MULTILINE).replace("127.0.0.1:9101", admin).replace("[limits]\n", LIMITS)
+        )
+
+    site.edit("fxgateway", change)
     site.sh(enable)
     relay = '[relay]\nid = "node-a"\nstate_dir = "state"\n[[gateway]]\nfile = "gateway.json"\n' + (
         f'[[service]]\nname = "ssh"\nprotocol = "tcp"\ntarget = "{site.service.target}"\n{LIMITS}'

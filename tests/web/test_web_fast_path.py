@@ -71,6 +71,22 @@ async def test_a_service_gets_the_same_from_the_pump_as_from_a_task(contexts: Co
         assert service.connections == 1
 
 
+async def test_values_that_change_reach_the_service_without_a_task(contexts: Contexts, by_task: list[bytes]) -> None:
+    head = b"GET / HTTP/1.1\r\nHost: a\r\nX-Request: %b\r\nAccept: */*\r\n\r\n"
+    async with open_plane(contexts) as plane:
+        service = Canned()
+        port, _ = await web(plane, service)
+        async with await connect(port) as stream:
+            for value in (b"1", b"2", b"three"):
+                await turn(stream, head % value, OK)
+            await stream.send_all(head % b"4\0" + head % b"5")
+            assert statuses(await receive_all(stream)) == [400]
+        assert by_task == [(head % value).removesuffix(b"\r\n\r\n") for value in (b"1", b"4\0")]
+        first, second, third = service.got
+        assert second == first.replace(b"X-Request: 1", b"X-Request: 2")
+        assert third == first.replace(b"X-Request: 1", b"X-Request: three")
+
+
 ANSWERS = {
     "length": b"HTTP/1.1 200 OK\r\nX: 1\r\nContent-Length: 3\r\n\r\nabc",
     "chunks": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n",
