@@ -37,7 +37,7 @@ from fxtunnel.engine.reactor import Reactor
 from fxtunnel.kit import logs, web_tls
 from fxtunnel.kit.certificates import expires_unix
 from fxtunnel.kit.listeners import Inherited, bound_address, listen
-from fxtunnel.kit.notify import Notifier
+from fxtunnel.kit.notify import LoopNotifier, Notifier
 from fxtunnel.kit.process import (
     POLL_S,
     Reloads,
@@ -79,7 +79,7 @@ def run(settings: GatewaySettings, config_path: Path) -> int:
         FxError: it cannot work here; alone, or in a group.
     """
     logs.configure(settings.log.level, settings.log.style, sys.stderr)
-    notifier = Notifier.of_this_process()
+    notifier = LoopNotifier.of_this_process()
     sandbox = Sandbox(settings, config_path)
     sandbox.enter(os.environ.get("NOTIFY_SOCKET", ""))  # while there is one thread only
     reactor = Reactor()
