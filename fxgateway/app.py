@@ -107,6 +107,7 @@ class Gateway:
         self._own_files = open_files() + FILES_OF_ITS_OWN
         self._stop = trio.Event()
         self._name = self._process()
+        logger.info("this is process %s of the gateway, pid %d", self._name, os.getpid())
         self._reloads = Reloads()
         self._admission = self._make_admission(settings)
         budget = WindowBudget(settings.limits.memory_bytes)
