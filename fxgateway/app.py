@@ -37,7 +37,7 @@ from fxtunnel.engine.reactor import Reactor
 from fxtunnel.kit import logs, web_tls
 from fxtunnel.kit.certificates import expires_unix
 from fxtunnel.kit.listeners import Inherited, bound_address, listen
-from fxtunnel.kit.notify import Notifier
+from fxtunnel.kit.notify import LoopNotifier, Notifier
 from fxtunnel.kit.process import (
     POLL_S,
     Reloads,
@@ -79,7 +79,7 @@ def run(settings: GatewaySettings, config_path: Path) -> int:
         FxError: it cannot work here; alone, or in a group.
     """
     logs.configure(settings.log.level, settings.log.style, sys.stderr)
-    notifier = Notifier.of_this_process()
+    notifier = LoopNotifier.of_this_process()
     sandbox = Sandbox(settings, config_path)
     sandbox.enter(os.environ.get("NOTIFY_SOCKET", ""))  # while there is one thread only
     reactor = Reactor()
@@ -107,6 +107,7 @@ class Gateway:
         self._own_files = open_files() + FILES_OF_ITS_OWN
         self._stop = trio.Event()
         self._name = self._process()
+        logger.info("this is process %s of the gateway, pid %d", self._name, os.getpid())
         self._reloads = Reloads()
         self._admission = self._make_admission(settings)
         budget = WindowBudget(settings.limits.memory_bytes)

@@ -45,7 +45,7 @@ from fxtunnel.errors import FxError
 from fxtunnel.kit import logs
 from fxtunnel.kit.files import held_alone
 from fxtunnel.kit.listeners import Inherited
-from fxtunnel.kit.notify import Notifier
+from fxtunnel.kit.notify import LoopNotifier, Notifier
 from fxtunnel.kit.pages import listening_for_pages, serve_pages_on
 from fxtunnel.kit.process import (
     POLL_S,
@@ -88,7 +88,7 @@ def run(settings: RelaySettings, config_path: Path) -> int:
     """
     configure_logs(settings)
     reactor = Reactor()
-    notifier = Notifier.of_this_process()
+    notifier = LoopNotifier.of_this_process()
     relay = Relay(reactor, settings, config_path, notifier, raise_file_limit())
     try:
         return reactor.host_trio(relay.serve)

@@ -26,6 +26,11 @@ class Doors:
         """The doors that take clients now."""
         return list(self._open.values())
 
+    def shown(self) -> list[Door]:
+        """Those that take clients, and those that still have some, as while the gateway drains. Each name once."""
+        occupied = {door.name: door for door in self._closed if door.occupants}
+        return list((occupied | {door.name: door for door in self._open.values()}).values())
+
     @property
     def clients(self) -> int:
         """Clients in all doors, closed ones included."""

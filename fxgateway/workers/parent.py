@@ -35,7 +35,7 @@ from fxtunnel.engine.reactor import Reactor
 from fxtunnel.errors import ConfigError, FxError
 from fxtunnel.kit import logs
 from fxtunnel.kit.listeners import LINE_NAME, Inherited
-from fxtunnel.kit.notify import Notifier
+from fxtunnel.kit.notify import LoopNotifier, Notifier
 from fxtunnel.kit.process import Reloads, feed_watchdog, follow_launcher, raise_file_limit, settle, wait_until, watch_signals
 from fxtunnel.kit.settings import Address
 from fxtunnel.kit.tokens import ReplayGuard
@@ -61,7 +61,7 @@ def run(settings: GatewaySettings, config_path: Path) -> int:
     """
     logs.configure(settings.log.level, settings.log.style, sys.stderr)
     raise_file_limit()
-    notifier = Notifier.of_this_process()
+    notifier = LoopNotifier.of_this_process()
     Sandbox(settings, config_path).enter_above_workers(os.environ.get("NOTIFY_SOCKET", ""))  # while there is one thread only
     reactor = Reactor()
     try:

@@ -3,11 +3,14 @@
 import array
 import contextlib
 import errno
+import math
 import os
 import socket
+import threading
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
+from queue import SimpleQueue
 from typing import Final
 
 LAUNCHER_FD: Final = "FX_LAUNCHER_FD"
@@ -78,7 +81,7 @@ class Notifier:
 
     def reloading(self) -> None:
         """A reload begins; `ready()` ends it."""
-        self._mention("RELOADING=1", f"MONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}")
+        self._send("RELOADING=1", f"MONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}")
 
     def stopping(self) -> None:
         """Shutdown has begun."""
@@ -141,6 +144,78 @@ class Notifier:
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
                 sock.setblocking(False)
                 _send_soon(partial(sock.sendmsg, [text], rights, 0, self._address), patience_s)
+
+
+class LoopNotifier(Notifier):
+    """A notifier for a process whose loop must not wait: what cannot be said at once is said by a thread, in order, as soon as it is heard.
+
+    Nothing of it is lost while the process lives. What has not been heard when `close` is called is lost after HEARD_S.
+    """
+
+    def __init__(self, address: str | None = None, watchdog_interval_s: float | None = None, launcher: socket.socket | None = None) -> None:
+        super().__init__(address, watchdog_interval_s, launcher)
+        self._queue: SimpleQueue[tuple[tuple[str, ...], int | None]] = SimpleQueue()
+        self._waiting = 0
+        self._lock = threading.Lock()
+        self._give_up_at = math.inf
+        self._thread: threading.Thread | None = None
+
+    def close(self) -> None:
+        """See `Notifier`. Blocks while something waits, for HEARD_S at most."""
+        self._give_up_at = time.monotonic() + HEARD_S
+        if self._thread is not None:
+            self._queue.put(_LAST)
+            self._thread.join()
+        super().close()
+
+    def _send(self, *fields: str, fd: int | None = None) -> None:
+        if not self._waiting:
+            try:
+                self._say(fields, fd, 0.0)
+            except OSError as exc:
+                if exc.errno not in _FULL:
+                    return
+            else:
+                return
+        try:
+            self._leave_to_thread(fields, fd)
+        except (OSError, RuntimeError):  # no descriptor for a copy, or no thread: then it has to be waited for here
+            super()._send(*fields, fd=fd)
+
+    def _leave_to_thread(self, fields: tuple[str, ...], fd: int | None) -> None:
+        if self._thread is None:
+            thread = threading.Thread(target=self._say_all, name="notifier", daemon=True)
+            thread.start()
+            self._thread = thread
+        copy = None if fd is None else os.dup(fd)  # the caller may close its own
+        with self._lock:
+            self._waiting += 1
+        self._queue.put((fields, copy))
+
+    def _say_all(self) -> None:
+        while (message := self._queue.get()) is not _LAST:
+            fields, fd = message
+            try:
+                self._say_in_time(fields, fd)
+            finally:
+                if fd is not None:
+                    os.close(fd)
+                with self._lock:
+                    self._waiting -= 1
+
+    def _say_in_time(self, fields: tuple[str, ...], fd: int | None) -> None:
+        while True:
+            try:
+                self._say(fields, fd, 0.0)
+            except OSError as exc:
+                if exc.errno not in _FULL or time.monotonic() >= self._give_up_at:
+                    return
+            else:
+                return
+            time.sleep(_TRY_AGAIN_S)
+
+
+_LAST: Final[tuple[tuple[str, ...], int | None]] = ((), None)
 
 
 def _send_soon(send: Callable[[], int], patience_s: float) -> None:

@@ -1,3 +1,4 @@
+import contextlib
 import os
 import secrets
 import socket
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fxtunnel.kit import notify
-from fxtunnel.kit.notify import Notifier
+from fxtunnel.kit.notify import LoopNotifier, Notifier
 
 PID = 4242
 KEPT = 100
@@ -134,6 +135,117 @@ def test_a_manager_that_hears_nothing_is_waited_for_once(manager: tuple[str, soc
             break
     notifier.ready()
     assert sock.recv(4096) == b"READY=1"
+
+
+def fill(name: str) -> int:
+    """Fill the manager's queue; returns how many messages it took."""
+    count = 0
+    with contextlib.suppress(BlockingIOError):
+        while True:  # a socket each, as a sender's own buffer is full sooner
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+                sock.setblocking(False)
+                sock.sendto(b"FILL", f"\0{name[1:]}" if name.startswith("@") else name)
+            count += 1
+    return count
+
+
+def test_a_loop_never_waits_for_a_manager_that_hears_late(manager: tuple[str, socket.socket], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It gets everything, in order, when it hears again; sockets too that were closed here meanwhile."""
+    name, sock = manager
+    sleepers: set[int] = set()
+    sleep = time.sleep
+
+    def noted(pause_s: float) -> None:
+        sleepers.add(threading.get_ident())
+        sleep(pause_s)
+
+    monkeypatch.setattr(notify.time, "sleep", noted)
+    filled = fill(name)
+    notifier = LoopNotifier.from_environ({"NOTIFY_SOCKET": name})
+    for number in range(KEPT):
+        with socket.socket() as kept:
+            kept.bind(("127.0.0.1", 0))
+            notifier.keep(f"s{kept.getsockname()[1]}", kept)
+        if number % 10 == 0:
+            notifier.reloading()
+            notifier.ready()
+    notifier.drop("s1")
+    notifier.stopping()
+    while not sleepers:
+        sleep(0.001)
+    assert threading.get_ident() not in sleepers
+    heard: list[str] = []
+    assert [sock.recv(4096) for _ in range(filled)] == [b"FILL"] * filled
+    while not heard or heard[-1] != "STOPPING=1":
+        data, ancillary, _, _ = sock.recvmsg(4096, socket.CMSG_SPACE(4))
+        heard.append(data.decode().partition("\nMONOTONIC")[0])
+        for _, _, raw in ancillary:
+            with socket.socket(fileno=memoryview(raw).cast("i")[0]) as kept:
+                assert heard[-1] == f"FDSTORE=1\nFDNAME=s{kept.getsockname()[1]}"
+    assert [words for words in heard if not words.startswith("FDSTORE=")] == [
+        *(["RELOADING=1", "READY=1"] * (KEPT // 10)),
+        "FDSTOREREMOVE=1\nFDNAME=s1",
+        "STOPPING=1",
+    ]
+    assert len(heard) == KEPT + KEPT // 5 + 2
+    notifier.ready()
+    notifier.close()
+    assert sock.recv(4096) == b"READY=1"
+
+
+def test_a_process_that_ends_waits_for_its_last_words_but_not_for_ever(
+    manager: tuple[str, socket.socket], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, sock = manager
+    filled = fill(name)
+    notifier = LoopNotifier.from_environ({"NOTIFY_SOCKET": name})
+    for _ in range(KEPT):
+        notifier.ready()
+    notifier.stopping()
+    manager_reads = threading.Thread(target=lambda: [sock.recv(4096) for _ in range(filled + KEPT)])
+    manager_reads.start()
+    notifier.close()
+    manager_reads.join()
+    assert sock.recv(4096) == b"STOPPING=1"
+    monkeypatch.setattr(notify, "HEARD_S", 0.05)
+    fill(name)
+    deaf = LoopNotifier.from_environ({"NOTIFY_SOCKET": name})
+    for _ in range(KEPT):
+        deaf.ready()
+    deaf.close()
+    sock.close()
+    LoopNotifier.from_environ({"NOTIFY_SOCKET": name}).stopping()
+
+
+@pytest.mark.parametrize("lacking", ["thread", "descriptor"])
+def test_without_a_thread_or_a_descriptor_it_is_waited_for(
+    manager: tuple[str, socket.socket], monkeypatch: pytest.MonkeyPatch, lacking: str
+) -> None:
+    name, sock = manager
+
+    def fails(*_: object) -> None:
+        raise RuntimeError("can't start new thread") if lacking == "thread" else OSError(24, "Too many open files")
+
+    fill(name)
+    notifier = LoopNotifier.from_environ({"NOTIFY_SOCKET": name})
+    if lacking == "thread":
+        monkeypatch.setattr(threading.Thread, "start", fails)
+    else:
+        monkeypatch.setattr(notify.os, "dup", fails)
+    monkeypatch.setattr(notify.time, "sleep", lambda _: sock.recv(4096))
+    with socket.socket() as kept:
+        for number in range(KEPT):
+            notifier.keep(f"s{number}", kept)
+    monkeypatch.undo()
+    last = b""
+    sock.setblocking(False)
+    while True:
+        try:
+            last = sock.recv(4096)
+        except BlockingIOError:
+            break
+    assert last == b"FDSTORE=1\nFDNAME=s%d" % (KEPT - 1)
+    notifier.close()
 
 
 @pytest.mark.parametrize(

@@ -345,6 +345,8 @@ def test_planned_drains_show_what_is_left(make_stack: Callable[..., Stack], echo
         assert watching.poll() is None
         assert '"the gateway is draining"' in refused_page(stack)
         assert "not ready: the gateway is draining" in stack.gateway_cli("relays").stdout
+        assert [(door["service"], door["connections"]) for door in stack.status()["doors"]] == [("echo", 1)]
+        assert f', pid {stack.gateway.pid}"' in stack.logs()
     assert watching.communicate(timeout=30)[0].splitlines()[-1].startswith("clients left: 0,")
     assert watching.returncode == 0
     assert stack.gateway.stop() == 0
