@@ -54,6 +54,7 @@ cp /opt/stage/units/* /etc/systemd/system/
 cp /opt/stage/*.conf /etc/systemd/
 umount -R /sys/fs/cgroup
 mount -t cgroup2 cgroup2 /sys/fs/cgroup
+mount --make-rshared /
 export SYSTEMD_UNIT_PATH=/etc/systemd/system:/run/systemd/transient container=fx
 exec /lib/systemd/systemd --system --unit=multi-user.target --log-target=journal --show-status=no
 """.replace("EMPTY", " ".join(_EMPTY))

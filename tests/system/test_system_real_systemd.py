@@ -148,6 +148,36 @@ def test_reloads_lose_and_refuse_nobody(site: Site) -> None:
     through(site.port, lambda: site.machine.systemctl("reload", *UNITS), RESTARTS)
 
 
+@pytest.mark.parametrize("unit", UNITS)
+def test_a_reload_says_that_a_file_is_wrong(site: Site, unit: str) -> None:
+    before = site.daemon(unit).pid
+    site.edit(unit, lambda text: text + "\nwrong")
+    refused = site.machine.run("systemctl", "reload", unit, check=False)
+    site.edit(unit, lambda text: text.rstrip().removesuffix("wrong"))
+    assert refused.returncode == 1
+    assert "is not valid TOML" in site.machine.journal(unit)
+    assert site.daemon(unit).pid == before
+    site.machine.systemctl("reload", unit)
+
+
+def test_a_key_that_is_kept_elsewhere_is_the_commands_too(site: Site) -> None:
+    """As README has it: LoadCredential= and a variable. `as-service` has both, and is in the service's directory."""
+    extra, key = "/etc/systemd/system/fxgateway.service.d", "/etc/fxgateway-ca/server.key"
+    lines = re.findall(r"`((?:LoadCredential|Environment)=[^`]*)`", (ROOT / README).read_text())
+    assert len(lines) == 2
+    text = "\n".join(["[Service]", *lines]).replace("/etc/ssl/private/fxgateway.key", key)
+    home = "/var/lib/private/fxgateway"
+    site.sh(f"mv {home}/server.key {key}; chown 0 {key}; mkdir {extra}; cat >{extra}/key.conf <<'END'\n{text}\nEND")
+    site.machine.systemctl("daemon-reload")
+    site.machine.systemctl("restart", "fxgateway")
+    wait_until(lambda: is_served(site.port), 60, "a client served")
+    assert "ok: " in site.sh("as-service fxgateway check --no-bind")
+    site.sh("as-service fxgateway withdraw gateway.json")
+    site.sh(f"mv {key} {home}/; chown -h --reference={home} {home}/server.key; rm -r {extra}")
+    site.machine.systemctl("daemon-reload")
+    site.machine.systemctl("restart", "fxgateway")
+
+
 def test_a_package_upgrade_loses_and_refuses_nobody(site: Site) -> None:
     newer = "9.9.9"
     site.sh(
