@@ -33,7 +33,6 @@ class Client(Splice):
 
     __slots__ = (
         "_open_ends_at",
-        "_taken_back_at",
         "access_record",
         "address",
         "door",
@@ -68,8 +67,6 @@ class Client(Splice):
         """How far it has got; `next_step` says how it goes on."""
         self._open_ends_at = 0
         """The position in the session's byte sequence at which its OPEN ends."""
-        self._taken_back_at = 0
-        """The mark behind which the relay cannot ACCEPT any more; 0 unless it was too late."""
         if not address:  # a unix socket
             self.reads_short()
 
@@ -111,7 +108,7 @@ class Client(Splice):
     def on_accept(self) -> None:
         """See `Endpoint`."""
         self.door.opening.pop(self, None)
-        if self._taken_back_at:
+        if self in self.door.taken_back:
             self.end_unanswered()  # the relay has done what it was asked before it heard that nobody wants it
 
     def on_refuse(self, code: Code, text: str) -> None:
@@ -139,23 +136,21 @@ class Client(Splice):
             super().on_reset(code)
 
     def open_timed_out(self) -> None:
-        """The relay has not answered the OPEN in time. What it may not be told twice is told to another one when `is_taken_back`."""
+        """The relay has not answered the OPEN in time. What it may not be told twice is told to another one when that is confirmed."""
         stream = self.stream
         if stream is not None and not may_be_repeated(bytes(stream.early or b"")):
-            self._taken_back_at = stream.take_back()
-            self.door.taken_back[self] = self.reactor.now
+            self.door.taken_back[self] = self.reactor.now, stream.take_back()
         else:
             if stream is not None:
                 stream.reset(Code.CANCELLED)
             self._go_on(self.failover.refused())
 
-    @property
-    def is_taken_back(self) -> bool:
-        """Whether its relay has confirmed that it has not accepted what came too late, and never will."""
-        return self.session is not None and 0 < self._taken_back_at <= self.session.mux.passed_mark
+    def has_confirmed(self, mark: int) -> bool:
+        """Whether its relay has confirmed by this mark that it has not accepted what it took too long for, and never will."""
+        return self.session is not None and mark <= self.session.mux.passed_mark
 
     def go_on_confirmed(self) -> None:
-        """It `is_taken_back`: another relay may have it."""
+        """Its relay `has_confirmed`: another one may have it."""
         stream = self.stream
         if stream is not None and not stream.closed:
             stream.mux.forget(stream)
@@ -253,7 +248,6 @@ class Client(Splice):
         if stream is None:
             return False
         self.relay_name = relay_id
-        self._taken_back_at = 0
         self.join(session, stream)
         self._open_ends_at = session.mux.ring.head + len(session.mux.overflow)
         self.door.opening[self] = self.reactor.now

@@ -115,8 +115,8 @@ class Door:
         self.admission = admission
         self.clients: set[Client] = set()
         self.opening: dict[Client, float] = {}
-        self.taken_back: dict[Client, float] = {}
-        """Clients whose relay was too late, until it confirms that it has not accepted them."""
+        self.taken_back: dict[Client, tuple[float, int]] = {}
+        """Clients whose relay was too late, until it confirms that it has not accepted them: since when, and the mark by which it does."""
         self.proxied: dict[Proxied, float] = {}
         self.pending = PendingClients(self)
         self.outages = ServiceOutages()

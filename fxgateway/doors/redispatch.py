@@ -1,10 +1,9 @@
 """Pump: clients whose OPEN has no answer although they could be served another way: it waits for a lost link, or was taken back."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Final
 
 from fxgateway.routing.offers import Forward, Readiness
-from fxtunnel.engine.overdue import overdue
 from fxtunnel.model import RelayId, ServiceName
 
 if TYPE_CHECKING:
@@ -15,12 +14,13 @@ CONFIRM_S: Final = 2.0
 """For a relay to confirm, which takes it a round trip if it is there at all. A client has waited for `open_timeout_s` by then."""
 
 
-def go_on_confirmed(taken_back: "dict[Client, float]", now: float) -> None:
+def go_on_confirmed(taken_back: "Mapping[Client, tuple[float, int]]", now: float) -> None:
     """Ask another relay where the one that was too late has confirmed that it does not serve them. Call every second or so."""
-    for client in [client for client in taken_back if client.is_taken_back]:
-        client.go_on_confirmed()
-    for client in overdue(taken_back, now - CONFIRM_S):
-        client.end_unanswered()
+    for client, (since, mark) in list(taken_back.items()):
+        if client.has_confirmed(mark):
+            client.go_on_confirmed()
+        elif since < now - CONFIRM_S:
+            client.end_unanswered()
 
 
 def redispatch_held(opening: "Iterable[Client]", relays: "DoorRelays") -> None:

@@ -21,6 +21,8 @@ PROVEN_NOTSENT_BYTES: Final = 262_144
 _DRAINED, _ENDED, _UNSURE = 0, 1, 2
 """What is behind a short read: nothing, and the next byte makes a new edge (epoll(7), question 9); the FIN, which had come before the
 read; or perhaps more, since it stops at an urgent byte as well."""
+UNHEARD, HEARD, MADE = 0, 1, 2
+"""Of room in the socket: no event tells, for it was never full; an event tells; and the kernel holds more for its reader."""
 RESET_ON_CLOSE: Final = struct.pack("ii", 1, 0)
 """SO_LINGER for every spliced socket from its first moment: if this process is killed, the kernel's close is a RST, not a clean end."""
 CLOSE_CLEANLY: Final = struct.pack("ii", 0, 0)
@@ -48,12 +50,11 @@ class Splice:
         "_aborting",
         "_behind",
         "_fin_wanted",
-        "_has_room",
-        "_hears_room",
         "_pending",
         "_queued",
         "_read_done",
         "_readable",
+        "_room",
         "_write_blocked",
         "closed",
         "reactor",
@@ -75,8 +76,7 @@ class Splice:
         self._queued = False
         self._read_done = False
         self._behind = _DRAINED
-        self._hears_room = False
-        self._has_room = False
+        self._room = UNHEARD
         self._write_blocked = False
         self._fin_wanted = False
         self._aborting = False
@@ -98,7 +98,7 @@ class Splice:
 
     def start(self) -> None:
         """Begin to listen to the socket."""
-        self._hears_room = self._write_blocked
+        self._room = HEARD if self._write_blocked else UNHEARD
         self.reactor.register(self.sock, self, STREAM_EVENTS if self._write_blocked else ROOMY_EVENTS)
 
     @property
@@ -261,8 +261,8 @@ class Splice:
     def _wait_for_room(self) -> None:
         """The socket is full; the next event says that it is not."""
         self._write_blocked = True
-        if not self._hears_room:
-            self._hears_room = True
+        if self._room == UNHEARD:
+            self._room = HEARD
             self.reactor.modify(self.sock, STREAM_EVENTS)
 
     def _make_room(self) -> None:
@@ -270,8 +270,8 @@ class Splice:
 
         On this host the kernel does not pace it, either: here and not at `connect`, where a short connection would pay for it.
         """
-        if not self._has_room and self.stream is not None and self.stream.window.window_bytes >= PROVEN_WINDOW_BYTES:
-            self._has_room = True
+        if self._room != MADE and self.stream is not None and self.stream.window.window_bytes >= PROVEN_WINDOW_BYTES:
+            self._room = MADE
             with suppress(OSError):  # a unix socket has no such thing
                 self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, PROVEN_NOTSENT_BYTES)
                 if is_loopback(self.sock.getpeername()[0]):

@@ -4,7 +4,7 @@ import socket
 
 from fxtunnel.codes import Code
 from fxtunnel.engine.reactor import READ, STREAM_EVENTS, WRITE
-from fxtunnel.engine.splice import Splice
+from fxtunnel.engine.splice import HEARD, Splice
 from fxtunnel.engine.tls_socket import TlsSocket
 
 
@@ -23,7 +23,7 @@ class TlsSplice(Splice):
 
     def start(self) -> None:
         """See `Splice`. What was peeked at is read first."""
-        self._hears_room = True
+        self._room = HEARD
         self.reactor.register(self.sock, self, STREAM_EVENTS)
         # There may be bytes that have left the kernel already; of those no event tells.
         self._readable = True
