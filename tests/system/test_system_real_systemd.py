@@ -163,7 +163,7 @@ def test_a_reload_says_that_a_file_is_wrong(site: Site, unit: str) -> None:
 def test_a_key_that_is_kept_elsewhere_is_the_commands_too(site: Site) -> None:
     """As README has it: LoadCredential= and a variable. `as-service` has both, and is in the service's directory."""
     extra, key = "/etc/systemd/system/fxgateway.service.d", "/etc/fxgateway-ca/server.key"
-    lines = re.findall(r"`((?:LoadCredential|Environment)=[^`]*)`", (ROOT / README).read_text())
+    lines = re.findall(r"`((?:LoadCredential|Environment)=[^`]+)`", (ROOT / README).read_text())
     assert len(lines) == 2
     text = "\n".join(["[Service]", *lines]).replace("/etc/ssl/private/fxgateway.key", key)
     home = "/var/lib/private/fxgateway"
