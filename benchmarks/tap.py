@@ -71,7 +71,7 @@ class Tap:
             for key, ready in self._selector.select(0.1):
                 if key.data is None:
                     self._take()
-                elif key.fileobj.fileno() >= 0:  # type: ignore[union-attr]
+                elif key.fileobj.fileno() >= 0:
                     self._turn(key.data, ready)
             if self._cut_at_bytes and self._passed_bytes >= self._cut_at_bytes[0]:
                 self._cut_at_bytes.pop(0)

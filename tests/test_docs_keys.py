@@ -76,11 +76,11 @@ def rows(page: str) -> list[list[str]]:
 def test_a_limit_has_the_default_that_the_table_shows(row: list[str]) -> None:
     (section, key), where, shown = row[0].split("."), row[1], row[2]
     for daemon in DAEMONS if where == "both" else [where]:
-        field = DAEMONS[daemon].model_fields[section].annotation.model_fields[key]  # type: ignore[union-attr]  # sections are models
+        field = DAEMONS[daemon].model_fields[section].annotation.model_fields[key]
         assert number(shown) == written(field.default), daemon
     other = {"gateway": "relay", "relay": "gateway"}.get(where)
     if other is not None:
-        assert key not in DAEMONS[other].model_fields[section].annotation.model_fields, f"{row[0]} is a key of both"  # type: ignore[union-attr]  # likewise
+        assert key not in DAEMONS[other].model_fields[section].annotation.model_fields, f"{row[0]} is a key of both"
 
 
 def test_the_keys_of_an_http_service_are_as_the_table_shows() -> None:

@@ -64,7 +64,7 @@ def store() -> FakeStore:
 
 
 def memory_of(store: object, clock: Clock | None = None, threads: Threads | None = None) -> SharedMemory:
-    return SharedMemory(store, threads or Threads(), clock=clock or Clock())  # type: ignore[arg-type]  # a fake clock
+    return SharedMemory(store, threads or Threads(), clock=clock or Clock())  # a fake clock
 
 
 async def spend(memory: SharedMemory, *numbers: int) -> list[Use]:
@@ -117,7 +117,7 @@ async def test_a_store_that_hangs_holds_nobody_up_for_long(store: FakeStore, mon
 
 async def test_nobody_waits_for_a_store_that_is_known_to_be_away(store: FakeStore) -> None:
     away = [True]
-    memory = SharedMemory(store, Threads(), lambda: away[0], Clock())  # type: ignore[arg-type]  # a fake clock
+    memory = SharedMemory(store, Threads(), lambda: away[0], Clock())  # a fake clock
     assert await spend(memory, 1, 1) == [Use.UNKNOWABLE] * 2
     assert store.number == 0
     away[0] = False

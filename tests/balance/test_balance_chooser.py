@@ -91,7 +91,7 @@ class Surroundings:
         self.number = 40
         self.said: list[tuple[str, dict[str, Any]]] = []
         self.batches = 0
-        self.news = PlacementNews(self, Threads())  # type: ignore[arg-type]  # as much of it as is used
+        self.news = PlacementNews(self, Threads())
 
     def add(self, counter: str, amount: int) -> int:
         time.sleep(self.hang_s)
@@ -112,7 +112,7 @@ def make(around: Surroundings, *entries: Any) -> tuple[PoolChooser, ClusterView]
     view.store_said(1_000_000)
     for text in (server_text("a"), server_text("b", address="10.0.0.2"), server_text("c", gateways=["gw"]), server_text("d")):
         view.hear(Message(SERVERS, text))
-    environment = ClusterEnvironment(RelayId("a"), around, Threads())  # type: ignore[arg-type]  # as much of it as is used
+    environment = ClusterEnvironment(RelayId("a"), around, Threads())
     chooser = PoolChooser(view, path_rules(), environment, around.news.tell, "i" * 40)
     chain = entries or (builtin("fewest-sessions", "desk"),)
     chooser.reconfigure({ServiceName("desk"): Balancing(DESK, chain)})
@@ -156,7 +156,7 @@ async def test_what_has_to_wait_or_to_be_explained_needs_one() -> None:
     with chooser._lines[ServiceName("desk")].place(0.0):
         assert chooser.choose_nowait(WANTED) is None, "others wait, and came before"
     assert chooser.choose_nowait(WANTED) is not None
-    pools = {ServiceName("desk"): Balancing(DESK, (builtin("fewest-sessions", "desk"),), Action.LOGIN, SeatRules(always=True))}  # type: ignore[arg-type]  # an entry of the rig
+    pools = {ServiceName("desk"): Balancing(DESK, (builtin("fewest-sessions", "desk"),), Action.LOGIN, SeatRules(always=True))}
     chooser.reconfigure(pools)
     assert chooser.choose_nowait(WANTED) is None, "a seat has to be taken"
     for entry in (Says(Chosen(RelayId("a"))), builtin("round-robin", "desk")):
@@ -255,7 +255,7 @@ async def test_claims_work_while_nobody_can_be_told() -> None:
 
 async def test_numbers_come_from_the_store_or_from_here() -> None:
     around = Surroundings()
-    environment = ClusterEnvironment(RelayId("a"), around, Threads())  # type: ignore[arg-type]  # as much of it as is used
+    environment = ClusterEnvironment(RelayId("a"), around, Threads())
     assert [await environment.next_number("x") for _ in range(2)] == [41, 42]
     around.error = True
     assert [await environment.next_number("x") for _ in range(2)] == [43, 44]

@@ -49,7 +49,7 @@ class Desk:
         self.view.store_said(1_000_000)
         self.seq = 1
         path_rules = PathRules(RelayId("a"), ("local", "redirect", "direct"), force_indirect=False, networks=(), address="10.0.0.1")
-        environment = ClusterEnvironment(RelayId("a"), NullListener(), Threads())  # type: ignore[arg-type]  # as much of it as is used
+        environment = ClusterEnvironment(RelayId("a"), NullListener(), Threads())  # as much of it as is used
         self.chooser = PoolChooser(self.view, path_rules, environment, lambda event, placement: None, "i" * 40)
         bench.scripts.use_reactor(reactor)
         for number, name in enumerate("abcd"):

@@ -123,7 +123,7 @@ async def run(order: Order, reactor: Reactor) -> None:
             relay_id = name_of(number)
             identity = Enrolled(relay_id, InstanceId(f"{number:032x}"), Path(), key_of(relay_id))
             around = UplinkEnvironment(random.Random(number))
-            config = UplinkConfig(**order.options)  # type: ignore[arg-type]
+            config = UplinkConfig(**order.options)
             uplink = Uplink(file, identity, (Offer(ServiceName(f"s{number % 50}")),), sessions, config, around)
             uplinks.append(uplink)
             nursery.start_soon(one, uplink, number % order.sources)

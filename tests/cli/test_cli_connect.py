@@ -48,7 +48,7 @@ async def resetting(stream: trio.abc.HalfCloseableStream) -> None:
     """Breaks off in the middle of an answer that has arrived so far."""
     await stream.send_all(b"part")
     await stream.receive_some(1)
-    stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # type: ignore[attr-defined]  # it is a SocketStream
+    stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
 
 @asynccontextmanager

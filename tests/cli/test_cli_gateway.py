@@ -302,10 +302,10 @@ def test_check_beside_the_running_gateway(made: Path) -> None:
         listen = f"127.0.0.1:{door.getsockname()[1]}"
         pages: dict[str, object] = {"/relays": {"gateway": {"gateway_id": gateway_id, "listening": [listen]}}}
         with answering(pages) as port:
-            pages["/relays"]["gateway"]["listening"].append(f"127.0.0.1:{port}")  # type: ignore[index]
+            pages["/relays"]["gateway"]["listening"].append(f"127.0.0.1:{port}")
             env = {"FXGATEWAY__ADMIN__LISTEN": f"127.0.0.1:{port}", "FXGATEWAY__DOOR__0__LISTEN": listen}
             assert fx("check", "--config", made / "gateway.toml", env=env).exit_code == 0
-            pages["/relays"]["gateway"]["gateway_id"] = "another"  # type: ignore[index]
+            pages["/relays"]["gateway"]["gateway_id"] = "another"
             assert len(refused(fx("check", "--config", made / "gateway.toml", env=env))) == 2
 
 

@@ -16,7 +16,7 @@ from fxtunnel.errors import ConfigError
 
 def problems_of(load: object, path: Path, environ: dict[str, str] | None = None) -> dict[str, str]:
     with pytest.raises(ConfigError) as caught:
-        load(path, environ or {})  # type: ignore[operator]
+        load(path, environ or {})
     assert all(p.file == str(path) for p in caught.value.problems)
     return {p.key: p.message for p in caught.value.problems}
 
@@ -266,7 +266,7 @@ def test_a_proxy_password_is_not_shown(relay_toml: Write) -> None:
 def test_settings_cannot_be_changed(gateway_toml: Write) -> None:
     settings = fxgateway.settings.load(gateway_toml(GATEWAY_TOML), {})
     with pytest.raises(ValueError, match="frozen"):
-        settings.limits.connections = 1  # type: ignore[misc]
+        settings.limits.connections = 1
 
 
 @pytest.mark.parametrize("model", [GatewaySettings, RelaySettings])

@@ -98,8 +98,8 @@ async def fetch(app: Starlette, path: str, method: str = "GET") -> tuple[int, di
         "scheme": "http",
     }
     await call({**scope, "query_string": b"", "headers": [(b"host", b"gw")], "server": ("gw", 80), "client": ("::1", 1)}, receive, send)
-    headers = {k.decode(): v.decode() for k, v in sent[0]["headers"]}  # type: ignore[attr-defined]
-    return int(sent[0]["status"]), headers, b"".join(m.get("body", b"") for m in sent[1:]).decode()  # type: ignore[call-overload,misc]
+    headers = {k.decode(): v.decode() for k, v in sent[0]["headers"]}
+    return int(sent[0]["status"]), headers, b"".join(m.get("body", b"") for m in sent[1:]).decode()
 
 
 def samples(text: str) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:

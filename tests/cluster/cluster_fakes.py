@@ -51,7 +51,7 @@ class NoThreads(Threads):
         await trio.sleep(self.slow_s)
         result = call()
         if isinstance(result, Pending):
-            return await result.wait()  # type: ignore[return-value]
+            return await result.wait()
         return result
 
 

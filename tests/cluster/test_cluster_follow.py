@@ -150,7 +150,7 @@ async def test_a_transporter_that_drops_everyone_at_once_does_not_make_the_store
         subscription.news.set()
         return subscription
 
-    cluster.transporter.subscribe = subscribe_in_vain  # type: ignore[method-assign, assignment]
+    cluster.transporter.subscribe = subscribe_in_vain
     async with cluster.followed():
         await trio.sleep(60)
     assert len(cluster.transporter.subscriptions) < 100, "waits up to 3 s, on average 1.5 s"

@@ -18,7 +18,7 @@ def placement(name: str) -> Placement:
 
 async def test_ends_that_could_not_be_told_are_told_later(autojump_clock: Any) -> None:
     transporter = FakeTransporter()
-    news = PlacementNews(transporter, NoThreads())  # type: ignore[arg-type]  # as much of it as is used
+    news = PlacementNews(transporter, NoThreads())  # as much of it as is used
     async with trio.open_nursery() as nursery:
         nursery.start_soon(news.run)
         transporter.error = "locked"
@@ -39,7 +39,7 @@ async def test_ends_that_could_not_be_told_are_told_later(autojump_clock: Any) -
 
 async def test_ends_that_cannot_be_told_are_so_many_at_most(autojump_clock: Any) -> None:
     transporter = FakeTransporter()
-    news = PlacementNews(transporter, NoThreads())  # type: ignore[arg-type]  # as above
+    news = PlacementNews(transporter, NoThreads())  # as above
     transporter.error = "away"
     async with trio.open_nursery() as nursery:
         nursery.start_soon(news.run)

@@ -52,7 +52,7 @@ def backend(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Backend]
         server = request.getfixturevalue("server")
         backend = Backend(tmp_path, server)
         store = backend.store()
-        store._client.ask(lambda redis: redis.flushall())  # type: ignore[attr-defined]
+        store._client.ask(lambda redis: redis.flushall())
     else:
         backend = Backend(tmp_path, None)
     yield backend

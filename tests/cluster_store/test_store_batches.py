@@ -75,7 +75,7 @@ def test_who_is_handed_the_lead_before_he_looks_has_his_answer_all_the_same(
     batches.eval(ECHO, ["{fx-test}:x"], [0])
     hesitates, has_led = threading.Event(), threading.Event()
     lock = Hesitant(hesitates, has_led)
-    batches._lock = lock  # type: ignore[assignment]  # tells when it was let go of
+    batches._lock = lock  # tells when it was let go of
     answers: list[object] = []
 
     def ask(number: int) -> None:
@@ -89,7 +89,7 @@ def test_who_is_handed_the_lead_before_he_looks_has_his_answer_all_the_same(
 
     def give_up_late(call: object) -> None:
         has_led.wait(20)
-        give_up(call)  # type: ignore[arg-type]  # it is a _Call
+        give_up(call)
 
     if hesitates_at == "its deadline":
         monkeypatch.setattr("fxrelay.cluster.redis_batches.TURN_S", 0.0)

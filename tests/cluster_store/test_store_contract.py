@@ -292,7 +292,7 @@ def test_an_update_of_what_no_member_wrote_is_refused(backend: Backend) -> None:
         with closing(sqlite3.connect(backend.path)) as database, database:
             database.execute("INSERT INTO documents (collection, key, body, updated_ms) VALUES ('reservations', ?, 7, 1)", (b"n",))
     else:
-        store._client.ask(lambda redis: redis.hset("{fx-test}:c:reservations", "n", "no stamp"))  # type: ignore[attr-defined]
+        store._client.ask(lambda redis: redis.hset("{fx-test}:c:reservations", "n", "no stamp"))
     with pytest.raises(StoreError, match=r"ours|written"):
         store.update("reservations", "n", lambda present: "x")
 
@@ -323,5 +323,5 @@ def test_of_many_who_remove_one_document_one_does(backend: Backend) -> None:
         read = stores[0].get("servers", "n")
         assert read is not None
         with ThreadPoolExecutor(4) as pool:
-            removed = list(pool.map(lambda store, read=read: store.delete_if_same("servers", read), stores))  # type: ignore[misc]  # a default has no inferred type
+            removed = list(pool.map(lambda store, read=read: store.delete_if_same("servers", read), stores))
         assert removed.count(True) == 1

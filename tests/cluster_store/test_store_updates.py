@@ -85,14 +85,14 @@ def test_two_documents_are_written_in_one_step(backend: Backend) -> None:
         return result
 
     assert (update(store, Both("1", "first")).beside, seen[-1]) == ("first", None)
-    assert other.get("users", "ann") == Document("ann", "first", other.get("reservations", "n").updated_ms)  # type: ignore[union-attr]  # it is there
+    assert other.get("users", "ann") == Document("ann", "first", other.get("reservations", "n").updated_ms)
     assert (update(other, "2").beside, seen[-1]) == ("first", "first")
     assert (update(store, Both("3", "second")).number, seen[-1]) == (3, "first")
     assert (update(other, None).text, seen[-1]) == ("3", "second")
     assert (update(store, Both("4", None)).beside, seen[-1]) == (None, "second")
     assert other.get("users", "ann") is None
     assert (update(other, Both("5", None)).text, seen[-1]) == ("5", None)
-    assert (update(store, Both("6", "third")).text, other.get("users", "ann").text) == ("6", "third")  # type: ignore[union-attr]  # it is there
+    assert (update(store, Both("6", "third")).text, other.get("users", "ann").text) == ("6", "third")
 
 
 def test_an_update_goes_by_the_second_document_as_it_is_when_it_writes(backend: Backend) -> None:
@@ -126,11 +126,11 @@ def test_a_second_document_that_no_member_wrote_counts_as_nothing_and_is_written
         with closing(sqlite3.connect(backend.path)) as database, database:
             database.execute("INSERT INTO documents (collection, key, body, updated_ms) VALUES ('users', ?, 7, 1)", (b"ann",))
     else:
-        store._client.ask(lambda redis: redis.hset("{fx-test}:c:users", "ann", "no stamp"))  # type: ignore[attr-defined]
+        store._client.ask(lambda redis: redis.hset("{fx-test}:c:users", "ann", "no stamp"))
     (result,) = store.update_all([Update("reservations", "n", lambda present: Both("x", f"{present.beside}!"), ("users", "ann"))])
     assert isinstance(result, Present)
     assert result.beside == "None!"
-    assert store.get("users", "ann").text == "None!"  # type: ignore[union-attr]  # it is there
+    assert store.get("users", "ann").text == "None!"
 
 
 def test_updates_of_a_closed_store_say_so(backend: Backend) -> None:

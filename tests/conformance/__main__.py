@@ -119,10 +119,10 @@ def _sslyze(judge: str, address: str, directory: Path, old_versions: Sequence[st
         return scan.get(name, {}).get("result") or {}
 
     findings += [f"{version} is accepted" for version in old_versions if result(f"{version}_cipher_suites").get("accepted_cipher_suites")]
-    accepted = {suite["cipher_suite"]["name"] for suite in result("tls_1_3_cipher_suites").get("accepted_cipher_suites", [])}  # type: ignore[attr-defined,index]
+    accepted = {suite["cipher_suite"]["name"] for suite in result("tls_1_3_cipher_suites").get("accepted_cipher_suites", [])}
     if not accepted or accepted - SUITES_13:
         findings.append(f"TLS 1.3 suites: {sorted(accepted)}")
-    suites_12 = {suite["cipher_suite"]["name"] for suite in result("tls_1_2_cipher_suites").get("accepted_cipher_suites", [])}  # type: ignore[attr-defined,index]
+    suites_12 = {suite["cipher_suite"]["name"] for suite in result("tls_1_2_cipher_suites").get("accepted_cipher_suites", [])}
     findings += [f"TLS 1.2 suite {name}" for name in sorted(suites_12) if not SUITES_12.match(name)]
     for name, field, good in (
         ("heartbleed", "is_vulnerable_to_heartbleed", False),

@@ -231,7 +231,7 @@ async def test_nobody_can_take_it(contexts: Contexts, monkeypatch: pytest.Monkey
         relay = await add_pool_relay(plane, "a", chooser, 9)
         turn_down = relay.desk.turn_down
 
-        def note(stream, service, code, text):  # type: ignore[no-untyped-def]
+        def note(stream, service, code, text):
             texts.append(text)
             turn_down(stream, service, code, text)
 

@@ -200,7 +200,7 @@ async def test_a_hanging_path_leaves_time_for_the_next(contexts: Contexts) -> No
             relay = await add_pool_relay(plane, "a", chooser, hanging, limits=limits)
             (pool,) = relay.table.services()
             local = await add_pool_relay(plane, "spare", ScriptedChooser(), nodes.port, host=A)
-            relay.table.replace([type(pool)(SERVICE, A, hanging, local.table.services()[0].endpoints)])  # type: ignore[call-arg]
+            relay.table.replace([type(pool)(SERVICE, A, hanging, local.table.services()[0].endpoints)])
             plane.registry.offers.remove(RelayId("spare"))
             assert await ask(plane.add_door(), b"early") == A.encode()
             assert nodes.got[A] == [b"early"]
@@ -228,7 +228,7 @@ async def test_pool_without_a_chooser_and_pool_without_an_address(contexts: Cont
     async with open_plane(contexts) as plane:
         relay = await add_pool_relay(plane, "a", ScriptedChooser(Spec("a", is_local=True)), 9)
         (pool,) = relay.table.services()
-        relay.table.replace([type(pool)(SERVICE, "nowhere", 9, ())])  # type: ignore[call-arg]
+        relay.table.replace([type(pool)(SERVICE, "nowhere", 9, ())])
         await refused(plane.add_door(), 3)
         relay.desk.placer = None
         await refused(plane.add_door(), 3)

@@ -38,7 +38,7 @@ async def test_the_relay_that_serves_after_another_has_refused(contexts: Context
     async with open_plane(contexts) as plane:
         await plane.add_relay(free_port(), name="a")
         await plane.add_relay(await plane.serve(echo), name="b")
-        assert await exchange(plane.add_door(access=sink), b"x") == b"x"  # type: ignore[arg-type]  # as much of an access log as is used
+        assert await exchange(plane.add_door(access=sink), b"x") == b"x"  # as much of an access log as is used
         await plane.quiet()
     assert sink.told == ("b", "closed")
 
@@ -50,13 +50,13 @@ async def test_the_target_of_a_redirect_that_refused_after_the_other_one_went(co
         second = await plane.add_relay(await plane.serve(echo), name="b")
         plane.registry.offers.remove(second.id)
 
-        def go(session, stream, *_):  # type: ignore[no-untyped-def]  # takes what `_deliver` takes
+        def go(session, stream, *_):
             first.far_session.close(Code.SHUTDOWN)
             stream.refuse(Code.CONNECT_FAILED, "no")
 
         monkeypatch.setattr(first.desk, "_deliver", lambda session, stream, *_: stream.redirect("b"))
         monkeypatch.setattr(second.desk, "_deliver", go)
-        await refused(plane.add_door(access=sink))  # type: ignore[arg-type]  # as much of an access log as is used
+        await refused(plane.add_door(access=sink))  # as much of an access log as is used
         await plane.quiet()
     assert sink.told == ("b", "gateway: all-refused")
 
@@ -67,7 +67,7 @@ async def test_a_relay_whose_link_was_lost_and_whom_nobody_replaces(contexts: Co
         await plane.add_relay(free_port(), name="a")
         second = await plane.add_relay(await plane.serve(echo), name="b")
         second.redials = False
-        async with await connect(plane.add_door(access=sink)) as stream:  # type: ignore[arg-type]  # as much of an access log as is used
+        async with await connect(plane.add_door(access=sink)) as stream:  # as much of an access log as is used
             await accepted(plane)
             assert second.wire is not None
             second.wire.cut()
@@ -80,7 +80,7 @@ async def test_a_relay_that_left_before_another_process_could_ask_it(contexts: C
     sink = Sink()
     async with open_plane(contexts) as plane:
         first = await plane.add_relay(await plane.serve(echo), name="a")
-        async with await connect(plane.add_door(access=sink)) as stream:  # type: ignore[arg-type]  # as much of an access log as is used
+        async with await connect(plane.add_door(access=sink)) as stream:  # as much of an access log as is used
             await accepted(plane)
             (door,) = plane.doors
             (client,) = door.clients

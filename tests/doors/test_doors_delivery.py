@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 
 async def serve_unix(path: Path, task_status: trio.TaskStatus[None]) -> None:
     listener = trio.SocketListener(trio.socket.from_stdlib_socket(_bound(path, 64)))
-    await trio.serve_listeners(echo, [listener], task_status=task_status)  # type: ignore[arg-type]
+    await trio.serve_listeners(echo, [listener], task_status=task_status)
 
 
 def _bound(path: Path, backlog: int) -> socket.socket:

@@ -282,7 +282,7 @@ async def test_who_has_been_greeted_is_told_nothing_in_http_any_more(contexts: C
     async with open_plane(contexts, SHORT_HOLD) as plane:
         first = await plane.add_relay(await plane.serve(echo), name="a")
         preread_router = PrereadRouter(DoorKind.HTTP, HostTable(), None, streams=frozenset({SERVICE}))
-        port = plane.add_door(preread_router=preread_router)  # type: ignore[arg-type]
+        port = plane.add_door(preread_router=preread_router)
         stream = await connect(port)
         await stream.send_all(f"GET {STREAM_PATH}{SERVICE} HTTP/1.1\r\nHost: a\r\n".encode() + UPGRADE)
         assert await receive_exactly(stream, len(SWITCHING)) == SWITCHING

@@ -72,17 +72,17 @@ async def two_services(plane: Plane) -> tuple[RelaySide, list[Opening]]:
     openings: list[Opening] = []
     inner = relay.desk._deliver
 
-    def note(session, stream, service, opening):  # type: ignore[no-untyped-def]
+    def note(session, stream, service, opening):
         openings.append(opening)
         inner(session, stream, service, opening)
 
-    relay.desk._deliver = note  # type: ignore[method-assign]
+    relay.desk._deliver = note
     return relay, openings
 
 
 def door(plane: Plane, kind: DoorKind, default: str = "", ssh: str = "", **changes: float) -> int:
     preread_router = PrereadRouter(kind, ROUTES, ServiceName(default) or None, ServiceName(ssh) or None)
-    return plane.add_door(service=ServiceName(default), preread_router=preread_router, **changes)  # type: ignore[arg-type]
+    return plane.add_door(service=ServiceName(default), preread_router=preread_router, **changes)
 
 
 def secure_door(plane: Plane, tmp_path: Path, **changes: object) -> tuple[int, ssl.SSLContext]:
@@ -95,7 +95,7 @@ def secure_door(plane: Plane, tmp_path: Path, **changes: object) -> tuple[int, s
     certificate.cert_chain_pems[0].write_to_path(str(chain))
     client = ssl.create_default_context()
     authority.configure_trust(client)
-    return door(plane, DoorKind.HTTPS, tls=server_context([(chain, key)]), **changes), client  # type: ignore[arg-type]
+    return door(plane, DoorKind.HTTPS, tls=server_context([(chain, key)]), **changes), client
 
 
 async def ask_secure(port: int, context: ssl.SSLContext, host: str, data: bytes) -> bytes:
@@ -317,7 +317,7 @@ async def test_too_many_are_told_so_where_http_is_spoken(contexts: Contexts) -> 
     async with open_plane(contexts) as plane:
         await two_services(plane)
         preread_router = PrereadRouter(DoorKind.HTTP, ROUTES, None)
-        port = plane.add_door(AdmissionLimits(connections_per_source=1, exempt=()), preread_router=preread_router)  # type: ignore[arg-type]
+        port = plane.add_door(AdmissionLimits(connections_per_source=1, exempt=()), preread_router=preread_router)
         async with await connect(port):
             with trio.fail_after(10):
                 while not plane.doors[0].pending.clients:
@@ -377,9 +377,9 @@ async def test_the_access_log_is_told_of_every_client(contexts: Contexts, tmp_pa
     async with open_plane(contexts) as plane:
         _, openings = await two_services(plane)
         if kind is DoorKind.TCP:
-            await ask(plane.add_door(access=sink), get("a.test"))  # type: ignore[arg-type]
+            await ask(plane.add_door(access=sink), get("a.test"))
         elif kind is DoorKind.HTTP:
-            await ask(door(plane, kind, access=sink), get("a.test"))  # type: ignore[arg-type]
+            await ask(door(plane, kind, access=sink), get("a.test"))
         else:
             port, client = secure_door(plane, tmp_path, access=sink)
             await ask_secure(port, client, "a.test", get("a.test"))

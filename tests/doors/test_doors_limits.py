@@ -100,7 +100,7 @@ async def test_a_door_that_is_renamed_keeps_to_its_limit(contexts: Contexts) -> 
     async with open_plane(contexts) as plane:
         await plane.add_relay(await plane.serve(echo))
         preread_router = PrereadRouter(DoorKind.HTTP, HostTable(), SERVICE)
-        port = plane.add_door(AdmissionLimits(connections_per_door=2, exempt=EXEMPT), preread_router=preread_router)  # type: ignore[arg-type]
+        port = plane.add_door(AdmissionLimits(connections_per_door=2, exempt=EXEMPT), preread_router=preread_router)
         door = plane.doors[0]
         async with await connect(port) as slow, await connect(port) as gone:
             for stream in (slow, gone):

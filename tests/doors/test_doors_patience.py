@@ -27,7 +27,7 @@ async def one_service(plane: Plane) -> None:
 
 
 def door(plane: Plane, kind: DoorKind, **changes: float) -> int:
-    return plane.add_door(service=SERVICE, preread_router=PrereadRouter(kind, ROUTES, SERVICE), **changes)  # type: ignore[arg-type]  # of the rig
+    return plane.add_door(service=SERVICE, preread_router=PrereadRouter(kind, ROUTES, SERVICE), **changes)
 
 
 async def test_where_clients_speak_first_the_kernel_waits_for_it(contexts: Contexts) -> None:

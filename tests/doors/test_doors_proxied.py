@@ -26,11 +26,11 @@ def noting(openings: list[Opening], plane: Plane) -> None:
     for relay in plane.relays:
         inner = relay.desk._deliver
 
-        def note(session, stream, service, opening, inner=inner):  # type: ignore[no-untyped-def]
+        def note(session, stream, service, opening, inner=inner):
             openings.append(opening)
             inner(session, stream, service, opening)
 
-        relay.desk._deliver = note  # type: ignore[method-assign]
+        relay.desk._deliver = note
 
 
 def collector(got: list[bytes]) -> Serve:

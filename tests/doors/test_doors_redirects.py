@@ -16,7 +16,7 @@ async def test_a_relay_that_redirects_to_ever_new_names_is_believed_four_times(c
         first = await plane.add_relay(await plane.serve(echo), name="a")
         second = await plane.add_relay(await plane.serve(echo), name="b")
 
-        def redirect(session, stream, service, opening):  # type: ignore[no-untyped-def]
+        def redirect(session, stream, service, opening):
             openings.append(opening)
             stream.redirect(f"n{next(numbers)}")
 
@@ -34,7 +34,7 @@ async def test_a_relay_that_was_redirected_to_redirects_nobody(contexts: Context
         relays = {name: await plane.add_relay(await plane.serve(echo), name=name) for name in "abc"}
         for name, target in (("a", "b"), ("b", "c")):
 
-            def redirect(session, stream, service, opening, target=target):  # type: ignore[no-untyped-def]
+            def redirect(session, stream, service, opening, target=target):
                 openings.append(opening)
                 stream.redirect(target)
 

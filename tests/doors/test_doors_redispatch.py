@@ -121,7 +121,7 @@ async def test_a_crowd_asks_once_whether_there_is_a_better_way(contexts: Context
         def counting(*args: object) -> object:
             nonlocal asked
             asked += 1
-            return decide(*args)  # type: ignore[arg-type]  # as it was called
+            return decide(*args)
 
         monkeypatch.setattr(plane.registry.offers, "decide", counting)
         await trio.sleep(1.2)

@@ -238,7 +238,7 @@ class Plane:
 
     def add_door(self, limits: AdmissionLimits = OPEN_LIMITS, **changes: float | str) -> int:
         """A door to SERVICE; returns its port."""
-        config = replace(DoorConfig("d", Address.parse("127.0.0.1:1"), SERVICE), **changes)  # type: ignore[arg-type]
+        config = replace(DoorConfig("d", Address.parse("127.0.0.1:1"), SERVICE), **changes)
         door = Door(self.reactor, config, self.registry, Admission(limits))
         listener = socket.create_server((LOOPBACK, 0), backlog=512)
         listener.setblocking(False)

@@ -10,7 +10,7 @@ from fxtunnel.protocol import frames
 
 
 def rings(*sessions: object) -> list[int]:
-    return [len(session.mux.ring._buffer) for session in sessions]  # type: ignore[attr-defined]
+    return [len(session.mux.ring._buffer) for session in sessions]
 
 
 @pytest.mark.parametrize("how", ["closed by us", "broken by the peer", "closed by the peer"])

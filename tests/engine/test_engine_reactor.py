@@ -236,6 +236,6 @@ def test_idle_loop_does_not_spin(reactor: Reactor) -> None:
         turns += 1
         run_once(timeout_s)
 
-    reactor.run_once = counted  # type: ignore[method-assign]
+    reactor.run_once = counted
     reactor.host_trio(main)
     assert turns < 20

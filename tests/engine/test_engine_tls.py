@@ -105,7 +105,7 @@ async def test_a_link_works_by_its_public_calls_as_well(contexts: Contexts) -> N
         relay = await plane.add_relay(await plane.serve(echo))
         for session in (relay.session, relay.far_session):
             assert session._link is not None
-            session._recv, session._send = tls_calls(Opaque(session._link))  # type: ignore[arg-type]
+            session._recv, session._send = tls_calls(Opaque(session._link))
         async with await connect(plane.add_door()) as stream:
             with trio.fail_after(4):
                 await stream.send_all(b"x" * 100_000)

@@ -51,7 +51,7 @@ class OwnServers(Chooser):
 
     def _node(self, name: RelayId) -> Node:
         self.claims.append(claim := CountedClaim())
-        return Node(name, False, "", False, claim, self._seat)  # type: ignore[arg-type]  # a fake seat
+        return Node(name, False, "", False, claim, self._seat)  # a fake seat
 
 
 class Site(Service):

@@ -89,7 +89,7 @@ async def test_a_fault_at_every_await_of_a_request_that_is_held(contexts: Contex
     hits = 0
     async with open_plane(contexts) as plane:
         port, chooser = await plane.serve(Service()), NamingChooser(Spec("a", is_local=True))
-        _, web = await add_web_relay(plane, port, chooser=chooser, is_pool=True, gate=Waiting(chooser))  # type: ignore[arg-type]  # a fake gate
+        _, web = await add_web_relay(plane, port, chooser=chooser, is_pool=True, gate=Waiting(chooser))  # a fake gate
         door = plane.add_door()
 
         for nth in range(1, LIMIT):

@@ -78,7 +78,7 @@ def told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made: list[subprocess.
     folder.mkdir()
 
     async def opening(command: list[str], **options: object) -> trio.Process:
-        return await open_process([sys.executable, "-E", "-S", str(script), command[-1], str(folder)], **options)  # type: ignore[call-overload,no-any-return]  # as trio has it
+        return await open_process([sys.executable, "-E", "-S", str(script), command[-1], str(folder)], **options)  # as trio has it
 
     monkeypatch.setattr(trio.lowlevel, "open_process", opening)
     monkeypatch.setattr(child_module, "FIRST_BACKOFF_S", 0.01)

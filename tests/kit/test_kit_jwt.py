@@ -28,13 +28,13 @@ GOOD = {"sub": "ann", "iss": "node-2", "aud": "api", "exp": NOW + 60, "iat": NOW
 
 
 def pem(key: object) -> bytes:
-    public = key.public_key()  # type: ignore[attr-defined]
+    public = key.public_key()
     return public.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
 
 
 def jwk(key: object, kid: str = "", **more: object) -> dict:
     algorithm = jwt.algorithms.OKPAlgorithm if isinstance(key, ed25519.Ed25519PrivateKey) else jwt.algorithms.ECAlgorithm
-    found = json.loads(algorithm.to_jwk(key.public_key()))  # type: ignore[attr-defined]
+    found = json.loads(algorithm.to_jwk(key.public_key()))
     return {**found, **({"kid": kid} if kid else {}), **more}
 
 
@@ -43,7 +43,7 @@ def jwks(*keys: dict) -> bytes:
 
 
 def sign(claims: dict, key: object = ED, algorithm: str = "EdDSA", **headers: object) -> str:
-    return jwt.encode(claims, key, algorithm=algorithm, headers=headers)  # type: ignore[arg-type]
+    return jwt.encode(claims, key, algorithm=algorithm, headers=headers)
 
 
 KEYS = read_keys(pem(ED) + pem(EC))

@@ -209,7 +209,7 @@ def test_it_works_while_trio_is_a_guest_of_another_loop() -> None:
         some.acquire(timeout=1)
         while calls:
             calls.pop(0)()
-    assert outcomes[0].unwrap() == {"relay": "node-a", "path": "/status"}  # type: ignore[attr-defined]
+    assert outcomes[0].unwrap() == {"relay": "node-a", "path": "/status"}
 
 
 @pytest.fixture

@@ -65,7 +65,7 @@ class Chooser:
         return self._node(server_id)
 
     def _node(self, name: RelayId) -> Node:
-        return Node(name, False, "", False, Claim(), self._seat)  # type: ignore[arg-type]
+        return Node(name, False, "", False, Claim(), self._seat)
 
 
 @dataclass
@@ -80,7 +80,7 @@ class Service:
         self.sent_to.append(node.server_id)
         await trio.lowlevel.checkpoint()
         if self.meanwhile is not None:
-            await self.meanwhile()  # type: ignore[misc]
+            await self.meanwhile()
         answer = self.answers.pop(0)
         if isinstance(answer, Exception):
             raise answer

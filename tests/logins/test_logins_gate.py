@@ -45,7 +45,7 @@ async def test_what_becomes_of_a_login(tmp_path: Path) -> None:
         reply = await rig.ask(service)
         assert service.sent_to == [N1, N2]
         assert rig.users == {N2: "ann"}
-        assert rig.gate.chooser.asked[-1].user == "ann"  # type: ignore[attr-defined]
+        assert rig.gate.chooser.asked[-1].user == "ann"
         live = await rig.gate.admit(rig.request("/", cookie=pass_of(reply)))
         assert (live.node, live.held) == (N2, None)
         named = replace(rig.request("/", cookie=pass_of(reply)), node=N1, is_named=True)
@@ -321,7 +321,7 @@ async def test_a_relay_that_stood_still_ends_nobodys_login(tmp_path: Path, monke
         await rig.ask(Service([answer(302)]))
         silence = Silence()
         silence.state = MemberState.UP
-        gate = LoginGate(rig.gate.chooser, silence, HeldLogin, Timing(1.0, 3.0))  # type: ignore[arg-type]  # a fake view
+        gate = LoginGate(rig.gate.chooser, silence, HeldLogin, Timing(1.0, 3.0))  # a fake view
         gate.reservations = rig.relay.reservations
         nursery.start_soon(gate._look)
         await until(lambda: gate._silent_since == {N1: None})
@@ -340,7 +340,7 @@ async def test_a_relay_that_stood_still_ends_nobodys_login(tmp_path: Path, monke
 async def test_a_dead_server_has_no_logins(tmp_path: Path, was_heard: bool) -> None:
     async with open_rig(tmp_path, SIMPLE, N1) as rig:
         silence = Silence()
-        gate = LoginGate(rig.gate.chooser, silence, HeldLogin, Timing(1.0, 90.0))  # type: ignore[arg-type]
+        gate = LoginGate(rig.gate.chooser, silence, HeldLogin, Timing(1.0, 90.0))
         await rig.ask(Service([answer(302)]))
         if was_heard:
             silence.state = MemberState.UP

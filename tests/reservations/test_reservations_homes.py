@@ -85,7 +85,7 @@ async def test_who_has_left_a_server_gets_another(tmp_path: Path) -> None:
         await until(lambda: not first.reservations.leases.is_ending(hold.login_id))
         assert first.store.get(RESERVATION_USERS, "ann") is None
         assert isinstance(await take(second, S2), Hold)
-        assert decode_homes(second.store.get(RESERVATION_USERS, "ann").text) == ("s2",)  # type: ignore[union-attr]  # it is there
+        assert decode_homes(second.store.get(RESERVATION_USERS, "ann").text) == ("s2",)
 
 
 async def test_a_server_lost_by_a_lease_is_written_out_of_its_users_document(tmp_path: Path) -> None:
@@ -113,7 +113,7 @@ async def test_a_users_document_that_says_too_much_is_mended(tmp_path: Path, tex
         for _ in range(2):
             answer = await take(relay, S2)
         assert isinstance(answer, Hold)
-        assert not set(decode_homes(relay.store.get(RESERVATION_USERS, "ann").text)) & {"s1"}  # type: ignore[union-attr]  # it is there
+        assert not set(decode_homes(relay.store.get(RESERVATION_USERS, "ann").text)) & {"s1"}
 
 
 async def test_a_seat_is_not_taken_by_who_has_another_and_the_chooser_is_asked_again(tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ def held(name: str) -> Hold:
 
 async def test_a_login_that_ends_while_another_is_taken_out_does_not_wait(autojump_clock: MockClock) -> None:
     cache, leases = SlowBooks(), Leases(trio.current_time)
-    upkeep = Upkeep(cache, leases, ClusterView(Ages()))  # type: ignore[arg-type]  # as much of them as it uses
+    upkeep = Upkeep(cache, leases, ClusterView(Ages()))  # as much of them as it uses
     async with trio.open_nursery() as nursery:
         nursery.start_soon(upkeep._keep_releasing)
         await wait_all_tasks_blocked()
@@ -77,7 +77,7 @@ async def test_a_login_that_ends_while_another_is_taken_out_does_not_wait(autoju
 
 async def test_a_login_that_is_being_renewed_when_its_turn_comes_holds_up_no_other(autojump_clock: MockClock) -> None:
     cache, leases = SlowBooks(), Leases(trio.current_time)
-    upkeep = Upkeep(cache, leases, ClusterView(Ages()))  # type: ignore[arg-type]  # as much of them as it uses
+    upkeep = Upkeep(cache, leases, ClusterView(Ages()))  # as much of them as it uses
     holds = [held(str(number)) for number in range(2 * AT_ONCE)]
     for hold in holds:
         leases.end(hold)

@@ -193,7 +193,7 @@ def test_a_store_that_forgot_is_told_and_the_later_grant_is_right(old_first: boo
     assert isinstance(outcomes["bob"], Granted)
     assert isinstance(outcomes["ann"], Granted) is old_first
     if old_first:
-        new_token = outcomes["ann"].token  # type: ignore[union-attr]
+        new_token = outcomes["ann"].token
         assert isinstance(rule.renew(record, stale[1], new_token, NOW, at(number=9, epoch="f")), Rejected)
 
 

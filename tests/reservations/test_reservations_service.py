@@ -144,7 +144,7 @@ async def test_of_two_who_authenticate_at_once_one_is_let_in(tmp_path: Path, cap
         counts = second.reservations.reporter.counts
         assert (counts["entered"], counts["committed"], counts["released"]) == (1, 1, 1)
         assert first.reservations.reporter.rejections["reserved"] == 1
-        told = [(record.user, record.reason) for record in caplog.records if getattr(record, "reservation", "") == "rejected"]  # type: ignore[attr-defined]  # extras of logging
+        told = [(record.user, record.reason) for record in caplog.records if getattr(record, "reservation", "") == "rejected"]
         assert ("ann", "reserved") in told
 
 
@@ -323,7 +323,7 @@ async def test_what_follows_quickly_is_told_together_as_it_is_then(autojump_cloc
             await trio.lowlevel.checkpoint()
             call()
 
-    reporter = EventReporter(Bus(), AtOnce())  # type: ignore[arg-type]  # as much of them as is asked here
+    reporter = EventReporter(Bus(), AtOnce())
     async with trio.open_nursery() as nursery:
         nursery.start_soon(reporter.run)
         for revision in (1, 3, 2):

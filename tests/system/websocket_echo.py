@@ -42,7 +42,7 @@ def _serve(sock: socket.socket) -> None:
                     case Message():
                         parts.append(event.data)
                         if event.message_finished:
-                            whole = (b"" if isinstance(event, BytesMessage) else "").join(parts)  # type: ignore[arg-type]
+                            whole = (b"" if isinstance(event, BytesMessage) else "").join(parts)
                             parts.clear()
                             sock.sendall(link.send(Message(data=whole)))
         except RemoteProtocolError as exc:

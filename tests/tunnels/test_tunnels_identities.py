@@ -35,7 +35,7 @@ def ids(tmp_path: Path) -> Identities:
 
 
 def outcome(ids: Identities, relay: RelayId = A, key: object = KEY, token: str = "fxe_good") -> EnrolOutcome:
-    return ids.enrol(relay, key, token).outcome  # type: ignore[arg-type]
+    return ids.enrol(relay, key, token).outcome
 
 
 def test_an_enrolled_key_is_found_and_survives_a_restart(ids: Identities, tmp_path: Path) -> None:

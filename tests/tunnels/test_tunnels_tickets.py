@@ -67,7 +67,7 @@ def test_expired_tickets_are_forgotten_when_others_are_issued() -> None:
 
 def test_what_the_documents_say() -> None:
     """PROTOCOL.md and dos.md: 30 s, 32 of a relay."""
-    tickets = TicketBook(itertools.count().__next__)  # type: ignore[arg-type]  # whole seconds do
+    tickets = TicketBook(itertools.count().__next__)
     texts = [tickets.issue(A, ONE, None, now=0) for _ in range(40)]
     assert LIFETIME_S == 30.0
     assert [tickets.redeem(text, now=29.9) is not None for text in texts] == [False] * 8 + [True] * 32

@@ -16,7 +16,7 @@ LAST = b"GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
 
 async def web(plane: Plane, service: object, rules: WebRules | None = None, **more: object) -> int:
     """A door to an HTTP service; its port."""
-    await add_web_relay(plane, await plane.serve(service), rules, **more)  # type: ignore[arg-type]
+    await add_web_relay(plane, await plane.serve(service), rules, **more)
     return plane.add_door()
 
 

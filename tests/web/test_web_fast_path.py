@@ -29,7 +29,7 @@ def by_task(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
 
     async def noting(self: WebConnection, raw: bytes, handed: object) -> bool:
         seen.append(raw)
-        return await answer(self, raw, handed)  # type: ignore[arg-type]
+        return await answer(self, raw, handed)
 
     monkeypatch.setattr(WebConnection, "_answer", noting)
     return seen
@@ -37,7 +37,7 @@ def by_task(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
 
 async def web(plane: Plane, service: object, rules: WebRules | None = None, **more: object) -> tuple[int, WebDesk]:
     """A door to an HTTP service: its port, and the relay's desk."""
-    _, desk = await add_web_relay(plane, await plane.serve(service), rules, **more)  # type: ignore[arg-type]
+    _, desk = await add_web_relay(plane, await plane.serve(service), rules, **more)
     return plane.add_door(), desk
 
 

@@ -73,7 +73,7 @@ async def test_a_crowd_at_a_door_keeps_nobody_else_waiting(contexts: Contexts) -
     async with open_plane(contexts) as plane:
         await add_web_relay(plane, await plane.serve(Canned()), WebRules(SERVICE))
         preread_router = PrereadRouter(DoorKind.HTTPS, HostTable([Route("other.test", "/", SERVICE)]), None, None)
-        port = plane.add_door(preread_router=preread_router, tls=site.context)  # type: ignore[arg-type]
+        port = plane.add_door(preread_router=preread_router, tls=site.context)
         pending = plane.doors[0].pending.clients
 
         def waiting() -> int:

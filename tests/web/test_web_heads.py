@@ -87,7 +87,7 @@ class Watched(bytearray):
 
     looked_at = 0
 
-    def find(self, sub: bytes, begin: int = 0, end: int | None = None) -> int:  # type: ignore[override]  # as it is called here
+    def find(self, sub: bytes, begin: int = 0, end: int | None = None) -> int:
         Watched.looked_at += (len(self) if end is None else min(end, len(self))) - begin
         return super().find(sub, begin, len(self) if end is None else end)
 

@@ -67,7 +67,7 @@ async def open_site(plane: Plane, *answers: bytes) -> tuple[int, Holding, Canned
     chooser = NamingChooser(Spec("n2", address="127.0.0.2"), Spec("n3", address="127.0.0.3"))
     gate = Holding(chooser)
     port = listener.getsockname()[1]
-    await add_web_relay(plane, port, chooser=chooser, host=NOBODY, is_pool=True, gate=gate)  # type: ignore[arg-type]
+    await add_web_relay(plane, port, chooser=chooser, host=NOBODY, is_pool=True, gate=gate)
     return plane.add_door(), gate, service
 
 

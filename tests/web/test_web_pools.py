@@ -36,7 +36,7 @@ def serve_names(plane: Plane, *hosts: str) -> tuple[int, dict[str, list[bytes]]]
         return serve
 
     for host, listener in listeners.items():
-        serve_on(plane, listener, naming(host))  # type: ignore[arg-type]
+        serve_on(plane, listener, naming(host))
     return next(iter(listeners.values())).getsockname()[1], got
 
 
@@ -193,7 +193,7 @@ async def test_a_gate_is_asked_before_and_after(contexts: Contexts) -> None:
         port, got = serve_names(plane, "127.0.0.2", "127.0.0.3")
         chooser = NamingChooser(Spec("n2", address="127.0.0.2"), Spec("n3", address="127.0.0.3"))
         gate = Gate()
-        await add_web_relay(plane, port, chooser=chooser, host=NOBODY, is_pool=True, gate=gate)  # type: ignore[arg-type]
+        await add_web_relay(plane, port, chooser=chooser, host=NOBODY, is_pool=True, gate=gate)
         door = plane.add_door()
         refused = await ask(door, get("/no"))
         assert statuses(refused) == [429]
@@ -212,7 +212,7 @@ async def test_the_stream_names_the_only_node(contexts: Contexts) -> None:
         take = web.take
 
         def take_for_n3(session: object, stream: object, service: object, opening: object, gateway_id: object) -> None:
-            take(session, stream, service, opening._replace(node=RelayId("n3")), gateway_id)  # type: ignore[arg-type,type-var]
+            take(session, stream, service, opening._replace(node=RelayId("n3")), gateway_id)
 
         relay.desk.web = type("Taker", (), {"take": staticmethod(take_for_n3), "streams": 0, "abort_all": web.abort_all})()
         door = plane.add_door()

@@ -69,7 +69,7 @@ BAD_CHUNKS = {
 
 async def web(plane: Plane, service: object) -> int:
     """A door to an HTTP service; its port."""
-    await add_web_relay(plane, await plane.serve(service))  # type: ignore[arg-type]
+    await add_web_relay(plane, await plane.serve(service))
     return plane.add_door()
 
 

@@ -145,7 +145,7 @@ async def test_an_answer_that_breaks_off_has_no_close_notify(contexts: Contexts,
         stream = await connect_tls(plane.add_door(), site.trust)
         await stream.send_all(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
         with pytest.raises(trio.BrokenResourceError) as broken:
-            await receive_all(stream)  # type: ignore[arg-type]
+            await receive_all(stream)
         assert "ConnectionResetError" in "".join(traceback.format_exception(broken.value))
         await trio.aclose_forcefully(stream)
 

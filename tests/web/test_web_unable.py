@@ -81,7 +81,7 @@ async def open_site(plane: Plane) -> Site:
         relay, web = await add_web_relay(plane, listener.getsockname()[1], host=HOST, gate=gate, name=name)
         web.others_may = lambda service, gateway_id: True
         found.append((relay, web, gate))
-    door = plane.add_door(preread_router=PrereadRouter(DoorKind.HTTP, HostTable(), SERVICE))  # type: ignore[arg-type]  # keywords are of many types
+    door = plane.add_door(preread_router=PrereadRouter(DoorKind.HTTP, HostTable(), SERVICE))
     return Site(*found, door, service)
 
 

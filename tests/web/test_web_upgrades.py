@@ -15,7 +15,7 @@ UPGRADE = b"GET /ws HTTP/1.1\r\nHost: a\r\nConnection: keep-alive, Upgrade\r\nUp
 
 async def web(plane: Plane, service: object, rules: WebRules | None = None, **more: object) -> int:
     """A door to an HTTP service; its port."""
-    await add_web_relay(plane, await plane.serve(service), rules, **more)  # type: ignore[arg-type]
+    await add_web_relay(plane, await plane.serve(service), rules, **more)
     return plane.add_door()
 
 

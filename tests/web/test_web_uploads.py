@@ -14,7 +14,7 @@ from fxrelay.web.upload import Upload
 
 async def web(plane: Plane, service: object, rules: WebRules | None = None) -> int:
     """A door to an HTTP service; its port."""
-    await add_web_relay(plane, await plane.serve(service), rules)  # type: ignore[arg-type]
+    await add_web_relay(plane, await plane.serve(service), rules)
     return plane.add_door()
 
 

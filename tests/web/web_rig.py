@@ -26,7 +26,7 @@ class NamingChooser(ScriptedChooser):
     """Also knows the nodes by name."""
 
     def __init__(self, *nodes: object) -> None:
-        super().__init__(*nodes)  # type: ignore[arg-type]
+        super().__init__(*nodes)
         self.named_asked: list[RelayId] = []
 
     async def named(self, wanted: Wanted, server_id: RelayId) -> Node | NoNode:

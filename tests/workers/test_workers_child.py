@@ -95,7 +95,7 @@ async def test_a_process_that_cannot_be_started_is_tried_again(
         opens += 1
         if opens in (2, 3):
             raise error
-        return await open_process(*args, **options)  # type: ignore[call-overload,no-any-return]
+        return await open_process(*args, **options)
 
     monkeypatch.setattr(trio.lowlevel, "open_process", opening)
     descriptors = len(os.listdir("/proc/self/fd"))

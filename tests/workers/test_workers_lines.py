@@ -154,7 +154,7 @@ class Crossing:
         self.near, one = plain_pair()
         other, self.far = plain_pair()
         self.over: list[Bridge] = []
-        self.bridge = Bridge(self.reactor, one, other, self.over.append)  # type: ignore[arg-type]
+        self.bridge = Bridge(self.reactor, one, other, self.over.append)
 
     def turn(self, turns: int = 3) -> None:
         for _ in range(turns):

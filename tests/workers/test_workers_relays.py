@@ -56,7 +56,7 @@ class World:
     late_news: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.relays = AllRelays(self.registry, self.pass_on, self.catch_up)  # type: ignore[arg-type]
+        self.relays = AllRelays(self.registry, self.pass_on, self.catch_up)
 
     def pass_on(self, worker: int, client: object, failover: object) -> bool:
         self.passed.append(worker)
@@ -102,7 +102,7 @@ def test_a_client_that_was_passed_on_counts_until_the_next_news() -> None:
     world.relays.note(2, {B: ["i", 1, UP, 1, [SSH]]})
     far = world.relays.named(B)
     assert isinstance(far, WorkerRelay)
-    assert far.take(None, None)  # type: ignore[arg-type]
+    assert far.take(None, None)
     assert world.passed == [2]
     assert world.chosen() == A
     world.relays.note(2, {B: ["i", 1, UP, 1]})  # without services: they are the same
