@@ -21,7 +21,7 @@ from fxgateway.routing.preread_router import STREAM_PATH, STREAM_PROTOCOL
 from fxtunnel.engine.tls_socket import TlsSocket
 from fxtunnel.errors import FxError
 from fxtunnel.kit.settings import Address
-from fxtunnel.kit.tls import handshake_client
+from fxtunnel.kit.tls import handshake_web_client
 from fxtunnel.kit.tls_problems import HandshakeFailed, HandshakeProblem, no_forged_end
 
 DIRECT_TIMEOUT_S: Final = 2.0
@@ -190,7 +190,7 @@ async def _through_gateway(wanted: Wanted) -> "_Begun":
         context.set_alpn_protocols(["http/1.1"])
         context.sslsocket_class = TlsSocket
         try:
-            stream = TlsHalves(cast(TlsSocket, await handshake_client(socket.socket(fileno=tcp.socket.detach()), context, host)))
+            stream = TlsHalves(cast(TlsSocket, await handshake_web_client(socket.socket(fileno=tcp.socket.detach()), context, host)))
         except HandshakeFailed as exc:
             if exc.problem is not HandshakeProblem.UNTRUSTED:
                 raise FxError(f"{wanted.via}: {exc}") from exc

@@ -108,6 +108,7 @@ class Client(Splice):
     def on_accept(self) -> None:
         """See `Endpoint`."""
         self.door.opening.pop(self, None)
+        self._open_ends_at = 0  # 32 bytes of an idle client
         if self in self.door.taken_back:
             self.end_unanswered()  # the relay has done what it was asked before it heard that nobody wants it
 

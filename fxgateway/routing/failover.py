@@ -21,6 +21,10 @@ class LocalCandidate(Candidate, Protocol):
     def is_remote(self) -> Literal[False]:
         """Always false."""
 
+    @property
+    def first_step(self) -> "FailoverState":
+        """`FailoverState.after_first_step` to it: one for all clients, of which most never take another step."""
+
 
 class RemoteCandidate(Candidate, Protocol):
     """A relay whose tunnel ends in another process of this gateway."""
@@ -65,6 +69,11 @@ class FailoverState(NamedTuple):
     """Times it was passed on."""
     asks_again: bool = False
     """Ask the last of `asked` next, if it is still there: the target it named has failed, or another process has chosen it."""
+
+    @classmethod
+    def after_first_step(cls, relay_id: RelayId) -> "FailoverState":
+        """Of a client that has asked this relay, and no other one."""
+        return cls((relay_id,), attempts=1)
 
     @property
     def via(self) -> RelayId | None:
@@ -140,6 +149,8 @@ def next_step(failover: FailoverState, service: ServiceName, relays: Relays[N, F
             if isinstance(decision, Reject):
                 return GiveUp(decision.reason, failover)
             relay = decision.relay
+            if not relay.is_remote and not attempts and not hops:
+                return OpenOn(relay, relay.first_step)
             asked = (*asked, relay.relay_id)
         then = FailoverState(asked, target, avoid, attempts + 1, hops)
         if not relay.is_remote:

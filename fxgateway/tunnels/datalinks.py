@@ -1,7 +1,6 @@
 """Task: a data link's hello, which exchanges a ticket for a session (PROTOCOL.md, 4 and 7)."""
 
 import logging
-import ssl
 from typing import Final
 
 import trio
@@ -10,6 +9,7 @@ from fxgateway.tunnels.ports import RegistryPort, SessionHandle
 from fxgateway.tunnels.tickets import LinkTicket, TicketBook
 from fxtunnel.codes import Code, Refusal
 from fxtunnel.errors import PeerRefused, RemoteProtocolError, TunnelClosed
+from fxtunnel.kit.link_tls import LinkSocket
 from fxtunnel.kit.tls import TlsStream
 from fxtunnel.protocol.frames import HELLO
 from fxtunnel.protocol.hello import (
@@ -111,7 +111,7 @@ async def _received(stream: TlsStream, size_bytes: int) -> bytes:
         raise TunnelClosed(Code.LINK_LOST, str(exc), by_peer=True) from exc
 
 
-def _sent_at_once(sock: ssl.SSLSocket, frame: bytes) -> bool:
+def _sent_at_once(sock: LinkSocket, frame: bytes) -> bool:
     """Send a small frame on a connection that has sent nothing but its handshake: there is room for it, or the connection is broken."""
     try:
         return sock.send(frame) == len(frame)

@@ -10,7 +10,6 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fxgateway.tunnels.identities import EnrolOutcome, EnrolResult, Identities
-from fxgateway.tunnels.peer_processes import PeerProcesses
 from fxtunnel.codes import Refusal
 from fxtunnel.errors import ConfigError, PeerRefused
 from fxtunnel.kit.tokens import KeyProblem, public_from_text, thumbprint, verify_assertion
@@ -33,16 +32,17 @@ class EnrolRequest(BaseModel):
 
 
 class Enroller:
-    """Answers enrolment requests. `peer_processes` remember used assertions, those of control links included: each is good for one use."""
+    """Answers enrolment requests."""
 
-    def __init__(self, identities: Identities, gateway_id: GatewayId, peer_processes: PeerProcesses, now_unix: Callable[[], float]) -> None:
+    def __init__(self, identities: Identities, gateway_id: GatewayId, now_unix: Callable[[], float]) -> None:
         self._identities = identities
         self._gateway_id = gateway_id
-        self._peer_processes = peer_processes
         self._now_unix = now_unix
 
-    async def enrol(self, body: bytes) -> dict[str, object]:
+    async def enrol(self, body: bytes, binding: str) -> dict[str, object]:
         """The JSON of a success (status 200). Cancelling it may come too late to keep the relay from being enrolled.
+
+        `binding` is that of the connection that the request came by.
 
         Raises:
             PeerRefused: with the reason, to be answered with its status.
@@ -53,14 +53,13 @@ class Enroller:
         def posted_key(relay_id: RelayId, claimed_kid: str) -> Ed25519PublicKey | KeyProblem:
             return public if (relay_id, claimed_kid) == (request.relay_id, kid) else KeyProblem.UNKNOWN
 
+        now_unix = self._now_unix()
         try:
-            assertion = verify_assertion(request.assertion, gateway_id=self._gateway_id, find_key=posted_key, now_unix=self._now_unix())
+            verify_assertion(request.assertion, gateway_id=self._gateway_id, binding=binding, find_key=posted_key, now_unix=now_unix)
         except PeerRefused as exc:
             if exc.refusal is not Refusal.UNKNOWN_RELAY:
                 raise
             raise PeerRefused(Refusal.BAD_ASSERTION, "bad assertion: it is not signed by the key it comes with") from exc
-        if not await self._peer_processes.first_use(assertion.jti, assertion.exp_unix, self._now_unix()):
-            raise PeerRefused(Refusal.BAD_ASSERTION, "bad assertion: it was used before")
         try:
             result = await trio.to_thread.run_sync(self._identities.enrol, request.relay_id, public, request.token)
         except ConfigError as exc:

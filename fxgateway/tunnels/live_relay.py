@@ -2,6 +2,7 @@
 
 from typing import ClassVar, Literal
 
+from fxgateway.routing.failover import FailoverState
 from fxgateway.routing.offers import Readiness
 from fxgateway.tunnels.ports import ControlHandle
 from fxtunnel.engine.session import Session
@@ -16,6 +17,7 @@ class LiveRelay:
     __slots__ = (
         "draining",
         "epoch",
+        "first_step",
         "given_up",
         "hands_over",
         "has_yielded",
@@ -34,6 +36,8 @@ class LiveRelay:
 
     def __init__(self, relay_id: RelayId, instance: InstanceId, epoch: int, now: float) -> None:
         self.relay_id = relay_id
+        self.first_step = FailoverState.after_first_step(relay_id)
+        """See `LocalCandidate`."""
         self.instance = instance
         self.epoch = epoch
         self.since = now

@@ -7,7 +7,6 @@ import trio
 
 from fxgateway.tunnels.ports import Departures
 from fxtunnel.kit.settings import Address
-from fxtunnel.kit.tokens import ReplayGuard
 from fxtunnel.model import InstanceId, RelayId
 
 
@@ -59,9 +58,6 @@ class PeerProcesses(Protocol):
     def was_no_relay(self) -> None:
         """A connection that `counts_as_relay` has ended without becoming one."""
 
-    async def first_use(self, use: str, exp_unix: float, now_unix: float) -> bool:
-        """See `ReplayGuard.first_use`; holds across all processes of the gateway."""
-
     async def claim(self, relay_id: RelayId, instance: InstanceId, departures: Departures) -> int:
         """Claim the relay's name across all processes. Returns its epoch, or 0 if the registry is to count epochs itself.
 
@@ -78,9 +74,6 @@ class SingleProcess:
     """Implements `PeerProcesses` for a gateway of one process."""
 
     worker = ""
-
-    def __init__(self) -> None:
-        self._replays = ReplayGuard()
 
     @property
     def is_named(self) -> bool:
@@ -104,11 +97,6 @@ class SingleProcess:
 
     def was_no_relay(self) -> None:
         """See `PeerProcesses`."""
-
-    async def first_use(self, use: str, exp_unix: float, now_unix: float) -> bool:
-        """See `PeerProcesses`."""
-        await trio.lowlevel.checkpoint()
-        return self._replays.first_use(use, exp_unix, now_unix)
 
     async def claim(self, relay_id: RelayId, instance: InstanceId, departures: Departures) -> int:
         """See `PeerProcesses`."""

@@ -4,7 +4,6 @@ import contextlib
 import logging
 import secrets
 import socket
-import ssl
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -36,6 +35,7 @@ from fxtunnel.control.upgrade import (
     refusal_fields,
 )
 from fxtunnel.errors import PeerRefused, TunnelClosed, TunnelError, leaves
+from fxtunnel.kit.link_tls import LinkContext
 from fxtunnel.kit.listeners import EXHAUSTED
 from fxtunnel.kit.process import keep_going
 from fxtunnel.kit.tls import TlsStream, handshake_server
@@ -71,7 +71,7 @@ class TunnelPort:
 
     def __init__(
         self,
-        context: ssl.SSLContext,
+        context: LinkContext,
         gateway_id: GatewayId,
         identities: Identities,
         registry: RegistryPort,
@@ -92,14 +92,14 @@ class TunnelPort:
         tickets = TicketBook(lambda: f"fxt_{secrets.token_urlsafe(32)}")
         self._control = ControlLinkAcceptor(gateway_id, registry, tickets, control, self._peer_processes)
         self._data = DataLinkAcceptor(registry, tickets)
-        self._enroller = Enroller(identities, gateway_id, self._peer_processes, self._now_unix)
+        self._enroller = Enroller(identities, gateway_id, self._now_unix)
 
     @property
     def pending(self) -> int:
         """Connections whose peer has not yet proved who it is."""
         return len(self._pre_auth)
 
-    def apply(self, context: ssl.SSLContext, limits: PortLimits) -> None:
+    def apply(self, context: LinkContext, limits: PortLimits) -> None:
         """A new certificate and new limits, for connections from now on."""
         self._context, self._limits = context, limits
 
@@ -233,10 +233,10 @@ class TunnelPort:
         try:
             head = await read_head(stream, max_bytes=min(HEAD_BYTES, self._limits.hello_bytes))
             if (head.method, head.target) == ("GET", CONTROL_PATH):
-                return await self._authenticate(head)
+                return await self._authenticate(head, stream.socket.binding())
             if (head.method, head.target) == ("POST", ENROL_PATH):
                 body = await read_body(stream, head, max_bytes=min(BODY_BYTES, self._limits.hello_bytes - HEAD_BYTES))
-                await answer(stream, 200, await self._enroller.enrol(body))
+                await answer(stream, 200, await self._enroller.enrol(body, stream.socket.binding()))
             else:
                 await answer(stream, 404, {"error": "not-found", "message": "relays only", "retry_after_s": 0})
         except PeerRefused as exc:
@@ -244,25 +244,24 @@ class TunnelPort:
             raise
         return None
 
-    async def _authenticate(self, head: Head) -> _Upgrade:
+    async def _authenticate(self, head: Head, binding: str) -> _Upgrade:
         scheme, _, token = (head.header("authorization") or "").partition(" ")
         if scheme.lower() != "bearer" or not token:
             raise PeerRefused(Refusal.BAD_ASSERTION, "bad assertion: there is none (Authorization: Bearer …)")
         try:
-            assertion = self._verify(token)
+            assertion = self._verify(token, binding)
         except PeerRefused as exc:
             # Another process may have enrolled it, or a command may have lifted its revocation, since we last read the file.
             if exc.refusal is not Refusal.REVOKED and not (exc.refusal is Refusal.UNKNOWN_RELAY and self._peer_processes.worker):
                 raise
             await trio.to_thread.run_sync(self._identities.look_again)
-            assertion = self._verify(token)
-        if not await self._peer_processes.first_use(assertion.use, assertion.exp_unix, self._now_unix()):
-            raise PeerRefused(Refusal.BAD_ASSERTION, "bad assertion: it was used before")
+            assertion = self._verify(token, binding)
         self._control.check_room(assertion.relay_id)
         return _Upgrade(head, assertion.relay_id, assertion.kid)
 
-    def _verify(self, token: str) -> Assertion:
-        return verify_assertion(token.strip(), gateway_id=self._gateway_id, find_key=self._identities.find_key, now_unix=self._now_unix())
+    def _verify(self, token: str, binding: str) -> Assertion:
+        find_key, now_unix = self._identities.find_key, self._now_unix()
+        return verify_assertion(token.strip(), gateway_id=self._gateway_id, binding=binding, find_key=find_key, now_unix=now_unix)
 
     async def _serve_control(self, stream: TlsStream, upgrade: _Upgrade, remote_address: str, on_welcome: Callable[[], None]) -> None:
         def is_trusted() -> bool:

@@ -1,11 +1,11 @@
 """Port: what the tunnel port needs of the rest of the gateway."""
 
-import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
 from fxtunnel.codes import Code
+from fxtunnel.kit.link_tls import LinkSocket
 from fxtunnel.model import InstanceId, Offer, RelayId, SessionId
 
 
@@ -62,7 +62,7 @@ class SessionHandle(Protocol):
     def detach(self, reason: str) -> None:
         """Retire the current link."""
 
-    def attach(self, link: ssl.SSLSocket, peer_received: int) -> None:
+    def attach(self, link: LinkSocket, peer_received: int) -> None:
         """Run on `link`, and own it.
 
         Raises:

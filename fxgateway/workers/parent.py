@@ -4,7 +4,6 @@ import logging
 import os
 import socket
 import sys
-import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -38,7 +37,6 @@ from fxtunnel.kit.listeners import LINE_NAME, Inherited
 from fxtunnel.kit.notify import LoopNotifier, Notifier
 from fxtunnel.kit.process import Reloads, feed_watchdog, follow_launcher, raise_file_limit, settle, wait_until, watch_signals
 from fxtunnel.kit.settings import Address
-from fxtunnel.kit.tokens import ReplayGuard
 from fxtunnel.model import InstanceId, RelayId, ServiceName
 
 logger = logging.getLogger(__name__)
@@ -90,7 +88,6 @@ class Parent:
         self._calls = PendingCalls()
         self._has_started = False
         self._owners = RelayOwners(settings.limits.relays)
-        self._replays = ReplayGuard()
         self._drains = DrainRequests(self._children.values(), self._calls, self._take_no_clients)
         self._reload = TwoPhaseReload(self._children.values(), self._calls)
         self._facts = Facts(settings, self._wanted)
@@ -191,9 +188,6 @@ class Parent:
                 self._place(channel, message)
             case "unplace":
                 self._owners.unplace(child.number)
-            case "first_use":
-                now_unix = time.time()
-                self._answer(channel, message, is_first=self._replays.first_use(message["use"], message["exp_unix"], now_unix))
             case "claim":
                 self._answer(channel, message, epoch=self._claim(child.number, message))
 

@@ -119,17 +119,6 @@ class RelayDispatch:
         """See `PeerProcesses`."""
         self._line.channel.send({"op": "unplace"})
 
-    async def first_use(self, use: str, exp_unix: float, now_unix: float) -> bool:
-        """See `PeerProcesses`: the parent remembers.
-
-        Raises:
-            PeerRefused: the parent does not answer; the relay may try again.
-        """
-        try:
-            return bool((await self._line.ask("first_use", use=use, exp_unix=exp_unix))["is_first"])
-        except NoAnswer as exc:
-            raise PeerRefused(Refusal.TOO_MANY, f"the gateway cannot look at assertions now: {exc}", retry_after_s=RETRY_AFTER_S) from exc
-
     async def claim(self, relay_id: RelayId, instance: InstanceId, departures: Departures) -> int:
         """See `PeerProcesses`: the parent knows. From here on a fence finds the instance in the registry."""
         try:

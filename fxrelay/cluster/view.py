@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 
 PLACED: Final = "placed"
 ENDED: Final = "ended"
+SILENT_SHARE: Final = 0.5
+"""Of the age at which nodes become stale: who gets no message for so long while the store is down is deaf. Nodes publish more often."""
 MAX_REASONS: Final = 8
 """So many different ones are told of one outage."""
 
@@ -76,6 +78,7 @@ class ClusterView:
     def __init__(self, ages: Ages, monotonic: Callable[[], float] = time.monotonic, listener: Listener | None = None) -> None:
         self.members = Members(ages)
         self.in_flight = InFlight()
+        self._silent_s = SILENT_SHARE * ages.stale_s
         self.dropped_messages = 0
         self._listener = listener or NullListener()
         self._monotonic = monotonic
@@ -99,7 +102,8 @@ class ClusterView:
     @property
     def now(self) -> float:
         """Monotonic seconds, which stand still while neither the store nor messages reach this relay: no member goes stale by that."""
-        return (self._monotonic() if self._blind_since is None else self._blind_since) - self._blind_s
+        blind_since = self._blind_since if self._blind_since is not None else self._deaf_since()
+        return (self._monotonic() if blind_since is None else blind_since) - self._blind_s
 
     @property
     def now_ms(self) -> int:
@@ -118,6 +122,8 @@ class ClusterView:
 
     def store_said(self, clock_ms: int) -> None:
         """The store has answered and told its clock. If it takes no updates it still counts as down."""
+        if self._store_down_since is not None:
+            self._look()  # it may have been silent until now
         self._said_at = self._monotonic()
         self._doubted_since = None
         self._clock_offset_ms = clock_ms - int(self._said_at * 1000)
@@ -205,6 +211,8 @@ class ClusterView:
 
     def hear(self, message: Message) -> None:
         """A message. Whatever is malformed is dropped and counted."""
+        if self._store_down_since is not None:
+            self._look()  # it may have been silent until now
         self._heard_at = self._monotonic()
         if self._blind_since is not None:
             self._look()
@@ -218,16 +226,27 @@ class ClusterView:
     def _look(self) -> None:
         """Notice that nothing can be heard any more, or that something can be again.
 
-        A subscription that stands proves nothing: a Redis that hangs keeps it open. Only a message since the store went away does.
+        Until the next look `now` says so by itself, however long that takes.
         """
-        down_since = self._store_down_since
-        is_blind = down_since is not None and not (self._live and self._heard_at > down_since)
-        if is_blind and self._blind_since is None:
-            # Not from now: a store that hangs is noticed seconds after it was last of use.
-            self._blind_since = max(self._said_at, self._heard_at)
-        elif not is_blind and self._blind_since is not None:
+        deaf_since = self._deaf_since()
+        if deaf_since is not None and self._blind_since is None:
+            self._blind_since = deaf_since
+        elif deaf_since is None and self._blind_since is not None:
             self._blind_s += self._monotonic() - self._blind_since
             self._blind_since = None
+
+    def _deaf_since(self) -> float | None:
+        """Since when neither the store nor messages have been of use, if they are not.
+
+        A subscription that stands proves nothing: a Redis that hangs keeps it open. Nor does a message that was on its way when the store
+        went: a disk that is full takes neither. Only one that is not long ago, and came since the store went away, does.
+        """
+        if self._store_down_since is None:
+            return None
+        if self._live and self._heard_at > self._store_down_since and self._monotonic() - self._heard_at < self._silent_s:
+            return None
+        # Not from now: a store that hangs is noticed seconds after it was last of use.
+        return max(self._said_at, self._heard_at)
 
     def _after(self, outcome: Outcome, server_id: RelayId | None) -> None:
         if server_id is None:

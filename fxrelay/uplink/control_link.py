@@ -168,15 +168,15 @@ async def open_control_link(
     url: GatewayUrl,
     gateway: GatewayFile,
     hello: Hello,
-    bearer: Callable[[], str],
+    bearer: Callable[[str], str],
     config: UplinkConfig,
     worker: str = "",
     process: str = "",
 ) -> AsyncIterator[ControlLink]:
     """A control link that the gateway has welcomed; everything of it is closed at the end of the block.
 
-    `bearer` makes the assertion once the connection is up, since it must be fresh. `worker` is the one that had the link before, if the
-    gateway has several; `process` is the only gateway process that will do. Takes at most two of the dialler's timeouts.
+    `bearer` makes the assertion for the connection's `binding`. `worker` is the one that had the link before, if the gateway has several;
+    `process` is the only gateway process that will do. Takes at most two of the dialler's timeouts.
 
     Raises:
         PeerRefused: the gateway said no, to the upgrade or to the hello.
@@ -188,7 +188,8 @@ async def open_control_link(
         async with trio.open_nursery() as readers:
             try:
                 with within(dialler.timeout_s, f"{url.authority} did not welcome this relay"):
-                    websocket = await open_websocket(readers, stream, url.authority, CONTROL_PATH, {"Authorization": f"Bearer {bearer()}"})
+                    headers = {"Authorization": f"Bearer {bearer(stream.socket.binding())}"}
+                    websocket = await open_websocket(readers, stream, url.authority, CONTROL_PATH, headers)
                     try:
                         await websocket.send_message(encode(hello))
                     except ConnectionClosed as exc:

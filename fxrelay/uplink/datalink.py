@@ -1,13 +1,12 @@
 """Task: a data link's first two frames (PROTOCOL.md, 4): a ticket and a counter out, a session and a counter back."""
 
-import ssl
-
 import trio
 
 from fxrelay.uplink.dial import Dialler, within
 from fxrelay.uplink.gateway_file import GatewayUrl
 from fxtunnel.codes import Code
 from fxtunnel.errors import PeerRefused, RemoteProtocolError, TunnelClosed
+from fxtunnel.kit.link_tls import LinkSocket
 from fxtunnel.kit.tls import TlsStream
 from fxtunnel.protocol.alpn import ALPN_DATA, at_process
 from fxtunnel.protocol.hello import HEADER_BYTES, Denied, Hello, Welcome, decode_reply, encode_hello, parse_header
@@ -15,7 +14,7 @@ from fxtunnel.protocol.hello import HEADER_BYTES, Denied, Hello, Welcome, decode
 
 async def open_data_link(
     dialler: Dialler, url: GatewayUrl, hello: Hello, worker: str = "", process: str = ""
-) -> tuple[ssl.SSLSocket, Welcome]:
+) -> tuple[LinkSocket, Welcome]:
     """A data link that the gateway has welcomed: its socket, not a byte behind the WELCOME taken from it, and the answer.
 
     `worker` is the one that issued the ticket, if the gateway has several; `process` is the only gateway process that will do. To resume,

@@ -3,7 +3,6 @@
 import base64
 import os
 import socket
-import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from pydantic import SecretStr
 from fxrelay.uplink.gateway_file import GatewayUrl
 from fxtunnel.control.busy import BUSY_BYTES, RetryAfter, parse_busy
 from fxtunnel.errors import TunnelError
+from fxtunnel.kit.link_tls import LinkContext, LinkSocket
 from fxtunnel.kit.tls import HandshakeFailed, HandshakeProblem, client_context, handshake_client
 from fxtunnel.kit.unpaced import is_loopback, unpace
 from fxtunnel.protocol.alpn import ALPN_SPOKEN, ALPN_WORKER
@@ -105,9 +105,9 @@ class Dialler:
         self._proxy = proxy
         self._dead_after_s = dead_after_s
         self._ca_pem = ca_pem
-        self._contexts: dict[tuple[str, ...], ssl.SSLContext] = {(alpn,): client_context(ca_pem, [alpn]) for alpn in ALPN_SPOKEN}
+        self._contexts: dict[tuple[str, ...], LinkContext] = {(alpn,): client_context(ca_pem, [alpn]) for alpn in ALPN_SPOKEN}
 
-    async def dial(self, url: GatewayUrl, alpn: str, worker: str = "") -> ssl.SSLSocket:
+    async def dial(self, url: GatewayUrl, alpn: str, worker: str = "") -> LinkSocket:
         """A non-blocking TLS socket that speaks `alpn` (see `at_process`); the caller closes it. Cancelling leaves nothing open.
 
         `worker` is who should take it, of a gateway that has said so (PROTOCOL.md, 1).
@@ -135,7 +135,7 @@ class Dialler:
                     raise Unanswered(str(exc)) from exc
                 raise
 
-    def _context(self, alpn: str, worker: str) -> ssl.SSLContext:
+    def _context(self, alpn: str, worker: str) -> LinkContext:
         protocols = (f"{ALPN_WORKER}{worker}", alpn) if worker else (alpn,)
         context = self._contexts.get(protocols)
         if context is None:

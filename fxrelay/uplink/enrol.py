@@ -39,7 +39,7 @@ async def enrol(dialler: Dialler, url: GatewayUrl, gateway: GatewayFile, identit
                 "v": ENROLMENT_VERSION,
                 "token": gateway.enrolment.token.get_secret_value(),
                 "relay_id": identity.relay_id,
-                "assertion": identity.assertion(gateway.gateway_id, now_unix()),
+                "assertion": identity.assertion(gateway.gateway_id, stream.socket.binding(), now_unix()),
                 "public_key": identity.public_key,
             }
             status, fields = await post_json(stream, url.authority, ENROL_PATH, body)

@@ -40,9 +40,9 @@ class Identity:
         """The public half, as enrolment sends it."""
         return public_to_text(self.key.public_key())
 
-    def assertion(self, gateway_id: GatewayId, now_unix: float) -> str:
-        """A fresh proof of identity, for one use at one gateway within 60 s. A secret: never log it."""
-        return sign_assertion(self.key, self.relay_id, gateway_id, now_unix)
+    def assertion(self, gateway_id: GatewayId, binding: str, now_unix: float) -> str:
+        """A fresh proof of identity, for the one connection to that gateway whose `binding` it is, within 60 s. Never log it."""
+        return sign_assertion(self.key, self.relay_id, gateway_id, binding, now_unix)
 
     async def is_enrolled(self, gateway_id: GatewayId) -> bool:
         """Whether the gateway has taken this key for this name before. A lost note only means to enrol once more."""

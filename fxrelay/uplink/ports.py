@@ -1,6 +1,5 @@
 """Port: what an uplink needs of the rest of the relay, and what it tells about itself."""
 
-import ssl
 from dataclasses import dataclass
 from enum import Enum
 from typing import Final, Protocol
@@ -9,6 +8,7 @@ from fxrelay.uplink.dial import Proxy
 from fxtunnel.codes import Code
 from fxtunnel.engine.ports import SessionStatistics
 from fxtunnel.errors import TunnelClosed
+from fxtunnel.kit.link_tls import LinkSocket
 from fxtunnel.model import GatewayId, SessionId
 from fxtunnel.protocol.hello import CAP_RESUME
 
@@ -33,7 +33,7 @@ class LinkSession(Protocol):
     def forgo_resumption(self) -> None:
         """The gateway keeps nothing for a repeat: do not either. Before the first `attach`."""
 
-    def attach(self, link: ssl.SSLSocket, peer_received: int) -> None:
+    def attach(self, link: LinkSocket, peer_received: int) -> None:
         """Run on `link` from now on, and own it. Raises RemoteProtocolError, and then does not take it."""
 
     def close(self, code: Code, text: str = "") -> None:

@@ -1,6 +1,5 @@
 """Task: the links to one gateway process: a control link, which hands out tickets, and the data sessions dialled with them."""
 
-import ssl
 from collections.abc import Sequence
 from typing import Final, Protocol
 
@@ -13,6 +12,7 @@ from fxrelay.uplink.slot import Slot
 from fxtunnel.codes import Code, Refusal
 from fxtunnel.control.messages import Closing, Message
 from fxtunnel.errors import FxError, PeerRefused, TunnelClosed
+from fxtunnel.kit.link_tls import LinkSocket
 from fxtunnel.kit.tls import HandshakeFailed, HandshakeProblem
 from fxtunnel.model import GatewayId, SessionId
 from fxtunnel.protocol.hello import Hello, Welcome
@@ -31,7 +31,7 @@ class ProcessLinksOwner(Protocol):
     def wants_sessions(self) -> bool:
         """Whether a session that is over should be made anew."""
 
-    async def dial_data(self, hello: Hello, worker: str, process: str) -> tuple[ssl.SSLSocket, Welcome]:
+    async def dial_data(self, hello: Hello, worker: str, process: str) -> tuple[LinkSocket, Welcome]:
         """A welcomed data link to that worker of the gateway; empty: there is only one. `process`: to no other one; empty: to any.
 
         Raises TunnelError.
@@ -94,7 +94,7 @@ class ProcessLinks:
         """Whether a data link is up."""
         return any(session.statistics().is_up for session in self.sessions)
 
-    async def open_link(self, session: LinkSession | None) -> tuple[ssl.SSLSocket, Welcome]:
+    async def open_link(self, session: LinkSession | None) -> tuple[LinkSocket, Welcome]:
         """See `SlotOwner`. `session` must be detached."""
         with trio.CancelScope() as scope:
             self._dialling[scope] = session

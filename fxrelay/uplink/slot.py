@@ -3,7 +3,6 @@
 import logging
 import math
 import random
-import ssl
 from typing import Final, Protocol
 
 import trio
@@ -14,6 +13,7 @@ from fxrelay.uplink.ports import LinkSession, UplinkConfig, UplinkSessionOwner
 from fxtunnel.codes import Code, Refusal
 from fxtunnel.errors import FxError, PeerRefused, RemoteProtocolError
 from fxtunnel.kit.backoff import FullJitter
+from fxtunnel.kit.link_tls import LinkSocket
 from fxtunnel.model import GatewayId, SessionId
 from fxtunnel.protocol.hello import CAP_RESUME, Welcome
 
@@ -39,7 +39,7 @@ class SlotOwner(Protocol):
     def wants_sessions(self) -> bool:
         """Whether a session that is over should be made anew."""
 
-    async def open_link(self, session: LinkSession | None) -> tuple[ssl.SSLSocket, Welcome]:
+    async def open_link(self, session: LinkSession | None) -> tuple[LinkSocket, Welcome]:
         """A welcomed data link: for a new session, or to resume this one. Waits for the control link. Raises TunnelError."""
 
     def new_session(self, owner: UplinkSessionOwner, session_id: SessionId) -> LinkSession:

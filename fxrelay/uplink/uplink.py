@@ -3,7 +3,6 @@
 import logging
 import math
 import random
-import ssl
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -29,6 +28,7 @@ from fxtunnel.control.channel import GOODBYE_S
 from fxtunnel.control.messages import CAP_LEAVING, CAP_NAMED, Drain, Earlier, Load, Services
 from fxtunnel.control.messages import Hello as ControlHello
 from fxtunnel.errors import FxError, PeerRefused
+from fxtunnel.kit.link_tls import LinkSocket
 from fxtunnel.model import GatewayId, Offer, SessionId, is_name
 from fxtunnel.protocol.hello import Hello, Welcome
 
@@ -188,7 +188,7 @@ class Uplink:
             self._next_try_unix,
         )
 
-    async def dial_data(self, hello: Hello, worker: str, process: str) -> tuple[ssl.SSLSocket, Welcome]:
+    async def dial_data(self, hello: Hello, worker: str, process: str) -> tuple[LinkSocket, Welcome]:
         """For the links to a process: see `ProcessLinksOwner`."""
         return await open_data_link(self._dialler, self._url, hello, worker, process)
 
@@ -333,8 +333,8 @@ class Uplink:
     def _load(self, links: ProcessLinks) -> Load:
         return Load(streams=links.streams, reluctant=self._environment.is_reluctant())
 
-    def _bearer(self) -> str:
-        return self._identity.assertion(self.gateway_id, self._environment.now_unix())
+    def _bearer(self, binding: str) -> str:
+        return self._identity.assertion(self.gateway_id, binding, self._environment.now_unix())
 
     def _on_drain(self, links: ProcessLinks, message: Drain) -> None:
         if self._drain_until is not None:

@@ -17,8 +17,9 @@ from fxtunnel.engine.reactor import ERROR, INCOMING, LINK_EVENTS, READ, READ_BUF
 from fxtunnel.engine.read_share import ReadShare
 from fxtunnel.engine.send_scheduler import SPARSE_BYTES, SPARSE_TURN_BYTES, TURN_BYTES, SendScheduler, beside_bytes
 from fxtunnel.engine.splice import Splice
-from fxtunnel.engine.tls_calls import RECORD_BYTES, WRITE_BYTES, RecvInto, Send, corked, keep_short, no_link, reason_of, tls_calls
+from fxtunnel.engine.tls_calls import WRITE_BYTES, corked, keep_short, no_link, reason_of
 from fxtunnel.errors import RemoteProtocolError
+from fxtunnel.kit.link_tls import RECORD_BYTES, LinkSocket, ReadRecords, Send
 from fxtunnel.model import SessionId
 from fxtunnel.protocol import frames
 from fxtunnel.protocol.credit import WindowBudget
@@ -56,8 +57,8 @@ class Session:
         self._reactor = reactor
         self._owner = owner
         self._config = config
-        self._link: ssl.SSLSocket | None = None
-        self._recv: RecvInto = no_link
+        self._link: LinkSocket | None = None
+        self._read_records: ReadRecords = no_link
         self._send: Send = no_link
         self._links = 0
         self._blocked = self._read_blocked = False
@@ -119,7 +120,7 @@ class Session:
         """The peer does not resume: keep nothing for a repeat, send no ACKs; a lost link is the end. Before the first `attach`."""
         self.mux.ring.keep = False
 
-    def attach(self, link: ssl.SSLSocket, peer_received: int) -> None:
+    def attach(self, link: LinkSocket, peer_received: int) -> None:
         """Run on `link` from now on: a non-blocking TLS socket after its hello. The session owns it.
 
         Raises:
@@ -133,7 +134,7 @@ class Session:
         self._reactor.register(link, self, LINK_EVENTS)
         self._interest = LINK_EVENTS
         self._link = link
-        self._recv, self._send = tls_calls(link)
+        self._read_records, self._send = link.calls()
         self._links += 1
         self.resumed = self._links - 1
         self.state = State.UP
@@ -250,12 +251,12 @@ class Session:
                 mux.ask()
         return turns.waiting > 0
 
-    def _write(self, link: ssl.SSLSocket) -> bool:
+    def _write(self, link: LinkSocket) -> bool:
         """Send what the ring holds, several records as few segments. True: all of it; False: the link is full, or gone."""
         is_one = self.mux.ring.head - self.mux.ring.sent <= RECORD_BYTES
         return self._write_records(link) if is_one else corked(link, self._write_records, link)
 
-    def _write_records(self, link: ssl.SSLSocket) -> bool:
+    def _write_records(self, link: LinkSocket) -> bool:
         mux = self.mux
         ring = mux.ring
         while True:
@@ -275,7 +276,7 @@ class Session:
                 return False
             ring.advance(count)
 
-    def _listen(self, link: ssl.SSLSocket) -> None:
+    def _listen(self, link: LinkSocket) -> None:
         """Hear of what can be acted on, and of nothing else: level-triggered events come back until something is done about them."""
         events = 0 if self._read_blocked or self.state is State.CLOSED else LINK_EVENTS
         if self._blocked:
@@ -284,20 +285,13 @@ class Session:
             self._interest = events
             self._reactor.modify(link, events)
 
-    def _read(self, link: ssl.SSLSocket) -> None:
+    def _read(self, link: LinkSocket) -> None:
         buffer = self._reactor.read_buffer
         filled = 0
         lost: str | None = None
-        last_record_at = self._share.limit_bytes - RECORD_BYTES
         try:
-            while filled <= last_record_at:
-                count = self._recv(RECORD_BYTES, buffer[filled:] if filled else buffer)
-                if not count:
-                    lost = "closed by the peer"
-                    break
-                filled += count
-                if count < RECORD_BYTES:
-                    break  # most likely the last of what was written; if not, the next turn is told
+            # A short record is most likely the last of what was written; if not, the next turn is told.
+            filled = self._read_records(buffer, self._share.limit_bytes - RECORD_BYTES + 1)
         except ssl.SSLWantReadError:
             pass
         except ssl.SSLWantWriteError:
@@ -340,7 +334,7 @@ class Session:
 
     def _drop_link(self, after_s: float = 0.0) -> None:
         link, self._link = self._link, None
-        self._recv = self._send = no_link
+        self._read_records = self._send = no_link
         if link is None:
             return
         self._reactor.unregister(link)
@@ -354,7 +348,7 @@ class Session:
             socket.socket.shutdown(link, socket.SHUT_WR)
         self._reactor.call_later(after_s, link.close)
 
-    def _say_goodbye(self, link: ssl.SSLSocket, goaway: bytes) -> None:
+    def _say_goodbye(self, link: LinkSocket, goaway: bytes) -> None:
         ring = self.mux.ring
         ring.acknowledge(ring.sent)
         ring.keep = False  # nothing is sent again from here on, so full replay memory need not keep the GOAWAY back

@@ -17,13 +17,13 @@ import trio
 from fxtunnel.errors import ConfigError, LocalProtocolError
 from fxtunnel.kit.conflict_detector import ConflictDetector
 from fxtunnel.kit.files import read_secret
+from fxtunnel.kit.link_tls import LinkContext, LinkSocket, link_client_context, link_server_context
 from fxtunnel.kit.tls_problems import (
     HandshakeFailed,
     HandshakeProblem,
     describe_dates,
     explain_to_client,
     explain_to_server,
-    no_forged_end,
 )
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "client_context",
     "handshake_client",
     "handshake_server",
+    "handshake_web_client",
     "server_context",
 ]
 
@@ -42,12 +43,13 @@ _DISCARD_BYTES: Final = 65536
 # A look at a certificate that was just refused for its dates; only to say by how much.
 _LOOK_S: Final = 2.0
 
+_TlsSocket = TypeVar("_TlsSocket", LinkSocket, ssl.SSLSocket)
 _A = TypeVar("_A")
 _T = TypeVar("_T")
 
 
-def server_context(cert_path: Path, key_path: Path, alpn: Sequence[str]) -> ssl.SSLContext:
-    """TLS 1.3 for a listening port, without session tickets: every connection is a full handshake.
+def server_context(cert_path: Path, key_path: Path, alpn: Sequence[str]) -> LinkContext:
+    """TLS 1.3 for a listening port, without sessions to resume: every connection is a full handshake.
 
     Raises:
         ConfigError: a file is missing, is not PEM, is readable by others, or the two do not belong together.
@@ -56,35 +58,28 @@ def server_context(cert_path: Path, key_path: Path, alpn: Sequence[str]) -> ssl.
         raise ConfigError.one(key_path, "", "is encrypted with a passphrase; run: openssl pkey -in OLD -out NEW")
     if not cert_path.is_file():
         raise ConfigError.one(cert_path, "", "does not exist; put the certificate there, or issue one (certs/README.md)")
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.num_tickets = 0
-    context.options |= ssl.OP_NO_TICKET
     try:
-        context.load_cert_chain(cert_path, key_path)
+        return link_server_context(cert_path, key_path, alpn)
     except (ssl.SSLError, OSError) as exc:
         reason = (
             "does not belong to the key" if "MISMATCH" in (getattr(exc, "reason", "") or "") else "certificate or key is not in PEM format"
         )
         raise ConfigError.one(cert_path, "", f"{reason} ({key_path})") from exc
-    return _tls13_only(context, alpn)
 
 
-def client_context(ca_pem: str, alpn: Sequence[str]) -> ssl.SSLContext:
+def client_context(ca_pem: str, alpn: Sequence[str]) -> LinkContext:
     """TLS 1.3 towards a server whose certificate must come from `ca_pem` (one or more certificates) and bear the name asked for.
 
     Raises:
         ConfigError: `ca_pem` holds no certificate.
     """
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.hostname_checks_common_name = False
     try:
-        context.load_verify_locations(cadata=ca_pem)
-    except (ssl.SSLError, ValueError, TypeError) as exc:
+        return link_client_context(ca_pem, alpn)
+    except ValueError as exc:
         raise ConfigError.one("certificate authority", "", "holds no certificate in PEM format") from exc
-    return _tls13_only(context, alpn)
 
 
-async def handshake_server(sock: socket.socket, context: ssl.SSLContext) -> ssl.SSLSocket:
+async def handshake_server(sock: socket.socket, context: LinkContext) -> LinkSocket:
     """Answer a client's handshake on a connected socket, which must not be used any more: it is taken over, or closed.
 
     Sets no deadline; cancelling closes the socket. The result is non-blocking and belongs to the caller, and has agreed on one of
@@ -93,12 +88,12 @@ async def handshake_server(sock: socket.socket, context: ssl.SSLContext) -> ssl.
     Raises:
         HandshakeFailed: the peer was sent an alert (when there was anything of TLS to answer) and the socket is closed.
     """
-    return _with_alpn(await _handshake(sock, lambda: context.wrap_socket(sock, True, False, suppress_ragged_eofs=False), explain_to_server))
+    return _with_alpn(await _handshake(sock, lambda: context.wrap(sock), explain_to_server))
 
 
 async def handshake_client(
-    sock: socket.socket, context: ssl.SSLContext, server_hostname: str, look: Callable[[socket.socket], None] | None = None
-) -> ssl.SSLSocket:
+    sock: socket.socket, context: LinkContext, server_hostname: str, look: Callable[[socket.socket], None] | None = None
+) -> LinkSocket:
     """Open TLS towards `server_hostname` (a name or an IP address) on a connected socket, which is taken over, or closed.
 
     As `handshake_server`. `look` may peek at what the server says first, before TLS takes it, and raise what that means. When the server's
@@ -108,22 +103,18 @@ async def handshake_client(
     Raises:
         HandshakeFailed: with the reason; `problem` tells untrusted, expired, not yet valid and misnamed certificates apart.
     """
+    return await _handshake_client(sock, lambda: context.wrap(sock, server_hostname), server_hostname, look)
+
+
+async def handshake_web_client(sock: socket.socket, context: ssl.SSLContext, server_hostname: str) -> ssl.SSLSocket:
+    """As `handshake_client`, towards a server that `context` is to judge; it, too, must agree on one of the context's ALPN protocols."""
 
     def wrap() -> ssl.SSLSocket:
         # The ssl module loses the descriptor when it is the one to find a name that cannot be encoded.
         server_hostname.encode("idna")
         return context.wrap_socket(sock, False, False, suppress_ragged_eofs=False, server_hostname=server_hostname)
 
-    address = _address_of(sock)
-    try:
-        return _with_alpn(await _handshake(sock, wrap, lambda exc: explain_to_client(exc, server_hostname), look))
-    except HandshakeFailed as exc:
-        if exc.problem not in (HandshakeProblem.EXPIRED, HandshakeProblem.NOT_YET_VALID) or address is None:
-            raise
-        dates = await _look_at_dates(*address, server_hostname)
-        if not dates:
-            raise
-        raise HandshakeFailed(exc.problem, f"{exc} ({dates})") from exc.__cause__
+    return await _handshake_client(sock, wrap, server_hostname, None)
 
 
 class TlsStream(trio.abc.HalfCloseableStream):
@@ -134,7 +125,7 @@ class TlsStream(trio.abc.HalfCloseableStream):
     that just stops is a BrokenResourceError, because TCP's FIN can be forged.
     """
 
-    def __init__(self, sock: ssl.SSLSocket) -> None:
+    def __init__(self, sock: LinkSocket) -> None:
         self._sock = sock
         self._unread = b""
         self._is_open = True
@@ -146,7 +137,7 @@ class TlsStream(trio.abc.HalfCloseableStream):
         self._writable = trio.Lock()
 
     @property
-    def socket(self) -> ssl.SSLSocket:
+    def socket(self) -> LinkSocket:
         """The socket, for its addresses and its certificate; its bytes belong to the stream."""
         return self._sock
 
@@ -224,7 +215,7 @@ class TlsStream(trio.abc.HalfCloseableStream):
         self._check_open()
         self._unread = bytes(data) + self._unread
 
-    def detach(self) -> tuple[ssl.SSLSocket, bytes]:
+    def detach(self) -> tuple[LinkSocket, bytes]:
         """The socket, now the caller's, and the bytes given back by `unread`. The stream is closed by this.
 
         OpenSSL may hold decrypted bytes as well (`sock.pending()`): read once before waiting for readability.
@@ -247,7 +238,6 @@ class TlsStream(trio.abc.HalfCloseableStream):
             self._is_open = False
             trio.lowlevel.notify_closing(self._sock)
             if self._can_send and not self._sending.is_busy:
-                # unwrap() sends our close_notify first; that the peer's is not there yet is no concern.
                 with contextlib.suppress(OSError, ValueError):
                     self._sock.unwrap()
             _close_after_goodbye(self._sock)
@@ -283,19 +273,28 @@ class TlsStream(trio.abc.HalfCloseableStream):
             raise trio.BrokenResourceError("an earlier send on this stream did not finish")
 
 
-def _tls13_only(context: ssl.SSLContext, alpn: Sequence[str]) -> ssl.SSLContext:
-    context.minimum_version = ssl.TLSVersion.TLSv1_3
-    context.set_alpn_protocols(list(alpn))
-    return no_forged_end(context)
+async def _handshake_client(
+    sock: socket.socket, wrap: Callable[[], _TlsSocket], server_hostname: str, look: Callable[[socket.socket], None] | None
+) -> _TlsSocket:
+    address = _address_of(sock)
+    try:
+        return _with_alpn(await _handshake(sock, wrap, lambda exc: explain_to_client(exc, server_hostname), look))
+    except HandshakeFailed as exc:
+        if exc.problem not in (HandshakeProblem.EXPIRED, HandshakeProblem.NOT_YET_VALID) or address is None:
+            raise
+        dates = await _look_at_dates(*address, server_hostname)
+        if not dates:
+            raise
+        raise HandshakeFailed(exc.problem, f"{exc} ({dates})") from exc.__cause__
 
 
 async def _handshake(
     sock: socket.socket,
-    wrap: Callable[[], ssl.SSLSocket],
+    wrap: Callable[[], _TlsSocket],
     explain: Callable[[OSError], HandshakeFailed],
     look: Callable[[socket.socket], None] | None = None,
-) -> ssl.SSLSocket:
-    tls: ssl.SSLSocket | None = None
+) -> _TlsSocket:
+    tls: _TlsSocket | None = None
     try:
         try:
             sock.setblocking(False)
@@ -314,7 +313,7 @@ async def _handshake(
     return tls
 
 
-async def _shake_hands(tls: ssl.SSLSocket, look: Callable[[socket.socket], None] | None) -> None:
+async def _shake_hands(tls: _TlsSocket, look: Callable[[socket.socket], None] | None) -> None:
     while True:
         if look is not None:
             look(tls)  # each time: what is there when OpenSSL reads is gone
@@ -329,7 +328,7 @@ async def _shake_hands(tls: ssl.SSLSocket, look: Callable[[socket.socket], None]
             return await trio.lowlevel.checkpoint()
 
 
-def _with_alpn(tls: ssl.SSLSocket) -> ssl.SSLSocket:
+def _with_alpn(tls: _TlsSocket) -> _TlsSocket:
     if tls.selected_alpn_protocol() is None:
         _close_after_goodbye(tls)
         raise HandshakeFailed(HandshakeProblem.NO_COMMON_PROTOCOL, "the peer speaks none of our protocols (ALPN)")
@@ -339,10 +338,10 @@ def _with_alpn(tls: ssl.SSLSocket) -> ssl.SSLSocket:
 def _close_after_goodbye(sock: socket.socket) -> None:
     """Close, without the RST that bytes left unread would cause: it could overtake the alert or answer sent just before."""
     with contextlib.suppress(OSError):
-        # Ends TLS on an SSLSocket as well: what follows reads plain bytes, only to drop them.
-        sock.shutdown(socket.SHUT_WR)
+        # The socket's own calls, below TLS: its bytes are read only to be dropped.
+        socket.socket.shutdown(sock, socket.SHUT_WR)
         dropped = 0
-        while dropped < _DISCARD_BYTES and (data := sock.recv(16384)):
+        while dropped < _DISCARD_BYTES and (data := socket.socket.recv(sock, 16384)):
             dropped += len(data)
     sock.close()
 

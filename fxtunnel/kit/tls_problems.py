@@ -107,7 +107,7 @@ def is_torn(exc: OSError) -> bool:
 
 
 def _reason(exc: OSError) -> str:
-    return (exc.reason or "") if isinstance(exc, ssl.SSLError) else ""
+    return getattr(exc, "reason", None) or "" if isinstance(exc, ssl.SSLError) else ""
 
 
 def _words(reason: str) -> str:

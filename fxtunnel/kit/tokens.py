@@ -1,4 +1,4 @@
-"""Task: a relay's key and the one-use assertions it signs, the gateway's checks of them, and enrolment tokens.
+"""Task: a relay's key and the assertions it signs, each for one connection, the gateway's checks of them, and enrolment tokens.
 
 The profile is PROTOCOL.md, 3: EdDSA and nothing else, shape checked before anything is decoded, no header of the token is obeyed.
 """
@@ -6,7 +6,6 @@ The profile is PROTOCOL.md, 3: EdDSA and nothing else, shape checked before anyt
 import base64
 import binascii
 import hashlib
-import heapq
 import json
 import re
 import secrets
@@ -27,8 +26,8 @@ from fxtunnel.model import GatewayId, RelayId, is_name
 LIFETIME_S: Final = 60
 LEEWAY_S: Final = 30.0
 
+_BINDING: Final = "tls-exporter"
 _KID: Final = re.compile(r"[A-Za-z0-9_-]{43}")
-_JTI: Final = re.compile(r"[A-Za-z0-9_-]{16,64}")
 _HEADERS: Final = frozenset({"alg", "kid", "typ"})
 
 
@@ -41,17 +40,10 @@ class KeyProblem(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Assertion:
-    """What a verified assertion says. `jti` still has to pass a ReplayGuard."""
+    """What a verified assertion says."""
 
     relay_id: RelayId
     kid: str
-    jti: str
-    exp_unix: int
-
-    @property
-    def use(self) -> str:
-        """What a ReplayGuard is asked about when the key is known to be that relay's."""
-        return f"{self.relay_id}/{self.jti}"
 
 
 def new_key() -> Ed25519PrivateKey:
@@ -108,14 +100,14 @@ def thumbprint(public: Ed25519PublicKey) -> str:
     return _base64url(hashlib.sha256(json.dumps(jwk, separators=(",", ":"), sort_keys=True).encode()).digest())
 
 
-def sign_assertion(key: Ed25519PrivateKey, relay_id: RelayId, gateway_id: GatewayId, now_unix: float) -> str:
-    """A fresh assertion: good for one use at one gateway within 60 s."""
+def sign_assertion(key: Ed25519PrivateKey, relay_id: RelayId, gateway_id: GatewayId, binding: str, now_unix: float) -> str:
+    """A fresh assertion: good for one connection to one gateway, `LinkSocket.binding` of which is `binding`, within 60 s."""
     issued_unix = int(now_unix)
     claims = {
         "iss": relay_id,
         "sub": relay_id,
         "aud": gateway_id,
-        "jti": secrets.token_urlsafe(24),
+        _BINDING: binding,
         "iat": issued_unix,
         "nbf": issued_unix,
         "exp": issued_unix + LIFETIME_S,
@@ -127,14 +119,15 @@ def verify_assertion(
     token: str,
     *,
     gateway_id: GatewayId,
+    binding: str,
     find_key: Callable[[RelayId, str], Ed25519PublicKey | KeyProblem],
     now_unix: float,
     leeway_s: float = LEEWAY_S,
 ) -> Assertion:
-    """Who signed `token`, if it is a sound assertion for this gateway and this moment.
+    """Who signed `token`, if it is a sound assertion for this gateway, this moment, and the connection that it came by.
 
-    `find_key` gets the relay id and key id that the token claims, both well-formed and neither proved. That the assertion was not
-    used before is for the caller's ReplayGuard to say.
+    `binding` is that connection's `LinkSocket.binding`: on any other one an assertion is worth nothing, whoever has got hold of it.
+    `find_key` gets the relay id and key id that the token claims, both well-formed and neither proved.
 
     Raises:
         PeerRefused: BAD_ASSERTION; UNKNOWN_RELAY or REVOKED as `find_key` says; CLOCK_SKEW, only after the signature held, with the
@@ -152,13 +145,13 @@ def verify_assertion(
             raise PeerRefused(Refusal.REVOKED, f"relay {relay_id} was revoked by the gateway's administrator")
         case public:
             claims = _decoded(token, public)
-    jti, times = claims.get("jti"), [claims.get(name) for name in ("iat", "nbf", "exp")]
+    times = [claims.get(name) for name in ("iat", "nbf", "exp")]
     if claims.get("iss") != relay_id or claims.get("sub") != relay_id:
         raise _bad("iss and sub differ")
     if claims.get("aud") != gateway_id:
         raise _bad("aud is not this gateway")
-    if not isinstance(jti, str) or not _JTI.fullmatch(jti):
-        raise _bad("jti is missing or malformed")
+    if claims.get(_BINDING) != binding:
+        raise _bad(f"{_BINDING} is not this connection's")
     # bool is an int in Python, and 1.5 or "1700000000" are no times of ours.
     issued, not_before, expires = (t if type(t) is int and 0 <= t <= LATEST_UNIX else -1 for t in times)
     if min(issued, not_before, expires) < 0:
@@ -166,48 +159,7 @@ def verify_assertion(
     if not 0 < expires - issued <= LIFETIME_S or not_before > expires:
         raise _bad(f"lives longer than {LIFETIME_S} s, or not at all")
     _check_clock(max(issued, not_before), expires, now_unix, leeway_s)
-    return Assertion(relay_id, kid, jti, expires)
-
-
-class ReplayGuard:
-    """Remembers which assertions were used, until they are too old to be used again.
-
-    When it is full it refuses: forgetting early would let a stolen one back in. So that nobody fills it for the others, a relay has
-    `limit_each`, and all who enrol, whose keys are anybody's, have half together.
-    """
-
-    def __init__(self, *, limit: int = 65536, limit_each: int = 1024, leeway_s: float = LEEWAY_S) -> None:
-        self._limit = limit
-        self._limit_each = limit_each
-        self._leeway_s = leeway_s
-        self._seen: set[str] = set()
-        self._counts: dict[str, int] = {}
-        self._by_expiry: list[tuple[float, str, str]] = []
-
-    def __len__(self) -> int:
-        return len(self._seen)
-
-    def first_use(self, use: str, exp_unix: float, now_unix: float) -> bool:
-        """Whether it is new, in which case it no longer is. False as well when there is no room to remember it.
-
-        `use` is `Assertion.use`, or the `jti` alone of somebody who enrols: an assertion that enrolled a relay is used for the relay too.
-        """
-        while self._by_expiry and self._by_expiry[0][0] < now_unix:
-            self._forget(*heapq.heappop(self._by_expiry)[1:])
-        whose, _, jti = use.rpartition("/")
-        count = self._counts.get(whose, 0)
-        if jti in self._seen or len(self._seen) >= self._limit or count >= (self._limit_each if whose else self._limit >> 1):
-            return False
-        self._seen.add(jti)
-        self._counts[whose] = count + 1
-        heapq.heappush(self._by_expiry, (exp_unix + self._leeway_s, whose, jti))
-        return True
-
-    def _forget(self, whose: str, jti: str) -> None:
-        self._seen.discard(jti)
-        self._counts[whose] -= 1
-        if not self._counts[whose]:
-            del self._counts[whose]
+    return Assertion(relay_id, kid)
 
 
 def new_enrolment_token() -> str:

@@ -26,13 +26,13 @@ def kills(stage: Stage, outcome: Outcome) -> None:
     chance = random.Random(1)
     ready_s: dict[str, list[float]] = {}
     reset: Counter[str] = Counter()
-    carried = needless = 0
+    carried = unanswered = needless = 0
     for number in range(count):
         victim = VICTIMS[number % len(VICTIMS)]
         kind = "relay" if victim in NODES else victim
         stage.show(f"kill {number + 1} of {count}: {victim}", number / count)
         time.sleep(chance.uniform(*stage.pick((0.1, 0.6), (1.2, 2.6))))
-        before = ends_of(load)
+        before, before_unanswered = ends_of(load), pools.unanswered()
         its_own = pools.stop_and_count(victim) if kind == "relay" else 0
         ready_s.setdefault(kind, []).append(pools.kill(victim))
         time.sleep(SETTLED_S)
@@ -40,7 +40,10 @@ def kills(stage: Stage, outcome: Outcome) -> None:
         reset[kind] += cost[End.RESET]
         carried += its_own
         if kind != "gateway":  # while that is away, nobody can come in
-            needless += max(0, cost[End.RESET] + cost[End.TURNED_AWAY] + cost[End.REFUSED] - its_own)
+            # Those who come after `its_own` was counted may ask the victim as well: no other relay may be asked then (PROTOCOL.md, 6).
+            asked_it = pools.unanswered() - before_unanswered if kind == "relay" else 0
+            unanswered += asked_it
+            needless += max(0, cost[End.RESET] - its_own) + max(0, cost[End.TURNED_AWAY] + cost[End.REFUSED] - asked_it)
     tally = load.finish()
     outcome.add("kills", count)
     for kind, seconds in ready_s.items():
@@ -52,6 +55,7 @@ def kills(stage: Stage, outcome: Outcome) -> None:
     outcome.add("reset with their gateway", reset["gateway"])
     outcome.add("reset with their relay", reset["relay"])
     outcome.add("streams that killed relays carried", carried)
+    outcome.add("turned away, since the killed relay had been asked and may have served them", unanswered)
     outcome.add("reset when the store died", reset["store"], "= 0")
     outcome.add("reset or turned away at a death that was not their relay's", needless, "= 0")
     outcome.add("MiB compared", tally["bytes_right"] / MIB)

@@ -154,14 +154,17 @@ def test_nobody_gets_stale_while_nothing_can_be_heard(view: ClusterView, clock: 
     clock.now += 1
     assert view.now == 1_000.0, "that a subscription stands proves nothing; nothing was heard since the last message"
     view.hear(Message(SERVERS, server_text(seq=8)))
-    clock.now += 19
+    clock.now += 10
+    view.hear(Message(SERVERS, server_text(seq=9)))
+    clock.now += 9
     assert view.now == 1_019.0, "live messages are still heard"
+    view.hear(Message(SERVERS, server_text(seq=10)))
     view.live_updates_lost("gone too")
     clock.now += 3_600
     assert state(view) is MemberState.UP
     assert view.health().store_down_s == 3_620.0
     view.store_said(8_625_000)
-    assert (view.health().store_down_s, view.now) == (0.0, 1_000.0)
+    assert (view.health().store_down_s, view.now) == (0.0, 1_019.0)
     clock.now += 30
     assert state(view) is MemberState.STALE, "the time before and after counts"
     assert view.now_ms == 8_655_000
@@ -172,7 +175,41 @@ def test_a_store_that_fails_alone_stops_no_clock(view: ClusterView, clock: Clock
     view.hear(Message(SERVERS, server_text()))
     view.store_failed("gone")
     clock.now += 0.5
+    for seq in range(4):
+        view.hear(Message(SERVERS, server_text("b", seq=seq + 8)))
+        clock.now += 10
+    assert (state(view), state(view, "b")) == (MemberState.STALE, MemberState.UP)
+
+
+def test_a_message_that_was_on_its_way_when_the_store_went_makes_nobody_stale(view: ClusterView, clock: Clock) -> None:
+    view.live_updates_heard()
+    view.store_refused("disk is full")
+    clock.now += 0.2
+    view.hear(Message(SERVERS, server_text()))
+    heard = view.now
+    for _ in range(3):
+        clock.now += 600
+        assert (state(view), view.now) == (MemberState.UP, heard)
+        view.store_refused("disk is full")
+    clock.now += 600
     view.hear(Message(SERVERS, server_text(seq=8)))
+    assert view.now == heard, "while nothing was heard, no time went by"
+    clock.now += 1
+    assert view.now == heard + 1
+
+
+def test_a_store_that_can_be_read_and_not_written_makes_nobody_stale(view: ClusterView, clock: Clock) -> None:
+    view.live_updates_heard()
+    view.store_refused("disk is full")
+    clock.now += 0.2
+    view.hear(Message(SERVERS, server_text()))
+    for clock_ms in (5_020_000, 5_040_000, 5_060_000):
+        clock.now += 20
+        view.store_said(clock_ms)
+        assert state(view) is MemberState.UP
+    clock.now += 20
+    view.store_took(5_080_000)
+    assert state(view) is MemberState.UP
     clock.now += 31
     assert state(view) is MemberState.STALE
 

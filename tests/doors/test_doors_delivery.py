@@ -47,7 +47,7 @@ async def test_a_unix_socket_service_that_passes_a_descriptor_is_read_to_its_end
                 await client.send_all(b"x")
                 service, _ = await trio.to_thread.run_sync(listener.accept)
                 with service:
-                    service.recv(1)
+                    await trio.to_thread.run_sync(service.recv, 1)
                     socket.send_fds(service, [b"a" * 100], [0])
                     service.sendall(b"b" * 100)
                     service.shutdown(socket.SHUT_WR)
@@ -136,22 +136,18 @@ async def test_relay_ends_idle_streams(contexts: Contexts) -> None:
 
 
 EXHAUSTED = """
-    import resource, ssl, sys, trio, trustme
+    import pathlib, resource, sys, tempfile, trio
     sys.path.insert(0, "tests/engine")
     from peers import connect, echo, exchange, receive_exactly
-    from plane import Contexts, open_plane
+    from engine_fixtures import make_contexts
+    from plane import open_plane
     import os
 
-    authority = trustme.CA()
-    server, client = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    authority.issue_cert("gateway.test").configure_cert(server)
-    authority.configure_trust(client)
-    for context in (server, client):
-        context.minimum_version = ssl.TLSVersion.TLSv1_3
-        context.set_alpn_protocols(["fx-data/1"])
+    with tempfile.TemporaryDirectory() as directory:
+        contexts = make_contexts(pathlib.Path(directory))
 
     async def main():
-        async with open_plane(Contexts(server, client)) as plane:
+        async with open_plane(contexts) as plane:
             await plane.add_relay(await plane.serve(echo))
             port = plane.add_door()
             async with await connect(port) as alive:

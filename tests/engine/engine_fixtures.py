@@ -2,28 +2,31 @@
 
 import gc
 import os
-import ssl
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
-import trustme
 from plane import Contexts
 
 from fxtunnel.engine import session
+from fxtunnel.kit.certificates import issue_server_certificate, new_authority
+from fxtunnel.kit.files import write_secret
+from fxtunnel.kit.tls import client_context, server_context
 
 
 @pytest.fixture(scope="session")
-def contexts() -> Contexts:
-    authority = trustme.CA()
-    server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    authority.issue_cert("gateway.test").configure_cert(server)
-    client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    authority.configure_trust(client)
-    for context in (server, client):
-        context.minimum_version = ssl.TLSVersion.TLSv1_3
-        context.set_alpn_protocols(["fx-data/1"])
-    return Contexts(server, client)
+def contexts(tmp_path_factory: pytest.TempPathFactory) -> Contexts:
+    return make_contexts(tmp_path_factory.mktemp("tls"))
+
+
+def make_contexts(directory: Path) -> Contexts:
+    authority = new_authority("the gateway's")
+    certificate, key = issue_server_certificate(authority, ["gateway.test"])
+    (directory / "server.pem").write_text(certificate)
+    write_secret(directory / "server.key", key)
+    alpn = ["fx-data/1"]
+    return Contexts(server_context(directory / "server.pem", directory / "server.key", alpn), client_context(authority.cert_pem, alpn))
 
 
 @pytest.fixture(autouse=True)

@@ -2,7 +2,6 @@
 
 import ipaddress
 import socket
-import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -20,6 +19,7 @@ from fxtunnel.engine import session
 from fxtunnel.engine.ports import SessionConfig, State
 from fxtunnel.engine.reactor import Reactor
 from fxtunnel.engine.session import Session
+from fxtunnel.kit.link_tls import LinkContext, LinkSocket
 from fxtunnel.kit.settings import Address
 from fxtunnel.kit.tls import handshake_client, handshake_server
 from fxtunnel.model import InstanceId, Offer, RelayId, ServiceName, SessionId
@@ -34,8 +34,8 @@ QUICK = SessionConfig(hold_s=5.0, heartbeat_s=0.1, dead_after_s=0.4)
 class Contexts:
     """TLS for the two ends of a link."""
 
-    server: ssl.SSLContext
-    client: ssl.SSLContext
+    server: LinkContext
+    client: LinkContext
 
 
 class Wire:
@@ -193,7 +193,7 @@ class Plane:
         self.relays: list[RelaySide] = []
         self.doors: list[Door] = []
 
-    async def tls_pair(self) -> tuple[ssl.SSLSocket, ssl.SSLSocket, Wire]:
+    async def tls_pair(self) -> tuple[LinkSocket, LinkSocket, Wire]:
         """A link's two ends, and what lies between them."""
         with socket.create_server((LOOPBACK, 0)) as inner, socket.create_server((LOOPBACK, 0)) as outer:
             near = socket.create_connection(outer.getsockname())
@@ -204,7 +204,7 @@ class Plane:
         ends = [trio.SocketStream(trio.socket.from_stdlib_socket(end)) for end in (left, right)]
         wire = Wire(*ends)
         self.nursery.start_soon(wire.run)
-        links: dict[str, ssl.SSLSocket] = {}
+        links: dict[str, LinkSocket] = {}
 
         async def answer() -> None:
             links["far"] = await handshake_server(far, self.contexts.server)

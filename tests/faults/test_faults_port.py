@@ -37,7 +37,7 @@ async def uses_a_control_link(rig: Rig, relay_id: RelayId) -> None:
     stream = await rig.dial()
     try:
         async with trio.open_nursery() as nursery:
-            headers = {"Authorization": f"Bearer {rig.assertion(relay_id=relay_id, key=KEY)}"}
+            headers = {"Authorization": f"Bearer {rig.assertion(relay_id=relay_id, key=KEY)(stream)}"}
             ws = await open_websocket(nursery, stream, "gw.example", CONTROL_PATH, headers)
             await ws.send_message(encode(hello()))
             await Channel(ws).receive()
@@ -58,7 +58,7 @@ async def uses_a_control_link(rig: Rig, relay_id: RelayId) -> None:
 
 
 async def is_turned_away(rig: Rig, relay_id: RelayId) -> None:
-    async with rig.websocket("not.a.token"):
+    async with rig.websocket(lambda _: "not.a.token"):
         pass
 
 

@@ -184,8 +184,8 @@ class _Relay:
     identity: Identity
     hello: ControlHello
 
-    def bearer(self) -> str:
-        return self.identity.assertion(self.gateway.gateway_id, time.time())
+    def bearer(self, binding: str) -> str:
+        return self.identity.assertion(self.gateway.gateway_id, binding, time.time())
 
 
 async def _enrolled(stand: _Stand, name: str) -> _Relay:
@@ -232,7 +232,7 @@ async def _control_links(stand: _Stand, rng: random.Random, findings: Findings, 
         before = sent
         try:
             async with trio.open_nursery() as nursery:
-                headers = {"Authorization": f"Bearer {relay.bearer()}"}
+                headers = {"Authorization": f"Bearer {relay.bearer(stream.socket.binding())}"}
                 ws = await open_websocket(nursery, stream, relay.url.authority, CONTROL_PATH, headers)
                 if rng.random() < 0.8:
                     await ws.send_message(encode(relay.hello))

@@ -1,7 +1,6 @@
 """A relay believes certificates of its gateway's authority, and no chain that only looks like one."""
 
 import socket
-import ssl
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from ipaddress import IPv4Address
@@ -15,7 +14,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from fxtunnel.kit.certificates import Authority, new_authority
-from fxtunnel.kit.tls import HandshakeFailed, client_context, handshake_client, handshake_server
+from fxtunnel.kit.files import write_secret
+from fxtunnel.kit.tls import HandshakeFailed, client_context, handshake_client, handshake_server, server_context
 
 HOST = "127.0.0.1"
 Key = ec.EllipticCurvePrivateKey
@@ -89,12 +89,9 @@ async def shake_hands(chain: Chain, ca: Authority, path: Path) -> None:
     key, certificates = chain
     pem = b"".join(certificate.public_bytes(serialization.Encoding.PEM) for certificate in certificates)
     (path / "chain.pem").write_bytes(pem)
-    (path / "key.pem").write_bytes(
-        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    )
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(path / "chain.pem", path / "key.pem")
-    context.set_alpn_protocols(["fx-data/1"])
+    secret = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    write_secret(path / "key.pem", secret)
+    context = server_context(path / "chain.pem", path / "key.pem", ["fx-data/1"])
     with socket.create_server((HOST, 0)) as listener:
         near = socket.create_connection(listener.getsockname())
         far = listener.accept()[0]

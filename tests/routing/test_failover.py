@@ -24,6 +24,9 @@ class FakeRelay:
     readiness: Readiness = Readiness.UP
     open_streams: int = 0
 
+    def __post_init__(self) -> None:
+        self.first_step = FailoverState.after_first_step(self.relay_id)
+
 
 class LocalRelay(FakeRelay):
     is_remote: Literal[False]

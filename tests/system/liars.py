@@ -78,9 +78,9 @@ class Liar:
     identity: Identity
     hello: ControlHello
 
-    def bearer(self) -> str:
+    def bearer(self, binding: str) -> str:
         """A fresh assertion."""
-        return self.identity.assertion(self.gateway.gateway_id, time.time())
+        return self.identity.assertion(self.gateway.gateway_id, binding, time.time())
 
     @asynccontextmanager
     async def control(self) -> AsyncIterator[ControlLink]:
@@ -99,7 +99,7 @@ class Liar:
         stream = TlsStream(await self.dialler.dial(self.url, ALPN_HTTP))
         try:
             async with trio.open_nursery() as nursery:
-                headers = {"Authorization": f"Bearer {self.bearer()}"}
+                headers = {"Authorization": f"Bearer {self.bearer(stream.socket.binding())}"}
                 websocket = await open_websocket(nursery, stream, self.url.authority, CONTROL_PATH, headers)
                 await websocket.send_message(encode(hello or self.hello))
                 yield websocket, stream

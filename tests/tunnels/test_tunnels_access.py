@@ -8,6 +8,7 @@ from tunnels_rig import NODE, refused, running, until, warnings_of
 
 from fxtunnel.codes import Refusal
 from fxtunnel.control.messages import Refused, Welcome
+from fxtunnel.kit.tls import TlsStream
 from fxtunnel.kit.tokens import new_key
 from fxtunnel.model import RelayId
 
@@ -26,17 +27,27 @@ async def test_while_the_gateway_drains_only_who_is_here_comes_back(tmp_path: Pa
             assert (await refused(rig)).refusal is Refusal.DRAINING
 
 
-async def test_an_assertion_is_good_once(tmp_path: Path) -> None:
+async def test_an_assertion_is_good_for_its_connection_alone(tmp_path: Path) -> None:
     async with running(tmp_path) as rig:
         await rig.enrol()
-        assertion = rig.assertion()
-        async with rig.websocket(assertion):
+        made: list[str] = []
+
+        def prove(stream: TlsStream) -> str:
+            made.append(rig.assertion()(stream))
+            return made[-1]
+
+        async with rig.websocket(prove):
             pass
-        again = await refused(rig, assertion)
-        assert (again.refusal, "used before" in str(again)) == (Refusal.BAD_ASSERTION, True)
-        spent = rig.assertion()
-        assert (await rig.enrol(assertion=spent))[0] == 200
-        assert (await refused(rig, spent)).refusal is Refusal.BAD_ASSERTION
+        again = await refused(rig, lambda _: made[0])
+        assert (again.refusal, "not this connection's" in str(again)) == (Refusal.BAD_ASSERTION, True)
+        assert (await rig.enrol(assertion=prove))[0] == 200
+        assert (await refused(rig, lambda _: made[1])).refusal is Refusal.BAD_ASSERTION
+        status, answered = await rig.enrol(assertion=made[0])
+        assert (status, answered["error"]) == (401, "bad-assertion")
+        unused = await rig.dial()
+        stolen = prove(unused)  # never shown by the relay
+        assert (await refused(rig, lambda _: stolen)).refusal is Refusal.BAD_ASSERTION
+        await unused.aclose()
 
 
 async def test_who_may_not_come_in(tmp_path: Path) -> None:
@@ -46,8 +57,8 @@ async def test_who_may_not_come_in(tmp_path: Path) -> None:
         stranger = new_key()
         assert (await refused(rig, rig.assertion(key=stranger))).refusal is Refusal.UNKNOWN_RELAY
         assert (await refused(rig, rig.assertion(relay_id=RelayId("node-b")))).refusal is Refusal.UNKNOWN_RELAY
-        assert (await refused(rig, "a.b.c")).refusal is Refusal.BAD_ASSERTION
-        assert (await refused(rig, rig.assertion()[:-4] + "AAAA")).refusal is Refusal.BAD_ASSERTION
+        assert (await refused(rig, lambda _: "a.b.c")).refusal is Refusal.BAD_ASSERTION
+        assert (await refused(rig, lambda stream: rig.assertion()(stream)[:-4] + "AAAA")).refusal is Refusal.BAD_ASSERTION
         skewed = await refused(rig, rig.assertion(skew_s=300))
         assert skewed.refusal is Refusal.CLOCK_SKEW
         rig.registry.full = True
@@ -109,12 +120,17 @@ async def test_tokens_and_assertions_never_reach_the_log(tmp_path: Path, caplog:
     async with running(tmp_path) as rig:
         await rig.enrol(token="fxe_canary")
         await rig.enrol()
-        assertion = rig.assertion()
-        async with rig.websocket(assertion):
+        made: list[str] = []
+
+        def prove(stream: TlsStream) -> str:
+            made.append(rig.assertion()(stream))
+            return made[-1]
+
+        async with rig.websocket(prove):
             pass
-        await refused(rig, assertion)
+        await refused(rig, lambda _: made[0])
         async with rig.tickets() as ticket:
             text = await ticket()
             await (await rig.data_link(text))[0].aclose()
     assert "127.0.0.1" in warnings_of(caplog)
-    assert not any(secret in caplog.text for secret in ("canary", rig.token, assertion, text))
+    assert not any(secret in caplog.text for secret in ("canary", rig.token, *made, text))

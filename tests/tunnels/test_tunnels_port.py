@@ -18,6 +18,7 @@ from fxgateway.tunnels.port import PortLimits
 from fxgateway.tunnels.pre_auth_queue import SILENT_S, PreAuthQueue
 from fxtunnel.control.busy import BUSY_BYTES, parse_busy
 from fxtunnel.control.messages import Load, Ping, Welcome, encode
+from fxtunnel.kit.link_tls import LinkSocket
 from fxtunnel.kit.tls import HandshakeFailed, client_context, handshake_client
 from fxtunnel.kit.tokens import new_key
 from fxtunnel.model import RelayId
@@ -81,8 +82,7 @@ async def test_no_common_alpn_is_refused(tmp_path: Path) -> None:
     async with running(tmp_path) as rig:
         with pytest.raises(HandshakeFailed):
             await rig.dial("h2")
-        context = client_context(rig.ca_pem, ["x"])
-        context.set_alpn_protocols([])
+        context = client_context(rig.ca_pem, [])
         sock = await rig.connect()
         with pytest.raises((HandshakeFailed, trio.BrokenResourceError)):
             await handshake_client(sock, context, "127.0.0.1")
@@ -141,8 +141,7 @@ async def test_a_busy_port_says_so_before_tls_and_finishes_what_it_has_begun(tmp
     async with running(tmp_path, PortLimits(hello_timeout_s=60.0, pending=2, pending_per_source=2, at_once=1)) as rig:
         await rig.enrol()
         await until(lambda: not rig.port.pending)
-        context = client_context(rig.ca_pem, ["http/1.1"])
-        hello_bytes = client_hello(context)
+        hello_bytes = client_hello("http/1.1")
         crowd = [await rig.connect() for _ in range(2)]
         for sock in crowd:
             sock.sendall(hello_bytes)
@@ -166,8 +165,9 @@ async def test_a_busy_port_says_so_before_tls_and_finishes_what_it_has_begun(tmp
             assert isinstance(welcome, Welcome)
 
 
-def client_hello(context: ssl.SSLContext) -> bytes:
-    outgoing = ssl.MemoryBIO()
+def client_hello(alpn: str) -> bytes:
+    context, outgoing = ssl.create_default_context(), ssl.MemoryBIO()
+    context.set_alpn_protocols([alpn])
     tls = context.wrap_bio(ssl.MemoryBIO(), outgoing, server_hostname="127.0.0.1")
     with contextlib.suppress(ssl.SSLWantReadError):
         tls.do_handshake()
@@ -178,7 +178,7 @@ async def test_a_connection_reset_at_any_moment_is_only_logged(tmp_path: Path) -
     async with running(tmp_path) as rig:
         await rig.enrol()
         for alpn in (None, "http/1.1", "fx-data/1"):
-            sock: socket.socket | ssl.SSLSocket
+            sock: socket.socket | LinkSocket
             sock = await rig.connect() if alpn is None else (await rig.dial(alpn)).detach()[0]
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             sock.close()
@@ -281,7 +281,7 @@ async def test_errors_in_the_adapters_do_not_either(
                     stream = await rig.dial()
                     head = target + b" HTTP/1.1\r\nHost: gw\r\nConnection: upgrade\r\n"
                     with contextlib.suppress(trio.BrokenResourceError):
-                        await stream.send_all(head + b"Authorization: Bearer " + rig.assertion().encode() + b"\r\n\r\n")
+                        await stream.send_all(head + b"Authorization: Bearer " + rig.assertion()(stream).encode() + b"\r\n\r\n")
                     await ended(stream)
         assert "internal error" in caplog.text
         async with rig.control() as (_, welcome):

@@ -4,13 +4,12 @@ import contextlib
 import logging
 import secrets
 import socket
-import ssl
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import pytest
 import trio
@@ -27,6 +26,7 @@ from fxtunnel.control.upgrade import CONTROL_PATH, ENROL_PATH, open_websocket, p
 from fxtunnel.errors import PeerRefused, RemoteProtocolError
 from fxtunnel.kit.certificates import issue_server_certificate, new_authority
 from fxtunnel.kit.files import write_secret
+from fxtunnel.kit.link_tls import LinkSocket
 from fxtunnel.kit.tls import TlsStream, client_context, handshake_client, server_context
 from fxtunnel.kit.tokens import new_enrolment_token, new_key, public_to_text, sign_assertion
 from fxtunnel.model import GatewayId, InstanceId, Offer, RelayId, ServiceName, SessionId
@@ -38,13 +38,16 @@ SSH = (Offer(ServiceName("ssh")),)
 LIMITS = PortLimits(hello_timeout_s=60.0, pending=256, pending_per_source=64)
 
 
+Prove: TypeAlias = Callable[[TlsStream], str]
+
+
 @dataclass
 class FakeSession:
     """Remembers its links; `refuses` makes attach find the relay at fault."""
 
     id: SessionId = field(default_factory=lambda: SessionId(secrets.token_hex(16)))
     received: int = 0
-    links: list[tuple[ssl.SSLSocket, int]] = field(default_factory=list)
+    links: list[tuple[LinkSocket, int]] = field(default_factory=list)
     log: list[str] = field(default_factory=list)
     refuses: bool = False
 
@@ -58,7 +61,7 @@ class FakeSession:
     def detach(self, reason: str) -> None:
         self.log.append("detach")
 
-    def attach(self, link: ssl.SSLSocket, peer_received: int) -> None:
+    def attach(self, link: LinkSocket, peer_received: int) -> None:
         if self.refuses:
             raise RemoteProtocolError(Code.PROTOCOL_ERROR, "resume at 9, kept 0 to 3")
         self.log.append("attach")
@@ -163,8 +166,9 @@ class Rig:
     async def dial(self, alpn: str = "http/1.1", source: str = "127.0.0.1") -> TlsStream:
         return TlsStream(await handshake_client(await self.connect(source), client_context(self.ca_pem, [alpn]), "127.0.0.1"))
 
-    def assertion(self, *, skew_s: float = 0, relay_id: RelayId = NODE, key: Ed25519PrivateKey | None = None) -> str:
-        return sign_assertion(key or self.key, relay_id, GATEWAY, time.time() + skew_s)
+    def assertion(self, *, skew_s: float = 0, relay_id: RelayId = NODE, key: Ed25519PrivateKey | None = None) -> Prove:
+        """Makes assertions for the streams it is given."""
+        return lambda stream: sign_assertion(key or self.key, relay_id, GATEWAY, stream.socket.binding(), time.time() + skew_s)
 
     async def enrol(self, relay_id: RelayId = NODE, key: Ed25519PrivateKey | None = None, **changed: object) -> tuple[int, dict[str, Any]]:
         key = key or self.key
@@ -177,14 +181,15 @@ class Rig:
         }
         stream = await self.dial()
         try:
-            return await post_json(stream, "gw.example", ENROL_PATH, body | changed)
+            said = {name: value(stream) if callable(value) else value for name, value in (body | changed).items()}
+            return await post_json(stream, "gw.example", ENROL_PATH, said)
         finally:
             await stream.aclose()
 
     @asynccontextmanager
-    async def websocket(self, assertion: str | None = None) -> AsyncIterator[Any]:
+    async def websocket(self, prove: Prove | None = None) -> AsyncIterator[Any]:
         stream = await self.dial()
-        headers = {"Authorization": f"Bearer {assertion or self.assertion()}"}
+        headers = {"Authorization": f"Bearer {(prove or self.assertion())(stream)}"}
         try:
             async with trio.open_nursery() as nursery:
                 yield await open_websocket(nursery, stream, "gw.example", CONTROL_PATH, headers)
@@ -281,9 +286,9 @@ def warnings_of(caplog: Any) -> str:
     return "\n".join(r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING)
 
 
-async def refused(rig: Rig, assertion: str | None = None) -> PeerRefused:
+async def refused(rig: Rig, prove: Prove | None = None) -> PeerRefused:
     stream = await rig.dial()
-    headers = {"Authorization": f"Bearer {assertion or rig.assertion()}"}
+    headers = {"Authorization": f"Bearer {(prove or rig.assertion())(stream)}"}
     async with trio.open_nursery() as nursery:
         with pytest.raises(PeerRefused) as caught:
             await open_websocket(nursery, stream, "gw.example", CONTROL_PATH, headers)

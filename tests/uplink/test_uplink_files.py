@@ -128,8 +128,10 @@ async def test_the_key_is_made_once_and_private(tmp_path: Path) -> None:
 
 async def test_an_assertion_proves_the_key(tmp_path: Path) -> None:
     identity = await load_identity(tmp_path / "state", RELAY)
-    token = identity.assertion(GATEWAY, 1000.0)
-    proof = verify_assertion(token, gateway_id=GATEWAY, find_key=lambda *_: public_from_text(identity.public_key), now_unix=1000.0)
+    token = identity.assertion(GATEWAY, "bound", 1000.0)
+    proof = verify_assertion(
+        token, gateway_id=GATEWAY, binding="bound", find_key=lambda *_: public_from_text(identity.public_key), now_unix=1000.0
+    )
     assert (proof.relay_id, proof.kid) == (RELAY, identity.kid)
 
 

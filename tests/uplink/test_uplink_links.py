@@ -19,6 +19,7 @@ from fxtunnel.codes import Code, Refusal
 from fxtunnel.control.messages import Closing, Drain, Load, Refused, Services, TicketRequest
 from fxtunnel.errors import PeerRefused
 from fxtunnel.kit.certificates import new_authority
+from fxtunnel.kit.link_tls import LinkSocket
 from fxtunnel.model import Offer, ServiceName, SessionId
 from fxtunnel.protocol.hello import Denied, Hello, Welcome
 
@@ -188,7 +189,7 @@ async def test_a_link_the_session_does_not_take_ends_the_session(gateway: FakeGa
             await _read_end(gateway.data_links[1])
 
 
-async def _read_end(link: ssl.SSLSocket) -> None:
+async def _read_end(link: LinkSocket) -> None:
     while True:
         try:
             if link.recv(1) == b"":

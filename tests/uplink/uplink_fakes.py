@@ -3,9 +3,9 @@
 import json
 import random
 import socket
-import ssl
+import tempfile
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,9 @@ from fxtunnel.engine.ports import SessionStatistics, State
 from fxtunnel.errors import FxError, PeerRefused, RemoteProtocolError, TunnelError
 from fxtunnel.kit.certificates import Authority, issue_server_certificate
 from fxtunnel.kit.files import write_secret
+from fxtunnel.kit.link_tls import LinkContext, LinkSocket
 from fxtunnel.kit.tls import HandshakeFailed, TlsStream, handshake_server, server_context
-from fxtunnel.kit.tokens import ReplayGuard, public_from_text, verify_assertion
+from fxtunnel.kit.tokens import public_from_text, verify_assertion
 from fxtunnel.model import GatewayId, Offer, RelayId, ServiceName, SessionId
 from fxtunnel.protocol.alpn import is_data, spoken_by
 from fxtunnel.protocol.hello import (
@@ -62,7 +63,7 @@ class FakeSession:
     def __init__(self, owner: UplinkSessionOwner, session_id: SessionId) -> None:
         self.owner = owner
         self.id = session_id
-        self.link: ssl.SSLSocket | None = None
+        self.link: LinkSocket | None = None
         self.calls: list[str] = []
         self.peer_received: list[int] = []
         self.closed: tuple[Code, str] | None = None
@@ -82,7 +83,7 @@ class FakeSession:
     def forgo_resumption(self) -> None:
         self.calls.append("forgo")
 
-    def attach(self, link: ssl.SSLSocket, peer_received: int) -> None:
+    def attach(self, link: LinkSocket, peer_received: int) -> None:
         if self.refuses_to_attach:
             raise RemoteProtocolError(Code.PROTOCOL_ERROR, "the peer wants bytes that were never sent")
         self.calls.append("attach")
@@ -121,7 +122,7 @@ class FakeFactory:
 class FakeGateway:
     """Speaks PROTOCOL.md on loopback. Set what it answers before the relay dials; look at what it saw afterwards."""
 
-    def __init__(self, authority: Authority, context: ssl.SSLContext) -> None:
+    def __init__(self, authority: Authority, context: LinkContext) -> None:
         self.authority = authority
         self.context = context
         self.port = 0
@@ -143,8 +144,7 @@ class FakeGateway:
         self.heard: list[Message] = []
         self.controls: list[tuple[Channel, TlsStream]] = []
         self.data_hellos: list[Hello] = []
-        self.data_links: list[ssl.SSLSocket] = []
-        self._replays = ReplayGuard()
+        self.data_links: list[LinkSocket] = []
         self._sessions = 0
 
     @property
@@ -161,7 +161,8 @@ class FakeGateway:
 
     def take_name(self, process: str) -> None:
         """Be this process, and one that can be named."""
-        self.context.set_alpn_protocols(list(spoken_by(process)))
+        with tempfile.TemporaryDirectory() as directory:
+            self.context = make_context(Path(directory), self.authority, alpn=spoken_by(process))
         self.greeting = [self.welcome(process=process, caps=("resume", CAP_NAMED)) for _ in range(8)]
 
     async def wait_controls(self, count: int) -> None:
@@ -206,7 +207,10 @@ class FakeGateway:
                     if self.enrolling:
                         raise self.enrolling.pop(0)
                     key = public_from_text(body["public_key"])
-                    proof = verify_assertion(body["assertion"], gateway_id=GATEWAY_ID, find_key=lambda *_: key, now_unix=_now())
+                    binding = peer.socket.binding()
+                    proof = verify_assertion(
+                        body["assertion"], gateway_id=GATEWAY_ID, binding=binding, find_key=lambda *_: key, now_unix=_now()
+                    )
                     self.keys[proof.kid] = body["public_key"]
                     await answer(peer, 200, {"relay_id": RELAY_ID, "gateway_id": GATEWAY_ID, "kid": proof.kid})
                     return
@@ -214,9 +218,12 @@ class FakeGateway:
                     raise self.upgrading.pop(0)
                 token = (head.header("authorization") or "").removeprefix("Bearer ")
                 proof = verify_assertion(
-                    token, gateway_id=GATEWAY_ID, find_key=lambda _, kid: public_from_text(self.keys[kid]), now_unix=_now()
+                    token,
+                    gateway_id=GATEWAY_ID,
+                    binding=peer.socket.binding(),
+                    find_key=lambda _, kid: public_from_text(self.keys[kid]),
+                    now_unix=_now(),
                 )
-                assert self._replays.first_use(proof.jti, proof.exp_unix, _now())
             except PeerRefused as exc:
                 await answer(peer, exc.refusal.status, refusal_fields(exc, _now()))
                 return
@@ -295,11 +302,11 @@ def deny(refusal: Refusal, retry_after_s: float = 0.0) -> Denied:
     return Denied(refusal, "the fake says no", retry_after_s)
 
 
-def make_context(directory: Path, authority: Authority, *hosts: str) -> ssl.SSLContext:
+def make_context(directory: Path, authority: Authority, *hosts: str, alpn: Sequence[str] = ("http/1.1", "fx-data/1")) -> LinkContext:
     certificate, key = issue_server_certificate(authority, hosts or ("127.0.0.1",))
     (directory / "server.pem").write_text(certificate)
     write_secret(directory / "server.key", key)
-    return server_context(directory / "server.pem", directory / "server.key", ("http/1.1", "fx-data/1"))
+    return server_context(directory / "server.pem", directory / "server.key", alpn)
 
 
 class Running:

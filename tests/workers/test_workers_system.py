@@ -18,6 +18,7 @@ import trio
 from workers_rig import MakeStack, gateway_page, is_worker, say, start, streams, until_gone, wait_until_shown, worker_of, workers
 
 from fxrelay.uplink.identity import load_identity
+from fxtunnel.kit.tls import TlsStream, client_context, handshake_client
 from fxtunnel.model import GatewayId, RelayId
 from tests.ports import free_port
 from tests.system.peers import (
@@ -240,28 +241,32 @@ def test_revoking_reaches_every_worker(make_stack: MakeStack, echo_service: Serv
     wait_until(lambda: not stack.live_relays(), 20, "no relay")
 
 
-def upgrade(stack: Stack, worker: int, assertion: str) -> int:
-    """Ask a certain worker for a control link; the status of its answer."""
-    context = ssl.create_default_context(cafile=str(stack.directory / "ca.pem"))
-    context.set_alpn_protocols([f"fx-worker/{worker}", "http/1.1"])
-    with dial(stack.tunnel_port) as plain, context.wrap_socket(plain, server_hostname="127.0.0.1") as sock:
-        sock.sendall(
+async def upgrade(stack: Stack, worker: int, prove: Callable[[str], str]) -> int:
+    """Ask a certain worker for a control link, with an assertion for the connection that is told; the status of its answer."""
+    context = client_context((stack.directory / "ca.pem").read_text(), [f"fx-worker/{worker}", "http/1.1"])
+    async with TlsStream(await handshake_client(dial(stack.tunnel_port), context, "127.0.0.1")) as stream:
+        await stream.send_all(
             b"GET /.fx/control HTTP/1.1\r\nHost: gw\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
             b"Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\nSec-WebSocket-Protocol: fx-control.1\r\n"
-            b"Authorization: Bearer " + assertion.encode() + b"\r\n\r\n"
+            b"Authorization: Bearer " + prove(stream.socket.binding()).encode() + b"\r\n\r\n"
         )
-        return int(sock.recv(4096).split()[1])
+        return int((await stream.receive_some()).split()[1])
 
 
-def test_an_assertion_is_good_once_for_all_workers(shared: Stack) -> None:
+def test_an_assertion_is_good_for_its_connection_alone_at_every_worker(shared: Stack) -> None:
     state = Path(shared.directory / "node-0" / "state")
     identity = trio.run(load_identity, state, RelayId("node-0"))
     gateway_id = GatewayId(json.loads(shared.page("/relays"))["gateway"]["gateway_id"])
+    made: list[str] = []
+
+    def prove(binding: str) -> str:
+        made.append(identity.assertion(gateway_id, binding, time.time()))
+        return made[-1]
+
     for first, second in ((1, 2), (2, 2), (3, 1)):
-        assertion = identity.assertion(gateway_id, time.time())
-        assert upgrade(shared, first, assertion) == 101
-        assert upgrade(shared, second, assertion) == 401
-    assert upgrade(shared, 99, identity.assertion(gateway_id, time.time())) == 101  # nobody has that number: whoever took it serves it
+        assert trio.run(upgrade, shared, first, prove) == 101
+        assert trio.run(upgrade, shared, second, lambda _: made[-1]) == 401
+    assert trio.run(upgrade, shared, 99, prove) == 101  # nobody has that number: whoever took it serves it
 
 
 def test_a_hello_that_comes_in_pieces_finds_its_worker(shared: Stack) -> None:
