@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import trio
-from peers import connect, echo, exchange, free_port, refused, until_reset
+from peers import connect, echo, exchange, refused, until_reset
 from plane import Contexts, Plane, open_plane
 
 from fxgateway.routing.failover import FailoverState
@@ -13,6 +13,7 @@ from fxgateway.workers.client_transfer import pack, unpack
 from fxtunnel.codes import Code
 from fxtunnel.engine.ports import SessionConfig
 from fxtunnel.model import RelayId
+from tests.ports import free_port
 
 SHORT_HOLD = SessionConfig(hold_s=0.2, heartbeat_s=0.1, dead_after_s=5.0)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import trio
-from peers import Serve, connect, echo, exchange, free_port, hanging_port, pattern, receive_all, receive_exactly, refused, until_reset
+from peers import Serve, connect, echo, exchange, hanging_port, pattern, receive_all, receive_exactly, refused, until_reset
 from plane import SERVICE, Contexts, Plane, open_plane
 
 from fxgateway.access_log import AccessLog
@@ -22,6 +22,7 @@ from fxtunnel.codes import Code
 from fxtunnel.engine.ports import SessionConfig, State
 from fxtunnel.model import ServiceName
 from fxtunnel.protocol.stream import Stream
+from tests.ports import free_port
 
 UPGRADE = b"Connection: Upgrade\r\nUpgrade: fx-stream\r\n\r\n"
 SHORT_HOLD = SessionConfig(hold_s=1.0, heartbeat_s=0.1, dead_after_s=0.5)

@@ -96,14 +96,6 @@ async def until_read(stdin: trio.abc.SendStream) -> None:
             await trio.sleep(0.005)
 
 
-def free_port() -> int:
-    """A port on which nobody listens."""
-    with socket.socket() as sock:
-        sock.bind((LOOPBACK, 0))
-        port: int = sock.getsockname()[1]
-    return port
-
-
 def pattern(size: int, seed: int = 0) -> bytes:
     """Bytes that tell when something is lost, repeated or swapped."""
     block = b"".join(hashlib.sha256(struct.pack(">II", seed, number)).digest() for number in range(min(size, 1 << 18) // 32 + 1))

@@ -4,11 +4,12 @@ import gc
 from contextlib import suppress
 
 import trio
-from peers import connect, free_port, pattern, receive_all, receive_exactly, reset, until_reset
+from peers import connect, pattern, receive_all, receive_exactly, reset, until_reset
 from plane import SERVICE, Contexts, Plane, open_plane
 from web_rig import OK, Canned, add_web_relay, ask, read_head, statuses
 
 from fxrelay.web.ports import WebLimits, WebRules
+from tests.ports import free_port
 
 GET = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n"
 LAST = b"GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
