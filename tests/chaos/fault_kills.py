@@ -1,9 +1,12 @@
 """Relays, gateway and store are killed in turn, under load."""
 
+import json
 import random
 import time
 from collections import Counter
+from pathlib import Path
 
+from fxgateway.doors.client import UNANSWERED
 from tests.chaos.figures import Outcome
 from tests.chaos.load import End
 from tests.chaos.pool_stage import NODES, Pools
@@ -19,7 +22,8 @@ SETTLED_S = 0.3
 
 def kills(stage: Stage, outcome: Outcome) -> None:
     """Each is started again at once, as systemd would. What a death costs is counted, and what of it need not have been."""
-    pools = Pools(stage, LIVELY, LIVELY_RELAY)
+    log = AccessLines(stage.directory / "access.log")
+    pools = Pools(stage, f'{LIVELY}[log]\naccess = "{log.path}"\n', LIVELY_RELAY)
     count = stage.pick(3, 200)
     load = pools.load(30, RATE, SIZE_BYTES)
     load.wait_running()
@@ -32,7 +36,8 @@ def kills(stage: Stage, outcome: Outcome) -> None:
         kind = "relay" if victim in NODES else victim
         stage.show(f"kill {number + 1} of {count}: {victim}", number / count)
         time.sleep(chance.uniform(*stage.pick((0.1, 0.6), (1.2, 2.6))))
-        before, before_unanswered = ends_of(load), pools.unanswered()
+        before = ends_of(load)
+        log.skip()
         its_own = pools.stop_and_count(victim) if kind == "relay" else 0
         ready_s.setdefault(kind, []).append(pools.kill(victim))
         time.sleep(SETTLED_S)
@@ -40,10 +45,11 @@ def kills(stage: Stage, outcome: Outcome) -> None:
         reset[kind] += cost[End.RESET]
         carried += its_own
         if kind != "gateway":  # while that is away, nobody can come in
-            # Those who come after `its_own` was counted may ask the victim as well: no other relay may be asked then (PROTOCOL.md, 6).
-            asked_it = pools.unanswered() - before_unanswered if kind == "relay" else 0
-            unanswered += asked_it
-            needless += max(0, cost[End.RESET] - its_own) + max(0, cost[End.TURNED_AWAY] + cost[End.REFUSED] - asked_it)
+            # A RST before the first byte is "turned away" to the client, whether the victim had accepted its stream or only been asked.
+            with_victim = log.lost_with(victim)
+            unanswered += with_victim.count(f"gateway: {UNANSWERED}")
+            lost = cost[End.RESET] + cost[End.TURNED_AWAY] + cost[End.REFUSED]
+            needless += max(0, cost[End.RESET] - its_own) + max(0, lost - len(with_victim))
     tally = load.finish()
     outcome.add("kills", count)
     for kind, seconds in ready_s.items():
@@ -59,6 +65,26 @@ def kills(stage: Stage, outcome: Outcome) -> None:
     outcome.add("reset when the store died", reset["store"], "= 0")
     outcome.add("reset or turned away at a death that was not their relay's", needless, "= 0")
     outcome.add("MiB compared", tally["bytes_right"] / MIB)
+
+
+class AccessLines:
+    """The gateway's access log, read on from where it was read last."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._read_bytes = 0
+
+    def skip(self) -> None:
+        """Leave out what is there."""
+        self._read_bytes = self.path.stat().st_size
+
+    def lost_with(self, relay: str) -> list[str]:
+        """How clients of `desk` have ended that this relay had, or had been asked for, those left out that ended well."""
+        with self.path.open("rb") as file:
+            file.seek(self._read_bytes)
+            lines = [json.loads(line) for line in file]
+            self._read_bytes = file.tell()
+        return [line["end"] for line in lines if (line["relay"], line["service"]) == (relay, "desk") and line["end"] != "closed"]
 
 
 def ends_of(load: Load) -> Counter[str]:

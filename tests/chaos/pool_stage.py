@@ -5,7 +5,6 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from fxgateway.doors.client import UNANSWERED
 from fxtunnel.kit.certificates import new_authority
 from tests.chaos.stage import Helper, Load, Stage, Unplayable
 from tests.cluster_store.store_rig import REDIS, RedisServer, broker_content, plain, write_broker
@@ -83,11 +82,6 @@ class Pools(Nodes):
         """Stop a relay that is about to be killed: how many streams go with it, also those that it has not accepted."""
         self.signal(relay, signal.SIGSTOP)
         return sum(link["streams"] for link in self.stack.live_relays()[relay]["links"])
-
-    def unanswered(self) -> int:
-        """How many clients this gateway has turned away because their relay may have accepted them."""
-        lines = [line for line in self.stack.page("/metrics").splitlines() if line.startswith("fxgateway_door_refused_total{")]
-        return sum(int(float(line.rpartition(" ")[2])) for line in lines if f'reason="{UNANSWERED}"' in line)
 
     def signal(self, victim: str, number: signal.Signals) -> None:
         """To the process of that name."""
