@@ -139,7 +139,10 @@ class _Half:
             self.blocked = False
         if events & (READ | HANGUP | ERROR):
             self.readable = True
-        self.owner.stir()
+        if events & ERROR and not self.is_plain and self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+            self.owner.fail()  # while the other half takes nothing, nobody would read of it
+        else:
+            self.owner.stir()
 
     def on_crash(self) -> None:
         """From the reactor: a bug of ours; this client ends, nothing else does."""

@@ -20,6 +20,7 @@ from fxgateway.workers.peers import Peers
 from fxgateway.workers.shares import as_message, from_message, share_of
 from fxgateway.workers.worker_relays import AllRelays
 from fxtunnel.engine.reactor import Reactor
+from fxtunnel.engine.splice import abort
 from fxtunnel.kit.console import ASK_TIMEOUT_S
 from fxtunnel.kit.settings import Address
 from fxtunnel.model import ServiceName
@@ -228,6 +229,36 @@ def test_a_reset_crosses_a_bridge_as_a_reset(crossing: Crossing, has_ended: bool
     with pytest.raises(ConnectionResetError):
         crossing.near.recv_into(bytearray(10))
     assert len(crossing.over) == 1
+
+
+class Secured(socket.socket):
+    """A client's socket, as a `TlsSocket` is used."""
+
+    has_more = read_awaits_write = write_awaits_read = at_end = False
+
+
+def test_a_client_that_is_reset_while_nobody_reads_him_is_let_go() -> None:
+    """His service has stopped reading, for hours maybe: nobody would try his socket before it goes on."""
+    reactor, over = Reactor(), list[Bridge]()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        client = socket.create_connection(server.getsockname())
+        accepted = server.accept()[0]
+    secured = Secured(accepted.family, accepted.type, accepted.proto, accepted.detach())
+    ours, far = plain_pair()
+    for sock in (client, secured):
+        sock.setblocking(False)
+    bridge = Bridge(reactor, secured, ours, over.append)
+    with far:
+        for _ in range(200):
+            with suppress(BlockingIOError):
+                client.send(b"x" * 65_536)
+            reactor.run_once(0)
+        assert bridge._halves[1].blocked
+        abort(client)
+        for _ in range(3):
+            reactor.run_once(0.1)
+        assert over == [bridge]
+    reactor.close()
 
 
 @pytest.mark.parametrize("unread", [b"", b"and what it said then"])
