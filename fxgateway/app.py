@@ -34,6 +34,7 @@ from fxgateway.tunnels.succession import Succession
 from fxtunnel.codes import Code
 from fxtunnel.engine.ports import SessionConfig
 from fxtunnel.engine.reactor import Reactor
+from fxtunnel.errors import FxError
 from fxtunnel.kit import logs, web_tls
 from fxtunnel.kit.certificates import expires_unix
 from fxtunnel.kit.listeners import Inherited, bound_address, listen
@@ -259,11 +260,17 @@ class Gateway:
         fresh, waiting = config.take_up(self._settings, written)
         self._sandbox.check(fresh)
         contexts = await trio.to_thread.run_sync(web_contexts, fresh)
+        self._check_goes_on()
         await trio.to_thread.run_sync(self._access.open, fresh.log.access)
+        self._check_goes_on()
         self._apply(fresh, contexts)
         if waiting:
             logger.warning("changed, but not before the next restart: %s", ", ".join(waiting))
         logger.info("reloaded %s", self._config_path)
+
+    def _check_goes_on(self) -> None:
+        if self._stop.is_set():
+            raise FxError("the gateway is stopping, and would open its doors again")
 
     def _apply(self, fresh: GatewaySettings, contexts: Mapping[str, ssl.SSLContext], inherited: Inherited | None = None) -> None:
         """Take up a reloaded configuration, as far as that is possible without a restart."""

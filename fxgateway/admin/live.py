@@ -80,7 +80,7 @@ class LiveView:
             uptime_s=round(time.monotonic() - self._started, 1),
             listening=self.listening,
             streams=sum(s.mux.streams for s in sessions),
-            streams_opened=sum(door.counters.accepted for door in self._doors.shown()),
+            streams_opened=self._doors.accepted,
             resumed=self._registry.resumed + sum(s.resumed for s in sessions),
             memory_bytes=memory_bytes(),
             memory_limit_bytes=self.memory_limit_bytes,

@@ -225,6 +225,12 @@ class Door:
             self.counters.bytes_in += stream.bytes_out
             self.counters.bytes_out += stream.bytes_in
 
+    def adopt(self, client: Client) -> None:
+        """Have a client that another process has admitted. It may begin also after the door was closed, and has its deadlines then, too."""
+        self.clients.add(client)
+        if self._sweep is None:
+            self._sweep_later()
+
     def client_given_away(self, client: Client) -> None:
         """A client belongs to another process from now on."""
         self.clients.discard(client)
@@ -359,6 +365,7 @@ class Door:
         self._sweep = self.reactor.call_later(SWEEP_S, self._sweep_now)
 
     def _sweep_now(self) -> None:
+        self._sweep = None
         if self._listener is None and not self.occupants:
             return
         self._sweep_later()

@@ -19,6 +19,8 @@ class Doors:
         self._admission = admission
         self._open: dict[str, Door] = {}
         self._closed: list[Door] = []
+        self._accepted_before = 0
+        """Of doors that are no more."""
         self._inherited: Inherited | None = None
         self.bound: dict[str, str] = {}
 
@@ -35,6 +37,11 @@ class Doors:
     def clients(self) -> int:
         """Clients in all doors, closed ones included."""
         return sum(door.occupants for door in (*self._open.values(), *self._closed))
+
+    @property
+    def accepted(self) -> int:
+        """Clients let in since start, by all doors that there have been: it never falls."""
+        return self._accepted_before + sum(door.counters.accepted for door in (*self._open.values(), *self._closed))
 
     def leading_in(self, listen_address: str) -> Door | None:
         """The door with this address, closed ones included."""
@@ -69,6 +76,7 @@ class Doors:
                 door.open(fresh[key])
             else:
                 self._open[key].reconfigure(config)
+        self._accepted_before += sum(door.counters.accepted for door in self._closed if not door.clients)
         self._closed = [door for door in self._closed if door.clients]
 
     def hold(self) -> None:

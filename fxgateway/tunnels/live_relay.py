@@ -95,4 +95,4 @@ class LiveRelay:
         if len(self.sessions) == 1:
             (only,) = self.sessions.values()
             return only
-        return min(self.sessions.values(), key=lambda s: (not s.is_up, s.is_bulk, len(s.mux.streams)), default=None)
+        return min(self.sessions.values(), key=lambda s: (not s.is_up, s.is_used_up, s.is_bulk, len(s.mux.streams)), default=None)

@@ -190,6 +190,8 @@ class Registry:
         self._end_given_up(
             relay, 1 + len(relay.sessions) - self._limits.links_per_relay
         )  # only as many as are in the way: the streams of the rest may still find another link
+        if not self.knows(relay_id, instance):  # what it had given up was all that was here of it
+            return None
         if len(relay.sessions) >= self._limits.links_per_relay or not self._has_room(relay):
             return None
         session = Session(self._reactor, SessionId(secrets.token_hex(16)), _Owner(self, relay), self._config, self._budget)

@@ -33,6 +33,11 @@ class PlainEnd(socket.socket):
     _unread = b""
     _has_said_end = False
 
+    @property
+    def holds_some(self) -> bool:
+        """Whether something has left the line that its owner has not read yet: another process that got the descriptor would miss it."""
+        return bool(self._unread) or self.at_end
+
     def recv_into(self, buffer: "WriteableBuffer", nbytes: int = 0, flags: int = 0) -> int:
         """See `TlsSocket.recv_into`."""
         view = buffer if isinstance(buffer, memoryview) else memoryview(buffer)
@@ -134,7 +139,10 @@ class _Half:
             self.blocked = False
         if events & (READ | HANGUP | ERROR):
             self.readable = True
-        self.owner.stir()
+        if events & ERROR and not self.is_plain and self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+            self.owner.fail()  # while the other half takes nothing, nobody would read of it
+        else:
+            self.owner.stir()
 
     def on_crash(self) -> None:
         """From the reactor: a bug of ours; this client ends, nothing else does."""
@@ -144,7 +152,7 @@ class _Half:
 class Bridge:
     """Carries bytes between a client's TLS and another worker, both ways, until both have ended or one breaks. Owns both sockets."""
 
-    def __init__(self, reactor: Reactor, client: TlsSocket, line: PlainEnd, on_over: Callable[["Bridge"], None]) -> None:
+    def __init__(self, reactor: Reactor, client: TlsSocket | PlainEnd, line: PlainEnd, on_over: Callable[["Bridge"], None]) -> None:
         self._reactor = reactor
         self._on_over = on_over
         self._is_over = False

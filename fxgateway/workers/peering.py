@@ -153,7 +153,7 @@ class WorkerPeering:
             return
         client, early = unpack(door, adopt(sock) if message["is_bridged"] else sock, message)
         self._parts.admission.adopt(door.listen_address, client.address, self._reactor.now)
-        door.clients.add(client)
+        door.adopt(client)
         try:
             client.begin(client.named or client.peer(), early)
         except BaseException:

@@ -3,7 +3,7 @@
 import logging
 
 from fxgateway.doors.client import Client
-from fxgateway.workers.bridge import Bridge, plain_pair
+from fxgateway.workers.bridge import Bridge, PlainEnd, plain_pair
 from fxgateway.workers.channel import Channel
 from fxgateway.workers.client_transfer import pack
 from fxtunnel.engine.reactor import READ, Reactor
@@ -38,7 +38,8 @@ class Peers:
         channel = self.channels.get(worker)
         if channel is None or not channel.has_room:
             return False
-        if isinstance(client.sock, TlsSocket):
+        secure = client.sock
+        if isinstance(secure, TlsSocket) or (isinstance(secure, PlainEnd) and secure.holds_some):
             try:
                 ours, theirs = plain_pair()
             except OSError as exc:  # out of descriptors: the client is offered to the next relay, which may have its tunnel here
@@ -48,11 +49,10 @@ class Peers:
                 ours.close()
                 theirs.close()
                 return False
-            secure = client.sock
             client.give_away()
             self._bridges.add(Bridge(self._reactor, secure, ours, self._bridges.discard))
             return True
-        message = pack(client, early, client.named) | {"is_bridged": False}
+        message = pack(client, early, client.named) | {"is_bridged": isinstance(secure, PlainEnd)}
         sock = client.give_away()
         if not channel.send(message, [sock]):
             abort(sock)

@@ -90,6 +90,11 @@ class Session:
         return self.state is State.UP
 
     @property
+    def is_used_up(self) -> bool:
+        """Whether all stream ids have been used (gateway): none is used twice, and only another session has more."""
+        return self.mux.opened >= frames.MAX_STREAM_ID
+
+    @property
     def is_bulk(self) -> bool:
         """Whether bulk passes, either way, or did a heartbeat ago: a stream that can be opened elsewhere should not wait behind it."""
         return self.mux.heartbeats.is_bulk(self.mux.passed_bytes)
@@ -108,7 +113,9 @@ class Session:
         return SessionStatistics(self.id, self.state, self.resumed, self.mux.statistics())
 
     def open_stream(self, tags: bytes, splice: Splice) -> Stream | None:
-        """Open a stream for `splice` (gateway); None when a limit is reached or the session is over."""
+        """Open a stream for `splice` (gateway); None when a limit is reached or the session is over. One that is used up ends."""
+        if self.is_used_up:
+            self.close(Code.NORMAL, "it has had all the streams that it may have")
         return self.mux.open(tags, splice) if self.state is not State.CLOSED else None
 
     @property

@@ -1,17 +1,20 @@
 """Who is turned away at the door, and that the counts go back to nothing."""
 
 import ipaddress
+import socket
 from dataclasses import replace
 
 import pytest
 import trio
-from peers import connect, echo, exchange, receive_all, receive_exactly, refused, reset, until_reset
+from peers import LOOPBACK, connect, echo, exchange, hanging_port, receive_all, receive_exactly, refused, reset, until_reset
 from plane import SERVICE, Contexts, open_plane
 
 from fxgateway.doors import door, service_outages
+from fxgateway.doors.client import Client
 from fxgateway.routing.admission import AdmissionLimits
 from fxgateway.routing.hosts import HostTable
 from fxgateway.routing.preread_router import DoorKind, PrereadRouter
+from fxtunnel.protocol.opening import Opening, encode_tags
 
 EXEMPT = (ipaddress.ip_network("127.0.0.0/8"),)
 
@@ -227,3 +230,24 @@ async def test_open_timeouts_keep_to_the_time_after_a_second_try(contexts: Conte
         assert list(door.opening) == [later, earlier]
         reset(first)
         reset(second)
+
+
+async def test_a_client_passed_on_to_a_door_that_is_closed_has_its_time_all_the_same(contexts: Contexts) -> None:
+    """As in a restart, whoever was still saying what he wants: the door of the process that has his relay may have been empty for long."""
+    async with open_plane(contexts) as plane:
+        with hanging_port() as nowhere:
+            await plane.add_relay(nowhere)
+            plane.add_door(open_timeout_s=0.5)
+            (closed,) = plane.doors
+            with socket.create_server((LOOPBACK, 0)) as other:
+                stream = await connect(other.getsockname()[1])
+                sock = other.accept()[0]
+            sock.setblocking(False)
+            closed.release()
+            await trio.sleep(3 * door.SWEEP_S)
+            client = Client(closed, sock, LOOPBACK, SERVICE, encode_tags(Opening(SERVICE)))
+            closed.admission.admit(closed.listen_address, client.address, plane.reactor.now)
+            closed.adopt(client)
+            client.begin(client.peer())
+            assert await until_reset(stream, 5) == b""
+        assert closed.counters.refused == {"all-refused": 1}

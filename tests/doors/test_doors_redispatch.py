@@ -5,7 +5,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 import trio
-from peers import Serve, connect, echo, receive_all, receive_exactly, until_reset
+from peers import Serve, connect, echo, exchange, receive_all, receive_exactly, refused, until_reset
 from plane import Contexts, Plane, RelaySide, open_plane
 
 from fxgateway.routing.failover import MAX_ATTEMPTS
@@ -14,6 +14,7 @@ from fxtunnel.codes import Code
 from fxtunnel.engine.ports import SessionConfig, State
 from fxtunnel.engine.session import Session
 from fxtunnel.model import SessionId
+from fxtunnel.protocol.frames import MAX_STREAM_ID
 
 LONG_HOLD = SessionConfig(hold_s=25.0, heartbeat_s=0.1, dead_after_s=0.5)
 SOON_S = 4.0
@@ -202,3 +203,42 @@ async def test_only_what_is_held_and_not_named_counts_as_given_up(contexts: Cont
         assert (named.state, resumed.state, relay.far_session.state) == (State.HELD, State.HELD, State.UP)
         for session in (named, resumed, another):
             session.close(Code.NORMAL)
+
+
+async def test_a_session_whose_stream_ids_are_used_up_is_followed_by_another(contexts: Contexts) -> None:
+    """After four billion clients. It would be up, and take nobody any more, until its relay is restarted."""
+    async with open_plane(contexts, LONG_HOLD) as plane:
+        relay = await plane.add_relay(await plane.serve(echo))
+        port, old = plane.add_door(), relay.far_session
+        for mux, last in ((old.mux, "opened"), (old.mux, "_last_id"), (relay.session.mux, "_last_id")):
+            setattr(mux, last, MAX_STREAM_ID - 1)
+        assert await exchange(port, b"the last one") == b"the last one"
+        await plane.quiet()
+        await refused(port)
+        assert old.state is State.CLOSED
+        with trio.fail_after(10):
+            while relay.closed_with is None:
+                await trio.sleep(0.01)
+        assert relay.closed_with[0] is Code.NORMAL
+        await link_anew(relay)
+        assert await exchange(port, b"the first one") == b"the first one"
+
+
+async def test_a_relay_with_two_sessions_goes_on_with_the_one_that_has_stream_ids(contexts: Contexts) -> None:
+    async with open_plane(contexts, LONG_HOLD) as plane:
+        relay = await plane.add_relay(await plane.serve(echo))
+        port, old = plane.add_door(), relay.far_session
+        async with await connect(port) as stream:
+            await stream.send_all(b"x")
+            assert await receive_exactly(stream, 1) == b"x"
+            old.mux.opened = old.mux._last_id = MAX_STREAM_ID
+            session = relay.session
+            await link_anew(relay)
+            async with await connect(port) as beside:
+                await beside.send_all(b"y")
+                assert await receive_exactly(beside, 1) == b"y"
+                assert await exchange(port, b"also the one with fewer streams") == b"also the one with fewer streams"
+            await stream.send_all(b"z")
+            assert await receive_exactly(stream, 1) == b"z"
+        await plane.quiet()
+        session.close(Code.NORMAL)

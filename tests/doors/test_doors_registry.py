@@ -111,6 +111,21 @@ async def test_sessions_and_relays_are_bounded(contexts: Contexts) -> None:
         again.close(Code.NORMAL)
 
 
+async def test_a_relay_that_is_gone_with_what_it_has_given_up_gets_no_session(contexts: Contexts) -> None:
+    """Its control link was lost behind the ticket. The session would be no relay's here: up, and with no client ever."""
+    async with open_plane(contexts) as plane:
+        registry, name, instance, link = plane.registry, RelayId("a"), InstanceId("a-1"), ControlLink()
+        registry.apply(RegistryLimits(links_per_relay=1), plane.config)
+        registry.enter(name, instance, OFFERS, link)
+        given_up = registry.new_session(name, instance)
+        assert given_up is not None
+        registry.note_sessions(name, instance, ())
+        registry.leave(name, link)
+        assert registry.new_session(name, instance) is None
+        assert given_up.state is State.CLOSED
+        assert not registry.knows(name)
+
+
 async def test_instances_of_a_relay_share_what_a_hand_over_needs(contexts: Contexts) -> None:
     """Each says that it drains for a day, and keeps its links: the present one gets its own, at the expense of the oldest."""
     async with open_plane(contexts) as plane:

@@ -255,5 +255,24 @@ async def test_a_door_waits_only_so_long(contexts: Contexts) -> None:
             doors.close()
 
 
+async def test_what_doors_have_let_in_is_counted_when_they_are_gone(contexts: Contexts) -> None:
+    """What only rises must not fall with a reload: a monitor would take that for a restart, and count everybody again."""
+    async with open_plane(contexts) as plane:
+        await plane.add_relay(await plane.serve(echo))
+        doors = Doors(plane.reactor, plane.registry, Admission(OPEN_LIMITS))
+        one, other = (DoorConfig(name, Address.parse(f"127.0.0.1:{free_port()}"), SERVICE) for name in ("one", "other"))
+        doors.apply([one, other])
+        try:
+            for config in (one, one, other):
+                assert await exchange(config.listen.port or 0, b"x") == b"x"
+            while doors.clients:
+                await trio.sleep(0.01)
+            for configs in ([other], [other], []):
+                doors.apply(configs)
+                assert doors.accepted == 3
+        finally:
+            doors.close()
+
+
 def test_making_way_is_better_than_waiting_for_a_link() -> None:
     assert Readiness.UP < Readiness.RELUCTANT < Readiness.LEAVING < Readiness.HELD < Readiness.NONE

@@ -14,7 +14,7 @@ import pytest
 from fxtunnel.kit.certificates import issue_server_certificate, load_authority
 from fxtunnel.kit.files import write_secret
 from tests.ports import free_port
-from tests.system.peers import Outcome, Service, dial, exchanges, how_it_ends, is_served, payload, say, visit
+from tests.system.peers import Outcome, Service, dial, exchanges, how_it_ends, is_refused, is_served, payload, say, visit
 from tests.system.stack import Daemon, Stack, cli, slowness, wait_until
 
 pytestmark = [pytest.mark.system, pytest.mark.xdist_group("config")]
@@ -56,6 +56,20 @@ def test_a_reload_that_is_asked_for_too_early_comes_after_the_start(make_stack: 
     wait_until(lambda: any("reloaded" in event for event in events(daemon)), 60, "it has reloaded")
     assert not blocks(daemon.pid, signal.SIGHUP)
     assert daemon.stop() == 0
+
+
+def test_a_gateway_that_stops_does_not_open_its_doors_again(stack: Stack) -> None:
+    """As when logs are rotated meanwhile. Whoever came in then would be cut off a moment later."""
+    gateway = stack.gateway
+    assert gateway is not None
+    with dial(stack.doors["echo"]) as client:
+        say(client, b"before")
+        gateway.signal(signal.SIGTERM)
+        wait_until(lambda: is_refused(stack.doors["echo"]), what="the door is closed")
+        assert "is stopping" in reload(gateway, "reload")
+        assert is_refused(stack.doors["echo"])
+        say(client, b"the last word")
+    assert gateway.wait(60) == 0
 
 
 def blocks(pid: int, number: int) -> bool:

@@ -7,14 +7,26 @@ from contextlib import suppress
 
 import pytest
 
+from fxgateway.doors.door import Door, DoorConfig
+from fxgateway.doors.web_client import TlsWebClient
+from fxgateway.routing.admission import Admission, AdmissionLimits
+from fxgateway.routing.preread_router import Destination
 from fxgateway.settings import GatewaySettings
 from fxgateway.workers import channel as module
 from fxgateway.workers import drain_requests, parent
-from fxgateway.workers.bridge import Bridge, PlainEnd, plain_pair
+from fxgateway.workers.bridge import Bridge, PlainEnd, adopt, plain_pair
 from fxgateway.workers.channel import Channel, Message, pair
+from fxgateway.workers.peers import Peers
 from fxgateway.workers.shares import as_message, from_message, share_of
+from fxgateway.workers.worker_relays import AllRelays
 from fxtunnel.engine.reactor import Reactor
+from fxtunnel.engine.splice import abort
 from fxtunnel.kit.console import ASK_TIMEOUT_S
+from fxtunnel.kit.settings import Address
+from fxtunnel.model import ServiceName
+from fxtunnel.protocol.opening import Opening
+
+SERVICE = ServiceName("s")
 
 
 class Ear:
@@ -217,6 +229,72 @@ def test_a_reset_crosses_a_bridge_as_a_reset(crossing: Crossing, has_ended: bool
     with pytest.raises(ConnectionResetError):
         crossing.near.recv_into(bytearray(10))
     assert len(crossing.over) == 1
+
+
+class Secured(socket.socket):
+    """A client's socket, as a `TlsSocket` is used."""
+
+    has_more = read_awaits_write = write_awaits_read = at_end = False
+
+
+def test_a_client_that_is_reset_while_nobody_reads_him_is_let_go() -> None:
+    """His service has stopped reading, for hours maybe: nobody would try his socket before it goes on."""
+    reactor, over = Reactor(), list[Bridge]()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        client = socket.create_connection(server.getsockname())
+        accepted = server.accept()[0]
+    secured = Secured(accepted.family, accepted.type, accepted.proto, accepted.detach())
+    ours, far = plain_pair()
+    for sock in (client, secured):
+        sock.setblocking(False)
+    bridge = Bridge(reactor, secured, ours, over.append)
+    with far:
+        for _ in range(200):
+            with suppress(BlockingIOError):
+                client.send(b"x" * 65_536)
+            reactor.run_once(0)
+        assert bridge._halves[1].blocked
+        abort(client)
+        for _ in range(3):
+            reactor.run_once(0.1)
+        assert over == [bridge]
+    reactor.close()
+
+
+@pytest.mark.parametrize("unread", [b"", b"and what it said then"])
+def test_a_client_whose_tls_ended_elsewhere_may_be_passed_on_again(line: ParentLine, unread: bytes) -> None:
+    """The first worker that it came to has no relay for it, either: its line goes on, or another bridge carries what has left it."""
+    config, relays = DoorConfig("d", Address.parse("127.0.0.1:1"), SERVICE), AllRelays(None, None, None)
+    door = Door(line.reactor, config, relays, Admission(AdmissionLimits()))
+    near, end = plain_pair()
+    client = TlsWebClient(door, end, "192.0.2.1", Destination(SERVICE), Opening(SERVICE))
+    door.admission.admit(door.listen_address, client.address, 0.0)
+    door.clients.add(client)
+    near.send(b"early" + unread)
+    assert end.recv_into(bytearray(5)) == 5
+    peers = Peers(line.reactor)
+    peers.channels[2] = line.ends[0]
+    assert peers.pass_on(2, client, b"early")
+    assert not door.clients
+    line.turn_until(lambda: len(line.ears[1].heard) == 1)
+    message, (received,) = line.ears[1].heard[0]
+    assert message["is_bridged"]
+    with near, adopt(received) as far:
+        said = bytearray()
+
+        def hears(words: bytes, at: PlainEnd) -> bool:
+            said.extend(receive(at))
+            return bytes(said) == words
+
+        near.send(b", and more")
+        near.shutdown(socket.SHUT_WR)
+        line.turn_until(lambda: hears(unread + b", and more", far))
+        line.turn_until(lambda: not receive(far) and far.at_end)
+        said.clear()
+        far.send(b"the answer")
+        far.shutdown(socket.SHUT_WR)
+        line.turn_until(lambda: hears(b"the answer", near) and near.at_end)
+    assert not peers.bridges
 
 
 def test_a_configuration_arrives_as_it_was_sent(tmp_path) -> None:

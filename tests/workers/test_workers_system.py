@@ -370,3 +370,24 @@ def test_tls_that_ended_at_one_worker_reaches_a_relay_of_another(make_stack: Mak
                 read_to_end(client)
     assert service.problems == []
     wait_until_shown(stack, "connections", 0)
+
+
+def test_tls_that_ended_at_one_worker_goes_on_where_a_relay_of_another_refuses(
+    make_stack: MakeStack, serve: Callable[..., Service]
+) -> None:
+    """One of three workers has no relay. Whichever it asks first, that one refuses one of the two services."""
+    ports, target, nobody = (free_port(), free_port()), serve(site).target, f"127.0.0.1:{free_port()}"
+    doors = [
+        f'[[door]]\nlisten = "127.0.0.1:{port}"\nkind = "https"\nservice = "{name}"\ncertificate = "server.pem"\nkey = "server.key"\n'
+        for port, name in zip(ports, "ab", strict=True)
+    ]
+    other = {"node-0": {"a": target, "b": nobody}, "node-1": {"a": nobody, "b": target}}
+    stack = start(make_stack, {"a": target, "b": target}, relays=2, count=3, extra="".join(doors), other=other)
+    context = ssl.create_default_context(cafile=str(stack.directory / "ca.pem"))
+    body = bytes(payload(3, 100_000))
+    for port in ports * 20:
+        client = http.client.HTTPSConnection("127.0.0.1", port, context=context, timeout=20)
+        client.request("PUT", "/", body)
+        assert client.getresponse().read() == body
+        client.close()
+    wait_until_shown(stack, "connections", 0)
