@@ -241,7 +241,7 @@ def commit(record: Record, entry_id: str, login: Login, relogin: OwnerRelogin, a
     is a server that the user has and should use; with it he does not get this one, unless he has it, too.
     """
     record = purge(record, at)
-    if any((known.login_id, known.user) == (login.login_id, login.user) for known in record.logins):
+    if any((known.login_id, known.user, known.is_lingering) == (login.login_id, login.user, False) for known in record.logins):
         return Granted(abandon(record, entry_id, at), record.token, False)
     own = [known for known in record.logins if known.outlasts]
     if record.holder not in ("", login.user):
@@ -255,7 +255,9 @@ def commit(record: Record, entry_id: str, login: Login, relogin: OwnerRelogin, a
     if len(own) >= MAX_LOGINS:
         return Rejected(abandon(record, entry_id, at), Reason.TOO_MANY, record.holder)
     base = record if record.holder else Record(at.epoch, at.number, at.now_ms, revision=record.revision)
-    granted = replace(base, logins=(*own, login), entries=())
+    # One that has ended, and was made with the same token, begins again.
+    others = tuple(known for known in own if known.login_id != login.login_id)
+    granted = replace(base, logins=(*others, login), entries=())
     return Granted(granted, granted.token, not record.holder)
 
 

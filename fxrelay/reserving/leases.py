@@ -146,10 +146,8 @@ class Leases:
         self._ending.pop(hold.login_id, None)
 
     def was_granted(self, login_id: str) -> None:
-        """Keep this login in its record, though the answer to an earlier commit of it did not come."""
-        ending = self._ending.get(login_id)
-        if ending is not None and ending.is_unseen:
-            self.ended(ending)
+        """Keep this login in its record, though the answer to an earlier commit of it did not come, or it ended and was made again."""
+        self._ending.pop(login_id, None)
 
     def lose(self, hold: Hold) -> None:
         """The server no longer belongs to the user: tell whoever watches the hold."""

@@ -106,6 +106,17 @@ def test_the_last_logout_frees_the_server_at_once_or_later() -> None:
     assert [each.login_id for each in back.record.logins] == ["l3"]
 
 
+@pytest.mark.parametrize("keeps", ["linger", "sessions"])
+def test_a_login_that_has_ended_counts_again_when_it_is_made_with_the_same_token(keeps: str) -> None:
+    ended = rule.release(held(), "l1", 5_000, at()) if keeps == "linger" else rule.put_off(held(), "l1", 5_000, at())
+    assert [each.is_lingering for each in ended.logins] == [True]
+    missing = rule.commit(ended, "z", login(), OwnerRelogin.PREFER, at())
+    assert isinstance(missing, Rejected)
+    back = rule.commit(entered(ended, "z"), "z", login(), OwnerRelogin.PREFER, at())
+    assert isinstance(back, Granted)
+    assert back.record.logins == (login(),)
+
+
 def test_a_users_sessions_keep_the_server_after_his_last_logout() -> None:
     mine = replace(login(), is_for_sessions=True)
     record = replace(held(), logins=(mine,))

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from fxrelay.reserving.leases import Hold
+from fxrelay.reserving.leases import Hold, LeaseTerms
 from fxrelay.reserving.ledger import Ledger
 from fxrelay.reserving.reservation_cache import LANES, _Waiting
 from fxrelay.reserving.reservations import NO_STORE, NotEntered
@@ -66,6 +66,22 @@ async def test_a_commit_that_is_repeated_after_its_answer_was_lost_counts(tmp_pa
         assert relay.reservations.leases.get("the-token") is hold
         relay.reservations.release(hold)
         await until(lambda: not in_store(relay))
+
+
+async def test_a_login_made_again_with_its_token_is_not_ended_by_the_logout_before(tmp_path: Path) -> None:
+    waiting = LeaseTerms(lifetime_ms=KEPT.lifetime_ms, hold_while_sessions=True)
+    async with relays(tmp_path, "a") as (relay,):
+        relay.reservations.upkeep.may_have_sessions = lambda server_id, user, since_ms: True
+        first = proved(await relay.reservations.enter(S1, "ann", "192.0.2.1"))
+        hold = await relay.reservations.commit(first, "ann", waiting, known_as="the-token")
+        assert isinstance(hold, Hold)
+        relay.reservations.release(hold)
+        await until(lambda: relay.reservations.holders.standings()[S1].record.logins[0].is_lingering)
+        again = proved(await relay.reservations.enter(S1, "ann", "192.0.2.1"))
+        assert isinstance(await relay.reservations.commit(again, "ann", waiting, known_as="the-token"), Hold)
+        assert not relay.reservations.leases.is_ending("the-token")
+        (login,) = relay.reservations.holders.standings()[S1].record.logins
+        assert (login.is_lingering, login.ttl_ms) == (False, KEPT.lifetime_ms)
 
 
 async def test_an_entry_that_nobody_heard_of_is_taken_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
