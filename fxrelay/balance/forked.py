@@ -1,13 +1,14 @@
 """Task: children of a script process: one for each call, with what the process has prepared, and gone with everything when it is over."""
 
 import ctypes
+import fcntl
 import os
 import select
 import signal
 import socket
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Final, NoReturn
 
 _PR_SET_PDEATHSIG: Final = 1
@@ -25,6 +26,27 @@ def die_with(parent: int) -> None:
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:  # it ended before it was asked to be watched
         os._exit(1)
+
+
+@contextmanager
+def dying_with(relay: socket.socket) -> Iterator[None]:
+    """This process is killed when the other end of `relay` is closed, also in a call that runs no Python. Nothing may come from there.
+
+    Raises:
+        RelayGone: it was closed before.
+    """
+    signal.signal(signal.SIGIO, signal.SIG_DFL)
+    fcntl.fcntl(relay, fcntl.F_SETOWN, os.getpid())
+    flags = fcntl.fcntl(relay, fcntl.F_GETFL)
+    fcntl.fcntl(relay, fcntl.F_SETFL, flags | os.O_ASYNC)
+    try:
+        poller = select.poll()
+        poller.register(relay, 0)  # a hang-up is told without being asked for
+        if poller.poll(0):
+            raise RelayGone
+        yield
+    finally:
+        fcntl.fcntl(relay, fcntl.F_SETFL, flags)
 
 
 def wait_readable(descriptor: int, relay: socket.socket, timeout_s: float) -> bool:

@@ -25,7 +25,7 @@ from typing import Any, Final
 
 from fxrelay.balance.answers import failed
 from fxrelay.balance.candidates import Op
-from fxrelay.balance.forked import in_child
+from fxrelay.balance.forked import dying_with, in_child
 from fxrelay.balance.javascript_frame import FRAME
 from fxrelay.balance.script_input import ScriptInput
 from fxrelay.balance.sent_texts import Listed
@@ -92,7 +92,8 @@ class Engine:
             return failed("ScriptUnreadable", "the balancing script is too large", path)
         known = self._known(source)
         while known.way is not Way.IN_COPY:
-            found = self._here(path, known, given, limits)
+            with dying_with(relay):
+                found = self._here(path, known, given, limits)
             if found is not None:
                 return found
         return self._in_copy(path, source, given, limits, relay)
