@@ -132,7 +132,8 @@ class Client(Splice):
         if not stream.accepted and self._is_unknown(stream):
             self.end_unanswered()
         elif not stream.accepted or (untouched and code in (Code.LINK_LOST, Code.FENCED, Code.REVOKED, Code.SHUTDOWN, Code.DRAINING)):
-            self._go_on(self.failover.lost() if code is Code.LINK_LOST else self.failover.refused())
+            # Who has taken the relay's name is another process, which may serve whom that one did not.
+            self._go_on(self.failover.lost() if code in (Code.LINK_LOST, Code.FENCED) else self.failover.refused())
         else:
             super().on_reset(code)
 
@@ -166,9 +167,10 @@ class Client(Splice):
     def _is_unknown(self, stream: Stream) -> bool:
         """Whether a stream that has ended before an ACCEPT came may have been accepted, and what was sent on it must not be repeated.
 
-        A relay that ends the stream or the session by itself has sent any ACCEPT before that.
+        A relay that ends the stream or the session by itself has sent any ACCEPT before that, and one that was not told of it has none.
         """
-        by_relay = stream.mux.goaway is not None or (self.session is not None and self.session.is_up)
+        session = self.session
+        by_relay = stream.mux.goaway is not None or (session is not None and (session.is_up or not session.has_told_of(stream)))
         return not by_relay and not may_be_repeated(bytes(stream.early or b""))
 
     @property

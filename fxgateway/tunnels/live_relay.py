@@ -87,6 +87,11 @@ class LiveRelay:
                 return Readiness.LEAVING if self.draining else Readiness.RELUCTANT if self.is_reluctant else Readiness.UP
         return Readiness.HELD
 
+    @property
+    def link_count(self) -> int:
+        """Sessions that have a link, or may have one again."""
+        return len(self.sessions) - len(self.given_up)
+
     def session_for_stream(self) -> Session | None:
         """The session a new stream should go on: one that is up, carries no bulk, and has the fewest streams."""
         older = self.predecessor
@@ -95,4 +100,4 @@ class LiveRelay:
         if len(self.sessions) == 1:
             (only,) = self.sessions.values()
             return only
-        return min(self.sessions.values(), key=lambda s: (not s.is_up, s.is_used_up, s.is_bulk, len(s.mux.streams)), default=None)
+        return min(self.sessions.values(), key=lambda s: (not s.is_up, s.is_spent, s.is_bulk, len(s.mux.streams)), default=None)

@@ -9,6 +9,7 @@ from typing import Final
 from fxgateway.routing.offers import OfferTable, Readiness
 from fxgateway.tunnels.live_relay import LiveRelay
 from fxgateway.tunnels.ports import ControlHandle, Departure
+from fxgateway.tunnels.session_owner import RelaySessions
 from fxtunnel.codes import Code
 from fxtunnel.engine.ports import SessionConfig
 from fxtunnel.engine.reactor import Reactor
@@ -84,10 +85,11 @@ class Registry:
     def enter(self, relay_id: RelayId, instance: InstanceId, offers: tuple[Offer, ...], link: ControlHandle, epoch: int = 0) -> int:
         """A control link is up; returns the epoch of its relay. `epoch` 0: the registry counts the next one itself.
 
-        The same instance keeps its sessions, and this link replaces its older one. Another instance is fenced off, unless it drains.
+        The same instance keeps its sessions, and this link replaces its older one. Another instance is fenced off, unless it drains; its
+        clients that no link has told it of wait for this one's first.
         """
         self.sweep()
-        older: LiveRelay | None = None
+        older = fenced = None
         relay = self._leaving.get(relay_id, {}).get(instance) or self._relays.get(relay_id)
         if relay is not None and relay.instance != instance:
             if relay.draining:
@@ -95,7 +97,7 @@ class Registry:
                 older = self._step_aside(relay)
             else:
                 logger.warning("relay %s was taken over by a new instance", relay_id)
-                self._expel(relay, *_why_gone(relay.instance, instance))
+                fenced = relay
             relay = None
         if relay is None:
             epoch = epoch or self._names.get(relay_id, (0, instance))[0] + 1
@@ -108,7 +110,15 @@ class Registry:
         relay.link = link
         if self._relays.get(relay_id) is relay:
             self._offer(relay, offers)
+        if fenced is not None:
+            if fenced.sessions:
+                self._hold_clients(relay)
+            self._expel(fenced, *_why_gone(fenced.instance, instance))
         return relay.epoch
+
+    def _hold_clients(self, relay: LiveRelay) -> None:
+        """Whom the instance before has not heard of, and who comes now, may wait for its first link: they were served a moment ago."""
+        relay.given_up.add(self._add_session(relay).id)
 
     def update_services(self, relay_id: RelayId, instance: InstanceId, offers: tuple[Offer, ...]) -> None:
         """The relay has reloaded its configuration."""
@@ -187,18 +197,20 @@ class Registry:
         relay = self._instance(relay_id, instance)
         if relay is None:
             return None
-        self._end_given_up(
-            relay, 1 + len(relay.sessions) - self._limits.links_per_relay
-        )  # only as many as are in the way: the streams of the rest may still find another link
-        if not self.knows(relay_id, instance):  # what it had given up was all that was here of it
+        if relay.link_count >= self._limits.links_per_relay or not self._has_room(relay):
             return None
-        if len(relay.sessions) >= self._limits.links_per_relay or not self._has_room(relay):
-            return None
-        session = Session(self._reactor, SessionId(secrets.token_hex(16)), _Owner(self, relay), self._config, self._budget)
-        relay.sessions[session.id] = session
+        session = self._add_session(relay)
+        # Only as many as are in the way: the streams of the rest may still find another link.
+        self._end_given_up(relay, len(relay.sessions) - self._limits.links_per_relay)
         if relay.predecessor is not None and relay.predecessor.link is not None:
             relay.predecessor.link.relieve()
         self.on_change()
+        return session
+
+    def _add_session(self, relay: LiveRelay) -> Session:
+        owner = RelaySessions(self, relay)
+        session = Session(self._reactor, SessionId(secrets.token_hex(16)), owner, self._config, self._budget)
+        relay.sessions[session.id] = session
         return session
 
     def note_sessions(self, relay_id: RelayId, instance: InstanceId, kept: tuple[SessionId, ...]) -> None:
@@ -323,7 +335,7 @@ class Registry:
         while True:
             leaving = self.leaving(relay.relay_id)
             instances = leaving if present is None else (present, *leaving)
-            if sum(len(instance.sessions) for instance in instances) < HANDOVER_SHARES * self._limits.links_per_relay:
+            if sum(instance.link_count for instance in instances) < HANDOVER_SHARES * self._limits.links_per_relay:
                 return True
             if relay is not present or not leaving:
                 return False
@@ -377,23 +389,3 @@ def _why_gone(instance: InstanceId, successor: InstanceId) -> tuple[Code, str]:
     if instance == successor:
         return Code.LINK_LOST, "its control link came up at another worker"
     return Code.FENCED, "another instance has this relay's name now"
-
-
-class _Owner:
-    """Connects a session's fate to its relay."""
-
-    __slots__ = ("_registry", "_relay")
-
-    def __init__(self, registry: Registry, relay: LiveRelay) -> None:
-        self._registry = registry
-        self._relay = relay
-
-    def on_link_down(self, session: Session, reason: str) -> None:
-        """The relay dials again."""
-        held = len(session.mux.streams)
-        logger.info("link of relay %s lost: %s; streams held: %d", self._relay.relay_id, reason, held, extra={"tunnel": session.id})
-        self._registry.on_change()
-
-    def on_closed(self, session: Session, code: Code, text: str) -> None:
-        """See `SessionOwner`."""
-        self._registry.session_closed(self._relay, session, code, text)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 from fxtunnel.codes import Code
 from fxtunnel.model import SessionId
 from fxtunnel.protocol.mux import Mux, MuxStatistics
+from fxtunnel.protocol.stream import Stream
 
 if TYPE_CHECKING:
     from fxtunnel.engine.session import Session
@@ -82,6 +83,9 @@ class Carrier(Protocol):
     @property
     def is_up(self) -> bool:
         """Whether what is written is sent now; otherwise it is kept."""
+
+    def has_told_of(self, stream: Stream) -> bool:
+        """Whether the peer may have heard of a stream opened here."""
 
     def want_turn(self, sender: StreamSender) -> None:
         """There are bytes to send; `read_turn` is called when it is this sender's turn. Ask once."""

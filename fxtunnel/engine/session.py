@@ -54,13 +54,11 @@ class Session:
         self.id = session_id
         self.state = State.HELD
         self.resumed = 0
-        self._reactor = reactor
-        self._owner = owner
-        self._config = config
+        self._reactor, self._owner, self._config = reactor, owner, config
         self._link: LinkSocket | None = None
         self._read_records: ReadRecords = no_link
         self._send: Send = no_link
-        self._links = 0
+        self._links = self._last_told = 0
         self._blocked = self._read_blocked = False
         self._interest = 0
         self._share = ReadShare(RECORD_BYTES, READ_BUFFER_BYTES)
@@ -90,9 +88,9 @@ class Session:
         return self.state is State.UP
 
     @property
-    def is_used_up(self) -> bool:
-        """Whether all stream ids have been used (gateway): none is used twice, and only another session has more."""
-        return self.mux.opened >= frames.MAX_STREAM_ID
+    def is_spent(self) -> bool:
+        """Whether it takes no more streams (gateway): it is over, or has used all stream ids, of which none is used twice."""
+        return self.state is State.CLOSED or self.mux.opened >= frames.MAX_STREAM_ID
 
     @property
     def is_bulk(self) -> bool:
@@ -113,10 +111,14 @@ class Session:
         return SessionStatistics(self.id, self.state, self.resumed, self.mux.statistics())
 
     def open_stream(self, tags: bytes, splice: Splice) -> Stream | None:
-        """Open a stream for `splice` (gateway); None when a limit is reached or the session is over. One that is used up ends."""
-        if self.is_used_up:
+        """Open a stream for `splice` (gateway); None when a limit is reached or the session is over. One that is spent ends."""
+        if self.is_spent:
             self.close(Code.NORMAL, "it has had all the streams that it may have")
         return self.mux.open(tags, splice) if self.state is not State.CLOSED else None
+
+    def has_told_of(self, stream: Stream) -> bool:
+        """Whether the peer may have heard of a stream opened here: not of one that was opened while there was no link, nor since."""
+        return self._link is not None or stream.id <= self._last_told
 
     @property
     def resumes(self) -> bool:
@@ -139,11 +141,9 @@ class Session:
         self.mux.ring.rewind(peer_received)
         keep_short(link)
         self._reactor.register(link, self, LINK_EVENTS)
-        self._interest = LINK_EVENTS
-        self._link = link
+        self._link, self._interest = link, LINK_EVENTS
         self._read_records, self._send = link.calls()
-        self._links += 1
-        self.resumed = self._links - 1
+        self.resumed, self._links = self._links, self._links + 1
         self.state = State.UP
         self._blocked = self._read_blocked = False
         self._last_arrival = self._reactor.now
@@ -264,8 +264,7 @@ class Session:
         return self._write_records(link) if is_one else corked(link, self._write_records, link)
 
     def _write_records(self, link: LinkSocket) -> bool:
-        mux = self.mux
-        ring = mux.ring
+        mux, ring = self.mux, self.mux.ring
         while True:
             if ring.sent == ring.head:
                 if mux.overflow:
@@ -293,8 +292,7 @@ class Session:
             self._reactor.modify(link, events)
 
     def _read(self, link: LinkSocket) -> None:
-        buffer = self._reactor.read_buffer
-        filled = 0
+        buffer, filled = self._reactor.read_buffer, 0
         lost: str | None = None
         try:
             # A short record is most likely the last of what was written; if not, the next turn is told.
@@ -344,6 +342,7 @@ class Session:
         self._read_records = self._send = no_link
         if link is None:
             return
+        self._last_told = self.mux.opened
         self._reactor.unregister(link)
         if self.state is State.CLOSED:
             self.mux.dispose()

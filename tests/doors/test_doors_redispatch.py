@@ -5,7 +5,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 import trio
-from peers import Serve, connect, echo, exchange, receive_all, receive_exactly, refused, until_reset
+from peers import Serve, connect, echo, exchange, hanging_port, receive_all, receive_exactly, refused, until_reset
 from plane import Contexts, Plane, RelaySide, open_plane
 
 from fxgateway.routing.failover import MAX_ATTEMPTS
@@ -242,3 +242,79 @@ async def test_a_relay_with_two_sessions_goes_on_with_the_one_that_has_stream_id
             assert await receive_exactly(stream, 1) == b"z"
         await plane.quiet()
         session.close(Code.NORMAL)
+
+
+async def until_asked(plane: Plane, count: int) -> None:
+    """So many clients of the last door have a stream that nobody has accepted."""
+    with trio.fail_after(10):
+        while len(plane.doors[-1].opening) < count:
+            await trio.sleep(0.005)
+
+
+@pytest.mark.parametrize("links", [1, 8])
+async def test_clients_of_a_relay_that_was_killed_are_served_by_its_next_process(contexts: Contexts, links: int) -> None:
+    """All of whom the dead one had not heard, whatever they have said, and who come before the next one has its first link."""
+    async with open_plane(contexts, LONG_HOLD) as plane:
+        plane.registry.apply(RegistryLimits(links_per_relay=links), plane.config)
+        await held_relay(plane)
+        async with waiting_client(plane) as before:
+            fresh = await plane.add_relay(await plane.serve(echo), linked=False, run=2)
+            async with await connect(plane.add_door(open_timeout_s=25.0)) as between:
+                await between.send_all(b"INSERT")
+                await until_asked(plane, 1)
+                await fresh.link_up()
+                plane.registry.end_given_up(fresh.id, fresh.instance)
+                with trio.fail_after(SOON_S):
+                    assert await receive_exactly(before, 5) == b"early"
+                    assert await receive_exactly(between, 6) == b"INSERT"
+        assert plane.registry.sessions() == [fresh.far_session]
+
+
+@pytest.mark.parametrize(("said", "is_served"), [(b"INSERT", False), (b"SSH-2.0-x", True)])
+@pytest.mark.parametrize("is_told_late", [False, True])
+async def test_of_whom_a_killed_relay_may_have_heard_is_asked_again_what_may_be(
+    contexts: Contexts, said: bytes, *, is_served: bool, is_told_late: bool
+) -> None:
+    async with open_plane(contexts, LONG_HOLD) as plane:
+        with hanging_port() as nobody:
+            relay = await plane.add_relay(nobody)
+            port = plane.add_door(open_timeout_s=25.0)
+            relay.redials = not is_told_late
+            if is_told_late:  # while its link is lost and comes back
+                assert relay.wire is not None
+                relay.wire.cut()
+                with trio.fail_after(10):
+                    while relay.far_session.is_up or relay.session.is_up:
+                        await trio.sleep(0.005)
+            async with await connect(port) as stream:
+                await stream.send_all(said)
+                await until_asked(plane, 1)
+                if is_told_late:
+                    await relay.link_up()
+                with trio.fail_after(10):
+                    while len(relay.session.mux.streams) < 1:
+                        await trio.sleep(0.005)
+                relay.redials = False
+                assert relay.wire is not None
+                relay.wire.cut()
+                with trio.fail_after(10):
+                    while relay.far_session.is_up:
+                        await trio.sleep(0.005)
+                fresh = await plane.add_relay(await plane.serve(echo), linked=False, run=2)
+                await fresh.link_up()
+                plane.registry.end_given_up(fresh.id, fresh.instance)
+                if is_served:
+                    with trio.fail_after(SOON_S):
+                        assert await receive_exactly(stream, len(said)) == said
+                else:
+                    assert await until_reset(stream, SOON_S) == b""
+            assert plane.doors[0].counters.refused == ({} if is_served else {"unanswered": 1})
+
+
+async def test_a_relay_that_takes_a_name_and_never_links_keeps_clients_no_longer_than_a_session(contexts: Contexts) -> None:
+    async with open_plane(contexts, SessionConfig(hold_s=0.5, heartbeat_s=0.1, dead_after_s=0.5)) as plane:
+        await held_relay(plane)
+        await plane.add_relay(await plane.serve(echo), linked=False, run=2)
+        await refused(plane.add_door(open_timeout_s=25.0))
+        assert plane.doors[0].counters.refused == {"all-refused": 1}
+        assert plane.registry.sessions() == []

@@ -1,7 +1,7 @@
 """Who holds a relay's name."""
 
 import trio
-from peers import connect, echo, exchange, receive_exactly, refused, until_reset
+from peers import AT_ONCE_S, connect, echo, exchange, receive_exactly, refused, until_reset
 from plane import Contexts, ControlLink, RelaySide, open_plane
 
 from fxgateway.tunnels.ports import Departure
@@ -44,8 +44,12 @@ async def test_another_instance_takes_over_at_once(contexts: Contexts) -> None:
         assert await ended(zombie) is Code.FENCED
         assert plane.registry.new_session(zombie.id, zombie.instance) is None
         assert plane.registry.find_session(zombie.id, zombie.instance, zombie.far_session.id) is None
-        await refused(port)
-        await fresh.link_up()
+        async with await connect(port) as early:
+            await early.send_all(b"said before there is a link")
+            await fresh.link_up()
+            plane.registry.end_given_up(fresh.id, fresh.instance)
+            with trio.fail_after(AT_ONCE_S):
+                assert await receive_exactly(early, 27) == b"said before there is a link"
         assert await exchange(port, b"y") == b"y"
         plane.registry.leave(zombie.id, zombie.control)
         assert plane.registry.named(fresh.id) is not None
@@ -111,8 +115,8 @@ async def test_sessions_and_relays_are_bounded(contexts: Contexts) -> None:
         again.close(Code.NORMAL)
 
 
-async def test_a_relay_that_is_gone_with_what_it_has_given_up_gets_no_session(contexts: Contexts) -> None:
-    """Its control link was lost behind the ticket. The session would be no relay's here: up, and with no client ever."""
+async def test_a_session_that_takes_the_place_of_one_given_up_is_the_relays(contexts: Contexts) -> None:
+    """Its control link was lost behind the ticket: with no session in between, it would be forgotten, and this one would serve nobody."""
     async with open_plane(contexts) as plane:
         registry, name, instance, link = plane.registry, RelayId("a"), InstanceId("a-1"), ControlLink()
         registry.apply(RegistryLimits(links_per_relay=1), plane.config)
@@ -121,8 +125,11 @@ async def test_a_relay_that_is_gone_with_what_it_has_given_up_gets_no_session(co
         assert given_up is not None
         registry.note_sessions(name, instance, ())
         registry.leave(name, link)
-        assert registry.new_session(name, instance) is None
+        session = registry.new_session(name, instance)
+        assert session is not None
         assert given_up.state is State.CLOSED
+        assert registry.sessions() == [session]
+        session.close(Code.NORMAL)
         assert not registry.knows(name)
 
 

@@ -47,6 +47,9 @@ class Wire:
     def wake(self) -> None:
         self.waiting.set()
 
+    def has_told_of(self, stream: Stream) -> bool:
+        return True
+
     def want_turn(self, sender: StreamSender) -> None:
         assert sender not in self.turns
         self.turns.append(sender)

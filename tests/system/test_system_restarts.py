@@ -1,5 +1,6 @@
 """System: daemons that are killed. Clients get the right bytes or RST, and new clients are served soon."""
 
+import contextlib
 import random
 import socket
 import time
@@ -36,6 +37,24 @@ def test_a_relay_that_is_killed_takes_its_name_over_when_it_is_back(stack: Stack
         assert how_it_ends(old, SOON_S)[0] == "reset"
         assert is_served(stack.doors["echo"])
         assert time.monotonic() - began < BACK_S * slowness()
+    assert stack.live_relays()["node-a"]["epoch"] == 2
+
+
+def test_who_comes_while_the_only_relay_is_dead_is_served_by_its_next_process(stack: Stack) -> None:
+    """Also those who said at once what must not be said twice: the dead one has not heard it."""
+    assert is_served(stack.doors["echo"])
+    stack.relays["node-a"].kill()
+    wait_until(lambda: not any(link["up"] for link in stack.live_relays()["node-a"]["links"]), SOON_S, "the gateway to notice")
+    with contextlib.ExitStack() as clients:
+        waiting = [clients.enter_context(dial(stack.doors["echo"])) for _ in range(20)]
+        for number, client in enumerate(waiting):
+            client.sendall(b"transfer %2d" % number if number % 2 else b"")
+        stack.start_relay("node-a")
+        for number, client in enumerate(waiting):
+            client.settimeout(SOON_S)
+            if not number % 2:
+                client.sendall(b"transfer %2d" % number)
+            assert read_exactly(client, 11) == b"transfer %2d" % number
     assert stack.live_relays()["node-a"]["epoch"] == 2
 
 
