@@ -29,24 +29,39 @@ def die_with(parent: int) -> None:
 
 
 @contextmanager
+def told_when_gone(relay: socket.socket, handler: Callable[..., None] | signal.Handlers) -> Iterator[None]:
+    """This process gets SIGIO when the other end of `relay` is closed, and when something comes from there.
+
+    The kernel's own signal for that (PR_SET_PDEATHSIG) would come whenever the relay's thread ends that began this process.
+    """
+    signal.signal(signal.SIGIO, handler)
+    fcntl.fcntl(relay, fcntl.F_SETOWN, os.getpid())
+    flags = fcntl.fcntl(relay, fcntl.F_GETFL)
+    fcntl.fcntl(relay, fcntl.F_SETFL, flags | os.O_ASYNC)
+    try:
+        yield
+    finally:
+        fcntl.fcntl(relay, fcntl.F_SETFL, flags)
+
+
+def is_gone(relay: socket.socket) -> bool:
+    """Whether the other end of `relay` is closed."""
+    poller = select.poll()
+    poller.register(relay, 0)  # a hang-up is told without being asked for
+    return bool(poller.poll(0))
+
+
+@contextmanager
 def dying_with(relay: socket.socket) -> Iterator[None]:
     """This process is killed when the other end of `relay` is closed, also in a call that runs no Python. Nothing may come from there.
 
     Raises:
         RelayGone: it was closed before.
     """
-    signal.signal(signal.SIGIO, signal.SIG_DFL)
-    fcntl.fcntl(relay, fcntl.F_SETOWN, os.getpid())
-    flags = fcntl.fcntl(relay, fcntl.F_GETFL)
-    fcntl.fcntl(relay, fcntl.F_SETFL, flags | os.O_ASYNC)
-    try:
-        poller = select.poll()
-        poller.register(relay, 0)  # a hang-up is told without being asked for
-        if poller.poll(0):
+    with told_when_gone(relay, signal.SIG_DFL):
+        if is_gone(relay):
             raise RelayGone
         yield
-    finally:
-        fcntl.fcntl(relay, fcntl.F_SETFL, flags)
 
 
 def wait_readable(descriptor: int, relay: socket.socket, timeout_s: float) -> bool:

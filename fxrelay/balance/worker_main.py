@@ -8,14 +8,12 @@ relay is gone, in the middle of a Python function by a signal (SIGIO). A request
                or {"kind": "refused"} with the same fields
 """
 
-import fcntl
 import importlib
 import io
 import json
 import math
 import os
 import resource
-import select
 import signal
 import socket
 import struct
@@ -28,7 +26,7 @@ from typing import Any, Final
 
 from fxrelay.balance.answers import Answer, failed, refused
 from fxrelay.balance.executable import run_executable
-from fxrelay.balance.forked import RelayGone, collect_children
+from fxrelay.balance.forked import RelayGone, collect_children, is_gone, told_when_gone
 from fxrelay.balance.javascript import Engine
 from fxrelay.balance.niceness import give_way
 from fxrelay.balance.script_input import Count, ScriptInput, fastx4_input
@@ -108,26 +106,15 @@ class _Server:
 
 @contextmanager
 def _ending_with(channel: socket.socket) -> Iterator[None]:
-    """This process ends, with all that it has started, when the other end of `channel` does: a function may run for ever.
-
-    The kernel's own signal for that (PR_SET_PDEATHSIG) would come whenever the relay's thread ends that began this process.
-    """
-    poller = select.poll()
-    poller.register(channel, 0)  # a hang-up is told without being asked for
+    """This process ends, with all that it has started, when the other end of `channel` does: a function may run for ever."""
 
     def look(*_: object) -> None:
-        if poller.poll(0):
+        if is_gone(channel):
             os.killpg(0, signal.SIGKILL)
 
-    signal.signal(signal.SIGIO, look)
-    fcntl.fcntl(channel, fcntl.F_SETOWN, os.getpid())
-    flags = fcntl.fcntl(channel, fcntl.F_GETFL)
-    fcntl.fcntl(channel, fcntl.F_SETFL, flags | os.O_ASYNC)
-    look()  # before the signal was asked for
-    try:
+    with told_when_gone(channel, look):
+        look()  # before the signal was asked for
         yield
-    finally:
-        fcntl.fcntl(channel, fcntl.F_SETFL, flags)
 
 
 class _Said(io.TextIOBase):
