@@ -52,7 +52,7 @@ class FxGateway:
         return None
 
     def version(self) -> str:
-        """The version of the wire package both share, and the interpreter: whose build it is makes a tenth of a connection's CPU."""
+        """The version of the wire package both share, and the interpreter: whose build it is makes a fifth of a connection's CPU."""
         import fxtunnel
 
         whose = "the distribution's" if sys.base_prefix == "/usr" else "not the distribution's"
