@@ -135,14 +135,15 @@ def _bulk16(bench: Bench, running: Running) -> Numbers:
 
 
 def _conn(bench: Bench, running: Running) -> Numbers:
-    before_s = processes.cpu_s(running.daemons.values())
+    daemons = running.daemons.values()
+    before_s, kernel_before_s = processes.cpu_s(daemons), processes.kernel_s(daemons)
     done = bench.load.run("conn", running.port, bench.sizes.conn_wide, bench.sizes.conn_s)
-    cpu_s = processes.cpu_s(running.daemons.values()) - before_s
+    cpu_s, kernel_s = processes.cpu_s(daemons) - before_s, processes.kernel_s(daemons) - kernel_before_s
     if not done["done"]:
         raise BenchmarkError("not one connection was answered")
     return {
         "conn_per_s": done["done"] / done["seconds"],
-        **({"cpu_ms_per_conn": cpu_s / done["done"] * 1e3} if running.daemons else {}),
+        **({"cpu_ms_per_conn": cpu_s / done["done"] * 1e3, "kernel_ms_per_conn": kernel_s / done["done"] * 1e3} if daemons else {}),
         "failed": done["failed"] + done["stuck"],
         "p50_us": done["p50_us"],
         "p99_us": done["p99_us"],

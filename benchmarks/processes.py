@@ -84,13 +84,20 @@ def stop(processes: Iterable[subprocess.Popen[bytes]]) -> None:
 
 def cpu_s(roots: Iterable[int]) -> float:
     """CPU seconds, user and system, that these processes and their living descendants have used so far."""
-    total = 0.0
+    return sum(user_s + system_s for user_s, system_s in _cpu_times(roots))
+
+
+def kernel_s(roots: Iterable[int]) -> float:
+    """The part of `cpu_s` that the kernel took on their behalf."""
+    return sum(system_s for _, system_s in _cpu_times(roots))
+
+
+def _cpu_times(roots: Iterable[int]) -> Iterator[tuple[float, float]]:
     for root in roots:
         for member in family(root):
             with suppress(psutil.NoSuchProcess):
                 times = member.cpu_times()
-                total += times.user + times.system
-    return total
+                yield times.user, times.system
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,6 +32,7 @@ ROWS: Final = (
     Row("bulk16", "mb_per_s", "16 streams, MB/s", 0, False, plotted=False),
     Row("conn", "conn_per_s", "connections/s, 32 at a time", 0, False),
     Row("conn", "cpu_ms_per_conn", "CPU ms per connection", 3),
+    Row("conn", "kernel_ms_per_conn", "of which in the kernel, ms", 3, plotted=False),
     Row("echo", "idle_p50_us", "64-byte echo p50, µs", 0),
     Row("echo", "idle_p99_us", "64-byte echo p99, µs", 0, plotted=False),
     Row("echo", "beside_p50_us", "echo p50 beside bulk, µs", 0, plotted=False),
