@@ -44,7 +44,9 @@ ANNOTATION_CIRCLES = (
 
 MODULES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 TREES = (*PACKAGES, "tests", "benchmarks", "examples")
-SOURCES = sorted(path for tree in TREES for path in (ROOT / tree).rglob("*.py"))
+BUILT = ROOT / "benchmarks" / "build"
+"""What `make bench` leaves: a Python environment with everybody's packages."""
+SOURCES = sorted(path for tree in TREES for path in (ROOT / tree).rglob("*.py") if BUILT not in path.parents)
 DOCUMENTS = sorted(path for tree in ("docs", "deploy", "certs") for path in (ROOT / tree).rglob("*") if path.is_file())
 
 

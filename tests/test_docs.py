@@ -13,7 +13,7 @@ import fxrelay.settings
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(
-    page for page in ROOT.rglob("*.md") if ".venv" not in page.parts and not any(p.startswith(".") for p in page.relative_to(ROOT).parts)
+    page for page in ROOT.rglob("*.md") if not any(p.startswith(".") or p == "site-packages" for p in page.relative_to(ROOT).parts)
 )
 
 
