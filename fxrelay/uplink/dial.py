@@ -18,7 +18,7 @@ from fxtunnel.control.busy import BUSY_BYTES, RetryAfter, parse_busy
 from fxtunnel.errors import TunnelError
 from fxtunnel.kit.link_tls import LinkContext, LinkSocket
 from fxtunnel.kit.tls import HandshakeFailed, HandshakeProblem, client_context, handshake_client
-from fxtunnel.kit.unpaced import is_loopback, unpace
+from fxtunnel.kit.unpaced import unpace_within_host
 from fxtunnel.protocol.alpn import ALPN_SPOKEN, ALPN_WORKER
 
 MAX_CONTEXTS: Final = 6
@@ -124,8 +124,7 @@ class Dialler:
                 await _ask_proxy(stream, self._proxy, url)
             # Taken out of trio's hands: TLS works on the descriptor itself, and so does the engine later.
             sock = socket.socket(fileno=stream.socket.detach())
-            if is_loopback(sock.getpeername()[0]):
-                unpace(sock)
+            unpace_within_host(sock)
             for option, value in ((socket.TCP_NODELAY, 1), (socket.TCP_USER_TIMEOUT, int(self._dead_after_s * 1000))):
                 sock.setsockopt(socket.IPPROTO_TCP, option, value)
             try:

@@ -9,7 +9,7 @@ from fxtunnel.codes import Code
 from fxtunnel.engine.ports import Carrier
 from fxtunnel.engine.reactor import ERROR, HANGUP, INCOMING, ROOMY_EVENTS, STREAM_EVENTS, URGENT, WRITE, Reactor
 from fxtunnel.engine.send_scheduler import lately
-from fxtunnel.kit.unpaced import is_loopback, unpace
+from fxtunnel.kit.unpaced import unpace_within_host
 from fxtunnel.protocol.byte_queue import ByteQueue
 from fxtunnel.protocol.stream import Stream
 
@@ -274,8 +274,7 @@ class Splice:
             self._room = MADE
             with suppress(OSError):  # a unix socket has no such thing
                 self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, PROVEN_NOTSENT_BYTES)
-                if is_loopback(self.sock.getpeername()[0]):
-                    unpace(self.sock)
+                unpace_within_host(self.sock)
 
     def _fail_if_reset(self) -> None:
         # Nobody will read this socket soon, so a reset would not be seen on the way.

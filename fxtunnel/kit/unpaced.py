@@ -28,3 +28,10 @@ def unpace(sock: socket.socket) -> None:
     with suppress(OSError):  # an administrator may allow BBR only
         if sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, _NAME_BYTES).startswith(_PACING):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"reno")  # compiled into every kernel, allowed to everybody
+
+
+def unpace_within_host(sock: socket.socket) -> None:
+    """`unpace` if this TCP connection is one of the loopback interface. Nothing happens to others, and to those that are reset already."""
+    with suppress(OSError):  # not connected any more
+        if is_loopback(sock.getpeername()[0]):
+            unpace(sock)

@@ -1,6 +1,7 @@
 """Dialling: straight, through a proxy, and the one line for each thing that goes wrong."""
 
 import base64
+import os
 import socket
 import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -18,6 +19,7 @@ from fxrelay.uplink.gateway_file import GatewayUrl
 from fxrelay.uplink.slot import RESUMING_CAP_S
 from fxtunnel.codes import Code, Refusal
 from fxtunnel.control.busy import RetryAfter
+from fxtunnel.engine.splice import RESET_ON_CLOSE
 from fxtunnel.errors import PeerRefused, RemoteProtocolError, TunnelClosed, TunnelError
 from fxtunnel.kit.certificates import Authority
 from fxtunnel.kit.tls import HandshakeFailed, HandshakeProblem, TlsStream
@@ -102,6 +104,29 @@ async def test_a_listener_that_hangs_up(authority: Authority) -> None:
         async with listening(hang_up) as url:
             with pytest.raises(Unanswered, match="closed the connection during the TLS handshake"):
                 await dialler(authority).dial(url, ALPN_HTTP)
+
+
+async def test_a_listener_that_has_reset_the_connection_before_we_say_a_word(
+    gateway: FakeGateway, authority: Authority, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    connect = trio.open_tcp_stream
+
+    async def connect_and_wait(host: str, port: int) -> trio.SocketStream:
+        stream = await connect(host, port)
+        with pytest.raises(trio.BrokenResourceError):
+            await stream.receive_some(1)
+        return stream
+
+    async def reset(stream: trio.SocketStream) -> None:
+        stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
+        await trio.aclose_forcefully(stream)
+
+    monkeypatch.setattr(trio, "open_tcp_stream", connect_and_wait)
+    descriptors = len(os.listdir("/proc/self/fd"))
+    async with listening(reset) as url:
+        with pytest.raises(Unanswered):
+            await dialler(authority).dial(url, ALPN_HTTP)
+    assert len(os.listdir("/proc/self/fd")) == descriptors
 
 
 async def test_a_listener_that_is_not_tls(authority: Authority) -> None:
