@@ -12,10 +12,13 @@ from pydantic_core import InitErrorDetails
 
 from fxrelay.cluster.settings import ClusterSection, NodeSection
 from fxrelay.service_settings import ServiceSection
+from fxtunnel.control.messages import MESSAGE_BYTES
 from fxtunnel.kit.sections import LogSettings, ResumeSettings, Seconds, Section, Size, WholeFile, clash, tables
 from fxtunnel.kit.settings import MAX_SOCKET_PATH_BYTES, Address, ConfigPath, NameField, load_settings
 
 ENVIRON_PREFIX: Final = "FXRELAY"
+SERVICES_BYTES: Final = MESSAGE_BYTES - 2_048
+"""What all services may take of the message by which a gateway is told of them. The rest is for what a hello says besides."""
 
 
 def _status_path(state_dir: Path, status: str) -> Path:
@@ -149,7 +152,7 @@ class RelaySettings(WholeFile):
 
     @classmethod
     def find_clashes(cls, raw: Mapping[str, object]) -> list[InitErrorDetails]:
-        """Service names and enrolment files that are used twice."""
+        """Service names and enrolment files that are used twice, and more services than a gateway can be told of."""
         found: list[InitErrorDetails] = []
         for section, key in (("gateway", "file"), ("service", "name")):
             seen: dict[str, int] = {}
@@ -157,9 +160,16 @@ class RelaySettings(WholeFile):
                 value = entry.get(key)
                 if isinstance(value, str) and seen.setdefault(value, index) != index:
                     found.append(clash(f"{section}[{seen[value]}] already has {key} {value!r}", (section, index, key), value))
+        names = [str(entry.get("name", "")) for _, entry in tables(raw, "service")]
+        told_bytes = sum(len(name) + _OFFER_BYTES for name in names)
+        if told_bytes > SERVICES_BYTES:
+            text = f"{len(names)} services with such names are too many: a gateway is told of all in one message, which would have about "
+            text += f"{told_bytes:,} bytes of {SERVICES_BYTES:,}. Shorten the names, or have another relay serve some"
+            found.append(clash(text, ("service",), f"{len(names)} services"))
         return found
 
 
+_OFFER_BYTES: Final = len('{"name":"","protocol":"http"},')
 _WHOLE: Final = frozenset({"services", "node", "log"})
 """Sections that a reload takes up as they are."""
 _TAKEN_UP: Final[Mapping[str, frozenset[str]]] = {

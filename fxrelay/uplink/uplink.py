@@ -25,7 +25,7 @@ from fxrelay.uplink.redial_backoff import INTERNAL, Failure, RedialBackoff
 from fxrelay.uplink.slot import Slot
 from fxtunnel.codes import Code, Refusal
 from fxtunnel.control.channel import GOODBYE_S
-from fxtunnel.control.messages import CAP_LEAVING, CAP_NAMED, Drain, Earlier, Load, Services
+from fxtunnel.control.messages import CAP_LEAVING, CAP_NAMED, Drain, Earlier, Load, Services, encode
 from fxtunnel.control.messages import Hello as ControlHello
 from fxtunnel.errors import FxError, PeerRefused
 from fxtunnel.kit.link_tls import LinkSocket
@@ -166,7 +166,9 @@ class Uplink:
         Raises:
             LocalProtocolError: too many to be told in one message; nothing has changed.
         """
-        self._send(Services(services=offers))
+        message = Services(services=offers)
+        encode(message)  # also where no link is up: the next hello would have to hold them
+        self._send(message)
         self._offers = offers
 
     def sessions(self) -> list[LinkSession]:
@@ -281,10 +283,9 @@ class Uplink:
             await enrol(self._dialler, url, self._gateway, self._identity, self._environment.now_unix)
             self._must_enrol, self._has_enrolled = False, True
         self._enter(UplinkState.CONNECTING)
+        hello = self._hello()
         try:
-            async with open_control_link(
-                self._dialler, url, self._gateway, self._hello(), self._bearer, self._config, links.worker
-            ) as link:
+            async with open_control_link(self._dialler, url, self._gateway, hello, self._bearer, self._config, links.worker) as link:
                 if links.process not in ("", link.welcome.process) and link.welcome.process:
                     logger.info("gateway %s is another process now", self.gateway_id)
                     self._lost_at = trio.current_time()
@@ -298,7 +299,7 @@ class Uplink:
                 if self._welcomes == 1:
                     task_status.started()
                 try:
-                    await self._carry(links, link)
+                    await self._carry(links, link, hello)
                 finally:
                     if not links.departs.is_set():
                         self._lost_at = trio.current_time()
@@ -314,12 +315,14 @@ class Uplink:
         hello, process = self._hello(), links.process
         async with open_control_link(self._dialler, self._url, self._gateway, hello, self._bearer, self._config, process=process) as link:
             logger.info("connected again to the process of gateway %s that goes away", self.gateway_id)
-            await self._carry(links, link)
+            await self._carry(links, link, hello)
 
-    async def _carry(self, links: ProcessLinks, link: ControlLink) -> None:
-        """Carry a welcomed link until it ends. Always raises, a TunnelClosed unless it is cancelled."""
+    async def _carry(self, links: ProcessLinks, link: ControlLink, hello: ControlHello) -> None:
+        """Carry a link that was welcomed upon `hello` until it ends. Always raises, a TunnelClosed unless it is cancelled."""
         links.set_link(link)
         try:
+            if self._offers != hello.services:  # they have changed while the link was made
+                links.send(Services(services=self._offers))
             if self._drain_until is not None:
                 links.send(self._departure(self._drain_until - trio.current_time()))
             await link.run(partial(self._load, links), partial(self._on_drain, links), lambda: links.is_up)

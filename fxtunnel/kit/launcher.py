@@ -7,7 +7,7 @@ successor needs; that one begins then. What the present one says is passed on to
 | signal | what happens |
 |---|---|
 | SIGTERM, SIGINT | the daemon lets go and drains; the launcher ends then if a service manager started it, else with the last daemon |
-| SIGHUP | passed on |
+| SIGHUP | passed on; to a successor that is not prepared yet, once it is |
 | SIGUSR2 | a successor is started; once it is prepared, the daemon before it lets go and drains; if it fails, nothing changes |
 |         | one more that is asked for meanwhile is started when that is done |
 | SIGABRT | the daemon is killed: systemd's watchdog has missed it |
@@ -56,6 +56,10 @@ class _Daemon:
     told_to_stop: float | None = None
     has_let_go: bool = False
     exit_code: int | None = None
+    is_killed: bool = False
+    """By us, as a successor: what it may have said before counts no more."""
+    reads_again: bool = False
+    """Of a successor: once it has taken over, it reads its configuration again, which may be older than the last SIGHUP."""
     wishes: list[tuple[str, list[int]]] = field(default_factory=list)
     """Of a successor: the sockets that shall be kept from when it takes over, by their names; without a descriptor, no longer."""
 
@@ -159,6 +163,8 @@ class Launcher:
                     self._reap()
                 case signal.SIGHUP:
                     self._tell(self._current, signal.SIGHUP)
+                    if self._successor is not None:
+                        self._successor.reads_again = True  # not now: before it listens to signals, this one would end it
                 case signal.SIGUSR2:
                     self._succeed()
                 case signal.SIGABRT:
@@ -169,8 +175,7 @@ class Launcher:
 
     def _stop(self) -> None:
         self._is_stopping = True
-        if self._successor is not None:
-            self._tell(self._successor, signal.SIGKILL)
+        self._kill_successor()
         if self._current is not None:
             if not self._is_managed:
                 _say_to(self._current, END)
@@ -209,7 +214,8 @@ class Launcher:
         if "FDSTORE" in fields or "FDSTOREREMOVE" in fields:
             self._on_wish(daemon, fields.get("FDNAME", ""), fds)
         elif daemon is self._successor and _PREPARED in fields:
-            self._promote()
+            if not daemon.is_killed:
+                self._promote()
         elif daemon is self._current:
             if "STOPPING" in fields:
                 daemon.has_let_go = True
@@ -253,6 +259,8 @@ class Launcher:
             wishes, self._current.wishes = self._current.wishes, []
             for name, fds in wishes:
                 self._keep(name, fds)
+            if self._current.reads_again:
+                self._tell(self._current, signal.SIGHUP)
         if old is not None:
             self._draining.append(old)
             self._let_go(old)
@@ -269,6 +277,11 @@ class Launcher:
         if daemon.told_to_stop is None:
             daemon.told_to_stop = time.monotonic()
             self._tell(daemon, signal.SIGTERM)
+
+    def _kill_successor(self) -> None:
+        if self._successor is not None:
+            self._successor.is_killed = True
+            self._tell(self._successor, signal.SIGKILL)
 
     def _tell(self, daemon: _Daemon | None, number: int) -> None:
         if daemon is not None and daemon.exit_code is None:
@@ -304,8 +317,7 @@ class Launcher:
         """The present daemon is gone without a word."""
         if self._is_stopping:
             return
-        if self._successor is not None:
-            self._tell(self._successor, signal.SIGKILL)  # it waits for the word of one that cannot give it any more
+        self._kill_successor()  # it waits for the word of one that cannot give it any more
         try:
             self._current = self._start()
         except OSError as exc:
@@ -328,9 +340,9 @@ class Launcher:
     def _look_at_clock(self) -> None:
         now = time.monotonic()
         late = self._successor
-        if late is not None and now - late.started > PREPARE_S:
+        if late is not None and not late.is_killed and now - late.started > PREPARE_S:
             self._say(f"the successor was not prepared within {PREPARE_S:g} s")
-            self._tell(late, signal.SIGKILL)
+            self._kill_successor()
         for daemon in (*self._draining, self._current):
             if daemon is not None and daemon.told_to_stop is not None and not daemon.has_let_go and now - daemon.told_to_stop > RELEASE_S:
                 self._say(f"process {daemon.pid} does not let go, and is killed")

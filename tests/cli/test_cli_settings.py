@@ -11,7 +11,9 @@ import fxgateway.settings
 import fxrelay.settings
 from fxgateway.settings import GatewaySettings, gateway_id_of, split_public_url
 from fxrelay.settings import RelaySettings
+from fxtunnel.control.messages import Hello, encode
 from fxtunnel.errors import ConfigError
+from fxtunnel.model import InstanceId, Offer, ServiceName
 
 
 def problems_of(load: object, path: Path, environ: dict[str, str] | None = None) -> dict[str, str]:
@@ -127,6 +129,18 @@ max_backoff_s = 1
     ):  # fmt: skip
         assert word in text, text
     assert "hunter2" not in text
+
+
+def test_more_services_than_a_gateway_can_be_told_of_are_refused(relay_toml: Write) -> None:
+    def services(count: int) -> str:
+        return "".join(f'[[service]]\nname = "service-{n:05d}"\ntarget = "127.0.0.1:22"\n' for n in range(count))
+
+    assert len(fxrelay.settings.load(relay_toml('[relay]\nid = "node-a"\n' + services(300)), {}).services) == 300
+    found = problems_of(fxrelay.settings.load, relay_toml('[relay]\nid = "node-a"\n' + services(400)))
+    assert list(found) == ["service"]
+    assert "400 services with such names are too many" in found["service"]
+    most = tuple(Offer(ServiceName(f"service-{n:05d}"), "http") for n in range(fxrelay.settings.SERVICES_BYTES // 43))
+    encode(Hello(version="1" * 64, instance=InstanceId("i" * 64), services=most, caps=("c" * 64,) * 8))  # raises if it is too long
 
 
 def test_a_relay_without_a_gateway_only_reports(relay_toml: Write) -> None:

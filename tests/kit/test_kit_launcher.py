@@ -46,6 +46,8 @@ if (home / "fails-late").exists():
     sys.exit(7)
 inherited.close()
 note("started")
+while (home / "slow").exists() and number:
+    time.sleep(0.01)
 notifier.launcher.setblocking(True)
 notifier.prepared()
 if notifier.launcher.recv(2) == b"GO":
@@ -216,6 +218,20 @@ def test_a_successor_that_is_asked_for_in_the_middle_of_a_hand_over_comes_after_
     it.process.send_signal(signal.SIGHUP)
     it.noted("reloaded-2")
     assert not it.has("told-again-2"), "a second word is none for the same process"
+
+
+def test_a_reload_while_a_successor_prepares_reaches_it_as_well(launch: Callable[..., Launched]) -> None:
+    it = launch(managed=False)
+    it.noted("go-0")
+    it.touch("slow")
+    it.process.send_signal(signal.SIGUSR2)
+    it.noted("started-1")  # it has read its files by now
+    it.process.send_signal(signal.SIGHUP)
+    it.noted("reloaded-0")
+    assert not it.has("reloaded-1")
+    (it.home / "slow").unlink()
+    it.noted("reloaded-1")
+    it.noted("go-1")
 
 
 def test_more_sockets_are_kept_than_a_process_may_have_by_default(launch: Callable[..., Launched]) -> None:

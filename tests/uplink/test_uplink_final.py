@@ -14,10 +14,9 @@ from fxrelay.uplink.ports import GatewayClosing
 from fxrelay.uplink.uplink import Uplink, UplinkEnvironment
 from fxtunnel.codes import Code, Refusal
 from fxtunnel.control.messages import Closing, Refused
-from fxtunnel.errors import ConfigError, LocalProtocolError, PeerRefused, TunnelClosed, TunnelError
+from fxtunnel.errors import ConfigError, PeerRefused, TunnelClosed, TunnelError
 from fxtunnel.kit.certificates import Authority, new_authority
 from fxtunnel.kit.tls import HandshakeFailed, HandshakeProblem
-from fxtunnel.model import Offer, ServiceName
 
 FINAL = [refusal for refusal in Refusal if refusal.is_final]
 
@@ -163,24 +162,6 @@ async def test_another_gateway_behind_the_same_authority_is_final(gateway: FakeG
     async with running(gateway, state_dir) as it:
         await it.ended.wait()
         assert "calls itself gw-other" in str(it.error)
-
-
-async def test_more_services_than_a_message_holds_are_not_tried_for_ever(gateway: FakeGateway, state_dir: Path) -> None:
-    many = tuple(Offer(ServiceName(f"service-{n:050d}")) for n in range(300))
-    async with running(gateway, state_dir) as it:
-        await it.started.wait()
-        with pytest.raises(LocalProtocolError):
-            it.uplink.update_services(many)
-        gateway.cut_control()
-        await until(lambda: len(gateway.hellos) == 2)
-        assert gateway.hellos[1].services == OFFERS
-    uplink = Uplink(gateway.file, await load_identity(state_dir, RELAY_ID), many, FakeFactory(), QUICK)
-    with trio.fail_after(10):
-        async with trio.open_nursery() as nursery:
-            await nursery.start(gateway.serve)
-            with pytest.raises(LocalProtocolError):
-                await uplink.run()
-            nursery.cancel_scope.cancel()
 
 
 async def test_a_second_url_is_tried_when_the_first_does_not_answer(gateway: FakeGateway, state_dir: Path) -> None:

@@ -131,6 +131,7 @@ class FakeGateway:
         self.upgrading: list[PeerRefused] = []
         self.greeting: list[Refused | Closing | ControlWelcome] = []
         self.data: Callable[[Hello], Welcome | Denied] = self._welcome_data
+        self.holds_welcome: trio.Event | None = None  # no welcome before it is set
         self.is_mute = False  # never carries a control link beyond its welcome
         self.gives_tickets = True
         self.hold_s = 30.0
@@ -243,6 +244,8 @@ class FakeGateway:
         hello = await channel.receive()
         assert isinstance(hello, ControlHello)
         self.hellos.append(hello)
+        if self.holds_welcome is not None:
+            await self.holds_welcome.wait()
         reply = self.greeting.pop(0) if self.greeting else self.welcome()
         await websocket.send_message(encode(reply))
         if not isinstance(reply, ControlWelcome):
