@@ -1,6 +1,7 @@
 """Task: stands before the requests of HTTP services with logins: holds logins, brings users to their servers, and sees logouts."""
 
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -184,20 +185,21 @@ class LoginGate:
         """The login that the request shows. The store is asked only about one that should be there, and is not known here.
 
         Raises:
-            Refused: it showed one that has ended, or the store does not tell.
+            Refused: it showed one that has ended, or the store does not tell, or has forgotten.
         """
         live = self._find(service, request, reservations)
         shown = service.passes.read(request.fields)
         if live is not None or not shown:
             return live
         found = shown[0]
-        is_new = self._gone.get(found.login_id, -GONE_S) + GONE_S <= trio.current_time()
-        if found.until_unix > self.wall_clock() and is_new:
+        if found.until_unix > self.wall_clock() and not self._has_just_gone(found.login_id):
             if not await reservations.look_at(found.server_id):
                 raise unanswered("the store does not tell whether a login still counts")
             live = self._find(service, request, reservations)
             if live is not None:
                 return live
+            if not reservations.is_settled:
+                raise unanswered("the store has forgotten who is logged in, and not every relay has said so again")
             self._is_gone(found.login_id)
         raise Refused(
             401, "LoginEnded", "Your reservation of a server has ended. Please log in again.", fields=(service.passes.withdraw(),)
@@ -251,6 +253,9 @@ class LoginGate:
             del self._gone[next(iter(self._gone))]
         self._gone[login_id] = trio.current_time()
 
+    def _has_just_gone(self, login_id: str) -> bool:
+        return self._gone.get(login_id, -math.inf) + GONE_S > trio.current_time()
+
     async def _look(self) -> None:
         while True:
             began = trio.current_time()
@@ -261,7 +266,9 @@ class LoginGate:
             if reservations is None or not reservations.upkeep.has_read:
                 continue
             for login_id in list(self._watchers):
-                if self._counted(login_id, reservations, 0) is None:
+                # A store that has forgotten ends nobody's login; a logout does.
+                may_be_over = reservations.is_settled or self._has_just_gone(login_id)
+                if may_be_over and self._counted(login_id, reservations, 0) is None:
                     for lost in list(self._watchers.get(login_id, ())):
                         lost()
             self._free_dead_servers(reservations)

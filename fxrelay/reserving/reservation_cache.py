@@ -15,6 +15,7 @@ import trio
 
 from fxrelay.balance.holders import Holders
 from fxrelay.balance.reservations import Record
+from fxrelay.balance.settling import Evidence
 from fxrelay.cluster.ports import Store, Transporter
 from fxrelay.cluster.threads import Threads
 from fxrelay.reserving.event_reporter import EXPIRED, EventReporter
@@ -85,6 +86,10 @@ class ReservationCache:
         self._lanes = 0
         self._answered_at = -math.inf
         self._silent_until = -math.inf
+        self._looked: Evidence | None = None
+        self._settles_at = math.inf
+        self._strange = self._strange_before = 0
+        """News of another epoch than the one looked at last: all, and those before that look."""
 
     @property
     def updates(self) -> RecordUpdates:
@@ -121,6 +126,20 @@ class ReservationCache:
             self._lanes -= 1
             while not self._lanes and self._waiting:
                 self._waiting.popleft().tell(StoreError("this relay is going away"))
+
+    async def look(self) -> Evidence | StoreError:
+        """See `Ledger.look`."""
+        began, strange = trio.current_time(), self._strange
+        looked = await self.ask(self.ledger.look)
+        if not isinstance(looked, StoreError):
+            self._looked, self._strange_before = looked, strange
+            self._settles_at = began + looked.settles_in_ms(looked.seen_ms) / 1000
+        return looked
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether a login that is in no record has ended: not while the store may have forgotten it, and its relay has yet to say so."""
+        return self._strange == self._strange_before and trio.current_time() >= self._settles_at
 
     def silence(self) -> StoreError | None:
         """That the store has just answered nobody, and is not worth asking for somebody who waits. None also for the one who is to find
@@ -215,6 +234,8 @@ class ReservationCache:
         """Take in a record that was read or heard. Returns whether it is news."""
         is_news = self.holders.learn(server_id, record)
         if is_news:
+            if self._looked is None or record.epoch != self._looked.mark.epoch:
+                self._strange += 1
             changed, self.changed = self.changed, trio.Event()
             changed.set()
         return is_news

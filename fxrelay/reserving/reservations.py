@@ -81,6 +81,11 @@ class Reservations:
         """Why the store may forget who has which server; empty if nothing speaks for that."""
         return self._cache.ledger.doubt
 
+    @property
+    def is_settled(self) -> bool:
+        """Whether a login that is in no record has ended; see `ReservationCache`."""
+        return self._cache.is_settled
+
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Keep what is held and follow the others until cancelled. Logins that are held then are left to their leases; see `close`."""
         async with trio.open_nursery() as nursery:

@@ -55,7 +55,7 @@ class Upkeep:
         warned_of = doubt = ""
         while True:
             try:
-                looked = await self._cache.ask(self._cache.ledger.look)
+                looked = await self._cache.look()
             finally:
                 has_looked.set()
             if isinstance(looked, StoreError):
@@ -205,6 +205,10 @@ class Upkeep:
         while True:
             known = frozenset(self._cache.holders.standings())
             found = await self._cache.ask(lambda: list(self._cache.ledger.records()))
+            if not isinstance(found, StoreError) and not known <= {server_id for server_id, _ in found}:
+                # Before anybody sees that they are gone: has the store forgotten them?
+                looked = await self._cache.look()
+                found = looked if isinstance(looked, StoreError) else found
             if not isinstance(found, StoreError):
                 for start in range(0, len(found), SLICE):
                     for server_id, record in found[start : start + SLICE]:
