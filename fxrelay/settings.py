@@ -162,7 +162,7 @@ class RelaySettings(WholeFile):
                     found.append(clash(f"{section}[{seen[value]}] already has {key} {value!r}", (section, index, key), value))
         names = [str(entry.get("name", "")) for _, entry in tables(raw, "service")]
         told_bytes = sum(len(name) + _OFFER_BYTES for name in names)
-        if told_bytes > SERVICES_BYTES:
+        if told_bytes > SERVICES_BYTES and tables(raw, "gateway"):
             text = f"{len(names)} services with such names are too many: a gateway is told of all in one message, which would have about "
             text += f"{told_bytes:,} bytes of {SERVICES_BYTES:,}. Shorten the names, or have another relay serve some"
             found.append(clash(text, ("service",), f"{len(names)} services"))

@@ -1,12 +1,16 @@
 """Pump: one instance of a relay: its control link, its sessions, and how well it could take a stream."""
 
-from typing import ClassVar, Literal
+from typing import ClassVar, Final, Literal
 
 from fxgateway.routing.failover import FailoverState
 from fxgateway.routing.offers import Readiness
 from fxgateway.tunnels.ports import ControlHandle
+from fxtunnel.codes import Code
 from fxtunnel.engine.session import Session
 from fxtunnel.model import InstanceId, Offer, RelayId, SessionId
+
+NO_INSTANCE: Final = InstanceId("")
+"""Of what stands for an instance that has gone to another process of this gateway, and does not serve there yet."""
 
 
 class LiveRelay:
@@ -101,3 +105,10 @@ class LiveRelay:
             (only,) = self.sessions.values()
             return only
         return min(self.sessions.values(), key=lambda s: (not s.is_up, s.is_spent, s.is_bulk, len(s.mux.streams)), default=None)
+
+
+def why_gone(instance: InstanceId, successor: InstanceId) -> tuple[Code, str]:
+    """Why `instance` ends when `successor` has its relay's name."""
+    if instance == successor:
+        return Code.LINK_LOST, "its control link came up at another worker"
+    return Code.FENCED, "another instance has this relay's name now"

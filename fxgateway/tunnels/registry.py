@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from fxgateway.routing.offers import OfferTable, Readiness
-from fxgateway.tunnels.live_relay import LiveRelay
+from fxgateway.tunnels.live_relay import NO_INSTANCE, LiveRelay, why_gone
 from fxgateway.tunnels.ports import ControlHandle, Departure
 from fxgateway.tunnels.session_owner import RelaySessions
 from fxtunnel.codes import Code
@@ -113,12 +113,19 @@ class Registry:
         if fenced is not None:
             if fenced.sessions:
                 self._hold_clients(relay)
-            self._expel(fenced, *_why_gone(fenced.instance, instance))
+            self._expel(fenced, *why_gone(fenced.instance, instance))
         return relay.epoch
 
     def _hold_clients(self, relay: LiveRelay) -> None:
         """Whom the instance before has not heard of, and who comes now, may wait for its first link: they were served a moment ago."""
         relay.given_up.add(self._add_session(relay).id)
+
+    def _stand_in(self, fenced: LiveRelay) -> None:
+        """As `_hold_clients`, where the new instance is at another process: until it serves there (`relieve`), or the hold is over."""
+        relay = self._relays[fenced.relay_id] = LiveRelay(fenced.relay_id, NO_INSTANCE, fenced.epoch, self._reactor.now)
+        relay.is_drained = fenced.is_drained
+        self._offer(relay, fenced.offers)
+        self._hold_clients(relay)
 
     def update_services(self, relay_id: RelayId, instance: InstanceId, offers: tuple[Offer, ...]) -> None:
         """The relay has reloaded its configuration."""
@@ -252,13 +259,15 @@ class Registry:
         relay = self._instance(relay_id, instance)
         if relay is not None:
             self.on_change()
-            code, text = _why_gone(instance, successor)
+            code, text = why_gone(instance, successor)
             if relay.draining and code is Code.FENCED and self._relays.get(relay_id) is relay:
                 relay.has_yielded = True
                 if not relay.hands_over:
                     self.relieve(relay_id)
                 return
             logger.warning("relay %s is at another worker now: %s", relay_id, text)
+            if code is Code.FENCED and relay.sessions and self._relays.get(relay_id) is relay:
+                self._stand_in(relay)
             self._expel(relay, code, text)
 
     def overtaken(self, relay_id: RelayId, instance: InstanceId, epoch: int) -> tuple[Code, str] | None:
@@ -266,12 +275,14 @@ class Registry:
         latest, successor = self._names.get(relay_id, (0, instance))
         if epoch >= latest or self._instance(relay_id, instance) is not None:  # one that has entered was told by `yield_name`
             return None
-        return _why_gone(instance, successor)
+        return why_gone(instance, successor)
 
     def relieve(self, relay_id: RelayId) -> None:
         """Another process of this gateway serves this relay now: an instance here that has yielded its name takes nothing more."""
         relay = self._relays.get(relay_id)
-        if relay is not None and relay.has_yielded:
+        if relay is not None and relay.instance == NO_INSTANCE:
+            self._expel(relay, Code.FENCED, "the new instance serves at another worker")
+        elif relay is not None and relay.has_yielded:
             logger.info("relay %s has a new instance at another worker; the one here ends its streams", relay_id)
             if relay.link is not None and relay.hands_over:
                 relay.link.relieve()
@@ -383,9 +394,3 @@ class Registry:
         for later in (*leaving.values(), self._relays.get(relay.relay_id)):
             if later is not None and later.predecessor is relay:
                 later.predecessor = None
-
-
-def _why_gone(instance: InstanceId, successor: InstanceId) -> tuple[Code, str]:
-    if instance == successor:
-        return Code.LINK_LOST, "its control link came up at another worker"
-    return Code.FENCED, "another instance has this relay's name now"

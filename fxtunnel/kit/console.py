@@ -19,6 +19,8 @@ from fxtunnel.errors import ConfigError, ConfigProblem, FxError, leaves
 ASK_TIMEOUT_S: Final = 2.0
 """How long a command waits for the running daemon's answer."""
 DRAIN_POLL_S: Final = 0.5
+DRAIN_PATIENCE_S: Final = 10.0
+"""How long watching a drain goes on without an answer: one of several processes may have died, and is started anew."""
 CONTEXT: Final = {"help_option_names": ["-h", "--help"]}
 LINK_COLUMNS: Final = ("up", "cuts", "rtt", "streams")
 """The headings of `link_cells`."""
@@ -137,13 +139,21 @@ def watch_drain(count: Callable[[], int], what: str, timeout_s: float | None) ->
     """Show how many are left until none is: a line that renews itself on a terminal, else a line for each change.
 
     Raises:
-        FxError: some are left after `timeout_s`.
+        FxError: some are left after `timeout_s`; or what `count` raised, if it has not told anything for DRAIN_PATIENCE_S.
     """
-    began = time.monotonic()
+    began = answered_at = time.monotonic()
     shown = -1
     is_terminal = sys.stdout.isatty()
     while True:
-        left = count()
+        try:
+            left = count()
+        except FxError:
+            now = time.monotonic()
+            if now - answered_at >= DRAIN_PATIENCE_S or (timeout_s is not None and now - began >= timeout_s):
+                raise
+            time.sleep(DRAIN_POLL_S)
+            continue
+        answered_at = time.monotonic()
         if left != shown or is_terminal:
             text = f"{what} left: {left}, {duration(time.monotonic() - began)}"
             click.echo(f"\r{text:<60}" if is_terminal else text, nl=not is_terminal)

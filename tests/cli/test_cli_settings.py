@@ -135,8 +135,11 @@ def test_more_services_than_a_gateway_can_be_told_of_are_refused(relay_toml: Wri
     def services(count: int) -> str:
         return "".join(f'[[service]]\nname = "service-{n:05d}"\ntarget = "127.0.0.1:22"\n' for n in range(count))
 
-    assert len(fxrelay.settings.load(relay_toml('[relay]\nid = "node-a"\n' + services(300)), {}).services) == 300
-    found = problems_of(fxrelay.settings.load, relay_toml('[relay]\nid = "node-a"\n' + services(400)))
+    alone = '[relay]\nid = "node-a"\n'
+    base = alone + '[[gateway]]\nfile = "gateway.json"\n'
+    assert len(fxrelay.settings.load(relay_toml(base + services(300)), {}).services) == 300
+    assert len(fxrelay.settings.load(relay_toml(alone + services(400)), {}).services) == 400
+    found = problems_of(fxrelay.settings.load, relay_toml(base + services(400)))
     assert list(found) == ["service"]
     assert "400 services with such names are too many" in found["service"]
     most = tuple(Offer(ServiceName(f"service-{n:05d}"), "http") for n in range(fxrelay.settings.SERVICES_BYTES // 43))

@@ -10,8 +10,10 @@ from fxgateway.doors.doors import Doors
 from fxgateway.routing.admission import Admission
 from fxgateway.routing.offers import Readiness
 from fxgateway.tunnels import registry as registry_module
+from fxgateway.tunnels.live_relay import NO_INSTANCE
 from fxgateway.tunnels.ports import Departure
 from fxtunnel.codes import Code
+from fxtunnel.engine.ports import SessionConfig
 from fxtunnel.kit.settings import Address
 from fxtunnel.model import InstanceId, ServiceName
 from tests.ports import free_port
@@ -100,7 +102,41 @@ async def test_who_does_not_go_away_or_is_elsewhere_itself_loses_its_streams(
             plane.registry.yield_name(old.id, old.instance, 2, InstanceId(successor))
             await until_reset(kept)
             assert old.control.closed == [code]
-            assert (plane.registry.relays(), plane.registry.leaving(old.id)) == ((), ())
+            assert [relay.instance for relay in plane.registry.relays()] == ([NO_INSTANCE] if code is Code.FENCED else [])
+            assert plane.registry.leaving(old.id) == ()
+
+
+@pytest.mark.parametrize("comes", ["here", "elsewhere", "never"])
+async def test_who_waits_for_a_dead_one_waits_on_when_its_name_is_at_another_process(contexts: Contexts, comes: str) -> None:
+    async with open_plane(contexts, SessionConfig(hold_s=2.0 if comes == "never" else 25.0, heartbeat_s=0.1, dead_after_s=0.5)) as plane:
+        service = await plane.serve(echo)
+        old = await plane.add_relay(service)
+        old.redials = False
+        assert old.wire is not None
+        old.wire.cut()
+        with trio.fail_after(10):
+            while old.far_session.is_up:
+                await trio.sleep(0.005)
+        port = plane.add_door(open_timeout_s=25.0)
+        async with await connect(port) as before, await connect(port) as later:
+            await before.send_all(b"early")
+            plane.registry.yield_name(old.id, old.instance, 2, InstanceId("successor"))
+            assert old.control.closed == [Code.FENCED]
+            assert plane.registry.new_session(old.id, old.instance) is None
+            await later.send_all(b"later")
+            with trio.fail_after(10):
+                while sum(client.waits_for_link for client in plane.doors[0].opening) < 2:
+                    await trio.sleep(0.005)
+            if comes == "here":
+                await plane.add_relay(service, run=2)
+                assert await receive_exactly(before, 5) == b"early"
+                assert await receive_exactly(later, 5) == b"later"
+                return
+            if comes == "elsewhere":
+                plane.registry.relieve(old.id)
+            assert (await until_reset(before), await until_reset(later)) == (b"", b"")
+            assert sum(plane.doors[0].counters.refused.values()) == 2
+            assert plane.registry.relays() == ()
 
 
 async def test_others_go_before_one_that_makes_way(contexts: Contexts) -> None:

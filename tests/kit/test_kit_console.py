@@ -13,7 +13,7 @@ from click.testing import CliRunner, Result
 import fxgateway.cli
 import fxrelay.cli
 from fxtunnel.errors import ConfigError, ConfigProblem, FxError
-from fxtunnel.kit.console import Program, duration, link_cells, reload_held
+from fxtunnel.kit.console import Program, duration, link_cells, reload_held, watch_drain
 
 BAD = ConfigError([ConfigProblem("x.toml", "a", "is wrong"), ConfigProblem("x.toml", "b", "too")])
 
@@ -125,3 +125,28 @@ def test_a_reader_that_has_seen_enough_ends_a_command_without_a_word() -> None:
     finally:
         os.close(writer)
     assert (done.returncode, done.stderr) == (1, b"")
+
+
+def test_who_watches_a_drain_waits_for_an_answer_a_while(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("fxtunnel.kit.console.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("fxtunnel.kit.console.time.sleep", lambda pause_s: clock.__setitem__(0, clock[0] + pause_s))
+    away = FxError("a worker does not answer")
+    answers: list[int | FxError] = [3, *[away] * 15, 2, *[away] * 15, 0]
+
+    def count() -> int:
+        answer = answers.pop(0)
+        if isinstance(answer, FxError):
+            raise answer
+        return answer
+
+    watch_drain(count, "clients", None)
+    assert [line.partition(",")[0] for line in capsys.readouterr().out.splitlines()] == [f"clients left: {left}" for left in (3, 2, 0)]
+    answers[:] = [3, *[away] * 30]
+    with pytest.raises(FxError, match="does not answer"):
+        watch_drain(count, "clients", None)
+    assert 5 < len(answers) < 15
+    answers[:] = [3, *[away] * 30]
+    with pytest.raises(FxError, match="does not answer"):
+        watch_drain(count, "clients", 2.0)
+    assert len(answers) > 20

@@ -69,12 +69,15 @@ while not (home / f"finish-{number}").exists():
 note("end")
 """
 RUN = """
-import os, resource, sys
+import os, resource, signal, sys, threading
 resource.setrlimit(resource.RLIMIT_NOFILE, (40, 1_000))
 sys.path.insert(0, sys.argv[1])
 from fxtunnel.kit import launcher
 launcher.RELEASE_S = 1.0
 launcher.LIVED_S = float(sys.argv[4])
+if os.path.exists(sys.argv[3] + "/kills-late"):
+    kill = os.kill
+    os.kill = lambda pid, number: threading.Timer((number == signal.SIGKILL) * 0.5, kill, (pid, number)).start()
 sys.exit(launcher.Launcher("test", [sys.executable, "-c", sys.argv[2], sys.argv[1], sys.argv[3]], os.environ).run())
 """
 
@@ -324,6 +327,23 @@ def test_who_is_killed_in_the_middle_of_a_hand_over_is_replaced_when_it_is_its_t
     os.kill(it.noted("started-1"), signal.SIGKILL)
     it.noted("go-2")
     assert not it.lives("started-0"), "it did not let go in time"
+
+
+def test_a_successor_that_is_killed_is_not_promoted_by_what_it_has_said(launch: Callable[..., Launched], tmp_path: Path) -> None:
+    (tmp_path / "kills-late").touch()
+    (tmp_path / "slow").touch()
+    it = launch(managed=False, lived_s=0.0)
+    it.noted("go-0")
+    it.process.send_signal(signal.SIGUSR2)
+    it.noted("started-1")
+    os.kill(it.noted("go-0"), signal.SIGKILL)
+    it.until(lambda: b"takes its place" in (it.home / "stderr").read_bytes(), "the next one")
+    (it.home / "slow").unlink()
+    it.noted("go-2")
+    it.until(lambda: not it.lives("started-1"), "end of the successor")
+    assert it.lives("go-2")
+    assert b"has taken over" not in (it.home / "stderr").read_bytes()
+    assert it.is_heard()
 
 
 def test_the_watchdog_kills_the_daemon(launch: Callable[..., Launched]) -> None:
