@@ -6,7 +6,7 @@ from pathlib import Path
 
 from fxtunnel.errors import ConfigError
 from fxtunnel.kit.certificates import issue_server_certificate, load_authority
-from fxtunnel.kit.files import read_secret, write_atomic, write_secret
+from fxtunnel.kit.files import read_secret, write_together
 
 
 def main() -> int:
@@ -20,8 +20,7 @@ def main() -> int:
     try:
         authority = load_authority(_text_of(given.ca), read_secret(given.ca_key))
         certificate, key = issue_server_certificate(authority, given.host)
-        write_secret(given.out / "server.key", key)
-        write_atomic(given.out / "server.pem", certificate.encode(), 0o644)
+        write_together([(given.out / "server.key", key, 0o600), (given.out / "server.pem", certificate.encode(), 0o644)])
     except ConfigError as exc:
         print("\n".join(str(problem) for problem in exc.problems), file=sys.stderr)  # noqa: T201 - a script
         return 2

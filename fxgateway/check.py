@@ -112,7 +112,7 @@ def _ending_certificates(settings: GatewaySettings, now: dt.datetime) -> list[st
     found = []
     for path in dict.fromkeys(paths):
         with contextlib.suppress(OSError, ValueError):  # what cannot be read is a problem, or, for the authority, nobody's here
-            end = x509.load_pem_x509_certificates(path.read_bytes())[0].not_valid_after_utc
+            end = min(each.not_valid_after_utc for each in x509.load_pem_x509_certificates(path.read_bytes()))
             if end - now < ENDS_SOON:
                 found.append(f"{path} ends on {end:%Y-%m-%d}; see certs/README.md")
     return found

@@ -16,6 +16,7 @@ from fxtunnel.kit.console import (
     ASK_TIMEOUT_S,
     CONTEXT,
     LINK_COLUMNS,
+    DrainAnswer,
     Program,
     config_option,
     duration,
@@ -270,20 +271,21 @@ def drain(config_path: Path, relay_id: str | None, undo: bool, timeout_s: float 
         raise click.UsageError("--undo needs RELAY_ID; a gateway that was drained is restarted")
     control = Address(path=_load(config_path).tunnel.steering_path)
 
-    def ask(method: str) -> int:
+    def ask(method: str) -> DrainAnswer:
         path = f"/drain/{relay_id}" if relay_id is not None else "/drain"
         try:
-            return int(fetch_json(control, path, ASK_TIMEOUT_S, method)["left"])
+            return DrainAnswer.of(fetch_json(control, path, ASK_TIMEOUT_S, method))
         except FxError as exc:
             raise FxError(f"the gateway does not answer; is it running? {exc}") from exc
 
-    if relay_id is not None and ask("GET") < 0:
+    if relay_id is not None and ask("GET").left < 0:
         raise FxError(f"no relay {relay_id} is here; `fxgateway relays` shows them")
-    ask("DELETE" if undo else "POST")
     if undo:
+        ask("DELETE")
         click.echo(f"{relay_id} gets streams again")
     else:
-        watch_drain(lambda: max(0, ask("GET")), "clients" if relay_id is None else f"streams of {relay_id}", timeout_s)
+        what = "clients" if relay_id is None else f"streams of {relay_id}"
+        watch_drain(ask("POST").process, lambda: ask("GET"), what, timeout_s)
 
 
 def _load(config_path: Path) -> "GatewaySettings":

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import secrets
 from collections.abc import Awaitable, Callable
 from typing import Final
 
@@ -73,13 +74,17 @@ class Steering:
 def steering_app(steer: Steer) -> Starlette:
     """The pages. POST /drain: take no more clients. POST /drain/RELAY_ID: give that relay nothing new; DELETE undoes it. GET only looks.
 
-    All answer with the number of clients or streams that are left; 503 while a worker does not say how many it has.
+    All answer with the number of clients or streams that are left, and with which process says so: a drain ends with it. 503 while a
+    worker does not say how many it has.
     """
+
+    process = secrets.token_hex(8)  # not the pid, which the next process may have, too
 
     async def drain(request: Request) -> Response:
         relay_id = request.path_params.get("relay_id")
         try:
-            return JsonPage({"left": await steer(request.method, None if relay_id is None else RelayId(relay_id))})
+            left = await steer(request.method, None if relay_id is None else RelayId(relay_id))
+            return JsonPage({"left": left, "process": process})
         except FxError as exc:
             logger.warning("what is left is not known: %s", exc)
             return JsonPage({"error": str(exc)}, 503)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 import click
 
 from fxtunnel.errors import FxError, StoreError
-from fxtunnel.kit.console import ASK_TIMEOUT_S, config_option, duration, print_table, timeout_option, watch_drain
+from fxtunnel.kit.console import ASK_TIMEOUT_S, DrainAnswer, config_option, duration, print_table, timeout_option, watch_drain
 
 if TYPE_CHECKING:
     from fxrelay.cluster.members import Control, Member
@@ -126,6 +126,8 @@ def drain(config_path: Path, node: str | None, timeout_s: float | None) -> None:
     if node is None:
         _drain_process(config_path, timeout_s)
         return
+    if timeout_s is not None:
+        raise click.UsageError("with NODE nothing is watched: leave --timeout out; `fxrelay nodes --watch` shows its sessions")
     from fxrelay.cluster.members import Control
 
     _change(config_path, node, Control(draining=True))
@@ -273,14 +275,13 @@ def _drain_process(config_path: Path, timeout_s: float | None) -> None:
 
     status = _load(config_path).relay.status_address
 
-    def ask(method: str) -> int:
+    def ask(method: str) -> DrainAnswer:
         try:
-            return int(fetch_json(status, "/drain", ASK_TIMEOUT_S, method)["left"])
+            return DrainAnswer.of(fetch_json(status, "/drain", ASK_TIMEOUT_S, method))
         except FxError as exc:
             raise FxError(f"the relay does not answer; is it running? {exc}") from exc
 
-    ask("POST")
-    watch_drain(lambda: ask("GET"), "streams", timeout_s)
+    watch_drain(ask("POST").process, lambda: ask("GET"), "streams", timeout_s)
 
 
 def _change(config_path: Path, node: str, change: "Control | None") -> None:

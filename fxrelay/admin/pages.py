@@ -1,5 +1,6 @@
 """Task: the relay's status socket: /healthz, /status, /nodes/NAME and /metrics, which only tell, and /drain, for planned work."""
 
+import secrets
 from collections.abc import Callable
 from dataclasses import asdict
 
@@ -19,8 +20,10 @@ def make_app(view: RelayView, drain: Callable[[], None] | None = None) -> Starle
 
     /healthz: 200 while the process answers. /status: JSON object with `relay` (see `Totals`), `uplinks`, `services`, `cluster` and
     `reservations`. /nodes/NAME: JSON object, see `NodeStatus`; 404 for a node that this relay has not heard of.
-    /metrics: Prometheus text. POST /drain calls `drain`, if there is one, and tells how many streams are left. All others: GET and HEAD.
+    /metrics: Prometheus text. POST /drain calls `drain`, if there is one, and tells how many streams are left, and which process
+    says so. All others: GET and HEAD.
     """
+    process = secrets.token_hex(8)  # not the pid, which the next process may have, too
     registry = CollectorRegistry()
     registry.register(RelayCollector(view))
     ProcessCollector(registry=registry)
@@ -52,7 +55,7 @@ def make_app(view: RelayView, drain: Callable[[], None] | None = None) -> Starle
     async def planned(request: Request) -> Response:
         if drain is not None and request.method == "POST":
             drain()
-        return JsonPage({"left": view.totals().streams}, headers=PAGE_HEADERS)
+        return JsonPage({"left": view.totals().streams, "process": process}, headers=PAGE_HEADERS)
 
     return pages_app(
         [

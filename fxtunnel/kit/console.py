@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -135,25 +136,57 @@ def refuse(problems: Sequence[ConfigProblem]) -> None:
         raise ConfigError(problems)
 
 
-def watch_drain(count: Callable[[], int], what: str, timeout_s: float | None) -> None:
+@dataclass(frozen=True, slots=True)
+class DrainAnswer:
+    """What a daemon's /drain page tells: how many are left, below 0 for a relay that is not there, and which process says so."""
+
+    left: int
+    process: str
+
+    @classmethod
+    def of(cls, page: _Json) -> "DrainAnswer":
+        """From the page's JSON object.
+
+        Raises:
+            FxError: it is something else's.
+        """
+        left, process = page.get("left"), page.get("process")
+        if not (isinstance(left, int) and isinstance(process, str)):
+            raise FxError("what answers is not a daemon of this version")
+        return cls(left, process)
+
+
+def watch_drain(began_by: str, look: Callable[[], DrainAnswer], what: str, timeout_s: float | None) -> None:
     """Show how many are left until none is: a line that renews itself on a terminal, else a line for each change.
 
     Raises:
-        FxError: some are left after `timeout_s`; or what `count` raised, if it has not told anything for DRAIN_PATIENCE_S.
+        FxError: some are left after `timeout_s`, or when who watches has pressed Ctrl-C; another process than `began_by` answers, which
+            does not drain; or what `look` raised, if it has not told anything for DRAIN_PATIENCE_S.
     """
+    try:
+        _watch_drain(began_by, look, what, timeout_s)
+    except KeyboardInterrupt:
+        click.echo()  # the terminal has written ^C into the line
+        raise FxError("no longer watched; the drain goes on, and a restart ends it") from None
+
+
+def _watch_drain(began_by: str, look: Callable[[], DrainAnswer], what: str, timeout_s: float | None) -> None:
     began = answered_at = time.monotonic()
     shown = -1
     is_terminal = sys.stdout.isatty()
     while True:
         try:
-            left = count()
+            answer = look()
         except FxError:
             now = time.monotonic()
             if now - answered_at >= DRAIN_PATIENCE_S or (timeout_s is not None and now - began >= timeout_s):
                 raise
             time.sleep(DRAIN_POLL_S)
             continue
+        if answer.process != began_by:
+            raise FxError("restarted meanwhile, which has ended the drain: new ones are taken again")
         answered_at = time.monotonic()
+        left = max(0, answer.left)
         if left != shown or is_terminal:
             text = f"{what} left: {left}, {duration(time.monotonic() - began)}"
             click.echo(f"\r{text:<60}" if is_terminal else text, nl=not is_terminal)

@@ -7,7 +7,7 @@ import logging
 import os
 import secrets
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -89,23 +89,22 @@ def write_atomic(path: Path, data: bytes, mode: int) -> None:
     Raises:
         ConfigError: it cannot be written; the old content, if any, is untouched.
     """
-    draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    try:
-        fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        try:
-            with os.fdopen(fd, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fchmod(fd, mode)
-                os.fsync(fd)
-            os.replace(draft, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(draft)
-            raise
-        _sync_directory(path.parent)
-    except OSError as exc:
-        raise ConfigError.one(path, "", f"cannot be written: {exc.strerror or exc}") from exc
+    write_together(((path, data, mode),))
+
+
+def write_together(files: Sequence[tuple[Path, bytes, int]]) -> None:
+    """`write_atomic` for files that belong together, such as a certificate and its key: none is replaced before all are on the disk.
+
+    Raises:
+        ConfigError: one cannot be written; the old ones are untouched.
+    """
+    with contextlib.ExitStack() as drafts:
+        written = [(path, drafts.enter_context(_draft(path, data, mode))) for path, data, mode in files]
+        for path, draft in written:
+            with _told_of(path):
+                os.replace(draft, path)
+        for directory in {path.parent for path, _, _ in files}:
+            _sync_directory(directory)
 
 
 def make_private_dir(path: Path) -> None:
@@ -158,6 +157,32 @@ def held_alone(directory: Path) -> Iterator[None]:
         file.truncate()
         file.write(b"%d\n" % os.getpid())
         yield
+
+
+@contextlib.contextmanager
+def _draft(path: Path, data: bytes, mode: int) -> Iterator[Path]:
+    """A file beside `path` that holds `data`, on the disk; removed at the end, if it still has that name."""
+    draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    with _told_of(path):
+        fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        with _told_of(path), os.fdopen(fd, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fchmod(fd, mode)
+            os.fsync(fd)
+        yield draft
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(draft)
+
+
+@contextlib.contextmanager
+def _told_of(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as exc:
+        raise ConfigError.one(path, "", f"cannot be written: {exc.strerror or exc}") from exc
 
 
 def _check_private(path: Path, facts: os.stat_result) -> None:

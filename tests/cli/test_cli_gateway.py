@@ -2,14 +2,12 @@
 
 import json
 import socket
-import ssl
 import stat
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -20,8 +18,6 @@ import fxrelay.cli
 from fxgateway.cli import main
 from fxgateway.tunnels.identities import EnrolOutcome, Identities
 from fxrelay.uplink.gateway_file import load_gateway_file
-from fxtunnel.kit.certificates import issue_server_certificate, new_authority
-from fxtunnel.kit.files import write_secret
 from fxtunnel.kit.tokens import new_key
 from fxtunnel.model import RelayId
 
@@ -116,35 +112,6 @@ def test_revoking_says_that_the_enrolment_file_is_void(made: Path) -> None:
     assert (second.exit_code, "invite" in second.stdout) == (0, False), "it was void before"
 
 
-def test_a_key_of_another_certificate(made: Path) -> None:
-    _, key = issue_server_certificate(new_authority("x"), ["127.0.0.1"])
-    write_secret(made / "server.key", key)
-    assert any("does not belong" in line for line in refused(fx("check", "--config", made / "gateway.toml")))
-
-
-@pytest.mark.parametrize(("shift_days", "words"), [(-40, "it ended 9 days ago"), (5, "it begins in")])
-def test_a_certificate_that_is_not_valid_now(made: Path, shift_days: int, words: str) -> None:
-    start = datetime.now(UTC) + timedelta(days=shift_days, minutes=5)
-    certificate, key = issue_server_certificate(new_authority("x"), ["127.0.0.1"], valid_from=start, valid_days=30)
-    (made / "server.pem").write_text(certificate)
-    write_secret(made / "server.key", key)
-    lines = refused(fx("check", "--config", made / "gateway.toml"))
-    assert len(lines) == 1
-    assert words in lines[0]
-
-
-@pytest.mark.parametrize(("days_left", "is_told"), [(29, True), (31, False)])
-def test_check_warns_a_month_before_a_certificate_ends(made: Path, days_left: int, is_told: bool) -> None:
-    start = datetime.now(UTC) - timedelta(days=100 - days_left, minutes=-5)
-    certificate, key = issue_server_certificate(new_authority("x"), ["127.0.0.1"], valid_from=start, valid_days=100)
-    (made / "server.pem").write_text(certificate)
-    write_secret(made / "server.key", key)
-    result = fx("check", "--config", made / "gateway.toml")
-    assert result.exit_code == 0, result.output
-    ends = f"{start + timedelta(days=100):%Y-%m-%d}"
-    assert (f"warning: {made / 'server.pem'} ends on {ends}" in result.stderr) is is_told, result.stderr
-
-
 def test_a_withdrawn_enrolment_file_lets_nobody_in(made: Path, tmp_path: Path) -> None:
     config, first, second = made / "gateway.toml", made / "gateway.json", tmp_path / "second.json"
     assert fx("invite", "--config", config, "--out", second).exit_code == 0
@@ -163,26 +130,6 @@ def test_a_withdrawn_enrolment_file_lets_nobody_in(made: Path, tmp_path: Path) -
     assert {relay.relay_id for relay in identities.known()} == {"early", "late"}
     for wrong in ([], ["--all", str(first)], [str(made / "ca.pem")]):
         assert fx("withdraw", "--config", config, *wrong).exit_code == 2
-
-
-@pytest.mark.parametrize(
-    ("names", "host", "fits"),
-    [
-        (["*.example.com"], "gw.example.com", True),
-        (["GW.example.com"], "gw.EXAMPLE.com", True),
-        (["*.example.com"], "a.gw.example.com", False),
-        (["*.example.com"], "example.com", False),
-        (["gw.example.com", "::1"], "[::1]", True),
-        (["127.0.0.1"], "127.0.0.2", False),
-    ],
-)
-def test_the_certificate_must_be_for_the_public_name(made: Path, names: list[str], host: str, fits: bool) -> None:
-    certificate, key = issue_server_certificate(new_authority("x"), names)
-    (made / "server.pem").write_text(certificate)
-    write_secret(made / "server.key", key)
-    result = fx("check", "--config", made / "gateway.toml", env={"FXGATEWAY__TUNNEL__PUBLIC_URL": f"wss://{host}:1"})
-    assert (result.exit_code == 0) is fits, result.output
-    assert fits or "not for" in result.stderr
 
 
 def test_ports_in_use_are_named(made: Path) -> None:
@@ -382,16 +329,3 @@ def test_revoke_and_forget(node_a: Path) -> None:
         result = fx(command, "node-a", "--config", node_a / "gateway.toml")
         assert result.exit_code == 1
         assert "no relay node-a" in result.stderr
-
-
-def test_the_server_certificate_is_good_for_a_real_handshake(made: Path) -> None:
-    server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    server.load_cert_chain(made / "server.pem", made / "server.key")
-    client = ssl.create_default_context(cafile=str(made / "ca.pem"))
-    near, far = socket.socketpair()
-    with near, far:
-        thread = threading.Thread(target=lambda: server.wrap_socket(far, server_side=True).close())
-        thread.start()
-        client.wrap_socket(near, server_hostname="127.0.0.1").close()
-        thread.join(5)
-    assert not thread.is_alive()

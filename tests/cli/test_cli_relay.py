@@ -65,6 +65,20 @@ def test_a_missing_enrolment_file(relay: Path) -> None:
     assert "gateway.json" in lines[0]
 
 
+def test_an_enrolment_file_without_its_token_is_enough(relay: Path) -> None:
+    path = relay.parent / "gateway.json"
+    content = json.loads(path.read_text())
+    del content["enrolment"]
+    path.write_text(json.dumps(content))
+    assert fx("check", "--config", relay).exit_code == 0
+
+
+def test_a_node_is_drained_without_being_watched(relay: Path) -> None:
+    result = fx("drain", "node-b", "--timeout", "5", "--config", relay)
+    assert result.exit_code == 2
+    assert "nothing is watched" in result.stderr
+
+
 def test_a_damaged_enrolment_file_does_not_show_its_token(relay: Path) -> None:
     path = relay.parent / "gateway.json"
     content = json.loads(path.read_text())

@@ -13,7 +13,7 @@ from click.testing import CliRunner, Result
 import fxgateway.cli
 import fxrelay.cli
 from fxtunnel.errors import ConfigError, ConfigProblem, FxError
-from fxtunnel.kit.console import Program, duration, link_cells, reload_held, watch_drain
+from fxtunnel.kit.console import DrainAnswer, Program, duration, link_cells, reload_held, watch_drain
 
 BAD = ConfigError([ConfigProblem("x.toml", "a", "is wrong"), ConfigProblem("x.toml", "b", "too")])
 
@@ -134,19 +134,39 @@ def test_who_watches_a_drain_waits_for_an_answer_a_while(monkeypatch: pytest.Mon
     away = FxError("a worker does not answer")
     answers: list[int | FxError] = [3, *[away] * 15, 2, *[away] * 15, 0]
 
-    def count() -> int:
+    def look() -> DrainAnswer:
         answer = answers.pop(0)
         if isinstance(answer, FxError):
             raise answer
-        return answer
+        return DrainAnswer(answer, "a")
 
-    watch_drain(count, "clients", None)
+    watch_drain("a", look, "clients", None)
     assert [line.partition(",")[0] for line in capsys.readouterr().out.splitlines()] == [f"clients left: {left}" for left in (3, 2, 0)]
     answers[:] = [3, *[away] * 30]
     with pytest.raises(FxError, match="does not answer"):
-        watch_drain(count, "clients", None)
+        watch_drain("a", look, "clients", None)
     assert 5 < len(answers) < 15
     answers[:] = [3, *[away] * 30]
     with pytest.raises(FxError, match="does not answer"):
-        watch_drain(count, "clients", 2.0)
+        watch_drain("a", look, "clients", 2.0)
     assert len(answers) > 20
+
+
+def test_a_drain_that_a_restart_has_ended_is_not_said_to_be_done() -> None:
+    with pytest.raises(FxError, match="restarted meanwhile"):
+        watch_drain("a", lambda: DrainAnswer(0, "b"), "clients", None)
+
+
+def test_what_is_no_page_of_a_drain_is_told() -> None:
+    assert DrainAnswer.of({"left": -1, "process": "a"}) == DrainAnswer(-1, "a")
+    for page in ({}, {"left": 1}, {"left": "1", "process": "a"}, {"left": 1, "process": 2}):
+        with pytest.raises(FxError, match="not a daemon of this version"):
+            DrainAnswer.of(page)
+
+
+def test_ctrl_c_says_that_the_drain_goes_on() -> None:
+    def look() -> DrainAnswer:
+        raise KeyboardInterrupt
+
+    with pytest.raises(FxError, match="the drain goes on"):
+        watch_drain("a", look, "clients", None)

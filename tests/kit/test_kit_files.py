@@ -9,7 +9,16 @@ from pathlib import Path
 import pytest
 
 from fxtunnel.errors import ConfigError, FxError
-from fxtunnel.kit.files import LOCK_FILE, MAX_FILE_BYTES, held_alone, make_private_dir, read_secret, write_atomic, write_secret
+from fxtunnel.kit.files import (
+    LOCK_FILE,
+    MAX_FILE_BYTES,
+    held_alone,
+    make_private_dir,
+    read_secret,
+    write_atomic,
+    write_secret,
+    write_together,
+)
 
 
 @pytest.fixture
@@ -107,6 +116,19 @@ def test_a_write_that_fails_leaves_the_old_content_and_no_draft(secret: Path, mo
         write_secret(secret, b"new")
     assert secret.read_bytes() == b"value"
     assert os.listdir(secret.parent) == ["secret"]
+
+
+def test_files_that_belong_together_are_replaced_together(tmp_path: Path) -> None:
+    key, certificate = tmp_path / "key", tmp_path / "gone" / "certificate"
+    key.write_bytes(b"old")
+    with pytest.raises(ConfigError, match="certificate"):
+        write_together([(key, b"new", 0o600), (certificate, b"new", 0o644)])
+    assert key.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [key]
+    certificate.parent.mkdir()
+    write_together([(key, b"new", 0o600), (certificate, b"new", 0o644)])
+    assert (key.read_bytes(), certificate.read_bytes()) == (b"new", b"new")
+    assert [path.name for path in (*tmp_path.iterdir(), *certificate.parent.iterdir()) if path.name.startswith(".")] == []
 
 
 def test_writing_where_one_cannot_is_explained(secret: Path) -> None:

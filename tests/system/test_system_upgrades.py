@@ -352,9 +352,31 @@ def test_planned_drains_show_what_is_left(make_stack: Callable[..., Stack], echo
     assert stack.gateway.stop() == 0
 
 
+def test_a_drain_that_is_not_watched_to_its_end_is_not_said_to_be_done(make_stack: Callable[..., Stack], echo_service: Service) -> None:
+    stack = make_stack("echo", extra=GATEWAY_LIMITS)
+    stack.start_gateway()
+    stack.start_relay("node-a", {"echo": echo_service.target})
+    with dial(stack.doors["echo"]) as kept:
+        say(kept)
+        command = ["fxrelay.cli", "drain", "--config", str(stack.relay_config("node-a"))]
+        watching = start_cli(command)
+        assert watching.stdout is not None
+        assert watching.stdout.readline().startswith("streams left: 1,")
+        watching.send_signal(signal.SIGINT)
+        assert "the drain goes on" in watching.communicate(timeout=30)[1]
+        assert watching.returncode == 1
+        watching = start_cli(command)
+        assert watching.stdout is not None
+        assert watching.stdout.readline().startswith("streams left: 1,")
+        stack.relays["node-a"].kill()
+        stack.start_relay("node-a")
+        assert "restarted meanwhile" in watching.communicate(timeout=30)[1]
+        assert watching.returncode == 1
+
+
 def start_cli(arguments: list[str]) -> subprocess.Popen[str]:
     """A command that goes on for a while."""
-    return subprocess.Popen([sys.executable, "-u", "-m", *arguments], stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen([sys.executable, "-u", "-m", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def refused_page(stack: Stack) -> str:
