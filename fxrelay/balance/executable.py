@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any, Final
 
 from fxrelay.balance.answers import failed, refused
-from fxrelay.balance.forked import RelayGone, die_with, wait_readable
+from fxrelay.balance.forked import RelayGone, bound, die_with, wait_readable
 
 MAX_OUTPUT_BYTES: Final = 65_536
 LOOK_S: Final = 0.01
@@ -92,9 +92,8 @@ def _look(process: "subprocess.Popen[bytes]", deadline: float, relay: socket.soc
 
 def _bound(limit_s: float, parent: int) -> None:
     """In the child: bounds for its files and its time on the processor, and no life without this process."""
-    resource.setrlimit(resource.RLIMIT_FSIZE, (MAX_OUTPUT_BYTES * 64, MAX_OUTPUT_BYTES * 64))
-    seconds = math.ceil(limit_s) + 1  # of each process: for those that leave the group
-    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
+    bound(resource.RLIMIT_FSIZE, MAX_OUTPUT_BYTES * 64)
+    bound(resource.RLIMIT_CPU, math.ceil(limit_s) + 1)  # of each process: for those that leave the group
     die_with(parent)
 
 

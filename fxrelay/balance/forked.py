@@ -3,6 +3,7 @@
 import ctypes
 import fcntl
 import os
+import resource
 import select
 import signal
 import socket
@@ -26,6 +27,13 @@ def die_with(parent: int) -> None:
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:  # it ended before it was asked to be watched
         os._exit(1)
+
+
+def bound(limit: int, most: int) -> None:
+    """Let this process and its children have at most that of a resource (RLIMIT_…). A host's tighter limit stays."""
+    _, hard = resource.getrlimit(limit)
+    most = most if hard == resource.RLIM_INFINITY else min(most, hard)
+    resource.setrlimit(limit, (most, most))
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from typing import Any, Final
 
 from fxrelay.balance.answers import Answer, failed, refused
 from fxrelay.balance.executable import run_executable
-from fxrelay.balance.forked import RelayGone, collect_children, is_gone, told_when_gone
+from fxrelay.balance.forked import RelayGone, bound, collect_children, is_gone, told_when_gone
 from fxrelay.balance.javascript import Engine
 from fxrelay.balance.niceness import give_way
 from fxrelay.balance.script_input import Count, ScriptInput, fastx4_input
@@ -211,8 +211,8 @@ def main() -> None:
     channel = socket.socket(fileno=int(sys.argv[1]))
     limit_bytes = int(sys.argv[2]) + HEADROOM_BYTES
     # Not RLIMIT_AS: executables inherit it, and Node, Java and Go reserve far more addresses than they use.
-    resource.setrlimit(resource.RLIMIT_DATA, (limit_bytes, limit_bytes))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    bound(resource.RLIMIT_DATA, limit_bytes)
+    bound(resource.RLIMIT_CORE, 0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the relay's to handle; it ends this process by closing the socket
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     # Decisions can wait a moment, streams cannot.

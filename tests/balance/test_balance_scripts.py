@@ -4,6 +4,8 @@ import json
 import logging
 import os
 import socket
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -237,6 +239,22 @@ async def test_where_a_process_cannot_be_waited_for_by_descriptor(tmp_path: Path
         theirs.close()
         with pytest.raises(RelayGone):
             run_executable(str(tmp_path / "f"), given, 20.0, ours)
+
+
+def test_scripts_run_below_tighter_limits_of_the_host(tmp_path: Path) -> None:
+    path = tmp_path / "f"
+    path.write_text("#!/bin/sh\necho a\n")
+    path.chmod(0o755)
+    code = f"""
+import resource, socket
+from fxrelay.balance.executable import run_executable
+for limit, most in ((resource.RLIMIT_FSIZE, 1 << 16), (resource.RLIMIT_CPU, 9)):
+    resource.setrlimit(limit, (most, most))
+ours, theirs = socket.socketpair()
+print(run_executable({str(path)!r}, "{{}}", 20.0, ours)["text"])
+"""
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert told.stdout.strip() == "a", told.stderr
 
 
 async def test_an_executable_need_not_read_its_input(bench: Bench) -> None:
