@@ -20,7 +20,8 @@ _TRIES = textwrap.dedent(
 
     def call(number, *arguments):
         libc = ctypes.CDLL(None, use_errno=True)
-        if libc.syscall(number, *arguments) < 0:
+        whole = [ctypes.c_long(each) if isinstance(each, int) else each for each in arguments]  # not 32 bits and what lay above them
+        if libc.syscall(number, *whole) < 0:
             raise OSError(ctypes.get_errno(), "")
 
     def fast_open_of_many(address):

@@ -376,7 +376,8 @@ def test_a_drain_that_is_not_watched_to_its_end_is_not_said_to_be_done(make_stac
 
 def start_cli(arguments: list[str]) -> subprocess.Popen[str]:
     """A command that goes on for a while."""
-    return subprocess.Popen([sys.executable, "-u", "-m", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    own = ["env", "--default-signal=INT"]  # a shell that runs tests in the background has its children ignore Ctrl-C
+    return subprocess.Popen([*own, sys.executable, "-u", "-m", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def refused_page(stack: Stack) -> str:
