@@ -1,5 +1,6 @@
 """Task: a TOML file with environment variables laid over it, checked by a pydantic model; every problem at once, for a person to read."""
 
+import codecs
 import difflib
 import ipaddress
 import os
@@ -150,7 +151,8 @@ def load_settings(model: type[M], path: Path, *, prefix: str, environ: Mapping[s
 
 def _read(path: Path) -> dict[str, object]:
     try:
-        return tomllib.loads(path.read_bytes().decode())
+        # Some editors begin UTF-8 with a byte order mark; TOML 1.0 does not know it.
+        return tomllib.loads(path.read_bytes().removeprefix(codecs.BOM_UTF8).decode())
     except FileNotFoundError as exc:
         raise ConfigError.one(path, "", "does not exist; name the configuration with --config, or see --help for how to begin") from exc
     except OSError as exc:

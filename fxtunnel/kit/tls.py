@@ -57,6 +57,8 @@ def server_context(cert_path: Path, key_path: Path, alpn: Sequence[str]) -> Link
     if b"ENCRYPTED" in read_secret(key_path):
         raise ConfigError.one(key_path, "", "is encrypted with a passphrase; run: openssl pkey -in OLD -out NEW")
     if not cert_path.is_file():
+        if cert_path.exists():
+            raise ConfigError.one(cert_path, "", "is not a regular file")
         raise ConfigError.one(cert_path, "", "does not exist; put the certificate there, or issue one (certs/README.md)")
     try:
         return link_server_context(cert_path, key_path, alpn)

@@ -99,6 +99,8 @@ def _one_context(cert_path: Path, key_path: Path) -> tuple[ssl.SSLContext, list[
 
 def _names_of(cert_path: Path) -> list[str]:
     """The DNS names of the first certificate in a file, after a look at its dates."""
+    if cert_path.exists() and not cert_path.is_file():
+        raise ConfigError.one(cert_path, "", "is not a regular file")  # to open a FIFO would wait for who writes
     try:
         with cert_path.open("rb") as file:
             pem = file.read(MAX_CERTIFICATE_BYTES)

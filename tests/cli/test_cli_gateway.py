@@ -86,6 +86,12 @@ def test_a_missing_file_is_named(made: Path, name: str) -> None:
     assert any(str(made / name) in line and "exist" in line for line in lines), lines
 
 
+def test_a_certificate_that_is_a_directory(made: Path) -> None:
+    (made / "server.pem").unlink()
+    (made / "server.pem").mkdir()
+    assert f"fxgateway: {made / 'server.pem'}: is not a regular file" in refused(fx("check", "--config", made / "gateway.toml"))
+
+
 def test_the_first_steps_in_the_help_name_the_relays_configuration() -> None:
     assert "fxrelay run --config relay.toml" in fx("--help").stdout
     assert 'id = "node-a"' in CliRunner().invoke(fxrelay.cli.main, ["--help"]).stdout, "the help to which the other one points"

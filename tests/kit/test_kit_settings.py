@@ -120,6 +120,11 @@ def test_what_was_expected_is_said_without_the_words_of_a_library() -> None:
     ]
 
 
+def test_files_of_other_editors_are_read(file: Path) -> None:
+    file.write_bytes(b'\xef\xbb\xbfname = "a"\r\n')
+    assert load(file).name == "a"
+
+
 def test_what_cannot_be_read_is_said_with_file_and_line(file: Path, tmp_path: Path) -> None:
     assert complaints(tmp_path / "gone.toml") == ["does not exist; name the configuration with --config, or see --help for how to begin"]
     assert complaints(tmp_path) == ["cannot be read: Is a directory"]

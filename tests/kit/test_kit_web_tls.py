@@ -52,7 +52,9 @@ def test_missing_files(pair: tuple[Path, Path], tmp_path: Path) -> None:
 
 def test_unreadable_certificate(pair: tuple[Path, Path], tmp_path: Path) -> None:
     (tmp_path / "directory").mkdir()
-    assert problem((tmp_path / "directory", pair[1])) == f"{tmp_path}/directory: cannot be read: Is a directory"
+    os.mkfifo(tmp_path / "fifo")  # which nobody writes to
+    for name in ("directory", "fifo"):
+        assert problem((tmp_path / name, pair[1])) == f"{tmp_path}/{name}: is not a regular file"
 
 
 def test_key_that_others_may_read(pair: tuple[Path, Path]) -> None:
