@@ -149,6 +149,8 @@ class ServiceSection(Section):
     def _check_kind(self) -> Self:
         if (self.target is None) == (self.port is None):
             raise ValueError("expected either `target` (one address) or `port` (a pool of nodes)")
+        if self.target is not None and self.target.port == 0:
+            raise ValueError("nothing listens on port 0")
         if self.target is not None:
             pool_only = self.model_fields_set & (_POOL_ONLY | _RESERVING)
             if pool_only:

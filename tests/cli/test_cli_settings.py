@@ -157,6 +157,7 @@ POOL = '[relay]\nid = "a"\naddress = "10.0.0.7"\n[[service]]\nname = "desk"\n'
     ("text", "key", "words"),
     [
         (POOL, "service[0]", "either `target`"),
+        (POOL + 'target = "127.0.0.1:0"\n', "service[0]", "port 0"),
         (POOL + 'port = 5901\ntarget = "127.0.0.1:5901"\n', "service[0]", "either `target`"),
         (POOL + 'target = "127.0.0.1:5901"\nnodes = ["b"]\n', "service[0]", "only for a pool"),
         (POOL + 'port = 5901\nnodes = ["no name"]\n', "service[0].nodes", "a name"),
