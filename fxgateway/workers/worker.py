@@ -118,7 +118,7 @@ def run(sock: socket.socket, begin: Message, sockets: dict[str, socket.socket]) 
 
 
 class Worker(Gateway):
-    """A gateway that leaves listening, relay names, used assertions and status pages to the parent."""
+    """A gateway that leaves listening, relay names and status pages to the parent."""
 
     def __init__(
         self, reactor: Reactor, settings: GatewaySettings, config_path: Path, sandbox: Sandbox, line: ParentLine, assignment: Assignment
