@@ -34,7 +34,7 @@ from fxgateway.tunnels.succession import Succession
 from fxtunnel.codes import Code
 from fxtunnel.engine.ports import SessionConfig
 from fxtunnel.engine.reactor import Reactor
-from fxtunnel.errors import FxError
+from fxtunnel.errors import ConfigError, FxError
 from fxtunnel.kit import logs, web_tls
 from fxtunnel.kit.certificates import expires_unix
 from fxtunnel.kit.listeners import Inherited, bound_address, listen
@@ -262,11 +262,24 @@ class Gateway:
         contexts = await trio.to_thread.run_sync(web_contexts, fresh)
         self._check_goes_on()
         await trio.to_thread.run_sync(self._access.open, fresh.log.access)
-        self._check_goes_on()
-        self._apply(fresh, contexts)
+        try:
+            self._check_goes_on()
+            self._apply(fresh, contexts)
+        except FxError:
+            await self._move_access_log_back(fresh)
+            raise
         if waiting:
             logger.warning("changed, but not before the next restart: %s", ", ".join(waiting))
         logger.info("reloaded %s", self._config_path)
+
+    async def _move_access_log_back(self, refused: GatewaySettings) -> None:
+        """To where it was before the reload that is refused now."""
+        await trio.lowlevel.checkpoint()
+        if refused.log.access != self._settings.log.access:
+            try:
+                await trio.to_thread.run_sync(self._access.open, self._settings.log.access)
+            except ConfigError as exc:
+                logger.error("the access log stays where a refused reload had moved it: %s", exc)
 
     def _check_goes_on(self) -> None:
         if self._stop.is_set():

@@ -108,7 +108,7 @@ class Door:
         self.reactor = reactor
         self.config = config
         self.listen_address = str(config.listen)
-        """The key under which admission counts it: unlike the name, it cannot change in a reload."""
+        """What relays are told, and the key under which admission counts it: unlike the name, it cannot change in a reload."""
         self._tags = _tags_of(config)
         self.traces = _traces()
         self.relays = relays
@@ -388,7 +388,7 @@ class Door:
 
 
 def _tags_of(config: DoorConfig) -> bytes:
-    return encode_tags(Opening(config.service, door=config.name))
+    return encode_tags(Opening(config.service, door=str(config.listen)))
 
 
 def _traces() -> Iterator[str]:

@@ -97,13 +97,13 @@ class PendingClients:
         client: Client
         if destination.head is None:
             plain = Client if door.config.access is None else RecordedClient
-            tags = encode_tag(TAG_TRACE, trace) + _destination_tags(destination.service, door.name, destination.host, destination.scheme)
-            client = plain(door, sock, address, destination.service, tags)
+            shared = _destination_tags(destination.service, door.listen_address, destination.host, destination.scheme)
+            client = plain(door, sock, address, destination.service, encode_tag(TAG_TRACE, trace) + shared)
             client.trace = trace
         else:
             opening = Opening(
                 destination.service,
-                door=door.name,
+                door=door.listen_address,
                 trace=trace,
                 host=destination.host,
                 scheme=destination.scheme,

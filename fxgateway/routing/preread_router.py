@@ -89,7 +89,7 @@ class PrereadRouter:
     ssh: ServiceName | None = None
     streams: frozenset[ServiceName] = frozenset()
     _by_host: dict[str, Destination] = field(default_factory=dict, init=False, repr=False, compare=False)
-    """The leads of hosts that were asked for before."""
+    """Where clients go that ask by TLS for hosts which were asked for before."""
 
     def services(self) -> frozenset[ServiceName]:
         """Everything it leads to."""

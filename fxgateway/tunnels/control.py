@@ -227,8 +227,8 @@ class ControlLinkAcceptor:
                 channel.send_nowait(Ticket(request=request, ticket=text, expires_s=LIFETIME_S))
             case Services(services=services):
                 self._registry.update_services(relay_id, instance, services)
-            case Load(streams=streams, reluctant=reluctant):
-                self._registry.note_load(relay_id, instance, streams, reluctant=reluctant)
+            case Load(reluctant=reluctant):
+                self._registry.note_reluctance(relay_id, instance, reluctant=reluctant)
             case Drain(deadline_s=deadline_s, handover=handover):
                 logger.info("relay %s is draining", relay_id)
                 self._registry.mark_draining(relay_id, instance, Departure(deadline_s, handover))

@@ -33,7 +33,6 @@ class LiveRelay:
         "offers",
         "predecessor",
         "relay_id",
-        "reported_streams",
         "sessions",
         "since",
     )
@@ -64,7 +63,6 @@ class LiveRelay:
         """While it drains: when it is fenced off, on the reactor's clock."""
         self.predecessor: LiveRelay | None = None
         """The instance that makes way for this one, while it has streams."""
-        self.reported_streams = 0
 
     @property
     def open_streams(self) -> int:

@@ -20,7 +20,7 @@ class AcceptedConnection:
         self.ip = ip
         self.remote_address = remote_address
         self.counts_as_relay = counts_as_relay
-        """Whether it already counts as a relay of this worker, for spreading relays evenly (see `workers.names`)."""
+        """Whether it already counts as a relay of this worker, for spreading relays evenly (see `workers.relay_owners`)."""
 
     @classmethod
     def fresh(cls, sock: socket.socket, address: tuple[str, int]) -> Self:

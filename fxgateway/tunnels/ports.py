@@ -100,8 +100,8 @@ class RegistryPort(Protocol):
     def mark_draining(self, relay_id: RelayId, instance: InstanceId, departure: Departure) -> None:
         """This instance goes away."""
 
-    def note_load(self, relay_id: RelayId, instance: InstanceId, streams: int, *, reluctant: bool) -> None:
-        """How many streams the relay says it carries, and whether others are better asked first."""
+    def note_reluctance(self, relay_id: RelayId, instance: InstanceId, *, reluctant: bool) -> None:
+        """Whether other relays are better asked first, as the relay says."""
 
     def leave(self, relay_id: RelayId, link: ControlHandle) -> None:
         """A control link has ended."""

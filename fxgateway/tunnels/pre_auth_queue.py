@@ -22,7 +22,8 @@ LATE_SHARE: Final = 2
 CROWD_SHARE: Final = 4
 """When the queue is full, a source that has this many times as many peers waiting as the newcomer's source makes room for it."""
 SILENT_S: Final = 0.25
-"""A peer is not evicted as silent before this: its hello may be on its way, and in a crowd nobody would ever get to speak."""
+"""No peer makes room for another of its own source before this: its hello may be on its way, and in a crowd nobody would ever get to
+speak."""
 _LOOK_S: Final = 0.1
 
 

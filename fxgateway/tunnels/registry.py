@@ -178,16 +178,14 @@ class Registry:
                     logger.warning("an earlier instance of relay %s has not ended in time", relay.relay_id)
                     self._expel(relay, Code.FENCED, "it was to end by now")
 
-    def note_load(self, relay_id: RelayId, instance: InstanceId, streams: int, *, reluctant: bool) -> None:
-        """How many streams the relay says it carries, for status pages, and whether other relays should be asked first."""
+    def note_reluctance(self, relay_id: RelayId, instance: InstanceId, *, reluctant: bool) -> None:
+        """Whether other relays should be asked first, as the relay says."""
         relay = self._instance(relay_id, instance)
-        if relay is not None:
-            relay.reported_streams = streams
-            if relay.is_reluctant is not reluctant:
-                relay.is_reluctant = reluctant
-                says = "is cut off from its store, and is asked after the others" if reluctant else "has its store again"
-                logger.warning("relay %s %s", relay_id, says)
-                self.on_change()
+        if relay is not None and relay.is_reluctant is not reluctant:
+            relay.is_reluctant = reluctant
+            says = "is cut off from its store, and is asked after the others" if reluctant else "has its store again"
+            logger.warning("relay %s %s", relay_id, says)
+            self.on_change()
 
     def leave(self, relay_id: RelayId, link: ControlHandle) -> None:
         """A control link has ended. Sessions stay: they live and die by their own links."""

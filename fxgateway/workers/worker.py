@@ -118,7 +118,7 @@ def run(sock: socket.socket, begin: Message, sockets: dict[str, socket.socket]) 
 
 
 class Worker(Gateway):
-    """A gateway that leaves listening, relay names, used assertions and status pages to the parent."""
+    """A gateway that leaves listening, relay names and status pages to the parent."""
 
     def __init__(
         self, reactor: Reactor, settings: GatewaySettings, config_path: Path, sandbox: Sandbox, line: ParentLine, assignment: Assignment
@@ -312,11 +312,7 @@ class Worker(Gateway):
         if prepared is not None:
             fresh, _, inherited = prepared
             inherited.close()
-            if fresh.log.access != self._settings.log.access:
-                try:
-                    await trio.to_thread.run_sync(self._access.open, self._settings.log.access)
-                except ConfigError as exc:
-                    logger.error("the access log stays where a refused reload had moved it: %s", exc)
+            await self._move_access_log_back(fresh)
 
 
 def _leave_to_parent(process: str) -> None:

@@ -38,7 +38,7 @@ class ServerObject:
 
     `services` maps service names to ports, 0 for what cannot be reached over TCP from elsewhere. `gateways` are the ids of gateways it has
     a tunnel to. `address` is where other relays reach it directly, or empty. `owners` are the users of the sessions that it lists. `text`
-    is the JSON it came as, for scripts and status.
+    is the JSON it came as, for scripts and status. `max_sessions` 0: no limit.
     """
 
     server_id: RelayId
@@ -70,11 +70,6 @@ class ServerObject:
     static_data: Mapping[str, Any]
     owners: frozenset[str]
     text: str
-
-    @property
-    def is_full(self) -> bool:
-        """Whether it has as many sessions as it may have; `max_sessions` 0 means no limit."""
-        return 0 < self.max_sessions <= self.sessions
 
     def document(self) -> dict[str, Any]:
         """The whole object as scripts see it; a fresh copy every time."""

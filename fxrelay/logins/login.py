@@ -197,7 +197,7 @@ class HeldLogin:
                     if proven.is_daemon or ongoing.entered is None:
                         return Reply(answer, self._end_try())
                     happened = AttemptEvent.REQUEST
-                    return await self._commit(ongoing, ongoing.entered, proven, token or self._said.token, answer)
+                    return await self._commit(ongoing.entered, proven, token or self._said.token, answer)
         finally:
             if happened is not AttemptEvent.REQUEST:
                 self._out(ongoing, happened)
@@ -257,7 +257,7 @@ class HeldLogin:
             raise _bad_token("the token is about to expire")
         return Proven(user, lasts_s)
 
-    async def _commit(self, ongoing: Ongoing, entered: Entered, proven: Proven, token: str, answer: WholeAnswer) -> Reply | Lost:
+    async def _commit(self, entered: Entered, proven: Proven, token: str, answer: WholeAnswer) -> Reply | Lost:
         """Step 5. The client gets its answer only if the login is granted; if it cannot get the answer, the grant is given back."""
         service, reservations = self._service, self._reservations
         idle_s = service.rules.bounds.idle_s

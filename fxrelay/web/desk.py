@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 ACCEPT_AFTER_S: Final = 3.0
 """A stream that another relay could serve is accepted after this long: a store that does not answer has said so within two seconds."""
 MAX_WAITING: Final = 1_024
-"""Streams that were accepted and whose task has not begun."""
+"""Streams whose task has not begun."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -185,17 +185,19 @@ class Exchange:
 
     async def _final_head(self) -> ResponseHead:
         """The final response's head, or the 101 that was asked for. Interim ones go to the client, if it knows them."""
-        order = self._order
-        for _ in range(MAX_INTERIM):
+        order, interim = self._order, 0
+        while True:
             head = await self._next_head()
             if head.status == 101 and not order.upgrade:
                 raise _bad_gateway("the service switches to a protocol that nobody asked for")
             if head.status == 101 or head.status >= 200:
                 return head
+            interim += 1
+            if interim > MAX_INTERIM:
+                raise _bad_gateway(f"the service sends more than {MAX_INTERIM} interim responses")
             if order.head.version == b"1.1":
                 self._has_interim = True
                 await self._client.send(response_back(head, Backward()))
-        raise _bad_gateway(f"the service sends more than {MAX_INTERIM} interim responses")
 
     async def _next_head(self) -> ResponseHead:
         link = self._link

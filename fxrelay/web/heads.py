@@ -222,7 +222,7 @@ def parse_response(raw: bytes) -> ResponseHead:
     """
     lines = raw.split(b"\r\n")
     first = _STATUS_LINE.fullmatch(lines[0])
-    if first is None or len(lines) > MAX_ANSWER_FIELDS:
+    if first is None or len(lines) > MAX_ANSWER_FIELDS + 1:
         raise BadHead(502, "the service's status line is malformed" if first is None else "the service sends too many header fields")
     fields = []
     for line in lines[1:]:

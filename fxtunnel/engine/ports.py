@@ -66,7 +66,7 @@ class StreamSender(Protocol):
     """Something that has bytes for a session: a socket, or a task."""
 
     turn_bytes: int
-    """What it writes in a turn, lately (`turns.lately`); 0 before the first."""
+    """What it writes in a turn, lately (`send_scheduler.lately`); 0 before the first."""
 
     def read_turn(self, limit_bytes: int) -> int:
         """Write at most `limit_bytes` into one DATA frame, now. Returns how many there were."""

@@ -43,7 +43,6 @@ class MuxStatistics:
     bytes_in: int
     bytes_out: int
     min_rtt_s: float
-    unacked_bytes: int
 
 
 class Mux:
@@ -244,8 +243,7 @@ class Mux:
 
     def statistics(self) -> MuxStatistics:
         """Counters now."""
-        ring = self.ring
-        return MuxStatistics(len(self.streams), self.opened, self.bytes_in, ring.sent, self.min_rtt_s, ring.sent - ring.acked)
+        return MuxStatistics(len(self.streams), self.opened, self.bytes_in, self.ring.sent, self.min_rtt_s)
 
     def on_data_header(self, stream_id: int, length: int) -> None:
         """From the parser: a DATA frame begins."""

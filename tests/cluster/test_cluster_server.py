@@ -60,7 +60,7 @@ def test_what_is_said_is_read() -> None:
     assert (server.server_id, server.instance, server.sessions, server.load1, server.cpu) == ("a", "i1", 3, 0.5, 12.5)
     assert server.services == {"desk": 5901, "local": 0}
     assert server.gateways == {"gw1", "gw2"}
-    assert server.is_full
+    assert server.max_sessions == 3
     assert server.weight == 100
     assert server.document()["later"] == {"unknown": True}
     assert server.document() is not server.document()

@@ -1,4 +1,4 @@
-"""TLS for one name, a request for another: one of them decides, and everybody downstream is told that one."""
+"""TLS for one name, a request for another: one of them decides, and everybody downstream is told that one; and the names of doors."""
 
 from pathlib import Path
 
@@ -41,3 +41,15 @@ async def test_where_tls_passes_its_name_decides_and_no_request_behind_it(contex
             (SERVICE, "a.test", "tls"),
             (OTHER, "b.test", "tls"),
         ]
+
+
+async def test_a_relay_is_told_where_the_client_came_in_whatever_the_door_is_called(contexts: Contexts) -> None:
+    """PROTOCOL.md, 5, tag 0x82: it goes into the PROXY header that a service gets."""
+    words = {None: b"hello", DoorKind.SNI: hello_for("a.test"), DoorKind.HTTP: get("a.test")}
+    async with open_plane(contexts) as plane:
+        _, openings = await two_services(plane)
+        for kind, said in words.items():
+            port = plane.add_door(name="the front door") if kind is None else door(plane, kind, name="the front door")
+            assert await ask(port, said) == b"one:" + said
+        listen = plane.doors[0].config.listen
+        assert [opening.door for opening in openings] == [str(listen)] * len(words)

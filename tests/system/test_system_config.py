@@ -174,6 +174,25 @@ def test_a_reload_adds_and_removes_a_door_and_a_service(stack: Stack, echo_servi
         assert client.recv(1) == b""
 
 
+def test_a_refused_reload_leaves_the_access_log_where_it_was(make_stack: Callable[..., Stack], echo_service: Service) -> None:
+    stack = make_stack("echo")
+    before = stack.directory / "before.log"
+    stack.gateway_extra = f'[log]\naccess = "{before}"\n'
+    stack.write_gateway_config()
+    gateway = stack.start_gateway()
+    stack.start_relay("node-a", {"echo": echo_service.target})
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        text = stack.gateway_config.read_text().replace("before.log", "after.log")
+        stack.gateway_config.write_text(f'{text}[[door]]\nlisten = "127.0.0.1:{taken.getsockname()[1]}"\nservice = "x"\n')
+        assert "in use" in reload(gateway, "reload refused")
+
+    def is_written_to() -> bool:
+        assert is_served(stack.doors["echo"])
+        return before.stat().st_size > 0
+
+    wait_until(is_written_to, what="a line where it was")
+
+
 def test_a_bad_new_configuration_is_refused_whole(stack: Stack) -> None:
     text = stack.gateway_config.read_text()
     new_port = free_port()

@@ -146,7 +146,7 @@ async def test_a_control_link_feeds_the_registry(tmp_path: Path) -> None:
             with trio.fail_after(20):
                 while "pong" not in await ws.get_message():
                     pass
-            assert rig.registry.calls[1:] == [("services", NODE, "i1", db), ("load", NODE, "i1", 3, True), ("draining", NODE, "i1")]
+            assert rig.registry.calls[1:] == [("services", NODE, "i1", db), ("reluctance", NODE, "i1", True), ("draining", NODE, "i1")]
 
 
 async def test_what_a_relay_has_given_up_ends_once_its_new_session_is_up(tmp_path: Path) -> None:
@@ -292,7 +292,7 @@ async def test_letting_go_of_the_address_leaves_links_alone(tmp_path: Path) -> N
                 while is_listened_at(rig.address):
                     await trio.sleep(0.01)
             await ws.send_message(encode(Load(streams=1)))
-            await until(lambda: ("load", NODE, "i1", 1, False) in rig.registry.calls)
+            await until(lambda: ("reluctance", NODE, "i1", False) in rig.registry.calls)
             rig.stop.cancel()
 
 

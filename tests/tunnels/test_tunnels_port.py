@@ -192,7 +192,7 @@ BOOMS = [RecursionError(), UnicodeError("x"), OSError(5, "x"), ExceptionGroup("x
 
 
 @pytest.mark.parametrize("exc", BOOMS, ids=lambda e: type(e).__name__)
-@pytest.mark.parametrize("place", ["enter", "load", "leave", "new_session"])
+@pytest.mark.parametrize("place", ["enter", "reluctance", "leave", "new_session"])
 async def test_no_error_of_ours_stops_the_port(tmp_path: Path, caplog: pytest.LogCaptureFixture, place: str, exc: BaseException) -> None:
     async with running(tmp_path) as rig:
         await rig.enrol()

@@ -112,8 +112,8 @@ class FakeRegistry:
     def mark_draining(self, relay_id: RelayId, instance: InstanceId, departure: Departure) -> None:
         self._note("draining", relay_id, instance)
 
-    def note_load(self, relay_id: RelayId, instance: InstanceId, streams: int, *, reluctant: bool) -> None:
-        self._note("load", relay_id, instance, streams, reluctant)
+    def note_reluctance(self, relay_id: RelayId, instance: InstanceId, *, reluctant: bool) -> None:
+        self._note("reluctance", relay_id, instance, reluctant)
 
     def leave(self, relay_id: RelayId, link: Any) -> None:
         if self.here.get(relay_id, (None, None))[1] is link:

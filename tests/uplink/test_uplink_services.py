@@ -32,8 +32,9 @@ async def test_more_services_than_a_message_holds_are_not_tried_for_ever(gateway
         await it.started.wait()
         with pytest.raises(LocalProtocolError):
             it.uplink.update_services(many)
+        await gateway.wait_controls(1)
         gateway.cut_control()
-        await until(lambda: len(gateway.hellos) == 2)
+        await gateway.wait_controls(2)
         assert gateway.hellos[1].services == OFFERS
         gateway.holds_welcome = trio.Event()
         gateway.cut_control()

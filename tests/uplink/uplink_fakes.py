@@ -97,7 +97,7 @@ class FakeSession:
             self.owner.on_closed(self, code, text)
 
     def statistics(self) -> SessionStatistics:
-        return SessionStatistics(self.id, State.UP if self.link else State.HELD, 0, MuxStatistics(self.streams, 4, 5, 6, 0.0, 0))
+        return SessionStatistics(self.id, State.UP if self.link else State.HELD, 0, MuxStatistics(self.streams, 4, 5, 6, 0.0))
 
     def cut(self) -> None:
         """The engine has found the link dead."""

@@ -8,6 +8,7 @@ from peers import connect, pattern, receive_all, receive_exactly, reset, until_r
 from plane import SERVICE, Contexts, Plane, open_plane
 from web_rig import OK, Canned, add_web_relay, ask, read_head, statuses
 
+from fxrelay.web.exchange import MAX_INTERIM
 from fxrelay.web.ports import WebLimits, WebRules
 from tests.ports import free_port
 
@@ -128,6 +129,19 @@ async def test_interim_responses_and_100_continue(contexts: Contexts) -> None:
             assert rest == b"HTTP/1.1 100 Continue\r\n\r\n"
             await stream.send_all(b"body")
             assert (await receive_all(stream)).endswith(b"\r\n\r\nbody")
+
+
+async def test_as_many_interim_responses_as_are_taken_and_one_more(contexts: Contexts) -> None:
+    async with open_plane(contexts) as plane:
+        counts = [MAX_INTERIM, MAX_INTERIM + 1]
+
+        async def service(stream: trio.SocketStream) -> None:
+            await read_head(stream)
+            await stream.send_all(b"HTTP/1.1 102 Processing\r\n\r\n" * counts.pop(0) + OK)
+
+        port = await web(plane, service)
+        assert statuses(await ask(port, LAST)) == [102] * MAX_INTERIM + [200]
+        assert statuses(await ask(port, LAST)) == [102] * MAX_INTERIM + [502]
 
 
 async def test_an_early_response_ends_the_connection_after_it(contexts: Contexts) -> None:

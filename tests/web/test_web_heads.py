@@ -11,7 +11,7 @@ from fxrelay.web import heads
 from fxrelay.web.affinity import CookieAffinity
 from fxrelay.web.bodies import BadBody, ChunkedBody, LengthBody, chunk, response_body
 from fxrelay.web.forwarding import Backward, Onward, Origin, request_onward, response_back, wanted_upgrade
-from fxrelay.web.heads import BadHead, HeadScanner, RequestHead, parse_request, parse_response
+from fxrelay.web.heads import MAX_ANSWER_FIELDS, BadHead, HeadScanner, RequestHead, parse_request, parse_response
 from fxrelay.web.targets import is_served, read_target, split_node_path
 from fxtunnel.kit.answers import Refused, render
 from fxtunnel.model import RelayId
@@ -242,6 +242,13 @@ def test_responses_whose_end_is_open(fields: bytes) -> None:
 def test_responses_that_are_malformed(raw: bytes) -> None:
     with pytest.raises(BadHead):
         parse_response(raw)
+
+
+def test_as_many_response_fields_as_are_taken_and_one_more() -> None:
+    most = b"HTTP/1.1 200 OK" + b"\r\na: b" * MAX_ANSWER_FIELDS
+    assert len(parse_response(most).fields) == MAX_ANSWER_FIELDS
+    with pytest.raises(BadHead, match="too many header fields"):
+        parse_response(most + b"\r\na: b")
 
 
 @pytest.mark.parametrize(
