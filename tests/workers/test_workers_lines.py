@@ -1,9 +1,11 @@
 """Lines between processes: messages and sockets in order and whole; bounded; and bridges that keep a reset a reset."""
 
+import errno
 import socket
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from typing import Any
 
 import pytest
 
@@ -103,6 +105,29 @@ def test_an_end_that_takes_nothing_costs_a_bounded_amount(line: ParentLine, monk
     assert one.fileno() >= 0  # still ours
     one.close()
     other.close()
+
+
+@pytest.mark.parametrize("number", [errno.ENOBUFS, errno.ENOMEM, errno.ETOOMANYREFS])
+def test_what_the_kernel_has_no_room_for_now_is_sent_later(line: ParentLine, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    failures = [number] * 2
+
+    sendmsg = socket.socket.sendmsg
+
+    def short(sock: socket.socket, *arguments: Any) -> int:
+        if failures:
+            raise OSError(failures.pop(), "short")
+        return sendmsg(sock, *arguments)
+
+    monkeypatch.setattr(socket.socket, "sendmsg", short)
+    one, other = socket.socketpair()
+    assert line.ends[0].send({"n": 0})
+    assert line.ends[0].send({"n": 1}, [one])
+    line.turn_until(lambda: len(line.ears[1].heard) == 2)
+    assert [message["n"] for message, _ in line.ears[1].heard] == [0, 1]
+    assert line.ends[0].is_clear
+    assert line.ears[0].gone == line.ears[1].gone == 0
+    for sock in (*line.ears[1].heard[1][1], other):
+        sock.close()
 
 
 def test_the_end_of_a_process_is_heard_once(line: ParentLine) -> None:
