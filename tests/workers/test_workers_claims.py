@@ -83,10 +83,10 @@ class Worker:
     def __init__(self, reactor: Reactor, line: socket.socket, parent: Parent) -> None:
         self.parent = parent
         self.registry = Registry(reactor, SessionConfig(), WindowBudget(1 << 20), RegistryLimits())
-        self.line, self.peers = ParentLine(reactor, line), Peers(reactor)
+        admission = SharedAdmission(AdmissionLimits(), 100)
+        self.line, self.peers = ParentLine(reactor, line), Peers(reactor, admission)
         peers = self.peers
         relays = AllRelays(self.registry, peers.pass_on, peers.catch_up)
-        admission = SharedAdmission(AdmissionLimits(), 100)
         self.relay_dispatch = RelayDispatch(self.line, peers, self.registry, relays, 1)
         doors = Doors(reactor, relays, admission)
         WorkerPeering(

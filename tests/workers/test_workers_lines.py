@@ -13,6 +13,7 @@ from fxgateway.doors.door import Door, DoorConfig
 from fxgateway.doors.web_client import TlsWebClient
 from fxgateway.routing.admission import Admission, AdmissionLimits
 from fxgateway.routing.preread_router import Destination
+from fxgateway.routing.shared_admission import SharedAdmission
 from fxgateway.settings import GatewaySettings
 from fxgateway.workers import channel as module
 from fxgateway.workers import drain_requests, parent
@@ -297,10 +298,12 @@ def test_a_client_whose_tls_ended_elsewhere_may_be_passed_on_again(line: ParentL
     door.clients.add(client)
     near.send(b"early" + unread)
     assert end.recv_into(bytearray(5)) == 5
-    peers = Peers(line.reactor)
+    admission = SharedAdmission(AdmissionLimits(), 100)
+    peers = Peers(line.reactor, admission)
     peers.channels[2] = line.ends[0]
     assert peers.pass_on(2, client, b"early")
     assert not door.clients
+    assert admission.files_here == (2 if unread else 0)
     line.turn_until(lambda: len(line.ears[1].heard) == 1)
     message, (received,) = line.ears[1].heard[0]
     assert message["is_bridged"]
@@ -320,6 +323,7 @@ def test_a_client_whose_tls_ended_elsewhere_may_be_passed_on_again(line: ParentL
         far.shutdown(socket.SHUT_WR)
         line.turn_until(lambda: hears(b"the answer", near) and near.at_end)
     assert not peers.bridges
+    assert not admission.files_here
 
 
 def test_a_configuration_arrives_as_it_was_sent(tmp_path) -> None:
