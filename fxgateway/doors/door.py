@@ -255,7 +255,10 @@ class Door:
                 # Anything else concerns the one connection that was to be accepted (accept(2)).
                 return
             sock.setblocking(False)
-            self._take(sock, peer)
+            try:
+                self._take(sock, peer)
+            except OSError as exc:  # it cannot be listened to: no room in the epoll (epoll_ctl(2), ENOSPC, ENOMEM)
+                return self._pause(str(exc.strerror))
 
     def on_crash(self) -> None:
         """From the reactor: a bug of ours; the door stays open."""

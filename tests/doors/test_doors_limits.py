@@ -90,6 +90,27 @@ async def test_a_door_that_has_paused_goes_on_where_the_kernel_has_no_room_for_m
             assert await exchange(port, b"x") == b"x"
 
 
+async def test_where_the_kernel_registers_no_client_the_door_pauses(
+    contexts: Contexts, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with open_plane(contexts) as plane:
+        await plane.add_relay(await plane.serve(echo))
+        port = plane.add_door()
+        register, failures = plane.reactor.register, [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))]
+
+        def fail(sock: AnySocket, handler: Handler, events: int = STREAM_EVENTS) -> None:
+            if failures and isinstance(handler, Client):
+                raise failures.pop()
+            register(sock, handler, events)
+
+        monkeypatch.setattr(plane.reactor, "register", fail)
+        await refused(port)
+        assert "pauses: No space left on device" in caplog.text
+        assert "Traceback" not in caplog.text
+        assert await exchange(port, b"x") == b"x"
+        await plane.quiet()
+
+
 async def test_full_gateway_pauses_and_goes_on(contexts: Contexts, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(door, "PAUSE_S", 2.0)  # who comes before it is over, while the door is full, is not turned away
     async with open_plane(contexts) as plane:
