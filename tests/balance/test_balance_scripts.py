@@ -6,7 +6,6 @@ import os
 import socket
 import subprocess
 import sys
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -240,26 +239,6 @@ async def test_where_a_process_cannot_be_waited_for_by_descriptor(tmp_path: Path
         theirs.close()
         with pytest.raises(RelayGone):
             run_executable(str(tmp_path / "f"), given, 20.0, ours)
-
-
-def test_an_executable_needs_no_room_on_a_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
-    path = tmp_path / "f"
-    path.write_text("#!/bin/sh\ncat\n")
-    path.chmod(0o755)
-    ours, theirs = socket.socketpair()
-    with ours, theirs:
-        assert run_executable(str(path), '{"a": 1}', 20.0, ours)["text"] == '{"a": 1}'
-
-
-def test_an_executable_for_which_there_can_be_no_process_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object, **__: object) -> None:
-        raise subprocess.SubprocessError("Exception occurred in preexec_fn.")
-
-    monkeypatch.setattr(subprocess, "Popen", refuse)
-    ours, theirs = socket.socketpair()
-    with ours, theirs:
-        assert run_executable(str(tmp_path / "f"), "{}", 20.0, ours)["name"] == "ScriptUnreadable"
 
 
 def test_scripts_run_below_tighter_limits_of_the_host(tmp_path: Path) -> None:

@@ -1,13 +1,10 @@
 """Streams whose client speaks TLS with the gateway: bytes, ends in order, and ends out of order."""
 
 import hashlib
-import os
-import resource
 import shutil
 import socket
 import ssl
 import subprocess
-from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
@@ -186,32 +183,6 @@ async def test_service_ends_first_while_the_client_is_sending(contexts: Contexts
             while len(got) < 2:
                 await trio.sleep(0.01)
         assert b"".join(got) == pattern(8 * MIB) + b"and more"
-
-
-@BOTH
-async def test_an_end_needs_no_descriptor_that_may_be_missing(contexts: Contexts, web: ssl.SSLContext, version: ssl.TLSVersion) -> None:
-    may_end = trio.Event()
-
-    async def serve(stream: trio.SocketStream) -> None:
-        await stream.send_all(pattern(100_000))
-        await may_end.wait()
-
-    async with open_plane(contexts) as plane:
-        await plane.add_relay(await plane.serve(serve))
-        _, port = add_tls_door(plane, web)
-        with WebClient(port, browser(version)) as client:
-            await in_thread(client.handshake)
-            assert await in_thread(lambda: client.read_exactly(100_000)) == pattern(100_000)
-            soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-            with ExitStack() as files:
-                resource.setrlimit(resource.RLIMIT_NOFILE, (512, hard))
-                files.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
-                with suppress(OSError):
-                    while True:
-                        files.callback(os.close, os.dup(0))
-                may_end.set()
-                assert await in_thread(client.read_all) == b""
-                client.end()
 
 
 async def test_goodbye_waits_for_a_client_that_reads_late(contexts: Contexts, web: ssl.SSLContext) -> None:
