@@ -45,7 +45,7 @@ class AccessLog:
         """Write to "stderr", or append to the file of that name, opened anew, from now on; "off" ends what was open. Blocking.
 
         Raises:
-            ConfigError: the file cannot be opened. What was open stays.
+            ConfigError: the file cannot be opened, or nobody can be started who writes. What was open stays.
         """
         if where == "off":
             if self._thread is None:
@@ -61,8 +61,13 @@ class AccessLog:
             os.set_blocking(descriptor, True)
             target = open(descriptor, "a", BUFFER_BYTES, encoding="utf-8", errors="backslashreplace")  # noqa: SIM115  # as above
         if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="access-log", daemon=True)
-            self._thread.start()
+            thread = threading.Thread(target=self._run, name="access-log", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError as exc:
+                _close(target)
+                raise ConfigError.one(where, "log.access", f"cannot be written: {exc}") from exc
+            self._thread = thread
         try:
             self._queue.put(target, timeout=STOP_S)
         except queue.Full:

@@ -49,6 +49,7 @@ from fxtunnel.kit.process import (
     let_finish,
     open_files,
     raise_file_limit,
+    say_ready,
     settle,
     wait_until,
     watch_signals,
@@ -214,8 +215,7 @@ class Gateway:
     def _announce(self, tunnel: str, admin: str) -> None:
         doors = ", ".join(f"{door.leads_to} on {self._doors.bound[str(door.config.listen)]}" for door in self._doors.open_doors())
         self._view.listening = (tunnel, *self._doors.bound.values(), admin)
-        sys.stdout.write(f"fxgateway ready: tunnels on {tunnel}; doors: {doors or 'none'}; admin on {admin}\n")
-        sys.stdout.flush()
+        say_ready(f"fxgateway ready: tunnels on {tunnel}; doors: {doors or 'none'}; admin on {admin}")
 
     async def _tell_ready(self) -> None:
         """Report READY once clients are served, so that a restart right after this one cannot leave them waiting for both."""

@@ -137,7 +137,9 @@ async def forward(wanted: Wanted, listen: Address, *, task_status: trio.TaskStat
                     await join(stream, client)
                 end_on_close(client.socket)
             except FxError as exc:
-                sys.stderr.write(f"fxgateway: {exc}\n")
+                _tell(str(exc))
+            except Exception as exc:  # no thread for a name to be looked up, say: the others live on
+                _tell(f"a connection to {wanted.service} failed: {exc}")
 
     try:
         listeners = await trio.open_tcp_listeners(listen.port or 0, host=listen.host)
@@ -147,6 +149,11 @@ async def forward(wanted: Wanted, listen: Address, *, task_status: trio.TaskStat
     async with trio.open_nursery() as nursery:
         await nursery.start(partial(trio.serve_listeners, serve, listeners))
         task_status.started(str(Address(host, port)))
+
+
+def _tell(what: str) -> None:
+    with suppress(OSError):  # a terminal that is gone
+        sys.stderr.write(f"fxgateway: {what}\n")
 
 
 @asynccontextmanager

@@ -57,6 +57,7 @@ from fxtunnel.kit.process import (
     let_finish,
     open_files,
     raise_file_limit,
+    say_ready,
     settle,
     wait_until,
     watch_signals,
@@ -277,16 +278,14 @@ class Relay:
     async def _announce(self) -> None:
         """The ready line: the first tunnel is up, or there is none to wait for."""
         if not self._uplinks:
-            sys.stdout.write(f"fxrelay ready: {self._settings.relay.id} reports to its cluster; no gateway\n")
-            sys.stdout.flush()
+            say_ready(f"fxrelay ready: {self._settings.relay.id} reports to its cluster; no gateway")
             return
         while True:
             for uplink in self._uplinks:
                 statistics = uplink.statistics()
                 if statistics.has_tunnel:
                     names = ", ".join(offer.name for offer in self._services.offers())
-                    sys.stdout.write(f"fxrelay ready: {self._settings.relay.id} at {statistics.url}; services: {names or 'none'}\n")
-                    sys.stdout.flush()
+                    say_ready(f"fxrelay ready: {self._settings.relay.id} at {statistics.url}; services: {names or 'none'}")
                     return
             await trio.sleep(READY_POLL_S)
 

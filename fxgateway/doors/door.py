@@ -123,7 +123,7 @@ class Door:
         self.counters = DoorCounters()
         self._listener: socket.socket | None = None
         self._hears = False
-        """Whether the listener is registered: the door neither pauses nor waits for relays."""
+        """Whether it hears of clients: the door neither pauses nor waits for relays."""
         self._paused = False
         self.is_waiting = False
         """Whether clients are left in the listener's queue until their services have relays: see `hold_until`."""
@@ -162,6 +162,8 @@ class Door:
         """Take clients from `listener`, a bound, listening, non-blocking socket. The door owns it."""
         self._listener = listener
         self._defer_accept()
+        # Until it is closed, also while it pauses: where descriptors or memory are short, registering it once more could fail.
+        self.reactor.register(listener, self, 0)
         self._hear_or_not()
         self._sweep_later()
 
@@ -253,7 +255,10 @@ class Door:
                 # Anything else concerns the one connection that was to be accepted (accept(2)).
                 return
             sock.setblocking(False)
-            self._take(sock, peer)
+            try:
+                self._take(sock, peer)
+            except OSError as exc:  # it cannot be listened to: no room in the epoll (epoll_ctl(2), ENOSPC, ENOMEM)
+                return self._pause(str(exc.strerror))
 
     def on_crash(self) -> None:
         """From the reactor: a bug of ours; the door stays open."""
@@ -356,10 +361,7 @@ class Door:
         should = not self._paused and not self.is_waiting
         if self._listener is not None and should != self._hears:
             self._hears = should
-            if should:
-                self.reactor.register(self._listener, self, LISTENER_EVENTS)
-            else:
-                self.reactor.unregister(self._listener)
+            self.reactor.modify(self._listener, LISTENER_EVENTS if should else 0)
 
     def _sweep_later(self) -> None:
         self._sweep = self.reactor.call_later(SWEEP_S, self._sweep_now)

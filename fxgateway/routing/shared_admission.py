@@ -5,14 +5,18 @@ Within one process limits are exact. Across processes they may be exceeded by wh
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Final
 
 from fxgateway.routing.admission import REMEMBERED_SOURCES, Admission, AdmissionLimits, Verdict
 from fxtunnel.kit.sources import source_of
+
+FILES_OF_A_BRIDGE: Final = 2
 
 
 @dataclass(frozen=True, slots=True)
 class Counts:
     """The connections that one process has open: in all, per door, per source. `taken`: how many came in per source since the last report.
+    `files`: the descriptors that they take there.
 
     A report holds all of `doors`, but of `sources` only those that have changed, unless it is meant to hold everything.
     """
@@ -21,10 +25,11 @@ class Counts:
     doors: Mapping[str, int] = field(default_factory=dict)
     sources: Mapping[str, int] = field(default_factory=dict)
     taken: Mapping[str, int] = field(default_factory=dict)
+    files: int = 0
 
 
 class SharedAdmission(Admission):
-    """An `Admission` that counts the connections of other processes as well. `at_most_here` bounds this process alone (its descriptors)."""
+    """An `Admission` that counts the connections of other processes as well. `at_most_here` bounds each process alone (its descriptors)."""
 
     def __init__(self, limits: AdmissionLimits, at_most_here: int) -> None:
         super().__init__(limits)
@@ -32,15 +37,23 @@ class SharedAdmission(Admission):
         self.on_change: Callable[[], None] = lambda: None
         """Called when there is something new for `changes`."""
         self._here = 0
+        self._bridges = 0
         self._doors_here: dict[str, int] = {}
         self._sources_here: dict[str, int] = {}
         self._changed: set[str] = set()
         self._taken: dict[str, int] = {}
         self._others: dict[int, Counts] = {}
+        self._passed_on: dict[int, int] = {}
+        """Connections that others have got from here since they last reported."""
+
+    @property
+    def files_here(self) -> int:
+        """The descriptors that clients take in this process."""
+        return self._here + FILES_OF_A_BRIDGE * self._bridges
 
     def admit(self, door: str, address: str, now: float) -> Verdict:
         """See `Admission`."""
-        if self._here >= self.at_most_here:
+        if self.files_here >= self.at_most_here:
             return Verdict.FULL
         verdict = super().admit(door, address, now)
         if verdict is Verdict.ADMIT:
@@ -64,16 +77,31 @@ class SharedAdmission(Admission):
         self._count_here(door, address, -1)
         super().release(door, address)
 
+    def bridge(self, bridges: int) -> None:
+        """So many connections that other processes count take descriptors here as well."""
+        self._bridges = bridges
+        self._changed.add("")
+        self.on_change()
+
+    def has_room(self, other: int) -> bool:
+        """Whether another process may be given one more connection."""
+        counts = self._others.get(other, Counts())
+        return counts.files + self._passed_on.get(other, 0) < self.at_most_here
+
+    def passed_on(self, other: int) -> None:
+        """Another process has been given a connection."""
+        self._passed_on[other] = self._passed_on.get(other, 0) + 1
+
     def counts(self) -> Counts:
         """All counts, for a process that has heard nothing yet."""
-        return Counts(self._here, dict(self._doors_here), dict(self._sources_here))
+        return Counts(self._here, dict(self._doors_here), dict(self._sources_here), files=self.files_here)
 
     def changes(self) -> Counts | None:
         """What has changed since the last call, to be told to the others; None if nothing has."""
         if not self._changed and not self._taken:
             return None
         sources = {key: self._sources_here.get(key, 0) for key in self._changed if key}
-        found = Counts(self._here, dict(self._doors_here), sources, self._taken)
+        found = Counts(self._here, dict(self._doors_here), sources, self._taken, self.files_here)
         self._changed, self._taken = set(), {}
         return found
 
@@ -93,11 +121,13 @@ class SharedAdmission(Admission):
                 self._refill(source, now)
                 source.tokens -= taken
         self._move_doors(before, counts)
-        self._others[other] = Counts(counts.connections, counts.doors, sources)
+        self._others[other] = Counts(counts.connections, counts.doors, sources, files=counts.files)
+        self._passed_on.pop(other, None)
 
     def forget(self, other: int, now: float) -> None:
         """Another process is gone, and what it had open with it."""
         before = self._others.pop(other, Counts())
+        self._passed_on.pop(other, None)
         for key, count in before.sources.items():
             self._move(key, -count, now)
         self._move_doors(before, Counts())

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any, Final, Protocol
 
-from fxtunnel.engine.reactor import LINK_EVENTS, WRITE, Reactor
+from fxtunnel.engine.reactor import LINK_EVENTS, WRITE, Reactor, Timer
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +30,9 @@ MAX_PACKETS_BEFORE_CLIENTS: Final = 256
 """Queued packets up to which a client may still be sent this way: it would have to wait behind them."""
 PACKETS_PER_TURN: Final = 64
 """Packets read in a row before other connections of this process get a turn."""
+AGAIN_S: Final = 0.01
+"""Before the next attempt to send what the kernel has no memory for, or too many descriptors on their way (unix(7)): no event tells."""
+_SHORT: Final = frozenset({errno.ENOBUFS, errno.ENOMEM, errno.ETOOMANYREFS})
 _MORE, _LAST = b"\1", b"\0"
 
 
@@ -92,6 +95,7 @@ class Channel:
         self._owner = owner
         self._waiting: deque[tuple[bytes, tuple[socket.socket, ...]]] = deque()
         self._waiting_bytes = 0
+        self._again: Timer | None = None
         self._inbox = Inbox(sock)
         reactor.register(sock, self, LINK_EVENTS)
 
@@ -137,6 +141,8 @@ class Channel:
         """Hang up. What has not left is dropped, its sockets with it. May be repeated."""
         if self.is_open:
             self.is_open = False
+            if self._again is not None:
+                self._again.cancel()
             self._reactor.unregister(self._sock)
             self._sock.close()
             for _, sockets in self._waiting:
@@ -155,6 +161,9 @@ class Channel:
                 had_to_wait = True
                 break
             except OSError as exc:
+                if exc.errno in _SHORT:
+                    self._again = self._reactor.call_later(AGAIN_S, self._write)
+                    break
                 self._break(str(exc.strerror or exc))
                 return
             self._waiting.popleft()

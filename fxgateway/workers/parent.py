@@ -35,7 +35,7 @@ from fxtunnel.errors import ConfigError, FxError
 from fxtunnel.kit import logs
 from fxtunnel.kit.listeners import LINE_NAME, Inherited
 from fxtunnel.kit.notify import LoopNotifier, Notifier
-from fxtunnel.kit.process import Reloads, feed_watchdog, follow_launcher, raise_file_limit, settle, wait_until, watch_signals
+from fxtunnel.kit.process import Reloads, feed_watchdog, follow_launcher, raise_file_limit, say_ready, settle, wait_until, watch_signals
 from fxtunnel.kit.settings import Address
 from fxtunnel.model import InstanceId, RelayId, ServiceName
 
@@ -253,8 +253,7 @@ class Parent:
         tunnel = bound[str(self._settings.tunnel.listen)]
         doors = ", ".join(f"{door.service or f'routes by {door.kind.value}'} on {bound[str(door.listen)]}" for door in self._settings.doors)
         count = len(self._children)
-        sys.stdout.write(f"fxgateway ready: tunnels on {tunnel}; doors: {doors or 'none'}; admin on {admin}; {count} workers\n")
-        sys.stdout.flush()
+        say_ready(f"fxgateway ready: tunnels on {tunnel}; doors: {doors or 'none'}; admin on {admin}; {count} workers")
 
     def _take_turn(self) -> None:
         self._has_turn = True

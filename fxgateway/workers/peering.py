@@ -211,5 +211,5 @@ class WorkerPeering:
 
 
 def _told(news: News, counts: Counts | None, *, is_all: bool) -> Message:
-    facts = None if counts is None else [counts.connections, counts.doors, counts.sources, counts.taken]
+    facts = None if counts is None else [counts.connections, counts.doors, counts.sources, counts.taken, counts.files]
     return {"op": "told", "is_all": is_all, "news": news, "counts": facts}

@@ -3,6 +3,7 @@
 import logging
 
 from fxgateway.doors.client import Client
+from fxgateway.routing.shared_admission import SharedAdmission
 from fxgateway.workers.bridge import Bridge, PlainEnd, plain_pair
 from fxgateway.workers.channel import Channel
 from fxgateway.workers.client_transfer import pack
@@ -16,12 +17,13 @@ logger = logging.getLogger(__name__)
 class Peers:
     """The other workers, by number. `WorkerPeering` enters them here, and handles what they say."""
 
-    def __init__(self, reactor: Reactor) -> None:
+    def __init__(self, reactor: Reactor, admission: SharedAdmission) -> None:
         self.channels: dict[int, Channel] = {}
         self.heard_of: set[int] = set()
         """Workers that have reported at least once: before that, a worker does not serve yet."""
         self._bridges: set[Bridge] = set()
         self._reactor = reactor
+        self._admission = admission
         self._is_catching_up = False
 
     @property
@@ -36,7 +38,7 @@ class Peers:
     def pass_on(self, worker: int, client: Client, early: bytes) -> bool:
         """See `WorkerRelay`."""
         channel = self.channels.get(worker)
-        if channel is None or not channel.has_room:
+        if channel is None or not channel.has_room or not self._admission.has_room(worker):
             return False
         secure = client.sock
         if isinstance(secure, TlsSocket) or (isinstance(secure, PlainEnd) and secure.holds_some):
@@ -50,11 +52,15 @@ class Peers:
                 theirs.close()
                 return False
             client.give_away()
-            self._bridges.add(Bridge(self._reactor, secure, ours, self._bridges.discard))
+            self._admission.passed_on(worker)
+            self._bridges.add(Bridge(self._reactor, secure, ours, self._bridge_over))
+            self._admission.bridge(len(self._bridges))
             return True
         message = pack(client, early, client.named) | {"is_bridged": isinstance(secure, PlainEnd)}
         sock = client.give_away()
-        if not channel.send(message, [sock]):
+        if channel.send(message, [sock]):
+            self._admission.passed_on(worker)
+        else:
             abort(sock)
         return True
 
@@ -78,6 +84,10 @@ class Peers:
         """End all `bridges`, with RST to their clients."""
         for bridge in list(self._bridges):
             bridge.fail()
+
+    def _bridge_over(self, bridge: Bridge) -> None:
+        self._bridges.discard(bridge)
+        self._admission.bridge(len(self._bridges))
 
     def close(self) -> None:
         """Hang up on all other workers."""

@@ -10,8 +10,9 @@ import trio
 from fxgateway.tunnels.hello_peek import peek_client_hello
 from fxgateway.tunnels.peer_processes import AcceptedConnection
 from fxgateway.tunnels.ports import Departures
+from fxgateway.tunnels.pre_auth_queue import TooBusy
 from fxgateway.tunnels.registry import Registry
-from fxgateway.tunnels.succession import Lines
+from fxgateway.tunnels.succession import COME_AGAIN, Lines
 from fxgateway.workers.channel import Message
 from fxgateway.workers.parent_line import ParentLine
 from fxgateway.workers.peers import Peers
@@ -78,7 +79,10 @@ class RelayDispatch:
         channel = self._peers.channels.get(number)
         if channel is None:
             return True
-        copy = passed.sock.dup()  # the caller closes its own
+        try:
+            copy = passed.sock.dup()  # the caller closes its own
+        except OSError as exc:  # no descriptors are left
+            raise TooBusy(COME_AGAIN) from exc
         facts = {"ip": passed.ip, "address": passed.remote_address, "counts_as_relay": passed.counts_as_relay}
         if channel.has_room and channel.send({"op": "guest", **facts}, [copy]):
             passed.counts_as_relay = False

@@ -124,7 +124,6 @@ class Worker(Gateway):
         self, reactor: Reactor, settings: GatewaySettings, config_path: Path, sandbox: Sandbox, line: ParentLine, assignment: Assignment
     ) -> None:
         self._line = line
-        self._peers = Peers(reactor)
         self._assignment = assignment
         self._turn = trio.Event()
         self._departs = False
@@ -156,6 +155,7 @@ class Worker(Gateway):
         return replace(super()._admission_limits(settings), connections=in_all)
 
     def _make_relays(self) -> DoorRelays:
+        self._peers = Peers(self._reactor, self._shared)
         self._all_relays = AllRelays(self._registry, self._peers.pass_on, self._peers.catch_up)
         return self._all_relays
 

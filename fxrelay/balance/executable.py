@@ -7,9 +7,8 @@ import select
 import signal
 import socket
 import subprocess
-import tempfile
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from functools import partial
 from typing import Any, Final
 
@@ -26,15 +25,17 @@ _ENVIRONMENT: Final = ("PATH", "LANG", "LC_ALL", "HOME", "TZ")
 def run_executable(path: str, given: str, limit_s: float, relay: socket.socket) -> dict[str, Any]:
     """Run the file with that on its stdin; the answer is as `worker_main` describes it.
 
-    Its output goes through files, so that one that prints for ever fills no memory and one that reads nothing holds nobody up.
+    Its output goes through files, so that one that prints for ever is stopped by a limit and one that reads nothing holds nobody up. They
+    are in memory: a full disk keeps nobody from deciding.
 
     Raises:
         RelayGone: the other end of `relay` was closed meanwhile.
     """
-    with tempfile.TemporaryFile() as stdin, tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
-        stdin.write(given.encode())
-        stdin.seek(0)
+    with ExitStack() as files:
         try:
+            stdin, stdout, stderr = (files.enter_context(os.fdopen(os.memfd_create(name), "w+b")) for name in ("in", "out", "err"))
+            stdin.write(given.encode())
+            stdin.seek(0)
             process = subprocess.Popen(  # noqa: S603 - the administrator's own program, checked when the chain was made
                 [path],
                 stdin=stdin,
@@ -45,8 +46,8 @@ def run_executable(path: str, given: str, limit_s: float, relay: socket.socket) 
                 start_new_session=True,
                 preexec_fn=partial(_bound, limit_s, os.getpid()),
             )
-        except OSError as exc:
-            return failed("ScriptUnreadable", "the balancing script cannot be run", f"{path}: {exc.strerror or exc}")
+        except (OSError, subprocess.SubprocessError) as exc:
+            return failed("ScriptUnreadable", "the balancing script cannot be run", f"{path}: {getattr(exc, 'strerror', None) or exc}")
         try:
             code = _wait(process, limit_s, relay)
         except subprocess.TimeoutExpired:

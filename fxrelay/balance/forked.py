@@ -97,11 +97,17 @@ def in_child(work: Callable[[], bytes], limit_s: float, relay: socket.socket, ma
         TimeoutError: it took longer than `limit_s`.
         EOFError: the child died.
         ValueError: it returned more than `max_bytes`.
+        OSError: there can be no child now, for want of processes, memory or descriptors.
         RelayGone: the other end of `relay` was closed meanwhile.
     """
     parent = os.getpid()
     reading, writing = os.pipe()
-    pid = os.fork()
+    try:
+        pid = os.fork()
+    except OSError:
+        os.close(reading)
+        os.close(writing)
+        raise
     if pid == 0:
         _be_child(work, parent, writing, relay)
     try:

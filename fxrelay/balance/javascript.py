@@ -150,6 +150,8 @@ class Engine:
             return failed("ScriptDied", "the balancing script's process died", path)
         except ValueError:
             return failed("BadReturn", "the balancing script returned too much", path)
+        except OSError as exc:
+            return failed("NoProcess", "there can be no process for the balancing script now", f"{path}: {exc.strerror or exc}")
         return answer
 
 

@@ -94,7 +94,14 @@ class Workers:
             return None
         own.busy.add(worker)
         asking = (self._head(kind, spec, given), given.servers if offered is None else offered)
-        return Asked(reactor, own, worker, asking, self.limits.timeout_s, then)
+        try:
+            return Asked(reactor, own, worker, asking, self.limits.timeout_s, then)
+        except OSError as exc:  # the kernel has no room for another registration
+            logger.warning("a balancing script could not be asked by its process: %s", exc.strerror)
+            own.busy.discard(worker)
+            own.limiter.release_on_behalf_of(worker)
+            worker.kill_at_once()  # part of the question may have been sent
+            return None
 
     def _head(self, kind: str, spec: str, given: ScriptInput) -> dict[str, Any]:
         counts = [[count.index, count.sessions, count.in_flight] for count in given.counts]

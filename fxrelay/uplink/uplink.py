@@ -278,7 +278,9 @@ class Uplink:
         """One control link from dial to end, after enrolment if need be. Returns only when it should be called again at once."""
         self._attempts += 1
         url = self._url
-        if self._must_enrol or not await self._identity.is_enrolled(self.gateway_id):
+        # A gateway that has welcomed us knows our key, whether the note of it can be read now or not: the token may be good no more.
+        is_known = self._welcomes > 0 or self._has_enrolled
+        if self._must_enrol or not (is_known or await self._identity.is_enrolled(self.gateway_id)):
             self._enter(UplinkState.ENROLLING)
             await enrol(self._dialler, url, self._gateway, self._identity, self._environment.now_unix)
             self._must_enrol, self._has_enrolled = False, True

@@ -8,6 +8,8 @@ import errno
 import os
 import socket
 import ssl
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Final
 
 from fxtunnel.engine.tls_calls import corked
@@ -20,6 +22,7 @@ MAX_RECORDS: Final = 64
 WRITE_BYTES: Final = 65_536
 """Handed to OpenSSL at once. It takes all or nothing, so this is also how much a blocked socket may keep from being counted as sent."""
 _MAX_RECORD_BYTES: Final = 16_384
+_MOST_SAID_BYTES: Final = 65_536
 
 
 class TlsSocket(ssl.SSLSocket):
@@ -167,22 +170,55 @@ class TlsSocket(ssl.SSLSocket):
         """
         while waiting := self.pending():
             self._unread += self.read(waiting)
-        number = self.fileno()
+        make_ready()
+        assert _stand_in is not None
+        with _stand_in.instead_of(self.fileno()) as said:
+            try:
+                self.unwrap()
+                self.at_end = True
+            except ssl.SSLWantReadError:
+                pass  # the client has not ended yet
+        return bytes(said)  # also the rest of a record, if OpenSSL still had one
+
+
+class _StandIn:
+    """A socket that keeps what is written to it, for the goodbyes of all sockets, one after the other, in one thread."""
+
+    def __init__(self) -> None:
         inside, outside = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         with inside, outside:
-            kept = os.dup(number)
+            self._place = os.dup(inside.fileno())
+            self._inside, self._outside = inside.detach(), outside.detach()
+
+    @contextmanager
+    def instead_of(self, number: int) -> Iterator[bytearray]:
+        """Have that descriptor lead here within the block; after it, what was written. No other descriptor is needed for that."""
+        said, place, inside = bytearray(), self._place, self._inside
+        os.dup2(number, place, inheritable=False)
+        try:
+            os.dup2(inside, number, inheritable=False)
             try:
-                os.dup2(inside.fileno(), number, inheritable=False)
-                try:
-                    self.unwrap()
-                    self.at_end = True
-                except ssl.SSLWantReadError:
-                    pass  # the client has not ended yet
-                finally:
-                    os.dup2(kept, number, inheritable=False)
+                yield said
             finally:
-                os.close(kept)
-            return outside.recv(65_536)  # also the rest of a record, if OpenSSL still had one
+                os.dup2(place, number, inheritable=False)
+        finally:
+            os.dup2(inside, place, inheritable=False)  # a file that is open here would stay in the epoll when its owner closes it
+            with suppress(BlockingIOError):
+                said += os.read(self._outside, _MOST_SAID_BYTES)
+
+
+_stand_in: _StandIn | None = None
+
+
+def make_ready() -> None:
+    """Get the descriptors that ending a TLS connection takes, once and for all: there may be none left when one ends.
+
+    Raises:
+        OSError: there are none now.
+    """
+    global _stand_in
+    if _stand_in is None:
+        _stand_in = _StandIn()
 
 
 def _would_block() -> BlockingIOError:

@@ -134,8 +134,8 @@ def make_private_dir(path: Path) -> None:
 def held_alone(directory: Path) -> Iterator[None]:
     """Hold a state directory exclusively until the block or the process ends, however it does.
 
-    The file `lock` in it stays, with the number of the last process that had the directory. On file systems that know no locks nobody is
-    kept out.
+    The file `lock` in it stays, with the number of the last process that had the directory, if there was room for it. On file systems that
+    know no locks nobody is kept out.
 
     Raises:
         FxError: another process has it.
@@ -154,8 +154,11 @@ def held_alone(directory: Path) -> Iterator[None]:
             raise FxError(f"{directory}: {what} uses it already; stop that one, or name another directory") from exc
         except OSError as exc:
             logger.warning("%s cannot be locked, a second process that uses it would not be noticed: %s", directory, exc.strerror or exc)
-        file.truncate()
-        file.write(b"%d\n" % os.getpid())
+        with contextlib.suppress(OSError):  # a disk that is full: the number is only for people
+            try:
+                file.write(b"%d\n" % os.getpid())  # first: the file may still have its place
+            finally:
+                file.truncate()
         yield
 
 

@@ -25,7 +25,6 @@ import selectors
 import signal
 import socket
 import struct
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -357,8 +356,8 @@ class Launcher:
         return 0.5 if waits else None
 
     def _say(self, text: str) -> None:
-        sys.stderr.write(f"{self._program}: launcher: {text}\n")
-        sys.stderr.flush()
+        with contextlib.suppress(OSError):  # a full disk, a terminal that is gone: no reason to end
+            os.write(2, f"{self._program}: launcher: {text}\n".encode(errors="replace"))
 
 
 _OURS: Final = frozenset({"NOTIFY_SOCKET", "WATCHDOG_PID", "LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", LAUNCHER_FD})

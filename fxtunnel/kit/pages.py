@@ -35,6 +35,8 @@ IDLE_S: Final = 5
 """For the next request on a connection: a scraper's are farther apart, and it connects again."""
 ERROR_S: Final = 1.0
 """For what is left of an answer after an error."""
+PAUSE_S: Final = 0.25
+"""Without accepting, after an error."""
 # 4,096 relays in JSON are about 3 MB.
 MAX_ANSWER_BYTES: Final = 64 << 20
 
@@ -114,9 +116,31 @@ async def serve_pages_on(app: Starlette, sock: socket.socket, *, task_status: tr
     with sock:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(hang_up_when_cancelled)
-            listener = trio.SocketListener(trio.socket.from_stdlib_socket(sock))
+            listener = _PatientListener(trio.SocketListener(trio.socket.from_stdlib_socket(sock)))
             task_status.started(bound_address(sock))
             await trio.serve_listeners(serve_one, [listener], handler_nursery=nursery)
+
+
+class _PatientListener(trio.abc.Listener[trio.SocketStream]):
+    """Outlives every error of accept(2). trio takes those that it does not know for the end, as of a security module that refuses: with the
+    pages it would be the daemon's.
+    """
+
+    def __init__(self, listener: trio.SocketListener) -> None:
+        self._listener = listener
+
+    async def accept(self) -> trio.SocketStream:
+        """See `trio.abc.Listener`."""
+        while True:
+            try:
+                return await self._listener.accept()
+            except OSError as exc:
+                logger.warning("the pages take no connections for a moment: %s", exc.strerror or exc)
+                await trio.sleep(PAUSE_S)
+
+    async def aclose(self) -> None:
+        """See `trio.abc.AsyncResource`."""
+        await self._listener.aclose()
 
 
 def _ending_quietly(app: Starlette, connection: trio.CancelScope) -> ASGIApp:

@@ -1,7 +1,9 @@
 """Task: the process itself: its limits, garbage collector, threads and memory; the signals that end or reload it; its last seconds."""
 
+import contextlib
 import gc
 import logging
+import os
 import resource
 import signal
 import sys
@@ -55,6 +57,13 @@ def settle() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(*GC_THRESHOLD)
+
+
+def say_ready(line: str) -> None:
+    """One line on standard output. Where that cannot be written (a full disk, a reader that is gone) the daemon serves all the same."""
+    with contextlib.suppress(OSError):
+        # Not by way of `sys.stdout`, which would keep it, try again at the end, and make that the exit code.
+        os.write(sys.stdout.fileno(), f"{line}\n".encode(errors="replace"))
 
 
 async def watch_signals(on_reload: Callable[[], None], on_stop: Callable[[], None], *, task_status: trio.TaskStatus[None]) -> None:

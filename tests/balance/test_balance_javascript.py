@@ -1,6 +1,8 @@
 """Functions called in the engine that is kept see what they would see in a copy of it, and leave nothing behind."""
 
+import errno
 import json
+import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -218,3 +220,19 @@ def test_an_error_of_the_script_is_told_without_asking_again(caller: Caller) -> 
     source = "function (i) { const e = new Error('no licences'); e.name = 'LicenceError'; throw e }"
     found = caller.call(source)
     assert (found["name"], found["message"], caller.copies) == ("LicenceError", "no licences", 0)
+
+
+def test_a_call_in_a_copy_for_which_there_can_be_no_process_leaves_the_engine_alone(
+    caller: Caller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse() -> int:
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))  # a limit of tasks
+
+    source = "async () => 'a'"
+    before = len(os.listdir("/proc/self/fd"))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fork", refuse)
+        answer = caller.call(source)
+    assert (answer["kind"], answer["name"]) == ("failed", "NoProcess")
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert caller.call(source)["value"] == "a"

@@ -1,5 +1,7 @@
 """Scripts that are asked from the reactor: the same decisions without a task, lists that are only edited, processes that go wrong."""
 
+import errno
+import os
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
@@ -18,7 +20,7 @@ from fxrelay.balance.filters import Pool
 from fxrelay.balance.model import ChainEntry
 from fxrelay.balance.path_rules import PathRules
 from fxrelay.balance.script_process import ScriptProcess
-from fxrelay.balance.workers import ScriptLimits
+from fxrelay.balance.workers import PROCESSES, ScriptLimits
 from fxrelay.cluster.members import Ages
 from fxrelay.cluster.ports import SERVERS, Message
 from fxrelay.cluster.threads import Threads
@@ -169,6 +171,26 @@ async def test_a_chain_goes_on_after_a_script(tmp_path: Path) -> None:
         answer = await desk.soon()
         assert isinstance(answer, NoNode)
         assert answer.name == "UnknownServer"
+
+
+async def test_processes_that_the_reactor_cannot_listen_to_are_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with open_desk(tmp_path) as desk:
+        desk.bench.write("site_rules.py", "def choose(input): return 'c'\n")
+        desk.use(desk.bench.entry("python:site_rules:choose"))
+
+        def fail(*_: object) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # fs.epoll.max_user_watches
+
+        for _ in range(PROCESSES + 1):
+            await warm(desk)
+            with monkeypatch.context() as patch:
+                patch.setattr(Reactor, "register", fail)
+                assert desk.chooser.choose_soon(WANTED, lambda _: None) is None
+        await warm(desk)
+        answer = await desk.soon()
+        assert isinstance(answer, Node)
+        answer.claim.release()
+        assert len(desk.processes()) == 1
 
 
 async def test_of_a_list_with_full_servers_retries_and_what_an_entry_left_over_only_edits_travel(

@@ -1,10 +1,15 @@
 """`fxgateway connect` carries ends as they are: a half-close, a clean end, a reset; also over TLS."""
 
+import errno
+import io
+import os
 import socket
 import ssl
 import struct
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -155,6 +160,36 @@ async def test_a_reset_of_the_client_is_a_reset_for_the_service(tls: bool, tmp_p
         while not ended:
             await trio.sleep(0.01)
     assert ended == ["reset"]
+
+
+class NoTerminal(io.StringIO):
+    def write(self, text: str) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+async def test_what_one_connection_meets_ends_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No thread can be started for it, and there is no terminal any more to say so."""
+    ended: list[str] = []
+    failures = [RuntimeError("can't start new thread")]
+
+    def ticket() -> str:
+        if failures:
+            raise failures.pop()
+        return ""
+
+    async with gateway_with(counting, False, ended, tmp_path) as wanted, trio.open_nursery() as nursery:
+        address = await nursery.start(forward, replace(wanted, ticket=ticket), Address("127.0.0.1", 0))
+        port = int(address.rpartition(":")[2])
+        with trio.fail_after(20):
+            monkeypatch.setattr(sys, "stderr", NoTerminal())
+            async with await trio.open_tcp_stream("127.0.0.1", port) as unlucky:
+                with pytest.raises(trio.BrokenResourceError):
+                    await unlucky.receive_some(1)
+            async with await trio.open_tcp_stream("127.0.0.1", port) as client:
+                await client.send_all(b"four")
+                await client.send_eof()
+                assert await client.receive_some() == b"4"
+        nursery.cancel_scope.cancel()
 
 
 async def test_a_door_that_is_not_there_is_said_in_a_few_words(autojump_clock: trio.testing.MockClock) -> None:

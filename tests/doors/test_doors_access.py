@@ -1,6 +1,8 @@
 """What the access log says of clients whose relay was not the first, or did not serve them: the relay that was asked last."""
 
 import json
+import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,10 +10,12 @@ import trio
 from peers import connect, echo, exchange, refused, until_reset
 from plane import Contexts, Plane, open_plane
 
+from fxgateway.access_log import AccessLog
 from fxgateway.routing.failover import FailoverState
 from fxgateway.workers.client_transfer import pack, unpack
 from fxtunnel.codes import Code
 from fxtunnel.engine.ports import SessionConfig
+from fxtunnel.errors import ConfigError
 from fxtunnel.model import RelayId
 from tests.ports import free_port
 
@@ -103,3 +107,18 @@ async def accepted(plane: Plane) -> None:
     with trio.fail_after(10):
         while not all(client.stream is not None and client.stream.accepted for door in plane.doors for client in door.clients):
             await trio.sleep(0.01)
+
+
+def test_a_log_for_which_no_thread_could_be_started_is_begun_by_the_next_reload(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    log, path = AccessLog(), tmp_path / "access.log"
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", fail)
+        with pytest.raises(ConfigError, match="can't start new thread"):
+            log.open(str(path))
+    log.open(str(path))
+    log.put({"door": "d"})
+    log.close()
+    assert json.loads(path.read_text())["door"] == "d"

@@ -1,6 +1,8 @@
 """Who is turned away at the door, and that the counts go back to nothing."""
 
+import errno
 import ipaddress
+import os
 import socket
 from dataclasses import replace
 
@@ -14,6 +16,7 @@ from fxgateway.doors.client import Client
 from fxgateway.routing.admission import AdmissionLimits
 from fxgateway.routing.hosts import HostTable
 from fxgateway.routing.preread_router import DoorKind, PrereadRouter
+from fxtunnel.engine.reactor import STREAM_EVENTS, AnySocket, Handler
 from fxtunnel.protocol.opening import Opening, encode_tags
 
 EXEMPT = (ipaddress.ip_network("127.0.0.0/8"),)
@@ -62,6 +65,50 @@ async def test_a_service_without_a_relay_is_two_lines_however_many_come(contexts
                 await trio.sleep(0.01)
         assert f"door {name}: {SERVICE} has a relay again; clients turned away meanwhile: 3" in caplog.text
         assert await exchange(port, b"x") == b"x"
+
+
+async def test_a_door_that_has_paused_goes_on_where_the_kernel_has_no_room_for_more_registrations(
+    contexts: Contexts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with open_plane(contexts) as plane:
+        await plane.add_relay(await plane.serve(echo))
+        port = plane.add_door(AdmissionLimits(connections=1, exempt=EXEMPT))
+        stream = await connect(port)
+        await refused(port)
+        register, failures = plane.reactor.register, [OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))] * 2
+
+        def fail(sock: AnySocket, handler: Handler, events: int = STREAM_EVENTS) -> None:
+            if failures and handler is plane.doors[0]:
+                raise failures.pop()
+            register(sock, handler, events)
+
+        monkeypatch.setattr(plane.reactor, "register", fail)
+        await trio.sleep(2 * door.PAUSE_S)
+        await stream.aclose()
+        await plane.quiet()
+        with trio.fail_after(5):
+            assert await exchange(port, b"x") == b"x"
+
+
+async def test_where_the_kernel_registers_no_client_the_door_pauses(
+    contexts: Contexts, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with open_plane(contexts) as plane:
+        await plane.add_relay(await plane.serve(echo))
+        port = plane.add_door()
+        register, failures = plane.reactor.register, [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))]
+
+        def fail(sock: AnySocket, handler: Handler, events: int = STREAM_EVENTS) -> None:
+            if failures and isinstance(handler, Client):
+                raise failures.pop()
+            register(sock, handler, events)
+
+        monkeypatch.setattr(plane.reactor, "register", fail)
+        await refused(port)
+        assert "pauses: No space left on device" in caplog.text
+        assert "Traceback" not in caplog.text
+        assert await exchange(port, b"x") == b"x"
+        await plane.quiet()
 
 
 async def test_full_gateway_pauses_and_goes_on(contexts: Contexts, monkeypatch: pytest.MonkeyPatch) -> None:

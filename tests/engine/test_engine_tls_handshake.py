@@ -1,15 +1,18 @@
 """Handshakes at a door that ends TLS: those that succeed, those that cannot, and those that never end."""
 
+import os
+import resource
 import shutil
 import socket
 import ssl
 import subprocess
 import threading
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
 import trio
-from peers import LOOPBACK, echo
+from peers import LOOPBACK, echo, pattern
 from plane import Contexts, open_plane
 from tls_door import TlsDoor, WebClient, add_tls_door, in_thread
 
@@ -297,3 +300,28 @@ async def test_a_client_whose_time_is_over_while_the_thread_has_its_socket(conte
             may_go_on.set()
             with trio.fail_after(5), pytest.raises(trio.BrokenResourceError):
                 await stream.receive_some()
+
+
+async def test_an_end_needs_no_descriptor_that_may_be_missing(contexts: Contexts, pairs: list[tuple[Path, Path]]) -> None:
+    may_end = trio.Event()
+
+    async def serve(stream: trio.SocketStream) -> None:
+        await stream.send_all(pattern(100_000))
+        await may_end.wait()
+
+    async with open_plane(contexts) as plane:
+        await plane.add_relay(await plane.serve(serve))
+        _, port = add_tls_door(plane, server_context(pairs))
+        with WebClient(port, browser()) as client:
+            await in_thread(client.handshake)
+            assert await in_thread(lambda: client.read_exactly(100_000)) == pattern(100_000)
+            soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+            with ExitStack() as files:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (512, hard))
+                files.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+                with suppress(OSError):
+                    while True:
+                        files.callback(os.close, os.dup(0))
+                may_end.set()
+                assert await in_thread(client.read_all) == b""
+                client.end()

@@ -1,6 +1,7 @@
 import errno
 import fcntl
 import os
+import resource
 import stat
 import subprocess
 import sys
@@ -189,6 +190,16 @@ with held_alone(pathlib.Path(sys.argv[1])):
             process.kill()
     with held_alone(tmp_path):
         pass
+
+
+def test_a_directory_on_a_full_disk_is_held_all_the_same(tmp_path: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))  # nothing can be written, which is an error as that of a full disk
+    try:
+        with held_alone(tmp_path), pytest.raises(FxError, match="another process uses it"), held_alone(tmp_path):
+            raise AssertionError("it was had twice")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_a_lock_that_cannot_be_made_is_told_of(tmp_path: Path) -> None:

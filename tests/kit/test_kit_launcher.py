@@ -85,7 +85,7 @@ sys.exit(launcher.Launcher("test", [sys.executable, "-c", sys.argv[2], sys.argv[
 class Launched:
     """A launcher, and what its daemons have noted."""
 
-    def __init__(self, home: Path, *, managed: bool, lived_s: float) -> None:
+    def __init__(self, home: Path, *, managed: bool, lived_s: float, stderr: str = "stderr") -> None:
         self.home = home
         self.port = free_port()
         (home / "port").write_text(str(self.port))
@@ -93,7 +93,7 @@ class Launched:
         self.manager.bind(str(home / "n"))
         self.manager.settimeout(DEADLINE_S)
         env = {**os.environ, **({"NOTIFY_SOCKET": str(home / "n")} if managed else {})}
-        self.stderr = (home / "stderr").open("wb")
+        self.stderr = (home / stderr).open("wb")
         self.process = subprocess.Popen(
             [sys.executable, "-c", RUN, str(ROOT), DAEMON, str(home), str(lived_s)], env=env, stderr=self.stderr
         )
@@ -154,8 +154,8 @@ def _kill(pid: int, home: str) -> None:
 def launch(tmp_path: Path) -> Iterator[Callable[..., Launched]]:
     launched: list[Launched] = []
 
-    def start(*, managed: bool, lived_s: float = 60.0) -> Launched:
-        launched.append(Launched(tmp_path, managed=managed, lived_s=lived_s))
+    def start(*, managed: bool, lived_s: float = 60.0, stderr: str = "stderr") -> Launched:
+        launched.append(Launched(tmp_path, managed=managed, lived_s=lived_s, stderr=stderr))
         return launched[-1]
 
     yield start
@@ -186,6 +186,18 @@ def test_a_successor_takes_over_and_the_old_one_finishes(launch: Callable[..., L
     it.noted("end-1")
     assert it.process.poll() is None, "one of them still drains"
     it.touch("finish-0")
+    assert it.process.wait(DEADLINE_S) == 0
+
+
+def test_a_launcher_that_cannot_write_what_it_does_does_it_all_the_same(launch: Callable[..., Launched]) -> None:
+    it = launch(managed=False, stderr="/dev/full")
+    it.noted("go-0")
+    it.process.send_signal(signal.SIGUSR2)
+    it.noted("go-1")
+    it.touch("finish-0")
+    it.noted("end-0")
+    it.process.send_signal(signal.SIGTERM)
+    it.touch("finish-1")
     assert it.process.wait(DEADLINE_S) == 0
 
 

@@ -152,6 +152,25 @@ async def test_an_unexpected_error_ends_one_connection_only(monkeypatch: pytest.
     assert [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR] == ["a connection to the pages failed"] * 3
 
 
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EINVAL, errno.EMFILE])
+async def test_an_error_of_accept_ends_nothing(number: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(pages, "PAUSE_S", 0.01)
+    failures, accept = [OSError(number, os.strerror(number))] * 2, trio.SocketListener.accept
+
+    async def fail(listener: trio.SocketListener) -> trio.SocketStream:
+        if failures:
+            raise failures.pop()
+        return await accept(listener)
+
+    monkeypatch.setattr(trio.SocketListener, "accept", fail)
+    with trio.fail_after(10):
+        async with trio.open_nursery() as nursery:
+            bound: Address = await nursery.start(serve_pages, APP, ANYWHERE)
+            assert (await ask(bound))["relay"] == "node-a"
+            nursery.cancel_scope.cancel()
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * 2
+
+
 async def test_cancelling_hangs_up_on_idle_clients_and_on_one_that_never_reads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pages, "IDLE_S", 60)
     with trio.fail_after(10):

@@ -43,3 +43,22 @@ def test_no_secret_is_logged(make_stack: Callable[..., Stack], echo_service: Ser
     key = (stack.directory / "node-a" / "state" / "relay.key").read_text().splitlines()[1]
     for secret in (token, wrong_token, key, CANARY.decode(), "Bearer ", "fxt_"):
         assert secret not in text
+
+
+def test_daemons_serve_where_nothing_can_be_written(make_stack: Callable[..., Stack], echo_service: Service) -> None:
+    """Both outputs are on a disk that is full. What is logged is lost, and nothing else."""
+    stack = make_stack("echo")
+    nowhere = ("sh", "-c", 'exec "$@" > /dev/full 2>&1', "sh")
+    gateway = stack.launch_gateway(prefix=nowhere)
+    stack.relay_prefix = nowhere
+    stack.write_relay_config("node-a", {"echo": echo_service.target})
+    relay = stack.launch_relay("node-a")
+    stack.wait_for_relays("node-a")
+    with dial(stack.doors["echo"]) as client:
+        client.sendall(b"heard")
+        assert read_exactly(client, 5) == b"heard"
+    time.sleep(0.2)  # for the relay's word that it is ready
+    assert gateway.process.poll() is None
+    assert relay.process.poll() is None
+    assert relay.stop() == 0
+    assert gateway.stop() == 0

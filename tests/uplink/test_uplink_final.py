@@ -146,6 +146,21 @@ async def test_a_relay_the_gateway_has_forgotten_enrols_again_when_it_starts(gat
         assert isinstance(it.error, PeerRefused)
 
 
+async def test_a_note_that_cannot_be_read_any_more_ends_no_relay_that_was_welcome(gateway: FakeGateway, state_dir: Path) -> None:
+    async with running(gateway, state_dir) as it:
+        await it.started.wait()
+    async with running(gateway, state_dir) as it:
+        await it.started.wait()
+        note = state_dir / "enrolled-gw-test.json"
+        note.unlink()
+        note.mkdir()  # which cannot be read
+        gateway.enrolling = [PeerRefused(Refusal.BAD_TOKEN, "it was withdrawn")]
+        gateway.cut_control()
+        await gateway.wait_controls(3)
+        assert len(gateway.enrolments) == 1
+        assert it.error is None
+
+
 async def test_without_a_token_an_unknown_relay_is_told_what_it_needs(gateway: FakeGateway, state_dir: Path) -> None:
     with trio.fail_after(10):
         async with trio.open_nursery() as nursery:

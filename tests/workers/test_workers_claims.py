@@ -1,5 +1,6 @@
 """Who has a relay's name, when the parent's answer and the fence that follows it are read together; whom a worker passes on."""
 
+import errno
 import os
 import resource
 import socket
@@ -15,6 +16,8 @@ from fxgateway.doors.client import Client
 from fxgateway.doors.doors import Doors
 from fxgateway.routing.admission import AdmissionLimits
 from fxgateway.routing.shared_admission import SharedAdmission
+from fxgateway.tunnels.peer_processes import AcceptedConnection
+from fxgateway.tunnels.pre_auth_queue import TooBusy
 from fxgateway.tunnels.registry import Registry, RegistryLimits
 from fxgateway.workers.channel import Channel, Message, pair
 from fxgateway.workers.parent_line import ParentLine
@@ -27,7 +30,9 @@ from fxtunnel.engine.ports import SessionConfig
 from fxtunnel.engine.reactor import Reactor
 from fxtunnel.engine.tls_socket import TlsSocket
 from fxtunnel.errors import TunnelClosed
+from fxtunnel.kit.client_hello import ClientHello
 from fxtunnel.model import InstanceId, Offer, RelayId, ServiceName
+from fxtunnel.protocol.alpn import ALPN_WORKER
 from fxtunnel.protocol.credit import WindowBudget
 
 NODE = RelayId("node-a")
@@ -83,10 +88,10 @@ class Worker:
     def __init__(self, reactor: Reactor, line: socket.socket, parent: Parent) -> None:
         self.parent = parent
         self.registry = Registry(reactor, SessionConfig(), WindowBudget(1 << 20), RegistryLimits())
-        self.line, self.peers = ParentLine(reactor, line), Peers(reactor)
+        admission = SharedAdmission(AdmissionLimits(), 100)
+        self.line, self.peers = ParentLine(reactor, line), Peers(reactor, admission)
         peers = self.peers
         relays = AllRelays(self.registry, peers.pass_on, peers.catch_up)
-        admission = SharedAdmission(AdmissionLimits(), 100)
         self.relay_dispatch = RelayDispatch(self.line, peers, self.registry, relays, 1)
         doors = Doors(reactor, relays, admission)
         WorkerPeering(
@@ -239,3 +244,21 @@ async def test_after_a_worker_has_let_go_nobody_waits_for_it_in_vain() -> None:
                     worker.relay_dispatch.stop_accepting()
                 relay.settimeout(30)
                 assert relay.recv(1) == b""
+
+
+async def test_a_relay_that_cannot_be_passed_on_for_want_of_descriptors_is_to_come_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def hello(sock: socket.socket) -> ClientHello:
+        await trio.lowlevel.checkpoint()
+        return ClientHello("", (f"{ALPN_WORKER}2".encode(),))
+
+    def fail(sock: socket.socket) -> socket.socket:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr("fxgateway.workers.relay_dispatch.peek_client_hello", hello)
+    async with working() as (worker, _):
+        worker.peers.channels[2] = worker.line.channel
+        worker.peers.heard_of.add(2)
+        with socket.socket() as sock, monkeypatch.context() as patch:
+            patch.setattr(socket.socket, "dup", fail)
+            with pytest.raises(TooBusy):
+                await worker.relay_dispatch.keeps(AcceptedConnection(sock, "192.0.2.1", "192.0.2.1:1"))

@@ -1,9 +1,11 @@
 """Lines between processes: messages and sockets in order and whole; bounded; and bridges that keep a reset a reset."""
 
+import errno
 import socket
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from typing import Any
 
 import pytest
 
@@ -11,6 +13,7 @@ from fxgateway.doors.door import Door, DoorConfig
 from fxgateway.doors.web_client import TlsWebClient
 from fxgateway.routing.admission import Admission, AdmissionLimits
 from fxgateway.routing.preread_router import Destination
+from fxgateway.routing.shared_admission import SharedAdmission
 from fxgateway.settings import GatewaySettings
 from fxgateway.workers import channel as module
 from fxgateway.workers import drain_requests, parent
@@ -103,6 +106,29 @@ def test_an_end_that_takes_nothing_costs_a_bounded_amount(line: ParentLine, monk
     assert one.fileno() >= 0  # still ours
     one.close()
     other.close()
+
+
+@pytest.mark.parametrize("number", [errno.ENOBUFS, errno.ENOMEM, errno.ETOOMANYREFS])
+def test_what_the_kernel_has_no_room_for_now_is_sent_later(line: ParentLine, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    failures = [number] * 2
+
+    sendmsg = socket.socket.sendmsg
+
+    def short(sock: socket.socket, *arguments: Any) -> int:
+        if failures:
+            raise OSError(failures.pop(), "short")
+        return sendmsg(sock, *arguments)
+
+    monkeypatch.setattr(socket.socket, "sendmsg", short)
+    one, other = socket.socketpair()
+    assert line.ends[0].send({"n": 0})
+    assert line.ends[0].send({"n": 1}, [one])
+    line.turn_until(lambda: len(line.ears[1].heard) == 2)
+    assert [message["n"] for message, _ in line.ears[1].heard] == [0, 1]
+    assert line.ends[0].is_clear
+    assert line.ears[0].gone == line.ears[1].gone == 0
+    for sock in (*line.ears[1].heard[1][1], other):
+        sock.close()
 
 
 def test_the_end_of_a_process_is_heard_once(line: ParentLine) -> None:
@@ -272,10 +298,12 @@ def test_a_client_whose_tls_ended_elsewhere_may_be_passed_on_again(line: ParentL
     door.clients.add(client)
     near.send(b"early" + unread)
     assert end.recv_into(bytearray(5)) == 5
-    peers = Peers(line.reactor)
+    admission = SharedAdmission(AdmissionLimits(), 100)
+    peers = Peers(line.reactor, admission)
     peers.channels[2] = line.ends[0]
     assert peers.pass_on(2, client, b"early")
     assert not door.clients
+    assert admission.files_here == (2 if unread else 0)
     line.turn_until(lambda: len(line.ears[1].heard) == 1)
     message, (received,) = line.ears[1].heard[0]
     assert message["is_bridged"]
@@ -295,6 +323,7 @@ def test_a_client_whose_tls_ended_elsewhere_may_be_passed_on_again(line: ParentL
         far.shutdown(socket.SHUT_WR)
         line.turn_until(lambda: hears(b"the answer", near) and near.at_end)
     assert not peers.bridges
+    assert not admission.files_here
 
 
 def test_a_configuration_arrives_as_it_was_sent(tmp_path) -> None:

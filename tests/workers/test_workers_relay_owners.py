@@ -1,6 +1,7 @@
 """Which worker has which relay; and how several processes count clients together."""
 
 import random
+from ipaddress import ip_network
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -120,6 +121,34 @@ def test_processes_that_tell_each_other_admit_what_one_would(steps: list[tuple[i
                 inside.append((other, door, address))
         tell(together, now)
         assert {process.connections for process in together} == {alone.connections} == {len(inside)}
+
+
+def test_no_process_gets_more_connections_than_it_has_descriptors_for() -> None:
+    one, other = (SharedAdmission(AdmissionLimits(exempt=(ip_network("192.0.2.0/24"),)), 4) for _ in range(2))
+    assert one.has_room(2)
+    for _ in range(3):
+        assert other.admit("door", "192.0.2.1", 0.0) is Verdict.ADMIT
+    changes = other.changes()
+    assert changes is not None
+    one.note(2, changes, 0.0)
+    assert one.has_room(2)
+    one.passed_on(2)
+    assert not one.has_room(2), "this one is on its way there"
+    other.adopt("door", "192.0.2.1", 0.0)
+    other.release("door", "192.0.2.1")
+    tell([other, one], 0.0)
+    one.note(2, other.counts(), 0.0)
+    assert one.has_room(2)
+    assert one.admit("door", "192.0.2.1", 0.0) is Verdict.ADMIT
+    one.bridge(2)  # whom the other counts, and who take as many descriptors here
+    assert one.admit("door", "192.0.2.1", 0.0) is Verdict.FULL
+    other.note(1, one.counts(), 0.0)
+    assert not other.has_room(1)
+    one.bridge(1)
+    changes = one.changes()
+    assert changes is not None
+    other.note(1, changes, 0.0)
+    assert other.has_room(1)
 
 
 def test_a_process_that_dies_takes_its_counts_with_it() -> None:
