@@ -10,7 +10,7 @@ import outcome
 from fxtunnel.engine.lingering_close import LingeringClose
 from fxtunnel.engine.reactor import INCOMING, STREAM_EVENTS, Reactor
 from fxtunnel.engine.splice import abort
-from fxtunnel.engine.tls_socket import TlsSocket, make_ready
+from fxtunnel.engine.tls_socket import TlsSocket, stand_in
 from fxtunnel.kit.tls_problems import explain_to_server, is_torn
 
 
@@ -74,7 +74,7 @@ class Handshake:
         """Begin: the socket is accepted, non-blocking and not registered; nothing of TLS has been taken from it."""
         self._context.sslsocket_class = TlsSocket
         with suppress(OSError):  # then it is tried again when it is needed
-            make_ready()
+            stand_in()
         try:
             self._sock = self._context.wrap_socket(self._sock, True, False, suppress_ragged_eofs=False)
         except (OSError, ValueError):  # gone already, and closed by this

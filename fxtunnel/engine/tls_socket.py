@@ -10,6 +10,7 @@ import socket
 import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from typing import TYPE_CHECKING, Final
 
 from fxtunnel.engine.tls_calls import corked
@@ -170,9 +171,7 @@ class TlsSocket(ssl.SSLSocket):
         """
         while waiting := self.pending():
             self._unread += self.read(waiting)
-        make_ready()
-        assert _stand_in is not None
-        with _stand_in.instead_of(self.fileno()) as said:
+        with stand_in().instead_of(self.fileno()) as said:
             try:
                 self.unwrap()
                 self.at_end = True
@@ -181,7 +180,7 @@ class TlsSocket(ssl.SSLSocket):
         return bytes(said)  # also the rest of a record, if OpenSSL still had one
 
 
-class _StandIn:
+class StandIn:
     """A socket that keeps what is written to it, for the goodbyes of all sockets, one after the other, in one thread."""
 
     def __init__(self) -> None:
@@ -207,18 +206,14 @@ class _StandIn:
                 said += os.read(self._outside, _MOST_SAID_BYTES)
 
 
-_stand_in: _StandIn | None = None
-
-
-def make_ready() -> None:
-    """Get the descriptors that ending a TLS connection takes, once and for all: there may be none left when one ends.
+@cache
+def stand_in() -> StandIn:
+    """The one of this process. Ask for it early: it takes the descriptors of all goodbyes, and there may be none left when one is due.
 
     Raises:
         OSError: there are none now.
     """
-    global _stand_in
-    if _stand_in is None:
-        _stand_in = _StandIn()
+    return StandIn()
 
 
 def _would_block() -> BlockingIOError:

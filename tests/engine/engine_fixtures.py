@@ -33,7 +33,7 @@ def make_contexts(directory: Path) -> Contexts:
 def no_descriptor_leaks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(session, "GOODBYE_S", 0.05)
     gc.collect()
-    tls_socket.make_ready()  # which stay
+    tls_socket.stand_in()  # which stay
     before = len(os.listdir("/proc/self/fd"))
     yield
     deadline = time.monotonic() + 10
