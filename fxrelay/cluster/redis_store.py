@@ -13,6 +13,8 @@ import secrets
 from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
+from redis.exceptions import ResponseError
+
 from fxrelay.cluster.content import MAX_KEY_BYTES, decode_document, encode_amount, encode_collection, encode_key, encode_text
 from fxrelay.cluster.ports import MAX_DOCUMENT_BYTES, Change, Document, Present, Update
 from fxrelay.cluster.redis_batches import Batches
@@ -190,7 +192,9 @@ class RedisStore:
             return self._client.appendfsync
         try:
             found = self._client.ask(lambda redis: redis.config_get("appendfsync"))
-        except StoreError:
+        except StoreError as exc:
+            if not isinstance(exc.__cause__, ResponseError):
+                raise  # no answer at all says nothing about the log: it must not look like a server that has forgotten
             return ""  # whoever may read this may read Redis's passwords too, so few may: then take it that something may be lost
         sync = found.get("appendfsync") if isinstance(found, dict) else None
         return next((known for known in _SYNCS if sync in (known, known.encode())), "")

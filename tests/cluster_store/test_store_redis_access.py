@@ -6,12 +6,14 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import redis
 from store_rig import NEEDS_REDIS, SYSTEM, RedisServer, plain, redis_client, wait_until
 from test_store_redis_failures import answers, fails_soon
 
 from fxrelay.cluster.ports import SERVERS, TOPICS
 from fxrelay.cluster.redis_bus import RedisTransporter
 from fxrelay.cluster.redis_store import RedisStore
+from fxtunnel.errors import StoreError
 
 pytestmark = [*SYSTEM, NEEDS_REDIS]
 
@@ -76,6 +78,23 @@ def test_a_user_who_may_not_ask_is_told_by_the_broker_file(make_server: MakeServ
     store = RedisStore(redis_client(server, username="relay", password="secret", appendfsync=said))
     assert store.epoch().startswith(begin)
     assert re.search(doubt, store.doubt)
+    store.close()
+
+
+def test_a_redis_that_does_not_answer_for_a_moment_has_not_forgotten(make_server: MakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = make_server(*plain(), "appendonly yes", "appendfsync always")
+    store = RedisStore(redis_client(server))
+    kept = store.epoch()
+    assert kept.startswith("kept-")
+
+    def hang(*_: object) -> None:
+        raise redis.TimeoutError("Timeout reading from socket")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(redis.Redis, "config_get", hang)
+        with pytest.raises(StoreError, match=r"answer|time"):
+            store.epoch()
+    assert (store.epoch(), store.doubt) == (kept, "")
     store.close()
 
 

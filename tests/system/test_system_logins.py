@@ -315,7 +315,10 @@ def test_without_the_store_nobody_is_let_in_and_nobody_is_thrown_out(make_site: 
             assert bob.ask("GET", "/").status == 200
             return told.status == 302
 
-        wait_until(is_let_in, 20, "the store")
+        try:
+            wait_until(is_let_in, 20, "the store")
+        except AssertionError as exc:
+            raise AssertionError(f"{answers[-3:]}: {site.log()[-4000:]}") from exc
         assert "ReservationsUnavailable" in answers
         assert "has forgotten who has which server" in site.log()
         assert site.logins_sent("bob") == 1
