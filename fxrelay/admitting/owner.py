@@ -22,8 +22,8 @@ MAX_REASON_CHARS: Final = 200
 
 @dataclass(frozen=True, slots=True)
 class OwnerQuery:
-    """Who wants what. `user` is the ticket's, empty without one; `node` the one that was asked for, empty if any will do. `client` is the
-    address.
+    """Who wants what. `user` is the ticket's, empty without one; `node` the one that was asked for, or else the one that was found.
+    `client` is the address.
     """
 
     user: str
