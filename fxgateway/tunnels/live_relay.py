@@ -91,8 +91,8 @@ class LiveRelay:
 
     @property
     def link_count(self) -> int:
-        """Sessions that have a link, or may have one again."""
-        return len(self.sessions) - len(self.given_up)
+        """Sessions that have a link, or may have one again. Not those whose successor the relay may make."""
+        return sum(not session.is_worn for session in self.sessions.values() if session.id not in self.given_up)
 
     def session_for_stream(self) -> Session | None:
         """The session a new stream should go on: one that is up, carries no bulk, and has the fewest streams."""
@@ -102,7 +102,7 @@ class LiveRelay:
         if len(self.sessions) == 1:
             (only,) = self.sessions.values()
             return only
-        return min(self.sessions.values(), key=lambda s: (not s.is_up, s.is_spent, s.is_bulk, len(s.mux.streams)), default=None)
+        return min(self.sessions.values(), key=lambda s: (not s.is_up, s.is_spent, s.is_worn, s.is_bulk, len(s.mux.streams)), default=None)
 
 
 def why_gone(instance: InstanceId, successor: InstanceId) -> tuple[Code, str]:

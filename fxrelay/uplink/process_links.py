@@ -17,6 +17,8 @@ from fxtunnel.kit.tls import HandshakeFailed, HandshakeProblem
 from fxtunnel.model import GatewayId, SessionId
 from fxtunnel.protocol.hello import Hello, Welcome
 
+RENEWAL_S: Final = 60.0
+"""How often sessions are looked at for whether they are worn: half of the stream ids are left then."""
 GIVEN_UP: Final = "too many processes of the gateway go away at once"
 
 
@@ -67,6 +69,7 @@ class ProcessLinks:
         self._config = config
         self._link_changed = trio.Event()
         self._dialling: dict[trio.CancelScope, LinkSession | None] = {}
+        self._new_slot = slots
         self.slots: list[Slot] = [slots(self) for _ in range(config.links)]
 
     @property
@@ -93,6 +96,17 @@ class ProcessLinks:
     def is_up(self) -> bool:
         """Whether a data link is up."""
         return any(session.statistics().is_up for session in self.sessions)
+
+    async def run_slots(self) -> None:
+        """Keep the data sessions while any is wanted or open. One that is worn makes way for another, and ends with its last stream."""
+        async with trio.open_nursery() as nursery:
+            for slot in self.slots:
+                nursery.start_soon(slot.run)
+            while self.wants_sessions:
+                with trio.move_on_after(RENEWAL_S):
+                    await self.departs.wait()
+                for successor in self._successors():
+                    nursery.start_soon(successor.run)
 
     async def open_link(self, session: LinkSession | None) -> tuple[LinkSocket, Welcome]:
         """See `SlotOwner`. `session` must be detached."""
@@ -165,6 +179,20 @@ class ProcessLinks:
             self.link.end_soon(Closing(code=code, message=text))
         while self.link is not None:
             await self._link_changed.wait()
+
+    def _successors(self) -> list[Slot]:
+        """New slots, for as many sessions as have become worn. Those that have made way are ended when nothing is open on them."""
+        self.slots = [slot for slot in self.slots if slot.session is not None or not slot.retires]
+        worn = [slot for slot in self.slots if not slot.retires and slot.is_worn] if self.wants_sessions else []
+        for slot in worn:
+            slot.retires = True
+        if any(slot.session is not None and slot.session.statistics().is_up for slot in self.slots if not slot.retires):
+            for slot in self.slots:
+                if slot.retires:
+                    slot.close_if_done()
+        successors = [self._new_slot(self) for _ in worn]
+        self.slots += successors
+        return successors
 
     def _give_up_dialling(self) -> None:
         """Cancel pointless dials: those for new sessions of a departing process and, if it cannot be named, all dials to it."""

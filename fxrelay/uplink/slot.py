@@ -15,6 +15,7 @@ from fxtunnel.errors import FxError, PeerRefused, RemoteProtocolError
 from fxtunnel.kit.backoff import FullJitter
 from fxtunnel.kit.link_tls import LinkSocket
 from fxtunnel.model import GatewayId, SessionId
+from fxtunnel.protocol.frames import WORN_STREAMS
 from fxtunnel.protocol.hello import CAP_RESUME, Welcome
 
 logger = logging.getLogger(__name__)
@@ -57,6 +58,8 @@ class Slot:
 
     def __init__(self, owner: SlotOwner, config: UplinkConfig, rng: random.Random) -> None:
         self.session: LinkSession | None = None
+        self.retires = False
+        """Another slot takes its place: its session is not made anew."""
         self._owner = owner
         self._settled_s = config.min_backoff_s
         self._rng = rng
@@ -72,7 +75,7 @@ class Slot:
     async def run(self) -> None:
         """Keep a session until the uplink wants none or ends. Cancelling leaves the session to `close`."""
         wait_s = 0.0
-        while self.session is not None or self._owner.wants_sessions:
+        while self.session is not None or (self._owner.wants_sessions and not self.retires):
             try:
                 wait_s = await self._live() if await self._try_once(wait_s) else self._backoff.next_s()
             except FxError as exc:
@@ -89,6 +92,21 @@ class Slot:
         """End the session, if there is one."""
         if self.session is not None:
             self.session.close(code, text)
+
+    @property
+    def is_worn(self) -> bool:
+        """Whether its session has had half of its stream ids."""
+        return self.session is not None and self.session.statistics().mux.opened >= WORN_STREAMS
+
+    def close_if_done(self) -> None:
+        """End the session if it has no streams and the gateway has all that was sent on those it had; else hurry that on."""
+        session = self.session
+        if session is None or session.statistics().mux.streams:
+            return
+        if session.has_delivered:
+            session.close(Code.NORMAL, "another has taken its place")
+        else:
+            session.press()
 
     def on_link_down(self, session: LinkSession, reason: str) -> None:
         """From the engine: see `UplinkSessionOwner`."""

@@ -219,8 +219,7 @@ class Uplink:
     async def _hold(self, links: ProcessLinks, task_status: trio.TaskStatus[None]) -> None:
         """Keep the links to one process of the gateway, until it is gone."""
         async with trio.open_nursery() as nursery:
-            for slot in links.slots:
-                nursery.start_soon(slot.run)
+            nursery.start_soon(links.run_slots)
             await self._keep_control_link(links, task_status)
             await keep_reconnecting(links, self._return, self._config, self._environment.rng)
         if links is not self._links[-1]:

@@ -38,6 +38,8 @@ MAX_TEXT_BYTES: Final = 256
 MAX_OPTIONAL_BYTES: Final = 1_024
 MAX_HELLO_BYTES: Final = 4_096
 MAX_STREAM_ID: Final = 0xFFFF_FFFF
+WORN_STREAMS: Final = 0x8000_0000
+"""A session that has had so many streams makes way for another, long before its ids are used up (PROTOCOL.md, 6)."""
 MAX_CREDIT: Final = 0x7FFF_FFFF
 EARLY_BYTES: Final = 4_096
 """What an opener may send before ACCEPT (PROTOCOL.md, 6)."""

@@ -14,7 +14,7 @@ from fxtunnel.codes import Code
 from fxtunnel.engine.ports import SessionConfig, State
 from fxtunnel.engine.session import Session
 from fxtunnel.model import SessionId
-from fxtunnel.protocol.frames import MAX_STREAM_ID
+from fxtunnel.protocol.frames import MAX_STREAM_ID, WORN_STREAMS
 
 LONG_HOLD = SessionConfig(hold_s=25.0, heartbeat_s=0.1, dead_after_s=0.5)
 SOON_S = 4.0
@@ -224,14 +224,15 @@ async def test_a_session_whose_stream_ids_are_used_up_is_followed_by_another(con
         assert await exchange(port, b"the first one") == b"the first one"
 
 
-async def test_a_relay_with_two_sessions_goes_on_with_the_one_that_has_stream_ids(contexts: Contexts) -> None:
+@pytest.mark.parametrize("had", [WORN_STREAMS, MAX_STREAM_ID])
+async def test_a_relay_with_two_sessions_goes_on_with_the_one_that_has_stream_ids(contexts: Contexts, had: int) -> None:
     async with open_plane(contexts, LONG_HOLD) as plane:
         relay = await plane.add_relay(await plane.serve(echo))
         port, old = plane.add_door(), relay.far_session
         async with await connect(port) as stream:
             await stream.send_all(b"x")
             assert await receive_exactly(stream, 1) == b"x"
-            old.mux.opened = old.mux._last_id = MAX_STREAM_ID
+            old.mux.opened = old.mux._last_id = had
             session = relay.session
             await link_anew(relay)
             async with await connect(port) as beside:

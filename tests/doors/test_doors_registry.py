@@ -9,6 +9,7 @@ from fxgateway.tunnels.registry import RegistryLimits
 from fxtunnel.codes import Code
 from fxtunnel.engine.ports import SessionConfig, State
 from fxtunnel.model import InstanceId, Offer, RelayId, ServiceName, SessionId
+from fxtunnel.protocol.frames import WORN_STREAMS
 from fxtunnel.protocol.heartbeats import BULK_BYTES
 
 OFFERS = (Offer(ServiceName("s")),)
@@ -112,7 +113,12 @@ async def test_sessions_and_relays_are_bounded(contexts: Contexts) -> None:
         assert spare.state is State.CLOSED
         again = registry.new_session(relay.id, relay.instance)
         assert again is not None
-        again.close(Code.NORMAL)
+        again.mux.opened = WORN_STREAMS
+        successor = registry.new_session(relay.id, relay.instance)
+        assert successor is not None, "what makes way is not in the way"
+        assert registry.new_session(relay.id, relay.instance) is None
+        for session in (again, successor):
+            session.close(Code.NORMAL)
 
 
 async def test_a_session_that_takes_the_place_of_one_given_up_is_the_relays(contexts: Contexts) -> None:

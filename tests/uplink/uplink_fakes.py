@@ -69,6 +69,8 @@ class FakeSession:
         self.closed: tuple[Code, str] | None = None
         self.counter = 0
         self.streams = 3
+        self.opened = 4
+        self.has_delivered = True
         self.refuses_to_attach = False
 
     @property
@@ -97,7 +99,10 @@ class FakeSession:
             self.owner.on_closed(self, code, text)
 
     def statistics(self) -> SessionStatistics:
-        return SessionStatistics(self.id, State.UP if self.link else State.HELD, 0, MuxStatistics(self.streams, 4, 5, 6, 0.0))
+        return SessionStatistics(self.id, State.UP if self.link else State.HELD, 0, MuxStatistics(self.streams, self.opened, 5, 6, 0.0))
+
+    def press(self) -> None:
+        self.calls.append("press")
 
     def cut(self) -> None:
         """The engine has found the link dead."""
