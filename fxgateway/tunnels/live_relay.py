@@ -8,6 +8,7 @@ from fxgateway.tunnels.ports import ControlHandle
 from fxtunnel.codes import Code
 from fxtunnel.engine.session import Session
 from fxtunnel.model import InstanceId, Offer, RelayId, SessionId
+from fxtunnel.protocol.frames import WORN_STREAMS
 
 NO_INSTANCE: Final = InstanceId("")
 """Of what stands for an instance that has gone to another process of this gateway, and does not serve there yet."""
@@ -92,7 +93,7 @@ class LiveRelay:
     @property
     def link_count(self) -> int:
         """Sessions that have a link, or may have one again. Not those whose successor the relay may make."""
-        return sum(not session.is_worn for session in self.sessions.values() if session.id not in self.given_up)
+        return sum(not is_worn(session) for session in self.sessions.values() if session.id not in self.given_up)
 
     def session_for_stream(self) -> Session | None:
         """The session a new stream should go on: one that is up, carries no bulk, and has the fewest streams."""
@@ -102,7 +103,12 @@ class LiveRelay:
         if len(self.sessions) == 1:
             (only,) = self.sessions.values()
             return only
-        return min(self.sessions.values(), key=lambda s: (not s.is_up, s.is_spent, s.is_worn, s.is_bulk, len(s.mux.streams)), default=None)
+        return min(self.sessions.values(), key=lambda s: (not s.is_up, s.is_spent, is_worn(s), s.is_bulk, len(s.mux.streams)), default=None)
+
+
+def is_worn(session: Session) -> bool:
+    """Whether its relay is about to make another beside it, or has: it has had half of its stream ids."""
+    return session.mux.opened >= WORN_STREAMS
 
 
 def why_gone(instance: InstanceId, successor: InstanceId) -> tuple[Code, str]:

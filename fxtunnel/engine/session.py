@@ -93,11 +93,6 @@ class Session:
         return self.state is State.CLOSED or self.mux.opened >= frames.MAX_STREAM_ID
 
     @property
-    def is_worn(self) -> bool:
-        """Whether its relay is about to make another, or has: it has had half of its stream ids."""
-        return self.mux.opened >= frames.WORN_STREAMS
-
-    @property
     def is_bulk(self) -> bool:
         """Whether bulk passes, either way, or did a heartbeat ago: a stream that can be opened elsewhere should not wait behind it."""
         return self.mux.heartbeats.is_bulk(self.mux.passed_bytes)
