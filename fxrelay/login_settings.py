@@ -6,8 +6,8 @@ from typing import Final, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from fxrelay.logins.rules import MAX_BODY_BYTES, PRESETS, ValueLocation, Where
-from fxtunnel.kit.jwt_keys import is_key_url
 from fxtunnel.kit.jwt_verifying import ALGORITHMS
+from fxtunnel.kit.key_page import is_key_url
 from fxtunnel.kit.sections import Seconds, Section, Size
 from fxtunnel.kit.settings import OptionalPath
 

@@ -1,14 +1,8 @@
 """Task: where the keys for other people's JWTs come from: a file, or a page that is fetched, kept, and fetched again when keys change."""
 
-import http.client
-import ipaddress
 import logging
-import ssl
 import time
-import urllib.error
-import urllib.parse
-import urllib.request
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -17,11 +11,10 @@ import trio
 
 from fxtunnel.errors import ConfigError
 from fxtunnel.kit.jwt_verifying import BadKeys, BadToken, KeySet, TokenRules, UnknownKey, read_keys, verify_token
+from fxtunnel.kit.key_page import MAX_PAGE_BYTES, PageError, fetch_page
 
 logger = logging.getLogger(__name__)
 
-MAX_PAGE_BYTES: Final = 262_144
-"""Room for MAX_KEYS keys of 4 KiB each, certificate chains included."""
 FETCH_S: Final = 5.0
 """For one fetch, from the connection to the last byte."""
 KEEP_S: Final = 600.0
@@ -39,13 +32,6 @@ class KeySource:
     ca: Path | None = None
 
 
-class NoRedirects(urllib.request.HTTPRedirectHandler):
-    """A key must come from where the administrator said."""
-
-    def redirect_request(self, *_: object) -> None:
-        """None: the redirect is an error."""
-
-
 class TokenVerifier:
     """Verifies tokens by rules and keys of the configuration. Any number of tasks may use it.
 
@@ -58,12 +44,12 @@ class TokenVerifier:
         rules: TokenRules,
         source: KeySource,
         *,
-        fetch: Callable[[KeySource], bytes] | None = None,
+        fetch: Callable[[str, Path | None], Awaitable[bytes]] = fetch_page,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
         self.rules = rules
         self._source = source
-        self._fetch = fetch or fetch_page
+        self._fetch = fetch
         self._wall_clock = wall_clock
         self._keys = KeySet() if source.file is None else read_key_file(source.file)
         self._fetched_at: float | None = None
@@ -100,12 +86,11 @@ class TokenVerifier:
             self._tried_at = trio.current_time()
             try:
                 with trio.fail_after(FETCH_S):
-                    data = await trio.to_thread.run_sync(self._fetch, self._source, abandon_on_cancel=True)
-                self._keys = read_keys(data)
+                    self._keys = read_keys(await self._fetch(self._source.url, self._source.ca))
             except trio.TooSlowError:
                 logger.warning("the keys at %s did not come within %g s", self._source.url, FETCH_S)
                 return False
-            except (OSError, http.client.HTTPException, BadKeys, ConfigError) as exc:
+            except (PageError, BadKeys) as exc:
                 logger.warning("the keys at %s cannot be used: %s", self._source.url, exc)
                 return False
             self._fetched_at = trio.current_time()
@@ -127,34 +112,4 @@ def read_key_file(path: Path) -> KeySet:
         raise ConfigError.one(path, "", str(exc)) from exc
 
 
-def is_key_url(url: str) -> bool:
-    """Whether keys may be fetched from there: over TLS, or from this host itself."""
-    parts = urllib.parse.urlsplit(url)
-    if parts.scheme == "https":
-        return bool(parts.hostname)
-    try:
-        return parts.scheme == "http" and ipaddress.ip_address(parts.hostname or "").is_loopback
-    except ValueError:
-        return False
-
-
-def fetch_page(source: KeySource) -> bytes:
-    """The page of a source's URL. Blocking; one silence may take FETCH_S. No proxy and no redirect.
-
-    Raises:
-        OSError, http.client.HTTPException: it did not come.
-    """
-    context = ssl.create_default_context(cafile=source.ca)
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=context), NoRedirects())
-    try:
-        with opener.open(source.url, timeout=FETCH_S) as answer:
-            data: bytes = answer.read(MAX_PAGE_BYTES + 1)
-    except urllib.error.HTTPError as exc:
-        exc.close()
-        raise OSError(f"status {exc.code}") from None
-    if len(data) > MAX_PAGE_BYTES:
-        raise OSError(f"longer than {MAX_PAGE_BYTES} bytes")
-    return data
-
-
-__all__ = ["BadToken", "KeySource", "TokenVerifier", "fetch_page", "is_key_url", "read_key_file"]
+__all__ = ["BadToken", "KeySource", "TokenVerifier", "read_key_file"]
