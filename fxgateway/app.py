@@ -16,6 +16,7 @@ from fxgateway import settings as config
 from fxgateway.access_log import AccessLog
 from fxgateway.admin.live import LiveView
 from fxgateway.admin.pages import make_app
+from fxgateway.certificates import Certificates, load_certificates
 from fxgateway.door_settings import DoorSettings
 from fxgateway.doors.door import DoorConfig, DoorRelays
 from fxgateway.doors.doors import Doors
@@ -35,8 +36,7 @@ from fxtunnel.codes import Code
 from fxtunnel.engine.ports import SessionConfig
 from fxtunnel.engine.reactor import Reactor
 from fxtunnel.errors import ConfigError, FxError
-from fxtunnel.kit import logs, web_tls
-from fxtunnel.kit.certificates import expires_unix
+from fxtunnel.kit import logs
 from fxtunnel.kit.listeners import Inherited, bound_address, listen
 from fxtunnel.kit.notify import LoopNotifier, Notifier
 from fxtunnel.kit.process import (
@@ -55,7 +55,6 @@ from fxtunnel.kit.process import (
     watch_signals,
 )
 from fxtunnel.kit.settings import Address
-from fxtunnel.kit.tls import server_context
 from fxtunnel.model import GatewayId, ServiceName
 from fxtunnel.protocol.alpn import spoken_by
 from fxtunnel.protocol.credit import WindowBudget
@@ -120,9 +119,10 @@ class Gateway:
         self._identities = Identities(settings.tunnel.identities_path)
         self._view = LiveView(GatewayId(settings.tunnel.gateway_id), self._registry, self._doors, budget, settings.limits.memory_bytes)
         self._view.access_dropped = lambda: self._access.dropped
-        self._view.certificate_expires_unix = expires_unix(settings.tunnel.certificate.read_bytes())
+        self._certificates = load_certificates(settings, spoken_by(self._name))
+        self._view.certificate_expires_unix = self._certificates.tunnel_expires_unix
         self._port = TunnelPort(
-            server_context(settings.tunnel.certificate, settings.tunnel.key, spoken_by(self._name)),
+            self._certificates.tunnel,
             GatewayId(settings.tunnel.gateway_id),
             self._identities,
             self._registry,
@@ -152,8 +152,7 @@ class Gateway:
         await trio.to_thread.run_sync(self._identities.load)
         tunnel_socket = listen(self._settings.tunnel.listen, inherited)
         await trio.to_thread.run_sync(self._access.open, self._settings.log.access)
-        contexts = await trio.to_thread.run_sync(web_contexts, self._settings)
-        self._doors.apply(self._door_configs(self._settings, contexts), inherited)
+        self._doors.apply(self._door_configs(self._settings, self._certificates), inherited)
         self._doors.hold()
         async with trio.open_nursery() as nursery:
             await nursery.start(watch_signals, self._reloads.ask, self._stop.set)
@@ -259,12 +258,12 @@ class Gateway:
         written = await trio.to_thread.run_sync(config.load, self._config_path, os.environ)
         fresh, waiting = config.take_up(self._settings, written)
         self._sandbox.check(fresh)
-        contexts = await trio.to_thread.run_sync(web_contexts, fresh)
+        certificates = await trio.to_thread.run_sync(load_certificates, fresh, spoken_by(self._name))
         self._check_goes_on()
         await trio.to_thread.run_sync(self._access.open, fresh.log.access)
         try:
             self._check_goes_on()
-            self._apply(fresh, contexts)
+            self._apply(fresh, certificates)
         except FxError:
             await self._move_access_log_back(fresh)
             raise
@@ -285,20 +284,19 @@ class Gateway:
         if self._stop.is_set():
             raise FxError("the gateway is stopping, and would open its doors again")
 
-    def _apply(self, fresh: GatewaySettings, contexts: Mapping[str, ssl.SSLContext], inherited: Inherited | None = None) -> None:
+    def _apply(self, fresh: GatewaySettings, certificates: Certificates, inherited: Inherited | None = None) -> None:
         """Take up a reloaded configuration, as far as that is possible without a restart."""
-        context = server_context(fresh.tunnel.certificate, fresh.tunnel.key, spoken_by(self._name))
-        self._doors.apply(self._door_configs(fresh, contexts), inherited)
+        self._doors.apply(self._door_configs(fresh, certificates), inherited)
         self._admission.apply(self._admission_limits(fresh))
         self._registry.apply(registry_limits(fresh), session_config(fresh))
-        self._port.apply(context, port_limits(fresh))
-        self._view.certificate_expires_unix = expires_unix(fresh.tunnel.certificate.read_bytes())
+        self._port.apply(certificates.tunnel, port_limits(fresh))
+        self._view.certificate_expires_unix = certificates.tunnel_expires_unix
         logs.configure(fresh.log.level, fresh.log.style, sys.stderr)
-        self._settings = fresh
+        self._settings, self._certificates = fresh, certificates
         self._view.listening = (self._view.listening[0], *self._doors.bound.values(), self._view.listening[-1])
 
-    def _door_configs(self, settings: GatewaySettings, contexts: Mapping[str, ssl.SSLContext]) -> list[DoorConfig]:
-        return [] if self._view.is_drained else door_configs(settings, contexts, self._access)
+    def _door_configs(self, settings: GatewaySettings, certificates: Certificates) -> list[DoorConfig]:
+        return [] if self._view.is_drained else door_configs(settings, certificates.doors, self._access)
 
     def _spare_files(self) -> int:
         """How many descriptors clients may take."""
@@ -318,15 +316,6 @@ class Gateway:
             exempt=limits.exempt_sources,
             per_door={str(door.listen): door.max_connections for door in settings.doors if door.max_connections is not None},
         )
-
-
-def web_contexts(settings: GatewaySettings) -> dict[str, ssl.SSLContext]:
-    """The TLS contexts of doors that terminate TLS, by the doors' labels. Blocking: reads files.
-
-    Raises:
-        ConfigError: a certificate or key cannot be used.
-    """
-    return {door.label: web_tls.server_context(settings.certificates_of(door)) for door in settings.doors if door.kind is DoorKind.HTTPS}
 
 
 def door_configs(settings: GatewaySettings, contexts: Mapping[str, ssl.SSLContext], access: AccessLog) -> list[DoorConfig]:

@@ -9,7 +9,8 @@ from typing import Any, Final
 
 import trio
 
-from fxgateway.app import Gateway, web_contexts
+from fxgateway.app import Gateway
+from fxgateway.certificates import Certificates, load_certificates
 from fxgateway.doors.door import DoorRelays
 from fxgateway.routing.admission import Admission, AdmissionLimits
 from fxgateway.routing.shared_admission import SharedAdmission
@@ -31,8 +32,7 @@ from fxtunnel.kit.listeners import LINE_NAME, Inherited
 from fxtunnel.kit.notify import Notifier
 from fxtunnel.kit.process import keep_going, let_finish, raise_file_limit, wait_until
 from fxtunnel.kit.settings import Address
-from fxtunnel.kit.tls import server_context
-from fxtunnel.protocol.alpn import ALPN_SPOKEN
+from fxtunnel.protocol.alpn import spoken_by
 
 logger = logging.getLogger(__name__)
 
@@ -130,7 +130,7 @@ class Worker(Gateway):
         """Whether a successor of the gateway has taken over what this process listened on."""
         self._lines = {name.removeprefix(LINE_NAME): sock for name, sock in assignment.sockets.items() if name.startswith(LINE_NAME)}
         self._sockets = {address: sock for address, sock in assignment.sockets.items() if not address.startswith(LINE_NAME)}
-        self._prepared: tuple[GatewaySettings, dict[str, Any], Inherited] | None = None
+        self._prepared: tuple[GatewaySettings, Certificates, Inherited] | None = None
         super().__init__(reactor, share_of(settings, assignment.of), config_path, Notifier(), raise_file_limit(), sandbox)
 
     def take_no_clients(self) -> None:
@@ -289,19 +289,18 @@ class Worker(Gateway):
         fresh = share_of(from_message(message["settings"], Path(message["config"]).parent), self._assignment.of)
         try:
             self._sandbox.check(fresh)
-            server_context(fresh.tunnel.certificate, fresh.tunnel.key, ALPN_SPOKEN)
-            contexts = await trio.to_thread.run_sync(web_contexts, fresh)
+            certificates = await trio.to_thread.run_sync(load_certificates, fresh, spoken_by(self._name))
             await trio.to_thread.run_sync(self._access.open, fresh.log.access)
         except BaseException:
             inherited.close()
             raise
-        self._prepared = fresh, dict(contexts), inherited
+        self._prepared = fresh, certificates, inherited
 
     def _commit(self) -> None:
         prepared, self._prepared = self._prepared, None
         if prepared is not None:
-            fresh, contexts, inherited = prepared
-            self._apply(fresh, contexts, inherited)
+            fresh, certificates, inherited = prepared
+            self._apply(fresh, certificates, inherited)
             inherited.close()
             logger.info("reloaded %s", self._config_path)
 

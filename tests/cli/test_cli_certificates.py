@@ -8,8 +8,12 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
+from cryptography import x509
 
+from fxgateway.certificates import load_certificates
 from fxgateway.cli import main
+from fxgateway.settings import load
+from fxtunnel.errors import ConfigError
 from fxtunnel.kit.certificates import issue_server_certificate, new_authority
 from fxtunnel.kit.files import write_secret
 
@@ -95,3 +99,13 @@ def test_the_server_certificate_is_good_for_a_real_handshake(made: Path) -> None
         client.wrap_socket(near, server_hostname="127.0.0.1").close()
         thread.join(5)
     assert not thread.is_alive()
+
+
+def test_what_a_configuration_names_is_read_as_one(made: Path) -> None:
+    settings = load(made / "gateway.toml", {})
+    found = load_certificates(settings, ("http/1.1",))
+    certificate = x509.load_pem_x509_certificate((made / "server.pem").read_bytes())
+    assert (found.tunnel_expires_unix, dict(found.doors)) == (certificate.not_valid_after_utc.timestamp(), {})
+    (made / "server.pem").write_text("nothing")
+    with pytest.raises(ConfigError, match=r"server\.pem"):
+        load_certificates(settings, ("http/1.1",))
