@@ -211,11 +211,6 @@ class LinkSocket(socket.socket):
         name: str = self._tls(SSL.Connection.get_protocol_version_name)
         return name
 
-    def cipher(self) -> str | None:
-        """As in `TLS_AES_256_GCM_SHA384`."""
-        name: str | None = self._tls(SSL.Connection.get_cipher_name)
-        return name
-
     def close(self) -> None:
         """Close the socket. No call of `calls` may be made after it: the number of its descriptor may be another's by then."""
         self._connection = None
