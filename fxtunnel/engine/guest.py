@@ -2,13 +2,17 @@
 
 When trio is to wait and no thread can be started for that (a limit of tasks, or of memory), its run breaks, and the process with it. So a
 few threads are kept idle for it; and once they are used up, trio is not let wait: it looks for its I/O itself, every POLL_S.
+
+Other threads wake trio with a byte through a socket, for which there may be no memory (ENOBUFS): it is woken every LOOK_S in any case. The
+task that had waited for such a thread would wait until another one ends, which may be never.
 """
 
 import logging
 import threading
 import time
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Final
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from typing import TYPE_CHECKING, Final, TypeVar
 
 import trio
 
@@ -27,6 +31,7 @@ _OFFSET_S: Final = 100_000.0
 """As trio's own clock has one: its times are not to be taken for the reactor's."""
 
 Step = Callable[[], object]
+T = TypeVar("T")
 
 
 class Guest(trio.abc.Clock):
@@ -38,6 +43,15 @@ class Guest(trio.abc.Clock):
         self._is_short = False
         self._pause_s = 0.0
         """Until trio's next deadline, POLL_S at most; 0 if one of its tasks can go on."""
+        self._token: trio.lowlevel.TrioToken | None = None
+
+    async def run(self, main: Callable[[], Awaitable[T]]) -> T:
+        """trio's main task: what `main` returns or raises."""
+        self._token = trio.lowlevel.current_trio_token()
+        try:
+            return await main()
+        finally:
+            self._token = None
 
     def begin(self) -> None:
         """Look after its threads from now on."""
@@ -68,6 +82,9 @@ class Guest(trio.abc.Clock):
             self._reactor.call_soon(step)
 
     def _look(self) -> None:
+        if self._token is not None:
+            with suppress(OSError):  # then the next one
+                self._token.run_sync_soon(_nothing, idempotent=True)
         go_on, idle_again = threading.Event(), list[object]()
         begun = 0
         try:
@@ -90,3 +107,7 @@ class Guest(trio.abc.Clock):
         else:
             self._is_polled = False
             self._reactor.call_later(LOOK_S, self._look)
+
+
+def _nothing() -> None:
+    """Done in trio's thread, behind whatever else waits to be done there."""

@@ -14,6 +14,8 @@ import ssl
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from functools import partial
 from typing import Any, Final, Protocol, TypeVar
 
 import outcome
@@ -144,7 +146,8 @@ class Reactor:
     def call_soon_threadsafe(self, call: Callable[[], object]) -> None:
         """Run `call` in the next turn; from any thread."""
         self._calls.append(call)
-        os.eventfd_write(self._wake_fd, 1)
+        with suppress(OSError):  # it is made all the same, a little later, and whatever thread this is has other things to do
+            os.eventfd_write(self._wake_fd, 1)
 
     def call_later(self, delay_s: float, callback: Callable[[], None]) -> Timer:
         """Run `callback` once, `delay_s` seconds after the current turn began."""
@@ -157,7 +160,7 @@ class Reactor:
         result: list[outcome.Outcome[Any]] = []
         guest = Guest(self)
         trio.lowlevel.start_guest_run(
-            main,
+            partial(guest.run, main),
             run_sync_soon_threadsafe=self.call_soon_threadsafe,
             run_sync_soon_not_threadsafe=guest.soon,
             done_callback=result.append,

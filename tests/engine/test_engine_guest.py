@@ -1,6 +1,8 @@
 """trio as a reactor's guest, in a process that may start no more threads: it goes on, more slowly, and as before afterwards."""
 
+import errno
 import logging
+import os
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -111,3 +113,58 @@ def test_trio_does_not_look_itself_while_there_are_threads(reactor: Reactor, mon
 
     reactor.host_trio(main)
     assert turns < 10
+
+
+class Short:
+    """A socket for which there is no memory, for some time (tcp(7), unix(7): ENOBUFS)."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self.failures_left = 1
+
+    def send(self, data: bytes) -> int:
+        if self.failures_left:
+            self.failures_left -= 1
+            raise OSError(errno.ENOBUFS, os.strerror(errno.ENOBUFS))
+        return self._sock.send(data)
+
+    def close(self) -> None:
+        self._sock.close()
+
+
+def test_a_thread_that_could_not_wake_trio_is_heard(reactor: Reactor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever waited for it waited until some other thread had ended: for changes of relays.json that was never."""
+    monkeypatch.setattr(guest, "LOOK_S", 0.05)
+
+    async def main() -> int:
+        wakeup = trio.lowlevel.current_trio_token()._reentry_queue.wakeup
+        wakeup.write_sock = short = Short(wakeup.write_sock)
+        with trio.fail_after(10):
+            found = await trio.to_thread.run_sync(int)
+        assert short.failures_left == 0
+        return found
+
+    assert reactor.host_trio(main) == 0
+
+
+def test_what_is_told_from_beside_the_loop_arrives_also_if_it_cannot_be_woken(reactor: Reactor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread for handshakes ended with the error, and no other was begun."""
+
+    async def main() -> None:
+        write = os.eventfd_write
+        results: list[str] = []
+        for failures in (1, 0):
+            left = [failures]
+
+            def wake(fd: int, value: int, left: list[int] = left) -> None:
+                if left[0] and threading.current_thread() is not threading.main_thread():
+                    left[0] -= 1
+                    raise OSError(errno.ENOBUFS, os.strerror(errno.ENOBUFS))
+                write(fd, value)
+
+            monkeypatch.setattr(os, "eventfd_write", wake)
+            reactor.offload.do(lambda: "done", lambda result: results.append(result.unwrap()))
+            await until(lambda failures=failures, left=left: len(results) == 2 - failures and not left[0])
+        assert results == ["done", "done"]
+
+    reactor.host_trio(main)
