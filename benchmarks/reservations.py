@@ -60,11 +60,11 @@ def one_after_the_other(store: Store, rounds: int) -> tuple[float, float]:
     seen = []
     for turn in range(rounds):
         began = time.perf_counter()
-        outcome, _ = ledger.take(f"server-{turn % 50}", f"login-{turn}", "ann", "192.0.2.1", OwnerRelogin.PREFER)
+        outcome, _ = ledger.do(ledger.updates.take(f"server-{turn % 50}", f"login-{turn}", "ann", "192.0.2.1", OwnerRelogin.PREFER))
         seen.append((time.perf_counter() - began) * 1e3)
         if not isinstance(outcome, Granted):
             raise processes.BenchmarkError(f"not granted: {outcome}")
-        ledger.release(f"server-{turn % 50}", f"login-{turn}", "ann", 0)
+        ledger.do(ledger.updates.release(f"server-{turn % 50}", f"login-{turn}", "ann", 0))
     return median(seen), quantiles(seen, n=20)[-1]
 
 
@@ -78,9 +78,9 @@ def logins(store: Store, name: str, seconds: float) -> int:
         while time.perf_counter() < ends:
             server = f"server-{(count * THREADS + thread) % SERVERS}"
             login = f"{name}-{thread}-{count}"
-            outcome, _ = ledger.take(server, login, login, "192.0.2.1", OwnerRelogin.PREFER)
+            outcome, _ = ledger.do(ledger.updates.take(server, login, login, "192.0.2.1", OwnerRelogin.PREFER))
             if isinstance(outcome, Granted):
-                ledger.release(server, login, login, 0)
+                ledger.do(ledger.updates.release(server, login, login, 0))
                 made += 1
             count += 1
             if count % 100 == 0:

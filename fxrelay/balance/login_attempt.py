@@ -10,8 +10,6 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Final
 
-from fxrelay.balance.reservations import Step
-
 
 class AttemptState(StrEnum):
     """Where a login is."""
@@ -48,20 +46,6 @@ class AttemptEvent(StrEnum):
     SERVER_GONE = "server-gone"
 
 
-STEPS: Final[dict[AttemptState, Step]] = {
-    AttemptState.NONE: Step.SELECT,
-    AttemptState.ENTERED: Step.ENTER,
-    AttemptState.FORWARDED: Step.FORWARD,
-    AttemptState.AUTHENTICATING: Step.AUTHENTICATE,
-    AttemptState.AUTHENTICATED: Step.AUTHENTICATE,
-    AttemptState.COMMITTED: Step.COMMIT,
-    AttemptState.REJECTED_RESERVED: Step.COMMIT,
-    AttemptState.HELD: Step.RESERVED,
-    AttemptState.RELEASED: Step.RELEASE,
-    AttemptState.EXPIRED: Step.RELEASE,
-}
-"""The published step whose result each state is; side exits have none."""
-
 _WAITING: Final = (AttemptState.ENTERED, AttemptState.FORWARDED, AttemptState.AUTHENTICATING, AttemptState.AUTHENTICATED)
 TRANSITIONS: Final[dict[tuple[AttemptState, AttemptEvent], AttemptState]] = {
     (AttemptState.NONE, AttemptEvent.ENTER): AttemptState.ENTERED,
@@ -92,11 +76,10 @@ class InvalidTransition(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """A login and where it is; `requests` counts those that authentication took so far (step 4a: it may take several)."""
+    """A login and where it is. Authentication may take several requests (step 4a)."""
 
     attempt_id: str
     state: AttemptState = AttemptState.NONE
-    requests: int = 0
 
     def after(self, happening: AttemptEvent) -> "Attempt":
         """The attempt after `happening`.
@@ -107,9 +90,4 @@ class Attempt:
         state = TRANSITIONS.get((self.state, happening))
         if state is None:
             raise InvalidTransition(f"{happening} after {self.state}")
-        return replace(self, state=state, requests=self.requests + (happening is AttemptEvent.REQUEST))
-
-    @property
-    def is_over(self) -> bool:
-        """Whether nothing can happen to it any more."""
-        return all(state is not self.state for state, _ in TRANSITIONS)
+        return replace(self, state=state)

@@ -1,13 +1,14 @@
 """Pure: the rule of reservations: one record per server, and how each step of the algorithm changes it (docs/RESERVATIONS.md).
 
-The published algorithm has seven steps; their names are in `Step`. The record is changed by one atomic operation of the store, which hands
-the rule what it needs to know about the world: `Moment`. Times are the store's clock, ms since 1970, and nobody else's.
+The published algorithm (clustering guide, "The Server Reservation Algorithm") has seven steps. The record is changed by one atomic
+operation of the store, which hands the rule what it needs to know about the world: `Moment`. Times are the store's clock, ms since
+1970, and nobody else's.
 """
 
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from enum import Enum, StrEnum
+from enum import StrEnum
 from typing import Any, Final
 
 DAEMON_CLAIM: Final = "fastx/daemon"
@@ -24,18 +25,6 @@ MAX_LOGINS: Final = 256
 """Logins of one user on one server."""
 MAX_LINGER_MS: Final = 7 * 86_400_000
 """A week: no setting may keep a server for longer after its last login."""
-
-
-class Step(Enum):
-    """The seven steps of the published algorithm (clustering guide, "The Server Reservation Algorithm")."""
-
-    SELECT = 1
-    ENTER = 2
-    FORWARD = 3
-    AUTHENTICATE = 4
-    COMMIT = 5
-    RESERVED = 6
-    RELEASE = 7
 
 
 class Reason(StrEnum):
@@ -323,7 +312,7 @@ def put_off(record: Record, login_id: str, ttl_ms: int, at: Moment) -> Record:
     return replace(record, logins=logins)
 
 
-def clear(record: Record, at: Moment) -> Record:
+def clear(at: Moment) -> Record:
     """Step 7, by an administrator: nobody's logins and nobody's entries. Holders find their tokens refused."""
     return Record(at.epoch, at.number)
 

@@ -83,21 +83,11 @@ def parse_server(text: str) -> ServerObject:
     Raises:
         BadServer: it is too large, no JSON object, or a core field is missing or of the wrong kind.
     """
-    if len(text) > MAX_SERVER_BYTES or (not text.isascii() and len(text.encode(errors="replace")) > MAX_SERVER_BYTES):
-        raise BadServer(f"longer than {MAX_SERVER_BYTES} bytes")
-    try:
-        found = read_json(text)
-    except ValueError as exc:
-        raise BadServer(f"no JSON: {exc}") from exc
-    if not isinstance(found, dict):
-        raise BadServer("no JSON object")
+    found = _read(text)
     agent = _object(found, "agent")
     disable = _list(found, "disable")
     if not SWITCHES.issuperset(map(str, disable)):
         raise BadServer('disable: expected a list of "login" and "start"')
-    for key, limit_bytes in (("staticData", MAX_STATIC_BYTES), ("metrics", MAX_METRICS_BYTES)):
-        if size_of(_object(found, key)) > limit_bytes:
-            raise BadServer(f"{key}: longer than {limit_bytes} bytes")
     loadavg = _list(found, "loadavg")
     return ServerObject(
         server_id=RelayId(_name(found, "serverId")),
@@ -136,6 +126,22 @@ def listed_sessions(found: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The sessions that a server lists; entries that are not objects are left out."""
     listed = found.get("sessionList")
     return [session for session in listed if isinstance(session, dict)] if isinstance(listed, list) else []
+
+
+def _read(text: str) -> dict[str, Any]:
+    """The object in it, if that is within its bounds."""
+    if len(text) > MAX_SERVER_BYTES or (not text.isascii() and len(text.encode(errors="replace")) > MAX_SERVER_BYTES):
+        raise BadServer(f"longer than {MAX_SERVER_BYTES} bytes")
+    try:
+        found = read_json(text)
+    except ValueError as exc:
+        raise BadServer(f"no JSON: {exc}") from exc
+    if not isinstance(found, dict):
+        raise BadServer("no JSON object")
+    for key, limit_bytes in (("staticData", MAX_STATIC_BYTES), ("metrics", MAX_METRICS_BYTES)):
+        if size_of(_object(found, key)) > limit_bytes:
+            raise BadServer(f"{key}: longer than {limit_bytes} bytes")
+    return found
 
 
 def _services(entries: list[Any]) -> dict[str, int]:

@@ -7,7 +7,7 @@ from typing import Any, Final
 from fxrelay.balance import reservations as rule
 from fxrelay.balance.homes import decode_homes, encode_homes, key_of, with_home, without_home
 from fxrelay.balance.reservation_text import BadRecord, decode_record, encode_record
-from fxrelay.balance.reservations import Granted, Login, Moment, OwnerRelogin, Reason, Record, Rejected
+from fxrelay.balance.reservations import Granted, Login, Moment, Reason, Record, Rejected
 from fxrelay.balance.settling import Evidence, beat, decode_mark, encode_mark
 from fxrelay.cluster.ports import RESERVATION_MARKS, RESERVATION_USERS, RESERVATIONS, Both, Present, Store, Update
 from fxrelay.reserving.record_updates import RecordUpdate, RecordUpdates, T
@@ -95,24 +95,6 @@ class Ledger:
             raise result
         return result
 
-    def enter(self, server_id: str, entry_id: str, user: str, address: str) -> tuple[Record | Rejected, Written]:
-        """See `RecordUpdates`."""
-        return self.do(self.updates.enter(server_id, entry_id, user, address))
-
-    def commit(
-        self, server_id: str, entry_id: str, login_id: str, user: str, relogin: OwnerRelogin, ttl_ms: int = 0
-    ) -> tuple[Granted | Rejected, Written]:
-        """See `RecordUpdates`."""
-        return self.do(self.updates.commit(server_id, entry_id, login_id, user, relogin, ttl_ms))
-
-    def take(self, server_id: str, login_id: str, user: str, address: str, relogin: OwnerRelogin) -> tuple[Granted | Rejected, Written]:
-        """See `RecordUpdates`."""
-        return self.do(self.updates.take(server_id, login_id, user, address, relogin))
-
-    def release(self, server_id: str, login_id: str, user: str, linger_ms: int) -> Written:
-        """See `RecordUpdates`."""
-        return self.do(self.updates.release(server_id, login_id, user, linger_ms))[1]
-
     def homes(self, user: str) -> tuple[str, ...]:
         """The servers that a user has, or had until recently."""
         key = key_of(user)
@@ -126,7 +108,7 @@ class Ledger:
         def change(present: Present) -> str | Both:
             before = _readable(present.text)
             at = Moment(present.now_ms, present.epoch, present.number, 0)
-            found.append((before, replace(rule.clear(before, at), revision=present.number)))
+            found.append((before, replace(rule.clear(at), revision=present.number)))
             text = encode_record(found[-1][1])
             return Both(text, encode_homes(without_home(decode_homes(present.beside), server_id))) if user else text
 

@@ -220,7 +220,7 @@ class Session:
         """From the reactor, at the end of a turn: write what waits, and read more from sockets while the link takes it."""
         self._dirty = False
         link, mux = self._link, self.mux
-        if mux.overflow and mux.overrun:
+        if mux.overflow and mux.overrun and self.state is not State.CLOSED:
             return self.close(Code.OVERLOAD, "too many unacknowledged control frames")
         if link is None or self._blocked:
             return
@@ -358,7 +358,7 @@ class Session:
         ring = self.mux.ring
         ring.acknowledge(ring.sent)
         ring.keep = False  # nothing is sent again from here on, so full replay memory need not keep the GOAWAY back
-        self.mux.queue(goaway)
+        self.mux.overflow += goaway  # not by `queue`, which refuses what comes behind an overrun
         if not self._blocked and self._write(link):
             self._drop_link(GOODBYE_S)
         elif self._link is not None:

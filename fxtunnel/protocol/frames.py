@@ -72,8 +72,6 @@ MAX_LENGTH: Final = {
     PONG: 8,
     GOAWAY: 2 + MAX_TEXT_BYTES,
 }
-MAX_CONTROL_BYTES: Final = max(MAX_OPEN_BYTES, MAX_OPTIONAL_BYTES)
-"""The longest payload that is ever held back until it is complete."""
 
 _ON_SESSION: Final = frozenset({ACK, PING, PONG, GOAWAY})
 _BOUNDS: Final = {kind: (MIN_LENGTH[kind], MAX_LENGTH[kind], kind in _ON_SESSION) for kind in MAX_LENGTH}

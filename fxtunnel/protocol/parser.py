@@ -60,11 +60,6 @@ class FrameParser:
         """Let go of the sink, which most likely owns this parser."""
         self._sink = _NullSink()
 
-    @property
-    def mid_frame(self) -> bool:
-        """Whether the sequence so far ends inside a frame."""
-        return bool(self._data_left or self._held)
-
     def feed(self, view: memoryview) -> None:
         """Parse the next bytes.
 

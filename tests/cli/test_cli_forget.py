@@ -100,8 +100,8 @@ def reserve(store: SqliteStore, ttl_ms: int) -> None:
     store.put(RESERVATION_MARKS, MARK, encode_mark(Mark(store.epoch(), 0, store.now_ms())))  # a store that has settled
     ledger = Ledger(store, RelayId("admin"), 600)
     ledger.look()
-    ledger.enter(GONE, "entry", "ann", "")
-    granted, _ = ledger.commit(GONE, "entry", "login", "ann", OwnerRelogin.PREFER, ttl_ms)
+    ledger.do(ledger.updates.enter(GONE, "entry", "ann", ""))
+    granted, _ = ledger.do(ledger.updates.commit(GONE, "entry", "login", "ann", OwnerRelogin.PREFER, ttl_ms))
     assert isinstance(granted, Granted)
 
 

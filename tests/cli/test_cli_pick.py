@@ -92,8 +92,8 @@ def test_looking_takes_no_number_from_the_relays_and_is_repeated_with_the_same(t
 def test_a_user_gets_his_own_node_and_others_not_one_where_somebody_is_logging_in(tmp_path: Path, store: SqliteStore) -> None:
     ledger = Ledger(store, RelayId("n1"), 600)
     store.put(RESERVATION_MARKS, MARK, encode_mark(Mark(store.epoch(), 0, store.now_ms())))
-    ledger.take(NODES[2], "login-1", "ann", "192.0.2.1", OwnerRelogin.PREFER)
-    ledger.enter(NODES[0], "entry-1", "cid", "192.0.2.3")
+    ledger.do(ledger.updates.take(NODES[2], "login-1", "ann", "192.0.2.1", OwnerRelogin.PREFER))
+    ledger.do(ledger.updates.enter(NODES[0], "entry-1", "cid", "192.0.2.3"))
     pool = "reservations = true"
     record = str(tmp_path / "question.json")
     told = pick(tmp_path, "--user", "ann", "--explain", "--record", record, more=pool)

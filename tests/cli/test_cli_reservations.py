@@ -62,9 +62,9 @@ def test_reservations_are_shown_and_released(tmp_path: Path) -> None:
     store = SqliteStore(tmp_path / "state" / "cluster.db")
     store.put(RESERVATION_MARKS, MARK, encode_mark(Mark(store.epoch(), 0, store.now_ms())))  # a store that has settled
     ledger = Ledger(store, RelayId("n1"), 600)
-    outcome, _ = ledger.take("n7", "login-1", "ann", "192.0.2.1", OwnerRelogin.PREFER)
+    outcome, _ = ledger.do(ledger.updates.take("n7", "login-1", "ann", "192.0.2.1", OwnerRelogin.PREFER))
     assert isinstance(outcome, Granted)
-    ledger.enter("n8", "entry-1", "bob", "192.0.2.2")
+    ledger.do(ledger.updates.enter("n8", "entry-1", "bob", "192.0.2.2"))
     held, pending = json.loads(run("reservations", "--json"))
     assert (held["serverId"], held["user"], held["logins"], held["epoch"]) == ("n7", "ann", 1, outcome.token.fence)
     assert (pending["serverId"], pending["user"], pending["entries"]) == ("n8", None, 1)
@@ -73,7 +73,7 @@ def test_reservations_are_shown_and_released(tmp_path: Path) -> None:
     assert "was not reserved" in run("release", "n7")
     store.put("reservations", "n7", "{damaged")
     assert "was not reserved" in run("release", "n7")
-    assert ledger.take("n7", "login-2", "bob", "192.0.2.1", OwnerRelogin.PREFER)[1].record.fence > outcome.token.fence
+    assert ledger.do(ledger.updates.take("n7", "login-2", "bob", "192.0.2.1", OwnerRelogin.PREFER))[1].record.fence > outcome.token.fence
     store.close()
 
 

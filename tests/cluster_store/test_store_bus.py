@@ -101,7 +101,7 @@ def test_closing_wakes_who_waits(backend: Backend, through: str) -> None:
     subscription = transporter.subscribe(TOPICS)
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(subscription.next_batch, 60)
-        time.sleep(0.3)
+        time.sleep(0.3)  # it waits; nothing says so
         began = time.monotonic()
         (subscription if through == "subscription" else transporter).close()
         assert time.monotonic() - began < 5, "closing waited"

@@ -185,12 +185,14 @@ def test_closing_ends_calls_under_way_with_a_store_error(backend: Backend) -> No
     store = backend.store()
     started = threading.Barrier(5)
     ends: list[object] = []
+    begun: set[int] = set()
 
     def work(number: int) -> None:
         started.wait()
         try:
             for step in range(100_000):
                 store.put("servers", f"n{number}", str(step))
+                begun.add(number)
         except BaseException as exc:
             ends.append(exc)
 
@@ -198,7 +200,9 @@ def test_closing_ends_calls_under_way_with_a_store_error(backend: Backend) -> No
     for thread in threads:
         thread.start()
     started.wait()
-    time.sleep(0.3)
+    until = time.monotonic() + 20
+    while len(begun) < 4 and time.monotonic() < until:
+        time.sleep(0.01)
     began = time.monotonic()
     store.close()
     assert time.monotonic() - began < 8

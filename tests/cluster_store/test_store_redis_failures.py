@@ -142,7 +142,7 @@ def test_a_hanging_server_is_a_store_error_within_seconds(server: RedisServer, s
         assert time.monotonic() - began < 20
         with ThreadPoolExecutor(1) as pool:
             waiting = pool.submit(store.now_ms)
-            time.sleep(0.3)
+            time.sleep(0.3)  # it waits; nothing says so
             began = time.monotonic()
             store.close()
             assert time.monotonic() - began < 0.75 * READ_S

@@ -186,9 +186,9 @@ async def test_closed_door_lets_its_clients_finish_and_then_rests(contexts: Cont
             await stream.send_all(b"y")
             assert await receive_exactly(stream, 1) == b"y"
         await plane.quiet()
-        await trio.sleep(0.6)
+        await trio.sleep(0.6)  # the last sweep is over
         armed = door._sweep
-        await trio.sleep(0.6)
+        await trio.sleep(0.6)  # another would be, if there were one
         assert door._sweep is armed
 
 
@@ -222,7 +222,7 @@ async def test_door_closed_while_it_pauses(contexts: Contexts) -> None:
         door._pause("the test")
         door._pause("the test")
         door.close()
-        await trio.sleep(0.3)
+        await trio.sleep(0.3)  # the pause would be over
         assert door._listener is None
 
 

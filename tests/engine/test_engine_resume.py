@@ -282,3 +282,16 @@ async def test_goodbye_gets_through_when_replay_memory_is_full(contexts: Context
             while relay.closed_with is None:
                 await trio.sleep(0.01)
         assert relay.closed_with[0] is Code.REVOKED
+
+
+async def test_goodbye_gets_through_behind_more_than_a_peer_may_have_us_answer(contexts: Contexts) -> None:
+    """It is told `overload`: one that hears nothing comes back, for a session that is over."""
+    async with open_plane(contexts, SessionConfig(hold_s=20)) as plane:
+        relay = await plane.add_relay(await plane.serve(echo))
+        mux = relay.far_session.mux
+        while not mux.overrun:
+            mux.queue(encode(0x80, 0, bytes(1_016)))
+        with trio.fail_after(15):
+            while relay.closed_with is None:
+                await trio.sleep(0.01)
+        assert relay.closed_with[0] is Code.OVERLOAD

@@ -222,15 +222,19 @@ async def test_reset_that_comes_with_more_data_than_there_is_credit(contexts: Co
 
 
 async def test_reset_of_the_service_is_seen_while_the_client_does_not_read(contexts: Contexts) -> None:
+    is_reset = trio.Event()
+
     async def serve(stream: trio.SocketStream) -> None:
         with trio.move_on_after(0.3):
             while True:
                 await stream.send_all(bytes(65_536))
         reset(stream)
+        is_reset.set()
 
     async with open_plane(contexts) as plane:
         await plane.add_relay(await plane.serve(serve))
         stream = await connect(plane.add_door())
-        await trio.sleep(0.35)
+        with trio.fail_after(10):
+            await is_reset.wait()
         await plane.quiet(4.0)
         await until_reset(stream)

@@ -23,7 +23,7 @@ from tests.fuzz.peers import TAGS, lawful_frame, mutated, noise, odd_frame, odd_
 MEMORY_BYTES: Final = 8 * 1_048_576
 RING_BYTES: Final = 50_001
 MAX_STREAMS: Final = 32
-MAX_HELD_BYTES: Final = frames.HEADER_BYTES + frames.MAX_CONTROL_BYTES
+MAX_HELD_BYTES: Final = frames.HEADER_BYTES + max(frames.MAX_OPEN_BYTES, frames.MAX_OPTIONAL_BYTES)
 FRAMES_PER_SESSION: Final = 80
 PAYLOADS_PER_CASE: Final = 10
 

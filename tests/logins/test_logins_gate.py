@@ -90,7 +90,7 @@ async def test_a_first_answer_that_cannot_be_given_ends_the_login(tmp_path: Path
         await rig.ask(Service([stage("T1")]), b'{"username": "ann"}')
         second = await rig.ask(Service([stage("T2")]), b'{"authtoken": "T1"}')
         second.undone()  # the browser has a cookie by which it may go on
-        await trio.sleep(0.3)
+        await trio.sleep(0.3)  # what would take the login out would have done so
         assert rig.relay.reservations.holders.wanted(0) == {N1}
 
 

@@ -21,6 +21,11 @@ class CollectingSink:
     def feed(self, data: bytes) -> None:
         self.parser.feed(memoryview(data))
 
+    @property
+    def is_mid_frame(self) -> bool:
+        """Whether what has arrived ends inside a frame."""
+        return bool(self.parser._data_left or self.parser._held)
+
     def whole_frames(self) -> list[Frame]:
         """What has arrived completely."""
         return self.frames[:-1] if self.data_left else self.frames
@@ -49,6 +54,6 @@ def parse(raw: bytes) -> Frame:
     """The one whole frame in `raw`."""
     sink = CollectingSink()
     sink.feed(raw)
-    assert not sink.parser.mid_frame
+    assert not sink.is_mid_frame
     (frame,) = sink.whole_frames()
     return frame

@@ -170,7 +170,8 @@ class Chaos:
             while left and time.monotonic() < deadline:
                 ledger.look()
                 for server in list(left):
-                    if isinstance(ledger.take(server, f"audit-{server}", "auditor", "", OwnerRelogin.PREFER)[0], Granted):
+                    ask = ledger.updates.take(server, f"audit-{server}", "auditor", "", OwnerRelogin.PREFER)
+                    if isinstance(ledger.do(ask)[0], Granted):
                         left.remove(server)
                 time.sleep(0.2)
             return [f"{server} stays reserved" for server in left]

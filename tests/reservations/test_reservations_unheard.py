@@ -59,7 +59,7 @@ async def test_a_commit_that_is_repeated_after_its_answer_was_lost_counts(tmp_pa
         hold = await relay.reservations.commit(again, "ann", KEPT, known_as="the-token")
         assert isinstance(hold, Hold)
         await until(lambda: not relay.reservations.leases.has_ending)
-        await trio.sleep(1.5)
+        await trio.sleep(1.5)  # what came of the lost answer would have been undone: CALL_S and a moment
         record = relay.reservations.holders.standings()[S1].record
         assert [login.login_id for login in record.logins] == ["the-token"]
         assert not record.entries
