@@ -2,7 +2,7 @@
 
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -30,7 +30,8 @@ state_dir = "state"
 
 
 @pytest.fixture
-def config(tmp_path: Path) -> Path:
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(app.logs, "configure", lambda *_: None)  # a reload's, for the whole process
     issue(tmp_path, 30)
     (tmp_path / "gateway.toml").write_text(CONFIG)
     return tmp_path / "gateway.toml"
@@ -44,17 +45,18 @@ def issue(directory: Path, valid_days: int) -> float:
     return expires_unix(certificate.encode())
 
 
-def make(config: Path) -> tuple[Gateway, Reactor]:
+@pytest.fixture
+def gateway(config: Path) -> Iterator[Gateway]:
     reactor, loaded = Reactor(), settings.load(config, {})
     gateway = Gateway(reactor, loaded, config, Notifier(), 1_024, Sandbox(loaded, config))
     gateway._view.listening = ("tunnel", "admin")  # as once it serves
-    return gateway, reactor
+    yield gateway
+    reactor.close()
 
 
 async def test_a_slow_disk_holds_up_no_client_and_two_reloads_come_one_after_the_other(
-    config: Path, monkeypatch: pytest.MonkeyPatch
+    gateway: Gateway, config: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gateway, reactor = make(config)
     go, threads, expected = threading.Event(), list[threading.Thread](), []
 
     def read(fresh: settings.GatewaySettings, alpn: Sequence[str]) -> Certificates:
@@ -78,15 +80,12 @@ async def test_a_slow_disk_holds_up_no_client_and_two_reloads_come_one_after_the
                 await trio.sleep(0.01)
             nursery.cancel_scope.cancel()
     assert threading.main_thread() not in threads
-    reactor.close()
 
 
-async def test_what_has_been_read_is_taken_up_though_the_files_are_others_by_then(config: Path) -> None:
-    gateway, reactor = make(config)
+async def test_what_has_been_read_is_taken_up_though_the_files_are_others_by_then(gateway: Gateway, config: Path) -> None:
     expires = issue(config.parent, 60)
     fresh = settings.load(config, os.environ)
     certificates = load_certificates(fresh, ALPN_SPOKEN)
     (config.parent / "gateway.pem").unlink()
     gateway._apply(fresh, certificates)
     assert gateway._view.certificate_expires_unix == expires
-    reactor.close()
