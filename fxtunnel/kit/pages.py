@@ -11,9 +11,8 @@ from typing import Any, Final, cast
 
 import trio
 from hypercorn.config import Config
-from hypercorn.trio.tcp_server import TCPServer
 from hypercorn.trio.worker_context import WorkerContext
-from hypercorn.typing import ASGIFramework, ConnectionState
+from hypercorn.typing import ASGIFramework
 from hypercorn.utils import wrap_app
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -24,12 +23,11 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from fxtunnel.errors import FxError
 from fxtunnel.kit.listeners import Inherited, bound_address, listen
+from fxtunnel.kit.page_clients import PageClient, PageClients
 from fxtunnel.kit.settings import Address
 
 logger = logging.getLogger(__name__)
 
-# Scrapers and commands need a few; more would take descriptors from the tunnels.
-MAX_CONNECTIONS: Final = 64
 MAX_HEAD_BYTES: Final = 8192
 IDLE_S: Final = 5
 """For the next request on a connection: a scraper's are farther apart, and it connects again."""
@@ -86,36 +84,27 @@ async def serve_pages_on(app: Starlette, sock: socket.socket, *, task_status: tr
     Whatever goes wrong in a connection is logged and ends that connection only. Cancelling hangs up at once, also on a client that does
     not read its answer. The app is not sent lifespan events.
     """
-    config, context = _config(), WorkerContext(None)
-    connections: set[trio.SocketStream] = set()
+    config, context, clients = _config(), WorkerContext(None), PageClients()
 
     async def serve_one(stream: trio.SocketStream) -> None:
         scope = trio.CancelScope()
         asgi = wrap_app(cast(ASGIFramework, _ending_quietly(app, scope)), config.wsgi_max_body_size, "asgi")
+        client = PageClient(clients, asgi, config, context, stream, scope)
         try:
             try:
-                if len(connections) < MAX_CONNECTIONS:
-                    connections.add(stream)
+                if clients.enter(client):
                     with scope:
-                        await TCPServer(asgi, config, context, ConnectionState({}), stream).run()  # type: ignore[arg-type]  # takes both streams
+                        await client.run()
             finally:
-                connections.discard(stream)
+                clients.leave(client)
                 await trio.aclose_forcefully(stream)
         except Exception:
             logger.exception("a connection to the pages failed")
 
-    async def hang_up_when_cancelled() -> None:
-        # hypercorn shields what it sends; only closing the socket under it ends a send that nobody receives.
-        try:
-            await trio.sleep_forever()
-        finally:
-            for stream in connections:
-                stream.socket.close()
-
     # Not hypercorn's own serve(): there, one connection's unexpected error would end all of them, and the daemon.
     with sock:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(hang_up_when_cancelled)
+            nursery.start_soon(clients.run)
             listener = _PatientListener(trio.SocketListener(trio.socket.from_stdlib_socket(sock)))
             task_status.started(bound_address(sock))
             await trio.serve_listeners(serve_one, [listener], handler_nursery=nursery)

@@ -1,3 +1,4 @@
+import contextlib
 import errno
 import logging
 import os
@@ -16,7 +17,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from fxtunnel.errors import FxError
-from fxtunnel.kit import pages
+from fxtunnel.kit import page_clients, pages
 from fxtunnel.kit.listeners import ListenError
 from fxtunnel.kit.pages import fetch_json, serve_pages
 from fxtunnel.kit.settings import Address
@@ -132,15 +133,15 @@ async def test_a_page_that_fails_and_bytes_that_are_no_http_hurt_nobody(
 
 
 async def test_an_unexpected_error_ends_one_connection_only(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    run, errors = pages.TCPServer.run, [UnicodeError("x"), ExceptionGroup("several", [ValueError("y")]), RecursionError()]
+    run, errors = page_clients.TCPServer.run, [UnicodeError("x"), ExceptionGroup("several", [ValueError("y")]), RecursionError()]
 
-    async def fail(server: pages.TCPServer) -> None:
+    async def fail(server: page_clients.TCPServer) -> None:
         if errors:
             await trio.lowlevel.checkpoint()
             raise errors.pop()
         await run(server)
 
-    monkeypatch.setattr(pages.TCPServer, "run", fail)
+    monkeypatch.setattr(page_clients.TCPServer, "run", fail)
     with trio.fail_after(10):
         async with trio.open_nursery() as nursery:
             bound: Address = await nursery.start(serve_pages, APP, ANYWHERE)
@@ -187,15 +188,18 @@ async def test_cancelling_hangs_up_on_idle_clients_and_on_one_that_never_reads(m
 
 
 async def test_more_connections_than_allowed_are_closed_and_room_is_found_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pages, "MAX_CONNECTIONS", 2)
-    monkeypatch.setattr(pages, "IDLE_S", 0.2)
+    """While all of them have answers to take, which are not cut off for it."""
+    monkeypatch.setattr(page_clients, "MAX_CONNECTIONS", 2)
     with trio.fail_after(10):
         async with trio.open_nursery() as nursery:
             bound: Address = await nursery.start(serve_pages, APP, ANYWHERE)
-            held = [socket.create_connection((bound.host, bound.port)) for _ in range(2)]
+            held = [deaf_client(bound) for _ in range(2)]
+            for sock in held:
+                await trio.lowlevel.wait_readable(sock)
             with pytest.raises(FxError):
                 await ask(bound)
             for sock in held:
+                assert sock.recv(12) == b"HTTP/1.1 200"
                 sock.close()
             while True:  # until it has seen that they are gone
                 try:
@@ -204,6 +208,65 @@ async def test_more_connections_than_allowed_are_closed_and_room_is_found_again(
                 except FxError:
                     await trio.sleep(0.02)
             nursery.cancel_scope.cancel()
+
+
+async def test_who_has_asked_nothing_for_the_longest_time_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Idle connections of somebody on this host kept everybody else out, until their time was over and they came again."""
+    monkeypatch.setattr(page_clients, "MAX_CONNECTIONS", 2)
+    monkeypatch.setattr(pages, "IDLE_S", 60)
+    with trio.fail_after(10), contextlib.ExitStack() as crowd:
+        async with trio.open_nursery() as nursery:
+            bound: Address = await nursery.start(serve_pages, APP, ANYWHERE)
+            asking, half = [crowd.enter_context(socket.create_connection((bound.host, bound.port))) for _ in range(2)]
+            half.sendall(b"GET /status HTTP/1.1\r\nHost")
+            assert await say(asking, b"GET /status HTTP/1.1\r\nHost: a\r\n\r\n")
+            assert await ask(bound)
+            assert not await say(half, b""), "it has come after the other one, but that one has asked since"
+            assert await say(asking, b"GET /status HTTP/1.1\r\nHost: a\r\n\r\n")
+            for _ in range(20):
+                for _ in range(5):
+                    crowd.enter_context(socket.create_connection((bound.host, bound.port)))
+                assert await ask(bound)
+            nursery.cancel_scope.cancel()
+
+
+async def test_who_does_not_take_his_answer_is_hung_up_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some dozens of them kept everybody else out for good."""
+    monkeypatch.setattr(page_clients, "MAX_CONNECTIONS", 1)
+    monkeypatch.setattr(page_clients, "ANSWER_S", 0.2)
+    monkeypatch.setattr(page_clients, "LOOK_S", 0.05)
+    with trio.fail_after(10):
+        async with trio.open_nursery() as nursery:
+            bound: Address = await nursery.start(serve_pages, APP, ANYWHERE)
+            with deaf_client(bound) as deaf:
+                await trio.lowlevel.wait_readable(deaf)
+                with pytest.raises(FxError):
+                    await ask(bound)
+                await trio.sleep(0.5)
+                assert await ask(bound)
+            nursery.cancel_scope.cancel()
+
+
+def deaf_client(address: Address) -> socket.socket:
+    sock = socket.create_connection((address.host, address.port))
+    sock.sendall(b"GET /huge HTTP/1.1\r\nHost: a\r\n\r\n")
+    return sock
+
+
+async def say(sock: socket.socket, data: bytes) -> bytes:
+    """What is answered; nothing, if it was hung up on."""
+    sock.sendall(data)
+    answer = b""
+    try:
+        while not answer.endswith(b"}"):
+            await trio.lowlevel.wait_readable(sock)
+            more = sock.recv(65536)
+            if not more:
+                break
+            answer += more
+    except ConnectionResetError:
+        pass
+    return answer
 
 
 def test_it_works_while_trio_is_a_guest_of_another_loop() -> None:
